@@ -1,0 +1,25 @@
+# Sourced by the other scripts: make sure that .venv exists and holds clipdeploy with the extras
+# named in $1 (such as "[test]"), and put it first on the PATH.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+say() { printf '\033[1m==>\033[0m %s\n' "$*" >&2; }
+
+python=${PYTHON:-python3}
+if [ ! -x .venv/bin/python ]; then
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    { say "clipdeploy needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
+  say "creating .venv with $("$python" --version)"
+  "$python" -m venv .venv
+fi
+# The stamp holds what was installed, so that a second run starts at once.
+stamp=.venv/installed
+wanted="${1:-} $(cat setup.cfg constraints.txt | cksum)"
+if ! grep -qxF "$wanted" "$stamp" 2>/dev/null; then
+  say "installing clipdeploy${1:-} into .venv (PyTorch, ONNX Runtime, TensorRT-RTX: some minutes)"
+  # On Linux without an NVIDIA driver PyTorch's CPU build is enough, where pip can find one.
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${1:-}"
+  echo "$wanted" >>"$stamp"
+fi
+PATH="$PWD/.venv/bin:$PATH"
