@@ -1,0 +1,1 @@
+"""``nn.Module`` to checked ONNX graphs, and the artifact types every later stage speaks."""

@@ -1,0 +1,100 @@
+"""What a graph must prove before its file gets a name.  A failed check is an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from exporters.artifact import Passport, TensorSpec
+from exporters.errors import GraphError
+from exporters.graphs import structure, weight_proto
+from exporters.session import OnnxSession
+
+__all__ = ["PARITY_BATCHES", "PARITY_TOLERANCE", "check_parity", "check_structure"]
+
+# One image, the traced size, and a size that no power-of-two kernel divides.
+PARITY_BATCHES = (1, 2, 7)
+
+# On weights of trained scale fp32 against fp64 costs 4e-6 and tanh GELU, the smallest mistake that
+# matters, 1e-3: this bound lies between.
+PARITY_TOLERANCE = 1e-4
+
+_STRUCTURE_ONLY_BYTES = 1024
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    shape = tuple(axis if isinstance(axis, int) else str(axis.value) for axis in value.shape or ())
+    dtype = value.dtype.name.lower() if value.dtype is not None else "unknown"
+    names = {"float": "float32", "double": "float64"}
+    return TensorSpec(value.name or "", names.get(dtype, dtype), shape)
+
+
+def _without_weights(model: ir.Model) -> onnx.ModelProto:
+    """The graph with every large weight as an input: all the structure, none of the bytes."""
+    proto = structure(model)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes > _STRUCTURE_ONLY_BYTES:
+            info = onnx.helper.make_tensor_value_info(
+                value.name or "", tensor.dtype.value, tensor.numpy().shape
+            )
+            proto.graph.input.append(info)
+        else:
+            proto.graph.initializer.append(weight_proto(value))
+    return proto
+
+
+def check_structure(model: ir.Model, passport: Passport) -> None:
+    """ONNX's own checker with full shape inference, then the promises of the passport.
+
+    Raises:
+        GraphError: the graph is invalid, or its input or output is not what the passport says.
+    """
+    try:
+        onnx.checker.check_model(_without_weights(model), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise GraphError(f"the graph of {passport.model} is not valid ONNX: {reason}") from error
+    for role, found, promised in (
+        ("input", model.graph.inputs, passport.input),
+        ("output", model.graph.outputs, passport.output),
+    ):
+        specs = [_spec(value) for value in found]
+        if specs != [promised]:
+            raise GraphError(
+                f"the graph of {passport.model} has {role} {specs}, promised was {promised}"
+            )
+
+
+def check_parity(
+    path: Path,
+    images: NDArray[np.float32],
+    reference: dict[int, NDArray[np.float32]],
+    tolerance: float = PARITY_TOLERANCE,
+) -> float:
+    """Run the graph at every reference batch; the largest difference of a logit, float.
+
+    Raises:
+        GraphError: a logit differs by more than ``tolerance``, or is not finite.
+    """
+    session = OnnxSession(path, lean=True)
+    worst = 0.0
+    for count, expected in reference.items():
+        logits = session.run(images[:count])[0]
+        if logits.shape != expected.shape:
+            raise GraphError(
+                f"at batch {count} the graph gives {logits.shape}, PyTorch {expected.shape}"
+            )
+        if not np.isfinite(logits).all():
+            raise GraphError(f"at batch {count} the graph's logits are not finite")
+        worst = max(worst, float(np.abs(logits - expected).max()))
+    if not worst <= tolerance:
+        raise GraphError(
+            f"the graph's logits differ from PyTorch's by {worst:.2e}, more than {tolerance:.0e}",
+            hint="the export is wrong, or the model is not deterministic",
+        )
+    return worst

@@ -1,0 +1,88 @@
+"""Files that appear whole or not at all, and their hashes."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from exporters.errors import FileError
+
+__all__ = ["atomic_path", "file_errors", "sha256_file", "write_atomic"]
+
+_CHUNK = 1 << 20
+_HINTS = {
+    errno.ENOSPC: "the disk is full: free space, or choose another folder with --workspace",
+    errno.EDQUOT: "the disk quota is used up: free space, or choose another --workspace",
+    errno.EACCES: "no permission: choose a folder you can write with --workspace",
+    errno.EPERM: "no permission: choose a folder you can write with --workspace",
+    errno.EROFS: "the file system is read-only: choose another folder with --workspace",
+    errno.ENOENT: "the path does not exist: check its spelling",
+    errno.ENOTDIR: "a part of this path is a file, not a folder",
+    errno.EISDIR: "this is a folder, a file is needed",
+}
+
+
+@contextmanager
+def file_errors(verb: str, path: Path) -> Iterator[None]:
+    """Turn an ``OSError`` into a :class:`FileError` that names ``path`` and the mend."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        hint = _HINTS.get(error.errno or 0, "")
+        raise FileError(f"cannot {verb} {path}: {reason}", hint=hint) from error
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; give it the name once the block ends well.
+
+    The parent folder is made if it is missing.  The data is on disk (fsync) before the rename, so
+    a crash leaves either the old file or the new one.  On any exception, ``KeyboardInterrupt``
+    included, the temporary file is removed.
+
+    Raises:
+        FileError: no permission, no space, or a parent that is not a folder.
+    """
+    with file_errors("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
+            # mkstemp makes files private; an artifact follows the user's umask.
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` through :func:`atomic_path`."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def sha256_file(path: Path) -> str:
+    """The hex SHA-256 of a file's bytes.
+
+    Raises:
+        FileError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with file_errors("read", path), path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

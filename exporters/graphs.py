@@ -1,0 +1,168 @@
+"""Reading and writing ONNX files, and the passport inside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+
+from exporters.artifact import PASSPORT_KEY, Passport, from_json, to_json
+from exporters.errors import ArtifactError, FileError, GraphError
+from exporters.files import atomic_path, file_errors, sha256_file
+
+__all__ = [
+    "GraphArtifact",
+    "existing_graph",
+    "load_graph",
+    "model_pieces",
+    "read_passport",
+    "save_graph",
+    "structure",
+    "weight_proto",
+    "write_model",
+]
+
+_PRODUCER = "clipdeploy"
+
+
+@dataclass(frozen=True)
+class GraphArtifact:
+    """An ONNX file, its hash and its passport; ``changed`` is False if it was already there."""
+
+    path: Path
+    sha256: str
+    passport: Passport
+    bytes: int
+    nodes: int
+    changed: bool
+
+
+def structure(model: ir.Model) -> onnx.ModelProto:
+    """The graph without its initializers: every node, name, type and piece of metadata."""
+    proto = onnx.ModelProto(ir_version=model.ir_version, producer_name=_PRODUCER)
+    proto.opset_import.extend(
+        onnx.helper.make_opsetid(domain, version)
+        for domain, version in model.graph.opset_imports.items()
+    )
+    onnx.helper.set_model_props(proto, dict(model.metadata_props))
+    graph = proto.graph
+    graph.name = model.graph.name or "graph"
+    graph.node.extend(ir.to_proto(node) for node in model.graph)
+    graph.input.extend(ir.serde.serialize_value(value) for value in model.graph.inputs)
+    graph.output.extend(ir.serde.serialize_value(value) for value in model.graph.outputs)
+    outputs = {value.name for value in model.graph.outputs}
+    graph.value_info.extend(
+        ir.serde.serialize_value(value)
+        for node in model.graph
+        for value in node.outputs
+        if value.type is not None and value.name not in outputs
+    )
+    return proto
+
+
+def weight_proto(value: ir.Value) -> onnx.TensorProto:
+    """An initializer as protobuf.
+
+    Raises:
+        GraphError: it has no data.
+    """
+    if value.const_value is None:
+        raise GraphError(f"the weight {value.name} has no data")
+    tensor = ir.to_proto(value.const_value)
+    tensor.name = value.name or ""
+    return tensor
+
+
+def model_pieces(model: ir.Model) -> Iterator[bytes]:
+    """``model`` as consecutive pieces of one protobuf message, a weight each.
+
+    Protobuf defines a concatenation of messages as their merge, so the graph without weights
+    comes first and each weight follows as a model that holds nothing else: no more than one
+    weight is in memory twice (protobuf.dev, "Encoding", on merging embedded messages).
+    """
+    yield structure(model).SerializeToString()
+    for value in model.graph.initializers.values():
+        weight = onnx.GraphProto(initializer=[weight_proto(value)])
+        yield onnx.ModelProto(graph=weight).SerializeToString()
+
+
+def write_model(model: ir.Model, path: Path) -> None:
+    """Write ``model`` as one protobuf file."""
+    with path.open("wb") as stream:
+        for piece in model_pieces(model):
+            stream.write(piece)
+
+
+def save_graph(model: ir.Model, path: Path, passport: Passport) -> GraphArtifact:
+    """Write ``model`` with its passport; the file appears under ``path`` only when it is whole.
+
+    Raises:
+        FileError: no permission, no space.
+    """
+    model.metadata_props[PASSPORT_KEY] = to_json(passport).decode()
+    with atomic_path(path) as temporary:
+        write_model(model, temporary)
+    return GraphArtifact(
+        path, sha256_file(path), passport, path.stat().st_size, len(list(model.graph)), True
+    )
+
+
+def load_graph(path: Path) -> ir.Model:
+    """Read an ONNX file.
+
+    Raises:
+        FileError: the file cannot be opened.
+        GraphError: it is no ONNX file.
+    """
+    with file_errors("read", path):
+        data = path.read_bytes()
+    try:
+        model: ir.Model = ir.from_proto(onnx.ModelProto.FromString(data))
+        return model
+    except (DecodeError, ValueError, KeyError) as error:
+        raise GraphError(
+            f"{path} is no readable ONNX graph",
+            hint="it is cut short or of another kind: export it again",
+        ) from error
+
+
+def existing_graph(path: Path) -> GraphArtifact | None:
+    """The graph at ``path`` if it is there and readable, marked as unchanged; None otherwise."""
+    try:
+        passport, nodes = _read_header(path)
+    except (ArtifactError, FileError):
+        return None
+    return GraphArtifact(path, sha256_file(path), passport, path.stat().st_size, nodes, False)
+
+
+def read_passport(path: Path) -> Passport:
+    """The passport inside an ONNX file.
+
+    Raises:
+        FileError: the file cannot be opened.
+        ArtifactError: it has no passport, or one that cannot be read.
+    """
+    return _read_header(path)[0]
+
+
+def _read_header(path: Path) -> tuple[Passport, int]:
+    with file_errors("read", path):
+        data = path.read_bytes()
+    try:
+        proto = onnx.ModelProto.FromString(data)
+    except DecodeError as error:
+        raise ArtifactError(
+            f"{path} is no readable ONNX graph", hint="it is cut short: export it again"
+        ) from error
+    for entry in proto.metadata_props:
+        if entry.key == PASSPORT_KEY:
+            return from_json(entry.value, Passport, f"the passport of {path}"), len(
+                proto.graph.node
+            )
+    raise ArtifactError(
+        f"{path} has no passport: clipdeploy did not write it", hint="export it with clipdeploy"
+    )

@@ -1,0 +1,139 @@
+"""Store the graph's floating-point tensors as float16.
+
+Every float32 weight and every float32 tensor between nodes becomes float16, with a Cast after the
+image and one before the logits so that the interface stays float32.  A node is left in float32,
+between Casts, when one of its tensors is named in ``keep``: a tensor whose values come near
+float16's largest, 65504.  LayerNormalization stays one node, whose kernels accumulate in float32
+(``stash_type`` 1); decomposed, its x ** 2 overflows on a ViT's residual stream.
+
+A Q/DQ graph goes through the same pass: QuantizeLinear and DequantizeLinear take their type from
+their scale (ONNX operators, opset 19 and later), which is converted like any other constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import onnx_ir as ir
+
+from exporters.errors import GraphError
+
+__all__ = ["FP16_MAX", "ToFloat16"]
+
+FP16_MAX = float(np.finfo(np.float16).max)
+
+_WIDE, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+
+
+class ToFloat16(ir.passes.InPlacePass):
+    """See the module's docstring; ``keep`` holds names of tensors that stay float32."""
+
+    def __init__(self, keep: Collection[str] = (), *, half_io: bool = False) -> None:
+        super().__init__()
+        self._keep = frozenset(keep)
+        self._half_io = half_io
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Change ``model`` in place; see the module's docstring."""
+        graph = model.graph
+        self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+        nodes = list(graph)
+        # Asked before anything changes: inserting casts renames what a node reads.
+        precision = {node: _WIDE if self._is_wide(node) else _HALF for node in nodes}
+        halves: dict[ir.Value, ir.Value] = {}
+        for node in nodes:
+            if precision[node] is _HALF:
+                self._halve_constants(graph, node, halves)
+        for node in nodes:
+            for value in node.outputs:
+                if value.dtype == _WIDE and precision[node] is _HALF:
+                    value.dtype = _HALF
+        if self._half_io:
+            for value in graph.inputs:
+                if value.dtype == _WIDE:
+                    value.dtype = _HALF
+        for node in nodes:
+            self._align_inputs(graph, node, precision[node])
+        self._restore_outputs(graph)
+        used = {value for node in graph for value in node.inputs if value is not None}
+        for value in list(graph.initializers.values()):
+            if value not in used:
+                del graph.initializers[value.name or ""]
+        return ir.passes.PassResult(model, modified=True)
+
+    def _is_wide(self, node: ir.Node) -> bool:
+        values = [*node.inputs, *node.outputs]
+        return any(value is not None and value.name in self._keep for value in values)
+
+    @staticmethod
+    def _halve_constants(graph: ir.Graph, node: ir.Node, halves: dict[ir.Value, ir.Value]) -> None:
+        for index, value in enumerate(node.inputs):
+            if value is None or not value.is_initializer() or value.dtype != _WIDE:
+                continue
+            if value not in halves:
+                halves[value] = _half_initializer(graph, value)
+            node.replace_input_with(index, halves[value])
+
+    def _align_inputs(self, graph: ir.Graph, node: ir.Node, want: ir.DataType) -> None:
+        for index, value in enumerate(node.inputs):
+            if value is None or value.is_initializer() or value.dtype not in (_WIDE, _HALF):
+                continue
+            if value.dtype != want:
+                node.replace_input_with(index, self._cast(graph, value, want, before=node))
+
+    def _cast(
+        self, graph: ir.Graph, value: ir.Value, want: ir.DataType, *, before: ir.Node
+    ) -> ir.Value:
+        key = (value, want)
+        if key not in self._casts:
+            name = f"{value.name}/{'fp16' if want is _HALF else 'fp32'}"
+            cast = ir.node("Cast", [value], {"to": int(want)}, name=name)
+            cast.outputs[0].name = name
+            cast.outputs[0].type = ir.TensorType(want)
+            cast.outputs[0].shape = value.shape
+            producer = value.producer()
+            if producer is None:
+                graph.insert_before(before, cast)
+            else:
+                graph.insert_after(producer, cast)
+            self._casts[key] = cast.outputs[0]
+        return self._casts[key]
+
+    def _restore_outputs(self, graph: ir.Graph) -> None:
+        if self._half_io:
+            return
+        for index, value in enumerate(graph.outputs):
+            producer = value.producer()
+            if value.dtype != _HALF or producer is None:
+                continue
+            name = value.name
+            value.name = f"{name}/fp16"
+            cast = ir.node("Cast", [value], {"to": int(_WIDE)}, name=f"{name}/Cast")
+            cast.outputs[0].name = name
+            cast.outputs[0].type = ir.TensorType(_WIDE)
+            cast.outputs[0].shape = value.shape
+            graph.append(cast)
+            graph.outputs[index] = cast.outputs[0]
+
+
+def _half_initializer(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    tensor = value.const_value
+    if tensor is None:
+        raise GraphError(f"the weight {value.name} has no data")
+    array = tensor.numpy()
+    largest = float(np.abs(array).max(initial=0.0))
+    if largest > FP16_MAX:
+        raise GraphError(
+            f"the weight {value.name} reaches {largest:.3g}, beyond float16's {FP16_MAX:.0f}",
+            hint="keep this model in FP32",
+        )
+    name = f"{value.name}"
+    half = ir.Value(
+        name=f"{name}/fp16",
+        type=ir.TensorType(_HALF),
+        shape=value.shape,
+        const_value=ir.Tensor(array.astype(np.float16), name=f"{name}/fp16"),
+    )
+    graph.register_initializer(half)
+    return half

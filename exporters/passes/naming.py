@@ -1,0 +1,74 @@
+"""Name nodes, tensors and weights by the module that they belong to.
+
+torch.onnx leaves the path of the traced module in each node's metadata
+(``pkg.torch.onnx.name_scopes``).  From it:
+
+    node                ``blocks.7.mlp.fc2/MatMul``, ``blocks.7.attn/MatMul_1``
+    its output          the same, or the module's own name for the last node of a leaf module:
+                        ``blocks.7.mlp.fc2``
+    a folded weight     ``blocks.7.mlp.fc2.weight``
+
+Calibration, bisection and people read these names.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+
+import onnx_ir as ir
+
+__all__ = ["NameByModule", "scope_of"]
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_ANONYMOUS = "val_"
+
+
+def scope_of(node: ir.Node) -> str:
+    """The module path that a traced node belongs to; empty for the root module.
+
+    A node that torch.onnx's optimiser made has no path of its own and takes its consumer's.
+    """
+    if _SCOPES in node.metadata_props:
+        scopes = ast.literal_eval(node.metadata_props[_SCOPES])
+        return str(scopes[-2]) if len(scopes) > 1 else ""
+    consumers = node.outputs[0].consumers() if node.outputs else ()
+    return scope_of(consumers[0]) if consumers else ""
+
+
+class NameByModule(ir.passes.InPlacePass):
+    """See the module's docstring."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Change ``model`` in place; see the module's docstring."""
+        graph = model.graph
+        outputs = {id(value) for value in graph.outputs}
+        scopes = {node: scope_of(node) for node in graph}
+        last = {scope: node for node, scope in scopes.items()}
+        parents = {scope.rpartition(".")[0] for scope in last}
+        seen: Counter[str] = Counter()
+        for node, scope in scopes.items():
+            base = f"{scope or 'vit'}/{node.op_type}"
+            node.name = base if not seen[base] else f"{base}_{seen[base]}"
+            seen[base] += 1
+            leaf = scope and scope not in parents and last[scope] is node
+            for index, output in enumerate(node.outputs):
+                if id(output) not in outputs:
+                    name = scope if leaf else node.name
+                    output.name = name if len(node.outputs) == 1 else f"{name}:{index}"
+            self._name_constants(graph, node, scope)
+            node.metadata_props.clear()
+        return ir.passes.PassResult(model, modified=True)
+
+    @staticmethod
+    def _name_constants(graph: ir.Graph, node: ir.Node, scope: str) -> None:
+        for value in node.inputs:
+            if value is None or not value.is_initializer():
+                continue
+            if not (value.name or "").startswith(_ANONYMOUS):
+                continue
+            is_weight = node.op_type in ("MatMul", "Gemm") and len(value.shape or ()) == 2
+            taken = graph.initializers
+            name = f"{scope}.weight" if is_weight else f"{node.name}.constant"
+            if name not in taken and value.name in taken:
+                value.name = name

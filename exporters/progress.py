@@ -1,0 +1,30 @@
+"""How a long stage says where it is, without knowing who listens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+__all__ = ["SILENT", "Progress"]
+
+Advance = Callable[[int], None]
+
+
+class Progress(Protocol):
+    """Anything that shows the tasks of a stage; the command line shows bars on stderr."""
+
+    def task(self, text: str, total: int | None = None) -> AbstractContextManager[Advance]:
+        """Show ``text`` while the block runs; call the yielded function with units done.
+
+        ``total`` is the number of units, ``None`` where nobody can tell.
+        """
+
+
+class _Silent:
+    @contextmanager
+    def task(self, text: str, total: int | None = None) -> Iterator[Advance]:
+        yield lambda count: None
+
+
+SILENT: Progress = _Silent()
