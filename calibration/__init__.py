@@ -1,0 +1,1 @@
+"""Activation ranges from images, and INT8 written into the graph."""

@@ -1,0 +1,151 @@
+"""What is remembered of a Linear's input: per channel, exact extremes and a fixed histogram.
+
+A value's bin is read off its float32 bits: the exponent and the top three bits of the mantissa,
+eight bins an octave, 32 octaves from 2 ** -18 to 2 ** 14:
+
+    bin(x) = clip((bits(|x|) >> 20) - FIRST, 0, BINS - 1)
+
+No first pass has to find a range, the memory is the same for one image and for a million, and
+everything kept is a count, an integer sum, a minimum or a maximum, so that merging is exact: any
+order and any sharding of the images gives the same statistics, bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporters.errors import CalibrationError
+
+__all__ = ["BINS", "ChannelObserver", "ChannelStatistics", "bin_edges"]
+
+BINS = 256
+_MANTISSA_BITS = 3
+_SHIFT = 23 - _MANTISSA_BITS
+_LOWEST_EXPONENT = -18
+_FIRST = (127 + _LOWEST_EXPONENT) << _MANTISSA_BITS
+# Sums are kept as integers in units of 2 ** -24, below half a float32 ulp of any value over 1.
+_FIXED_POINT = float(1 << 24)
+
+
+def bin_edges() -> NDArray[np.float64]:
+    """The (BINS + 1,) lower edges of the bins of |x|; the first is 0."""
+    bits = (np.arange(BINS + 1, dtype=np.int64) + _FIRST) << _SHIFT
+    edges = bits.astype(np.int32).view(np.float32).astype(np.float64)
+    edges[0] = 0.0
+    return edges
+
+
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """What was observed of a tensor with C channels.
+
+    ``minimum`` and ``maximum`` (C,) float32 are over every token of every image; ``counts``
+    (C, BINS) int64 and ``total`` (C,) int64, the sum in units of 2 ** -24, are over the ``rows``
+    sampled tokens.
+    """
+
+    minimum: NDArray[np.float32]
+    maximum: NDArray[np.float32]
+    counts: NDArray[np.int64]
+    total: NDArray[np.int64]
+    rows: int
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return int(self.minimum.shape[0])
+
+    @property
+    def amax(self) -> NDArray[np.float32]:
+        """The largest |x| of each channel, (C,)."""
+        return np.maximum(np.abs(self.minimum), np.abs(self.maximum))
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """The mean of each channel over the sampled tokens, (C,)."""
+        return self.total / (_FIXED_POINT * max(self.rows, 1))
+
+    def merge(self, other: ChannelStatistics) -> ChannelStatistics:
+        """The statistics of both sets of images; exact, commutative and associative.
+
+        Raises:
+            CalibrationError: the numbers of channels differ.
+        """
+        if self.channels != other.channels:
+            raise CalibrationError(
+                f"cannot merge statistics of {self.channels} and {other.channels} channels"
+            )
+        return ChannelStatistics(
+            np.minimum(self.minimum, other.minimum),
+            np.maximum(self.maximum, other.maximum),
+            self.counts + other.counts,
+            self.total + other.total,
+            self.rows + other.rows,
+        )
+
+
+class ChannelObserver:
+    """Collects one tensor's statistics: ``collect`` any number of times, ``compute``, ``reset``."""
+
+    def __init__(self, name: str, channels: int) -> None:
+        self.name = name
+        self.channels = channels
+        self._offset = (np.arange(channels, dtype=np.int32) * BINS)[None, :]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._minimum = np.full(self.channels, np.inf, np.float32)
+        self._maximum = np.full(self.channels, -np.inf, np.float32)
+        self._counts = np.zeros(self.channels * BINS, np.int64)
+        self._total = np.zeros(self.channels, np.int64)
+        self._rows = 0
+
+    def collect(
+        self,
+        minimum: NDArray[np.float32],
+        maximum: NDArray[np.float32],
+        rows: NDArray[np.float32],
+        image: str = "",
+    ) -> None:
+        """Add one image: its extremes per channel (C,), and sampled tokens (K, C) float32.
+
+        Raises:
+            CalibrationError: NaN or inf, or another number of channels.
+        """
+        if minimum.shape != (self.channels,) or rows.shape[-1] != self.channels:
+            raise CalibrationError(
+                f"{self.name} has {self.channels} channels, got {minimum.shape} and {rows.shape}"
+            )
+        finite = np.isfinite(minimum).all() and np.isfinite(maximum).all()
+        if not (finite and np.isfinite(rows).all()):
+            raise CalibrationError(
+                f"{self.name} is NaN or infinite on {image or 'this image'}",
+                hint="the model overflows on it: check the image and the checkpoint",
+            )
+        self._minimum = np.minimum(self._minimum, minimum)
+        self._maximum = np.maximum(self._maximum, maximum)
+        bits = np.ascontiguousarray(rows).view(np.int32) & 0x7FFFFFFF
+        bins = np.clip((bits >> _SHIFT) - _FIRST, 0, BINS - 1) + self._offset
+        self._counts += np.bincount(bins.ravel(), minlength=self._counts.size)
+        self._total += np.rint(rows.astype(np.float64) * _FIXED_POINT).astype(np.int64).sum(axis=0)
+        self._rows += rows.shape[0]
+
+    def compute(self) -> ChannelStatistics:
+        """The statistics so far.
+
+        Raises:
+            CalibrationError: nothing was collected.
+        """
+        if not self._rows:
+            raise CalibrationError(f"{self.name} has seen no image")
+        return ChannelStatistics(
+            self._minimum.copy(),
+            self._maximum.copy(),
+            self._counts.reshape(self.channels, BINS).copy(),
+            self._total.copy(),
+            self._rows,
+        )

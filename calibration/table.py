@@ -1,0 +1,142 @@
+"""``calibration.json``: the statistics of a model's activations on named images, sealed.
+
+The file holds everything that quantisation needs, and the names and hashes of the images that it
+came from.  ``seal`` is the SHA-256 of the rest, so that a table which was cut short or edited by
+hand is refused rather than believed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from calibration.observers import BINS, ChannelStatistics
+from exporters.artifact import Preprocess, from_json, to_json
+from exporters.errors import ArtifactError, CalibrationError
+from exporters.files import file_errors, write_atomic
+
+__all__ = ["CalibrationImageRecord", "CalibrationTable", "load_table", "save_table"]
+
+
+@dataclass(frozen=True)
+class CalibrationImageRecord:
+    """An image that was used: its path inside the data folder, and the SHA-256 of its bytes."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class PackedStatistics:
+    """:class:`ChannelStatistics` as JSON can carry it: little-endian arrays, zlib, base64."""
+
+    channels: int
+    rows: int
+    amax: float
+    extremes: bytes
+    counts: bytes
+    total: bytes
+
+
+@dataclass(frozen=True)
+class CalibrationTable:
+    """Statistics by Linear name (``blocks.7.mlp.fc2``), and what they were collected from.
+
+    ``source_graph`` is the SHA-256 of the FP32 graph; ``weights`` the identity of its checkpoint.
+    """
+
+    model: str
+    weights: str
+    source_graph: str
+    preprocess: Preprocess
+    images: tuple[CalibrationImageRecord, ...]
+    statistics: dict[str, PackedStatistics]
+    seal: str = ""
+    schema: int = 1
+
+    def of(self, name: str) -> ChannelStatistics:
+        """The statistics of one Linear's input.
+
+        Raises:
+            CalibrationError: the table has no such Linear.
+        """
+        if name not in self.statistics:
+            raise CalibrationError(
+                f"the calibration has nothing about {name}", hint="calibrate this model again"
+            )
+        return unpack(self.statistics[name])
+
+
+def pack(statistics: ChannelStatistics) -> PackedStatistics:
+    """Make statistics fit for JSON; the same statistics give the same bytes."""
+    extremes = np.stack([statistics.minimum, statistics.maximum]).astype("<f4")
+    return PackedStatistics(
+        channels=statistics.channels,
+        rows=statistics.rows,
+        amax=float(statistics.amax.max()),
+        extremes=zlib.compress(extremes.tobytes()),
+        counts=zlib.compress(statistics.counts.astype("<i8").tobytes()),
+        total=zlib.compress(statistics.total.astype("<i8").tobytes()),
+    )
+
+
+def unpack(packed: PackedStatistics) -> ChannelStatistics:
+    """The inverse of :func:`pack`.
+
+    Raises:
+        CalibrationError: the bytes are not the arrays they should be.
+    """
+    channels = packed.channels
+    try:
+        extremes = np.frombuffer(zlib.decompress(packed.extremes), "<f4").reshape(2, channels)
+        counts = np.frombuffer(zlib.decompress(packed.counts), "<i8").reshape(channels, BINS)
+        total = np.frombuffer(zlib.decompress(packed.total), "<i8").reshape(channels)
+    except (zlib.error, ValueError) as error:
+        raise CalibrationError(
+            f"the calibration's statistics are damaged: {error}", hint="calibrate again"
+        ) from error
+    return ChannelStatistics(
+        extremes[0].astype(np.float32),
+        extremes[1].astype(np.float32),
+        counts.astype(np.int64),
+        total.astype(np.int64),
+        packed.rows,
+    )
+
+
+def _seal(table: CalibrationTable) -> str:
+    return hashlib.sha256(msgspec.json.encode(replace(table, seal=""))).hexdigest()
+
+
+def save_table(table: CalibrationTable, path: Path) -> CalibrationTable:
+    """Seal a table and write it.
+
+    Raises:
+        FileError: no permission, no space.
+    """
+    sealed = replace(table, seal=_seal(table))
+    write_atomic(path, to_json(sealed))
+    return sealed
+
+
+def load_table(path: Path) -> CalibrationTable:
+    """Read a table and hold it against its seal.
+
+    Raises:
+        FileError: it cannot be opened.
+        ArtifactError: it was cut short, edited, or written by a newer clipdeploy.
+    """
+    with file_errors("read", path):
+        data = path.read_bytes()
+    table = from_json(data, CalibrationTable, str(path))
+    if table.seal != _seal(table):
+        raise ArtifactError(
+            f"{path} does not match its own seal: it was edited or damaged",
+            hint="calibrate again",
+        )
+    return table
