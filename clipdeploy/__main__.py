@@ -1,0 +1,5 @@
+"""``python -m clipdeploy``."""
+
+from clipdeploy.cli.main import main
+
+main(prog_name="clipdeploy")

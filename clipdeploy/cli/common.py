@@ -1,0 +1,176 @@
+"""What every command shares: options, progress, results as JSON, errors in one line.
+
+Nothing here imports torch, onnx or TensorRT: ``--help`` has to answer at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import click
+
+from exporters.errors import ClipdeployError
+from exporters.progress import SILENT
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from clipdeploy.workspace import Workspace
+    from exporters.progress import Progress
+
+__all__ = [
+    "Context",
+    "data_option",
+    "emit",
+    "force_option",
+    "model_option",
+    "skip_unreadable_option",
+    "stage_command",
+]
+
+EXIT_VERIFICATION = 3
+EXIT_INTERRUPTED = 130
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Context:
+    """What a command knows beside its own options."""
+
+    def __init__(self, workspace: Path, *, as_json: bool, quiet: bool, debug: bool) -> None:
+        self._root = workspace
+        self.as_json = as_json
+        self.quiet = quiet
+        self.debug = debug
+
+    @functools.cached_property
+    def workspace(self) -> Workspace:
+        """The folder of artifacts."""
+        from clipdeploy.workspace import Workspace
+
+        return Workspace(self._root)
+
+    @functools.cached_property
+    def progress(self) -> Progress:
+        """Bars on stderr; silent with ``--quiet``."""
+        return SILENT if self.quiet else cast("Progress", RichProgress())
+
+    def note(self, text: str) -> None:
+        """A line for the person at the terminal, on stderr."""
+        if not self.quiet:
+            click.echo(text, err=True)
+
+    def model(self, name: str | None) -> str:
+        """The model asked for, else the workspace's last one, which is said."""
+        from clipdeploy import zoo
+
+        if name:
+            return zoo.find(name).name
+        last = self.workspace.last_model()
+        self.note(f"model: {last} (the last one of {self._root})")
+        return last
+
+
+class RichProgress:
+    """:class:`exporters.progress.Progress` as bars, or as a line a task where nobody watches."""
+
+    @contextmanager
+    def task(self, text: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        """See :class:`exporters.progress.Progress`."""
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        console = Console(stderr=True)
+        if not console.is_terminal:
+            console.print(f"{text} ...", highlight=False, markup=False)
+            yield lambda count: None
+            return
+        counted = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) if total else ()
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), *counted, TimeElapsedColumn())
+        with Progress(*columns, console=console) as bars:
+            task = bars.add_task(text, total=total)
+            yield lambda count: bars.advance(task, count)
+            bars.update(task, total=total or 1, completed=total or 1)
+
+
+def _fail(error: ClipdeployError, *, debug: bool) -> int:
+    if debug:
+        raise error
+    click.echo(f"error: {error}", err=True)
+    return error.exit_code
+
+
+def stage_command(function: F) -> F:
+    """Add the shared options to a command and turn its errors into one line and an exit code."""
+
+    @click.option(
+        "--workspace",
+        type=click.Path(path_type=Path, file_okay=False),
+        default=Path("artifacts"),
+        show_default=True,
+        help="Folder of the artifacts.",
+    )
+    @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+    @click.option("--quiet", is_flag=True, help="No progress and no notes.")
+    @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+    @functools.wraps(function)
+    def command(
+        *args: Any, workspace: Path, as_json: bool, quiet: bool, debug: bool, **options: Any
+    ) -> None:
+        context = Context(workspace, as_json=as_json, quiet=quiet, debug=debug)
+        try:
+            status = function(context, *args, **options)
+        except ClipdeployError as error:
+            status = _fail(error, debug=debug)
+        except KeyboardInterrupt:
+            click.echo("interrupted; run the same command again to go on", err=True)
+            status = EXIT_INTERRUPTED
+        except BrokenPipeError:
+            # The reader of our output has gone, as with `| head`: nothing is left to say.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            status = 0
+        sys.exit(status or 0)
+
+    return cast(F, command)
+
+
+def emit(context: Context, result: object, render: Callable[[], RenderableType]) -> None:
+    """Print a result on stdout: as JSON with ``--json``, else as ``render`` shows it."""
+    if context.as_json:
+        from exporters.artifact import to_json
+
+        click.echo(to_json(result).decode())
+        return
+    shown = render()
+    if isinstance(shown, str):
+        click.echo(shown)
+        return
+    from rich.console import Console
+
+    Console().print(shown)
+
+
+model_option = click.option("--model", help="Model name or alias; the last one if left out.")
+force_option = click.option("--force", is_flag=True, help="Do it again even if nothing changed.")
+skip_unreadable_option = click.option(
+    "--skip-unreadable", is_flag=True, help="Leave out images that cannot be read, and name them."
+)
+
+
+def data_option(text: str, *, required: bool = True) -> Callable[[F], F]:
+    """``--data``, a folder or zip of images."""
+    return click.option("--data", type=click.Path(path_type=Path), required=required, help=text)

@@ -1,0 +1,35 @@
+"""``clipdeploy``: the group of commands."""
+
+from __future__ import annotations
+
+import click
+
+from clipdeploy import __version__
+from clipdeploy.cli.build import build_engine
+from clipdeploy.cli.calibrate import calibrate
+from clipdeploy.cli.demo import demo
+from clipdeploy.cli.export import export
+from clipdeploy.cli.inspect import inspect
+from clipdeploy.cli.quantize import quantize
+from clipdeploy.cli.verify import verify
+from clipdeploy.cli.zoo import zoo
+
+__all__ = ["main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """CLIP-pretrained ViT classifiers from a PyTorch checkpoint to a proven TensorRT engine.
+
+    \b
+    clipdeploy export --model clip-vit-base-p16
+    clipdeploy build-engine --int8 --data CALIBRATION_IMAGES
+    clipdeploy verify --data IMAGENET_VAL
+
+    Exit codes: 0 good, 1 error, 2 usage, 3 verification failed, 130 interrupted.
+    """
+
+
+for command in (zoo, export, calibrate, quantize, build_engine, verify, inspect, demo):
+    main.add_command(command)

@@ -1,0 +1,77 @@
+"""``clipdeploy verify``: the verdict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from clipdeploy.cli.common import (
+    EXIT_VERIFICATION,
+    Context,
+    data_option,
+    emit,
+    model_option,
+    skip_unreadable_option,
+    stage_command,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from clipdeploy.verifier import Verification
+
+
+@click.command()
+@model_option
+@data_option("Labelled images: class folders, or a zip of them.")
+@click.option(
+    "--max-drop",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Percentage points of top-1 that an artifact may lose.",
+)
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="Only so many images, spread over the classes."
+)
+@click.option(
+    "--graphs-only", is_flag=True, help="Judge the ONNX graphs and leave the engines out."
+)
+@skip_unreadable_option
+@stage_command
+def verify(
+    context: Context,
+    model: str | None,
+    data: Path,
+    max_drop: float,
+    limit: int | None,
+    graphs_only: bool,
+    skip_unreadable: bool,
+) -> int:
+    """Judge every artifact of the model against PyTorch; exit 3 unless all of them pass."""
+    name = context.model(model)
+    from clipdeploy.pipeline import verify_model
+    from clipdeploy.verifier import VerifyConfig
+
+    result = verify_model(
+        context.workspace,
+        name,
+        data,
+        VerifyConfig(max_drop, skip_unreadable=skip_unreadable),
+        limit=limit,
+        graphs_only=graphs_only,
+        progress=context.progress,
+    )
+    for skipped in result.skipped:
+        context.note(f"skipped, unreadable: {skipped}")
+    emit(context, result, lambda: render(result))
+    return 0 if result else EXIT_VERIFICATION
+
+
+def render(result: Verification) -> Group:
+    """The verdict as a terminal table."""
+    from clipdeploy.report import verification_table
+
+    return verification_table(result)

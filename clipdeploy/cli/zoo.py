@@ -1,0 +1,80 @@
+"""``clipdeploy zoo``: the model cards."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from clipdeploy.cli.common import Context, emit, stage_command
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from clipdeploy.zoo import ModelCard
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _table(cards: tuple[ModelCard, ...]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("model", overflow="fold")
+    for title in ("px", "patch", "params", "GMACs", "top-1", "top-5"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for card in cards:
+        table.add_row(
+            card.name,
+            str(card.image_size),
+            str(card.patch),
+            f"{card.params / 1e6:.2f} M",
+            f"{card.macs / 1e9:.2f}",
+            _percent(card.top1),
+            _percent(card.top5),
+        )
+    return table
+
+
+def _describe(card: ModelCard) -> str:
+    lines = [
+        card.name,
+        f"  also called   {', '.join(card.aliases)}",
+        f"  pretraining   {card.pretrain}",
+        f"  geometry      {card.image_size} px in {card.patch} px patches: {card.tokens} tokens, "
+        f"{card.depth} blocks of width {card.width}, {card.heads} heads, {card.classes} classes",
+        f"  size          {card.params / 1e6:.2f} M parameters, {card.macs / 1e9:.2f} GMACs",
+        f"  published     top-1 {_percent(card.top1)} %, top-5 {_percent(card.top5)} %",
+        f"  weights       {card.url or 'shipped with clipdeploy'}",
+    ]
+    return "\n".join(lines)
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def zoo(ctx: click.Context) -> None:
+    """List the models; `zoo show NAME` tells more about one."""
+    if ctx.invoked_subcommand is None:
+        ctx.invoke(list_cards)
+
+
+@zoo.command("list")
+@stage_command
+def list_cards(context: Context) -> None:
+    """Every model: geometry, size, published accuracy."""
+    from clipdeploy.zoo import cards
+
+    emit(context, cards(), lambda: _table(cards()))
+
+
+@zoo.command()
+@click.argument("name")
+@stage_command
+def show(context: Context, name: str) -> None:
+    """One model, by name, timm name or alias."""
+    from clipdeploy.zoo import find
+
+    card = find(name)
+    emit(context, card, lambda: _describe(card))

@@ -1,0 +1,57 @@
+"""The whole pipeline on the demo card and its real images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from clipdeploy import zoo
+from clipdeploy.builder import EngineArtifact
+from clipdeploy.device import gpus
+from clipdeploy.pipeline import build_model, export_model, verify_model
+from clipdeploy.verifier import Verification
+from clipdeploy.workspace import PRECISIONS, Workspace
+from exporters.graphs import GraphArtifact
+from exporters.progress import SILENT, Progress
+
+__all__ = ["DemoResult", "run_demo"]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo made, and the verdict on it.
+
+    ``engines_executed`` is False where there is no GPU: then the verdict is on the very graphs
+    that the engines were compiled from, run by ONNX Runtime.
+    """
+
+    graph: GraphArtifact
+    engines: tuple[EngineArtifact, ...]
+    verification: Verification
+    engines_executed: bool
+
+
+def run_demo(
+    workspace: Workspace, *, force: bool = False, progress: Progress = SILENT
+) -> DemoResult:
+    """Export, calibrate, quantise, build FP32, FP16 and INT8 engines, verify on held-out digits.
+
+    Raises:
+        ClipdeployError: a stage failed.
+    """
+    graph = export_model(workspace, zoo.DEMO, force=force, progress=progress)
+    engines = tuple(
+        build_model(
+            workspace,
+            zoo.DEMO,
+            precision,
+            data=zoo.demo_file("calibration.zip"),
+            force=force,
+            progress=progress,
+        )
+        for precision in PRECISIONS
+    )
+    executed = bool(gpus())
+    verification = verify_model(
+        workspace, zoo.DEMO, zoo.demo_file("test.zip"), graphs_only=not executed, progress=progress
+    )
+    return DemoResult(graph, engines, verification, executed)

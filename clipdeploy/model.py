@@ -1,0 +1,181 @@
+"""A model card and weights -> the PyTorch model that everything else is judged against."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clipdeploy import zoo
+from clipdeploy.checkpoints import (
+    Checkpoint,
+    expected_shapes,
+    read_checkpoint,
+    resize_position_grid,
+    validate,
+)
+from clipdeploy.vit import VisionTransformer, ViTConfig
+from clipdeploy.zoo import ModelCard
+from exporters.artifact import Recipe, WeightsOrigin
+from exporters.errors import ArtifactError, CheckpointError
+
+__all__ = ["LoadedModel", "WeightsChoice", "load_model", "random_tensors", "reload_model"]
+
+_TRAINED_EPS = 1e-5
+_MMPRETRAIN_EPS = 1e-6
+_MMPRETRAIN_IMAGE = 224
+
+
+@dataclass(frozen=True)
+class WeightsChoice:
+    """Which weights the user asked for: a checkpoint file, a random seed, or the card's own."""
+
+    checkpoint: Path | None = None
+    random_seed: int | None = None
+    resize_position: bool = False
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """The reference: a float32 module in evaluation mode, and where its weights came from."""
+
+    card: ModelCard
+    module: VisionTransformer
+    weights: WeightsOrigin
+    recipe: Recipe
+
+
+def _config(card: ModelCard, recipe: Recipe, classes: int) -> ViTConfig:
+    return ViTConfig(
+        patch=card.patch,
+        image_size=card.image_size,
+        classes=classes,
+        width=card.width,
+        depth=card.depth,
+        heads=card.heads,
+        eps=_TRAINED_EPS if recipe.numerics == "trained" else _MMPRETRAIN_EPS,
+    )
+
+
+def random_tensors(config: ViTConfig, seed: int) -> dict[str, Tensor]:
+    """Weights of trained scale under canonical names, the same for the same seed everywhere.
+
+    Linear weights are normal with standard deviation fan_in ** -0.5, norm gains spread around 1
+    and biases around 0: the logits' spread (about 1.5) and their sensitivity to GELU, LayerNorm
+    and position errors are those of trained weights, not of a std-0.02 initialisation.
+    """
+    tensors = {}
+    for name, shape in expected_shapes(config).items():
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        noise = torch.randn(shape, generator=generator)
+        if name.endswith("bias"):
+            tensors[name] = noise * 0.1
+        elif "norm" in name:
+            tensors[name] = 1 + noise * 0.2
+        elif name in ("cls_token", "pos_embed"):
+            tensors[name] = noise * 0.3
+        elif name == "head.weight":
+            tensors[name] = noise * 1.5 * shape[1] ** -0.5
+        else:
+            fan_in = noise[0].numel()
+            tensors[name] = noise * fan_in**-0.5
+    return tensors
+
+
+def _state_dict(tensors: dict[str, Tensor], card: ModelCard, recipe: Recipe) -> dict[str, Tensor]:
+    position = tensors["pos_embed"]
+    trained_grid = _MMPRETRAIN_IMAGE // card.patch
+    grid = card.image_size // card.patch
+    if recipe.numerics == "as-shipped" and card.image_size > _MMPRETRAIN_IMAGE:
+        # mmpretrain's 384/448 configs never set img_size: loading shrinks the grid, forward
+        # stretches it back.
+        position = resize_position_grid(resize_position_grid(position, trained_grid), grid)
+    folded = position.clone()
+    folded[:, :1] += tensors["cls_token"]
+    renamed = {"position": folded, "patch_embed.weight": tensors["patch_embed.proj.weight"]}
+    dropped = ("cls_token", "pos_embed", "patch_embed.proj.weight")
+    return renamed | {name: value for name, value in tensors.items() if name not in dropped}
+
+
+def _assemble(
+    tensors: dict[str, Tensor], config: ViTConfig, card: ModelCard, recipe: Recipe
+) -> VisionTransformer:
+    with torch.device("meta"):
+        module = VisionTransformer(config)
+    module.load_state_dict(_state_dict(tensors, card, recipe), assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def _fit_position(checkpoint: Checkpoint, config: ViTConfig, choice: WeightsChoice) -> Checkpoint:
+    position = checkpoint.tensors.get("pos_embed")
+    if position is None or position.ndim != 3 or position.shape[1] == config.tokens:
+        return checkpoint
+    side = round((position.shape[1] - 1) ** 0.5)
+    if side * side + 1 != position.shape[1]:
+        return checkpoint
+    if not choice.resize_position:
+        raise CheckpointError(
+            f"{checkpoint.path} has a {side}x{side} position grid, "
+            f"the model a {config.grid}x{config.grid} one",
+            hint="choose the model of the checkpoint's image size, or pass --resize-pos-embed",
+        )
+    resized = checkpoint.tensors | {"pos_embed": resize_position_grid(position, config.grid)}
+    return replace(checkpoint, tensors=resized)
+
+
+def load_model(card: ModelCard, choice: WeightsChoice, recipe: Recipe) -> LoadedModel:
+    """Build the reference model of ``card``.
+
+    Raises:
+        CheckpointError: the weights cannot be had, cannot be read, or do not fit the card.
+        FileError: the checkpoint file cannot be opened.
+    """
+    if choice.random_seed is not None:
+        config = _config(card, recipe, card.classes)
+        module = _assemble(random_tensors(config, choice.random_seed), config, card, recipe)
+        return LoadedModel(card, module, WeightsOrigin("random", seed=choice.random_seed), recipe)
+    checkpoint = read_checkpoint(choice.checkpoint or _own_checkpoint(card))
+    config = _config(card, recipe, checkpoint.classes or card.classes)
+    checkpoint = _fit_position(checkpoint, config, choice)
+    validate(checkpoint, config, card.name)
+    origin = WeightsOrigin(
+        "file", str(checkpoint.path.resolve()), checkpoint.sha256, layout=checkpoint.layout
+    )
+    return LoadedModel(card, _assemble(checkpoint.tensors, config, card, recipe), origin, recipe)
+
+
+def _own_checkpoint(card: ModelCard) -> Path:
+    if card.name == zoo.DEMO:
+        return zoo.demo_file("weights.safetensors")
+    from clipdeploy.download import fetch
+
+    return fetch(card)
+
+
+def reload_model(
+    card: ModelCard, weights: WeightsOrigin, recipe: Recipe, *, resize_position: bool = False
+) -> LoadedModel:
+    """The model an artifact was made from, again, from what its passport says.
+
+    Raises:
+        ArtifactError: the checkpoint is gone or is no longer the one the artifact was made from.
+    """
+    if weights.kind == "random":
+        return load_model(card, WeightsChoice(random_seed=weights.seed), recipe)
+    path = Path(weights.path)
+    if not path.is_file():
+        raise ArtifactError(
+            f"the checkpoint behind this artifact is gone: {path}",
+            hint="put it back, or export again with --checkpoint",
+        )
+    model = load_model(card, WeightsChoice(path, resize_position=resize_position), recipe)
+    if model.weights.sha256 != weights.sha256:
+        raise ArtifactError(
+            f"{path} has changed since the artifact was made from it",
+            hint="export again, so that the reference and the artifact share their weights",
+        )
+    return model

@@ -1,0 +1,323 @@
+"""The stages over a workspace: zoo -> export -> calibrate -> quantize -> build -> verify.
+
+Each function is one command's work: it looks whether the artifact is already there and made from
+the same inputs with the same settings, makes it if not, and returns what it made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from calibration.collect import CalibrationImage, collect
+from calibration.policy import Placement, find_linears, place
+from calibration.qdq import QuantizeConfig, QuantizedGraph, quantize
+from calibration.table import CalibrationImageRecord, CalibrationTable, load_table, save_table
+from clipdeploy import zoo
+from clipdeploy.builder import BuildConfig, EngineArtifact, build_engine
+from clipdeploy.datasets import ImageFolder, Skipped, iter_crops, open_images, select
+from clipdeploy.model import LoadedModel, WeightsChoice, load_model, reload_model
+from clipdeploy.passport import library_versions, load_engine_passport, passport_path
+from clipdeploy.preprocess import normalise
+from clipdeploy.verifier import Target, Verification, VerifyConfig, verify_targets
+from clipdeploy.workspace import PRECISIONS, Workspace
+from exporters.artifact import Passport, Precision, Preprocess, Recipe, TensorSpec
+from exporters.checks import PARITY_BATCHES
+from exporters.errors import ArtifactError, UsageError
+from exporters.files import sha256_file
+from exporters.graphs import GraphArtifact, existing_graph, load_graph, read_passport
+from exporters.onnx import ExportConfig, export_graph
+from exporters.precision import Fp16Config, convert_to_fp16
+from exporters.progress import SILENT, Progress
+
+__all__ = [
+    "CalibrateConfig",
+    "CalibrationArtifact",
+    "build_model",
+    "calibrate_model",
+    "export_model",
+    "quantize_model",
+    "verify_model",
+]
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """``images``: how many, ``None`` for all up to 512; ``seed`` draws them."""
+
+    images: int | None = None
+    seed: int = 0
+    skip_unreadable: bool = False
+
+
+DEFAULT_IMAGES = 512
+
+
+@dataclass(frozen=True)
+class CalibrationArtifact:
+    """The table, where it lies, and the images that were skipped."""
+
+    path: Path
+    table: CalibrationTable
+    skipped: tuple[str, ...]
+    changed: bool
+
+
+def _passport(model: LoadedModel) -> Passport:
+    size = model.card.image_size
+    classes = model.module.config.classes
+    names = tuple(name for name, _ in zoo.class_names(model.card))
+    return Passport(
+        kind="graph",
+        model=model.card.name,
+        precision="fp32",
+        weights=model.weights,
+        recipe=model.recipe,
+        preprocess=model.card.preprocess(model.recipe),
+        input=TensorSpec("image", "float32", ("batch", 3, size, size)),
+        output=TensorSpec("logits", "float32", ("batch", classes)),
+        classes=classes,
+        class_names=names if len(names) == classes else (),
+        versions=library_versions(),
+    )
+
+
+def sample_images(spec: Preprocess) -> NDArray[np.float32]:
+    """Seven real images for the parity check, float32 (7, 3, S, S): the demo card's digits."""
+    digits = select(open_images(zoo.demo_file("calibration.zip")), max(PARITY_BATCHES), seed=0)
+    crops = [crop.pixels for crop in iter_crops(digits, spec)]
+    return normalise(np.stack(crops), spec)
+
+
+def export_model(
+    workspace: Workspace,
+    name: str,
+    weights: WeightsChoice = WeightsChoice(),
+    recipe: Recipe = Recipe(),
+    config: ExportConfig = ExportConfig(),
+    *,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> GraphArtifact:
+    """Checkpoint -> checked FP32 graph in the workspace.
+
+    Raises:
+        ClipdeployError: see :mod:`exporters.errors`; nothing is left behind.
+    """
+    card = zoo.find(name)
+    with progress.task(f"load {card.name}"):
+        model = load_model(card, weights, recipe)
+    passport = _passport(model)
+    path = workspace.graph(card.name, "fp32")
+    settings = msgspec.to_builtins(config)
+    if not force and (found := existing_graph(path)):
+        old = found.passport
+        same = (old.weights.identity, old.recipe, old.settings, old.versions) == (
+            passport.weights.identity,
+            recipe,
+            settings,
+            passport.versions,
+        )
+        if same:
+            workspace.remember(card.name)
+            return found
+    artifact = export_graph(
+        model.module, path, passport, sample_images(passport.preprocess), config, progress
+    )
+    workspace.remember(card.name)
+    return artifact
+
+
+def _source_graph(workspace: Workspace, model: str) -> tuple[Path, Passport]:
+    path = workspace.graph(model, "fp32")
+    if not path.exists():
+        raise UsageError(
+            f"{model} has not been exported in {workspace.root}",
+            hint=f"clipdeploy export --model {model}",
+        )
+    return path, read_passport(path)
+
+
+def _calibration_images(
+    images: ImageFolder, spec: Preprocess, skipped: Skipped | None
+) -> Iterator[CalibrationImage]:
+    for crop in iter_crops(images, spec, skipped=skipped):
+        pixels = normalise(crop.pixels[None], spec)[0]
+        yield CalibrationImage(crop.entry.name, crop.sha256, pixels)
+
+
+def calibrate_model(
+    workspace: Workspace,
+    model: str,
+    data: Path,
+    config: CalibrateConfig = CalibrateConfig(),
+    *,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> CalibrationArtifact:
+    """Images -> ``calibration.json``.
+
+    Raises:
+        ClipdeployError: see :mod:`exporters.errors`.
+    """
+    graph, passport = _source_graph(workspace, model)
+    everything = open_images(data)
+    count = config.images or min(len(everything.entries), DEFAULT_IMAGES)
+    chosen = select(everything, count, config.seed)
+    path = workspace.calibration(model)
+    if not force and path.exists():
+        table = load_table(path)
+        if table.source_graph == sha256_file(graph) and table.images == _records(chosen):
+            return CalibrationArtifact(path, table, (), changed=False)
+    skipped = Skipped() if config.skip_unreadable else None
+    images = _calibration_images(chosen, passport.preprocess, skipped)
+    table = save_table(collect(graph, images, count, progress), path)
+    return CalibrationArtifact(path, table, tuple(skipped.names if skipped else ()), changed=True)
+
+
+def _records(images: ImageFolder) -> tuple[CalibrationImageRecord, ...]:
+    reader = images.reader()
+    try:
+        return tuple(
+            CalibrationImageRecord(entry.name, hashlib.sha256(reader.read(entry.name)).hexdigest())
+            for entry in images.entries
+        )
+    finally:
+        reader.close()
+
+
+def quantize_model(
+    workspace: Workspace,
+    model: str,
+    config: QuantizeConfig = QuantizeConfig(),
+    *,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> QuantizedGraph:
+    """FP32 graph and calibration -> INT8 graph.
+
+    Raises:
+        ClipdeployError: see :mod:`exporters.errors`.
+    """
+    source, _ = _source_graph(workspace, model)
+    calibration = workspace.calibration(model)
+    if not calibration.exists():
+        raise UsageError(
+            f"{model} has not been calibrated in {workspace.root}",
+            hint="clipdeploy calibrate --data CALIBRATION_IMAGES",
+        )
+    target = workspace.graph(model, "int8")
+    parents = {"source_graph": sha256_file(source), "calibration": sha256_file(calibration)}
+    if not force and (found := existing_graph(target)):
+        settings = found.passport.settings
+        asked = msgspec.to_builtins(config)
+        if found.passport.parents == parents and settings.items() >= asked.items():
+            return QuantizedGraph(found, _placement(source, config))
+    with progress.task(f"quantise {model}"):
+        return quantize(source, calibration, target, config)
+
+
+def _placement(source: Path, config: QuantizeConfig) -> Placement:
+    return place(find_linears(load_graph(source)), config.exclude)
+
+
+def _fp16(workspace: Workspace, model: str, *, force: bool, progress: Progress) -> GraphArtifact:
+    source, _ = _source_graph(workspace, model)
+    target = workspace.graph(model, "fp16")
+    parents = {"source_graph": sha256_file(source)}
+    if not force and (found := existing_graph(target)) and found.passport.parents == parents:
+        return found
+    with progress.task(f"convert {model} to FP16"):
+        return convert_to_fp16(source, target, Fp16Config())
+
+
+def build_model(
+    workspace: Workspace,
+    model: str,
+    precision: Precision,
+    config: BuildConfig = BuildConfig(),
+    *,
+    data: Path | None = None,
+    calibrate: CalibrateConfig = CalibrateConfig(),
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> EngineArtifact:
+    """Graph -> engine; calibration and quantisation first where they are due.
+
+    Raises:
+        ClipdeployError: see :mod:`exporters.errors`.
+    """
+    _source_graph(workspace, model)
+    if precision == "int8":
+        if data is not None:
+            calibrate_model(workspace, model, data, calibrate, force=force, progress=progress)
+        quantize_model(workspace, model, force=force, progress=progress)
+    elif precision == "fp16":
+        _fp16(workspace, model, force=force, progress=progress)
+    return build_engine(
+        workspace.graph(model, precision),
+        workspace.engine(model, precision),
+        config,
+        force=force,
+        progress=progress,
+    )
+
+
+def _targets(workspace: Workspace, model: str, *, graphs_only: bool) -> list[Target]:
+    targets = []
+    for precision in PRECISIONS:
+        graph = workspace.graph(model, precision)
+        if graph.exists():
+            targets.append(Target(graph, "graph", read_passport(graph)))
+        engine = workspace.engine(model, precision)
+        if engine.exists() and passport_path(engine).exists() and not graphs_only:
+            passport = load_engine_passport(engine)
+            targets.append(Target(engine, "engine", passport.graph, graph))
+    return targets
+
+
+def _same_origin(targets: list[Target]) -> None:
+    first = targets[0].passport
+    for target in targets[1:]:
+        if (target.passport.weights, target.passport.preprocess) != (
+            first.weights,
+            first.preprocess,
+        ):
+            raise ArtifactError(
+                f"{target.path} was made from other weights or settings than {targets[0].path}",
+                hint="build it again with build-engine",
+            )
+
+
+def verify_model(
+    workspace: Workspace,
+    model: str,
+    data: Path,
+    config: VerifyConfig = VerifyConfig(),
+    *,
+    limit: int | None = None,
+    graphs_only: bool = False,
+    progress: Progress = SILENT,
+) -> Verification:
+    """Every artifact of ``model`` against PyTorch on labelled images.
+
+    Raises:
+        ClipdeployError: see :mod:`exporters.errors`.
+    """
+    _, passport = _source_graph(workspace, model)
+    targets = _targets(workspace, model, graphs_only=graphs_only)
+    _same_origin(targets)
+    random_weights = passport.weights.kind == "random"
+    # Labels mean nothing to random weights: any folder of images will do.
+    images = open_images(data, () if random_weights else passport.class_names)
+    if limit is not None:
+        images = select(images, limit, seed=0)
+    with progress.task(f"load {model} in PyTorch"):
+        reference = reload_model(zoo.find(model), passport.weights, passport.recipe)
+    return verify_targets(reference, targets, images, config, progress)

@@ -1,0 +1,107 @@
+"""From an image file to the network's input, exactly as behind the published accuracy.
+
+    decode -> upright -> RGB uint8 -> resize (Pillow bicubic on uint8) -> centre crop
+    x = (crop / 255 - mean) / std,   HWC -> CHW
+
+Resize: the short edge becomes S / crop_pct, the long edge int(S * long / short); the crop's offset
+is int(round((edge - S) / 2)), halves to even (335 -> 224 gives 56).  Source: mmpretrain 1.2
+``ResizeEdge``/``CenterCrop`` with the pillow backend, timm 1.0 ``transforms_factory.py``.
+
+What becomes of unusual images: grey and palette images are expanded to RGB, an alpha channel is
+dropped, CMYK is converted by Pillow, 16-bit samples keep their high byte (as OpenCV does), and an
+image smaller than the crop is enlarged.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from exporters.artifact import Preprocess
+from exporters.errors import DatasetError
+
+__all__ = ["crop_image", "decode", "load_crop", "normalise"]
+
+_SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in _SIXTEEN_BIT:
+        samples = np.asarray(image).astype(np.int64)
+        return Image.fromarray(np.clip(samples >> 8, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point samples have no agreed range")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def decode(data: bytes, name: str, *, exif_orientation: bool = True) -> Image.Image:
+    """Decode one image file's bytes to an upright RGB image.
+
+    Raises:
+        DatasetError: the bytes are no image, are cut short, or unpack to an absurd size.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image: Image.Image = Image.open(io.BytesIO(data))
+            image.load()
+        if exif_orientation:
+            image = ImageOps.exif_transpose(image)
+        return _to_rgb(image)
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:
+        reason = str(error).split(" <_io.")[0] or type(error).__name__
+        raise DatasetError(
+            f"cannot read the image {name}: {reason}",
+            hint="repair or remove it, or pass --skip-unreadable",
+        ) from error
+
+
+def crop_image(image: Image.Image, spec: Preprocess) -> NDArray[np.uint8]:
+    """Resize and centre-crop an RGB image to uint8 (S, S, 3), S being ``spec.size``."""
+    size = spec.size
+    target = math.floor(size / spec.crop_pct)
+    width, height = image.size
+    if spec.crop_mode == "squash":
+        new = (target, target)
+    elif width <= height:
+        new = (target, int(target * height / width))
+    else:
+        new = (int(target * width / height), target)
+    if new != image.size:
+        image = image.resize(new, Image.Resampling.BICUBIC)
+    left = int(round((new[0] - size) / 2.0))  # noqa: RUF046 - the formula, halves to even
+    top = int(round((new[1] - size) / 2.0))  # noqa: RUF046
+    return np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.uint8)
+
+
+def normalise(crops: NDArray[np.uint8], spec: Preprocess) -> NDArray[np.float32]:
+    """uint8 (B, S, S, 3) -> float32 (B, 3, S, S), ``(x / 255 - mean) / std`` per channel."""
+    scale = 1.0 / (255.0 * np.asarray(spec.std, np.float64))
+    offset = -np.asarray(spec.mean, np.float64) / np.asarray(spec.std, np.float64)
+    planar = np.ascontiguousarray(crops.transpose(0, 3, 1, 2)).astype(np.float32)
+    planar *= scale.astype(np.float32)[:, None, None]
+    planar += offset.astype(np.float32)[:, None, None]
+    return planar
+
+
+def load_crop(path: Path, spec: Preprocess) -> NDArray[np.uint8]:
+    """Read an image file as the uint8 (S, S, 3) crop that ``spec`` asks for."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DatasetError(f"cannot read the image {path}: {error.strerror}") from error
+    return crop_image(decode(data, str(path), exif_orientation=spec.exif_orientation), spec)

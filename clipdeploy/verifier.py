@@ -1,0 +1,190 @@
+"""Judge artifacts against PyTorch on the same images.
+
+It fails closed: an artifact that was not executed, random weights, images without labels and
+logits that are not finite can each only lose the verdict ``passed``, never gain it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from clipdeploy.datasets import Crop, ImageFolder, Skipped, iter_crops
+from clipdeploy.model import LoadedModel
+from clipdeploy.preprocess import normalise
+from clipdeploy.runners import EngineRunner, OnnxRunner, Runner, TorchRunner
+from clipdeploy.statistics import Fidelity, FidelityMeter
+from exporters.artifact import Passport, Precision, Preprocess
+from exporters.errors import EngineError
+from exporters.progress import SILENT, Progress
+
+__all__ = ["Row", "Target", "Verification", "VerifyConfig", "verify_targets"]
+
+Verdict = Literal["passed", "failed", "not judged", "not executed"]
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """``max_drop``: percentage points of top-1 that an artifact may lose."""
+
+    max_drop: float = 1.0
+    batch: int = 16
+    skip_unreadable: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """An artifact to judge; an engine names the graph it was compiled from."""
+
+    path: Path
+    kind: Literal["graph", "engine"]
+    passport: Passport
+    stand_in: Path | None = None
+
+    @property
+    def precision(self) -> Precision:
+        """The artifact's precision."""
+        return self.passport.precision
+
+
+@dataclass(frozen=True)
+class Row:
+    """One artifact's figures and verdict; ``reason`` is a sentence for every verdict."""
+
+    artifact: str
+    kind: str
+    precision: str
+    runner: str
+    verdict: Verdict
+    reason: str
+    fidelity: Fidelity | None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The result: ``passed`` only if every row is; use it as a truth value."""
+
+    model: str
+    data: str
+    images: int
+    labelled: bool
+    skipped: tuple[str, ...]
+    random_weights: bool
+    max_drop: float
+    rows: tuple[Row, ...]
+    passed: bool
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+
+def _open(target: Target) -> tuple[Runner | None, str]:
+    if target.kind == "graph":
+        return OnnxRunner(target.path), ""
+    try:
+        return EngineRunner(target.path), ""
+    except EngineError as error:
+        stand_in = f"; {target.stand_in.name} was scored in its place" if target.stand_in else ""
+        return None, f"{error.message}{stand_in}"
+
+
+def judge(fidelity: Fidelity, *, random_weights: bool, max_drop: float) -> tuple[Verdict, str]:
+    """The verdict on figures, and the sentence that explains it."""
+    if not fidelity.finite:
+        return "failed", "logits are NaN or infinite"
+    if random_weights:
+        return "not judged", "random weights: logits only, accuracy means nothing"
+    if fidelity.drop is None:
+        return "not judged", "images without labels: logits only"
+    text = f"top-1 drop {fidelity.drop:+.2f} points, {max_drop:.2f} allowed"
+    return ("passed", text) if fidelity.drop <= max_drop else ("failed", text)
+
+
+def _labels(crops: Sequence[Crop]) -> np.ndarray[tuple[int], np.dtype[np.int64]] | None:
+    labels = [crop.entry.label for crop in crops]
+    return None if None in labels else np.asarray(labels, np.int64)
+
+
+def _batches(
+    images: ImageFolder, spec: Preprocess, size: int, skipped: Skipped | None
+) -> Iterator[list[Crop]]:
+    batch: list[Crop] = []
+    for crop in iter_crops(images, spec, skipped=skipped):
+        batch.append(crop)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _row(
+    target: Target,
+    runner: Runner | None,
+    why_not: str,
+    meter: FidelityMeter,
+    reference: LoadedModel,
+    config: VerifyConfig,
+) -> Row:
+    what = (str(target.path), target.kind, target.precision)
+    if runner is None:
+        return Row(*what, "", "not executed", why_not, None)
+    fidelity = meter.result()
+    random_weights = reference.weights.kind == "random"
+    verdict, reason = judge(fidelity, random_weights=random_weights, max_drop=config.max_drop)
+    return Row(*what, runner.name, verdict, reason, fidelity)
+
+
+def verify_targets(
+    reference: LoadedModel,
+    targets: Sequence[Target],
+    images: ImageFolder,
+    config: VerifyConfig = VerifyConfig(),
+    progress: Progress = SILENT,
+) -> Verification:
+    """Run reference and artifacts over ``images`` and judge each artifact.
+
+    Raises:
+        DatasetError: an image that cannot be read, unless ``skip_unreadable``.
+        GraphError, ArtifactError: a graph that cannot be loaded or is not what it says.
+    """
+    opened = [(target, *_open(target)) for target in targets]
+    meters = {target.path: FidelityMeter() for target in targets}
+    skipped = Skipped()
+    spec = targets[0].passport.preprocess
+    runners = [(target, runner) for target, runner, _ in opened if runner is not None]
+    try:
+        with (
+            TorchRunner(reference.module) as torch_runner,
+            progress.task("verify", len(images.entries)) as advance,
+        ):
+            allowed = skipped if config.skip_unreadable else None
+            for batch in _batches(images, spec, config.batch, allowed):
+                pixels = normalise(np.stack([crop.pixels for crop in batch]), spec)
+                expected = torch_runner(pixels)
+                labels = _labels(batch) if images.labelled else None
+                for target, runner in runners:
+                    meters[target.path].add(runner(pixels), expected, labels)
+                advance(len(batch))
+    finally:
+        for _, runner in runners:
+            runner.close()
+    rows = [
+        _row(target, runner, why_not, meters[target.path], reference, config)
+        for target, runner, why_not in opened
+    ]
+    return Verification(
+        model=reference.card.name,
+        data=str(images.root),
+        images=len(images.entries) - len(skipped.names),
+        labelled=images.labelled,
+        skipped=tuple(skipped.names),
+        random_weights=reference.weights.kind == "random",
+        max_drop=config.max_drop,
+        rows=tuple(rows),
+        passed=bool(rows) and all(row.verdict == "passed" for row in rows),
+    )

@@ -1,0 +1,139 @@
+"""The CLIP-pretrained ViT classifier in plain PyTorch, written to be exported.
+
+    x = pad(conv(image)) + pos          class token folded into pos[0]
+    x = norm_pre(x)
+    x = x + attn(norm1(x)); x = x + mlp(norm2(x))     for every block
+    logits = head(norm(x[:, 0]))
+
+Two rearrangements keep the exported graph lean without changing the function:
+
+* The class token never meets a symbolic batch size.  The patch tokens are padded with one zero
+  token, and the class token is added where the position embedding is: 0 + (cls + pos[0]) is the
+  very float that concatenation gives.
+* The head reads only the class token, so the last block computes only that token's query,
+  projection and MLP; keys and values still come from every token.
+
+Layout and numerics: ``vision_transformer.py`` of timm 1.0 and of mmpretrain 1.2, which agree
+exactly at equal LayerNorm epsilon and native position grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["ViTConfig", "VisionTransformer"]
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Geometry and numerics of one classifier.
+
+    ``tokens`` counts the class token: a 224 px image in 16 px patches has 14 * 14 + 1 = 197.
+    """
+
+    patch: int
+    image_size: int
+    classes: int = 1000
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: int = 4
+    eps: float = 1e-5
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch
+
+    @property
+    def tokens(self) -> int:
+        """Sequence length, class token included."""
+        return self.grid**2 + 1
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: (B, N, C) -> (B, N, C), or (B, 1, C) for the class token only."""
+
+    def __init__(self, config: ViTConfig, *, class_token_only: bool) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.head_width = config.width // config.heads
+        self.class_token_only = class_token_only
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.proj = nn.Linear(config.width, config.width)
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        # A negative batch in the reshape keeps the batch size out of the graph.
+        return x.reshape(-1, x.shape[1], self.heads, self.head_width).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        if self.class_token_only:
+            query = query[:, :1]
+        q, k, v = (self._split_heads(part) for part in (query, key, value))
+        scores = (q * self.head_width**-0.5) @ k.transpose(-2, -1)
+        mixed = scores.softmax(dim=-1) @ v
+        mixed = mixed.transpose(1, 2).reshape(-1, query.shape[1], self.heads * self.head_width)
+        return self.proj(mixed)
+
+
+class Mlp(nn.Module):
+    """Linear, exact (erf) GELU, Linear: (B, N, C) -> (B, N, C)."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.width, config.mlp_ratio * config.width)
+        self.fc2 = nn.Linear(config.mlp_ratio * config.width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: ViTConfig, *, class_token_only: bool) -> None:
+        super().__init__()
+        self.class_token_only = class_token_only
+        self.norm1 = nn.LayerNorm(config.width, eps=config.eps)
+        self.attn = Attention(config, class_token_only=class_token_only)
+        self.norm2 = nn.LayerNorm(config.width, eps=config.eps)
+        self.mlp = Mlp(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x[:, :1] if self.class_token_only else x
+        x = residual + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionTransformer(nn.Module):
+    """Images (B, 3, S, S) float32, normalised -> logits (B, classes) float32.
+
+    Parameter names follow timm (``blocks.7.mlp.fc2.weight``).  ``position`` has shape
+    (1, tokens, width) and already holds the class token at index 0.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = nn.Conv2d(3, config.width, config.patch, config.patch, bias=False)
+        self.position = nn.Parameter(torch.zeros(1, config.tokens, config.width))
+        self.norm_pre = nn.LayerNorm(config.width, eps=config.eps)
+        self.blocks = nn.ModuleList(
+            Block(config, class_token_only=index == config.depth - 1)
+            for index in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(config.width, eps=config.eps)
+        self.head = nn.Linear(config.width, config.classes)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Images (B, 3, S, S) -> logits (B, classes)."""
+        patches = self.patch_embed(image).flatten(2).transpose(1, 2)
+        x = self.norm_pre(F.pad(patches, (0, 0, 1, 0)) + self.position)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x[:, 0]))

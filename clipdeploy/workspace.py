@@ -1,0 +1,82 @@
+"""Where the artifacts of each model lie, and which model was the last one.
+
+artifacts/
+  workspace.json                      the last model
+  clip-vit-demo/
+    clip-vit-demo.fp32.onnx           export
+    calibration.json                  calibrate
+    clip-vit-demo.fp16.onnx           build-engine --fp16
+    clip-vit-demo.int8.onnx           quantize
+    clip-vit-demo.int8.engine         build-engine
+    clip-vit-demo.int8.engine.json    its passport
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from exporters.artifact import Precision, from_json, to_json
+from exporters.errors import UsageError
+from exporters.files import file_errors, write_atomic
+
+__all__ = ["PRECISIONS", "Workspace"]
+
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+
+
+@dataclass(frozen=True)
+class _State:
+    last_model: str
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Paths under one folder; nothing is made before something is written."""
+
+    root: Path
+
+    def folder(self, model: str) -> Path:
+        """The folder of one model's artifacts."""
+        return self.root / model
+
+    def graph(self, model: str, precision: Precision) -> Path:
+        """The ONNX graph of one precision."""
+        return self.folder(model) / f"{model}.{precision}.onnx"
+
+    def engine(self, model: str, precision: Precision) -> Path:
+        """The TensorRT engine of one precision."""
+        return self.folder(model) / f"{model}.{precision}.engine"
+
+    def calibration(self, model: str) -> Path:
+        """The calibration table."""
+        return self.folder(model) / "calibration.json"
+
+    @property
+    def _state(self) -> Path:
+        return self.root / "workspace.json"
+
+    def remember(self, model: str) -> None:
+        """Make ``model`` the one that a command without ``--model`` takes.
+
+        Raises:
+            FileError: the workspace cannot be written.
+        """
+        if not self._state.exists() or self.last_model() != model:
+            write_atomic(self._state, to_json(_State(model)))
+
+    def last_model(self) -> str:
+        """The model of the last command that had one.
+
+        Raises:
+            UsageError: there is none yet.
+            ArtifactError: ``workspace.json`` is damaged.
+        """
+        if not self._state.exists():
+            raise UsageError(
+                f"no model in the workspace {self.root} yet",
+                hint="name one: clipdeploy export --model NAME",
+            )
+        with file_errors("read", self._state):
+            data = self._state.read_bytes()
+        return from_json(data, _State, str(self._state)).last_model

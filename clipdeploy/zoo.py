@@ -1,0 +1,172 @@
+"""The model cards: what a checkpoint is called, how it is shaped, what it scored.
+
+The facts are data: a row of ``data/zoo.csv`` is a card, and adding a checkpoint adds a row.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+from exporters.artifact import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess, Recipe
+from exporters.errors import UsageError
+
+__all__ = ["DEMO", "DOWNLOAD_ROOT", "ModelCard", "cards", "class_names", "find"]
+
+DOWNLOAD_ROOT = "https://download.openmmlab.com/mmclassification/v0/clip/"
+DEMO = "clip-vit-demo"
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """One checkpoint.
+
+    Accuracies are percent on the ImageNet-1k validation set (on its own test images for the demo
+    card), ``None`` where nobody published one.  ``params`` and ``macs`` count one image of
+    ``image_size`` pixels and were computed, not quoted.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    patch: int
+    image_size: int
+    pretrain: str
+    params: int
+    macs: int
+    top1: float | None
+    top5: float | None
+    file: str
+    sha256_prefix: str
+    timm_name: str
+    timm_crop_pct: float
+    timm_crop_mode: str
+    classes: int = 1000
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+
+    @property
+    def tokens(self) -> int:
+        """Sequence length, class token included."""
+        return (self.image_size // self.patch) ** 2 + 1
+
+    @property
+    def url(self) -> str:
+        """Where the weights are published; empty for the demo card, which ships its own."""
+        return DOWNLOAD_ROOT + self.file if self.file else ""
+
+    def preprocess(self, recipe: Recipe) -> Preprocess:
+        """What happens to an image before the network sees it, under ``recipe``."""
+        clip = recipe.numerics == "trained"
+        timm = recipe.resize == "timm"
+        return Preprocess(
+            size=self.image_size,
+            mean=CLIP_MEAN if clip else IMAGENET_MEAN,
+            std=CLIP_STD if clip else IMAGENET_STD,
+            crop_pct=self.timm_crop_pct if timm else 1.0,
+            crop_mode=self.timm_crop_mode if timm else "center",
+            # OpenCV, behind the published numbers, honours the EXIF orientation; timm does not.
+            exif_orientation=not timm,
+        )
+
+
+def _short_alias(patch: int, image_size: int) -> str:
+    suffix = "" if image_size == 224 else f"-{image_size}px"
+    return f"clip-vit-base-p{patch}{suffix}"
+
+
+def _read_rows(name: str) -> list[dict[str, str]]:
+    text = resources.files("clipdeploy").joinpath("data", name).read_text(encoding="utf-8")
+    return list(csv.DictReader(text.splitlines()))
+
+
+def _demo_card() -> ModelCard:
+    return ModelCard(
+        name=DEMO,
+        aliases=("demo",),
+        patch=4,
+        image_size=32,
+        pretrain="handwritten digits",
+        params=683_338,
+        macs=48_293_952,
+        top1=None,
+        top5=None,
+        file="",
+        sha256_prefix="",
+        timm_name="",
+        timm_crop_pct=1.0,
+        timm_crop_mode="center",
+        classes=10,
+        width=96,
+        depth=6,
+        heads=6,
+    )
+
+
+@cache
+def cards() -> tuple[ModelCard, ...]:
+    """All cards, in the order of the published table, the demo card last."""
+    rows = _read_rows("zoo.csv")
+    best: dict[str, dict[str, str]] = {}
+    for row in rows:
+        alias = _short_alias(int(row["patch"]), int(row["image_size"]))
+        if alias not in best or float(row["published_top1"]) > float(best[alias]["published_top1"]):
+            best[alias] = row
+    zoo = []
+    for row in rows:
+        alias = _short_alias(int(row["patch"]), int(row["image_size"]))
+        aliases = [row["timm_name"]] + ([alias] if best[alias] is row else [])
+        zoo.append(
+            ModelCard(
+                name=row["name"],
+                aliases=tuple(aliases),
+                patch=int(row["patch"]),
+                image_size=int(row["image_size"]),
+                pretrain=row["pretrain"],
+                params=int(row["true_params"]),
+                macs=int(row["true_macs"]),
+                top1=float(row["published_top1"]),
+                top5=float(row["published_top5"]),
+                file=row["file"],
+                sha256_prefix=row["sha256_prefix"],
+                timm_name=row["timm_name"],
+                timm_crop_pct=float(row["timm_crop_pct"]),
+                timm_crop_mode=row["timm_crop_mode"],
+            )
+        )
+    return (*zoo, _demo_card())
+
+
+def find(name: str) -> ModelCard:
+    """The card called ``name``, by its full name, its timm name or a short alias.
+
+    Raises:
+        UsageError: no card has that name; the nearest ones are in the hint.
+    """
+    known = {key: card for card in cards() for key in (card.name, *card.aliases)}
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    hint = f"nearest: {', '.join(near)}; " if near else ""
+    raise UsageError(f"no model is called {name!r}", hint=f"{hint}see `clipdeploy zoo`")
+
+
+@cache
+def _imagenet() -> tuple[tuple[str, str], ...]:
+    return tuple((row["wnid"], row["label"]) for row in _read_rows("imagenet_classes.csv"))
+
+
+def class_names(card: ModelCard) -> tuple[tuple[str, str], ...]:
+    """(folder name, label) of each class in logit order: wnids for ImageNet, else digits."""
+    if card.name == DEMO:
+        return tuple((str(digit), str(digit)) for digit in range(10))
+    return _imagenet()
+
+
+def demo_file(name: str) -> Path:
+    """The path of a file shipped with the demo card (``weights.safetensors``, ``test.zip`` ...)."""
+    return Path(str(resources.files("clipdeploy").joinpath("data", "demo", name)))
