@@ -12,7 +12,7 @@ and the same scales.  Biases stay floating point: TensorRT-RTX refuses an int32 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from calibration.policy import LinearSite, Placement, find_linears, place
 from calibration.table import CalibrationTable, load_table
-from exporters.artifact import Passport
+from exporters.artifact import Passport, settings_of
 from exporters.checks import check_structure
 from exporters.errors import ArtifactError, CalibrationError
 from exporters.files import sha256_file
@@ -175,7 +175,7 @@ def quantize(
         passport,
         precision="int8",
         parents={"source_graph": source_hash, "calibration": sha256_file(calibration)},
-        settings={**passport.settings, **asdict(config), "int8_linears": len(chosen)},
+        settings={**passport.settings, **settings_of(config), "int8_linears": len(chosen)},
     )
     check_structure(model, passport)
     return QuantizedGraph(save_graph(model, target, passport), placement)

@@ -120,7 +120,7 @@ def _load(path: Path) -> Any:
             hint="it is cut short, or holds objects that could run code: save its state dict "
             "alone, or as .safetensors",
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{path} cannot be read as a checkpoint: {reason}",

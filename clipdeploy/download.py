@@ -13,7 +13,7 @@ from clipdeploy.zoo import ModelCard
 from exporters.errors import CheckpointError
 from exporters.files import file_errors
 
-__all__ = ["cache_folder", "cached_file", "fetch"]
+__all__ = ["cache_folder", "cached_file", "fetch", "is_at_hand"]
 
 HOME_VARIABLE = "CLIPDEPLOY_HOME"
 OFFLINE_VARIABLE = "CLIPDEPLOY_OFFLINE"
@@ -30,6 +30,11 @@ def cache_folder() -> Path:
 def cached_file(card: ModelCard) -> Path:
     """Where a card's weights lie, or will lie, in the cache."""
     return cache_folder() / "checkpoints" / card.file
+
+
+def is_at_hand(card: ModelCard) -> bool:
+    """Whether the card's weights need no download: they ship with clipdeploy or are cached."""
+    return not card.file or cached_file(card).is_file()
 
 
 @contextlib.contextmanager

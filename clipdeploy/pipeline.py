@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,11 +22,18 @@ from clipdeploy import zoo
 from clipdeploy.builder import BuildConfig, EngineArtifact, build_engine
 from clipdeploy.datasets import ImageFolder, Skipped, iter_crops, open_images, select
 from clipdeploy.model import LoadedModel, WeightsChoice, load_model, reload_model
-from clipdeploy.passport import library_versions, load_engine_passport, passport_path
+from clipdeploy.passport import library_versions, load_engine_passport
 from clipdeploy.preprocess import normalise
 from clipdeploy.verifier import Target, Verification, VerifyConfig, verify_targets
 from clipdeploy.workspace import PRECISIONS, Workspace
-from exporters.artifact import Passport, Precision, Preprocess, Recipe, TensorSpec
+from exporters.artifact import (
+    Passport,
+    Precision,
+    Preprocess,
+    Recipe,
+    TensorSpec,
+    settings_of,
+)
 from exporters.checks import PARITY_BATCHES
 from exporters.errors import ArtifactError, UsageError
 from exporters.files import sha256_file
@@ -41,6 +47,7 @@ __all__ = [
     "CalibrationArtifact",
     "build_model",
     "calibrate_model",
+    "convert_model",
     "export_model",
     "quantize_model",
     "verify_model",
@@ -115,7 +122,7 @@ def export_model(
         model = load_model(card, weights, recipe)
     passport = _passport(model)
     path = workspace.graph(card.name, "fp32")
-    settings = msgspec.to_builtins(config)
+    settings = settings_of(config)
     if not force and (found := existing_graph(path)):
         old = found.passport
         same = (old.weights.identity, old.recipe, old.settings, old.versions) == (
@@ -216,7 +223,7 @@ def quantize_model(
     parents = {"source_graph": sha256_file(source), "calibration": sha256_file(calibration)}
     if not force and (found := existing_graph(target)):
         settings = found.passport.settings
-        asked = msgspec.to_builtins(config)
+        asked = settings_of(config)
         if found.passport.parents == parents and settings.items() >= asked.items():
             return QuantizedGraph(found, _placement(source, config))
     with progress.task(f"quantise {model}"):
@@ -227,7 +234,14 @@ def _placement(source: Path, config: QuantizeConfig) -> Placement:
     return place(find_linears(load_graph(source)), config.exclude)
 
 
-def _fp16(workspace: Workspace, model: str, *, force: bool, progress: Progress) -> GraphArtifact:
+def convert_model(
+    workspace: Workspace, model: str, *, force: bool = False, progress: Progress = SILENT
+) -> GraphArtifact:
+    """FP32 graph -> FP16 graph.
+
+    Raises:
+        ClipdeployError: see :mod:`exporters.errors`.
+    """
     source, _ = _source_graph(workspace, model)
     target = workspace.graph(model, "fp16")
     parents = {"source_graph": sha256_file(source)}
@@ -259,7 +273,7 @@ def build_model(
             calibrate_model(workspace, model, data, calibrate, force=force, progress=progress)
         quantize_model(workspace, model, force=force, progress=progress)
     elif precision == "fp16":
-        _fp16(workspace, model, force=force, progress=progress)
+        convert_model(workspace, model, force=force, progress=progress)
     return build_engine(
         workspace.graph(model, precision),
         workspace.engine(model, precision),
@@ -269,30 +283,35 @@ def build_model(
     )
 
 
-def _targets(workspace: Workspace, model: str, *, graphs_only: bool) -> list[Target]:
-    targets = []
+def _stale(path: Path, parent: Path) -> ArtifactError:
+    return ArtifactError(
+        f"{path} was not made from the {parent.name} that lies beside it",
+        hint="build it again with build-engine",
+    )
+
+
+def _graph_targets(workspace: Workspace, model: str) -> Iterator[Target]:
+    source, _ = _source_graph(workspace, model)
+    source_hash = sha256_file(source)
     for precision in PRECISIONS:
         graph = workspace.graph(model, precision)
-        if graph.exists():
-            targets.append(Target(graph, "graph", read_passport(graph)))
-        engine = workspace.engine(model, precision)
-        if engine.exists() and passport_path(engine).exists() and not graphs_only:
-            passport = load_engine_passport(engine)
-            targets.append(Target(engine, "engine", passport.graph, graph))
-    return targets
+        if not graph.exists():
+            continue
+        passport = read_passport(graph)
+        if graph != source and passport.parents.get("source_graph") != source_hash:
+            raise _stale(graph, source)
+        yield Target(graph, "graph", passport)
 
 
-def _same_origin(targets: list[Target]) -> None:
-    first = targets[0].passport
-    for target in targets[1:]:
-        if (target.passport.weights, target.passport.preprocess) != (
-            first.weights,
-            first.preprocess,
-        ):
-            raise ArtifactError(
-                f"{target.path} was made from other weights or settings than {targets[0].path}",
-                hint="build it again with build-engine",
-            )
+def _engine_targets(workspace: Workspace, model: str) -> Iterator[Target]:
+    for precision in PRECISIONS:
+        graph, engine = workspace.graph(model, precision), workspace.engine(model, precision)
+        if not engine.exists():
+            continue
+        passport = load_engine_passport(engine)
+        if not graph.exists() or passport.graph_sha256 != sha256_file(graph):
+            raise _stale(engine, graph)
+        yield Target(engine, "engine", passport.graph, graph)
 
 
 def verify_model(
@@ -311,8 +330,9 @@ def verify_model(
         ClipdeployError: see :mod:`exporters.errors`.
     """
     _, passport = _source_graph(workspace, model)
-    targets = _targets(workspace, model, graphs_only=graphs_only)
-    _same_origin(targets)
+    targets = list(_graph_targets(workspace, model))
+    if not graphs_only:
+        targets.extend(_engine_targets(workspace, model))
     random_weights = passport.weights.kind == "random"
     # Labels mean nothing to random weights: any folder of images will do.
     images = open_images(data, () if random_weights else passport.class_names)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +25,7 @@ from PIL import Image, ImageOps
 from exporters.artifact import Preprocess
 from exporters.errors import DatasetError
 
-__all__ = ["crop_image", "decode", "load_crop", "normalise"]
+__all__ = ["crop_image", "decode", "normalise"]
 
 _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
@@ -96,12 +95,3 @@ def normalise(crops: NDArray[np.uint8], spec: Preprocess) -> NDArray[np.float32]
     planar *= scale.astype(np.float32)[:, None, None]
     planar += offset.astype(np.float32)[:, None, None]
     return planar
-
-
-def load_crop(path: Path, spec: Preprocess) -> NDArray[np.uint8]:
-    """Read an image file as the uint8 (S, S, 3) crop that ``spec`` asks for."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DatasetError(f"cannot read the image {path}: {error.strerror}") from error
-    return crop_image(decode(data, str(path), exif_orientation=spec.exif_orientation), spec)

@@ -55,6 +55,11 @@ class ModelCard:
         return (self.image_size // self.patch) ** 2 + 1
 
     @property
+    def short(self) -> bool:
+        """True if ``aliases[0]`` is its geometry's short name: it is the most accurate one."""
+        return self.aliases[0] == _short_alias(self.patch, self.image_size)
+
+    @property
     def url(self) -> str:
         """Where the weights are published; empty for the demo card, which ships its own."""
         return DOWNLOAD_ROOT + self.file if self.file else ""
@@ -77,6 +82,12 @@ class ModelCard:
 def _short_alias(patch: int, image_size: int) -> str:
     suffix = "" if image_size == 224 else f"-{image_size}px"
     return f"clip-vit-base-p{patch}{suffix}"
+
+
+def _mmpretrain_name(name: str) -> str:
+    """What mmpretrain 1.x calls the same checkpoint: clip-vit-base-p16_X -> vit-base-p16_clip-X."""
+    geometry, _, rest = name.removeprefix("clip-").partition("_")
+    return f"{geometry}_clip-{rest}"
 
 
 def _read_rows(name: str) -> list[dict[str, str]]:
@@ -119,7 +130,9 @@ def cards() -> tuple[ModelCard, ...]:
     zoo = []
     for row in rows:
         alias = _short_alias(int(row["patch"]), int(row["image_size"]))
-        aliases = [row["timm_name"]] + ([alias] if best[alias] is row else [])
+        aliases = [row["timm_name"], _mmpretrain_name(row["name"])]
+        if best[alias] is row:
+            aliases.insert(0, alias)
         zoo.append(
             ModelCard(
                 name=row["name"],

@@ -27,6 +27,7 @@ __all__ = [
     "TensorSpec",
     "WeightsOrigin",
     "from_json",
+    "settings_of",
     "to_json",
 ]
 
@@ -127,6 +128,12 @@ class Passport:
 
 
 T = TypeVar("T")
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """A configuration as a passport's ``settings`` holds it: what JSON gives back for it."""
+    settings: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(config))
+    return settings
 
 
 def to_json(value: Any) -> bytes:

@@ -18,6 +18,7 @@ _CHUNK = 1 << 20
 _HINTS = {
     errno.ENOSPC: "the disk is full: free space, or choose another folder with --workspace",
     errno.EDQUOT: "the disk quota is used up: free space, or choose another --workspace",
+    errno.EFBIG: "files may not grow this large here: raise `ulimit -f`, or free the quota",
     errno.EACCES: "no permission: choose a folder you can write with --workspace",
     errno.EPERM: "no permission: choose a folder you can write with --workspace",
     errno.EROFS: "the file system is read-only: choose another folder with --workspace",

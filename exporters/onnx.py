@@ -7,7 +7,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from exporters.artifact import PASSPORT_KEY, Passport, to_json
+from exporters.artifact import PASSPORT_KEY, Passport, settings_of, to_json
 from exporters.checks import PARITY_BATCHES, check_parity, check_structure
 from exporters.errors import GraphError
 from exporters.files import atomic_path, sha256_file
@@ -113,7 +113,7 @@ def export_graph(
             the module's.
         FileError: the file cannot be written.
     """
-    passport = replace(passport, settings=asdict(config))
+    passport = replace(passport, settings=settings_of(config))
     with progress.task(f"trace {passport.model}"):
         model = trace(module, passport, config)
         model.metadata_props[PASSPORT_KEY] = to_json(passport).decode()

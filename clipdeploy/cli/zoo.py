@@ -9,7 +9,7 @@ import click
 from clipdeploy.cli.common import Context, emit, stage_command
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
     from clipdeploy.zoo import ModelCard
 
@@ -18,24 +18,30 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _table(cards: tuple[ModelCard, ...]) -> Table:
+def _table(cards: tuple[ModelCard, ...]) -> Group:
+    from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(box=None, pad_edge=False)
+    from clipdeploy.download import is_at_hand
+
+    # Patch and image size are in the name: so the table fits 80 columns.
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
     table.add_column("model", overflow="fold")
-    for title in ("px", "patch", "params", "GMACs", "top-1", "top-5"):
+    for title in ("GMACs", "top-1", "top-5"):
         table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
     for card in cards:
         table.add_row(
             card.name,
-            str(card.image_size),
-            str(card.patch),
-            f"{card.params / 1e6:.2f} M",
             f"{card.macs / 1e9:.2f}",
             _percent(card.top1),
             _percent(card.top5),
+            "*" if is_at_hand(card) else "",
         )
-    return table
+    short = ", ".join(card.aliases[0].removeprefix("clip-vit-base") for card in cards if card.short)
+    notes = f"\n* weights are on this machine\nShort names: clip-vit-base with {short}"
+    return Group(table, Text(notes))
 
 
 def _describe(card: ModelCard) -> str:
@@ -64,9 +70,12 @@ def zoo(ctx: click.Context) -> None:
 @stage_command
 def list_cards(context: Context) -> None:
     """Every model: geometry, size, published accuracy."""
+    from clipdeploy.download import is_at_hand
     from clipdeploy.zoo import cards
+    from exporters.artifact import settings_of
 
-    emit(context, cards(), lambda: _table(cards()))
+    listed = [settings_of(card) | {"at_hand": is_at_hand(card)} for card in cards()]
+    emit(context, listed, lambda: _table(cards()))
 
 
 @zoo.command()
