@@ -1,0 +1,280 @@
+"""The commands as a user types them, and what they say to bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_files import write_legacy_flat, write_nested_zip
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+
+from clipdeploy import zoo
+from clipdeploy.cli.main import main
+from clipdeploy.workspace import Workspace
+
+CALIBRATION = str(zoo.demo_file("calibration.zip"))
+TEST = str(zoo.demo_file("test.zip"))
+COMMANDS = ("zoo", "export", "calibrate", "quantize", "build-engine", "verify", "inspect", "demo")
+
+
+def run(*words: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def refused(result: Result, code: int, *words: str) -> None:
+    """One line on stderr, the exit code, nothing on stdout, and the words that help."""
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in errors[0]
+
+
+@pytest.fixture
+def artifacts(demo_workspace: Workspace, tmp_path: Path) -> Path:
+    shutil.copytree(demo_workspace.root, tmp_path / "artifacts")
+    return tmp_path / "artifacts"
+
+
+@pytest.fixture
+def digits(tmp_path: Path) -> Path:
+    """The calibration digits as a folder."""
+    with zipfile.ZipFile(CALIBRATION) as archive:
+        archive.extractall(tmp_path / "digits")
+    return tmp_path / "digits"
+
+
+def nothing_left(folder: Path) -> bool:
+    return not folder.exists() or not [path for path in folder.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS), ("zoo", "show")])
+def test_help_imports_neither_torch_nor_tensorrt(command: tuple[str, ...]) -> None:
+    code = (
+        "import sys\n"
+        "from clipdeploy.cli.main import main\n"
+        "try:\n    main(sys.argv[1:], prog_name='clipdeploy')\n"
+        "finally:\n"
+        "    heavy = {'torch', 'tensorrt', 'tensorrt_rtx', 'onnx', 'onnxruntime', 'numpy'}\n"
+        "    print('HEAVY', sorted(heavy & sys.modules.keys()))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, check=True
+    )
+    assert "Usage: clipdeploy" in done.stdout
+    assert done.stdout.endswith("HEAVY []\n")
+
+
+def test_zoo_lists_every_card() -> None:
+    listed = json.loads(run("zoo", "list", "--json").stdout)
+    assert [card["name"] for card in listed] == [card.name for card in zoo.cards()]
+    shown = run("zoo", "show", "clip-vit-base-p16").stdout
+    assert "clip-vit-base-p16_laion2b-in12k-pre_3rdparty_in1k" in shown
+    assert "86.02" in shown
+
+
+def test_the_three_commands(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
+    at = ("--workspace", tmp_path / "artifacts")
+    exported = run("export", "--model", "demo", *at)
+    assert exported.exit_code == 0, exported.output
+    assert "clip-vit-demo.fp32.onnx" in exported.stdout
+    built = run("build-engine", "--int8", "--data", CALIBRATION, *at)
+    assert built.exit_code == 0, built.output
+    assert "model: clip-vit-demo (the last one of" in built.stderr
+    verified = run("verify", "--data", TEST, "--graphs-only", "--json", *at)
+    assert verified.exit_code == 0, verified.output
+    result = json.loads(verified.stdout)
+    assert result["passed"] is True
+    assert [row["precision"] for row in result["rows"]] == ["fp32", "int8"]
+    inspected = run("inspect", tmp_path / "artifacts/clip-vit-demo/clip-vit-demo.int8.engine")
+    assert json.loads(inspected.stdout)["backend"] == "tensorrt-rtx"
+
+
+def test_an_engine_that_did_not_run_is_no_pass(artifacts: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
+    from clipdeploy.device import gpus
+
+    if gpus():
+        pytest.skip("the engine can run here")
+    assert run("build-engine", "--fp16", "--workspace", artifacts).exit_code == 0
+    result = run("verify", "--data", TEST, "--limit", "20", "--workspace", artifacts)
+    assert result.exit_code == 3
+    assert "fp16 engine" in result.stdout
+    assert "clip-vit-demo.fp16.onnx was scored in its place" in " ".join(result.stdout.split())
+
+
+def test_a_failed_verdict_exits_with_three(artifacts: Path) -> None:
+    at = ("--workspace", artifacts, "--data", TEST, "--limit", "50")
+    assert run("verify", *at, "--max-drop", "-1").exit_code == 3
+
+
+def test_random_weights_get_no_verdict(tmp_path: Path, digits: Path) -> None:
+    at = ("--workspace", tmp_path / "artifacts")
+    assert run("export", "--model", "demo", "--random-init", "0", *at).exit_code == 0
+    result = run("verify", "--data", digits, "--limit", "10", *at)
+    assert result.exit_code == 3
+    assert "NOT JUDGED: random weights have no accuracy" in result.stdout
+
+
+def test_unknown_model(tmp_path: Path) -> None:
+    result = run("export", "--model", "clip-vit-bas-p16", "--workspace", tmp_path / "a")
+    refused(result, 2, "'clip-vit-bas-p16'", "nearest: ", "clip-vit-base-p16")
+    assert nothing_left(tmp_path)
+
+
+def test_checkpoint_and_random_init_exclude_each_other(tmp_path: Path) -> None:
+    words = ("--checkpoint", "x.pth", "--random-init", "1", "--workspace", tmp_path / "a")
+    refused(run("export", "--model", "demo", *words), 2, "--checkpoint", "--random-init")
+
+
+def test_truncated_checkpoint(tmp_path: Path) -> None:
+    tensors = load_file(zoo.demo_file("weights.safetensors"))
+    for write in (write_legacy_flat, write_nested_zip):
+        path = write(tensors, tmp_path / f"{write.__name__}.pth")
+        path.write_bytes(path.read_bytes()[:-100_000])
+        at = ("--workspace", tmp_path / "a", "--checkpoint", path)
+        refused(run("export", "--model", "demo", *at), 1, str(path), "cut short")
+        assert nothing_left(tmp_path / "a")
+
+
+def test_misfit_checkpoint_names_every_tensor(tmp_path: Path) -> None:
+    tensors = load_file(zoo.demo_file("weights.safetensors"))
+    del tensors["blocks.3.attn.proj.bias"]
+    tensors["blocks.3.attn.extra"] = torch.zeros(2)
+    tensors["norm.bias"] = torch.zeros(95)
+    path = write_nested_zip(tensors, tmp_path / "misfit.pth")
+    at = ("--workspace", tmp_path / "a", "--checkpoint", path)
+    result = run("export", "--model", "demo", *at)
+    refused(result, 1, "blocks.3.attn.proj.bias", "blocks.3.attn.extra", "norm.bias is (95,)")
+    assert nothing_left(tmp_path / "a")
+
+
+def test_calibration_folder_without_an_image(artifacts: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (artifacts / zoo.DEMO / "calibration.json").unlink()
+    result = run("calibrate", "--data", tmp_path / "empty", "--workspace", artifacts)
+    refused(result, 1, "holds no image")
+    assert not (artifacts / zoo.DEMO / "calibration.json").exists()
+
+
+def test_a_broken_jpeg_is_named_and_skipped_only_on_request(artifacts: Path, digits: Path) -> None:
+    (digits / "3" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more of it")
+    table = artifacts / zoo.DEMO / "calibration.json"
+    table.unlink()
+    refused(
+        run("calibrate", "--data", digits, "--workspace", artifacts),
+        1,
+        "3/broken.jpg",
+        "--skip-unreadable",
+    )
+    assert not table.exists()
+    result = run("calibrate", "--data", digits, "--workspace", artifacts, "--skip-unreadable")
+    assert result.exit_code == 0
+    assert "skipped, unreadable: 3/broken.jpg" in result.stderr
+    assert len(json.loads(table.read_text())["images"]) == 200
+    verified = run("verify", "--data", digits, "--workspace", artifacts)
+    refused(verified, 1, "3/broken.jpg")
+
+
+def test_a_label_folder_that_is_no_class(artifacts: Path, digits: Path) -> None:
+    (digits / "7").rename(digits / "seven")
+    refused(run("verify", "--data", digits, "--workspace", artifacts), 1, "no class: seven")
+
+
+def unwritable_by_us(folder: Path) -> bool:
+    try:
+        (folder / "probe").touch()
+    except OSError:
+        return True
+    (folder / "probe").unlink()
+    return False
+
+
+def test_no_write_permission(tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    # The superuser may write anywhere but beneath a file and into /proc.
+    folder = locked if unwritable_by_us(locked) else Path("/proc/clipdeploy")
+    result = run("export", "--model", "demo", "--workspace", folder / "artifacts")
+    refused(result, 1, f"cannot write {folder}")
+
+
+def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    result = run("export", "--model", "demo", "--workspace", tmp_path / "file" / "artifacts")
+    refused(result, 1, "cannot write", "is a file, not a folder")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+EXPORT = [sys.executable, "-m", "clipdeploy", "export", "--model", "demo", "--workspace"]
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    # A file system of one megabyte, in a mount namespace of its own; the graph needs 2.7.
+    script = 'mount -t tmpfs -o size=1m tmpfs "$0" && "$@"; code=$?; find "$0" -type f; exit $code'
+    words = ["unshare", "-rm", "sh", "-c", script, str(disk), *EXPORT, str(disk / "artifacts")]
+    if not shutil.which("unshare") or b"permit" in _mount_probe(disk):
+        pytest.skip("this machine lets nobody mount a small file system")
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "error: cannot write" in done.stderr
+    assert "the disk is full" in done.stderr
+    assert done.stdout == ""
+
+
+def _mount_probe(disk: Path) -> bytes:
+    words = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", str(disk)]
+    done = subprocess.run(words, capture_output=True, check=False)
+    return b"not permitted" if done.returncode else b""
+
+
+def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
+    script = 'ulimit -f 1000; "$@"'
+    words = ["bash", "-c", script, "-", *EXPORT, str(tmp_path / "artifacts")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "error: cannot write" in done.stderr
+    assert nothing_left(tmp_path / "artifacts")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("moment", ["load", "trace", "check the graph"])
+def test_an_interrupt_leaves_nothing_half_done(moment: str, tmp_path: Path) -> None:
+    artifacts = tmp_path / "artifacts"
+    process = subprocess.Popen([*EXPORT, str(artifacts)], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith(moment):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stderr.read()
+    assert process.wait() == 130, rest
+    assert "interrupted" in rest
+    assert "Traceback" not in rest
+    assert nothing_left(artifacts)
+    assert run("export", "--model", "demo", "--workspace", artifacts).exit_code == 0
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    result = run("export", "--model", "no", "--debug", "--workspace", tmp_path)
+    assert result.exception is not None
+    assert "no model is called 'no'" in str(result.exception)
+
+
+def test_json_is_all_that_stdout_holds(artifacts: Path) -> None:
+    result = run("verify", "--data", TEST, "--limit", "10", "--json", "--workspace", artifacts)
+    assert json.loads(result.stdout)["images"] == 10

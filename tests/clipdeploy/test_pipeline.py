@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from calibration.qdq import QuantizeConfig
+from clipdeploy import zoo
+from clipdeploy.demo import run_demo
+from clipdeploy.model import WeightsChoice
+from clipdeploy.pipeline import (
+    CalibrateConfig,
+    build_model,
+    calibrate_model,
+    convert_model,
+    export_model,
+    quantize_model,
+    verify_model,
+)
+from clipdeploy.workspace import Workspace
+from exporters.errors import ArtifactError, UsageError
+from exporters.files import sha256_file
+
+CALIBRATION = zoo.demo_file("calibration.zip")
+TEST = zoo.demo_file("test.zip")
+
+
+@pytest.fixture
+def workspace(demo_workspace: Workspace, tmp_path: Path) -> Workspace:
+    """A copy of the finished workspace that a test may change."""
+    shutil.copytree(demo_workspace.root, tmp_path / "artifacts")
+    return Workspace(tmp_path / "artifacts")
+
+
+def hashes(workspace: Workspace) -> dict[str, str]:
+    return {path.name: sha256_file(path) for path in workspace.folder(zoo.DEMO).iterdir()}
+
+
+def test_an_unchanged_stage_is_not_done_twice(workspace: Workspace) -> None:
+    before = hashes(workspace)
+    assert not export_model(workspace, zoo.DEMO).changed
+    assert not convert_model(workspace, zoo.DEMO).changed
+    assert not calibrate_model(workspace, zoo.DEMO, CALIBRATION).changed
+    assert not quantize_model(workspace, zoo.DEMO).artifact.changed
+    assert hashes(workspace) == before
+
+
+def test_a_changed_choice_is_done_again(workspace: Workspace) -> None:
+    assert quantize_model(workspace, zoo.DEMO, QuantizeConfig(("blocks.0.*",))).artifact.changed
+    few = CalibrateConfig(images=50)
+    assert calibrate_model(workspace, zoo.DEMO, CALIBRATION, few).changed
+    assert quantize_model(workspace, zoo.DEMO, QuantizeConfig(("blocks.0.*",))).artifact.changed
+    assert export_model(workspace, zoo.DEMO, WeightsChoice(random_seed=1)).changed
+
+
+def test_every_stage_is_reproducible(demo_workspace: Workspace, tmp_path: Path) -> None:
+    again = Workspace(tmp_path)
+    export_model(again, zoo.DEMO)
+    calibrate_model(again, zoo.DEMO, CALIBRATION)
+    quantize_model(again, zoo.DEMO)
+    ours, theirs = hashes(again), hashes(demo_workspace)
+    assert ours == {name: theirs[name] for name in ours}
+
+
+def test_artifacts_of_other_weights_are_refused(workspace: Workspace) -> None:
+    export_model(workspace, zoo.DEMO, WeightsChoice(random_seed=1))
+    with pytest.raises(ArtifactError, match=r"was not made from the .*fp32\.onnx"):
+        verify_model(workspace, zoo.DEMO, TEST, graphs_only=True)
+    with pytest.raises(ArtifactError, match="was made for another weights"):
+        quantize_model(workspace, zoo.DEMO)
+
+
+def test_stages_out_of_order_say_what_comes_first(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path / "artifacts")
+    for stage in (
+        lambda: calibrate_model(workspace, zoo.DEMO, CALIBRATION),
+        lambda: quantize_model(workspace, zoo.DEMO),
+        lambda: build_model(workspace, zoo.DEMO, "fp16"),
+        lambda: verify_model(workspace, zoo.DEMO, TEST),
+    ):
+        with pytest.raises(UsageError, match="has not been exported") as caught:
+            stage()
+        assert "clipdeploy export --model clip-vit-demo" in caught.value.hint
+    assert not workspace.root.exists()
+    export_model(workspace, zoo.DEMO)
+    with pytest.raises(UsageError, match="has not been calibrated"):
+        build_model(workspace, zoo.DEMO, "int8")
+
+
+def test_an_int8_engine_needs_one_call(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
+    workspace = Workspace(tmp_path)
+    export_model(workspace, zoo.DEMO)
+    engine = build_model(workspace, zoo.DEMO, "int8", data=CALIBRATION)
+    assert engine.changed
+    assert engine.passport.graph.precision == "int8"
+    assert not build_model(workspace, zoo.DEMO, "int8", data=CALIBRATION).changed
+    # An engine whose graph was made anew is stale until it is built again.
+    quantize_model(workspace, zoo.DEMO, QuantizeConfig(("blocks.1.*",)))
+    with pytest.raises(ArtifactError, match=r"int8\.engine was not made from"):
+        verify_model(workspace, zoo.DEMO, TEST)
+
+
+def test_the_demo_keeps_its_accuracy(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
+    result = run_demo(Workspace(tmp_path))
+    assert result.verification
+    assert result.verification.images >= 400
+    assert [engine.passport.graph.precision for engine in result.engines] == [
+        "fp32",
+        "fp16",
+        "int8",
+    ]
+    assert all(engine.path.stat().st_size > 1e6 for engine in result.engines)
+    drops = [row.fidelity.drop for row in result.verification.rows if row.fidelity]
+    assert len(drops) >= 3
+    assert all(drop is not None and drop <= 1.0 for drop in drops)

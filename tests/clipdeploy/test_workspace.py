@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from clipdeploy.workspace import Workspace
+from exporters.errors import ArtifactError, UsageError
+
+
+def test_the_last_model_is_remembered(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path / "artifacts")
+    with pytest.raises(UsageError, match="no model in the workspace") as caught:
+        workspace.last_model()
+    assert "clipdeploy export --model" in caught.value.hint
+    workspace.remember("a")
+    workspace.remember("b")
+    assert workspace.last_model() == "b"
+
+
+def test_damaged_state_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "workspace.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"workspace\.json"):
+        Workspace(tmp_path).last_model()
+
+
+def test_looking_makes_nothing(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path / "artifacts")
+    assert workspace.graph("m", "int8").name == "m.int8.onnx"
+    assert workspace.engine("m", "fp16").name == "m.fp16.engine"
+    assert workspace.calibration("m").parent == workspace.folder("m")
+    assert not workspace.root.exists()

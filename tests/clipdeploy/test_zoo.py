@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import pytest
+
+from clipdeploy import zoo
+from clipdeploy.checkpoints import expected_shapes
+from clipdeploy.vit import ViTConfig
+from exporters.artifact import CLIP_MEAN, IMAGENET_MEAN, Recipe
+from exporters.errors import UsageError
+
+
+def test_there_are_fourteen_cards_and_the_demo() -> None:
+    cards = zoo.cards()
+    assert len(cards) == 15
+    assert cards[-1].name == zoo.DEMO
+    assert len({card.name for card in cards}) == 15
+
+
+@pytest.mark.parametrize("card", zoo.cards(), ids=lambda card: card.name)
+def test_params_and_macs_follow_from_the_geometry(card: zoo.ModelCard) -> None:
+    config = ViTConfig(
+        card.patch, card.image_size, card.classes, card.width, card.depth, card.heads
+    )
+    shapes = expected_shapes(config)
+    count = 0
+    for shape in shapes.values():
+        size = 1
+        for axis in shape:
+            size *= axis
+        count += size
+    assert count == card.params
+    # Multiply-accumulates of the matrix products: patches, Linears, attention, head.
+    tokens, width = config.tokens, config.width
+    per_block = tokens * 12 * width**2 + 2 * tokens**2 * width
+    macs = (tokens - 1) * 3 * config.patch**2 * width + config.depth * per_block
+    assert macs + width * config.classes == card.macs
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [
+        ("clip-vit-base-p16", "clip-vit-base-p16_laion2b-in12k-pre_3rdparty_in1k"),
+        ("clip-vit-base-p32-448px", "clip-vit-base-p32_laion2b-in12k-pre_3rdparty_in1k-448px"),
+        (
+            "vit-base-p16_clip-openai-pre_3rdparty_in1k",
+            "clip-vit-base-p16_openai-pre_3rdparty_in1k",
+        ),
+        ("demo", zoo.DEMO),
+    ],
+)
+def test_aliases(alias: str, name: str) -> None:
+    assert zoo.find(alias).name == name
+
+
+@pytest.mark.parametrize("alias", ["p32", "p32-384px", "p32-448px", "p16", "p16-384px"])
+def test_a_short_alias_is_the_most_accurate_card_of_its_geometry(alias: str) -> None:
+    card = zoo.find(f"clip-vit-base-{alias}")
+    rivals = [
+        other.top1 or 0
+        for other in zoo.cards()
+        if (other.patch, other.image_size) == (card.patch, card.image_size)
+    ]
+    assert (card.top1 or 0) == max(rivals)
+
+
+def test_every_name_and_alias_is_unique_and_found() -> None:
+    seen: dict[str, str] = {}
+    for card in zoo.cards():
+        for name in (card.name, *card.aliases):
+            assert name not in seen, f"{name} is {seen[name]} and {card.name}"
+            seen[name] = card.name
+            assert zoo.find(name) is card
+
+
+def test_an_unknown_name_answers_with_the_nearest() -> None:
+    with pytest.raises(UsageError) as caught:
+        zoo.find("clip-vit-base-p17")
+    assert "clip-vit-base-p17" in caught.value.message
+    assert "clip-vit-base-p16" in caught.value.hint
+    assert caught.value.exit_code == 2
+
+
+def test_recipes_decide_preprocessing() -> None:
+    card = zoo.find("clip-vit-base-p32-448px")
+    assert card.preprocess(Recipe()).mean == CLIP_MEAN
+    assert card.preprocess(Recipe()).crop_pct == 1.0
+    shipped = card.preprocess(Recipe("as-shipped", "timm"))
+    assert shipped.mean == IMAGENET_MEAN
+    assert (shipped.crop_pct, shipped.crop_mode) == (card.timm_crop_pct, card.timm_crop_mode)
+
+
+def test_class_names_are_the_thousand_wnids_in_logit_order() -> None:
+    names = zoo.class_names(zoo.cards()[0])
+    assert len(names) == 1000
+    assert names[0] == ("n01440764", "tench, Tinca tinca")
+    assert [wnid for wnid, _ in names] == sorted(wnid for wnid, _ in names)
+    assert [name for name, _ in zoo.class_names(zoo.find(zoo.DEMO))] == list("0123456789")

@@ -1,0 +1,49 @@
+"""What many tests share: the demo model, its images, and a workspace with every stage done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from clipdeploy import zoo
+from clipdeploy.datasets import iter_crops, open_images, select
+from clipdeploy.model import LoadedModel, WeightsChoice, load_model
+from clipdeploy.pipeline import calibrate_model, convert_model, export_model, quantize_model
+from clipdeploy.preprocess import normalise
+from clipdeploy.workspace import Workspace
+from exporters.artifact import Recipe
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No test reaches a server by mistake, and none touches the user's cache."""
+    monkeypatch.setenv("CLIPDEPLOY_OFFLINE", "1")
+    monkeypatch.setenv("CLIPDEPLOY_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture(scope="session")
+def demo_workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """The demo card exported, calibrated, converted to FP16 and quantised.  Read only."""
+    workspace = Workspace(tmp_path_factory.mktemp("demo") / "artifacts")
+    export_model(workspace, zoo.DEMO)
+    convert_model(workspace, zoo.DEMO)
+    calibrate_model(workspace, zoo.DEMO, zoo.demo_file("calibration.zip"))
+    quantize_model(workspace, zoo.DEMO)
+    return workspace
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> LoadedModel:
+    """The demo card's reference model."""
+    return load_model(zoo.find(zoo.DEMO), WeightsChoice(), Recipe())
+
+
+@pytest.fixture(scope="session")
+def demo_images(demo_model: LoadedModel) -> NDArray[np.float32]:
+    """Sixteen held-out digits, normalised, float32 (16, 3, 32, 32)."""
+    spec = demo_model.card.preprocess(demo_model.recipe)
+    digits = select(open_images(zoo.demo_file("test.zip")), 16, seed=0)
+    return normalise(np.stack([crop.pixels for crop in iter_crops(digits, spec)]), spec)

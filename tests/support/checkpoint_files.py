@@ -1,0 +1,46 @@
+"""Writing weights the way their publishers do: mmpretrain's and timm's layouts and wrappings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_RULES = (
+    (r"^patch_embed\.proj\.", "backbone.patch_embed.projection."),
+    (r"^norm_pre\.", "backbone.pre_norm."),
+    (r"^blocks\.(\d+)\.norm([12])\.", r"backbone.layers.\1.ln\2."),
+    (r"^blocks\.(\d+)\.mlp\.fc1\.", r"backbone.layers.\1.ffn.layers.0.0."),
+    (r"^blocks\.(\d+)\.mlp\.fc2\.", r"backbone.layers.\1.ffn.layers.1."),
+    (r"^blocks\.(\d+)\.attn\.", r"backbone.layers.\1.attn."),
+    (r"^norm\.", "backbone.ln1."),
+    (r"^head\.", "head.layers.head."),
+    (r"^(cls_token|pos_embed)$", r"backbone.\1"),
+)
+
+
+def mmpretrain_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """timm's names -> mmpretrain's."""
+    renamed = {}
+    for name, value in tensors.items():
+        for pattern, replacement in _RULES:
+            name, count = re.subn(pattern, replacement, name)
+            if count:
+                break
+        renamed[name] = value
+    return renamed
+
+
+def write_legacy_flat(tensors: Mapping[str, Tensor], path: Path) -> Path:
+    """mmpretrain's keys, flat, in the pickle format before zip (the December 2022 files)."""
+    torch.save(mmpretrain_keys(tensors), path, _use_new_zipfile_serialization=False)
+    return path
+
+
+def write_nested_zip(tensors: Mapping[str, Tensor], path: Path) -> Path:
+    """mmpretrain's keys under ``state_dict``, beside ``meta``, as a zip (today's script)."""
+    torch.save({"state_dict": mmpretrain_keys(tensors), "meta": {"epoch": 50}}, path)
+    return path
