@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from calibration.observers import BINS, ChannelObserver, ChannelStatistics, bin_edges
+from exporters.errors import CalibrationError
+
+CHANNELS = 6
+
+
+def _images(count: int = 12, seed: int = 0) -> list[NDArray[np.float32]]:
+    """Tokens (K, CHANNELS) of images: scales from far below the first bin to above the last."""
+    rng = np.random.default_rng(seed)
+    scales = np.float32([1e-7, 1e-3, 0.1, 1.0, 50.0, 30000.0])
+    return [
+        (rng.standard_normal((7 + index % 3, CHANNELS)) * scales).astype(np.float32)
+        for index in range(count)
+    ]
+
+
+def _observe(images: list[NDArray[np.float32]]) -> ChannelStatistics:
+    observer = ChannelObserver("x", CHANNELS)
+    for rows in images:
+        observer.collect(rows.min(axis=0), rows.max(axis=0), rows)
+    return observer.compute()
+
+
+def _bits(statistics: ChannelStatistics) -> tuple[bytes | int, ...]:
+    arrays = (statistics.minimum, statistics.maximum, statistics.counts, statistics.total)
+    return (*(array.tobytes() for array in arrays), statistics.rows)
+
+
+def test_bins_are_eight_an_octave_over_32_octaves() -> None:
+    edges = bin_edges()
+    assert edges.shape == (BINS + 1,)
+    assert edges[0] == 0.0
+    assert (np.diff(edges) > 0).all()
+    assert (edges[1], edges[8], edges[BINS]) == (2**-18 * 1.125, 2.0**-17, 2.0**14)
+    octave = (1 + np.arange(8) / 8) * 1.0
+    assert np.array_equal(edges[18 * 8 : 19 * 8], octave)
+
+
+def test_histogram_is_numpys() -> None:
+    images = _images()
+    everything = np.abs(np.concatenate(images).astype(np.float64))
+    found = _observe(images).counts
+    edges = bin_edges()
+    edges[-1] = np.inf
+    for channel in range(CHANNELS):
+        expected, _ = np.histogram(everything[:, channel], edges)
+        assert np.array_equal(found[channel], expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "index"),
+    [
+        (0.0, 0),
+        (-0.0, 0),
+        (1e-45, 0),
+        (2.0**-18, 0),
+        (2.0**-18 * 1.125, 1),
+        (1.0, 144),
+        (-1.0, 144),
+        (float(np.nextafter(np.float32(1), np.float32(0))), 143),
+        (1.125, 145),
+        (16383.0, 255),
+        (16384.0, 255),
+        (3e38, 255),
+    ],
+)
+def test_bin_of_a_value(value: float, index: int) -> None:
+    observer = ChannelObserver("x", 1)
+    rows = np.float32([[value]])
+    # The sum of 3e38 does not fit its fixed point; the histogram must hold all the same.
+    with np.errstate(invalid="ignore"):
+        observer.collect(rows[0], rows[0], rows)
+    assert np.flatnonzero(observer.compute().counts[0]).tolist() == [index]
+
+
+def test_extremes_are_exact_and_over_every_token() -> None:
+    observer = ChannelObserver("x", 2)
+    rows = np.float32([[0.5, -1.0]])
+    observer.collect(np.float32([-3.7, -1.0]), np.float32([0.5, 9.1]), rows)
+    observer.collect(np.float32([-2.0, -1.5]), np.float32([0.75, 2.0]), rows)
+    found = observer.compute()
+    assert found.minimum.tolist() == np.float32([-3.7, -1.5]).tolist()
+    assert found.maximum.tolist() == np.float32([0.75, 9.1]).tolist()
+    assert found.amax.tolist() == np.float32([3.7, 9.1]).tolist()
+    assert (found.rows, found.channels) == (2, 2)
+
+
+def test_mean_is_that_of_the_rows() -> None:
+    images = _images()
+    everything = np.concatenate(images).astype(np.float64)
+    # Each value is rounded to 2 ** -24, so the mean is off by half of that at most.
+    np.testing.assert_allclose(_observe(images).mean, everything.mean(axis=0), rtol=0, atol=2**-25)
+
+
+def test_totals_are_integers_of_the_fixed_point() -> None:
+    images = _images()
+    expected = [
+        sum(round(float(x) * 2**24) for rows in images for x in rows[:, channel])
+        for channel in range(CHANNELS)
+    ]
+    assert _observe(images).total.tolist() == expected
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_order_does_not_matter(seed: int) -> None:
+    images = _images()
+    order = np.random.default_rng(seed).permutation(len(images))
+    assert _bits(_observe([images[i] for i in order])) == _bits(_observe(images))
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 5, 12])
+def test_any_sharding_merges_to_the_same_bits(shards: int) -> None:
+    images = _images()
+    rng = np.random.default_rng(shards)
+    parts = [_observe([images[i] for i in p]) for p in np.array_split(rng.permutation(12), shards)]
+    forwards, backwards = parts[0], parts[-1]
+    for part in parts[1:]:
+        forwards = forwards.merge(part)
+    for part in parts[-2::-1]:
+        backwards = part.merge(backwards)
+    assert _bits(forwards) == _bits(backwards) == _bits(_observe(images))
+
+
+def test_one_image_more_is_seen() -> None:
+    images = _images()
+    assert _bits(_observe(images)) != _bits(_observe(images[:-1]))
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="np.minimum(0.0, -0.0) is whichever comes second: extremes that are zeros of both "
+    "signs depend on the order of the images, bit for bit",
+)
+def test_order_of_signed_zeros_does_not_matter() -> None:
+    zeros = [np.zeros((1, CHANNELS), np.float32), -np.zeros((1, CHANNELS), np.float32)]
+    assert _bits(_observe(zeros)) == _bits(_observe(zeros[::-1]))
+
+
+def test_merging_other_channels_is_refused() -> None:
+    one = ChannelObserver("x", 1)
+    one.collect(np.float32([0]), np.float32([0]), np.float32([[0]]))
+    with pytest.raises(CalibrationError, match="cannot merge statistics of 1 and 6 channels"):
+        one.compute().merge(_observe(_images()))
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", ["minimum", "maximum", "rows"])
+def test_not_finite_is_refused_with_names_and_forgotten(poison: float, place: str) -> None:
+    observer = ChannelObserver("blocks.3.mlp.fc2", CHANNELS)
+    rows = _images(1)[0]
+    observer.collect(rows.min(axis=0), rows.max(axis=0), rows, "good.png")
+    before = _bits(observer.compute())
+    arrays = {"minimum": rows.min(axis=0), "maximum": rows.max(axis=0), "rows": rows.copy()}
+    arrays[place].flat[2] = poison
+    with pytest.raises(
+        CalibrationError, match=r"blocks\.3\.mlp\.fc2 is NaN or infinite on bad\.png"
+    ):
+        observer.collect(arrays["minimum"], arrays["maximum"], arrays["rows"], "bad.png")
+    assert _bits(observer.compute()) == before
+
+
+@pytest.mark.parametrize("channels", [1, CHANNELS - 1, CHANNELS + 1])
+def test_changed_shape_is_refused(channels: int) -> None:
+    observer = ChannelObserver("x", CHANNELS)
+    good, bad = np.zeros(CHANNELS, np.float32), np.zeros(channels, np.float32)
+    with pytest.raises(CalibrationError, match="x has 6 channels, got"):
+        observer.collect(bad, bad, np.zeros((4, channels), np.float32))
+    with pytest.raises(CalibrationError, match="x has 6 channels, got"):
+        observer.collect(good, good, np.zeros((4, channels), np.float32))
+    with pytest.raises(CalibrationError, match="x has seen no image"):
+        observer.compute()
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="collect checks the shapes of minimum and of a row only: another maximum or rows of "
+    "one dimension are broadcast",
+)
+@pytest.mark.parametrize(
+    ("maximum", "rows"), [((1,), (4, CHANNELS)), ((CHANNELS,), (CHANNELS,))], ids=["max", "rows"]
+)
+def test_every_shape_is_checked(maximum: tuple[int, ...], rows: tuple[int, ...]) -> None:
+    observer = ChannelObserver("x", CHANNELS)
+    with pytest.raises(CalibrationError):
+        observer.collect(
+            np.zeros(CHANNELS, np.float32), np.zeros(maximum, np.float32), np.zeros(rows, "f4")
+        )
+
+
+def test_nothing_collected_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="x has seen no image"):
+        ChannelObserver("x", 3).compute()
+
+
+def test_reset_forgets_everything() -> None:
+    images = _images()
+    observer = ChannelObserver("x", CHANNELS)
+    for rows in images[:5]:
+        observer.collect(rows.min(axis=0), rows.max(axis=0), rows)
+    observer.reset()
+    with pytest.raises(CalibrationError, match="has seen no image"):
+        observer.compute()
+    for rows in images[5:]:
+        observer.collect(rows.min(axis=0), rows.max(axis=0), rows)
+    assert _bits(observer.compute()) == _bits(_observe(images[5:]))
+
+
+def test_computed_statistics_do_not_change_later() -> None:
+    images = _images()
+    observer = ChannelObserver("x", CHANNELS)
+    observer.collect(images[0].min(axis=0), images[0].max(axis=0), images[0])
+    first = observer.compute()
+    before = _bits(first)
+    observer.collect(images[1].min(axis=0), images[1].max(axis=0), images[1])
+    assert _bits(first) == before
+    assert _bits(observer.compute()) != before
+
+
+def test_mean_of_no_rows_is_zero_not_a_division() -> None:
+    empty = replace(_observe(_images(1)), total=np.zeros(CHANNELS, np.int64), rows=0)
+    assert empty.mean.tolist() == [0.0] * CHANNELS
+
+
+@pytest.mark.xfail(
+    strict=True, reason="the sum overflows its int64 fixed point beyond 2 ** 39: the mean is wrong"
+)
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+def test_mean_of_huge_values_is_right_or_refused() -> None:
+    observer = ChannelObserver("x", 1)
+    rows = np.float32([[1e12]])
+    try:
+        observer.collect(rows[0], rows[0], rows)
+    except CalibrationError:
+        return
+    # float32 holds 1e12 to 2 ** -24 of itself.
+    assert observer.compute().mean[0] == pytest.approx(1e12, rel=2**-24)

@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from calibration.observers import ChannelObserver, ChannelStatistics
+from calibration.table import (
+    CalibrationImageRecord,
+    CalibrationTable,
+    load_table,
+    pack,
+    save_table,
+    unpack,
+)
+from clipdeploy import zoo
+from clipdeploy.workspace import Workspace
+from exporters.artifact import CLIP_MEAN, CLIP_STD, Preprocess
+from exporters.errors import ArtifactError, CalibrationError, FileError
+
+
+def _statistics(seed: int = 0, channels: int = 5) -> ChannelStatistics:
+    rng = np.random.default_rng(seed)
+    observer = ChannelObserver("x", channels)
+    for _ in range(4):
+        rows = rng.standard_normal((9, channels)).astype(np.float32)
+        observer.collect(rows.min(axis=0), rows.max(axis=0), rows)
+    return observer.compute()
+
+
+def _table() -> CalibrationTable:
+    return CalibrationTable(
+        model="tiny",
+        weights="random:0",
+        source_graph="ab" * 32,
+        preprocess=Preprocess(16, CLIP_MEAN, CLIP_STD),
+        images=(
+            CalibrationImageRecord("a/été.png", "cd" * 32),
+            CalibrationImageRecord("b.png", "ef" * 32),
+        ),
+        statistics={f"blocks.{i}.mlp.fc1": pack(_statistics(i)) for i in range(3)},
+    )
+
+
+def _equal(one: ChannelStatistics, other: ChannelStatistics) -> bool:
+    return one.rows == other.rows and all(
+        (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+        for a, b in (
+            (one.minimum, other.minimum),
+            (one.maximum, other.maximum),
+            (one.counts, other.counts),
+            (one.total, other.total),
+        )
+    )
+
+
+def _write(path: Path, raw: dict[str, Any]) -> Path:
+    path.write_text(json.dumps(raw), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "calibration.json"
+    save_table(_table(), path)
+    return path
+
+
+def test_statistics_survive_packing_bit_for_bit() -> None:
+    statistics = _statistics()
+    packed = pack(statistics)
+    assert _equal(unpack(packed), statistics)
+    assert pack(unpack(packed)) == packed
+    assert packed.amax == float(statistics.amax.max())
+
+
+def test_table_survives_the_file_bit_for_bit(saved: Path) -> None:
+    table = load_table(saved)
+    assert replace(table, seal="") == _table()
+    for i in range(3):
+        assert _equal(table.of(f"blocks.{i}.mlp.fc1"), _statistics(i))
+
+
+def test_saving_again_writes_the_same_bytes(saved: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again.json"
+    assert save_table(load_table(saved), again) == load_table(saved)
+    assert again.read_bytes() == saved.read_bytes()
+
+
+def test_demo_table_is_whole(demo_workspace: Workspace) -> None:
+    table = load_table(demo_workspace.calibration(zoo.DEMO))
+    assert len(table.images) == 200
+    assert [record.name for record in table.images] == sorted(r.name for r in table.images)
+    assert len(table.statistics) == 24
+
+
+def _edit_extremes(raw: dict[str, Any]) -> None:
+    other = json.loads(json.dumps(raw["statistics"]["blocks.1.mlp.fc1"]["extremes"]))
+    raw["statistics"]["blocks.0.mlp.fc1"]["extremes"] = other
+
+
+def _edit_amax(raw: dict[str, Any]) -> None:
+    raw["statistics"]["blocks.0.mlp.fc1"]["amax"] *= 1.01
+
+
+def _edit_hash(raw: dict[str, Any]) -> None:
+    raw["images"][0]["sha256"] = "00" * 32
+
+
+def _edit_mean(raw: dict[str, Any]) -> None:
+    raw["preprocess"]["mean"][0] = float(np.nextafter(raw["preprocess"]["mean"][0], 1))
+
+
+def _edit_seal(raw: dict[str, Any]) -> None:
+    raw["seal"] = "00" * 32
+
+
+def _drop_seal(raw: dict[str, Any]) -> None:
+    del raw["seal"]
+
+
+def _drop_linear(raw: dict[str, Any]) -> None:
+    del raw["statistics"]["blocks.2.mlp.fc1"]
+
+
+def _drop_image(raw: dict[str, Any]) -> None:
+    raw["images"].pop()
+
+
+def _edit_model(raw: dict[str, Any]) -> None:
+    raw["model"] = "clip-vit-base-p16"
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        _edit_extremes,
+        _edit_amax,
+        _edit_hash,
+        _edit_mean,
+        _edit_seal,
+        _edit_model,
+        _drop_seal,
+        _drop_linear,
+        _drop_image,
+    ],
+)
+def test_table_edited_by_hand_is_refused(
+    saved: Path, edit: Callable[[dict[str, Any]], None]
+) -> None:
+    raw = json.loads(saved.read_text(encoding="utf-8"))
+    assert load_table(_write(saved, raw))
+    edit(raw)
+    with pytest.raises(ArtifactError, match="does not match its own seal") as found:
+        load_table(_write(saved, raw))
+    assert found.value.hint == "calibrate again"
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.95, 0.999])
+def test_truncated_table_is_refused(saved: Path, fraction: float) -> None:
+    data = saved.read_bytes()
+    saved.write_bytes(data[: int(len(data) * fraction)])
+    with pytest.raises(ArtifactError, match=r"calibration\.json cannot be read"):
+        load_table(saved)
+
+
+def test_newer_table_is_refused(saved: Path) -> None:
+    raw = json.loads(saved.read_text(encoding="utf-8"))
+    raw["schema"] = 2
+    with pytest.raises(ArtifactError, match="written by a newer clipdeploy"):
+        load_table(_write(saved, raw))
+
+
+def test_passport_is_no_table(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        load_table(_write(tmp_path / "x.json", {"kind": "engine", "schema": 1}))
+
+
+def test_missing_table_is_a_file_error(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=r"cannot read .*absent\.json"):
+        load_table(tmp_path / "absent.json")
+
+
+def test_unknown_linear_is_named() -> None:
+    with pytest.raises(CalibrationError, match=r"has nothing about blocks\.9\.mlp\.fc1"):
+        _table().of("blocks.9.mlp.fc1")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"extremes": b"not zlib"},
+        {"counts": pack(_statistics()).total},
+        {"total": pack(_statistics()).total[:-6]},
+        {"channels": 4},
+    ],
+)
+def test_damaged_statistics_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(CalibrationError, match="statistics are damaged"):
+        unpack(replace(pack(_statistics()), **change))
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=UnicodeEncodeError,
+    reason="a file name that is not UTF-8 reaches JSON as a lone surrogate: UnicodeEncodeError",
+)
+def test_image_name_that_is_not_utf8_can_be_saved(tmp_path: Path) -> None:
+    record = CalibrationImageRecord(os.fsdecode(b"caf\xe9.png"), "ab" * 32)
+    table = save_table(replace(_table(), images=(record,)), tmp_path / "calibration.json")
+    assert load_table(tmp_path / "calibration.json") == table

@@ -1,0 +1,278 @@
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clipdeploy import zoo
+from clipdeploy.model import LoadedModel
+from clipdeploy.vit import VisionTransformer
+from clipdeploy.workspace import Workspace
+from exporters.artifact import Passport
+from exporters.errors import GraphError
+from exporters.graphs import load_graph, read_passport
+from exporters.onnx import ExportConfig, export_graph
+from exporters.session import OnnxSession
+
+# float32 rounding of two runtimes on logits of about 10, over six blocks.
+ROUNDING = 2e-5
+
+_NODE_NAME = re.compile(
+    r"^(patch_embed|norm_pre|norm|head|vit"
+    r"|blocks\.\d+(\.norm1|\.norm2|\.attn|\.attn\.qkv|\.attn\.proj|\.mlp|\.mlp\.fc1|\.mlp\.fc2)?)"
+    r"/[A-Z][A-Za-z]+(_\d+)?$"
+)
+
+
+class _Impostor(nn.Module):
+    """``told`` when PyTorch asks, ``exported`` when torch.onnx traces."""
+
+    def __init__(self, told: nn.Module, exported: nn.Module) -> None:
+        super().__init__()
+        self.told, self.exported = told, exported
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.exported(image) if torch.compiler.is_exporting() else self.told(image)
+
+
+class _TanhMlp(nn.Module):
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = mlp.fc1, mlp.fc2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+def _tanh_gelu(module: VisionTransformer) -> None:
+    for block in module.blocks:
+        block.mlp = _TanhMlp(block.mlp)
+
+
+def _smaller_eps(module: VisionTransformer) -> None:
+    for part in module.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.eps = 1e-6
+
+
+def _swapped_positions(module: VisionTransformer) -> None:
+    module.position.data = module.position[:, [0, 2, 1, *range(3, module.config.tokens)]]
+
+
+def _head_bias(module: VisionTransformer) -> None:
+    module.head.bias.data[3] += 1e-3
+
+
+def _operators(path: Path) -> Counter[str]:
+    return Counter(node.op_type for node in load_graph(path).graph)
+
+
+def test_one_node_for_each_layer(demo_workspace: Workspace) -> None:
+    operators = _operators(demo_workspace.graph(zoo.DEMO, "fp32"))
+    depth = zoo.find(zoo.DEMO).depth
+    assert operators["LayerNormalization"] == 2 * depth + 2
+    assert operators["Gelu"] == depth
+    assert operators["Softmax"] == depth
+    # Four Linears and two products of attention in every block; the head is a Gemm.
+    assert operators["MatMul"] == 6 * depth
+    assert (operators["Conv"], operators["Gemm"]) == (1, 1)
+
+
+def test_no_node_computes_shapes(demo_workspace: Workspace) -> None:
+    operators = _operators(demo_workspace.graph(zoo.DEMO, "fp32"))
+    shape_work = {"Shape", "Expand", "Squeeze", "Unsqueeze", "Concat", "ConstantOfShape", "Cast"}
+    decomposed = {"Erf", "Tanh", "ReduceMean", "Pow", "Sqrt", "Identity", "Constant", "If"}
+    assert not (shape_work | decomposed) & set(operators)
+
+
+def test_only_the_batch_is_symbolic(demo_workspace: Workspace) -> None:
+    proto = onnx.load(str(demo_workspace.graph(zoo.DEMO, "fp32")))
+    (image,), (logits,) = proto.graph.input, proto.graph.output
+    dims = [d.dim_param or d.dim_value for d in image.type.tensor_type.shape.dim]
+    assert (image.name, dims) == ("image", ["batch", 3, 32, 32])
+    dims = [d.dim_param or d.dim_value for d in logits.type.tensor_type.shape.dim]
+    assert (logits.name, dims) == ("logits", ["batch", 10])
+    onnx.checker.check_model(proto, full_check=True)
+
+
+def test_every_node_says_block_and_role(demo_workspace: Workspace) -> None:
+    nodes = list(load_graph(demo_workspace.graph(zoo.DEMO, "fp32")).graph)
+    names = [node.name or "" for node in nodes]
+    assert [name for name in names if not _NODE_NAME.match(name)] == []
+    assert len(set(names)) == len(names)
+    blocks = [m[1] for name in names if (m := re.match(r"blocks\.(\d+)", name))]
+    assert set(blocks) == {str(i) for i in range(6)}
+    for node, name in zip(nodes, names, strict=True):
+        assert name.rpartition("/")[2].split("_")[0] == node.op_type
+
+
+def test_every_weight_has_its_parameters_name(
+    demo_workspace: Workspace, demo_model: LoadedModel
+) -> None:
+    found = load_graph(demo_workspace.graph(zoo.DEMO, "fp32")).graph.initializers
+    parameters = dict(demo_model.module.named_parameters())
+    assert set(parameters) <= set(found)
+    for name in set(found) - set(parameters):
+        tensor = found[name].const_value
+        assert tensor is not None
+        # Shapes, axes and splits: a weight would be larger.
+        assert tensor.size <= 8
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="FoldAttentionScale leaves the scale it folded, blocks.0.attn/Mul.constant, behind",
+)
+def test_every_constant_is_read(demo_workspace: Workspace) -> None:
+    graph = load_graph(demo_workspace.graph(zoo.DEMO, "fp32")).graph
+    read = {value for node in graph for value in node.inputs}
+    assert [name for name, value in graph.initializers.items() if value not in read] == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 16])
+def test_logits_are_pytorchs(
+    demo_workspace: Workspace,
+    demo_model: LoadedModel,
+    demo_images: NDArray[np.float32],
+    count: int,
+) -> None:
+    session = OnnxSession(demo_workspace.graph(zoo.DEMO, "fp32"))
+    logits = session.run(demo_images[:count])[0]
+    expected = demo_model.module(torch.from_numpy(demo_images[:count])).numpy()
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=ROUNDING)
+
+
+def test_images_do_not_mix(demo_workspace: Workspace, demo_images: NDArray[np.float32]) -> None:
+    session = OnnxSession(demo_workspace.graph(zoo.DEMO, "fp32"))
+    together = session.run(demo_images)[0]
+    alone = np.concatenate([session.run(image[None])[0] for image in demo_images])
+    np.testing.assert_allclose(together, alone, rtol=0, atol=ROUNDING)
+
+
+def test_image_of_another_size_is_refused(demo_workspace: Workspace) -> None:
+    session = OnnxSession(demo_workspace.graph(zoo.DEMO, "fp32"))
+    with pytest.raises(GraphError, match="cannot run"):
+        session.run(np.zeros((1, 3, 36, 36), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("defect", "small_residual"),
+    [
+        (_tanh_gelu, False),
+        # On a residual of usual size 1e-6 for 1e-5 costs 2e-5, below any bound of float32 parity.
+        (_smaller_eps, True),
+        (_swapped_positions, False),
+        (_head_bias, False),
+    ],
+)
+def test_wrong_export_is_refused_and_leaves_no_file(
+    defect: Callable[[VisionTransformer], None],
+    small_residual: bool,
+    make_vit: Callable[..., VisionTransformer],
+    make_passport: Callable[[VisionTransformer], Passport],
+    tiny_images: NDArray[np.float32],
+    tmp_path: Path,
+) -> None:
+    module = make_vit(small_residual=small_residual)
+    wrong = copy.deepcopy(module)
+    defect(wrong)
+    path = tmp_path / "tiny.onnx"
+    path.write_bytes(b"the export of last week")
+    with pytest.raises(GraphError, match="the graph's logits differ from PyTorch's"):
+        export_graph(_Impostor(module, wrong), path, make_passport(module), tiny_images)
+    assert os.listdir(tmp_path) == ["tiny.onnx"]
+    assert path.read_bytes() == b"the export of last week"
+
+
+def test_wrong_promise_leaves_no_file(
+    make_vit: Callable[..., VisionTransformer],
+    make_passport: Callable[[VisionTransformer], Passport],
+    tiny_images: NDArray[np.float32],
+    tmp_path: Path,
+) -> None:
+    passport = make_passport(make_vit())
+    module = make_vit()
+    module.head = nn.Linear(32, 6).requires_grad_(False)
+    with pytest.raises(GraphError, match=r"has output .* promised was"):
+        export_graph(module, tmp_path / "tiny.onnx", passport, tiny_images)
+    assert os.listdir(tmp_path) == []
+
+
+class _Undecided(nn.Module):
+    def forward(self, image: Tensor) -> Tensor:
+        return image.mean((2, 3)) if image.sum() > 0 else image.amax((2, 3))
+
+
+def test_untraceable_module_is_a_graph_error(
+    make_vit: Callable[..., VisionTransformer],
+    make_passport: Callable[[VisionTransformer], Passport],
+    tiny_images: NDArray[np.float32],
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(GraphError, match=r"torch\.onnx cannot trace tiny"):
+        export_graph(_Undecided(), tmp_path / "x.onnx", make_passport(make_vit()), tiny_images)
+    assert os.listdir(tmp_path) == []
+
+
+def test_two_exports_are_the_same_bytes(
+    tiny_graph: Path,
+    make_vit: Callable[..., VisionTransformer],
+    make_passport: Callable[[VisionTransformer], Passport],
+    tiny_images: NDArray[np.float32],
+    tmp_path: Path,
+) -> None:
+    module = make_vit()
+    artifact = export_graph(module, tmp_path / "again.onnx", make_passport(module), tiny_images)
+    assert artifact.path.read_bytes() == tiny_graph.read_bytes()
+    assert artifact.passport == read_passport(artifact.path)
+    assert artifact.passport.settings["opset"] == 20
+    assert artifact.changed
+
+
+@pytest.mark.parametrize("opset", [21, 23])
+def test_newer_opsets_pass_the_same_checks(
+    opset: int,
+    make_vit: Callable[..., VisionTransformer],
+    make_passport: Callable[[VisionTransformer], Passport],
+    tiny_images: NDArray[np.float32],
+    tmp_path: Path,
+) -> None:
+    module = make_vit()
+    path = tmp_path / "tiny.onnx"
+    export_graph(module, path, make_passport(module), tiny_images, ExportConfig(opset))
+    assert load_graph(path).graph.opset_imports[""] == opset
+    assert read_passport(path).settings == {"opset": opset}
+    assert _operators(path)["Gelu"] == 2
+
+
+@pytest.mark.parametrize("opset", [19, 24])
+def test_other_opsets_are_refused(opset: int) -> None:
+    with pytest.raises(GraphError, match=f"opset {opset} is not supported"):
+        ExportConfig(opset)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="export_graph asks for 7 images but takes fewer: parity at batch 7 then runs smaller",
+)
+def test_too_few_images_are_refused(
+    make_vit: Callable[..., VisionTransformer],
+    make_passport: Callable[[VisionTransformer], Passport],
+    tiny_images: NDArray[np.float32],
+    tmp_path: Path,
+) -> None:
+    module = make_vit()
+    with pytest.raises(GraphError):
+        export_graph(module, tmp_path / "x.onnx", make_passport(module), tiny_images[:3])
