@@ -28,6 +28,8 @@ _LOWEST_EXPONENT = -18
 _FIRST = (127 + _LOWEST_EXPONENT) << _MANTISSA_BITS
 # Sums are kept as integers in units of 2 ** -24, below half a float32 ulp of any value over 1.
 _FIXED_POINT = float(1 << 24)
+# Far beyond any activation; up to here 2 ** 19 rows add up in an int64 without overflow.
+_LARGEST = float(1 << 20)
 
 
 def bin_edges() -> NDArray[np.float64]:
@@ -116,9 +118,11 @@ class ChannelObserver:
         Raises:
             CalibrationError: NaN or inf, or another number of channels.
         """
-        if minimum.shape != (self.channels,) or rows.shape[-1] != self.channels:
+        shapes = (minimum.shape, maximum.shape, rows.shape[1:])
+        if any(shape != (self.channels,) for shape in shapes) or rows.ndim != 2:
             raise CalibrationError(
-                f"{self.name} has {self.channels} channels, got {minimum.shape} and {rows.shape}"
+                f"{self.name} has {self.channels} channels, got {minimum.shape}, "
+                f"{maximum.shape} and {rows.shape}"
             )
         finite = np.isfinite(minimum).all() and np.isfinite(maximum).all()
         if not (finite and np.isfinite(rows).all()):
@@ -126,8 +130,15 @@ class ChannelObserver:
                 f"{self.name} is NaN or infinite on {image or 'this image'}",
                 hint="the model overflows on it: check the image and the checkpoint",
             )
-        self._minimum = np.minimum(self._minimum, minimum)
-        self._maximum = np.maximum(self._maximum, maximum)
+        largest = float(max(np.abs(minimum).max(), np.abs(maximum).max()))
+        if largest > _LARGEST:
+            raise CalibrationError(
+                f"{self.name} reaches {largest:.1e} on {image or 'this image'}",
+                hint="no trained model does: check the checkpoint",
+            )
+        # Adding zero turns -0.0 into 0.0, whose order numpy's minimum would otherwise remember.
+        self._minimum = np.minimum(self._minimum, minimum) + np.float32(0)
+        self._maximum = np.maximum(self._maximum, maximum) + np.float32(0)
         bits = np.ascontiguousarray(rows).view(np.int32) & 0x7FFFFFFF
         bins = np.clip((bits >> _SHIFT) - _FIRST, 0, BINS - 1) + self._offset
         self._counts += np.bincount(bins.ravel(), minlength=self._counts.size)

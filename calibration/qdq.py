@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -23,7 +24,7 @@ from calibration.policy import LinearSite, Placement, find_linears, place
 from calibration.table import CalibrationTable, load_table
 from exporters.artifact import Passport, settings_of
 from exporters.checks import check_structure
-from exporters.errors import ArtifactError, CalibrationError
+from exporters.errors import ArtifactError, CalibrationError, UsageError
 from exporters.files import sha256_file
 from exporters.graphs import GraphArtifact, load_graph, read_passport, save_graph
 from exporters.precision import half_precision
@@ -43,7 +44,13 @@ class QuantizeConfig:
     """
 
     exclude: tuple[str, ...] = ()
-    remainder: str = "fp16"
+    remainder: Literal["fp16", "fp32"] = "fp16"
+
+    def __post_init__(self) -> None:
+        if self.remainder not in ("fp16", "fp32"):
+            raise UsageError(
+                f"the remainder cannot be {self.remainder!r}", hint="choose fp16 or fp32"
+            )
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,17 @@ def _list_zip(path: Path) -> list[str]:
     return names
 
 
+def _refuse_unprintable(names: Sequence[str], path: Path) -> None:
+    """Names that are not UTF-8 cannot be written into a table or a report."""
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise DatasetError(
+                f"{path} holds a file whose name is not UTF-8: {name!a}", hint="rename it"
+            ) from None
+
+
 def open_images(path: Path, classes: Sequence[str] = ()) -> ImageFolder:
     """List the images of a folder or zip archive.
 
@@ -133,6 +144,7 @@ def open_images(path: Path, classes: Sequence[str] = ()) -> ImageFolder:
     if not path.exists():
         raise DatasetError(f"{path} does not exist", hint="check the path given to --data")
     names = _list_folder(path) if path.is_dir() else _list_zip(path)
+    _refuse_unprintable(names, path)
     images = sorted(name for name in names if PurePosixPath(name).suffix.lower() in _SUFFIXES)
     if not images:
         raise DatasetError(

@@ -157,7 +157,7 @@ def from_json(data: bytes | str, kind: type[T], where: str) -> T:
                 hint="upgrade clipdeploy, or make the artifact again",
             )
         return msgspec.convert(raw, kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ArtifactError(
             f"{where} cannot be read: {error}",
             hint="it was cut short or edited by hand: make it again",

@@ -89,8 +89,9 @@ def check_parity(
             raise GraphError(
                 f"at batch {count} the graph gives {logits.shape}, PyTorch {expected.shape}"
             )
-        if not np.isfinite(logits).all():
-            raise GraphError(f"at batch {count} the graph's logits are not finite")
+        for whose, values in (("the graph's", logits), ("PyTorch's", expected)):
+            if not np.isfinite(values).all():
+                raise GraphError(f"at batch {count} {whose} logits are not finite")
         worst = max(worst, float(np.abs(logits - expected).max()))
     if not worst <= tolerance:
         raise GraphError(

@@ -80,14 +80,15 @@ def weight_proto(value: ir.Value) -> onnx.TensorProto:
 def model_pieces(model: ir.Model) -> Iterator[bytes]:
     """``model`` as consecutive pieces of one protobuf message, a weight each.
 
-    Protobuf defines a concatenation of messages as their merge, so the graph without weights
-    comes first and each weight follows as a model that holds nothing else: no more than one
-    weight is in memory twice (protobuf.dev, "Encoding", on merging embedded messages).
+    Protobuf defines a concatenation of messages as their merge, so each weight is a model that
+    holds nothing else, and no more than one weight is in memory twice (protobuf.dev, "Encoding",
+    on merging embedded messages).  The nodes and the passport come last: a file that was cut
+    between two pieces has neither, and is recognised.
     """
-    yield structure(model).SerializeToString()
     for value in model.graph.initializers.values():
         weight = onnx.GraphProto(initializer=[weight_proto(value)])
         yield onnx.ModelProto(graph=weight).SerializeToString()
+    yield structure(model).SerializeToString()
 
 
 def write_model(model: ir.Model, path: Path) -> None:
@@ -120,14 +121,17 @@ def load_graph(path: Path) -> ir.Model:
     """
     with file_errors("read", path):
         data = path.read_bytes()
+    broken = GraphError(
+        f"{path} is no readable ONNX graph",
+        hint="it is cut short or of another kind: export it again",
+    )
     try:
         model: ir.Model = ir.from_proto(onnx.ModelProto.FromString(data))
-        return model
-    except (DecodeError, ValueError, KeyError) as error:
-        raise GraphError(
-            f"{path} is no readable ONNX graph",
-            hint="it is cut short or of another kind: export it again",
-        ) from error
+    except (DecodeError, ir.serde.SerdeError, ValueError, KeyError) as error:
+        raise broken from error
+    if not model.graph.outputs:
+        raise broken
+    return model
 
 
 def existing_graph(path: Path) -> GraphArtifact | None:

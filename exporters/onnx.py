@@ -113,6 +113,10 @@ def export_graph(
             the module's.
         FileError: the file cannot be written.
     """
+    if len(images) < max(PARITY_BATCHES):
+        raise GraphError(
+            f"{len(images)} images are too few for the parity check at batches {PARITY_BATCHES}"
+        )
     passport = replace(passport, settings=settings_of(config))
     with progress.task(f"trace {passport.model}"):
         model = trace(module, passport, config)

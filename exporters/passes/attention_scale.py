@@ -15,6 +15,8 @@ import onnx_ir as ir
 
 __all__ = ["FoldAttentionScale"]
 
+_MOVES = ("Reshape", "Transpose", "Slice", "Gather")
+
 
 def _scalar(value: ir.Value | None) -> float | None:
     tensor = value.const_value if value is not None else None
@@ -28,6 +30,20 @@ def _producer(value: ir.Value | None, *kinds: str) -> ir.Node | None:
     return node if node is not None and node.op_type in kinds else None
 
 
+def _single(value: ir.Value) -> bool:
+    return len(value.consumers()) == 1 and not value.is_graph_output()
+
+
+def _only_reader(value: ir.Value | None, kinds: tuple[str, ...]) -> ir.Value | None:
+    """Where ``value`` came from before it was only moved, or None if anything else reads it."""
+    while step := _producer(value, *kinds):
+        assert value is not None
+        if not _single(value):
+            return None
+        value = step.inputs[0]
+    return value
+
+
 def _scale_columns(value: ir.Value, columns: int, scale: float) -> None:
     tensor = value.const_value
     assert tensor is not None
@@ -37,20 +53,23 @@ def _scale_columns(value: ir.Value, columns: int, scale: float) -> None:
 
 
 class FoldAttentionScale(ir.passes.InPlacePass):
-    """MatMul -> Add -> Split -> (reshape, transpose) -> Mul(scale): fold the Mul."""
+    """MatMul -> Add -> (reshape, transpose) -> Split -> (...) -> Mul(scale): fold the Mul."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Change ``model`` in place; see the module's docstring."""
         found = [(node, linear) for node in model.graph if (linear := self._match(node))]
         for mul, (weight, bias, columns) in found:
-            scale = _scalar(mul.inputs[1])
+            source, constant = mul.inputs
+            scale = _scalar(constant)
+            assert source is not None
+            assert constant is not None
             assert scale is not None
             _scale_columns(weight, columns, scale)
             _scale_columns(bias, columns, scale)
-            source = mul.inputs[0]
-            assert source is not None
             ir.convenience.replace_all_uses_with(mul.outputs[0], source)
             model.graph.remove(mul, safe=True)
+            if constant.is_initializer() and not constant.consumers():
+                del model.graph.initializers[constant.name or ""]
         return ir.passes.PassResult(model, modified=bool(found))
 
     @staticmethod
@@ -58,21 +77,15 @@ class FoldAttentionScale(ir.passes.InPlacePass):
         scale = _scalar(node.inputs[1]) if node.op_type == "Mul" else None
         if scale is None or scale <= 0 or math.frexp(scale)[0] != 0.5:
             return None
-        value = node.inputs[0]
-        while step := _producer(value, "Reshape", "Transpose", "Slice", "Gather"):
-            value = step.inputs[0]
-        split = _producer(value, "Split")
-        if split is None or value is not split.outputs[0]:
+        query = _only_reader(node.inputs[0], _MOVES)
+        split = _producer(query, "Split")
+        if query is None or split is None or query is not split.outputs[0] or not _single(query):
             return None
-        add = _producer(split.inputs[0], "Add")
+        add = _producer(_only_reader(split.inputs[0], _MOVES), "Add")
         matmul = _producer(add.inputs[0], "MatMul") if add else None
-        if add is None or matmul is None:
+        if add is None or matmul is None or len({str(out.shape) for out in split.outputs}) != 1:
             return None
         bias, weight = add.inputs[1], matmul.inputs[1]
-        known = all(v is not None and v.const_value is not None for v in (bias, weight))
-        width = value.shape[-1] if value.shape is not None else None
-        if not known or not isinstance(width, int):
+        if bias is None or weight is None or bias.const_value is None or weight.const_value is None:
             return None
-        assert bias is not None
-        assert weight is not None
-        return weight, bias, width
+        return weight, bias, bias.const_value.size // len(split.outputs)

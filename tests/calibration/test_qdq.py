@@ -369,9 +369,6 @@ def test_same_inputs_give_the_same_bytes(
     assert again == demo_workspace.graph(zoo.DEMO, "int8").read_bytes()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="QuantizeConfig takes any remainder; what is not fp16 means fp32"
-)
 @pytest.mark.parametrize("remainder", ["bf16", "FP16", ""])
 def test_unknown_remainder_is_refused(remainder: str) -> None:
     with pytest.raises(ClipdeployError):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import zipfile
 from pathlib import Path
 
@@ -80,6 +81,12 @@ def test_no_image_and_no_folder(tmp_path: Path) -> None:
         open_images(tmp_path / "none")
     with pytest.raises(DatasetError, match="no readable zip"):
         open_images(tmp_path / "notes.txt")
+
+
+def test_a_name_that_is_not_utf8_is_refused(folder: Path) -> None:
+    (folder / "cat" / os.fsdecode(b"caf\xe9.png")).write_bytes(png(1))
+    with pytest.raises(DatasetError, match="not UTF-8"):
+        open_images(folder, CLASSES)
 
 
 def test_a_zip_cannot_reach_outside(tmp_path: Path) -> None:

@@ -95,10 +95,6 @@ def test_logits_that_are_not_finite_are_refused(
         check_parity(tiny_graph, images, {2: tiny_logits[2]})
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="max(0.0, nan) is 0.0 in Python: check_parity reports 0 where PyTorch's logits are NaN",
-)
 def test_reference_of_nan_is_refused(
     tiny_graph: Path, tiny_images: NDArray[np.float32], tiny_logits: Logits
 ) -> None:

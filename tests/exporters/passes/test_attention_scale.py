@@ -127,12 +127,6 @@ def test_scale_computed_in_the_graph_is_left_alone() -> None:
     assert not FoldAttentionScale()(model).modified
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="FoldAttentionScale does not ask whether the unscaled query has another reader, "
-    "which then reads a scaled one",
-)
 def test_query_with_another_reader_keeps_its_value() -> None:
     model = _attention(16, 0.25, also="q")
     before = _run(model, _batch(16))
