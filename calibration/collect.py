@@ -20,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from calibration.observers import ChannelObserver, ChannelStatistics
 from calibration.policy import LinearSite, find_linears
 from calibration.table import CalibrationImageRecord, CalibrationTable, pack
+from exporters.artifact import BATCH_AXIS
 from exporters.errors import CalibrationError, GraphError
 from exporters.files import sha256_file
 from exporters.graphs import load_graph, read_passport
@@ -34,11 +35,11 @@ SAMPLED_TOKENS = 9
 
 @dataclass(frozen=True)
 class CalibrationImage:
-    """One normalised image, float32 (3, S, S), its name and the SHA-256 of its file."""
+    """One image as the graph takes it, (1, ...), its name and the SHA-256 of its file."""
 
     name: str
     sha256: str
-    pixels: NDArray[np.float32]
+    input: NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,11 @@ def _tapped(path: Path, taps: list[_Tap]) -> bytes:
     """The graph with three more outputs for each tap, and the token indices as a second input."""
     proto = onnx.ModelProto.FromString(path.read_bytes())
     graph = proto.graph
+    # One image at a time, also through a graph that was exported for a fixed batch: its nodes hold
+    # no batch size, only its declared shapes do.
+    graph.input[0].type.tensor_type.shape.dim[0].dim_param = BATCH_AXIS
+    graph.output[0].type.tensor_type.shape.dim[0].dim_param = BATCH_AXIS
+    del graph.value_info[:]
     graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), "tap/axis"))
     graph.input.append(helper.make_tensor_value_info("tap/tokens", TensorProto.INT64, ["sampled"]))
     graph.initializer.append(numpy_helper.from_array(np.array([0], np.int64), "tap/class_token"))
@@ -112,7 +118,7 @@ class ActivationCollector:
             CalibrationError: an activation is NaN or infinite.
         """
         tokens = _sampled_tokens(image.sha256, self._tokens)
-        outputs = self._session.run(image.pixels[None], {"tap/tokens": tokens})[1:]
+        outputs = self._session.run(image.input, {"tap/tokens": tokens})[1:]
         for index, observer in enumerate(self._observers):
             minimum, maximum, rows = outputs[3 * index : 3 * index + 3]
             observer.collect(minimum[0], maximum[0], rows[0], image.name)

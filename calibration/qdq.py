@@ -24,14 +24,18 @@ from calibration.policy import LinearSite, Placement, find_linears, place
 from calibration.table import CalibrationTable, load_table
 from exporters.artifact import Passport, settings_of
 from exporters.checks import check_structure
-from exporters.errors import ArtifactError, CalibrationError, UsageError
+from exporters.errors import ArtifactError, CalibrationError, GraphError, UsageError
 from exporters.files import sha256_file
 from exporters.graphs import GraphArtifact, load_graph, read_passport, save_graph
-from exporters.precision import half_precision
+from exporters.overflow import check_storage, largest_values, near_limit
+from exporters.precision import Fp16Config, half_precision
+from exporters.samples import Samples
 
 __all__ = ["QuantizeConfig", "QuantizedGraph", "quantize"]
 
 _QMAX = 127
+# QuantizeLinear and DequantizeLinear take float16 scales from here on.
+_FIRST_WITH_HALF_SCALES = 19
 _SMALLEST_SCALE = float(np.finfo(np.float16).tiny)
 
 
@@ -153,15 +157,33 @@ def _check_table(table: CalibrationTable, passport: Passport, source: str, where
             )
 
 
+def _need_opset(model: ir.Model, passport: Passport) -> None:
+    opset = model.graph.opset_imports[""]
+    if opset < _FIRST_WITH_HALF_SCALES:
+        raise GraphError(
+            f"INT8 with an FP16 remainder needs opset {_FIRST_WITH_HALF_SCALES} or newer, "
+            f"{passport.model} was exported with {opset}",
+            hint="export again with a newer --opset",
+        )
+
+
 def quantize(
-    source: Path, calibration: Path, target: Path, config: QuantizeConfig = QuantizeConfig()
+    source: Path,
+    calibration: Path,
+    target: Path,
+    samples: Samples,
+    config: QuantizeConfig = QuantizeConfig(),
 ) -> QuantizedGraph:
     """Write the INT8 twin of the FP32 graph ``source``.
+
+    With an FP16 remainder, ``samples`` (a few real images) decide which tensors stay float32, and
+    the result is run with every half really stored as one before it gets its name.
 
     Raises:
         ArtifactError: the calibration is damaged, or of another model or preprocessing.
         CalibrationError: the calibration lacks a Linear.
-        GraphError: the graph has no Linears of ours, or the result is not valid.
+        GraphError: the graph has no Linears of ours, a tensor overflows, or the result is not
+            valid.
         FileError: something cannot be read or written.
     """
     passport = read_passport(source)
@@ -176,13 +198,28 @@ def quantize(
         if site.name in chosen:
             amax = np.asarray([table.of(site.name).amax.max()], np.float64)
             _quantize_site(model, site, float(float16_scale(amax / _QMAX)[0]))
-    if config.remainder == "fp16":
-        half_precision(model)
+    half = config.remainder == "fp16"
+    images = samples.feed(passport.input)
+    reference, peaks = largest_values(source, images) if half else (None, {})
+    keep = near_limit(peaks)
+    if half:
+        _need_opset(model, passport)
+        half_precision(model, Fp16Config(keep))
     passport = replace(
         passport,
         precision="int8",
         parents={"source_graph": source_hash, "calibration": sha256_file(calibration)},
-        settings={**passport.settings, **settings_of(config), "int8_linears": len(chosen)},
+        settings={
+            **passport.settings,
+            **settings_of(config),
+            "int8_linears": len(chosen),
+            "keep_fp32": list(keep),
+        },
     )
     check_structure(model, passport)
-    return QuantizedGraph(save_graph(model, target, passport), placement)
+
+    def check(written: Path) -> None:
+        if reference is not None:
+            check_storage(written, images, reference)
+
+    return QuantizedGraph(save_graph(model, target, passport, check), placement)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -35,7 +35,10 @@ _MODULES: dict[Backend, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorr
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """``profile`` is the (smallest, optimal, largest) batch that the engine takes."""
+    """``profile`` is the (smallest, optimal, largest) batch that the engine takes.
+
+    A graph that was exported for one batch size has that one, whatever ``profile`` says.
+    """
 
     backend: Literal["auto", "tensorrt", "tensorrt-rtx"] = "auto"
     profile: tuple[int, int, int] = (1, 8, 32)
@@ -167,6 +170,9 @@ def build_engine(
         ArtifactError, FileError: the graph cannot be used, or the engine not written.
     """
     passport = read_passport(graph)
+    batch = passport.input.shape[0]
+    if isinstance(batch, int):
+        config = replace(config, profile=(batch, batch, batch))
     backend = choose_backend(config.backend)
     graph_hash = sha256_file(graph)
     version = str(tensorrt_module(backend).__version__)

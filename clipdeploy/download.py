@@ -8,15 +8,19 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.error import URLError
 
 from clipdeploy.zoo import ModelCard
-from exporters.errors import CheckpointError
+from exporters.errors import CheckpointError, UsageError
 from exporters.files import file_errors
 
-__all__ = ["cache_folder", "cached_file", "fetch", "is_at_hand"]
+__all__ = ["HUB_PREFIX", "cache_folder", "cached_file", "fetch", "fetch_hub", "is_at_hand"]
 
 HOME_VARIABLE = "CLIPDEPLOY_HOME"
 OFFLINE_VARIABLE = "CLIPDEPLOY_OFFLINE"
+MIRROR_VARIABLE = "CLIPDEPLOY_MIRROR"
+HUB_PREFIX = "hf://"
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 # Seconds without a byte after which a server counts as gone.
 _STALL = 30.0
 
@@ -48,11 +52,21 @@ def _stall_timeout(seconds: float) -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def fetch(card: ModelCard, *, progress: bool = True) -> Path:
+def _is_offline(asked: bool) -> bool:
+    return asked or bool(os.environ.get(OFFLINE_VARIABLE))
+
+
+def address(card: ModelCard) -> str:
+    """Where a card's weights are fetched from: its own URL, or ``$CLIPDEPLOY_MIRROR``/file."""
+    mirror = os.environ.get(MIRROR_VARIABLE)
+    return f"{mirror.rstrip('/')}/{card.file}" if mirror else card.url
+
+
+def fetch(card: ModelCard, *, offline: bool = False, progress: bool = True) -> Path:
     """The path of the card's weights, downloaded if they are not in the cache yet.
 
     The file gets its name only after its SHA-256 began with the card's prefix; an interrupted or
-    wrong download leaves nothing.
+    wrong download leaves nothing, and the next one starts afresh.
 
     Raises:
         CheckpointError: offline, no answer, a stalled or cut connection, or a wrong hash.
@@ -61,24 +75,74 @@ def fetch(card: ModelCard, *, progress: bool = True) -> Path:
     path = cached_file(card)
     if path.is_file():
         return path
-    mend = f"fetch it by hand and pass --checkpoint {card.file}"
-    if os.environ.get(OFFLINE_VARIABLE):
+    url = address(card)
+    mend = f"fetch it elsewhere and pass --checkpoint {card.file}"
+    if _is_offline(offline):
         raise CheckpointError(f"{card.name} is not in the cache and downloads are off", hint=mend)
     from torch.hub import download_url_to_file
 
     with file_errors("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _stall_timeout(_STALL):
-            download_url_to_file(
-                card.url, str(path), hash_prefix=card.sha256_prefix, progress=progress
-            )
+        with file_errors("write", path), _network_errors(url, mend), _stall_timeout(_STALL):
+            download_url_to_file(url, str(path), hash_prefix=card.sha256_prefix, progress=progress)
     except RuntimeError as error:
         raise CheckpointError(
-            f"{card.url} sent other bytes than published: {error}",
-            hint=f"try again, or {mend}",
+            f"{url} sent other bytes than published: {error}", hint=f"try again, or {mend}"
         ) from error
-    except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", None) or str(error) or type(error).__name__
-        raise CheckpointError(f"cannot download {card.url}: {reason}", hint=mend) from error
     return path
+
+
+@contextlib.contextmanager
+def _network_errors(url: str, mend: str) -> Iterator[None]:
+    try:
+        yield
+    except (URLError, ConnectionError, TimeoutError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or str(error) or type(error).__name__
+        raise CheckpointError(f"cannot download {url}: {reason}", hint=mend) from error
+
+
+def fetch_hub(reference: str, *, offline: bool = False) -> Path:
+    """The weights of ``hf://OWNER/NAME`` from the Hugging Face hub, ``.safetensors`` if it has any.
+
+    Raises:
+        UsageError: the reference names no repository, or huggingface_hub is not installed.
+        CheckpointError: no such repository or file, or no connection.
+    """
+    repository = reference.removeprefix(HUB_PREFIX)
+    if repository.count("/") != 1 or not all(repository.split("/")):
+        raise UsageError(f"{reference!r} names no repository", hint="such as hf://timm/NAME")
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+        from huggingface_hub.utils import logging
+    except ImportError as error:
+        raise UsageError(
+            "hf:// needs huggingface_hub", hint='pip install "clipdeploy[hub]"'
+        ) from error
+    # It says every retry; the error at the end says it once.
+    logging.set_verbosity_error()
+    cache, local = cache_folder() / "hub", _is_offline(offline)
+    for name in _HUB_FILES:
+        try:
+            return Path(hf_hub_download(repository, name, cache_dir=cache, local_files_only=local))
+        except LocalEntryNotFoundError as error:
+            if not local:
+                raise _no_hub(reference, error) from error
+        except EntryNotFoundError:
+            continue
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise _no_hub(reference, error) from error
+    where = "in the cache, and downloads are off" if local else "there"
+    raise CheckpointError(
+        f"{reference}: neither {' nor '.join(_HUB_FILES)} is {where}",
+        hint="check the name, or fetch a file and pass its path",
+    )
+
+
+def _no_hub(reference: str, error: Exception) -> CheckpointError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return CheckpointError(
+        f"cannot fetch {reference}: {reason}",
+        hint="check the name and the connection, or fetch a file and pass its path",
+    )

@@ -31,11 +31,16 @@ _MMPRETRAIN_IMAGE = 224
 
 @dataclass(frozen=True)
 class WeightsChoice:
-    """Which weights the user asked for: a checkpoint file, a random seed, or the card's own."""
+    """Which weights the user asked for: a checkpoint, a random seed, or the card's own.
 
-    checkpoint: Path | None = None
+    ``checkpoint`` is a file or ``hf://OWNER/NAME``.
+    ``resize_position`` resamples a position grid of another size; ``offline`` forbids downloads.
+    """
+
+    checkpoint: Path | str | None = None
     random_seed: int | None = None
     resize_position: bool = False
+    offline: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,27 +143,41 @@ def load_model(card: ModelCard, choice: WeightsChoice, recipe: Recipe) -> Loaded
         config = _config(card, recipe, card.classes)
         module = _assemble(random_tensors(config, choice.random_seed), config, card, recipe)
         return LoadedModel(card, module, WeightsOrigin("random", seed=choice.random_seed), recipe)
-    checkpoint = read_checkpoint(choice.checkpoint or _own_checkpoint(card))
-    config = _config(card, recipe, checkpoint.classes or card.classes)
-    checkpoint = _fit_position(checkpoint, config, choice)
+    read = _read(card, choice)
+    config = _config(card, recipe, read.classes or card.classes)
+    checkpoint = _fit_position(read, config, choice)
     validate(checkpoint, config, card.name)
     origin = WeightsOrigin(
-        "file", str(checkpoint.path.resolve()), checkpoint.sha256, layout=checkpoint.layout
+        "file",
+        str(checkpoint.path.absolute()),
+        checkpoint.sha256,
+        layout=checkpoint.layout,
+        resized_position=checkpoint is not read,
     )
     return LoadedModel(card, _assemble(checkpoint.tensors, config, card, recipe), origin, recipe)
 
 
-def _own_checkpoint(card: ModelCard) -> Path:
+def _read(card: ModelCard, choice: WeightsChoice) -> Checkpoint:
+    from clipdeploy.download import HUB_PREFIX, fetch, fetch_hub
+
+    chosen = choice.checkpoint
+    if isinstance(chosen, str) and chosen.startswith(HUB_PREFIX):
+        return read_checkpoint(fetch_hub(chosen, offline=choice.offline))
+    if chosen is not None:
+        return read_checkpoint(Path(chosen))
     if card.name == zoo.DEMO:
-        return zoo.demo_file("weights.safetensors")
-    from clipdeploy.download import fetch
+        return read_checkpoint(zoo.demo_file("weights.safetensors"))
+    checkpoint = read_checkpoint(fetch(card, offline=choice.offline))
+    if not checkpoint.sha256.startswith(card.sha256_prefix):
+        raise CheckpointError(
+            f"{checkpoint.path} is not the published file: its SHA-256 begins with "
+            f"{checkpoint.sha256[:8]}, not {card.sha256_prefix}",
+            hint="it was damaged in the cache: delete it and run again",
+        )
+    return checkpoint
 
-    return fetch(card)
 
-
-def reload_model(
-    card: ModelCard, weights: WeightsOrigin, recipe: Recipe, *, resize_position: bool = False
-) -> LoadedModel:
+def reload_model(card: ModelCard, weights: WeightsOrigin, recipe: Recipe) -> LoadedModel:
     """The model an artifact was made from, again, from what its passport says.
 
     Raises:
@@ -172,7 +191,8 @@ def reload_model(
             f"the checkpoint behind this artifact is gone: {path}",
             hint="put it back, or export again with --checkpoint",
         )
-    model = load_model(card, WeightsChoice(path, resize_position=resize_position), recipe)
+    choice = WeightsChoice(path, resize_position=weights.resized_position)
+    model = load_model(card, choice, recipe)
     if model.weights.sha256 != weights.sha256:
         raise ArtifactError(
             f"{path} has changed since the artifact was made from it",

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from calibration.collect import CalibrationImage, collect
 from calibration.policy import Placement, find_linears, place
@@ -23,7 +22,6 @@ from clipdeploy.builder import BuildConfig, EngineArtifact, build_engine
 from clipdeploy.datasets import ImageFolder, Skipped, iter_crops, open_images, select
 from clipdeploy.model import LoadedModel, WeightsChoice, load_model, reload_model
 from clipdeploy.passport import library_versions, load_engine_passport
-from clipdeploy.preprocess import normalise
 from clipdeploy.verifier import Target, Verification, VerifyConfig, verify_targets
 from clipdeploy.workspace import PRECISIONS, Workspace
 from exporters.artifact import (
@@ -41,6 +39,7 @@ from exporters.graphs import GraphArtifact, existing_graph, load_graph, read_pas
 from exporters.onnx import ExportConfig, export_graph
 from exporters.precision import Fp16Config, convert_to_fp16
 from exporters.progress import SILENT, Progress
+from exporters.samples import Samples
 
 __all__ = [
     "CalibrateConfig",
@@ -64,6 +63,8 @@ class CalibrateConfig:
 
 
 DEFAULT_IMAGES = 512
+# Images on which float16 storage is judged.
+_STORAGE_IMAGES = 3
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,10 @@ def _passport(model: LoadedModel) -> Passport:
     )
 
 
-def sample_images(spec: Preprocess) -> NDArray[np.float32]:
-    """Seven real images for the parity check, float32 (7, 3, S, S): the demo card's digits."""
-    digits = select(open_images(zoo.demo_file("calibration.zip")), max(PARITY_BATCHES), seed=0)
-    crops = [crop.pixels for crop in iter_crops(digits, spec)]
-    return normalise(np.stack(crops), spec)
+def sample_images(spec: Preprocess, count: int = max(PARITY_BATCHES)) -> Samples:
+    """A few real images to check graphs with: the demo card's digits."""
+    digits = select(open_images(zoo.demo_file("calibration.zip")), count, seed=0)
+    return Samples(np.stack([crop.pixels for crop in iter_crops(digits, spec)]), spec)
 
 
 def export_model(
@@ -152,11 +152,12 @@ def _source_graph(workspace: Workspace, model: str) -> tuple[Path, Passport]:
 
 
 def _calibration_images(
-    images: ImageFolder, spec: Preprocess, skipped: Skipped | None
+    images: ImageFolder, passport: Passport, skipped: Skipped | None
 ) -> Iterator[CalibrationImage]:
+    spec = passport.preprocess
     for crop in iter_crops(images, spec, skipped=skipped):
-        pixels = normalise(crop.pixels[None], spec)[0]
-        yield CalibrationImage(crop.entry.name, crop.sha256, pixels)
+        image = Samples(crop.pixels[None], spec).as_input(passport.input)
+        yield CalibrationImage(crop.entry.name, crop.sha256, image)
 
 
 def calibrate_model(
@@ -183,7 +184,7 @@ def calibrate_model(
         if table.source_graph == sha256_file(graph) and table.images == _records(chosen):
             return CalibrationArtifact(path, table, (), changed=False)
     skipped = Skipped() if config.skip_unreadable else None
-    images = _calibration_images(chosen, passport.preprocess, skipped)
+    images = _calibration_images(chosen, passport, skipped)
     table = save_table(collect(graph, images, count, progress), path)
     return CalibrationArtifact(path, table, tuple(skipped.names if skipped else ()), changed=True)
 
@@ -212,7 +213,7 @@ def quantize_model(
     Raises:
         ClipdeployError: see :mod:`exporters.errors`.
     """
-    source, _ = _source_graph(workspace, model)
+    source, passport = _source_graph(workspace, model)
     calibration = workspace.calibration(model)
     if not calibration.exists():
         raise UsageError(
@@ -227,7 +228,8 @@ def quantize_model(
         if found.passport.parents == parents and settings.items() >= asked.items():
             return QuantizedGraph(found, _placement(source, config))
     with progress.task(f"quantise {model}"):
-        return quantize(source, calibration, target, config)
+        samples = sample_images(passport.preprocess, _STORAGE_IMAGES)
+        return quantize(source, calibration, target, samples, config)
 
 
 def _placement(source: Path, config: QuantizeConfig) -> Placement:
@@ -235,20 +237,29 @@ def _placement(source: Path, config: QuantizeConfig) -> Placement:
 
 
 def convert_model(
-    workspace: Workspace, model: str, *, force: bool = False, progress: Progress = SILENT
+    workspace: Workspace,
+    model: str,
+    config: Fp16Config = Fp16Config(),
+    *,
+    force: bool = False,
+    progress: Progress = SILENT,
 ) -> GraphArtifact:
     """FP32 graph -> FP16 graph.
 
     Raises:
         ClipdeployError: see :mod:`exporters.errors`.
     """
-    source, _ = _source_graph(workspace, model)
+    source, passport = _source_graph(workspace, model)
     target = workspace.graph(model, "fp16")
     parents = {"source_graph": sha256_file(source)}
     if not force and (found := existing_graph(target)) and found.passport.parents == parents:
-        return found
+        settings = found.passport.settings
+        kept = set(config.keep) <= set(settings.get("keep_fp32", ()))
+        if kept and settings.get("half_io") == config.half_io:
+            return found
     with progress.task(f"convert {model} to FP16"):
-        return convert_to_fp16(source, target, Fp16Config())
+        samples = sample_images(passport.preprocess, _STORAGE_IMAGES)
+        return convert_to_fp16(source, target, samples, config)
 
 
 def build_model(
@@ -259,6 +270,7 @@ def build_model(
     *,
     data: Path | None = None,
     calibrate: CalibrateConfig = CalibrateConfig(),
+    fp16: Fp16Config = Fp16Config(),
     force: bool = False,
     progress: Progress = SILENT,
 ) -> EngineArtifact:
@@ -273,7 +285,7 @@ def build_model(
             calibrate_model(workspace, model, data, calibrate, force=force, progress=progress)
         quantize_model(workspace, model, force=force, progress=progress)
     elif precision == "fp16":
-        convert_model(workspace, model, force=force, progress=progress)
+        convert_model(workspace, model, fp16, force=force, progress=progress)
     return build_engine(
         workspace.graph(model, precision),
         workspace.engine(model, precision),

@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 from exporters.artifact import Preprocess
 from exporters.errors import DatasetError
 
-__all__ = ["crop_image", "decode", "normalise"]
+__all__ = ["crop_image", "decode"]
 
 _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
@@ -85,13 +85,3 @@ def crop_image(image: Image.Image, spec: Preprocess) -> NDArray[np.uint8]:
     left = int(round((new[0] - size) / 2.0))  # noqa: RUF046 - the formula, halves to even
     top = int(round((new[1] - size) / 2.0))  # noqa: RUF046
     return np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.uint8)
-
-
-def normalise(crops: NDArray[np.uint8], spec: Preprocess) -> NDArray[np.float32]:
-    """uint8 (B, S, S, 3) -> float32 (B, 3, S, S), ``(x / 255 - mean) / std`` per channel."""
-    scale = 1.0 / (255.0 * np.asarray(spec.std, np.float64))
-    offset = -np.asarray(spec.mean, np.float64) / np.asarray(spec.std, np.float64)
-    planar = np.ascontiguousarray(crops.transpose(0, 3, 1, 2)).astype(np.float32)
-    planar *= scale.astype(np.float32)[:, None, None]
-    planar += offset.astype(np.float32)[:, None, None]
-    return planar

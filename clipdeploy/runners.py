@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self, cast
+from typing import Any, Protocol, Self, cast
 
 import numpy as np
 import torch
@@ -15,16 +16,17 @@ from clipdeploy.builder import Backend, tensorrt_module
 from clipdeploy.device import gpus
 from clipdeploy.passport import load_engine_passport
 from exporters.errors import EngineError
+from exporters.graphs import read_passport
 from exporters.session import OnnxSession
 
 __all__ = ["EngineRunner", "OnnxRunner", "Runner", "TorchRunner"]
 
-Images = NDArray[np.float32]
+Images = NDArray[Any]
 Logits = NDArray[np.float32]
 
 
 class Runner(Protocol):
-    """Normalised images (B, 3, S, S) float32 -> logits (B, classes) float32; any B."""
+    """Images as the artifact's passport says -> logits (B, classes) float32; any B."""
 
     name: str
 
@@ -51,6 +53,20 @@ class _Closing:
         self.close()
 
 
+def _in_parts(
+    run: Callable[[Images], Logits], images: Images, largest: int, *, fixed: bool
+) -> Logits:
+    """Run at most ``largest`` images at once; with ``fixed`` exactly so many, the last part filled
+    up with its own first image, whose logits are dropped."""
+    parts = []
+    for at in range(0, len(images), largest):
+        part = images[at : at + largest]
+        missing = largest - len(part) if fixed else 0
+        filled = np.concatenate([part, np.repeat(part[:1], missing, axis=0)]) if missing else part
+        parts.append(run(np.ascontiguousarray(filled))[: len(part)].astype(np.float32))
+    return np.concatenate(parts)
+
+
 class TorchRunner(_Closing):
     """The reference module on the CPU."""
 
@@ -72,10 +88,15 @@ class OnnxRunner(_Closing):
 
     def __init__(self, graph: Path) -> None:
         self._session = OnnxSession(graph)
+        batch = read_passport(graph).input.shape[0]
+        self._batch = batch if isinstance(batch, int) else None
 
     def __call__(self, images: Images) -> Logits:
-        """See :class:`Runner`."""
-        return self._session.run(images)[0]
+        """See :class:`Runner`; a graph of a fixed batch runs as many parts as it takes."""
+        size = self._batch or len(images)
+        return _in_parts(
+            lambda part: self._session.run(part)[0], images, size, fixed=self._batch is not None
+        )
 
 
 class EngineRunner(_Closing):
@@ -96,7 +117,7 @@ class EngineRunner(_Closing):
         from polygraphy.backend.trt import EngineFromBytes, TrtRunner
         from polygraphy.exception import PolygraphyException
 
-        self._largest = passport.profile[2]
+        self._smallest, _, self._largest = passport.profile
         self._runner = TrtRunner(EngineFromBytes(BytesFromPath(str(engine))))
         try:
             self._runner.activate()
@@ -108,13 +129,11 @@ class EngineRunner(_Closing):
 
     def __call__(self, images: Images) -> Logits:
         """See :class:`Runner`; a batch beyond the profile's largest runs in parts."""
-        parts = [
-            self._runner.infer({"image": np.ascontiguousarray(images[at : at + self._largest])})[
-                "logits"
-            ].copy()
-            for at in range(0, len(images), self._largest)
-        ]
-        return np.concatenate(parts)
+
+        def infer(part: Images) -> Logits:
+            return cast(Logits, self._runner.infer({"image": part})["logits"].copy())
+
+        return _in_parts(infer, images, self._largest, fixed=self._smallest == self._largest)
 
     def close(self) -> None:
         """Free the engine's memory."""

@@ -15,12 +15,12 @@ import numpy as np
 
 from clipdeploy.datasets import Crop, ImageFolder, Skipped, iter_crops
 from clipdeploy.model import LoadedModel
-from clipdeploy.preprocess import normalise
 from clipdeploy.runners import EngineRunner, OnnxRunner, Runner, TorchRunner
 from clipdeploy.statistics import Fidelity, FidelityMeter
 from exporters.artifact import Passport, Precision, Preprocess
 from exporters.errors import EngineError
 from exporters.progress import SILENT, Progress
+from exporters.samples import Samples
 
 __all__ = ["Row", "Target", "Verification", "VerifyConfig", "verify_targets"]
 
@@ -164,11 +164,12 @@ def verify_targets(
         ):
             allowed = skipped if config.skip_unreadable else None
             for batch in _batches(images, spec, config.batch, allowed):
-                pixels = normalise(np.stack([crop.pixels for crop in batch]), spec)
-                expected = torch_runner(pixels)
+                samples = Samples(np.stack([crop.pixels for crop in batch]), spec)
+                expected = torch_runner(samples.pixels)
                 labels = _labels(batch) if images.labelled else None
                 for target, runner in runners:
-                    meters[target.path].add(runner(pixels), expected, labels)
+                    logits = runner(samples.as_input(target.passport.input))
+                    meters[target.path].add(logits, expected, labels)
                 advance(len(batch))
     finally:
         for _, runner in runners:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import math
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -15,7 +16,7 @@ from pathlib import Path
 from exporters.artifact import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess, Recipe
 from exporters.errors import UsageError
 
-__all__ = ["DEMO", "DOWNLOAD_ROOT", "ModelCard", "cards", "class_names", "find"]
+__all__ = ["DEMO", "DOWNLOAD_ROOT", "ModelCard", "cards", "class_names", "find", "recipe_notes"]
 
 DOWNLOAD_ROOT = "https://download.openmmlab.com/mmclassification/v0/clip/"
 DEMO = "clip-vit-demo"
@@ -171,6 +172,27 @@ def find(name: str) -> ModelCard:
 @cache
 def _imagenet() -> tuple[tuple[str, str], ...]:
     return tuple((row["wnid"], row["label"]) for row in _read_rows("imagenet_classes.csv"))
+
+
+def recipe_notes(card: ModelCard) -> dict[str, str]:
+    """What each choice of a recipe means for ``card``, a sentence an option."""
+    size, grid, trained = card.image_size, card.image_size // card.patch, 224 // card.patch
+    resized = size > 224
+    squeeze = f", position grid {grid}x{grid} resized to {trained}x{trained} and back"
+    edge = math.floor(size / card.timm_crop_pct)
+    crop = f"short edge {edge}, centre crop {size}"
+    if card.timm_crop_mode == "squash":
+        crop = f"both edges {edge}, aspect ratio lost" + ("" if edge == size else f", crop {size}")
+    return {
+        "--numerics trained": f"CLIP mean and std, LayerNorm eps 1e-5, native {grid}x{grid} grid: "
+        "as the weights were trained",
+        "--numerics as-shipped": "ImageNet mean and std, LayerNorm eps 1e-6"
+        + (squeeze if resized else "")
+        + ": as mmpretrain's present config runs them",
+        "--resize published": f"short edge {size}, centre crop {size}, EXIF orientation honoured: "
+        "behind the published top-1",
+        "--resize timm": f"{crop}, EXIF orientation ignored: timm's own evaluation",
+    }
 
 
 def class_names(card: ModelCard) -> tuple[tuple[str, str], ...]:

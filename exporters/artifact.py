@@ -14,6 +14,7 @@ import msgspec
 from exporters.errors import ArtifactError
 
 __all__ = [
+    "BATCH_AXIS",
     "CLIP_MEAN",
     "CLIP_STD",
     "IMAGENET_MEAN",
@@ -31,6 +32,8 @@ __all__ = [
     "to_json",
 ]
 
+# The name of a symbolic batch axis.
+BATCH_AXIS = "batch"
 PASSPORT_SCHEMA = 1
 PASSPORT_KEY = "clipdeploy.passport"
 
@@ -87,7 +90,8 @@ class WeightsOrigin:
     """Where the weights came from.
 
     ``kind`` is ``file`` (``path`` and ``sha256`` of a checkpoint) or ``random`` (``seed``).  No
-    accuracy verdict is given on random weights.
+    accuracy verdict is given on random weights.  ``resized_position`` says that the position
+    embedding was resampled to the model's grid.
     """
 
     kind: Literal["file", "random"]
@@ -95,11 +99,14 @@ class WeightsOrigin:
     sha256: str = ""
     seed: int | None = None
     layout: str = ""
+    resized_position: bool = False
 
     @property
     def identity(self) -> str:
         """What makes two origins the same weights, wherever the file lies."""
-        return f"random:{self.seed}" if self.kind == "random" else self.sha256
+        if self.kind == "random":
+            return f"random:{self.seed}"
+        return f"{self.sha256}:resized" if self.resized_position else self.sha256
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,8 +98,16 @@ def write_model(model: ir.Model, path: Path) -> None:
             stream.write(piece)
 
 
-def save_graph(model: ir.Model, path: Path, passport: Passport) -> GraphArtifact:
-    """Write ``model`` with its passport; the file appears under ``path`` only when it is whole.
+def save_graph(
+    model: ir.Model,
+    path: Path,
+    passport: Passport,
+    check: Callable[[Path], object] = lambda written: None,
+) -> GraphArtifact:
+    """Write ``model`` with its passport.
+
+    The file appears under ``path`` only when it is whole and ``check``, called with the path of
+    the written file, has not raised.
 
     Raises:
         FileError: no permission, no space.
@@ -107,6 +115,7 @@ def save_graph(model: ir.Model, path: Path, passport: Passport) -> GraphArtifact
     model.metadata_props[PASSPORT_KEY] = to_json(passport).decode()
     with atomic_path(path) as temporary:
         write_model(model, temporary)
+        check(temporary)
     return GraphArtifact(
         path, sha256_file(path), passport, path.stat().st_size, len(list(model.graph)), True
     )

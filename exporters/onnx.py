@@ -1,4 +1,4 @@
-"""``nn.Module`` -> lean ONNX graph with a symbolic batch, checked before it gets its name."""
+"""``nn.Module`` -> lean ONNX graph, checked before it gets its name."""
 
 from __future__ import annotations
 
@@ -16,31 +16,38 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from exporters.artifact import PASSPORT_KEY, Passport, settings_of, to_json
+from exporters.artifact import BATCH_AXIS, PASSPORT_KEY, Passport, settings_of, to_json
 from exporters.checks import PARITY_BATCHES, check_parity, check_structure
-from exporters.errors import GraphError
+from exporters.errors import GraphError, UsageError
 from exporters.files import atomic_path, sha256_file
 from exporters.graphs import GraphArtifact, write_model
 from exporters.passes import run_lean_passes
+from exporters.passes.opset import TRACED_OPSET, SetOpset
+from exporters.preprocess_graph import add_preprocessing, preprocessed_passport
 from exporters.progress import SILENT, Progress
+from exporters.samples import Samples
 
 __all__ = ["ExportConfig", "export_graph", "trace"]
-
-_BATCH_AXIS = "batch"
 
 
 @dataclass(frozen=True)
 class ExportConfig:
     """How a graph is written.
 
-    ``opset`` is the ONNX operator set; 20 is the first with Gelu as one node.
+    ``opset`` is the ONNX operator set, 17 to 23; 20 is the first with Gelu as one node.  ``batch``
+    fixes the batch size, ``None`` leaves it symbolic.  ``preprocess`` makes the input uint8
+    (B, S, S, 3) and puts normalisation and layout into the graph.
     """
 
     opset: int = 20
+    batch: int | None = None
+    preprocess: bool = False
 
     def __post_init__(self) -> None:
-        if not 20 <= self.opset <= 23:
-            raise GraphError(f"opset {self.opset} is not supported", hint="choose 20 to 23")
+        if not 17 <= self.opset <= 23:
+            raise UsageError(f"opset {self.opset} is not supported", hint="choose 17 to 23")
+        if self.batch is not None and self.batch < 1:
+            raise UsageError(f"a batch of {self.batch} images", hint="give 1 or more, or none")
 
 
 @contextlib.contextmanager
@@ -57,8 +64,19 @@ def _quiet_torch() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _fix_batch(model: ir.Model, batch: int) -> None:
+    graph = model.graph
+    for value in (*graph.inputs, *(v for node in graph for v in node.outputs)):
+        if value.shape is not None:
+            axes = [batch if str(axis) == BATCH_AXIS else axis for axis in value.shape]
+            value.shape = ir.Shape(axes)
+
+
 def trace(module: nn.Module, passport: Passport, config: ExportConfig) -> ir.Model:
-    """Trace ``module`` to a graph with a symbolic batch and lean, named nodes.
+    """Trace ``module`` to a graph with lean, named nodes.
+
+    ``passport`` describes ``module``: its input is float32 (B, 3, S, S) whatever ``config`` makes
+    of it.
 
     Raises:
         GraphError: torch.onnx could not trace the module.
@@ -66,14 +84,14 @@ def trace(module: nn.Module, passport: Passport, config: ExportConfig) -> ir.Mod
     shape = tuple(axis for axis in passport.input.shape[1:] if isinstance(axis, int))
     # Two images, not one: torch.export would take a batch of one for a constant.
     example = torch.zeros(2, *shape)
-    batch = torch.export.Dim(_BATCH_AXIS, min=1)
+    batch = torch.export.Dim(BATCH_AXIS, min=1)
     try:
         with _quiet_torch(), torch.no_grad():
             program = torch.onnx.export(
                 module,
                 (example,),
                 dynamo=True,
-                opset_version=config.opset,
+                opset_version=TRACED_OPSET,
                 dynamic_shapes=({0: batch},),
                 input_names=[passport.input.name],
                 output_names=[passport.output.name],
@@ -85,19 +103,39 @@ def trace(module: nn.Module, passport: Passport, config: ExportConfig) -> ir.Mod
     assert program is not None
     model = program.model
     run_lean_passes(model)
+    SetOpset(config.opset)(model)
+    if config.preprocess:
+        add_preprocessing(model, passport.preprocess)
+    if config.batch is not None:
+        _fix_batch(model, config.batch)
     return model
 
 
-def _reference(module: nn.Module, images: NDArray[np.float32]) -> dict[int, NDArray[np.float32]]:
+def _promised(passport: Passport, config: ExportConfig) -> Passport:
+    """What the graph will say of itself, from what ``passport`` says of the module."""
+    batch = BATCH_AXIS if config.batch is None else config.batch
+    passport = replace(
+        passport,
+        settings=settings_of(config),
+        input=replace(passport.input, shape=(batch, *passport.input.shape[1:])),
+        output=replace(passport.output, shape=(batch, *passport.output.shape[1:])),
+    )
+    return preprocessed_passport(passport) if config.preprocess else passport
+
+
+def _reference(
+    module: nn.Module, images: NDArray[np.float32], batches: tuple[int, ...]
+) -> dict[int, NDArray[np.float32]]:
     with torch.no_grad():
-        return {count: module(torch.from_numpy(images[:count])).numpy() for count in PARITY_BATCHES}
+        logits = module(torch.from_numpy(images)).numpy()
+    return {count: logits[:count] for count in batches}
 
 
 def export_graph(
     module: nn.Module,
     path: Path,
     passport: Passport,
-    images: NDArray[np.float32],
+    samples: Samples,
     config: ExportConfig = ExportConfig(),
     progress: Progress = SILENT,
 ) -> GraphArtifact:
@@ -105,28 +143,27 @@ def export_graph(
 
     Args:
         module: a float32 classifier in evaluation mode, (B, 3, S, S) -> (B, classes).
-        passport: what the graph will say of itself; its input and output specs are checked.
-        images: at least 7 normalised real images, float32 (N, 3, S, S), for the parity check.
+        passport: what is to be said of ``module``; its input and output specs are checked.
+        samples: at least 7 real images for the parity check.
 
     Raises:
         GraphError: the module cannot be traced, the graph breaks a promise, or its logits are not
             the module's.
         FileError: the file cannot be written.
     """
-    if len(images) < max(PARITY_BATCHES):
-        raise GraphError(
-            f"{len(images)} images are too few for the parity check at batches {PARITY_BATCHES}"
-        )
-    passport = replace(passport, settings=settings_of(config))
+    batches = PARITY_BATCHES if config.batch is None else (config.batch,)
+    samples = samples.of(max(PARITY_BATCHES) if config.batch is None else config.batch)
     with progress.task(f"trace {passport.model}"):
         model = trace(module, passport, config)
-        model.metadata_props[PASSPORT_KEY] = to_json(passport).decode()
+    passport = _promised(passport, config)
+    model.metadata_props[PASSPORT_KEY] = to_json(passport).decode()
     with progress.task("reference logits"):
-        reference = _reference(module, images)
+        reference = _reference(module, samples.pixels, batches)
     with atomic_path(path) as temporary, progress.task("check the graph"):
         check_structure(model, passport)
         write_model(model, temporary)
-        check_parity(temporary, images, reference)
-    return GraphArtifact(
-        path, sha256_file(path), passport, path.stat().st_size, len(list(model.graph)), True
-    )
+        nodes = len(list(model.graph))
+        # ONNX Runtime needs the memory that the traced graph's copy of the weights holds.
+        del model
+        check_parity(temporary, samples.as_input(passport.input), reference)
+    return GraphArtifact(path, sha256_file(path), passport, path.stat().st_size, nodes, True)

@@ -9,11 +9,17 @@ import onnx_ir as ir
 
 from exporters.artifact import Passport
 from exporters.checks import check_structure
+from exporters.errors import GraphError
 from exporters.files import sha256_file
 from exporters.graphs import GraphArtifact, load_graph, read_passport, save_graph
+from exporters.overflow import check_storage, largest_values, near_limit
 from exporters.passes.fp16 import ToFloat16
+from exporters.preprocess_graph import PREPROCESS_TENSORS
+from exporters.samples import Samples
 
-__all__ = ["Fp16Config", "convert_to_fp16", "half_precision"]
+__all__ = ["Fp16Config", "convert_to_fp16", "half_precision", "io_passport"]
+
+_FLOAT_INPUTS = ("float32", "float16")
 
 
 @dataclass(frozen=True)
@@ -28,36 +34,59 @@ def half_precision(model: ir.Model, config: Fp16Config = Fp16Config()) -> None:
     """Convert ``model`` to float16 in place; see :mod:`exporters.passes.fp16`.
 
     Raises:
-        GraphError: a weight lies beyond float16's range.
+        GraphError: a weight lies beyond float16's range, or ``keep`` names no tensor of the graph.
     """
-    ToFloat16(config.keep, half_io=config.half_io)(model)
+    known = {value.name for node in model.graph for value in (*node.inputs, *node.outputs) if value}
+    if unknown := [name for name in config.keep if name not in known]:
+        raise GraphError(
+            f"no tensor is called {unknown[0]!r}", hint="see the graph's names with a viewer"
+        )
+    ToFloat16((*config.keep, *PREPROCESS_TENSORS), half_io=config.half_io)(model)
 
 
 def io_passport(passport: Passport, config: Fp16Config) -> Passport:
-    """``passport`` with the interface's types as ``config`` makes them."""
+    """``passport`` with the interface's types as ``config`` makes them; a uint8 image stays so."""
     dtype = "float16" if config.half_io else "float32"
+    image = dtype if passport.input.dtype in _FLOAT_INPUTS else passport.input.dtype
     return replace(
         passport,
-        input=replace(passport.input, dtype=dtype),
+        input=replace(passport.input, dtype=image),
         output=replace(passport.output, dtype=dtype),
     )
 
 
-def convert_to_fp16(source: Path, target: Path, config: Fp16Config = Fp16Config()) -> GraphArtifact:
+def convert_to_fp16(
+    source: Path,
+    target: Path,
+    samples: Samples,
+    config: Fp16Config = Fp16Config(),
+) -> GraphArtifact:
     """Write the FP16 twin of an FP32 graph.
 
+    Tensors whose values on ``samples``, a few real images, come near float16's largest stay
+    float32; the passport names them under ``keep_fp32``.
+
     Raises:
-        GraphError: a weight lies beyond float16's range, or the result is no valid graph.
+        GraphError: a weight or a tensor overflows float16, or the result is no valid graph.
         FileError, ArtifactError: ``source`` cannot be read, or ``target`` written.
     """
     passport = read_passport(source)
+    images = samples.feed(passport.input)
+    reference, peaks = largest_values(source, images)
+    config = replace(config, keep=tuple(dict.fromkeys((*config.keep, *near_limit(peaks)))))
     model = load_graph(source)
     half_precision(model, config)
     passport = replace(
         io_passport(passport, config),
         precision="fp16",
         parents={**passport.parents, "source_graph": sha256_file(source)},
-        settings={**passport.settings, "keep_fp32": list(config.keep)},
+        settings={
+            **passport.settings,
+            "keep_fp32": list(config.keep),
+            "half_io": config.half_io,
+        },
     )
     check_structure(model, passport)
-    return save_graph(model, target, passport)
+    return save_graph(
+        model, target, passport, lambda written: check_storage(written, images, reference)
+    )

@@ -21,7 +21,8 @@ class OnnxSession:
     """A graph with one image input, opened once and run many times.
 
     ``source`` is a file or a serialised model.  ``lean`` skips ONNX Runtime's re-packing of
-    weights: half the memory, slower runs; for a graph that is run only a few times.
+    weights: half the memory, slower runs; for a graph that is run only a few times.  Without
+    ``optimise`` every node is computed as it stands.
     """
 
     def __init__(
@@ -32,10 +33,13 @@ class OnnxSession:
         providers: Sequence[str] = ("CPUExecutionProvider",),
         threads: int = 0,
         lean: bool = False,
+        optimise: bool = True,
     ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = _FATAL_ONLY
         options.intra_op_num_threads = threads
+        if not optimise:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if lean:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False

@@ -29,9 +29,10 @@ from torch.nn import functional as F
 
 from clipdeploy import zoo
 from clipdeploy.model import random_tensors
-from clipdeploy.preprocess import crop_image, normalise
+from clipdeploy.preprocess import crop_image
 from clipdeploy.vit import VisionTransformer, ViTConfig
 from exporters.artifact import Preprocess, Recipe
+from exporters.samples import normalise
 
 SEED = 20260
 CALIBRATION, TEST = 200, 500

@@ -12,9 +12,9 @@ from clipdeploy import zoo
 from clipdeploy.datasets import iter_crops, open_images, select
 from clipdeploy.model import LoadedModel, WeightsChoice, load_model
 from clipdeploy.pipeline import calibrate_model, convert_model, export_model, quantize_model
-from clipdeploy.preprocess import normalise
 from clipdeploy.workspace import Workspace
 from exporters.artifact import Recipe
+from exporters.samples import normalise
 
 
 @pytest.fixture(autouse=True)

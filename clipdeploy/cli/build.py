@@ -17,6 +17,7 @@ from clipdeploy.cli.common import (
     skip_unreadable_option,
     stage_command,
 )
+from exporters.errors import UsageError
 
 
 @click.command("build-engine")
@@ -26,6 +27,7 @@ from clipdeploy.cli.common import (
     "--fp16", "precision", flag_value="fp16", default=True, help="Half precision (the default)."
 )
 @click.option("--int8", "precision", flag_value="int8", help="INT8 Linears, the rest FP16.")
+@click.option("--fp16-io", is_flag=True, help="With --fp16: image and logits in half, too.")
 @data_option("Calibration images; with --int8, where none was calibrated yet.", required=False)
 @images_option
 @seed_option
@@ -46,6 +48,7 @@ def build_engine(
     context: Context,
     model: str | None,
     precision: Literal["fp32", "fp16", "int8"],
+    fp16_io: bool,
     data: Path | None,
     images: int | None,
     seed: int,
@@ -57,9 +60,12 @@ def build_engine(
     force: bool,
 ) -> None:
     """Compile an engine; calibrates and quantises first where that is due."""
+    if fp16_io and precision != "fp16":
+        raise UsageError("--fp16-io belongs to --fp16", hint="leave it out, or build --fp16")
     name = context.model(model)
     from clipdeploy.builder import BuildConfig
     from clipdeploy.pipeline import CalibrateConfig, build_model
+    from exporters.precision import Fp16Config
 
     artifact = build_model(
         context.workspace,
@@ -68,6 +74,7 @@ def build_engine(
         BuildConfig(backend, (min_batch, opt_batch, max_batch)),
         data=data,
         calibrate=CalibrateConfig(images, seed, skip_unreadable),
+        fp16=Fp16Config(half_io=fp16_io),
         force=force,
         progress=context.progress,
     )

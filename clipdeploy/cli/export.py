@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from clipdeploy.cli.common import Context, emit, force_option, model_option, stage_command
 from exporters.errors import UsageError
 
+if TYPE_CHECKING:
+    from exporters.artifact import WeightsOrigin
+
+
+def _weights(origin: WeightsOrigin) -> str:
+    if origin.kind == "random":
+        return f"random, seed {origin.seed}"
+    resized = ", position grid resized" if origin.resized_position else ""
+    return f"{origin.path}, {origin.layout}, SHA-256 {origin.sha256[:8]}{resized}"
+
 
 @click.command()
 @model_option
 @click.option(
-    "--checkpoint", type=click.Path(path_type=Path), help="Weights: .pth, .bin or .safetensors."
+    "--checkpoint",
+    metavar="FILE",
+    help="Weights: .pth, .bin or .safetensors, or hf://OWNER/NAME.",
 )
 @click.option(
     "--random-init",
@@ -37,18 +48,28 @@ from exporters.errors import UsageError
     show_default=True,
     help="The crop behind the published top-1, or timm's own.",
 )
-@click.option("--opset", type=int, default=20, show_default=True, help="ONNX operator set.")
+@click.option(
+    "--opset", type=int, default=20, show_default=True, help="ONNX operator set, 17 to 23."
+)
+@click.option("--batch", type=int, help="Fix the batch size; symbolic if left out.")
+@click.option(
+    "--preprocess", is_flag=True, help="Take uint8 (B, S, S, 3): normalisation in the graph."
+)
+@click.option("--offline", is_flag=True, help="Download nothing.")
 @force_option
 @stage_command
 def export(
     context: Context,
     model: str | None,
-    checkpoint: Path | None,
+    checkpoint: str | None,
     random_init: int | None,
     resize_pos_embed: bool,
     numerics: Literal["trained", "as-shipped"],
     resize: Literal["published", "timm"],
     opset: int,
+    batch: int | None,
+    preprocess: bool,
+    offline: bool,
     force: bool,
 ) -> None:
     """Write a checked FP32 ONNX graph with a symbolic batch."""
@@ -63,9 +84,9 @@ def export(
     artifact = export_model(
         context.workspace,
         name,
-        WeightsChoice(checkpoint, random_init, resize_pos_embed),
+        WeightsChoice(checkpoint, random_init, resize_pos_embed, offline),
         Recipe(numerics, resize),
-        ExportConfig(opset),
+        ExportConfig(opset, batch, preprocess),
         force=force,
         progress=context.progress,
     )
@@ -75,5 +96,6 @@ def export(
         lambda: (
             f"{artifact.path}: {artifact.nodes} nodes, {artifact.bytes / 1e6:.1f} MB"
             + ("" if artifact.changed else " (unchanged)")
+            + f"\n  weights: {_weights(artifact.passport.weights)}"
         ),
     )

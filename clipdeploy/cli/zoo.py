@@ -45,6 +45,8 @@ def _table(cards: tuple[ModelCard, ...]) -> Group:
 
 
 def _describe(card: ModelCard) -> str:
+    from clipdeploy.zoo import recipe_notes
+
     lines = [
         card.name,
         f"  also called   {', '.join(card.aliases)}",
@@ -55,7 +57,8 @@ def _describe(card: ModelCard) -> str:
         f"  published     top-1 {_percent(card.top1)} %, top-5 {_percent(card.top5)} %",
         f"  weights       {card.url or 'shipped with clipdeploy'}",
     ]
-    return "\n".join(lines)
+    notes = [f"  {option:22}  {note}" for option, note in recipe_notes(card).items()]
+    return "\n".join([*lines, *notes])
 
 
 @click.group(invoke_without_command=True)

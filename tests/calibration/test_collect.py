@@ -28,7 +28,7 @@ def graph(demo_workspace: Workspace) -> Path:
 @pytest.fixture(scope="module")
 def images(demo_images: NDArray[np.float32]) -> list[CalibrationImage]:
     return [
-        CalibrationImage(f"{i:02}.png", hashlib.sha256(pixels.tobytes()).hexdigest(), pixels)
+        CalibrationImage(f"{i:02}.png", hashlib.sha256(pixels.tobytes()).hexdigest(), pixels[None])
         for i, pixels in enumerate(demo_images)
     ]
 
@@ -170,8 +170,8 @@ def test_one_image_less_is_another_table(
 def test_not_finite_is_refused_with_tensor_and_image(
     graph: Path, images: list[CalibrationImage], pixel: tuple[int, int, int], poison: float
 ) -> None:
-    pixels = images[1].pixels.copy()
-    pixels[pixel] = poison
+    pixels = images[1].input.copy()
+    pixels[(0, *pixel)] = poison
     bad = CalibrationImage("folder/bad.png", images[1].sha256, pixels)
     with pytest.raises(
         CalibrationError, match=r"^blocks\.\d\.\S+ is NaN or infinite on folder/bad\.png"
@@ -185,7 +185,7 @@ def test_no_image_is_refused(graph: Path) -> None:
 
 
 def test_image_of_another_size_is_refused(graph: Path) -> None:
-    small = CalibrationImage("small.png", "ab" * 32, np.zeros((3, 16, 16), np.float32))
+    small = CalibrationImage("small.png", "ab" * 32, np.zeros((1, 3, 16, 16), np.float32))
     with pytest.raises(GraphError, match="cannot run"):
         collect(graph, [small], 1)
 

@@ -18,8 +18,9 @@ from calibration.qdq import QuantizeConfig, quantize, quantize_weight
 from calibration.table import CalibrationTable, load_table, pack, save_table
 from clipdeploy import zoo
 from clipdeploy.model import LoadedModel
+from clipdeploy.pipeline import sample_images
 from clipdeploy.workspace import Workspace
-from exporters.artifact import Preprocess
+from exporters.artifact import Preprocess, Recipe
 from exporters.errors import ArtifactError, CalibrationError, ClipdeployError, GraphError
 from exporters.files import sha256_file
 from exporters.graphs import load_graph, read_passport
@@ -27,6 +28,7 @@ from exporters.session import OnnxSession
 
 # The demo model gives 39.5 dB with an FP16 and 38.7 dB with an FP32 remainder; ranges wrong by a
 # factor of two give 20 dB (too small) and 31 dB (too large).
+SAMPLES = sample_images(zoo.find(zoo.DEMO).preprocess(Recipe()), 3)
 FLOOR_DB = 35.0
 
 EXCLUDE = ("blocks.0.*", "blocks.3.mlp.fc2")
@@ -49,7 +51,7 @@ def calibration(demo_workspace: Workspace) -> Path:
 def wide(tmp_path_factory: pytest.TempPathFactory, source: Path, calibration: Path) -> Path:
     """The INT8 graph with an FP32 remainder."""
     path = tmp_path_factory.mktemp("qdq") / "wide.onnx"
-    quantize(source, calibration, path, QuantizeConfig(remainder="fp32"))
+    quantize(source, calibration, path, SAMPLES, QuantizeConfig(remainder="fp32"))
     return path
 
 
@@ -57,7 +59,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory, source: Path, calibration: Pa
 def partial(tmp_path_factory: pytest.TempPathFactory, source: Path, calibration: Path) -> Path:
     """The INT8 graph with an FP32 remainder and some Linears excluded."""
     path = tmp_path_factory.mktemp("qdq") / "partial.onnx"
-    quantize(source, calibration, path, QuantizeConfig(exclude=EXCLUDE, remainder="fp32"))
+    quantize(source, calibration, path, SAMPLES, QuantizeConfig(exclude=EXCLUDE, remainder="fp32"))
     return path
 
 
@@ -136,7 +138,7 @@ def test_excluded_linears_stay_as_they_are(partial: Path, source: Path) -> None:
 
 def test_placement_report_is_what_was_done(source: Path, calibration: Path, tmp_path: Path) -> None:
     config = QuantizeConfig(exclude=EXCLUDE)
-    result = quantize(source, calibration, tmp_path / "x.onnx", config)
+    result = quantize(source, calibration, tmp_path / "x.onnx", SAMPLES, config)
     assert {entry.name for entry in result.placement.entries if not entry.int8} == EXCLUDED
     _check_pairs(tmp_path / "x.onnx", source, list(result.placement.quantized))
     passport = read_passport(tmp_path / "x.onnx")
@@ -154,7 +156,7 @@ def test_nothing_is_quantised_when_all_is_excluded(
     source: Path, calibration: Path, tmp_path: Path, demo_images: NDArray[np.float32]
 ) -> None:
     config = QuantizeConfig(exclude=("*",), remainder="fp32")
-    quantize(source, calibration, tmp_path / "x.onnx", config)
+    quantize(source, calibration, tmp_path / "x.onnx", SAMPLES, config)
     (found,) = OnnxSession(tmp_path / "x.onnx").run(demo_images)
     (expected,) = OnnxSession(source).run(demo_images)
     assert found.tobytes() == expected.tobytes()
@@ -284,7 +286,7 @@ def test_ruined_ranges_fall_below_the_floor(
             )
         )
     save_table(replace(table, statistics=ruined), tmp_path / "c.json")
-    quantize(source, tmp_path / "c.json", tmp_path / "x.onnx")
+    quantize(source, tmp_path / "c.json", tmp_path / "x.onnx", SAMPLES)
     (logits,) = OnnxSession(tmp_path / "x.onnx").run(demo_images)
     reference = demo_model.module(torch.from_numpy(demo_images)).numpy()
     found = _sqnr_db(reference, logits)
@@ -317,7 +319,7 @@ def test_calibration_of_something_else_is_refused(
 ) -> None:
     _resave(calibration, tmp_path / "c.json", **change)
     with pytest.raises(ArtifactError, match=rf"c\.json was made for another {what}: ") as found:
-        quantize(source, tmp_path / "c.json", tmp_path / "x.onnx")
+        quantize(source, tmp_path / "c.json", tmp_path / "x.onnx", SAMPLES)
     assert found.value.hint == "calibrate this model again"
     assert os.listdir(tmp_path) == ["c.json"]
 
@@ -329,9 +331,9 @@ def test_calibration_without_a_linear_is_refused(
     del statistics["blocks.4.attn.proj"]
     _resave(calibration, tmp_path / "c.json", statistics=statistics)
     with pytest.raises(CalibrationError, match=r"has nothing about blocks\.4\.attn\.proj"):
-        quantize(source, tmp_path / "c.json", tmp_path / "x.onnx")
+        quantize(source, tmp_path / "c.json", tmp_path / "x.onnx", SAMPLES)
     config = QuantizeConfig(exclude=("blocks.4.attn.proj",))
-    quantize(source, tmp_path / "c.json", tmp_path / "x.onnx", config)
+    quantize(source, tmp_path / "c.json", tmp_path / "x.onnx", SAMPLES, config)
 
 
 def test_calibration_edited_by_hand_is_refused(
@@ -340,7 +342,7 @@ def test_calibration_edited_by_hand_is_refused(
     text = calibration.read_text(encoding="utf-8")
     (tmp_path / "c.json").write_text(text.replace('"rows": ', '"rows": 1', 1), encoding="utf-8")
     with pytest.raises(ArtifactError, match="does not match its own seal"):
-        quantize(source, tmp_path / "c.json", tmp_path / "x.onnx")
+        quantize(source, tmp_path / "c.json", tmp_path / "x.onnx", SAMPLES)
     assert os.listdir(tmp_path) == ["c.json"]
 
 
@@ -349,7 +351,9 @@ def test_other_graph_of_the_same_model_is_refused(
     precision: str, demo_workspace: Workspace, calibration: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ArtifactError, match="made for another source graph"):
-        quantize(demo_workspace.graph(zoo.DEMO, precision), calibration, tmp_path / "x.onnx")
+        quantize(
+            demo_workspace.graph(zoo.DEMO, precision), calibration, tmp_path / "x.onnx", SAMPLES
+        )
     assert os.listdir(tmp_path) == []
 
 
@@ -357,14 +361,16 @@ def test_pattern_that_matches_nothing_is_refused(
     source: Path, calibration: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(GraphError, match=r"'blocks\.77\.\*' matches no Linear"):
-        quantize(source, calibration, tmp_path / "x.onnx", QuantizeConfig(("blocks.77.*",)))
+        quantize(
+            source, calibration, tmp_path / "x.onnx", SAMPLES, QuantizeConfig(("blocks.77.*",))
+        )
     assert os.listdir(tmp_path) == []
 
 
 def test_same_inputs_give_the_same_bytes(
     demo_workspace: Workspace, source: Path, calibration: Path, tmp_path: Path
 ) -> None:
-    quantize(source, calibration, tmp_path / "x.onnx")
+    quantize(source, calibration, tmp_path / "x.onnx", SAMPLES)
     again = (tmp_path / "x.onnx").read_bytes()
     assert again == demo_workspace.graph(zoo.DEMO, "int8").read_bytes()
 

@@ -41,7 +41,7 @@ def test_both_wrappings_export_to_the_architecture_itself(alias: str, tmp_path: 
         artifact = export_model(Workspace(tmp_path / write.__name__), alias, WeightsChoice(path))
         assert artifact.nodes <= 320
         assert artifact.bytes < 1.01 * path.stat().st_size
-        images = sample_images(artifact.passport.preprocess)[:2]
+        images = sample_images(artifact.passport.preprocess, 2).pixels
         logits.append(OnnxRunner(artifact.path)(images))
         path.unlink()
         artifact.path.unlink()

@@ -8,9 +8,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from clipdeploy import zoo
-from clipdeploy.preprocess import crop_image, decode, normalise
+from clipdeploy.preprocess import crop_image, decode
 from exporters.artifact import Preprocess, Recipe
 from exporters.errors import DatasetError
+from exporters.samples import normalise
 
 SPEC = zoo.find("clip-vit-base-p16").preprocess(Recipe())
 

@@ -22,6 +22,7 @@ from exporters.artifact import (
     WeightsOrigin,
 )
 from exporters.onnx import export_graph
+from exporters.samples import Samples
 
 
 def _make_vit(heads: int = 2, seed: int = 0, small_residual: bool = False) -> VisionTransformer:
@@ -66,9 +67,16 @@ def make_passport() -> Callable[[VisionTransformer], Passport]:
 
 
 @pytest.fixture(scope="session")
-def tiny_images() -> NDArray[np.float32]:
-    """Seven images of noise, float32 (7, 3, 16, 16)."""
-    return np.random.default_rng(0).standard_normal((7, 3, 16, 16)).astype(np.float32)
+def tiny_samples() -> Samples:
+    """Seven images of noise, 16 px."""
+    crops = np.random.default_rng(0).integers(0, 256, (7, 16, 16, 3), np.uint8)
+    return Samples(crops, Preprocess(16, CLIP_MEAN, CLIP_STD))
+
+
+@pytest.fixture(scope="session")
+def tiny_images(tiny_samples: Samples) -> NDArray[np.float32]:
+    """The same normalised, float32 (7, 3, 16, 16)."""
+    return tiny_samples.pixels
 
 
 @pytest.fixture(scope="session")
@@ -79,9 +87,9 @@ def tiny_logits(tiny_images: NDArray[np.float32]) -> dict[int, NDArray[np.float3
 
 
 @pytest.fixture(scope="session")
-def tiny_graph(tmp_path_factory: pytest.TempPathFactory, tiny_images: NDArray[np.float32]) -> Path:
+def tiny_graph(tmp_path_factory: pytest.TempPathFactory, tiny_samples: Samples) -> Path:
     """The tiny model's FP32 graph.  Read only."""
     module = _make_vit()
     path = tmp_path_factory.mktemp("tiny") / "tiny.fp32.onnx"
-    export_graph(module, path, _make_passport(module), tiny_images)
+    export_graph(module, path, _make_passport(module), tiny_samples)
     return path

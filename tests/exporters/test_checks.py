@@ -41,7 +41,7 @@ def test_one_wrong_logit_at_one_batch_is_refused(
     wrong = {n: logits.copy() for n, logits in tiny_logits.items()}
     # Twice the bound: clear of it by more than both runtimes' rounding.
     wrong[count][-1, 3] += sign * 2 * PARITY_TOLERANCE
-    with pytest.raises(GraphError, match=r"differ from PyTorch's by 2\.0.e-04, more than 1e-04"):
+    with pytest.raises(GraphError, match=r"differ from PyTorch's by (2.0|1.9).e-04, more than"):
         check_parity(tiny_graph, tiny_images, wrong)
 
 

@@ -20,9 +20,10 @@ from clipdeploy.model import LoadedModel
 from clipdeploy.vit import VisionTransformer
 from clipdeploy.workspace import Workspace
 from exporters.artifact import Passport
-from exporters.errors import GraphError
+from exporters.errors import GraphError, UsageError
 from exporters.graphs import load_graph, read_passport
 from exporters.onnx import ExportConfig, export_graph
+from exporters.samples import Samples
 from exporters.session import OnnxSession
 
 # float32 rounding of two runtimes on logits of about 10, over six blocks.
@@ -178,7 +179,7 @@ def test_wrong_export_is_refused_and_leaves_no_file(
     small_residual: bool,
     make_vit: Callable[..., VisionTransformer],
     make_passport: Callable[[VisionTransformer], Passport],
-    tiny_images: NDArray[np.float32],
+    tiny_samples: Samples,
     tmp_path: Path,
 ) -> None:
     module = make_vit(small_residual=small_residual)
@@ -187,7 +188,7 @@ def test_wrong_export_is_refused_and_leaves_no_file(
     path = tmp_path / "tiny.onnx"
     path.write_bytes(b"the export of last week")
     with pytest.raises(GraphError, match="the graph's logits differ from PyTorch's"):
-        export_graph(_Impostor(module, wrong), path, make_passport(module), tiny_images)
+        export_graph(_Impostor(module, wrong), path, make_passport(module), tiny_samples)
     assert os.listdir(tmp_path) == ["tiny.onnx"]
     assert path.read_bytes() == b"the export of last week"
 
@@ -195,14 +196,14 @@ def test_wrong_export_is_refused_and_leaves_no_file(
 def test_wrong_promise_leaves_no_file(
     make_vit: Callable[..., VisionTransformer],
     make_passport: Callable[[VisionTransformer], Passport],
-    tiny_images: NDArray[np.float32],
+    tiny_samples: Samples,
     tmp_path: Path,
 ) -> None:
     passport = make_passport(make_vit())
     module = make_vit()
     module.head = nn.Linear(32, 6).requires_grad_(False)
     with pytest.raises(GraphError, match=r"has output .* promised was"):
-        export_graph(module, tmp_path / "tiny.onnx", passport, tiny_images)
+        export_graph(module, tmp_path / "tiny.onnx", passport, tiny_samples)
     assert os.listdir(tmp_path) == []
 
 
@@ -214,11 +215,11 @@ class _Undecided(nn.Module):
 def test_untraceable_module_is_a_graph_error(
     make_vit: Callable[..., VisionTransformer],
     make_passport: Callable[[VisionTransformer], Passport],
-    tiny_images: NDArray[np.float32],
+    tiny_samples: Samples,
     tmp_path: Path,
 ) -> None:
     with pytest.raises(GraphError, match=r"torch\.onnx cannot trace tiny"):
-        export_graph(_Undecided(), tmp_path / "x.onnx", make_passport(make_vit()), tiny_images)
+        export_graph(_Undecided(), tmp_path / "x.onnx", make_passport(make_vit()), tiny_samples)
     assert os.listdir(tmp_path) == []
 
 
@@ -226,45 +227,77 @@ def test_two_exports_are_the_same_bytes(
     tiny_graph: Path,
     make_vit: Callable[..., VisionTransformer],
     make_passport: Callable[[VisionTransformer], Passport],
-    tiny_images: NDArray[np.float32],
+    tiny_samples: Samples,
     tmp_path: Path,
 ) -> None:
     module = make_vit()
-    artifact = export_graph(module, tmp_path / "again.onnx", make_passport(module), tiny_images)
+    artifact = export_graph(module, tmp_path / "again.onnx", make_passport(module), tiny_samples)
     assert artifact.path.read_bytes() == tiny_graph.read_bytes()
     assert artifact.passport == read_passport(artifact.path)
     assert artifact.passport.settings["opset"] == 20
     assert artifact.changed
 
 
-@pytest.mark.parametrize("opset", [21, 23])
-def test_newer_opsets_pass_the_same_checks(
+@pytest.mark.parametrize("opset", [17, 18, 19, 21, 22, 23])
+def test_other_opsets_pass_the_same_checks(
     opset: int,
     make_vit: Callable[..., VisionTransformer],
     make_passport: Callable[[VisionTransformer], Passport],
-    tiny_images: NDArray[np.float32],
+    tiny_samples: Samples,
     tmp_path: Path,
 ) -> None:
     module = make_vit()
     path = tmp_path / "tiny.onnx"
-    export_graph(module, path, make_passport(module), tiny_images, ExportConfig(opset))
+    export_graph(module, path, make_passport(module), tiny_samples, ExportConfig(opset))
     assert load_graph(path).graph.opset_imports[""] == opset
-    assert read_passport(path).settings == {"opset": opset}
-    assert _operators(path)["Gelu"] == 2
+    assert read_passport(path).settings["opset"] == opset
+    assert _operators(path)["Gelu"] == (2 if opset >= 20 else 0)
+    assert _operators(path)["Erf"] == (0 if opset >= 20 else 2)
+    assert _operators(path)["LayerNormalization"] == 6
 
 
-@pytest.mark.parametrize("opset", [19, 24])
-def test_other_opsets_are_refused(opset: int) -> None:
-    with pytest.raises(GraphError, match=f"opset {opset} is not supported"):
+@pytest.mark.parametrize("opset", [16, 24])
+def test_opsets_beyond_are_refused(opset: int) -> None:
+    with pytest.raises(UsageError, match=f"opset {opset} is not supported"):
         ExportConfig(opset)
 
 
-def test_too_few_images_are_refused(
+@pytest.mark.parametrize("batch", [1, 3, 9])
+def test_a_fixed_batch_is_fixed_everywhere(
+    batch: int,
     make_vit: Callable[..., VisionTransformer],
     make_passport: Callable[[VisionTransformer], Passport],
-    tiny_images: NDArray[np.float32],
+    tiny_samples: Samples,
     tmp_path: Path,
 ) -> None:
     module = make_vit()
-    with pytest.raises(GraphError):
-        export_graph(module, tmp_path / "x.onnx", make_passport(module), tiny_images[:3])
+    path = tmp_path / "tiny.onnx"
+    config = ExportConfig(batch=batch)
+    artifact = export_graph(module, path, make_passport(module), tiny_samples, config)
+    assert artifact.passport.input.shape == (batch, 3, 16, 16)
+    assert artifact.passport.output.shape == (batch, 5)
+    proto = onnx.load(path)
+    values = [*proto.graph.input, *proto.graph.output, *proto.graph.value_info]
+    dims = [dim for value in values for dim in value.type.tensor_type.shape.dim]
+    assert not [dim.dim_param for dim in dims if dim.dim_param]
+    with pytest.raises(GraphError, match="cannot run"):
+        OnnxSession(path).run(tiny_samples.of(batch + 1).pixels)
+
+
+@pytest.mark.parametrize("batch", [0, -1])
+def test_a_batch_of_nothing_is_refused(batch: int) -> None:
+    with pytest.raises(UsageError, match="a batch of"):
+        ExportConfig(batch=batch)
+
+
+def test_without_any_image_nothing_is_exported(
+    make_vit: Callable[..., VisionTransformer],
+    make_passport: Callable[[VisionTransformer], Passport],
+    tiny_samples: Samples,
+    tmp_path: Path,
+) -> None:
+    module = make_vit()
+    none = Samples(tiny_samples.crops[:0], tiny_samples.spec)
+    with pytest.raises(GraphError, match="no image"):
+        export_graph(module, tmp_path / "x.onnx", make_passport(module), none)
+    assert os.listdir(tmp_path) == []

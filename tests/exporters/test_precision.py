@@ -14,16 +14,20 @@ from numpy.typing import NDArray
 
 from clipdeploy import zoo
 from clipdeploy.model import LoadedModel
+from clipdeploy.pipeline import sample_images
 from clipdeploy.workspace import Workspace
-from exporters.artifact import TensorSpec
+from exporters.artifact import Recipe, TensorSpec
 from exporters.errors import ArtifactError, FileError, GraphError
 from exporters.files import sha256_file
 from exporters.graphs import load_graph, read_passport, save_graph
 from exporters.precision import Fp16Config, convert_to_fp16, half_precision
+from exporters.samples import Samples
 from exporters.session import OnnxSession
 
 # A half has 11 bits, which is 66 dB; the demo model gives 66.  INT8 gives 40 and must fail this.
 FLOOR_DB = 55.0
+
+SAMPLES = sample_images(zoo.find(zoo.DEMO).preprocess(Recipe()), 3)
 
 
 def _sqnr_db(reference: NDArray[np.float32], found: NDArray[np.floating]) -> float:
@@ -62,7 +66,7 @@ def test_half_interface_is_promised_and_kept(
     tmp_path: Path,
 ) -> None:
     source = demo_workspace.graph(zoo.DEMO, "fp32")
-    artifact = convert_to_fp16(source, tmp_path / "half.onnx", Fp16Config(half_io=True))
+    artifact = convert_to_fp16(source, tmp_path / "half.onnx", SAMPLES, Fp16Config(half_io=True))
     assert artifact.passport.input.dtype == artifact.passport.output.dtype == "float16"
     (logits,) = OnnxSession(artifact.path).run(demo_images.astype(np.float16))
     assert logits.dtype == np.float16
@@ -70,16 +74,24 @@ def test_half_interface_is_promised_and_kept(
     assert found >= FLOOR_DB, f"{found:.1f} dB"
 
 
-def test_passport_says_what_was_done(tiny_graph: Path, tmp_path: Path) -> None:
+def test_passport_says_what_was_done(
+    tiny_graph: Path, tiny_samples: Samples, tmp_path: Path
+) -> None:
     source = read_passport(tiny_graph)
     config = Fp16Config(keep=("blocks.0.mlp.fc1",))
-    artifact = convert_to_fp16(tiny_graph, tmp_path / "half.onnx", config)
+    artifact = convert_to_fp16(tiny_graph, tmp_path / "half.onnx", tiny_samples, config)
     assert read_passport(artifact.path) == artifact.passport
     assert artifact.passport == replace(
         source,
         precision="fp16",
         parents={"source_graph": sha256_file(tiny_graph)},
-        settings={"opset": 20, "keep_fp32": ["blocks.0.mlp.fc1"]},
+        settings={
+            "opset": 20,
+            "batch": None,
+            "preprocess": False,
+            "keep_fp32": ["blocks.0.mlp.fc1"],
+            "half_io": False,
+        },
     )
     assert artifact.passport.input == TensorSpec("image", "float32", ("batch", 3, 16, 16))
     assert artifact.changed
@@ -93,11 +105,15 @@ def test_file_is_half_as_large_and_valid(demo_workspace: Workspace) -> None:
 
 
 def test_same_graph_gives_the_same_bytes(demo_workspace: Workspace, tmp_path: Path) -> None:
-    artifact = convert_to_fp16(demo_workspace.graph(zoo.DEMO, "fp32"), tmp_path / "again.onnx")
+    artifact = convert_to_fp16(
+        demo_workspace.graph(zoo.DEMO, "fp32"), tmp_path / "again.onnx", SAMPLES
+    )
     assert artifact.path.read_bytes() == demo_workspace.graph(zoo.DEMO, "fp16").read_bytes()
 
 
-def test_overflowing_weight_is_refused_and_leaves_no_file(tiny_graph: Path, tmp_path: Path) -> None:
+def test_overflowing_weight_is_refused_and_leaves_no_file(
+    tiny_graph: Path, tiny_samples: Samples, tmp_path: Path
+) -> None:
     model = load_graph(tiny_graph)
     weight = model.graph.initializers["blocks.1.mlp.fc2.weight"]
     array = weight.const_value.numpy().copy()
@@ -106,22 +122,24 @@ def test_overflowing_weight_is_refused_and_leaves_no_file(tiny_graph: Path, tmp_
     source = tmp_path / "loud.onnx"
     save_graph(model, source, read_passport(tiny_graph))
     with pytest.raises(GraphError, match=r"blocks\.1\.mlp\.fc2\.weight reaches 7e\+04"):
-        convert_to_fp16(source, tmp_path / "half.onnx")
+        convert_to_fp16(source, tmp_path / "half.onnx", tiny_samples)
     with pytest.raises(GraphError):
         half_precision(load_graph(source))
     assert os.listdir(tmp_path) == ["loud.onnx"]
 
 
-def test_graph_without_passport_is_refused(tiny_graph: Path, tmp_path: Path) -> None:
+def test_graph_without_passport_is_refused(
+    tiny_graph: Path, tiny_samples: Samples, tmp_path: Path
+) -> None:
     proto = onnx.ModelProto.FromString(tiny_graph.read_bytes())
     proto.ClearField("metadata_props")
     source = tmp_path / "bare.onnx"
     source.write_bytes(proto.SerializeToString())
     with pytest.raises(ArtifactError, match="has no passport"):
-        convert_to_fp16(source, tmp_path / "half.onnx")
+        convert_to_fp16(source, tmp_path / "half.onnx", tiny_samples)
     assert os.listdir(tmp_path) == ["bare.onnx"]
 
 
-def test_missing_source_is_a_file_error(tmp_path: Path) -> None:
+def test_missing_source_is_a_file_error(tiny_samples: Samples, tmp_path: Path) -> None:
     with pytest.raises(FileError, match="absent"):
-        convert_to_fp16(tmp_path / "absent.onnx", tmp_path / "half.onnx")
+        convert_to_fp16(tmp_path / "absent.onnx", tmp_path / "half.onnx", tiny_samples)

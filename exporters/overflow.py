@@ -1,0 +1,166 @@
+"""What float16 storage does to a graph, judged on real images without a GPU.
+
+ONNX Runtime's CPU provider computes float16 nodes in float32 and so hides overflow: a graph that is
+ruined on a GPU scores perfectly there.  Two instruments see through it:
+
+* :func:`largest_values` runs the float32 graph and gives max |x| of every floating-point tensor;
+  those near float16's largest, 65504, must stay float32.
+* :func:`check_storage` rewrites a float16 graph so that every node computes in float32 and every
+  result really passes through float16 storage, x -> Cast(float16) -> Cast(float32), and refuses a
+  graph in which a tensor overflows there.  That is what TensorRT's kernels do at worst: they
+  accumulate in float32 and store halves.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from exporters.errors import GraphError
+from exporters.files import file_errors
+from exporters.graphs import load_graph, write_model
+from exporters.passes.fp16 import FP16_MAX
+from exporters.session import OnnxSession
+
+__all__ = ["NEAR_LIMIT", "check_storage", "largest_values", "near_limit"]
+
+# Images that were not looked at may go further than those that were: leave a factor of two.
+NEAR_LIMIT = FP16_MAX / 2
+
+_WIDE, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+_TAP = "largest/"
+
+
+def _tap(model: ir.Model, values: Iterable[ir.Value]) -> None:
+    """Add max |x| of each value as a graph output named ``largest/NAME``."""
+    for value in values:
+        size = ir.node("Abs", [value])
+        peak = ir.node("ReduceMax", [size.outputs[0]], {"keepdims": 0})
+        size.outputs[0].name = f"{_TAP}abs/{value.name}"
+        peak.outputs[0].name = f"{_TAP}{value.name}"
+        peak.outputs[0].type = ir.TensorType(_WIDE)
+        peak.outputs[0].shape = ir.Shape(())
+        model.graph.extend([size, peak])
+        model.graph.outputs.append(peak.outputs[0])
+
+
+def _run(
+    instrument: Callable[[], ir.Model], images: NDArray[np.generic]
+) -> tuple[NDArray[np.float32], dict[str, float]]:
+    # Through a file, so that the graph is not in memory beside ONNX Runtime's copy of it.
+    with tempfile.TemporaryDirectory(prefix="clipdeploy-") as folder:
+        path = Path(folder, "instrumented.onnx")
+        with file_errors("write", path):
+            write_model(instrument(), path)
+        session = OnnxSession(path, lean=True, optimise=False)
+    logits, *peaks = session.run(images)
+    names = (output.removeprefix(_TAP) for output in session.output_names[1:])
+    return logits, {name: float(peak) for name, peak in zip(names, peaks, strict=True)}
+
+
+def largest_values(
+    source: Path, images: NDArray[np.generic]
+) -> tuple[NDArray[np.float32], dict[str, float]]:
+    """Logits (B, classes) of a float32 graph, and max |x| of each of its tensors by name.
+
+    Raises:
+        GraphError, FileError: the graph cannot be read or run.
+    """
+
+    def tapped() -> ir.Model:
+        model = load_graph(source)
+        _tap(model, [v for node in list(model.graph) for v in node.outputs if v.dtype == _WIDE])
+        return model
+
+    return _run(tapped, images)
+
+
+def near_limit(peaks: dict[str, float]) -> tuple[str, ...]:
+    """Names of tensors that come within a factor of two of float16's largest, in graph order."""
+    return tuple(name for name, peak in peaks.items() if not peak < NEAR_LIMIT)
+
+
+def _widen_initializers(graph: ir.Graph) -> None:
+    for value in graph.initializers.values():
+        tensor = value.const_value
+        if value.dtype == _HALF and tensor is not None:
+            value.const_value = ir.Tensor(tensor.numpy().astype(np.float32), name=value.name)
+            value.dtype = _WIDE
+
+
+def _store(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
+    """Pass ``value``, an output of ``node``, through float16; what its readers now read."""
+    readers = [(user, index) for user, index in value.uses()]
+    was_cast = node.op_type == "Cast"
+    steps = [] if was_cast else [ir.node("Cast", [value], {"to": int(_HALF)})]
+    half = value if was_cast else steps[0].outputs[0]
+    wide = ir.node("Cast", [half], {"to": int(_WIDE)})
+    steps.append(wide)
+    half.dtype = _HALF
+    if not was_cast:
+        half.name = f"{value.name}/half"
+        value.dtype = _WIDE
+    stored = wide.outputs[0]
+    stored.name, stored.shape = f"{value.name}/stored", value.shape
+    stored.type = ir.TensorType(_WIDE)
+    graph.insert_after(node, steps)
+    for user, index in readers:
+        user.replace_input_with(index, stored)
+    for index, output in enumerate(graph.outputs):
+        if output is value:
+            graph.outputs[index] = stored
+    return stored
+
+
+def _as_stored(model: ir.Model) -> list[ir.Value]:
+    """Make ``model`` compute in float32 and store float16, in place; every stored value."""
+    graph = model.graph
+    _widen_initializers(graph)
+    for value in graph.inputs:
+        if value.dtype == _HALF:
+            value.dtype = _WIDE
+    return [
+        _store(graph, node, value)
+        for node in list(graph)
+        for value in list(node.outputs)
+        if value.dtype == _HALF
+    ]
+
+
+def check_storage(
+    path: Path, images: NDArray[np.generic], reference: NDArray[np.float32]
+) -> float | None:
+    """Run a float16 graph with every tensor stored as float16; its logits' SQNR in dB.
+
+    ``reference`` holds the float32 graph's logits of the same images; ``None`` is returned where
+    the two are equal.
+
+    Raises:
+        GraphError: a tensor overflows; its name and the largest tensor before it are told.
+    """
+
+    def tapped() -> ir.Model:
+        model = load_graph(path)
+        _tap(model, _as_stored(model))
+        return model
+
+    wide = images.astype(np.float32) if images.dtype == np.float16 else images
+    logits, peaks = _run(tapped, wide)
+    for name, peak in peaks.items():
+        if not math.isfinite(peak):
+            raise GraphError(
+                f"stored as float16, {name.removesuffix('/stored')} overflows "
+                f"(float16 ends at {FP16_MAX:.0f})",
+                hint="keep it in float32, or build --fp32",
+            )
+    if not np.isfinite(logits).all():
+        raise GraphError("stored as float16, the logits are NaN", hint="build --fp32")
+    noise = float(((logits - reference).astype(np.float64) ** 2).sum())
+    signal = float((reference.astype(np.float64) ** 2).sum())
+    return 10 * math.log10(signal / noise) if noise > 0 else None

@@ -1,0 +1,77 @@
+"""Put the image's normalisation and layout into the graph.
+
+    uint8 (B, S, S, 3) -> Cast -> Transpose -> * 1 / (255 std) -> - mean / std -> (B, 3, S, S)
+
+The graph then takes the crop as it comes from the decoder, a quarter of the bytes.  Decoding,
+resizing and cropping stay outside: they are Pillow's arithmetic, which no ONNX operator has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from exporters.artifact import Passport, Preprocess
+
+__all__ = ["PREPROCESS_TENSORS", "add_preprocessing", "preprocessed_passport", "scale_and_offset"]
+
+# An FP16 graph keeps these in float32: halves would round every pixel before it is normalised.
+PREPROCESS_TENSORS = ("preprocess/float", "preprocess/planar", "preprocess/scaled")
+_NORMALISED = "preprocess/normalised"
+
+
+def scale_and_offset(spec: Preprocess) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """x / 255 normalised as one multiplication and one addition: (3,) and (3,) float32.
+
+    (x / 255 - mean) / std = x * (1 / (255 std)) + (-mean / std), rounded once from float64.
+    """
+    mean, std = np.asarray(spec.mean, np.float64), np.asarray(spec.std, np.float64)
+    return (1.0 / (255.0 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+
+
+def preprocessed_passport(passport: Passport) -> Passport:
+    """``passport`` with the input that :func:`add_preprocessing` gives the graph."""
+    batch, channels, height, width = passport.input.shape
+    spec = replace(passport.input, dtype="uint8", shape=(batch, height, width, channels))
+    return replace(passport, input=spec)
+
+
+def _constant(graph: ir.Graph, name: str, array: NDArray[np.float32]) -> ir.Value:
+    value = ir.Value(
+        name=name,
+        type=ir.TensorType(ir.DataType.FLOAT),
+        shape=ir.Shape(array.shape),
+        const_value=ir.Tensor(array, name=name),
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def add_preprocessing(model: ir.Model, spec: Preprocess) -> None:
+    """Give ``model`` a uint8 (B, S, S, 3) input in place of its float32 (B, 3, S, S) one."""
+    graph = model.graph
+    old = graph.inputs[0]
+    assert old.shape is not None
+    batch, channels, height, width = old.shape
+    image = ir.Value(
+        name=old.name,
+        type=ir.TensorType(ir.DataType.UINT8),
+        shape=ir.Shape((batch, height, width, channels)),
+    )
+    scale, offset = (array.reshape(3, 1, 1) for array in scale_and_offset(spec))
+    cast = ir.node("Cast", [image], {"to": int(ir.DataType.FLOAT)})
+    planar = ir.node("Transpose", [cast.outputs[0]], {"perm": [0, 3, 1, 2]})
+    scaled = ir.node("Mul", [planar.outputs[0], _constant(graph, "preprocess/scale", scale)])
+    shifted = ir.node("Add", [scaled.outputs[0], _constant(graph, "preprocess/offset", offset)])
+    nodes = (cast, planar, scaled, shifted)
+    for node, name in zip(nodes, (*PREPROCESS_TENSORS, _NORMALISED), strict=True):
+        node.name = node.outputs[0].name = name
+        node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        node.outputs[0].shape = image.shape if node is cast else old.shape
+    old.name = "preprocess/replaced"
+    ir.convenience.replace_all_uses_with(old, shifted.outputs[0])
+    graph.insert_before(graph[0], nodes)
+    graph.inputs[0] = image

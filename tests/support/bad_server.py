@@ -1,0 +1,75 @@
+"""A local HTTP server that behaves as badly as the path asks for.
+
+/whole/FILE      the file
+/cut/FILE        half of the file under a Content-Length of all of it
+/wrong/FILE      other bytes of the same length
+/stall/FILE      half of the file, then silence
+/gone/FILE       404
+/OWNER/NAME/resolve/main/FILE   the file, as the Hugging Face hub serves it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+def _handler(folder: Path, released: threading.Event, log: list[str]) -> type:
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self._answer(body=False)
+
+        def do_GET(self) -> None:
+            self._answer(body=True)
+
+        def _answer(self, *, body: bool) -> None:
+            log.append(f"{self.command} {self.path}")
+            manner, name = self.path.split("/")[1], self.path.rpartition("/")[2]
+            file = folder / name
+            if manner == "gone" or not file.is_file():
+                self.send_response(404)
+                self.send_header("X-Error-Code", "EntryNotFound")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            data = file.read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+            self.send_header("X-Repo-Commit", "c" * 40)
+            self.end_headers()
+            if not body:
+                return
+            if manner == "wrong":
+                data = bytes(byte ^ 1 for byte in data)
+            if manner in ("cut", "stall"):
+                data = data[: len(data) // 2]
+            self.wfile.write(data)
+            self.wfile.flush()
+            if manner == "stall":
+                released.wait(30)
+            self.close_connection = True
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    return Handler
+
+
+@contextmanager
+def serve(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """The server's address, and the requests that it got, while the block runs."""
+    released, log = threading.Event(), []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(folder, released, log))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", log
+    finally:
+        released.set()
+        server.shutdown()
+        server.server_close()
