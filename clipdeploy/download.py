@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -115,13 +116,12 @@ def fetch_hub(reference: str, *, offline: bool = False) -> Path:
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-        from huggingface_hub.utils import logging
     except ImportError as error:
         raise UsageError(
             "hf:// needs huggingface_hub", hint='pip install "clipdeploy[hub]"'
         ) from error
     # It says every retry; the error at the end says it once.
-    logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     cache, local = cache_folder() / "hub", _is_offline(offline)
     for name in _HUB_FILES:
         try:

@@ -134,9 +134,8 @@ def export_model(
         if same:
             workspace.remember(card.name)
             return found
-    artifact = export_graph(
-        model.module, path, passport, sample_images(passport.preprocess), config, progress
-    )
+    samples = sample_images(passport.preprocess)
+    artifact = export_graph(model.module, path, passport, samples, config, progress, release=True)
     workspace.remember(card.name)
     return artifact
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import logging
 import warnings
@@ -111,6 +112,16 @@ def trace(module: nn.Module, passport: Passport, config: ExportConfig) -> ir.Mod
     return model
 
 
+def _drop_weights(model: ir.Model, module: nn.Module | None) -> None:
+    # Deleting the two would not do: onnxscript's rewrite rules are global and remember the last
+    # graph that they looked at, and through it the parameters.
+    for value in model.graph.initializers.values():
+        value.const_value = None
+    for parameter in module.parameters() if module is not None else ():
+        parameter.data = parameter.data.new_empty(0)
+    gc.collect()
+
+
 def _promised(passport: Passport, config: ExportConfig) -> Passport:
     """What the graph will say of itself, from what ``passport`` says of the module."""
     batch = BATCH_AXIS if config.batch is None else config.batch
@@ -138,13 +149,17 @@ def export_graph(
     samples: Samples,
     config: ExportConfig = ExportConfig(),
     progress: Progress = SILENT,
+    *,
+    release: bool = False,
 ) -> GraphArtifact:
     """Export ``module`` to ``path``, which appears only once every check has passed.
 
     Args:
         module: a float32 classifier in evaluation mode, (B, 3, S, S) -> (B, classes).
         passport: what is to be said of ``module``; its input and output specs are checked.
-        samples: at least 7 real images for the parity check.
+        samples: real images for the parity check, 7 or so.
+        release: give the module's memory back once it is no longer needed: its parameters are
+            empty when this returns.
 
     Raises:
         GraphError: the module cannot be traced, the graph breaks a promise, or its logits are not
@@ -163,7 +178,7 @@ def export_graph(
         check_structure(model, passport)
         write_model(model, temporary)
         nodes = len(list(model.graph))
-        # ONNX Runtime needs the memory that the traced graph's copy of the weights holds.
-        del model
+        # ONNX Runtime needs the memory that the module and its traced graph hold.
+        _drop_weights(model, module if release else None)
         check_parity(temporary, samples.as_input(passport.input), reference)
     return GraphArtifact(path, sha256_file(path), passport, path.stat().st_size, nodes, True)

@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from checkpoint_files import write_legacy_flat, write_nested_zip
 from reference_vit import reference_logits
+from torch import Tensor
 
 from clipdeploy import zoo
 from clipdeploy.model import WeightsChoice, random_tensors
-from clipdeploy.pipeline import export_model, sample_images
+from clipdeploy.pipeline import build_model, export_model, sample_images
 from clipdeploy.runners import OnnxRunner
 from clipdeploy.vit import ViTConfig
 from clipdeploy.workspace import Workspace
+from exporters.artifact import Precision
+from exporters.onnx import ExportConfig
 
 pytestmark = pytest.mark.slow
 
 # float32 against float64 costs 4e-6 on these weights; tanh GELU, the smallest mistake, 1e-3.
 TOLERANCE = 1e-4
 
+GEOMETRIES = [
+    "clip-vit-base-p32",
+    "clip-vit-base-p32-384px",
+    "clip-vit-base-p32-448px",
+    "clip-vit-base-p16",
+    "clip-vit-base-p16-384px",
+]
 
-@pytest.mark.parametrize(
-    "alias",
-    [
-        "clip-vit-base-p32",
-        "clip-vit-base-p32-384px",
-        "clip-vit-base-p32-448px",
-        "clip-vit-base-p16",
-        "clip-vit-base-p16-384px",
-    ],
-)
+
+@pytest.mark.parametrize("alias", GEOMETRIES)
 def test_both_wrappings_export_to_the_architecture_itself(alias: str, tmp_path: Path) -> None:
     card = zoo.find(alias)
     tensors = random_tensors(ViTConfig(card.patch, card.image_size), 11)
@@ -52,3 +57,54 @@ def test_both_wrappings_export_to_the_architecture_itself(alias: str, tmp_path: 
     np.testing.assert_array_equal(logits[0], logits[-1])
     # Only logits of a trained model's spread make the tolerance mean something.
     assert 0.5 < expected.std() < 5
+
+
+def _peak_megabytes(code: str, *words: str) -> float:
+    """Run Python code as a process; the largest resident size that it had."""
+    tail = "\nprint('\\n' + open('/proc/self/status').read())"
+    done = subprocess.run(
+        [sys.executable, "-c", code + tail, *words], capture_output=True, text=True, check=True
+    )
+    line = next(line for line in done.stdout.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("write", [write_legacy_flat, write_nested_zip])
+def test_an_export_needs_little_memory(
+    write: Callable[[dict[str, Tensor], Path], Path], tmp_path: Path
+) -> None:
+    path = write(random_tensors(ViTConfig(16, 224), 3), tmp_path / "weights.pth")
+    export = (
+        "import sys; from pathlib import Path\n"
+        "from clipdeploy.model import WeightsChoice\n"
+        "from clipdeploy.pipeline import export_model\n"
+        "from clipdeploy.workspace import Workspace\n"
+        "export_model(Workspace(Path(sys.argv[2])), 'clip-vit-base-p16', "
+        "WeightsChoice(Path(sys.argv[1])))"
+    )
+    peak = _peak_megabytes(export, str(path), str(tmp_path / "artifacts"))
+    torch_alone = _peak_megabytes("import torch")
+    # The weights once in the checkpoint, once in ONNX Runtime for the parity check, and room for
+    # torch.export: two and a half times.  Holding one copy more would be caught.
+    assert peak < torch_alone + 2.5 * path.stat().st_size / 1e6
+
+
+@pytest.mark.parametrize("opset", [17, 20, 23])
+def test_no_opset_has_more_than_320_nodes(opset: int, tmp_path: Path) -> None:
+    config = ExportConfig(opset)
+    choice = WeightsChoice(random_seed=0)
+    artifact = export_model(Workspace(tmp_path), "clip-vit-base-p32", choice, config=config)
+    assert artifact.nodes <= 320
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("alias", GEOMETRIES)
+def test_tensorrt_builds_every_geometry(alias: str, precision: Precision, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
+    workspace = Workspace(tmp_path)
+    name = zoo.find(alias).name
+    export_model(workspace, name, WeightsChoice(random_seed=0))
+    engine = build_model(workspace, name, precision)
+    # An engine holds the weights: 86 M of them at four bytes or at two.
+    assert engine.passport.plan_bytes > 86e6 * (4 if precision == "fp32" else 2)
