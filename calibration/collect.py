@@ -1,4 +1,4 @@
-"""Run images through the FP32 graph and observe every Linear's input, one image at a time.
+"""Run images through the FP32 graph and observe its tensors, one image at a time.
 
 The reductions run inside the graph (ReduceMin and ReduceMax over the tokens, and a Gather of a few
 tokens for the histogram), so that no activation is copied out whole.  One image at a time, because
@@ -7,30 +7,38 @@ a batch's arithmetic depends on its size: this way a table depends on the set of
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from calibration.observers import ChannelObserver, ChannelStatistics
-from calibration.policy import LinearSite, find_linears
-from calibration.table import CalibrationImageRecord, CalibrationTable, pack
+from calibration.policy import observed_tensors
+from calibration.table import (
+    CalibrationImageRecord,
+    CalibrationTable,
+    load_table,
+    pack,
+    save_table,
+)
 from exporters.artifact import BATCH_AXIS
-from exporters.errors import CalibrationError, GraphError
+from exporters.errors import CalibrationError, ClipdeployError, GraphError
 from exporters.files import sha256_file
 from exporters.graphs import load_graph, read_passport
 from exporters.progress import SILENT, Progress
 from exporters.session import OnnxSession
 
-__all__ = ["ActivationCollector", "CalibrationImage", "collect"]
+__all__ = ["ActivationCollector", "CalibrationImage", "CollectConfig", "collect"]
 
 # Tokens of each image that feed the histograms, the class token among them.
-SAMPLED_TOKENS = 9
+SAMPLED_TOKENS = 17
 
 
 @dataclass(frozen=True)
@@ -44,32 +52,37 @@ class CalibrationImage:
 
 @dataclass(frozen=True)
 class _Tap:
-    """A tensor to observe, and the Linears that read it."""
+    """A tensor to observe, (batch, tokens, channels), and the names it goes by in the table."""
 
     tensor: str
     tokens: int
     channels: int
-    sites: tuple[str, ...]
+    names: tuple[str, ...]
 
 
-def _taps(sites: list[LinearSite]) -> list[_Tap]:
+def _taps(model: ir.Model) -> list[_Tap]:
     taps: dict[str, _Tap] = {}
-    for site in sites:
-        shape = site.activation.shape
-        name = site.activation.name or ""
-        tokens, channels = (shape[1], shape[2]) if shape is not None and len(shape) == 3 else (0, 0)
-        if not isinstance(tokens, int) or not isinstance(channels, int) or not tokens:
+    for name, value in observed_tensors(model):
+        shape = value.shape
+        tensor = value.name or ""
+        axes = tuple(axis for axis in (shape or ())[1:] if isinstance(axis, int))
+        if shape is None or len(axes) != len(shape) - 1 or len(axes) not in (1, 2):
             raise GraphError(
-                f"the input of {site.name} has shape {shape}, not (batch, tokens, channels)",
+                f"{name} has shape {shape}, not (batch, tokens, channels)",
                 hint="quantise an FP32 graph that `clipdeploy export` wrote",
             )
-        earlier = taps[name].sites if name in taps else ()
-        taps[name] = _Tap(name, tokens, channels, (*earlier, site.name))
+        tokens, channels = axes if len(axes) == 2 else (1, axes[0])
+        earlier = taps[tensor].names if tensor in taps else ()
+        taps[tensor] = _Tap(tensor, tokens, channels, (*earlier, name))
     return list(taps.values())
 
 
 def _tapped(path: Path, taps: list[_Tap]) -> bytes:
-    """The graph with three more outputs for each tap, and the token indices as a second input."""
+    """The graph with more outputs, and the token indices as a second input.
+
+    A tensor of one token is an output as it is; of many tokens three outputs speak: smallest and
+    largest value of each channel, and the sampled tokens.
+    """
     proto = onnx.ModelProto.FromString(path.read_bytes())
     graph = proto.graph
     # One image at a time, also through a graph that was exported for a fixed batch: its nodes hold
@@ -79,13 +92,14 @@ def _tapped(path: Path, taps: list[_Tap]) -> bytes:
     del graph.value_info[:]
     graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), "tap/axis"))
     graph.input.append(helper.make_tensor_value_info("tap/tokens", TensorProto.INT64, ["sampled"]))
-    graph.initializer.append(numpy_helper.from_array(np.array([0], np.int64), "tap/class_token"))
     for tap in taps:
-        rows = "tap/tokens" if tap.tokens > 1 else "tap/class_token"
+        if tap.tokens == 1:
+            graph.output.append(helper.make_tensor_value_info(tap.tensor, TensorProto.FLOAT, None))
+            continue
         for op, inputs in (
             ("ReduceMin", [tap.tensor, "tap/axis"]),
             ("ReduceMax", [tap.tensor, "tap/axis"]),
-            ("Gather", [tap.tensor, rows]),
+            ("Gather", [tap.tensor, "tap/tokens"]),
         ):
             name = f"tap/{tap.tensor}/{op}"
             attributes: dict[str, Any] = {"axis": 1} if op == "Gather" else {"keepdims": 0}
@@ -106,10 +120,19 @@ class ActivationCollector:
     """The tapped graph and one observer for each tap."""
 
     def __init__(self, graph: Path) -> None:
-        self._taps = _taps(find_linears(load_graph(graph)))
+        self._taps = _taps(load_graph(graph))
         self._tokens = max(tap.tokens for tap in self._taps)
         self._session = OnnxSession(_tapped(graph, self._taps), name=str(graph))
         self._observers = [ChannelObserver(tap.tensor, tap.channels) for tap in self._taps]
+
+    def resume(self, table: CalibrationTable) -> None:
+        """Go on from the statistics of ``table``.
+
+        Raises:
+            CalibrationError: it lacks a tensor, or has another number of channels.
+        """
+        for tap, observer in zip(self._taps, self._observers, strict=True):
+            observer.resume(table.of(tap.names[0]))
 
     def add(self, image: CalibrationImage) -> None:
         """Observe one image.
@@ -118,47 +141,99 @@ class ActivationCollector:
             CalibrationError: an activation is NaN or infinite.
         """
         tokens = _sampled_tokens(image.sha256, self._tokens)
-        outputs = self._session.run(image.input, {"tap/tokens": tokens})[1:]
-        for index, observer in enumerate(self._observers):
-            minimum, maximum, rows = outputs[3 * index : 3 * index + 3]
-            observer.collect(minimum[0], maximum[0], rows[0], image.name)
+        outputs = iter(self._session.run(image.input, {"tap/tokens": tokens})[1:])
+        for tap, observer in zip(self._taps, self._observers, strict=True):
+            if tap.tokens == 1:
+                row = next(outputs).reshape(1, tap.channels)
+                observer.collect(row[0], row[0], row, image.name)
+            else:
+                minimum, maximum, rows = next(outputs), next(outputs), next(outputs)
+                observer.collect(minimum[0], maximum[0], rows[0], image.name)
 
     def statistics(self) -> dict[str, ChannelStatistics]:
-        """What was observed so far, by Linear name."""
+        """What was observed so far, by the names of :func:`observed_tensors`."""
         return {
-            site: observer.compute()
+            name: observer.compute()
             for tap, observer in zip(self._taps, self._observers, strict=True)
-            for site in tap.sites
+            for name in tap.names
         }
 
 
+@dataclass(frozen=True)
+class CollectConfig:
+    """``partial``: where an unfinished run is kept, ``every``: seconds from one save to the next.
+
+    ``shard``: (i, n) if this is the i-th of n runs over parts of the images.
+    """
+
+    partial: Path | None = None
+    every: float = 30.0
+    shard: tuple[int, int] | None = None
+
+
 def collect(
-    graph: Path, images: Iterable[CalibrationImage], total: int, progress: Progress = SILENT
+    graph: Path,
+    images: Callable[[frozenset[CalibrationImageRecord]], Iterable[CalibrationImage]],
+    wanted: Sequence[CalibrationImageRecord],
+    config: CollectConfig = CollectConfig(),
+    progress: Progress = SILENT,
 ) -> CalibrationTable:
-    """Observe ``images`` in the FP32 ``graph``.
+    """Observe images in the FP32 ``graph``, going on from an unfinished run over the same images.
+
+    ``images`` gives the images without those that it is told are done; ``wanted`` lists all.
 
     Raises:
         CalibrationError: no image, or an activation that is NaN or infinite.
         GraphError, ArtifactError, FileError: the graph cannot be used.
     """
     passport = read_passport(graph)
-    with progress.task("load the graph"):
-        collector = ActivationCollector(graph)
-    records = []
-    with progress.task("calibrate", total) as advance:
-        for image in images:
-            collector.add(image)
-            records.append(CalibrationImageRecord(image.name, image.sha256))
-            advance(1)
-    if not records:
-        raise CalibrationError(
-            "no image to calibrate with", hint="pass a folder of images to --data"
-        )
-    return CalibrationTable(
+    empty = CalibrationTable(
         model=passport.model,
         weights=passport.weights.identity,
         source_graph=sha256_file(graph),
         preprocess=passport.preprocess,
-        images=tuple(sorted(records, key=lambda record: record.name)),
-        statistics={name: pack(found) for name, found in collector.statistics().items()},
+        images=(),
+        statistics={},
+        shard=config.shard,
     )
+    with progress.task("load the graph"):
+        collector = ActivationCollector(graph)
+    records: set[CalibrationImageRecord] = set()
+    if (earlier := _unfinished(config.partial, empty, wanted)) is not None:
+        collector.resume(earlier)
+        records.update(earlier.images)
+
+    def table() -> CalibrationTable:
+        statistics = {name: pack(found) for name, found in collector.statistics().items()}
+        images = tuple(sorted(records, key=lambda record: record.name))
+        return replace(empty, images=images, statistics=statistics)
+
+    saved = time.monotonic()
+    with progress.task("calibrate", len(wanted)) as advance:
+        advance(len(records))
+        for image in images(frozenset(records)):
+            collector.add(image)
+            records.add(CalibrationImageRecord(image.name, image.sha256))
+            advance(1)
+            if config.partial is not None and time.monotonic() - saved > config.every:
+                save_table(table(), config.partial)
+                saved = time.monotonic()
+    if not records:
+        raise CalibrationError(
+            "no image to calibrate with", hint="pass a folder of images to --data"
+        )
+    return table()
+
+
+def _unfinished(
+    partial: Path | None, empty: CalibrationTable, wanted: Sequence[CalibrationImageRecord]
+) -> CalibrationTable | None:
+    """An earlier run's table if it is whole and of this graph and these images, else None."""
+    if partial is None or not partial.exists():
+        return None
+    try:
+        earlier = load_table(partial)
+    except ClipdeployError:
+        return None
+    same = replace(earlier, images=(), statistics={}, seal="") == empty
+    return earlier if same and set(earlier.images) <= set(wanted) else None

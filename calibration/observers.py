@@ -1,7 +1,7 @@
-"""What is remembered of a Linear's input: per channel, exact extremes and a fixed histogram.
+"""What is remembered of a tensor: per channel, exact extremes, a fixed histogram and the sum.
 
-A value's bin is read off its float32 bits: the exponent and the top three bits of the mantissa,
-eight bins an octave, 32 octaves from 2 ** -18 to 2 ** 14:
+A value's bin is read off its float32 bits: the sign, the exponent and the top three bits of the
+mantissa; eight bins an octave, 24 octaves from 2 ** -13 to 2 ** 11, for each sign:
 
     bin(x) = clip((bits(|x|) >> 20) - FIRST, 0, BINS - 1)
 
@@ -21,19 +21,20 @@ from exporters.errors import CalibrationError
 
 __all__ = ["BINS", "ChannelObserver", "ChannelStatistics", "bin_edges"]
 
-BINS = 256
+BINS = 192
 _MANTISSA_BITS = 3
 _SHIFT = 23 - _MANTISSA_BITS
-_LOWEST_EXPONENT = -18
+_LOWEST_EXPONENT = -13
 _FIRST = (127 + _LOWEST_EXPONENT) << _MANTISSA_BITS
 # Sums are kept as integers in units of 2 ** -24, below half a float32 ulp of any value over 1.
 _FIXED_POINT = float(1 << 24)
 # Far beyond any activation; up to here 2 ** 19 rows add up in an int64 without overflow.
 _LARGEST = float(1 << 20)
+_MOST_ROWS = np.iinfo(np.int32).max
 
 
 def bin_edges() -> NDArray[np.float64]:
-    """The (BINS + 1,) lower edges of the bins of |x|; the first is 0."""
+    """The (BINS + 1,) edges of the bins of |x|; the first is 0, beyond the last is the last bin."""
     bits = (np.arange(BINS + 1, dtype=np.int64) + _FIRST) << _SHIFT
     edges = bits.astype(np.int32).view(np.float32).astype(np.float64)
     edges[0] = 0.0
@@ -45,13 +46,13 @@ class ChannelStatistics:
     """What was observed of a tensor with C channels.
 
     ``minimum`` and ``maximum`` (C,) float32 are over every token of every image; ``counts``
-    (C, BINS) int64 and ``total`` (C,) int64, the sum in units of 2 ** -24, are over the ``rows``
-    sampled tokens.
+    (C, 2, BINS) int32, positive values first, and ``total`` (C,) int64, the sum in units of
+    2 ** -24, are over the ``rows`` sampled tokens.
     """
 
     minimum: NDArray[np.float32]
     maximum: NDArray[np.float32]
-    counts: NDArray[np.int64]
+    counts: NDArray[np.int32]
     total: NDArray[np.int64]
     rows: int
 
@@ -70,16 +71,25 @@ class ChannelStatistics:
         """The mean of each channel over the sampled tokens, (C,)."""
         return self.total / (_FIXED_POINT * max(self.rows, 1))
 
+    def channel_slice(self, first: int, last: int) -> ChannelStatistics:
+        """The statistics of channels ``first`` to ``last - 1``."""
+        part = slice(first, last)
+        return ChannelStatistics(
+            self.minimum[part], self.maximum[part], self.counts[part], self.total[part], self.rows
+        )
+
     def merge(self, other: ChannelStatistics) -> ChannelStatistics:
         """The statistics of both sets of images; exact, commutative and associative.
 
         Raises:
-            CalibrationError: the numbers of channels differ.
+            CalibrationError: the numbers of channels differ, or there are over 2 ** 31 rows.
         """
         if self.channels != other.channels:
             raise CalibrationError(
                 f"cannot merge statistics of {self.channels} and {other.channels} channels"
             )
+        if self.rows + other.rows > _MOST_ROWS:
+            raise CalibrationError(f"more than {_MOST_ROWS} rows cannot be counted")
         return ChannelStatistics(
             np.minimum(self.minimum, other.minimum),
             np.maximum(self.maximum, other.maximum),
@@ -95,16 +105,31 @@ class ChannelObserver:
     def __init__(self, name: str, channels: int) -> None:
         self.name = name
         self.channels = channels
-        self._offset = (np.arange(channels, dtype=np.int32) * BINS)[None, :]
+        self._offset = np.arange(channels, dtype=np.int32) * (2 * BINS)
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
         self._minimum = np.full(self.channels, np.inf, np.float32)
         self._maximum = np.full(self.channels, -np.inf, np.float32)
-        self._counts = np.zeros(self.channels * BINS, np.int64)
+        self._counts = np.zeros(self.channels * 2 * BINS, np.int32)
         self._total = np.zeros(self.channels, np.int64)
         self._rows = 0
+
+    def resume(self, earlier: ChannelStatistics) -> None:
+        """Go on from statistics that were computed before.
+
+        Raises:
+            CalibrationError: they have another number of channels.
+        """
+        if earlier.channels != self.channels:
+            raise CalibrationError(
+                f"{self.name} has {self.channels} channels, the earlier run saw {earlier.channels}"
+            )
+        self._minimum, self._maximum = earlier.minimum.copy(), earlier.maximum.copy()
+        self._counts = earlier.counts.reshape(-1).copy()
+        self._total = earlier.total.copy()
+        self._rows = earlier.rows
 
     def collect(
         self,
@@ -116,7 +141,7 @@ class ChannelObserver:
         """Add one image: its extremes per channel (C,), and sampled tokens (K, C) float32.
 
         Raises:
-            CalibrationError: NaN or inf, or another number of channels.
+            CalibrationError: NaN or inf, an absurdly large value, or another number of channels.
         """
         shapes = (minimum.shape, maximum.shape, rows.shape[1:])
         if any(shape != (self.channels,) for shape in shapes) or rows.ndim != 2:
@@ -124,14 +149,13 @@ class ChannelObserver:
                 f"{self.name} has {self.channels} channels, got {minimum.shape}, "
                 f"{maximum.shape} and {rows.shape}"
             )
-        finite = np.isfinite(minimum).all() and np.isfinite(maximum).all()
-        if not (finite and np.isfinite(rows).all()):
+        largest = float(max(np.abs(minimum).max(), np.abs(maximum).max()))
+        if not np.isfinite(largest) or not np.isfinite(rows).all():
             raise CalibrationError(
                 f"{self.name} is NaN or infinite on {image or 'this image'}",
                 hint="the model overflows on it: check the image and the checkpoint",
             )
-        largest = float(max(np.abs(minimum).max(), np.abs(maximum).max()))
-        if largest > _LARGEST:
+        if largest > _LARGEST or self._rows + len(rows) > _MOST_ROWS:
             raise CalibrationError(
                 f"{self.name} reaches {largest:.1e} on {image or 'this image'}",
                 hint="no trained model does: check the checkpoint",
@@ -139,9 +163,12 @@ class ChannelObserver:
         # Adding zero turns -0.0 into 0.0, whose order numpy's minimum would otherwise remember.
         self._minimum = np.minimum(self._minimum, minimum) + np.float32(0)
         self._maximum = np.maximum(self._maximum, maximum) + np.float32(0)
-        bits = np.ascontiguousarray(rows).view(np.int32) & 0x7FFFFFFF
-        bins = np.clip((bits >> _SHIFT) - _FIRST, 0, BINS - 1) + self._offset
-        self._counts += np.bincount(bins.ravel(), minlength=self._counts.size)
+        bits = np.ascontiguousarray(rows).view(np.int32)
+        bins = np.clip(((bits & 0x7FFFFFFF) >> _SHIFT) - _FIRST, 0, BINS - 1)
+        bins += np.where(bits < 0, BINS, 0).astype(np.int32)
+        for row in bins:
+            # A token has each channel once, so that no index comes twice.
+            self._counts[row + self._offset] += 1
         self._total += np.rint(rows.astype(np.float64) * _FIXED_POINT).astype(np.int64).sum(axis=0)
         self._rows += rows.shape[0]
 
@@ -156,7 +183,7 @@ class ChannelObserver:
         return ChannelStatistics(
             self._minimum.copy(),
             self._maximum.copy(),
-            self._counts.reshape(self.channels, BINS).copy(),
+            self._counts.reshape(self.channels, 2, BINS).copy(),
             self._total.copy(),
             self._rows,
         )

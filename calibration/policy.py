@@ -1,13 +1,15 @@
 """Which nodes of a graph may run in INT8, decided by block role, not by operator type.
 
-Quantised are the Linears of the blocks: ``attn.qkv``, ``attn.proj``, ``mlp.fc1``, ``mlp.fc2``.
-Never the residual Adds, LayerNorm, softmax or GELU: quantised residuals are what kills INT8 on
-ViTs (onnxsim#1742: 85 % with the Linears alone, 5 % with the defaults).
+Quantised are the Linears of the blocks: ``attn.qkv``, ``attn.proj``, ``mlp.fc1``, ``mlp.fc2``; on
+request also attention's two products, the patch convolution and the head.  Never the residual Adds,
+LayerNorm, softmax or GELU: quantised residuals are what kills INT8 on ViTs (onnxsim#1742: 85 % with
+the Linears alone, 5 % with the defaults).
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -15,9 +17,44 @@ import onnx_ir as ir
 
 from exporters.errors import GraphError
 
-__all__ = ["LinearSite", "Placement", "PlacementEntry", "find_linears", "place"]
+__all__ = [
+    "HEAD",
+    "PATCH",
+    "LinearSite",
+    "Placement",
+    "PlacementEntry",
+    "ProductSite",
+    "Scope",
+    "find_linears",
+    "find_node",
+    "find_products",
+    "observed_tensors",
+    "place",
+    "qkv_output",
+]
 
+HEAD, PATCH = "head", "patch_embed"
 _BLOCK_LINEAR = re.compile(r"^blocks\.(\d+)\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)$")
+_ATTENTION = re.compile(r"^blocks\.(\d+)\.attn$")
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What is quantised beside the Linears of the blocks."""
+
+    attention: bool = False
+    head: bool = False
+    patch: bool = False
+
+
+@dataclass(frozen=True)
+class ProductSite:
+    """A product of two activations: ``blocks.7.attn.scores`` = q k^T or ``.mix`` = softmax v."""
+
+    name: str
+    role: str
+    block: int
+    node: ir.Node
 
 
 @dataclass(frozen=True)
@@ -35,7 +72,7 @@ class LinearSite:
 
 @dataclass(frozen=True)
 class PlacementEntry:
-    """Whether a Linear runs in INT8, and why not where it does not."""
+    """Whether a Linear or product runs in INT8, and why not where it does not."""
 
     name: str
     role: str
@@ -45,13 +82,13 @@ class PlacementEntry:
 
 @dataclass(frozen=True)
 class Placement:
-    """The placement report: one entry for each Linear, in the order of the graph."""
+    """The placement report: one entry for everything that could run in INT8."""
 
     entries: tuple[PlacementEntry, ...]
 
     @property
     def quantized(self) -> tuple[str, ...]:
-        """Names of the Linears that run in INT8."""
+        """Names of what runs in INT8."""
         return tuple(entry.name for entry in self.entries if entry.int8)
 
 
@@ -89,21 +126,79 @@ def find_linears(model: ir.Model) -> list[LinearSite]:
     return sites
 
 
-def place(sites: list[LinearSite], exclude: tuple[str, ...] = ()) -> Placement:
-    """Decide for each Linear; ``exclude`` holds patterns such as ``blocks.0.*``.
+def find_products(model: ir.Model) -> list[ProductSite]:
+    """Attention's two products in every block, in the order of the graph."""
+    found = []
+    for node in model.graph:
+        match = _ATTENTION.match((node.name or "").rpartition("/")[0])
+        if node.op_type != "MatMul" or match is None:
+            continue
+        maker = node.inputs[0].producer() if node.inputs[0] is not None else None
+        role = "attn.mix" if maker is not None and maker.op_type == "Softmax" else "attn.scores"
+        found.append(ProductSite(f"blocks.{match[1]}.{role}", role, int(match[1]), node))
+    return found
+
+
+def find_node(model: ir.Model, name: str, kind: str) -> ir.Node | None:
+    """The node of module ``name`` (:data:`HEAD` or :data:`PATCH`) with operator ``kind``."""
+    return next((n for n in model.graph if n.op_type == kind and n.name == f"{name}/{kind}"), None)
+
+
+def qkv_output(name: str) -> str:
+    """What the output of the qkv Linear ``name`` is called in a calibration table."""
+    return f"{name}/output"
+
+
+def observed_tensors(model: ir.Model) -> list[tuple[str, ir.Value]]:
+    """Every tensor that calibration looks at, by its name in the table.
+
+    The input of each Linear under the Linear's name, the output of qkv for attention's products,
+    and the head's input: whatever is quantised later, no image needs to be read again.
+    """
+    tensors = []
+    for site in find_linears(model):
+        tensors.append((site.name, site.activation))
+        if site.role == "attn.qkv":
+            add = site.matmul.outputs[0].consumers()[0]
+            tensors.append((qkv_output(site.name), add.outputs[0]))
+    head = find_node(model, HEAD, "Gemm")
+    if head is not None and head.inputs[0] is not None:
+        tensors.append((HEAD, head.inputs[0]))
+    return tensors
+
+
+def place(model: ir.Model, exclude: tuple[str, ...] = (), scope: Scope = Scope()) -> Placement:
+    """Decide for everything that could run in INT8; ``exclude`` has patterns like ``blocks.0.*``.
 
     Raises:
-        GraphError: a pattern that matches no Linear.
+        GraphError: a pattern that matches nothing, or a graph without Linears.
     """
-    for pattern in exclude:
-        if not any(fnmatchcase(site.name, pattern) for site in sites):
+    sites = find_linears(model)
+    candidates = [(site.name, site.role, "") for site in sites]
+    if find_node(model, PATCH, "Conv") is not None:
+        candidates.insert(0, (PATCH, PATCH, "" if scope.patch else _not_asked("patch")))
+    for product in find_products(model):
+        reason = "" if scope.attention else _not_asked("attention")
+        candidates.append((product.name, product.role, reason))
+    if find_node(model, HEAD, "Gemm") is not None:
+        candidates.append((HEAD, HEAD, "" if scope.head else _not_asked("head")))
+    _check_patterns(exclude, [name for name, _, _ in candidates], sites[0].name)
+    entries = []
+    for name, role, reason in candidates:
+        hit = next((p for p in exclude if fnmatchcase(name, p)), None)
+        reason = f"excluded by {hit!r}" if hit else reason
+        entries.append(PlacementEntry(name, role, not reason, reason))
+    return Placement(tuple(entries))
+
+
+def _not_asked(what: str) -> str:
+    return f"not asked for with --quantize-{what}"
+
+
+def _check_patterns(patterns: Iterable[str], names: list[str], example: str) -> None:
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
             raise GraphError(
                 f"--exclude {pattern!r} matches no Linear",
-                hint=f"names look like {sites[0].name}; patterns like 'blocks.0.*'",
+                hint=f"names look like {example}; patterns like 'blocks.0.*'",
             )
-    entries = []
-    for site in sites:
-        hit = next((p for p in exclude if fnmatchcase(site.name, p)), None)
-        reason = f"excluded by {hit!r}" if hit else ""
-        entries.append(PlacementEntry(site.name, site.role, hit is None, reason))
-    return Placement(tuple(entries))

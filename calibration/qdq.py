@@ -1,54 +1,71 @@
-"""Write INT8 into the graph as QuantizeLinear / DequantizeLinear pairs.
+"""FP32 graph and calibration -> INT8 graph.
 
-    x ── Q(s_x) ── DQ(s_x) ──┐
-                             MatMul ── Add(bias)
-    W int8 ────── DQ(s_w) ───┘
-
-Activations: symmetric, one scale a tensor, s_x = range / 127.  Weights: symmetric, one scale for
-each output channel, s_w[j] = max_i |W[i, j]| / 127, stored as int8.  Every scale is rounded to
-float16 before it is used, so that the FP16 and the FP32 flavour of the graph hold the same integers
-and the same scales.  Biases stay floating point: TensorRT-RTX refuses an int32 DequantizeLinear.
+:mod:`calibration.policy` decides what runs in INT8, :mod:`calibration.plan` with which numbers,
+:mod:`calibration.write` writes it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
-from calibration.policy import LinearSite, Placement, find_linears, place
+from calibration.distribution import LEVELS, Distribution
+from calibration.plan import (
+    LinearPlan,
+    PlanConfig,
+    add_to_bias,
+    fold_all,
+    plan_linear,
+    plan_product,
+)
+from calibration.policy import (
+    HEAD,
+    PATCH,
+    LinearSite,
+    Placement,
+    Scope,
+    find_linears,
+    find_node,
+    find_products,
+    place,
+    qkv_output,
+)
+from calibration.smoothing import Folding
 from calibration.table import CalibrationTable, load_table
-from exporters.artifact import Passport, settings_of
+from calibration.weights import float16_scale, quantize_weight
+from calibration.write import QdqWriter
+from exporters.artifact import Passport, Preprocess, settings_of
 from exporters.checks import check_structure
-from exporters.errors import ArtifactError, CalibrationError, GraphError, UsageError
+from exporters.errors import ArtifactError, GraphError, UsageError
 from exporters.files import sha256_file
 from exporters.graphs import GraphArtifact, load_graph, read_passport, save_graph
 from exporters.overflow import check_storage, largest_values, near_limit
 from exporters.precision import Fp16Config, half_precision
 from exporters.samples import Samples
 
-__all__ = ["QuantizeConfig", "QuantizedGraph", "quantize"]
+__all__ = ["QuantizeConfig", "QuantizedGraph", "quantize", "smooth"]
 
-_QMAX = 127
 # QuantizeLinear and DequantizeLinear take float16 scales from here on.
 _FIRST_WITH_HALF_SCALES = 19
-_SMALLEST_SCALE = float(np.finfo(np.float16).tiny)
 
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """``exclude``: patterns of Linears that stay as they are; ``remainder``: the rest's type.
+    """``exclude``: patterns of what stays as it is; ``remainder``: the rest's type.
 
     ``fp16`` is what a TensorRT engine is compiled from; ``fp32`` is what ONNX Runtime runs with
-    int8 kernels on a CPU.
+    int8 kernels on a CPU.  ``plan``: how ranges are found and outliers smoothed; ``scope``: what is
+    quantised beside the Linears of the blocks.
     """
 
     exclude: tuple[str, ...] = ()
     remainder: Literal["fp16", "fp32"] = "fp16"
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    scope: Scope = field(default_factory=Scope)
 
     def __post_init__(self) -> None:
         if self.remainder not in ("fp16", "fp32"):
@@ -65,82 +82,86 @@ class QuantizedGraph:
     placement: Placement
 
 
-def float16_scale(scale: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Scales rounded to float16 values, no smaller than float16's smallest normal number."""
-    return np.maximum(scale, _SMALLEST_SCALE).astype(np.float16).astype(np.float32)
+def smooth(model: ir.Model, table: CalibrationTable, chosen: frozenset[str]) -> dict[str, Folding]:
+    """Fold the activation outliers of the chosen Linears into ``model``; its function stays.
+
+    Raises:
+        CalibrationError: the table lacks a Linear.
+    """
+    sites = [site for site in find_linears(model) if site.name in chosen]
+    return fold_all(sites, {site.name: table.of(site.name) for site in sites})
 
 
-def quantize_weight(
-    weight: NDArray[np.float32],
-) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """(Cin, Cout) float32 -> int8 of the same shape, and the (Cout,) scales."""
-    scale = float16_scale(np.abs(weight).max(axis=0).astype(np.float64) / _QMAX)
-    return np.clip(np.rint(weight / scale), -_QMAX, _QMAX).astype(np.int8), scale
+def _write_linears(
+    writer: QdqWriter,
+    sites: list[LinearSite],
+    table: CalibrationTable,
+    foldings: dict[str, Folding],
+    config: PlanConfig,
+) -> None:
+    for site in sites:
+        plan: LinearPlan = plan_linear(site, table.of(site.name), foldings.get(site.name), config)
+        if plan.zero and site.bias is not None and not writer.unsigned:
+            add_to_bias(site.bias, plan.shift_output)
+        writer.activation(site.matmul, 0, site.name, plan.step, plan.zero)
+        writer.weight(site.matmul, site.name, plan.integers, plan.weight_scale, axis=1)
 
 
-def _initializer(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:
-    tensor = ir.Tensor(array, name=name)
-    value = ir.Value(
-        name=name,
-        type=ir.TensorType(tensor.dtype),
-        shape=ir.Shape(array.shape),
-        const_value=tensor,
-    )
-    graph.register_initializer(value)
-    return value
+def _write_products(
+    writer: QdqWriter,
+    model: ir.Model,
+    table: CalibrationTable,
+    foldings: dict[str, Folding],
+    chosen: frozenset[str],
+) -> None:
+    for product in find_products(model):
+        if product.name not in chosen:
+            continue
+        statistics = table.of(qkv_output(f"blocks.{product.block}.attn.qkv"))
+        folding = foldings.get(f"blocks.{product.block}.attn.proj")
+        steps = plan_product(product.role, statistics, folding)
+        for index, step in enumerate(steps):
+            writer.activation(product.node, index, f"{product.name}.{index}", step)
 
 
-def _node(
-    op: str,
-    name: str,
-    inputs: list[ir.Value],
-    dtype: ir.DataType,
-    like: ir.Value,
-    **attributes: int,
-) -> ir.Node:
-    node = ir.node(op, inputs, attributes, name=name)
-    node.outputs[0].name = name
-    node.outputs[0].type = ir.TensorType(dtype)
-    node.outputs[0].shape = like.shape
-    return node
+def _write_head(writer: QdqWriter, node: ir.Node, table: CalibrationTable) -> None:
+    weight = node.inputs[1]
+    assert weight is not None
+    assert weight.const_value is not None
+    # Gemm holds the weight as (Cout, Cin).
+    integers, scale = quantize_weight(np.ascontiguousarray(weight.const_value.numpy().T))
+    amax = Distribution.of(table.of(HEAD)).amax
+    writer.activation(node, 0, HEAD, float(float16_scale(np.asarray([amax / LEVELS]))[0]))
+    writer.weight(node, HEAD, np.ascontiguousarray(integers.T), scale, axis=0)
 
 
-def _quantize_site(model: ir.Model, site: LinearSite, scale: float) -> None:
-    graph = model.graph
-    weight = site.weight.const_value
-    if weight is None:
-        raise CalibrationError(f"the weight of {site.name} has no data")
-    integers, weight_scale = quantize_weight(weight.numpy())
-    zero = _initializer(graph, f"{site.name}.input_zero_point", np.zeros((), np.int8))
-    step = _initializer(graph, f"{site.name}.input_scale", np.asarray(scale, np.float32))
-    q = _node(
-        "QuantizeLinear",
-        f"{site.name}/Q",
-        [site.activation, step, zero],
-        ir.DataType.INT8,
-        site.activation,
-    )
-    dq = _node(
-        "DequantizeLinear",
-        f"{site.name}/DQ",
-        [q.outputs[0], step, zero],
-        ir.DataType.FLOAT,
-        site.activation,
-    )
-    w_int8 = _initializer(graph, f"{site.weight.name}/int8", integers)
-    w_scale = _initializer(graph, f"{site.weight.name}/scale", weight_scale)
-    w_dq = _node(
-        "DequantizeLinear",
-        f"{site.name}/weight_DQ",
-        [w_int8, w_scale],
-        ir.DataType.FLOAT,
-        site.weight,
-        axis=1,
-    )
-    graph.insert_before(site.matmul, [q, dq, w_dq])
-    site.matmul.replace_input_with(0, dq.outputs[0])
-    site.matmul.replace_input_with(1, w_dq.outputs[0])
-    del graph.initializers[site.weight.name or ""]
+def _write_patch(writer: QdqWriter, node: ir.Node, spec: Preprocess) -> None:
+    weight = node.inputs[1]
+    assert weight is not None
+    assert weight.const_value is not None
+    kernel = weight.const_value.numpy()
+    integers, scale = quantize_weight(np.ascontiguousarray(kernel.reshape(len(kernel), -1).T))
+    # A pixel lies between 0 and 255: no image needs to be asked.
+    mean, std = np.asarray(spec.mean), np.asarray(spec.std)
+    amax = float(np.maximum(mean / std, (1 - mean) / std).max())
+    writer.activation(node, 0, PATCH, float(float16_scale(np.asarray([amax / LEVELS]))[0]))
+    writer.weight(node, PATCH, integers.T.reshape(kernel.shape).copy(), scale, axis=0)
+
+
+def _write(
+    model: ir.Model, table: CalibrationTable, chosen: frozenset[str], config: QuantizeConfig
+) -> None:
+    foldings = smooth(model, table, chosen) if config.plan.smooth else {}
+    writer = QdqWriter(model.graph, unsigned=config.remainder == "fp32")
+    sites = [site for site in find_linears(model) if site.name in chosen]
+    products = find_products(model)
+    _write_linears(writer, sites, table, foldings, config.plan)
+    if any(product.name in chosen for product in products):
+        _write_products(writer, model, table, foldings, chosen)
+    if HEAD in chosen and (node := find_node(model, HEAD, "Gemm")) is not None:
+        _write_head(writer, node, table)
+    if PATCH in chosen and (node := find_node(model, PATCH, "Conv")) is not None:
+        _write_patch(writer, node, table.preprocess)
 
 
 def _check_table(table: CalibrationTable, passport: Passport, source: str, where: Path) -> None:
@@ -191,13 +212,9 @@ def quantize(
     source_hash = sha256_file(source)
     _check_table(table, passport, source_hash, calibration)
     model = load_graph(source)
-    sites = find_linears(model)
-    placement = place(sites, config.exclude)
-    chosen = set(placement.quantized)
-    for site in sites:
-        if site.name in chosen:
-            amax = np.asarray([table.of(site.name).amax.max()], np.float64)
-            _quantize_site(model, site, float(float16_scale(amax / _QMAX)[0]))
+    placement = place(model, config.exclude, config.scope)
+    chosen = frozenset(placement.quantized)
+    _write(model, table, chosen, config)
     half = config.remainder == "fp16"
     images = samples.feed(passport.input)
     reference, peaks = largest_values(source, images) if half else (None, {})
@@ -207,12 +224,12 @@ def quantize(
         half_precision(model, Fp16Config(keep))
     passport = replace(
         passport,
-        precision="int8",
+        precision="int8" if half else "int8-cpu",
         parents={"source_graph": source_hash, "calibration": sha256_file(calibration)},
         settings={
             **passport.settings,
             **settings_of(config),
-            "int8_linears": len(chosen),
+            "int8_nodes": len(chosen),
             "keep_fp32": list(keep),
         },
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +21,10 @@ from exporters.artifact import Preprocess, from_json, to_json
 from exporters.errors import ArtifactError, CalibrationError
 from exporters.files import file_errors, write_atomic
 
-__all__ = ["CalibrationImageRecord", "CalibrationTable", "load_table", "save_table"]
+__all__ = ["CalibrationImageRecord", "CalibrationTable", "load_table", "merge_tables", "save_table"]
+
+
+_SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class PackedStatistics:
 class CalibrationTable:
     """Statistics by Linear name (``blocks.7.mlp.fc2``), and what they were collected from.
 
-    ``source_graph`` is the SHA-256 of the FP32 graph; ``weights`` the identity of its checkpoint.
+    ``source_graph`` is the SHA-256 of the FP32 graph; ``weights`` the identity of its checkpoint;
+    ``shard`` is (i, n) for the i-th of n parts.
     """
 
     model: str
@@ -56,8 +61,9 @@ class CalibrationTable:
     preprocess: Preprocess
     images: tuple[CalibrationImageRecord, ...]
     statistics: dict[str, PackedStatistics]
+    shard: tuple[int, int] | None = None
     seal: str = ""
-    schema: int = 1
+    schema: int = _SCHEMA
 
     def of(self, name: str) -> ChannelStatistics:
         """The statistics of one Linear's input.
@@ -80,7 +86,7 @@ def pack(statistics: ChannelStatistics) -> PackedStatistics:
         rows=statistics.rows,
         amax=float(statistics.amax.max()),
         extremes=zlib.compress(extremes.tobytes()),
-        counts=zlib.compress(statistics.counts.astype("<i8").tobytes()),
+        counts=zlib.compress(statistics.counts.astype("<i4").tobytes()),
         total=zlib.compress(statistics.total.astype("<i8").tobytes()),
     )
 
@@ -94,7 +100,7 @@ def unpack(packed: PackedStatistics) -> ChannelStatistics:
     channels = packed.channels
     try:
         extremes = np.frombuffer(zlib.decompress(packed.extremes), "<f4").reshape(2, channels)
-        counts = np.frombuffer(zlib.decompress(packed.counts), "<i8").reshape(channels, BINS)
+        counts = np.frombuffer(zlib.decompress(packed.counts), "<i4").reshape(channels, 2, BINS)
         total = np.frombuffer(zlib.decompress(packed.total), "<i8").reshape(channels)
     except (zlib.error, ValueError) as error:
         raise CalibrationError(
@@ -103,7 +109,7 @@ def unpack(packed: PackedStatistics) -> ChannelStatistics:
     return ChannelStatistics(
         extremes[0].astype(np.float32),
         extremes[1].astype(np.float32),
-        counts.astype(np.int64),
+        counts.astype(np.int32),
         total.astype(np.int64),
         packed.rows,
     )
@@ -111,6 +117,48 @@ def unpack(packed: PackedStatistics) -> ChannelStatistics:
 
 def _seal(table: CalibrationTable) -> str:
     return hashlib.sha256(msgspec.json.encode(replace(table, seal=""))).hexdigest()
+
+
+def merge_tables(parts: Sequence[CalibrationTable]) -> CalibrationTable:
+    """One table of all shards of a run, equal to that of an unbroken run, bit for bit.
+
+    Raises:
+        CalibrationError: a shard is missing, there twice, or of another run.
+    """
+    if not parts:
+        raise CalibrationError("no shard to merge", hint="calibrate with --shard 1/N and so on")
+    first = parts[0]
+    if first.shard is None:
+        raise CalibrationError("this is no shard: it is a whole calibration already")
+    count = first.shard[1]
+    numbers = sorted(part.shard[0] for part in parts if part.shard is not None)
+    if numbers != list(range(1, count + 1)) or len(numbers) != len(parts):
+        raise CalibrationError(
+            f"shards {numbers} of {count} are here, 1 to {count} are needed, each once"
+        )
+    merged = {name: unpack(packed) for name, packed in first.statistics.items()}
+    for part in parts[1:]:
+        if _origin(part) != _origin(first) or part.statistics.keys() != merged.keys():
+            raise CalibrationError(
+                f"shards {first.shard} and {part.shard} are of different runs",
+                hint="calibrate all shards from the same graph",
+            )
+        merged = {name: found.merge(part.of(name)) for name, found in merged.items()}
+    images = sorted((image for part in parts for image in part.images), key=lambda i: i.name)
+    if len({image.name for image in images}) != len(images):
+        raise CalibrationError("the shards share images", hint="use one --seed and one --data")
+    return replace(
+        first,
+        images=tuple(images),
+        statistics={name: pack(found) for name, found in merged.items()},
+        shard=None,
+        seal="",
+    )
+
+
+def _origin(table: CalibrationTable) -> tuple[object, ...]:
+    count = table.shard[1] if table.shard else None
+    return (table.model, table.weights, table.source_graph, table.preprocess, count)
 
 
 def save_table(table: CalibrationTable, path: Path) -> CalibrationTable:
@@ -133,7 +181,7 @@ def load_table(path: Path) -> CalibrationTable:
     """
     with file_errors("read", path):
         data = path.read_bytes()
-    table = from_json(data, CalibrationTable, str(path))
+    table = from_json(data, CalibrationTable, str(path), _SCHEMA)
     if table.seal != _seal(table):
         raise ArtifactError(
             f"{path} does not match its own seal: it was edited or damaged",

@@ -7,16 +7,22 @@ the same inputs with the same settings, makes it if not, and returns what it mad
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from calibration.collect import CalibrationImage, collect
-from calibration.policy import Placement, find_linears, place
+from calibration.collect import CalibrationImage, CollectConfig, collect
+from calibration.policy import Placement, place
 from calibration.qdq import QuantizeConfig, QuantizedGraph, quantize
-from calibration.table import CalibrationImageRecord, CalibrationTable, load_table, save_table
+from calibration.table import (
+    CalibrationImageRecord,
+    CalibrationTable,
+    load_table,
+    merge_tables,
+    save_table,
+)
 from clipdeploy import zoo
 from clipdeploy.builder import BuildConfig, EngineArtifact, build_engine
 from clipdeploy.datasets import ImageFolder, Skipped, iter_crops, open_images, select
@@ -33,7 +39,7 @@ from exporters.artifact import (
     settings_of,
 )
 from exporters.checks import PARITY_BATCHES
-from exporters.errors import ArtifactError, UsageError
+from exporters.errors import ArtifactError, DatasetError, UsageError
 from exporters.files import sha256_file
 from exporters.graphs import GraphArtifact, existing_graph, load_graph, read_passport
 from exporters.onnx import ExportConfig, export_graph
@@ -48,6 +54,7 @@ __all__ = [
     "calibrate_model",
     "convert_model",
     "export_model",
+    "merge_calibration",
     "quantize_model",
     "verify_model",
 ]
@@ -55,11 +62,21 @@ __all__ = [
 
 @dataclass(frozen=True)
 class CalibrateConfig:
-    """``images``: how many, ``None`` for all up to 512; ``seed`` draws them."""
+    """``images``: how many, ``None`` for all up to 512; ``seed`` draws them.
+
+    ``shard`` (i, n) observes only the i-th of n parts of them, for :func:`merge_calibration`.
+    """
 
     images: int | None = None
     seed: int = 0
     skip_unreadable: bool = False
+    shard: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
+            raise UsageError(
+                "there is no shard {}/{}".format(*self.shard), hint="--shard 1/4 to --shard 4/4"
+            )
 
 
 DEFAULT_IMAGES = 512
@@ -159,6 +176,22 @@ def _calibration_images(
         yield CalibrationImage(crop.entry.name, crop.sha256, image)
 
 
+def _choose(data: Path, config: CalibrateConfig) -> ImageFolder:
+    everything = open_images(data)
+    folders = {entry.name.partition("/")[0] for entry in everything.entries}
+    if len(folders) == 1 and "/" in everything.entries[0].name and len(everything.entries) > 1:
+        raise DatasetError(
+            f"all images of {data} are of one class, {folders.pop()}",
+            hint="calibrate with images of all classes, as they will be served",
+        )
+    count = config.images or min(len(everything.entries), DEFAULT_IMAGES)
+    chosen = select(everything, count, config.seed)
+    if config.shard is None:
+        return chosen
+    first, parts = config.shard
+    return ImageFolder(chosen.root, chosen.entries[first - 1 :: parts])
+
+
 def calibrate_model(
     workspace: Workspace,
     model: str,
@@ -168,24 +201,52 @@ def calibrate_model(
     force: bool = False,
     progress: Progress = SILENT,
 ) -> CalibrationArtifact:
-    """Images -> ``calibration.json``.
+    """Images -> ``calibration.json``, or one shard of it; an unfinished run is gone on with.
 
     Raises:
         ClipdeployError: see :mod:`exporters.errors`.
     """
     graph, passport = _source_graph(workspace, model)
-    everything = open_images(data)
-    count = config.images or min(len(everything.entries), DEFAULT_IMAGES)
-    chosen = select(everything, count, config.seed)
-    path = workspace.calibration(model)
+    chosen = _choose(data, config)
+    path = workspace.calibration(model, config.shard)
+    wanted = _records(chosen)
     if not force and path.exists():
         table = load_table(path)
-        if table.source_graph == sha256_file(graph) and table.images == _records(chosen):
+        if table.source_graph == sha256_file(graph) and table.images == wanted:
             return CalibrationArtifact(path, table, (), changed=False)
     skipped = Skipped() if config.skip_unreadable else None
-    images = _calibration_images(chosen, passport, skipped)
-    table = save_table(collect(graph, images, count, progress), path)
+
+    def rest(done: frozenset[CalibrationImageRecord]) -> Iterator[CalibrationImage]:
+        names = {record.name for record in done}
+        left = tuple(entry for entry in chosen.entries if entry.name not in names)
+        return _calibration_images(ImageFolder(chosen.root, left), passport, skipped)
+
+    partial = path.with_suffix(".partial")
+    if force:
+        partial.unlink(missing_ok=True)
+    settings = CollectConfig(partial, shard=config.shard)
+    table = save_table(collect(graph, rest, wanted, settings, progress), path)
+    partial.unlink(missing_ok=True)
     return CalibrationArtifact(path, table, tuple(skipped.names if skipped else ()), changed=True)
+
+
+def merge_calibration(
+    workspace: Workspace, model: str, parts: Sequence[Path] = ()
+) -> CalibrationArtifact:
+    """Shards -> ``calibration.json``; without ``parts``, all shards of the workspace.
+
+    Raises:
+        ClipdeployError: a shard is missing, damaged, or of another run.
+    """
+    found = parts or sorted(workspace.folder(model).glob("calibration.*-of-*.json"))
+    table = merge_tables([load_table(path) for path in found])
+    graph, _ = _source_graph(workspace, model)
+    if table.source_graph != sha256_file(graph):
+        raise ArtifactError(
+            f"the shards were not made from {graph}", hint="calibrate them again from this graph"
+        )
+    path = workspace.calibration(model)
+    return CalibrationArtifact(path, save_table(table, path), (), changed=True)
 
 
 def _records(images: ImageFolder) -> tuple[CalibrationImageRecord, ...]:
@@ -219,7 +280,7 @@ def quantize_model(
             f"{model} has not been calibrated in {workspace.root}",
             hint="clipdeploy calibrate --data CALIBRATION_IMAGES",
         )
-    target = workspace.graph(model, "int8")
+    target = workspace.graph(model, "int8" if config.remainder == "fp16" else "int8-cpu")
     parents = {"source_graph": sha256_file(source), "calibration": sha256_file(calibration)}
     if not force and (found := existing_graph(target)):
         settings = found.passport.settings
@@ -232,7 +293,7 @@ def quantize_model(
 
 
 def _placement(source: Path, config: QuantizeConfig) -> Placement:
-    return place(find_linears(load_graph(source)), config.exclude)
+    return place(load_graph(source), config.exclude, config.scope)
 
 
 def convert_model(
@@ -270,6 +331,7 @@ def build_model(
     data: Path | None = None,
     calibrate: CalibrateConfig = CalibrateConfig(),
     fp16: Fp16Config = Fp16Config(),
+    quantize: QuantizeConfig = QuantizeConfig(),
     force: bool = False,
     progress: Progress = SILENT,
 ) -> EngineArtifact:
@@ -282,7 +344,7 @@ def build_model(
     if precision == "int8":
         if data is not None:
             calibrate_model(workspace, model, data, calibrate, force=force, progress=progress)
-        quantize_model(workspace, model, force=force, progress=progress)
+        quantize_model(workspace, model, quantize, force=force, progress=progress)
     elif precision == "fp16":
         convert_model(workspace, model, fp16, force=force, progress=progress)
     return build_engine(
@@ -304,7 +366,7 @@ def _stale(path: Path, parent: Path) -> ArtifactError:
 def _graph_targets(workspace: Workspace, model: str) -> Iterator[Target]:
     source, _ = _source_graph(workspace, model)
     source_hash = sha256_file(source)
-    for precision in PRECISIONS:
+    for precision in (*PRECISIONS, "int8-cpu"):
         graph = workspace.graph(model, precision)
         if not graph.exists():
             continue
@@ -333,9 +395,13 @@ def verify_model(
     *,
     limit: int | None = None,
     graphs_only: bool = False,
+    allow_leak: bool = False,
     progress: Progress = SILENT,
 ) -> Verification:
     """Every artifact of ``model`` against PyTorch on labelled images.
+
+    Images that an INT8 artifact was calibrated on flatter it: they are refused, or with
+    ``allow_leak`` counted in the result.
 
     Raises:
         ClipdeployError: see :mod:`exporters.errors`.
@@ -351,4 +417,24 @@ def verify_model(
         images = select(images, limit, seed=0)
     with progress.task(f"load {model} in PyTorch"):
         reference = reload_model(zoo.find(model), passport.weights, passport.recipe)
-    return verify_targets(reference, targets, images, config, progress)
+    seen = frozenset() if random_weights else _calibrated_on(workspace, model, targets, allow_leak)
+    return verify_targets(
+        reference, targets, images, config, progress, seen=seen, allow_leak=allow_leak
+    )
+
+
+def _calibrated_on(
+    workspace: Workspace, model: str, targets: list[Target], allow_leak: bool
+) -> frozenset[str]:
+    """SHA-256 of every image that an INT8 target was calibrated on."""
+    wanted = {target.passport.parents.get("calibration", "") for target in targets} - {""}
+    path = workspace.calibration(model)
+    if not wanted or (allow_leak and not path.exists()):
+        return frozenset()
+    if not path.exists() or wanted != {sha256_file(path)}:
+        raise ArtifactError(
+            f"{path} is not the calibration that the INT8 artifacts were made with, so that "
+            "nobody can tell whether --data holds calibration images",
+            hint="build them again with build-engine --int8, or pass --allow-leak",
+        )
+    return frozenset(record.sha256 for record in load_table(path).images)

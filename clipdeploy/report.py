@@ -72,7 +72,8 @@ def verification_table(result: Verification) -> Group:
         if result.random_weights:
             figures[:2] = ["-", "-"]
         table.add_row(_name(row), *figures, Text(row.verdict, style=_COLOURS[row.verdict]))
-    heading = Text(f"{result.model} on {result.images} images of {result.data}")
+    leaked = f", {result.leaked} of them used for calibration" if result.leaked else ""
+    heading = Text(f"{result.model} on {result.images} images of {result.data}{leaked}")
     verdict = Text(verdict_line(result), style="bold")
     reasons = [Text(f"  {_name(row)}: {row.reason}") for row in result.rows]
     return Group(heading, verdict, Text(""), table, Text(""), *reasons)

@@ -18,7 +18,7 @@ from clipdeploy.model import LoadedModel
 from clipdeploy.runners import EngineRunner, OnnxRunner, Runner, TorchRunner
 from clipdeploy.statistics import Fidelity, FidelityMeter
 from exporters.artifact import Passport, Precision, Preprocess
-from exporters.errors import EngineError
+from exporters.errors import DatasetError, EngineError
 from exporters.progress import SILENT, Progress
 from exporters.samples import Samples
 
@@ -66,13 +66,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Verification:
-    """The result: ``passed`` only if every row is; use it as a truth value."""
+    """The result: ``passed`` only if every row is; use it as a truth value.
+
+    ``leaked`` counts images that an artifact was calibrated on.
+    """
 
     model: str
     data: str
     images: int
     labelled: bool
     skipped: tuple[str, ...]
+    leaked: int
     random_weights: bool
     max_drop: float
     rows: tuple[Row, ...]
@@ -139,22 +143,39 @@ def _row(
     return Row(*what, runner.name, verdict, reason, fidelity)
 
 
+def _count_leaks(batch: Sequence[Crop], seen: frozenset[str], allow_leak: bool) -> int:
+    leaks = [crop for crop in batch if crop.sha256 in seen]
+    if leaks and not allow_leak:
+        raise DatasetError(
+            f"{leaks[0].entry.name} was used for calibration: it cannot judge the result",
+            hint="verify with other images, or pass --allow-leak to count and show them",
+        )
+    return len(leaks)
+
+
 def verify_targets(
     reference: LoadedModel,
     targets: Sequence[Target],
     images: ImageFolder,
     config: VerifyConfig = VerifyConfig(),
     progress: Progress = SILENT,
+    *,
+    seen: frozenset[str] = frozenset(),
+    allow_leak: bool = False,
 ) -> Verification:
     """Run reference and artifacts over ``images`` and judge each artifact.
 
+    ``seen`` holds the SHA-256 of images that an artifact was calibrated on; with ``allow_leak``
+    they are counted, otherwise refused.
+
     Raises:
-        DatasetError: an image that cannot be read, unless ``skip_unreadable``.
+        DatasetError: an image that cannot be read, unless ``skip_unreadable``, or one of ``seen``.
         GraphError, ArtifactError: a graph that cannot be loaded or is not what it says.
     """
     opened = [(target, *_open(target)) for target in targets]
     meters = {target.path: FidelityMeter() for target in targets}
     skipped = Skipped()
+    leaked = 0
     spec = targets[0].passport.preprocess
     runners = [(target, runner) for target, runner, _ in opened if runner is not None]
     try:
@@ -165,6 +186,7 @@ def verify_targets(
             allowed = skipped if config.skip_unreadable else None
             for batch in _batches(images, spec, config.batch, allowed):
                 samples = Samples(np.stack([crop.pixels for crop in batch]), spec)
+                leaked += _count_leaks(batch, seen, allow_leak)
                 expected = torch_runner(samples.pixels)
                 labels = _labels(batch) if images.labelled else None
                 for target, runner in runners:
@@ -184,6 +206,7 @@ def verify_targets(
         images=len(images.entries) - len(skipped.names),
         labelled=images.labelled,
         skipped=tuple(skipped.names),
+        leaked=leaked,
         random_weights=reference.weights.kind == "random",
         max_drop=config.max_drop,
         rows=tuple(rows),

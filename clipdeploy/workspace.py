@@ -5,8 +5,10 @@ artifacts/
   clip-vit-demo/
     clip-vit-demo.fp32.onnx           export
     calibration.json                  calibrate
+    calibration.1-of-4.json           calibrate --shard 1/4, until `calibrate merge`
     clip-vit-demo.fp16.onnx           build-engine --fp16
     clip-vit-demo.int8.onnx           quantize
+    clip-vit-demo.int8-cpu.onnx       quantize --cpu
     clip-vit-demo.int8.engine         build-engine
     clip-vit-demo.int8.engine.json    its passport
 """
@@ -48,9 +50,10 @@ class Workspace:
         """The TensorRT engine of one precision."""
         return self.folder(model) / f"{model}.{precision}.engine"
 
-    def calibration(self, model: str) -> Path:
-        """The calibration table."""
-        return self.folder(model) / "calibration.json"
+    def calibration(self, model: str, shard: tuple[int, int] | None = None) -> Path:
+        """The calibration table, or one shard of it."""
+        part = ".{}-of-{}".format(*shard) if shard else ""
+        return self.folder(model) / f"calibration{part}.json"
 
     @property
     def _state(self) -> Path:

@@ -44,7 +44,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
 IMAGENET_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
 
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "int8", "int8-cpu"]
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def to_json(value: Any) -> bytes:
     return msgspec.json.format(msgspec.json.encode(value), indent=2)
 
 
-def from_json(data: bytes | str, kind: type[T], where: str) -> T:
+def from_json(data: bytes | str, kind: type[T], where: str, newest: int = PASSPORT_SCHEMA) -> T:
     """Read a ``kind`` back from JSON, every field checked.
 
     Raises:
@@ -157,10 +157,10 @@ def from_json(data: bytes | str, kind: type[T], where: str) -> T:
     try:
         raw = msgspec.json.decode(data)
         schema = raw.get("schema", 0) if isinstance(raw, dict) else 0
-        if isinstance(schema, int) and schema > PASSPORT_SCHEMA:
+        if isinstance(schema, int) and schema > newest:
             raise ArtifactError(
                 f"{where} was written by a newer clipdeploy (schema {schema}, "
-                f"this one reads up to {PASSPORT_SCHEMA})",
+                f"this one reads up to {newest})",
                 hint="upgrade clipdeploy, or make the artifact again",
             )
         return msgspec.convert(raw, kind)

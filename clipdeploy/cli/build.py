@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
@@ -17,6 +17,7 @@ from clipdeploy.cli.common import (
     skip_unreadable_option,
     stage_command,
 )
+from clipdeploy.cli.quantize import quantize_config, recipe_options
 from exporters.errors import UsageError
 
 
@@ -32,6 +33,7 @@ from exporters.errors import UsageError
 @images_option
 @seed_option
 @skip_unreadable_option
+@recipe_options
 @click.option(
     "--backend",
     type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]),
@@ -58,6 +60,7 @@ def build_engine(
     opt_batch: int,
     max_batch: int,
     force: bool,
+    **recipe: Any,
 ) -> None:
     """Compile an engine; calibrates and quantises first where that is due."""
     if fp16_io and precision != "fp16":
@@ -75,6 +78,7 @@ def build_engine(
         data=data,
         calibrate=CalibrateConfig(images, seed, skip_unreadable),
         fp16=Fp16Config(half_io=fp16_io),
+        quantize=quantize_config(recipe),
         force=force,
         progress=context.progress,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +16,12 @@ from clipdeploy.cli.common import (
     skip_unreadable_option,
     stage_command,
 )
+from exporters.errors import UsageError
+
+if TYPE_CHECKING:
+    from clipdeploy.pipeline import CalibrationArtifact
+
+FEW_IMAGES = 128
 
 images_option = click.option(
     "--images", type=click.IntRange(min=1), help="How many; all, up to 512, if left out."
@@ -24,24 +31,35 @@ seed_option = click.option(
 )
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @model_option
-@data_option("Folder or zip of calibration images; never the ones verification will use.")
+@data_option(
+    "Folder or zip of calibration images; never the ones verification will use.", required=False
+)
 @images_option
 @seed_option
+@click.option("--shard", metavar="I/N", help="Only the I-th of N parts; then `calibrate merge`.")
 @skip_unreadable_option
 @force_option
 @stage_command
 def calibrate(
     context: Context,
     model: str | None,
-    data: Path,
+    data: Path | None,
     images: int | None,
     seed: int,
+    shard: str | None,
     skip_unreadable: bool,
     force: bool,
 ) -> None:
-    """Observe the inputs of every Linear on real images."""
+    """Observe the inputs of every Linear on real images.
+
+    An interrupted run goes on where it stopped when the same command is given again.
+    """
+    if click.get_current_context().invoked_subcommand is not None:
+        return
+    if data is None:
+        raise UsageError("no images", hint="clipdeploy calibrate --data CALIBRATION_IMAGES")
     name = context.model(model)
     from clipdeploy.pipeline import CalibrateConfig, calibrate_model
 
@@ -49,17 +67,44 @@ def calibrate(
         context.workspace,
         name,
         data,
-        CalibrateConfig(images, seed, skip_unreadable),
+        CalibrateConfig(images, seed, skip_unreadable, _shard(shard)),
         force=force,
         progress=context.progress,
     )
     for skipped in result.skipped:
         context.note(f"skipped, unreadable: {skipped}")
-    emit(
-        context,
-        result,
-        lambda: (
-            f"{result.path}: {len(result.table.images)} images, "
-            f"{len(result.table.statistics)} Linears" + ("" if result.changed else " (unchanged)")
-        ),
+    if len(result.table.images) < FEW_IMAGES and shard is None:
+        context.note(
+            f"only {len(result.table.images)} images: with {FEW_IMAGES} or more the ranges are "
+            "those of the data rather than of these images"
+        )
+    emit(context, result, lambda: _line(result))
+
+
+@calibrate.command()
+@click.argument("shards", nargs=-1, type=click.Path(path_type=Path))
+@model_option
+@stage_command
+def merge(context: Context, shards: tuple[Path, ...], model: str | None) -> None:
+    """Join the shards of `calibrate --shard`: the given files, or all of the workspace."""
+    name = context.model(model)
+    from clipdeploy.pipeline import merge_calibration
+
+    result = merge_calibration(context.workspace, name, shards)
+    emit(context, result, lambda: _line(result))
+
+
+def _line(result: CalibrationArtifact) -> str:
+    return (
+        f"{result.path}: {len(result.table.images)} images, "
+        f"{len(result.table.statistics)} tensors" + ("" if result.changed else " (unchanged)")
     )
+
+
+def _shard(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, _, count = text.partition("/")
+    if not (first.isdigit() and count.isdigit()):
+        raise UsageError(f"--shard {text!r} is no part", hint="--shard 1/4 to --shard 4/4")
+    return int(first), int(count)

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 @click.option(
     "--graphs-only", is_flag=True, help="Judge the ONNX graphs and leave the engines out."
 )
+@click.option(
+    "--allow-leak", is_flag=True, help="Count calibration images among --data, do not refuse."
+)
 @skip_unreadable_option
 @stage_command
 def verify(
@@ -48,6 +51,7 @@ def verify(
     max_drop: float,
     limit: int | None,
     graphs_only: bool,
+    allow_leak: bool,
     skip_unreadable: bool,
 ) -> int:
     """Judge every artifact of the model against PyTorch; exit 3 unless all of them pass."""
@@ -62,6 +66,7 @@ def verify(
         VerifyConfig(max_drop, skip_unreadable=skip_unreadable),
         limit=limit,
         graphs_only=graphs_only,
+        allow_leak=allow_leak,
         progress=context.progress,
     )
     for skipped in result.skipped:

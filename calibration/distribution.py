@@ -1,0 +1,181 @@
+"""A tensor's observed values as piecewise uniform densities, and what rounding does to them.
+
+Each occupied histogram bin of each channel is an interval [low, high] with a count; inside it the
+values are taken as uniform, and no interval reaches beyond the channel's exact extremes.  Under
+
+    x' = (x - shift) / scale           per channel
+
+an interval stays an interval, so that shifting and smoothing need no second look at the images.
+
+Quantising x to step d with 127 levels to each side has, in units u = x / d, the squared error
+
+    e(u) = (u - round(u)) ** 2         |u| <= 127.5
+    e(u) = (|u| - 127) ** 2            beyond
+
+whose integral is closed: with n = round(u), f = u - n it is n / 12 + f ** 3 / 3 up to 127.5, so
+that the mean error over an interval is exact at any step, be the interval wider or narrower.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibration.observers import BINS, ChannelStatistics, bin_edges
+
+__all__ = ["LEVELS", "Density", "Distribution", "mean_error", "squared_error"]
+
+F64 = NDArray[np.float64]
+
+LEVELS = 127
+# A step of the coarsest useful range still spans a dozen of these bins.
+_DENSITY_BINS = 4096
+
+
+def _squared_integral(u: F64) -> F64:
+    """The integral of e from 0 to |u|, with the sign of u."""
+    size = np.abs(u)
+    inside = np.minimum(size, LEVELS + 0.5)
+    nearest = np.rint(inside)
+    integral = nearest / 12 + (inside - nearest) ** 3 / 3
+    over = np.maximum(size - LEVELS, 0.5)
+    integral += (over**3 - 0.125) / 3
+    return np.asarray(np.copysign(integral, u))
+
+
+def squared_error(low: F64, high: F64, step: float | F64) -> F64:
+    """Mean squared error of values uniform in [low, high], quantised to ``step``; same shape."""
+    a, b = low / step, high / step
+    return np.asarray(step * step * (_squared_integral(b) - _squared_integral(a)) / (b - a))
+
+
+def _error_integral(u: F64) -> F64:
+    """The integral of quantised(u) - u from 0 to |u|; even in u."""
+    size = np.abs(u)
+    inside = np.minimum(size, LEVELS + 0.5)
+    fraction = inside - np.rint(inside)
+    over = np.maximum(size - LEVELS, 0.5)
+    return np.asarray(-(fraction**2) / 2 - (over**2 - 0.25) / 2)
+
+
+def mean_error(low: F64, high: F64, step: float) -> F64:
+    """Mean of quantised - x over values uniform in [low, high], quantised to ``step``."""
+    a, b = low / step, high / step
+    return np.asarray(step * (_error_integral(b) - _error_integral(a)) / (b - a))
+
+
+@dataclass(frozen=True)
+class Density:
+    """Mass of x' in equal bins over [-largest, largest], all channels together, each weighted."""
+
+    mass: F64
+    largest: float
+
+    @property
+    def folded(self) -> F64:
+        """Mass of |x'| in equal bins over [0, largest]."""
+        half = len(self.mass) // 2
+        return self.mass[half:] + self.mass[:half][::-1]
+
+    def error(self, limit: NDArray[np.floating[Any]]) -> F64:
+        """Weighted squared error when quantised to limit / 127, for each ``limit`` (K,)."""
+        mass = self.folded
+        edges = np.linspace(0, self.largest, len(mass) + 1)
+        steps = limit.astype(np.float64)[:, None] / LEVELS
+        return np.asarray(squared_error(edges[None, :-1], edges[None, 1:], steps) @ mass)
+
+    def shifted_error(self, shift: float, step: float) -> float:
+        """Weighted squared error when x' - shift is quantised to ``step``."""
+        edges = np.linspace(-self.largest, self.largest, len(self.mass) + 1) - shift
+        return float(squared_error(edges[:-1], edges[1:], step) @ self.mass)
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Intervals [low, high] (K,) with ``count`` values of ``channel`` each, of C ``channels``.
+
+    ``smallest`` and ``largest`` (C,) are each channel's exact extremes.
+    """
+
+    low: F64
+    high: F64
+    count: F64
+    channel: NDArray[np.int64]
+    smallest: F64
+    largest: F64
+    mean: F64
+    rows: int
+
+    @classmethod
+    def of(
+        cls, statistics: ChannelStatistics, shift: F64 | float = 0.0, scale: F64 | float = 1.0
+    ) -> Distribution:
+        """The distribution of (x - shift) / scale, both (C,) or the same for all channels."""
+        edges = bin_edges()
+        channel, sign, cell = np.nonzero(statistics.counts)
+        near, far = edges[cell], edges[cell + 1]
+        smallest = statistics.minimum.astype(np.float64)
+        largest = statistics.maximum.astype(np.float64)
+        # The last bin holds everything beyond: up to the channel's extreme.
+        far = np.where(cell == BINS - 1, np.inf, far)
+        low = np.where(sign == 0, near, -far)
+        high = np.where(sign == 0, far, -near)
+        low = np.clip(low, smallest[channel], largest[channel])
+        high = np.clip(high, smallest[channel], largest[channel])
+        ones = np.ones(statistics.channels)
+        shifts, scales = shift * ones, scale * ones
+        low = (low - shifts[channel]) / scales[channel]
+        high = (high - shifts[channel]) / scales[channel]
+        # A channel that never moves still needs an interval to be uniform in.
+        high = np.maximum(high, low + 1e-9 * (1 + np.abs(low)))
+        return cls(
+            low,
+            high,
+            statistics.counts[channel, sign, cell].astype(np.float64),
+            channel,
+            (smallest - shifts) / scales,
+            (largest - shifts) / scales,
+            (statistics.mean - shifts) / scales,
+            statistics.rows,
+        )
+
+    @property
+    def amax(self) -> float:
+        """The largest |x'| of all channels."""
+        return float(max(np.abs(self.smallest).max(), np.abs(self.largest).max()))
+
+    def _per_channel(self, values: F64) -> F64:
+        totals = np.bincount(self.channel, self.count * values, minlength=len(self.mean))
+        return np.asarray(totals / max(self.rows, 1))
+
+    def second_moment(self) -> F64:
+        """E[x' ** 2] of each channel, (C,)."""
+        return self._per_channel((self.low**2 + self.low * self.high + self.high**2) / 3)
+
+    def mean_error(self, step: float) -> F64:
+        """E[quantised - x'] of each channel at ``step``, (C,)."""
+        return self._per_channel(mean_error(self.low, self.high, step))
+
+    def density(self, weight: F64 | float = 1.0) -> Density:
+        """All channels together, channel c counted ``weight[c]`` times, a value of a row once."""
+        size = 2 * _DENSITY_BINS
+        largest = max(self.amax, 1e-12)
+        weights = weight * np.ones(len(self.mean))
+        height = self.count * weights[self.channel] / (self.high - self.low)
+        bins_per_unit = _DENSITY_BINS / largest
+        mass = np.zeros(size + 3)
+        for edge, sign in ((self.low, 1.0), (self.high, -1.0)):
+            # The cumulative mass is a sum of ramps (t - edge)+; sampled at whole numbers a ramp
+            # has second differences 1 - f and f just after its edge.
+            position = np.clip((edge + largest) * bins_per_unit, 0, size)
+            whole = position.astype(np.int64)
+            fraction = position - whole
+            slope = sign * height / bins_per_unit
+            mass += np.bincount(whole + 1, slope * (1 - fraction), minlength=size + 3)
+            mass += np.bincount(whole + 2, slope * fraction, minlength=size + 3)
+        cumulative = np.cumsum(np.cumsum(mass))[: size + 1]
+        signed = np.maximum(np.diff(cumulative), 0.0) / max(self.rows, 1)
+        return Density(signed, largest)

@@ -1,0 +1,155 @@
+"""What becomes of each Linear: foldings first, then its range, its int8 weight and its bias.
+
+Bias correction: quantised, a Linear gives on average
+
+    sum_c (E[x'_c] + E[error_c]) W_q[c, :]     instead of     sum_c E[x'_c] W'[c, :]
+
+and the difference, known from the statistics, is taken off the bias (Nagel et al. 2019, "Data-free
+quantization through weight equalization and bias correction").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from calibration.distribution import LEVELS, Distribution
+from calibration.observers import ChannelStatistics
+from calibration.policy import LinearSite
+from calibration.ranges import RANGE_METHODS, RangeMethod, choose_range, search_levels
+from calibration.smoothing import Folding, find_source, fold, search_folding
+from calibration.weights import float16_scale, quantize_weight, weight_error
+from exporters.errors import UsageError
+
+__all__ = [
+    "LinearPlan",
+    "PlanConfig",
+    "add_to_bias",
+    "fold_all",
+    "plan_linear",
+    "plan_product",
+]
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """How ranges are found, and which corrections are made; each can be switched off."""
+
+    range_method: RangeMethod = "auto"
+    smooth: bool = True
+    shift_gelu: bool = True
+    clip_weights: bool = True
+    correct_bias: bool = True
+
+    def __post_init__(self) -> None:
+        if self.range_method not in RANGE_METHODS:
+            raise UsageError(
+                f"no range method {self.range_method!r}",
+                hint=f"one of {', '.join(RANGE_METHODS)}",
+            )
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """One quantised Linear.
+
+    Its input x is quantised as step * (q + zero), q in int8; ``step`` is a float16 value.
+    ``integers`` (Cin, Cout) int8 and ``weight_scale`` (Cout,) are the weight; ``strength`` is the
+    smoothing's t, None without.
+    """
+
+    step: float
+    zero: int
+    integers: NDArray[np.int8]
+    weight_scale: NDArray[np.float32]
+    strength: float | None
+
+    @property
+    def shift_output(self) -> NDArray[np.float64]:
+        """What the Linear's output loses if step * zero is subtracted from its input, (Cout,)."""
+        column = self.integers.sum(axis=0, dtype=np.int64) * self.weight_scale.astype(np.float64)
+        return np.asarray(self.step * self.zero * column)
+
+
+def _weight(site: LinearSite) -> NDArray[np.float32]:
+    tensor = site.weight.const_value
+    assert tensor is not None
+    weight: NDArray[np.float32] = tensor.numpy()
+    return weight
+
+
+def fold_all(
+    sites: Sequence[LinearSite], statistics: Mapping[str, ChannelStatistics]
+) -> dict[str, Folding]:
+    """Search and write the folding of every Linear that can have one; the model stays the same.
+
+    proj before qkv, because its folding changes the columns of V in qkv's weight.
+    """
+    by_name = {site.name: site for site in sites}
+    foldings = {}
+    for site in sorted(sites, key=lambda site: site.role != "attn.proj"):
+        source = find_source(site, by_name) if site.bias is not None else None
+        if source is None:
+            continue
+        folding = search_folding(Distribution.of(statistics[site.name]), _weight(site))
+        fold(site, source, folding)
+        foldings[site.name] = folding
+    return foldings
+
+
+def plan_linear(
+    site: LinearSite, statistics: ChannelStatistics, folding: Folding | None, config: PlanConfig
+) -> LinearPlan:
+    """One Linear's numbers; ``folding`` is what was folded into its source, if anything.
+
+    Its bias is corrected in the graph.
+    """
+    weight = _weight(site)
+    folding = folding or Folding.none(statistics.channels)
+    values = Distribution.of(statistics, folding.shift, folding.scale)
+    squares = np.einsum("ij,ij->i", weight, weight).astype(np.float64)
+    zero = 0
+    if config.shift_gelu and site.role == "mlp.fc2" and site.bias is not None:
+        step, zero = search_levels(values, squares)
+        values = Distribution.of(statistics, step * zero)
+    else:
+        limit = choose_range(values, config.range_method, squares)
+        step = float(float16_scale(np.asarray([limit / LEVELS]))[0])
+    variance = np.maximum(values.second_moment() - values.mean**2, 0.0)
+    integers, scale = quantize_weight(weight, variance if config.clip_weights else None)
+    if config.correct_bias and site.bias is not None:
+        offset = (values.mean + step * zero) @ weight_error(weight, integers, scale)
+        offset += values.mean_error(step) @ (integers.astype(np.float32) * scale)
+        add_to_bias(site.bias, -offset)
+    return LinearPlan(step, zero, integers, scale, folding.strength)
+
+
+def add_to_bias(bias: ir.Value, offset: NDArray[np.float64]) -> None:
+    """Add ``offset`` (Cout,) to a bias in the graph."""
+    tensor = bias.const_value
+    assert tensor is not None
+    bias.const_value = ir.Tensor((tensor.numpy() + offset).astype(np.float32), name=bias.name)
+
+
+def plan_product(
+    role: str, statistics: ChannelStatistics, folding: Folding | None
+) -> tuple[float, float]:
+    """The steps of both operands of attention's product ``role``, by least error of each.
+
+    ``statistics`` are those of qkv's output; ``folding`` is what was moved into its columns of V.
+    """
+    width = statistics.channels // 3
+    parts = [statistics.channel_slice(at * width, (at + 1) * width) for at in range(3)]
+    if role == "attn.scores":
+        limits = [choose_range(Distribution.of(part), "mse") for part in parts[:2]]
+    else:
+        known = folding or Folding.none(width)
+        # Softmax gives values from 0 to 1.
+        values = Distribution.of(parts[2], known.shift, known.scale)
+        limits = [1.0, choose_range(values, "mse")]
+    first, second = float16_scale(np.asarray(limits) / LEVELS)
+    return float(first), float(second)

@@ -1,0 +1,117 @@
+"""Which range of a tensor its 127 levels to each side should span.
+
+All methods read the same collected statistics:
+
+    minmax      the largest value seen
+    percentile  the 99.99th percentile of |x|
+    mse         least squared error of the tensor
+    entropy     least Kullback-Leibler divergence from the tensor's histogram (NVIDIA, "8-bit
+                inference with TensorRT", GTC 2017)
+    auto        least squared error of the Linear's output: a channel c of the tensor weighs
+                |W[c, :]| ** 2, because that is what its error is multiplied with
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibration.distribution import LEVELS, Density, Distribution
+from calibration.weights import float16_scale
+from exporters.errors import UsageError
+
+__all__ = ["RANGE_METHODS", "RangeMethod", "choose_range", "search_levels"]
+
+RangeMethod = Literal["auto", "minmax", "percentile", "mse", "entropy"]
+RANGE_METHODS: tuple[RangeMethod, ...] = get_args(RangeMethod)
+
+_PERCENTILE = 99.99
+# Candidate ranges: from the largest value down to a hundredth of it, then 1 % apart about the best.
+_COARSE = 0.9 ** np.arange(44)
+_FINE = 1.0 + np.arange(-9, 10) / 100
+_ENTROPY_BINS = 2048
+_ENTROPY_STRIDE = 16
+
+
+def _percentile(density: Density) -> float:
+    cumulative = np.cumsum(density.folded)
+    index = int(np.searchsorted(cumulative, cumulative[-1] * _PERCENTILE / 100))
+    return density.largest * min(index + 1, len(cumulative)) / len(cumulative)
+
+
+def _least_error(density: Density) -> float:
+    limits = density.largest * _COARSE
+    best = float(limits[np.argmin(density.error(limits))])
+    limits = np.minimum(best * _FINE, density.largest)
+    return float(limits[np.argmin(density.error(limits))])
+
+
+def _divergence(reference: NDArray[np.float64], kept: int) -> float:
+    """KL divergence of the first ``kept`` bins, clipped, from their copy in 128 levels."""
+    p = reference[:kept].copy()
+    p[-1] += reference[kept:].sum()
+    level = np.arange(kept) * (LEVELS + 1) // kept
+    occupied = reference[:kept] > 0
+    sums = np.bincount(level, reference[:kept], minlength=LEVELS + 1)
+    cells = np.bincount(level, occupied, minlength=LEVELS + 1)
+    q = np.where(occupied, sums[level] / np.maximum(cells[level], 1), 0.0)
+    seen = (p > 0) & (q > 0)
+    # Mass where the copy has none counts as if the copy had a trace of it there.
+    lost = p[(p > 0) & (q <= 0)].sum() / p.sum()
+    p, q = p[seen] / p.sum(), q[seen] / q.sum()
+    return float((p * np.log(p / q)).sum() + lost * np.log(1e9))
+
+
+def _entropy(density: Density) -> float:
+    histogram = density.folded.reshape(_ENTROPY_BINS, -1).sum(axis=1)
+    kept = np.arange(LEVELS + 1, _ENTROPY_BINS + 1, _ENTROPY_STRIDE)
+    best = min(kept, key=lambda count: _divergence(histogram, int(count)))
+    return density.largest * float(best) / _ENTROPY_BINS
+
+
+_TENSOR_METHODS: dict[str, Callable[[Density], float]] = {
+    "minmax": lambda density: density.largest,
+    "percentile": _percentile,
+    "mse": _least_error,
+    "entropy": _entropy,
+}
+
+
+def search_levels(values: Distribution, channel_weight: NDArray[np.float64]) -> tuple[float, int]:
+    """Step and zero level of a one-sided tensor, by least error of the Linear's output.
+
+    GELU's output lies in [-0.17, M]: levels to both sides of zero alike would leave nearly half of
+    them unused.  x is quantised as step * (q + zero), q from -127 to 127; ``zero`` is a whole
+    number, so that subtracting step * zero first and a zero point of -zero are the same grid.
+    """
+    density = values.density(channel_weight)
+    low, high = float(values.smallest.min()), float(values.largest.max())
+    best, least = (density.largest / LEVELS, 0), np.inf
+    for part in (*(0.95 ** np.arange(40)), 0.0):
+        bottom, top = max(low, -density.largest), max(high * part, -low, 1e-12)
+        step = float(float16_scale(np.asarray([(top - bottom) / 2 / LEVELS]))[0])
+        zero = round((top + bottom) / 2 / step)
+        if (error := density.shifted_error(zero * step, step)) < least:
+            best, least = (step, zero), error
+    return best
+
+
+def choose_range(
+    values: Distribution, method: RangeMethod, channel_weight: NDArray[np.float64] | float = 1.0
+) -> float:
+    """The |x| that 127 stands for.
+
+    ``channel_weight`` (C,) is |W[c, :]| ** 2 of the Linear that reads the tensor; only ``auto``
+    looks at it.
+
+    Raises:
+        UsageError: no such method.
+    """
+    if method == "auto":
+        return _least_error(values.density(channel_weight))
+    if method not in _TENSOR_METHODS:
+        raise UsageError(f"no range method {method!r}", hint=f"one of {', '.join(RANGE_METHODS)}")
+    return _TENSOR_METHODS[method](values.density())

@@ -1,0 +1,111 @@
+"""QuantizeLinear / DequantizeLinear pairs into a graph.
+
+    x ── Q(s_x) ── DQ(s_x) ──┐
+                             MatMul ── Add(bias)
+    W int8 ────── DQ(s_w) ───┘
+
+Two dialects hold the same integers.  TensorRT wants int8 with a zero point of zero, so that an
+input whose levels are not symmetric is shifted by a Sub first; ONNX Runtime's CPU kernels are
+fastest on uint8, whose zero point needs no Sub.  Biases stay floating point: TensorRT-RTX refuses
+an int32 DequantizeLinear.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+__all__ = ["QdqWriter"]
+
+_MIDDLE = 128
+
+
+class QdqWriter:
+    """Writes pairs into ``graph``; ``unsigned`` chooses the dialect of ONNX Runtime's CPU.
+
+    With a ``zero`` level other than 0 the int8 dialect hands ``node`` an input from which
+    step * zero was subtracted, and whoever writes makes up for it in the bias.
+    """
+
+    def __init__(self, graph: ir.Graph, *, unsigned: bool) -> None:
+        self._graph = graph
+        self.unsigned = unsigned
+
+    def _constant(self, name: str, array: NDArray[np.generic]) -> ir.Value:
+        tensor = ir.Tensor(array, name=name)
+        value = ir.Value(
+            name=name,
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape(array.shape),
+            const_value=tensor,
+        )
+        self._graph.register_initializer(value)
+        return value
+
+    @staticmethod
+    def _node(
+        op: str, name: str, inputs: list[ir.Value], dtype: ir.DataType, like: ir.Value, axis: int
+    ) -> ir.Node:
+        attributes = {} if axis < 0 else {"axis": axis}
+        node = ir.node(op, inputs, attributes, name=name)
+        node.outputs[0].name = name
+        node.outputs[0].type = ir.TensorType(dtype)
+        node.outputs[0].shape = like.shape
+        return node
+
+    def activation(self, node: ir.Node, index: int, name: str, step: float, zero: int = 0) -> None:
+        """Quantise what ``node`` reads at ``index`` as step * (q + zero), q from -127 to 127."""
+        value = node.inputs[index]
+        assert value is not None
+        nodes = []
+        kind: type[np.generic] = np.uint8 if self.unsigned else np.int8
+        point = _MIDDLE - zero if self.unsigned else 0
+        if zero and not self.unsigned:
+            shift = self._constant(f"{name}.input_shift", np.asarray(step * zero, np.float32))
+            nodes.append(
+                self._node("Sub", f"{name}/Sub", [value, shift], ir.DataType.FLOAT, value, -1)
+            )
+        source = nodes[0].outputs[0] if nodes else value
+        scale = self._constant(f"{name}.input_scale", np.asarray(step, np.float32))
+        zero_point = self._constant(f"{name}.input_zero_point", np.asarray(point, kind))
+        integer = ir.DataType.UINT8 if self.unsigned else ir.DataType.INT8
+        q = self._node(
+            "QuantizeLinear", f"{name}/Q", [source, scale, zero_point], integer, value, -1
+        )
+        dq = self._node(
+            "DequantizeLinear",
+            f"{name}/DQ",
+            [q.outputs[0], scale, zero_point],
+            ir.DataType.FLOAT,
+            value,
+            -1,
+        )
+        self._graph.insert_before(node, [*nodes, q, dq])
+        node.replace_input_with(index, dq.outputs[0])
+
+    def weight(
+        self,
+        node: ir.Node,
+        name: str,
+        integers: NDArray[np.int8],
+        scale: NDArray[np.float32],
+        axis: int,
+    ) -> None:
+        """Replace the weight, input 1 of ``node``, by int8 and its scales along ``axis``."""
+        value = node.inputs[1]
+        assert value is not None
+        stored = self._constant(f"{value.name}/int8", integers)
+        scales = self._constant(f"{value.name}/scale", scale)
+        dq = self._node(
+            "DequantizeLinear",
+            f"{name}/weight_DQ",
+            [stored, scales],
+            ir.DataType.FLOAT,
+            value,
+            axis,
+        )
+        self._graph.insert_before(node, dq)
+        node.replace_input_with(1, dq.outputs[0])
+        if not value.consumers():
+            del self._graph.initializers[value.name or ""]
