@@ -30,6 +30,7 @@ _FIRST = (127 + _LOWEST_EXPONENT) << _MANTISSA_BITS
 _FIXED_POINT = float(1 << 24)
 # Far beyond any activation; up to here 2 ** 19 rows add up in an int64 without overflow.
 _LARGEST = float(1 << 20)
+_IMAGES_AT_ONCE = 32
 _MOST_ROWS = np.iinfo(np.int32).max
 
 
@@ -45,9 +46,9 @@ def bin_edges() -> NDArray[np.float64]:
 class ChannelStatistics:
     """What was observed of a tensor with C channels.
 
-    ``minimum`` and ``maximum`` (C,) float32 are over every token of every image; ``counts``
+    ``minimum`` and ``maximum`` (C,) float32 are over all tokens that were looked at; ``counts``
     (C, 2, BINS) int32, positive values first, and ``total`` (C,) int64, the sum in units of
-    2 ** -24, are over the ``rows`` sampled tokens.
+    2 ** -24, are over the ``rows`` tokens that were counted.
     """
 
     minimum: NDArray[np.float32]
@@ -105,7 +106,7 @@ class ChannelObserver:
     def __init__(self, name: str, channels: int) -> None:
         self.name = name
         self.channels = channels
-        self._offset = np.arange(channels, dtype=np.int32) * (2 * BINS)
+        self._offset = (np.arange(channels, dtype=np.int32) * (2 * BINS))[:, None]
         self.reset()
 
     def reset(self) -> None:
@@ -115,6 +116,7 @@ class ChannelObserver:
         self._counts = np.zeros(self.channels * 2 * BINS, np.int32)
         self._total = np.zeros(self.channels, np.int64)
         self._rows = 0
+        self._waiting: list[NDArray[np.float32]] = []
 
     def resume(self, earlier: ChannelStatistics) -> None:
         """Go on from statistics that were computed before.
@@ -130,6 +132,7 @@ class ChannelObserver:
         self._counts = earlier.counts.reshape(-1).copy()
         self._total = earlier.total.copy()
         self._rows = earlier.rows
+        self._waiting = []
 
     def collect(
         self,
@@ -138,7 +141,7 @@ class ChannelObserver:
         rows: NDArray[np.float32],
         image: str = "",
     ) -> None:
-        """Add one image: its extremes per channel (C,), and sampled tokens (K, C) float32.
+        """Add one image: its extremes per channel (C,), and the tokens to count (K, C) float32.
 
         Raises:
             CalibrationError: NaN or inf, an absurdly large value, or another number of channels.
@@ -163,14 +166,27 @@ class ChannelObserver:
         # Adding zero turns -0.0 into 0.0, whose order numpy's minimum would otherwise remember.
         self._minimum = np.minimum(self._minimum, minimum) + np.float32(0)
         self._maximum = np.maximum(self._maximum, maximum) + np.float32(0)
-        bits = np.ascontiguousarray(rows).view(np.int32)
-        bins = np.clip(((bits & 0x7FFFFFFF) >> _SHIFT) - _FIRST, 0, BINS - 1)
-        bins += np.where(bits < 0, BINS, 0).astype(np.int32)
-        for row in bins:
-            # A token has each channel once, so that no index comes twice.
-            self._counts[row + self._offset] += 1
-        self._total += np.rint(rows.astype(np.float64) * _FIXED_POINT).astype(np.int64).sum(axis=0)
+        self._waiting.append(rows.copy())
         self._rows += rows.shape[0]
+        if len(self._waiting) == _IMAGES_AT_ONCE:
+            self._count()
+
+    def _count(self) -> None:
+        """Count the rows that wait.
+
+        Many at once and channel by channel: one image's counts would be scattered over the whole
+        histogram, which no cache holds.
+        """
+        if not self._waiting:
+            return
+        rows = np.ascontiguousarray(np.concatenate(self._waiting).T)
+        self._waiting = []
+        bits = rows.view(np.int32)
+        bins = np.clip(((bits & 0x7FFFFFFF) >> _SHIFT) - _FIRST, 0, BINS - 1)
+        bins += (bits < 0) * np.int32(BINS)
+        bins += self._offset
+        self._counts += np.bincount(bins.ravel(), minlength=self._counts.size).astype(np.int32)
+        self._total += np.rint(rows.astype(np.float64) * _FIXED_POINT).astype(np.int64).sum(axis=1)
 
     def compute(self) -> ChannelStatistics:
         """The statistics so far.
@@ -180,6 +196,7 @@ class ChannelObserver:
         """
         if not self._rows:
             raise CalibrationError(f"{self.name} has seen no image")
+        self._count()
         return ChannelStatistics(
             self._minimum.copy(),
             self._maximum.copy(),
