@@ -6,26 +6,25 @@ the same inputs with the same settings, makes it if not, and returns what it mad
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from calibration.collect import CalibrationImage, CollectConfig, collect
 from calibration.policy import Placement, place
 from calibration.qdq import QuantizeConfig, QuantizedGraph, quantize
 from calibration.table import (
-    CalibrationImageRecord,
-    CalibrationTable,
     load_table,
-    merge_tables,
-    save_table,
 )
 from clipdeploy import zoo
 from clipdeploy.builder import BuildConfig, EngineArtifact, build_engine
-from clipdeploy.datasets import ImageFolder, Skipped, iter_crops, open_images, select
+from clipdeploy.calibrating import (
+    CalibrateConfig,
+    CalibrationArtifact,
+    calibrate_model,
+    merge_calibration,
+)
+from clipdeploy.datasets import iter_crops, open_images, select
 from clipdeploy.model import LoadedModel, WeightsChoice, load_model, reload_model
 from clipdeploy.passport import library_versions, load_engine_passport
 from clipdeploy.verifier import Target, Verification, VerifyConfig, verify_targets
@@ -39,7 +38,7 @@ from exporters.artifact import (
     settings_of,
 )
 from exporters.checks import PARITY_BATCHES
-from exporters.errors import ArtifactError, DatasetError, UsageError
+from exporters.errors import ArtifactError, UsageError
 from exporters.files import sha256_file
 from exporters.graphs import GraphArtifact, existing_graph, load_graph, read_passport
 from exporters.onnx import ExportConfig, export_graph
@@ -60,38 +59,8 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class CalibrateConfig:
-    """``images``: how many, ``None`` for all up to 512; ``seed`` draws them.
-
-    ``shard`` (i, n) observes only the i-th of n parts of them, for :func:`merge_calibration`.
-    """
-
-    images: int | None = None
-    seed: int = 0
-    skip_unreadable: bool = False
-    shard: tuple[int, int] | None = None
-
-    def __post_init__(self) -> None:
-        if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
-            raise UsageError(
-                "there is no shard {}/{}".format(*self.shard), hint="--shard 1/4 to --shard 4/4"
-            )
-
-
-DEFAULT_IMAGES = 512
 # Images on which float16 storage is judged.
 _STORAGE_IMAGES = 3
-
-
-@dataclass(frozen=True)
-class CalibrationArtifact:
-    """The table, where it lies, and the images that were skipped."""
-
-    path: Path
-    table: CalibrationTable
-    skipped: tuple[str, ...]
-    changed: bool
 
 
 def _passport(model: LoadedModel) -> Passport:
@@ -157,109 +126,6 @@ def export_model(
     return artifact
 
 
-def _source_graph(workspace: Workspace, model: str) -> tuple[Path, Passport]:
-    path = workspace.graph(model, "fp32")
-    if not path.exists():
-        raise UsageError(
-            f"{model} has not been exported in {workspace.root}",
-            hint=f"clipdeploy export --model {model}",
-        )
-    return path, read_passport(path)
-
-
-def _calibration_images(
-    images: ImageFolder, passport: Passport, skipped: Skipped | None
-) -> Iterator[CalibrationImage]:
-    spec = passport.preprocess
-    for crop in iter_crops(images, spec, skipped=skipped):
-        image = Samples(crop.pixels[None], spec).as_input(passport.input)
-        yield CalibrationImage(crop.entry.name, crop.sha256, image)
-
-
-def _choose(data: Path, config: CalibrateConfig) -> ImageFolder:
-    everything = open_images(data)
-    folders = {entry.name.partition("/")[0] for entry in everything.entries}
-    if len(folders) == 1 and "/" in everything.entries[0].name and len(everything.entries) > 1:
-        raise DatasetError(
-            f"all images of {data} are of one class, {folders.pop()}",
-            hint="calibrate with images of all classes, as they will be served",
-        )
-    count = config.images or min(len(everything.entries), DEFAULT_IMAGES)
-    chosen = select(everything, count, config.seed)
-    if config.shard is None:
-        return chosen
-    first, parts = config.shard
-    return ImageFolder(chosen.root, chosen.entries[first - 1 :: parts])
-
-
-def calibrate_model(
-    workspace: Workspace,
-    model: str,
-    data: Path,
-    config: CalibrateConfig = CalibrateConfig(),
-    *,
-    force: bool = False,
-    progress: Progress = SILENT,
-) -> CalibrationArtifact:
-    """Images -> ``calibration.json``, or one shard of it; an unfinished run is gone on with.
-
-    Raises:
-        ClipdeployError: see :mod:`exporters.errors`.
-    """
-    graph, passport = _source_graph(workspace, model)
-    chosen = _choose(data, config)
-    path = workspace.calibration(model, config.shard)
-    wanted = _records(chosen)
-    if not force and path.exists():
-        table = load_table(path)
-        if table.source_graph == sha256_file(graph) and table.images == wanted:
-            return CalibrationArtifact(path, table, (), changed=False)
-    skipped = Skipped() if config.skip_unreadable else None
-
-    def rest(done: frozenset[CalibrationImageRecord]) -> Iterator[CalibrationImage]:
-        names = {record.name for record in done}
-        left = tuple(entry for entry in chosen.entries if entry.name not in names)
-        return _calibration_images(ImageFolder(chosen.root, left), passport, skipped)
-
-    partial = path.with_suffix(".partial")
-    if force:
-        partial.unlink(missing_ok=True)
-    settings = CollectConfig(partial, shard=config.shard)
-    table = save_table(collect(graph, rest, wanted, settings, progress), path)
-    partial.unlink(missing_ok=True)
-    return CalibrationArtifact(path, table, tuple(skipped.names if skipped else ()), changed=True)
-
-
-def merge_calibration(
-    workspace: Workspace, model: str, parts: Sequence[Path] = ()
-) -> CalibrationArtifact:
-    """Shards -> ``calibration.json``; without ``parts``, all shards of the workspace.
-
-    Raises:
-        ClipdeployError: a shard is missing, damaged, or of another run.
-    """
-    found = parts or sorted(workspace.folder(model).glob("calibration.*-of-*.json"))
-    table = merge_tables([load_table(path) for path in found])
-    graph, _ = _source_graph(workspace, model)
-    if table.source_graph != sha256_file(graph):
-        raise ArtifactError(
-            f"the shards were not made from {graph}", hint="calibrate them again from this graph"
-        )
-    path = workspace.calibration(model)
-    return CalibrationArtifact(path, save_table(table, path), (), changed=True)
-
-
-def _records(images: ImageFolder) -> tuple[CalibrationImageRecord, ...]:
-    reader = images.reader()
-    try:
-        return tuple(
-            CalibrationImageRecord(entry.name, hashlib.sha256(reader.read(entry.name)).hexdigest())
-            for entry in images.entries
-        )
-    finally:
-        reader.close()
-
-
 def quantize_model(
     workspace: Workspace,
     model: str,
@@ -273,7 +139,7 @@ def quantize_model(
     Raises:
         ClipdeployError: see :mod:`exporters.errors`.
     """
-    source, passport = _source_graph(workspace, model)
+    source, passport = workspace.source(model)
     calibration = workspace.calibration(model)
     if not calibration.exists():
         raise UsageError(
@@ -309,7 +175,7 @@ def convert_model(
     Raises:
         ClipdeployError: see :mod:`exporters.errors`.
     """
-    source, passport = _source_graph(workspace, model)
+    source, passport = workspace.source(model)
     target = workspace.graph(model, "fp16")
     parents = {"source_graph": sha256_file(source)}
     if not force and (found := existing_graph(target)) and found.passport.parents == parents:
@@ -340,7 +206,7 @@ def build_model(
     Raises:
         ClipdeployError: see :mod:`exporters.errors`.
     """
-    _source_graph(workspace, model)
+    workspace.source(model)
     if precision == "int8":
         if data is not None:
             calibrate_model(workspace, model, data, calibrate, force=force, progress=progress)
@@ -364,7 +230,7 @@ def _stale(path: Path, parent: Path) -> ArtifactError:
 
 
 def _graph_targets(workspace: Workspace, model: str) -> Iterator[Target]:
-    source, _ = _source_graph(workspace, model)
+    source, _ = workspace.source(model)
     source_hash = sha256_file(source)
     for precision in (*PRECISIONS, "int8-cpu"):
         graph = workspace.graph(model, precision)
@@ -406,7 +272,7 @@ def verify_model(
     Raises:
         ClipdeployError: see :mod:`exporters.errors`.
     """
-    _, passport = _source_graph(workspace, model)
+    _, passport = workspace.source(model)
     targets = list(_graph_targets(workspace, model))
     if not graphs_only:
         targets.extend(_engine_targets(workspace, model))

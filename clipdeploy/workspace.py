@@ -18,9 +18,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporters.artifact import Precision, from_json, to_json
+from exporters.artifact import Passport, Precision, from_json, to_json
 from exporters.errors import UsageError
 from exporters.files import file_errors, write_atomic
+from exporters.graphs import read_passport
 
 __all__ = ["PRECISIONS", "Workspace"]
 
@@ -54,6 +55,21 @@ class Workspace:
         """The calibration table, or one shard of it."""
         part = ".{}-of-{}".format(*shard) if shard else ""
         return self.folder(model) / f"calibration{part}.json"
+
+    def source(self, model: str) -> tuple[Path, Passport]:
+        """The FP32 graph, which everything else is made from, and its passport.
+
+        Raises:
+            UsageError: the model has not been exported here.
+            ArtifactError, FileError: the graph cannot be read.
+        """
+        path = self.graph(model, "fp32")
+        if not path.exists():
+            raise UsageError(
+                f"{model} has not been exported in {self.root}",
+                hint=f"clipdeploy export --model {model}",
+            )
+        return path, read_passport(path)
 
     @property
     def _state(self) -> Path:

@@ -143,7 +143,8 @@ def stage_command(function: F) -> F:
             # The reader of our output has gone, as with `| head`: nothing is left to say.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             status = 0
-        sys.exit(status or 0)
+        if status:
+            sys.exit(status)
 
     return cast(F, command)
 

@@ -4,7 +4,8 @@
 
 Every run is a process of its own that takes the same FP32 graph and the first N of the same images,
 decoded the same way, to an INT8 graph; only the floor stops after FP32 inference of the images, one
-at a time.  Runs are interleaved.  For each turn, wall-clock seconds are fitted as
+at a time, and "clipdeploy calibrate" after its table.  Runs are interleaved.  For each turn,
+wall-clock seconds are fitted as
 
     t(N) = fixed + rate * N        "over floor" = rate - the floor's rate of the same turn
 
@@ -65,6 +66,7 @@ __all__ = [
 
 HERE = Path(__file__).resolve()
 OURS = "clipdeploy"
+CALIBRATE = "clipdeploy calibrate"
 FLOOR = "floor: ORT FP32"
 EXPORT = "export"
 ADDRESS_SPACE = 16 * 10**9
@@ -177,13 +179,20 @@ def _floor(job: Job) -> None:
         session.run(None, {"image": image})
 
 
-def _ours(job: Job) -> None:
-    """What ``clipdeploy calibrate`` and ``clipdeploy quantize`` do."""
-    from calibration.qdq import QuantizeConfig
-    from clipdeploy.pipeline import CalibrateConfig, calibrate_model, quantize_model
+def _calibrate(job: Job) -> None:
+    """What ``clipdeploy calibrate`` does."""
+    from clipdeploy.pipeline import CalibrateConfig, calibrate_model
 
     config = CalibrateConfig(images=job.images)
     calibrate_model(job.workspace, job.model, job.photos, config, force=True)
+
+
+def _ours(job: Job) -> None:
+    """What ``clipdeploy calibrate`` and ``clipdeploy quantize`` do."""
+    from calibration.qdq import QuantizeConfig
+    from clipdeploy.pipeline import quantize_model
+
+    _calibrate(job)
     result = quantize_model(job.workspace, job.model, QuantizeConfig(remainder="fp32"), force=True)
     result.artifact.path.replace(job.target)
 
@@ -360,9 +369,9 @@ class Plan:
 
     def counts(self, name: str, turn: int) -> tuple[int, ...]:
         """The numbers of images of ``name`` in ``turn``."""
-        if name not in (FLOOR, OURS):
+        if name not in (FLOOR, CALIBRATE, OURS):
             return self.peers if turn < self.peer_repeat else ()
-        large = (self.large,) if self.large and name == OURS and not turn else ()
+        large = (self.large,) if self.large and name == CALIBRATE and not turn else ()
         return (*self.ours, *large)
 
     @property
@@ -449,7 +458,9 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--peer-repeat", type=int, default=1, help="turns of the peers")
     parser.add_argument("--large", action="store_true", help="clipdeploy with 512 images as well")
     parser.add_argument("--only", nargs="+", choices=MAKERS, default=list(MAKERS))
-    parser.add_argument("--one", choices=[EXPORT, FLOOR, *MAKERS], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--one", choices=[EXPORT, FLOOR, CALIBRATE, *MAKERS], help=argparse.SUPPRESS
+    )
     parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--files", nargs=2, type=Path, help=argparse.SUPPRESS)
     return parser
@@ -459,11 +470,11 @@ def main() -> None:
     """Run everything and print the table."""
     chosen = _arguments().parse_args()
     if chosen.one:
-        makers = {EXPORT: export, FLOOR: _floor, **MAKERS}
+        makers = {EXPORT: export, FLOOR: _floor, CALIBRATE: _calibrate, **MAKERS}
         worker(makers[chosen.one], Job(chosen.model, chosen.count, *chosen.files))
         return
     missing = missing_peers()
-    names = [FLOOR, *(name for name in chosen.only if name not in missing)]
+    names = [FLOOR, CALIBRATE, *(name for name in chosen.only if name not in missing)]
     plan = Plan(
         tuple(chosen.images),
         tuple(chosen.peer_images),

@@ -184,6 +184,7 @@ def test_a_broken_jpeg_is_named_and_skipped_only_on_request(artifacts: Path, dig
     assert result.exit_code == 0
     assert "skipped, unreadable: 3/broken.jpg" in result.stderr
     assert len(json.loads(table.read_text())["images"]) == 200
+    (artifacts / zoo.DEMO / "clip-vit-demo.int8.onnx").unlink()
     verified = run("verify", "--data", digits, "--workspace", artifacts)
     refused(verified, 1, "3/broken.jpg")
 
@@ -278,3 +279,41 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 def test_json_is_all_that_stdout_holds(artifacts: Path) -> None:
     result = run("verify", "--data", TEST, "--limit", "10", "--json", "--workspace", artifacts)
     assert json.loads(result.stdout)["images"] == 10
+
+
+def test_export_options_reach_the_graph(tmp_path: Path) -> None:
+    at = ("--model", "demo", "--workspace", tmp_path / "a", "--json")
+    result = run("export", *at, "--batch", "2", "--preprocess", "--opset", "18", "--resize", "timm")
+    assert result.exit_code == 0, result.output
+    passport = json.loads(result.stdout)["passport"]
+    assert passport["input"] == {"name": "image", "dtype": "uint8", "shape": [2, 32, 32, 3]}
+    assert passport["settings"] == {"opset": 18, "batch": 2, "preprocess": True}
+    assert passport["recipe"]["resize"] == "timm"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("export", "--model", "demo", "--opset", "16"), "opset 16 is not supported"),
+        (("export", "--model", "demo", "--batch", "0"), "a batch of 0 images"),
+        (("build-engine", "--int8", "--fp16-io"), "--fp16-io belongs to --fp16"),
+        (("export", "--model", "demo", "--checkpoint", "hf://timm"), "names no repository"),
+    ],
+)
+def test_wrong_options_are_usage_errors(words: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    refused(run(*words, "--workspace", tmp_path / "a"), 2, said)
+    assert nothing_left(tmp_path)
+
+
+def test_offline_without_the_weights(tmp_path: Path) -> None:
+    words = ("--model", "clip-vit-base-p32", "--offline", "--workspace", tmp_path / "a")
+    refused(run("export", *words), 1, "not in the cache and downloads are off", "--checkpoint")
+    assert nothing_left(tmp_path)
+
+
+def test_zoo_show_says_what_each_recipe_changes() -> None:
+    shown = run("zoo", "show", "clip-vit-base-p16-384px").stdout
+    assert "position grid 24x24 resized to 14x14 and back" in shown
+    assert "--resize timm" in shown
+    # At 224 px nothing is resized.
+    assert "resized" not in run("zoo", "show", "clip-vit-base-p16").stdout

@@ -1,0 +1,82 @@
+"""What activation outliers do to INT8: plain min-max beside the default recipe, in one run.
+
+    python scripts/bench/outliers.py [--variants FOLDER]
+
+The demo model and variants of it that carry the outliers of real CLIP ViTs, made by
+``scripts/make_outlier_variants.py`` (about a minute; --variants takes a folder that it wrote).  For
+each: top-1 on the 500 held-out digits in PyTorch, and for both recipes top-1 and the logits'
+signal-to-noise ratio against PyTorch.  The graph is what a TensorRT engine is compiled from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from calibration.plan import PlanConfig
+from calibration.qdq import QuantizeConfig
+from clipdeploy import zoo
+from clipdeploy.model import WeightsChoice
+from clipdeploy.pipeline import calibrate_model, export_model, quantize_model, verify_model
+from clipdeploy.statistics import Fidelity
+from clipdeploy.workspace import Workspace
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RECIPES = {
+    "min-max": PlanConfig("minmax", False, False, False, False),
+    "default": PlanConfig(),
+}
+
+
+def make_variants(folder: Path) -> None:
+    """Run the script that writes the variants."""
+    script = ROOT / "scripts" / "make_outlier_variants.py"
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    # More threads would change the order of sums, and with it the fine-tuned weights.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    words = [sys.executable, str(script), "--out", str(folder)]
+    subprocess.run(words, check=True, env=environment)
+
+
+def judge(workspace: Workspace, plan: PlanConfig) -> Fidelity:
+    """Quantise with ``plan``; the INT8 graph's figures on the held-out digits."""
+    quantize_model(workspace, zoo.DEMO, QuantizeConfig(plan=plan))
+    test = zoo.demo_file("test.zip")
+    result = verify_model(workspace, zoo.DEMO, test, graphs_only=True)
+    found = result.rows[1].fidelity
+    assert found is not None
+    return found
+
+
+def main() -> None:
+    """Make the variants, quantise each twice, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--variants", type=Path)
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = chosen.variants or Path(temporary, "variants")
+        if chosen.variants is None:
+            make_variants(folder)
+        files = {"demo": None, **{path.stem: path for path in sorted(folder.glob("*.safetensors"))}}
+        print(f"{'':10}{'PyTorch':>10}" + "".join(f"{name:>10}{'dB':>8}" for name in RECIPES))
+        for name, file in files.items():
+            workspace = Workspace(Path(temporary, name))
+            export_model(workspace, zoo.DEMO, WeightsChoice(file))
+            calibrate_model(workspace, zoo.DEMO, zoo.demo_file("calibration.zip"))
+            cells = []
+            for plan in RECIPES.values():
+                found = judge(workspace, plan)
+                assert found.accuracy is not None
+                assert found.reference_accuracy is not None
+                if not cells:
+                    cells.append(f"{found.reference_accuracy.top1:10.2f}")
+                cells.append(f"{found.accuracy.top1:10.2f}{found.sqnr_db or 0:8.1f}")
+            print(f"{name:10}" + "".join(cells), flush=True)
+
+
+if __name__ == "__main__":
+    main()

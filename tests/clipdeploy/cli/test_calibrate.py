@@ -1,0 +1,181 @@
+"""Calibration as a user runs it: killed, resumed, in shards, and never on verification images."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from clipdeploy import zoo
+from clipdeploy.cli.main import main
+from clipdeploy.workspace import Workspace
+
+CALIBRATION = str(zoo.demo_file("calibration.zip"))
+TEST = str(zoo.demo_file("test.zip"))
+
+
+def run(*words: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+@pytest.fixture
+def artifacts(demo_workspace: Workspace, tmp_path: Path) -> Path:
+    """A workspace that may be changed, with the FP32 graph alone."""
+    folder = tmp_path / "artifacts" / zoo.DEMO
+    folder.mkdir(parents=True)
+    shutil.copy(demo_workspace.graph(zoo.DEMO, "fp32"), folder)
+    return tmp_path / "artifacts"
+
+
+def table(artifacts: Path) -> Path:
+    return artifacts / zoo.DEMO / "calibration.json"
+
+
+def calibrate(artifacts: Path, *words: str) -> Result:
+    at = ("--model", "demo", "--workspace", artifacts)
+    return run("calibrate", "--data", CALIBRATION, *at, *words)
+
+
+# Saves as often as it can, so that a kill at any moment finds something to go on from.
+SLOW = """
+import sys
+from pathlib import Path
+from calibration import collect
+from clipdeploy import pipeline, zoo
+from clipdeploy.workspace import Workspace
+
+collect.CollectConfig.__init__.__defaults__ = (None, 0.0, None)
+pipeline.calibrate_model(
+    Workspace(Path(sys.argv[1])), zoo.DEMO, Path(sys.argv[2]), pipeline.CalibrateConfig(images=24)
+)
+"""
+
+
+def test_killed_at_ten_moments_and_resumed(artifacts: Path) -> None:
+    assert calibrate(artifacts, "--images", "24").exit_code == 0
+    unbroken = table(artifacts).read_bytes()
+    table(artifacts).unlink()
+    partial = table(artifacts).with_suffix(".partial")
+    words = [sys.executable, "-c", SLOW, str(artifacts), CALIBRATION]
+    generator = random.Random(4)
+    resumed = 0
+    for _ in range(10):
+        before = partial.read_bytes() if partial.exists() else b""
+        process = subprocess.Popen(words)
+        deadline = time.monotonic() + 60
+        # Wait until it has saved something new, so that each kill falls into the loop itself.
+        while process.poll() is None and time.monotonic() < deadline:
+            if partial.exists() and partial.read_bytes() != before:
+                break
+            time.sleep(0.01)
+        time.sleep(generator.random() * 0.1)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if table(artifacts).exists():
+            break
+        resumed += partial.exists()
+    assert resumed, "no kill came in the middle"
+    assert calibrate(artifacts, "--images", "24").exit_code == 0
+    assert table(artifacts).read_bytes() == unbroken
+    assert not partial.exists()
+
+
+def test_shards_merged_equal_one_run(artifacts: Path) -> None:
+    assert calibrate(artifacts).exit_code == 0
+    whole = table(artifacts).read_bytes()
+    table(artifacts).unlink()
+    for part in ("1/3", "3/3"):
+        assert calibrate(artifacts, "--shard", part).exit_code == 0
+    missing = run("calibrate", "merge", "--workspace", artifacts, "--model", "demo")
+    assert missing.exit_code == 1
+    assert "shards [1, 3] of 3 are here, 1 to 3 are needed" in missing.stderr
+    assert calibrate(artifacts, "--shard", "2/3").exit_code == 0
+    merged = run("calibrate", "merge", "--workspace", artifacts, "--model", "demo")
+    assert merged.exit_code == 0, merged.output
+    assert table(artifacts).read_bytes() == whole
+
+
+@pytest.mark.parametrize("shard", ["0/3", "4/3", "x", "1", "1/0", "-1/3"])
+def test_a_shard_that_does_not_exist(shard: str, artifacts: Path) -> None:
+    result = calibrate(artifacts, "--shard", shard)
+    assert result.exit_code == 2
+    assert "shard" in result.stderr
+
+
+def test_more_images_than_there_are(artifacts: Path) -> None:
+    result = calibrate(artifacts, "--images", "201")
+    assert result.exit_code == 1
+    assert "holds 200 images, 201 were asked for" in result.stderr
+    assert not table(artifacts).exists()
+
+
+def test_few_images_are_said(artifacts: Path) -> None:
+    assert "only 20 images" in calibrate(artifacts, "--images", "20").stderr
+    assert "only" not in calibrate(artifacts).stderr
+
+
+def test_images_of_one_class_are_refused(artifacts: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(CALIBRATION) as archive:
+        fives = [name for name in archive.namelist() if name.startswith("5/")]
+        archive.extractall(tmp_path / "fives", fives)
+    at = ("--model", "demo", "--workspace", artifacts)
+    result = run("calibrate", "--data", tmp_path / "fives", *at)
+    assert result.exit_code == 1
+    assert "are of one class, 5" in result.stderr
+    # Without class folders nobody knows of classes: the same images are accepted.
+    assert run("calibrate", "--data", tmp_path / "fives" / "5", *at).exit_code == 0
+
+
+def test_no_data_is_a_usage_error(artifacts: Path) -> None:
+    result = run("calibrate", "--model", "demo", "--workspace", artifacts)
+    assert result.exit_code == 2
+    assert "--data CALIBRATION_IMAGES" in result.stderr
+
+
+def test_verification_images_among_the_calibration_images(artifacts: Path) -> None:
+    at = ("--model", "demo", "--workspace", artifacts)
+    assert run("calibrate", "--data", TEST, *at).exit_code == 0
+    assert run("quantize", *at).exit_code == 0
+    refused = run("verify", "--data", TEST, *at)
+    assert refused.exit_code == 1
+    assert "was used for calibration" in refused.stderr
+    allowed = run("verify", "--data", TEST, "--allow-leak", "--json", *at)
+    assert allowed.exit_code == 0, allowed.output
+    assert json.loads(allowed.stdout)["leaked"] == 500
+    # Nobody can tell any more: refused as well.
+    table(artifacts).unlink()
+    unknown = run("verify", "--data", TEST, *at)
+    assert unknown.exit_code == 1
+    assert "nobody can tell" in unknown.stderr
+
+
+def test_a_table_edited_by_hand_is_refused(artifacts: Path) -> None:
+    assert calibrate(artifacts).exit_code == 0
+    edited = json.loads(table(artifacts).read_text())
+    edited["statistics"]["head"]["amax"] *= 2
+    table(artifacts).write_text(json.dumps(edited))
+    result = run("quantize", "--model", "demo", "--workspace", artifacts)
+    assert result.exit_code == 1
+    assert "does not match its own seal" in result.stderr
+
+
+def test_quantize_says_what_stays_float(artifacts: Path) -> None:
+    assert calibrate(artifacts).exit_code == 0
+    at = ("--model", "demo", "--workspace", artifacts)
+    result = run("quantize", "--exclude", "blocks.0.*", *at)
+    assert "not INT8: blocks.*.attn.qkv, excluded by 'blocks.0.*'" in result.stdout
+    assert "not INT8: head, not asked for with --quantize-head" in result.stdout
+    cpu = run("quantize", "--cpu", *at)
+    assert "int8-cpu.onnx" in cpu.stdout
+    verified = run("verify", "--data", TEST, "--json", "--limit", "100", *at)
+    rows = json.loads(verified.stdout)["rows"]
+    assert [row["precision"] for row in rows] == ["fp32", "int8", "int8-cpu"]
