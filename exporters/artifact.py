@@ -7,6 +7,7 @@ an engine as ``*.engine.json``.  A later stage reads it instead of asking the us
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -145,7 +146,13 @@ def settings_of(config: Any) -> dict[str, Any]:
 
 def to_json(value: Any) -> bytes:
     """Any of these types as readable JSON, keys in the order of their declaration."""
-    return msgspec.json.format(msgspec.json.encode(value), indent=2)
+    return msgspec.json.format(msgspec.json.encode(value, enc_hook=_encode), indent=2)
+
+
+def _encode(value: object) -> str:
+    if isinstance(value, PurePath):
+        return str(value)
+    raise NotImplementedError(f"{type(value).__name__} has no JSON form")
 
 
 def from_json(data: bytes | str, kind: type[T], where: str, newest: int = PASSPORT_SCHEMA) -> T:

@@ -21,7 +21,7 @@ def test_every_command_is_in_the_readme_and_has_help() -> None:
 
 
 def command_lines() -> list[str]:
-    lines = re.findall(r"^    (clipdeploy .*?)(?:\s+#.*)?$", README, flags=re.MULTILINE)
+    lines = re.findall(r"^    (clipdeploy(?: [^\s#]+)+)(?:\s+#.*)?$", README, flags=re.MULTILINE)
     return sorted(set(lines))
 
 

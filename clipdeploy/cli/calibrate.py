@@ -78,7 +78,7 @@ def calibrate(
             f"only {len(result.table.images)} images: with {FEW_IMAGES} or more the ranges are "
             "those of the data rather than of these images"
         )
-    emit(context, result, lambda: _line(result))
+    emit(context, _summary(result), lambda: _line(result))
 
 
 @calibrate.command()
@@ -91,7 +91,19 @@ def merge(context: Context, shards: tuple[Path, ...], model: str | None) -> None
     from clipdeploy.pipeline import merge_calibration
 
     result = merge_calibration(context.workspace, name, shards)
-    emit(context, result, lambda: _line(result))
+    emit(context, _summary(result), lambda: _line(result))
+
+
+def _summary(result: CalibrationArtifact) -> dict[str, object]:
+    """The result without the statistics themselves, which the file holds."""
+    return {
+        "path": str(result.path),
+        "images": result.table.images,
+        "tensors": sorted(result.table.statistics),
+        "shard": result.table.shard,
+        "skipped": result.skipped,
+        "changed": result.changed,
+    }
 
 
 def _line(result: CalibrationArtifact) -> str:

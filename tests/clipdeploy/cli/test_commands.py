@@ -276,9 +276,22 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "no model is called 'no'" in str(result.exception)
 
 
-def test_json_is_all_that_stdout_holds(artifacts: Path) -> None:
-    result = run("verify", "--data", TEST, "--limit", "10", "--json", "--workspace", artifacts)
-    assert json.loads(result.stdout)["images"] == 10
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (("export",), "sha256"),
+        (("calibrate", "--data", CALIBRATION), "images"),
+        (("quantize",), "placement"),
+        (("build-engine", "--fp16"), "passport"),
+        (("verify", "--data", TEST, "--limit", "10", "--graphs-only"), "rows"),
+    ],
+)
+def test_json_is_all_that_stdout_holds(words: tuple[str, ...], key: str, artifacts: Path) -> None:
+    if words[0] == "build-engine":
+        pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
+    result = run(*words, "--model", "demo", "--json", "--workspace", artifacts)
+    assert result.exit_code == 0, result.output
+    assert key in json.loads(result.stdout)
 
 
 def test_export_options_reach_the_graph(tmp_path: Path) -> None:
