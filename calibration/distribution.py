@@ -162,8 +162,10 @@ class Distribution:
     def density(self, weight: F64 | float = 1.0) -> Density:
         """All channels together, channel c counted ``weight[c]`` times, a value of a row once."""
         size = 2 * _DENSITY_BINS
-        largest = max(self.amax, 1e-12)
         weights = weight * np.ones(len(self.mean))
+        ends = np.maximum(np.abs(self.smallest), np.abs(self.largest))
+        # A little more than the largest value that counts, so that none lies on the very edge.
+        largest = max(float(np.where(weights > 0, ends, 0.0).max()), 1e-12) * (1 + 1e-6)
         height = self.count * weights[self.channel] / (self.high - self.low)
         bins_per_unit = _DENSITY_BINS / largest
         mass = np.zeros(size + 3)

@@ -152,13 +152,15 @@ class ChannelObserver:
                 f"{self.name} has {self.channels} channels, got {minimum.shape}, "
                 f"{maximum.shape} and {rows.shape}"
             )
-        largest = float(max(np.abs(minimum).max(), np.abs(maximum).max()))
+        largest = float(np.maximum(np.abs(minimum).max(), np.abs(maximum).max()))
         if not np.isfinite(largest) or not np.isfinite(rows).all():
             raise CalibrationError(
                 f"{self.name} is NaN or infinite on {image or 'this image'}",
                 hint="the model overflows on it: check the image and the checkpoint",
             )
-        if largest > _LARGEST or self._rows + len(rows) > _MOST_ROWS:
+        if self._rows + len(rows) > _MOST_ROWS:
+            raise CalibrationError(f"{self.name}: more than {_MOST_ROWS} rows cannot be counted")
+        if largest > _LARGEST:
             raise CalibrationError(
                 f"{self.name} reaches {largest:.1e} on {image or 'this image'}",
                 hint="no trained model does: check the checkpoint",

@@ -73,7 +73,6 @@ def _entropy(density: Density) -> float:
 
 
 _TENSOR_METHODS: dict[str, Callable[[Density], float]] = {
-    "minmax": lambda density: density.largest,
     "percentile": _percentile,
     "mse": _least_error,
     "entropy": _entropy,
@@ -110,6 +109,8 @@ def choose_range(
     Raises:
         UsageError: no such method.
     """
+    if method == "minmax":
+        return values.amax
     if method == "auto":
         return _least_error(values.density(channel_weight))
     if method not in _TENSOR_METHODS:

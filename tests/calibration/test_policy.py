@@ -7,7 +7,18 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from calibration.policy import LinearSite, find_linears, place
+from calibration.policy import (
+    HEAD,
+    PATCH,
+    LinearSite,
+    Scope,
+    find_linears,
+    find_node,
+    find_products,
+    observed_tensors,
+    place,
+    qkv_output,
+)
 from clipdeploy import zoo
 from clipdeploy.workspace import Workspace
 from exporters.errors import GraphError
@@ -17,9 +28,18 @@ ROLES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 ALL = [f"blocks.{block}.{role}" for block in range(6) for role in ROLES]
 
 
+PRODUCTS = [f"blocks.{b}.attn.{role}" for b in range(6) for role in ("scores", "mix")]
+EVERYTHING = [PATCH, *ALL, *PRODUCTS, HEAD]
+
+
 @pytest.fixture(scope="module")
-def sites(demo_workspace: Workspace) -> list[LinearSite]:
-    return find_linears(load_graph(demo_workspace.graph(zoo.DEMO, "fp32")))
+def model(source: Path) -> ir.Model:
+    return load_graph(source)
+
+
+@pytest.fixture(scope="module")
+def sites(model: ir.Model) -> list[LinearSite]:
+    return find_linears(model)
 
 
 def test_every_linear_of_the_blocks_is_found(sites: list[LinearSite]) -> None:
@@ -49,39 +69,77 @@ def test_patch_embedding_head_and_attention_products_are_not_linears(
     assert {"head", "patch_embed"}.isdisjoint(site.name for site in sites)
 
 
-def test_without_exclusion_all_are_int8(sites: list[LinearSite]) -> None:
-    placement = place(sites)
-    assert list(placement.quantized) == ALL
-    assert all(not entry.reason for entry in placement.entries)
+def test_products_are_found_by_role(model: ir.Model) -> None:
+    products = find_products(model)
+    assert [p.name for p in products] == PRODUCTS
+    for product in products:
+        assert product.node.op_type == "MatMul"
+        maker = product.node.inputs[0].producer()
+        assert (maker.op_type == "Softmax") == (product.role == "attn.mix")
+
+
+def test_observed_tensors_are_what_any_scope_needs(model: ir.Model) -> None:
+    tensors = dict(observed_tensors(model))
+    outputs = {qkv_output(f"blocks.{block}.attn.qkv") for block in range(6)}
+    assert set(tensors) == {*ALL, *outputs, HEAD}
+    assert len(observed_tensors(model)) == len(tensors)
+    for site in find_linears(model):
+        assert tensors[site.name] is site.activation
+        if site.role == "attn.qkv":
+            made = tensors[qkv_output(site.name)].producer()
+            assert made.op_type == "Add"
+            assert made.inputs[0] is site.matmul.outputs[0]
+    assert tensors[HEAD] is find_node(model, HEAD, "Gemm").inputs[0]
+
+
+def test_unknown_node_is_not_found(model: ir.Model) -> None:
+    assert find_node(model, PATCH, "Conv").op_type == "Conv"
+    assert find_node(model, PATCH, "Gemm") is None
+    assert find_node(model, "neck", "Gemm") is None
+
+
+@pytest.mark.parametrize("patch", [False, True])
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("attention", [False, True])
+def test_scope_decides(model: ir.Model, attention: bool, head: bool, patch: bool) -> None:
+    placement = place(model, scope=Scope(attention=attention, head=head, patch=patch))
+    assert [entry.name for entry in placement.entries] == EVERYTHING
+    expected = {*ALL, *(PRODUCTS * attention), *([HEAD] * head), *([PATCH] * patch)}
+    assert set(placement.quantized) == expected
+    for entry in placement.entries:
+        option = {HEAD: "head", PATCH: "patch"}.get(entry.name, "attention")
+        asked = entry.name in expected
+        assert entry.reason == ("" if asked else f"not asked for with --quantize-{option}")
 
 
 @pytest.mark.parametrize(
     ("patterns", "excluded"),
     [
-        (("blocks.0.*",), ALL[:4]),
+        (("blocks.0.*",), [*ALL[:4], *PRODUCTS[:2]]),
         (("blocks.0.mlp.fc1",), ["blocks.0.mlp.fc1"]),
         (("*.mlp.fc2",), [name for name in ALL if name.endswith("fc2")]),
-        (("blocks.[05].attn.*",), [*ALL[:2], *ALL[20:22]]),
-        (("blocks.1.*", "*.attn.qkv"), [n for n in ALL if "s.1." in n or n.endswith("qkv")]),
-        (("*",), ALL),
+        (("blocks.[05].attn.*",), [*ALL[:2], *ALL[20:22], *PRODUCTS[:2], *PRODUCTS[10:]]),
+        (("head", "*.attn.scores"), [*PRODUCTS[::2], HEAD]),
+        (("patch_embed",), [PATCH]),
+        (("*",), EVERYTHING),
     ],
 )
 def test_patterns_exclude_what_they_match(
-    sites: list[LinearSite], patterns: tuple[str, ...], excluded: list[str]
+    model: ir.Model, patterns: tuple[str, ...], excluded: list[str]
 ) -> None:
-    placement = place(sites, patterns)
-    assert [entry.name for entry in placement.entries] == ALL
-    assert [entry.name for entry in placement.entries if not entry.int8] == excluded
-    assert list(placement.quantized) == [name for name in ALL if name not in excluded]
+    placement = place(model, patterns, Scope(attention=True, head=True, patch=True))
+    assert [entry.name for entry in placement.entries] == EVERYTHING
+    assert {entry.name for entry in placement.entries if not entry.int8} == set(excluded)
+    assert list(placement.quantized) == [name for name in EVERYTHING if name not in excluded]
     for entry in placement.entries:
         assert entry.int8 == (entry.reason == "")
         assert entry.int8 or entry.reason in {f"excluded by {p!r}" for p in patterns}
 
 
-@pytest.mark.parametrize("pattern", ["blocks.6.*", "blocks.0", "BLOCKS.0.*", "head", ""])
-def test_pattern_that_matches_nothing_is_refused(sites: list[LinearSite], pattern: str) -> None:
+@pytest.mark.parametrize("pattern", ["blocks.6.*", "blocks.0", "BLOCKS.0.*", "neck", ""])
+def test_pattern_that_matches_nothing_is_refused(model: ir.Model, pattern: str) -> None:
     with pytest.raises(GraphError, match="matches no Linear") as found:
-        place(sites, ("blocks.0.*", pattern))
+        place(model, ("blocks.0.*", pattern))
     assert "names look like blocks.0.attn.qkv" in found.value.hint
 
 

@@ -14,6 +14,7 @@ from calibration.table import (
     CalibrationImageRecord,
     CalibrationTable,
     load_table,
+    merge_tables,
     pack,
     save_table,
     unpack,
@@ -96,7 +97,7 @@ def test_demo_table_is_whole(demo_workspace: Workspace) -> None:
     table = load_table(demo_workspace.calibration(zoo.DEMO))
     assert len(table.images) == 200
     assert [record.name for record in table.images] == sorted(r.name for r in table.images)
-    assert len(table.statistics) == 24
+    assert len(table.statistics) == 31
 
 
 def _edit_extremes(raw: dict[str, Any]) -> None:
@@ -171,7 +172,7 @@ def test_truncated_table_is_refused(saved: Path, fraction: float) -> None:
 
 def test_newer_table_is_refused(saved: Path) -> None:
     raw = json.loads(saved.read_text(encoding="utf-8"))
-    raw["schema"] = 2
+    raw["schema"] = 3
     with pytest.raises(ArtifactError, match="written by a newer clipdeploy"):
         load_table(_write(saved, raw))
 
@@ -203,3 +204,61 @@ def test_unknown_linear_is_named() -> None:
 def test_damaged_statistics_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(CalibrationError, match="statistics are damaged"):
         unpack(replace(pack(_statistics()), **change))
+
+
+def _shard(number: int, count: int = 3) -> CalibrationTable:
+    records = tuple(CalibrationImageRecord(f"{number}{i}.png", f"{number}{i}" * 32) for i in (0, 1))
+    statistics = {f"blocks.{i}.mlp.fc1": pack(_statistics(10 * number + i)) for i in range(2)}
+    return replace(_table(), images=records, statistics=statistics, shard=(number, count))
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2), (2, 3, 1)])
+def test_shards_merge_in_any_order(order: tuple[int, ...]) -> None:
+    merged = merge_tables([_shard(number) for number in order])
+    assert merged == merge_tables([_shard(1), _shard(2), _shard(3)])
+    assert merged.shard is None
+    assert [r.name for r in merged.images] == [f"{n}{i}.png" for n in (1, 2, 3) for i in (0, 1)]
+    expected = _statistics(10).merge(_statistics(20)).merge(_statistics(30))
+    assert _equal(merged.of("blocks.0.mlp.fc1"), expected)
+    assert not _equal(merged.of("blocks.0.mlp.fc1"), _statistics(10).merge(_statistics(20)))
+
+
+def test_shard_survives_the_file(tmp_path: Path) -> None:
+    save_table(_shard(2), tmp_path / "x.json")
+    assert load_table(tmp_path / "x.json").shard == (2, 3)
+
+
+@pytest.mark.parametrize("numbers", [(1, 2), (2, 3), (1, 2, 2), (1, 1, 2, 3), (1,), (1, 2, 4)])
+def test_missing_and_double_shards_are_refused(numbers: tuple[int, ...]) -> None:
+    with pytest.raises(CalibrationError, match=r"of 3 are here, 1 to 3 are needed, each once"):
+        merge_tables([_shard(number) for number in numbers])
+
+
+def test_no_shard_and_a_whole_table_are_refused() -> None:
+    with pytest.raises(CalibrationError, match="no shard to merge"):
+        merge_tables([])
+    with pytest.raises(CalibrationError, match="a whole calibration already"):
+        merge_tables([_table()])
+    with pytest.raises(CalibrationError, match="are needed, each once"):
+        merge_tables([_shard(1), _table(), _shard(2), _shard(3)])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "other"},
+        {"weights": "random:1"},
+        {"source_graph": "cd" * 32},
+        {"preprocess": Preprocess(32, CLIP_MEAN, CLIP_STD)},
+        {"shard": (2, 4)},
+        {"statistics": {}},
+    ],
+)
+def test_shards_of_different_runs_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(CalibrationError, match="are of different runs"):
+        merge_tables([_shard(1), replace(_shard(2), **change), _shard(3)])
+
+
+def test_shards_that_share_an_image_are_refused() -> None:
+    with pytest.raises(CalibrationError, match="share images"):
+        merge_tables([_shard(1), replace(_shard(2), images=_shard(1).images), _shard(3)])

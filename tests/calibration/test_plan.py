@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from numpy.typing import NDArray
+
+from calibration.distribution import LEVELS, Distribution
+from calibration.plan import (
+    PlanConfig,
+    add_to_bias,
+    fold_all,
+    plan_linear,
+    plan_product,
+)
+from calibration.policy import LinearSite, find_linears, qkv_output
+from calibration.qdq import QuantizeConfig
+from calibration.smoothing import Folding
+from calibration.table import CalibrationTable
+from exporters.errors import UsageError
+from exporters.graphs import load_graph
+from exporters.session import OnnxSession
+
+PLAIN = PlanConfig("minmax", smooth=False, shift_gelu=False, clip_weights=False, correct_bias=False)
+NAMES = [f"blocks.2.{role}" for role in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+
+
+@pytest.fixture
+def sites(source: Path) -> dict[str, LinearSite]:
+    """Fresh for each test: planning writes biases."""
+    return {site.name: site for site in find_linears(load_graph(source))}
+
+
+def _array(value: ir.Value | None) -> NDArray[np.float64]:
+    assert value is not None
+    assert value.const_value is not None
+    return np.asarray(value.const_value.numpy(), np.float64)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_plain_plan_is_the_calibrated_range(
+    name: str, sites: dict[str, LinearSite], demo_table: CalibrationTable
+) -> None:
+    before = _array(sites[name].bias)
+    plan = plan_linear(sites[name], demo_table.of(name), None, PLAIN)
+    # float16 keeps eleven bits.
+    assert plan.step == pytest.approx(float(demo_table.of(name).amax.max()) / LEVELS, rel=2**-11)
+    assert plan.step == float(np.float16(plan.step))
+    assert (plan.zero, plan.strength) == (0, None)
+    assert not plan.shift_output.any()
+    assert np.array_equal(_array(sites[name].bias), before)
+    error = plan.integers * plan.weight_scale - _array(sites[name].weight)
+    # Round to nearest; the largest may lack 0.06 of a step, float16 having rounded the scale down.
+    assert (np.abs(error) <= 0.57 * plan.weight_scale).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_levels_are_shifted_behind_gelu_only(
+    name: str, sites: dict[str, LinearSite], demo_table: CalibrationTable
+) -> None:
+    plan = plan_linear(sites[name], demo_table.of(name), None, PlanConfig(smooth=False))
+    assert (plan.zero > 0) == name.endswith("fc2")
+    column = plan.integers.astype(np.float64).sum(axis=0) * plan.weight_scale
+    # Nothing but float64 rounding.
+    np.testing.assert_allclose(plan.shift_output, plan.step * plan.zero * column, rtol=1e-12)
+
+
+def _rows(table: CalibrationTable, name: str, count: int = 4_000) -> NDArray[np.float64]:
+    """Independent channels drawn from the collected histograms, (count, C)."""
+    rng = np.random.default_rng(0)
+    distribution = Distribution.of(table.of(name))
+    columns = []
+    for channel in range(len(distribution.mean)):
+        at = np.flatnonzero(distribution.channel == channel)
+        chance = distribution.count[at] / distribution.count[at].sum()
+        picked = rng.choice(at, size=count, p=chance)
+        columns.append(rng.uniform(distribution.low[picked], distribution.high[picked]))
+    return np.stack(columns, axis=1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("method", ["auto", "minmax"])
+def test_bias_correction_removes_the_mean_error_of_a_linear(
+    method: Any, name: str, sites: dict[str, LinearSite], demo_table: CalibrationTable
+) -> None:
+    site = sites[name]
+    weight, bias = _array(site.weight), _array(site.bias)
+    plan = plan_linear(site, demo_table.of(name), None, PlanConfig(method, smooth=False))
+    x = _rows(demo_table, name)
+    x += demo_table.of(name).mean - x.mean(axis=0)
+    q = np.clip(np.rint(x / plan.step - plan.zero), -LEVELS, LEVELS)
+    found = (plan.step * (q + plan.zero)) @ (plan.integers * plan.weight_scale.astype(np.float64))
+    error = (found - x @ weight).mean(axis=0)
+    corrected = error + _array(site.bias) - bias
+    # What is left is the noise of 4,000 draws and of bins: a small part of the error.
+    assert np.abs(corrected).mean() < 0.5 * np.abs(error).mean()
+    # Correcting in the wrong direction doubles it.
+    assert np.abs(error - (_array(site.bias) - bias)).mean() > 1.5 * np.abs(error).mean()
+
+
+def test_bias_correction_lowers_the_mean_error_of_the_logits(
+    make_int8: Callable[[QuantizeConfig], Path],
+    held_out: tuple[NDArray[np.float32], NDArray[np.int64]],
+    reference: NDArray[np.float32],
+) -> None:
+    errors = []
+    for correct in (True, False):
+        plan = PlanConfig(correct_bias=correct)
+        path = make_int8(QuantizeConfig(remainder="fp32", plan=plan))
+        (logits,) = OnnxSession(path).run(held_out[0])
+        errors.append(float(np.abs((logits - reference).mean(axis=0)).mean()))
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("method", ["max", "", "MINMAX"])
+def test_unknown_range_method_is_refused(method: Any) -> None:
+    with pytest.raises(UsageError, match="no range method") as found:
+        PlanConfig(range_method=method)
+    assert "auto" in found.value.hint
+
+
+def test_folding_moves_the_linears_that_can_be(
+    sites: dict[str, LinearSite], demo_table: CalibrationTable
+) -> None:
+    statistics = {name: demo_table.of(name) for name in sites}
+    foldings = fold_all(list(sites.values()), statistics)
+    assert set(foldings) == {name for name in sites if not name.endswith("fc2")}
+    # proj's folding changes the columns of V in qkv, so it comes first.
+    assert [name.endswith("proj") for name in foldings] == [True] * 6 + [False] * 12
+    for name, folding in foldings.items():
+        assert (folding.scale > 0).all()
+        middle = (statistics[name].minimum.astype(float) + statistics[name].maximum) / 2
+        assert np.array_equal(folding.shift, middle)
+
+
+def test_folded_linear_is_planned_for_what_it_will_see(
+    sites: dict[str, LinearSite], demo_table: CalibrationTable
+) -> None:
+    name = "blocks.2.mlp.fc1"
+    statistics = demo_table.of(name)
+    folding = Folding(np.zeros(96), np.full(96, 4.0), 0.5)
+    one = plan_linear(sites[name], statistics, None, PLAIN)
+    other = plan_linear(sites[name], statistics, folding, PLAIN)
+    # A power of two moves no bit of a float16.
+    assert other.step == one.step / 4
+    assert other.strength == 0.5
+
+
+def test_products_have_a_step_for_each_operand(demo_table: CalibrationTable) -> None:
+    statistics = demo_table.of(qkv_output("blocks.2.attn.qkv"))
+    parts = [float(statistics.amax[at * 96 : (at + 1) * 96].max()) for at in range(3)]
+    q, k = plan_product("attn.scores", statistics, None)
+    soft, v = plan_product("attn.mix", statistics, None)
+    # Softmax reaches one: 1 / 127 in float16.
+    assert soft == float(np.float16(1 / LEVELS))
+    for step, largest in zip((q, k, v), parts, strict=True):
+        # Least error clips something of a tensor with tails, but not most; float16 may round up.
+        assert 0.2 * largest <= step * LEVELS <= largest * (1 + 2**-10)
+    folding = Folding(np.zeros(96), np.full(96, 2.0))
+    assert plan_product("attn.mix", statistics, folding)[1] == pytest.approx(v / 2, rel=0.02)
+    assert plan_product("attn.scores", statistics, folding) == (q, k)
+
+
+def test_add_to_bias_adds(sites: dict[str, LinearSite]) -> None:
+    bias = sites["blocks.0.mlp.fc2"].bias
+    assert bias is not None
+    before, name = _array(bias), bias.name
+    add_to_bias(bias, np.arange(96) / 8)
+    # float32 rounding of the sum.
+    np.testing.assert_allclose(_array(bias), before + np.arange(96) / 8, rtol=1e-6, atol=1e-6)
+    assert (bias.name, bias.const_value.dtype) == (name, ir.DataType.FLOAT)
