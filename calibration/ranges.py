@@ -112,7 +112,7 @@ def choose_range(
     if method == "minmax":
         return values.amax
     if method == "auto":
-        return _least_error(values.density(channel_weight))
+        return min(_least_error(values.density(channel_weight)), values.amax)
     if method not in _TENSOR_METHODS:
         raise UsageError(f"no range method {method!r}", hint=f"one of {', '.join(RANGE_METHODS)}")
-    return _TENSOR_METHODS[method](values.density())
+    return min(_TENSOR_METHODS[method](values.density()), values.amax)
