@@ -124,9 +124,14 @@ def _values(proj: LinearSite, qkv: LinearSite) -> Source | None:
     if split is None or split.op_type != "Split" or v is not split.outputs[2]:
         return None
     joined = _step(_step(_step(split.outputs[2], "Split"), "Transpose"), "Reshape")
-    if qkv.bias is None or _step(joined, "Add") is not qkv.matmul.outputs[0]:
+    bias = qkv.bias
+    if (
+        bias is None
+        or bias.const_value is None
+        or _step(joined, "Add") is not qkv.matmul.outputs[0]
+    ):
         return None
-    return Source(qkv.weight, qkv.bias, 2 * qkv.bias.const_value.size // 3)  # type: ignore[union-attr]
+    return Source(qkv.weight, bias, 2 * bias.const_value.size // 3)
 
 
 def find_source(site: LinearSite, sites: dict[str, LinearSite]) -> Source | None:
