@@ -34,13 +34,15 @@ class WeightsChoice:
     """Which weights the user asked for: a checkpoint, a random seed, or the card's own.
 
     ``checkpoint`` is a file or ``hf://OWNER/NAME``.
-    ``resize_position`` resamples a position grid of another size; ``offline`` forbids downloads.
+    ``resize_position`` resamples a position grid of another size; ``offline`` forbids downloads,
+    ``show_download`` shows a bar while one runs.
     """
 
     checkpoint: Path | str | None = None
     random_seed: int | None = None
     resize_position: bool = False
     offline: bool = False
+    show_download: bool = True
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ def _read(card: ModelCard, choice: WeightsChoice) -> Checkpoint:
         return read_checkpoint(Path(chosen))
     if card.name == zoo.DEMO:
         return read_checkpoint(zoo.demo_file("weights.safetensors"))
-    checkpoint = read_checkpoint(fetch(card, offline=choice.offline))
+    checkpoint = read_checkpoint(fetch(card, offline=choice.offline, progress=choice.show_download))
     if not checkpoint.sha256.startswith(card.sha256_prefix):
         raise CheckpointError(
             f"{checkpoint.path} is not the published file: its SHA-256 begins with "

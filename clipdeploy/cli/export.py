@@ -84,7 +84,7 @@ def export(
     artifact = export_model(
         context.workspace,
         name,
-        WeightsChoice(checkpoint, random_init, resize_pos_embed, offline),
+        WeightsChoice(checkpoint, random_init, resize_pos_embed, offline, not context.quiet),
         Recipe(numerics, resize),
         ExportConfig(opset, batch, preprocess),
         force=force,
