@@ -17,12 +17,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from calibration.distribution import LEVELS, Distribution
+from calibration.distribution import Distribution
 from calibration.observers import ChannelStatistics
 from calibration.policy import LinearSite
 from calibration.ranges import RANGE_METHODS, RangeMethod, choose_range, search_levels
 from calibration.smoothing import Folding, find_source, fold, search_folding
-from calibration.weights import float16_scale, quantize_weight, weight_error
+from calibration.weights import float16_step, quantize_weight, weight_error
 from exporters.errors import UsageError
 
 __all__ = [
@@ -37,13 +37,22 @@ __all__ = [
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """How ranges are found, and which corrections are made; each can be switched off."""
+    """How ranges are found, and which corrections are made; each can be switched off.
+
+    ``shift_gelu`` belongs to the ``auto`` range: it searches fc2's levels to both sides at once,
+    where the other methods name one range and mean it.
+    """
 
     range_method: RangeMethod = "auto"
     smooth: bool = True
     shift_gelu: bool = True
     clip_weights: bool = True
     correct_bias: bool = True
+
+    @property
+    def shifts_gelu(self) -> bool:
+        """Whether GELU's output is shifted before it is quantised."""
+        return self.shift_gelu and self.range_method == "auto"
 
     def __post_init__(self) -> None:
         if self.range_method not in RANGE_METHODS:
@@ -113,12 +122,12 @@ def plan_linear(
     values = Distribution.of(statistics, folding.shift, folding.scale)
     squares = np.einsum("ij,ij->i", weight, weight).astype(np.float64)
     zero = 0
-    if config.shift_gelu and site.role == "mlp.fc2" and site.bias is not None:
+    if config.shifts_gelu and site.role == "mlp.fc2" and site.bias is not None:
         step, zero = search_levels(values, squares)
         values = Distribution.of(statistics, step * zero)
     else:
         limit = choose_range(values, config.range_method, squares)
-        step = float(float16_scale(np.asarray([limit / LEVELS]))[0])
+        step = float16_step(limit)
     variance = np.maximum(values.second_moment() - values.mean**2, 0.0)
     integers, scale = quantize_weight(weight, variance if config.clip_weights else None)
     if config.correct_bias and site.bias is not None:
@@ -151,5 +160,4 @@ def plan_product(
         # Softmax gives values from 0 to 1.
         values = Distribution.of(parts[2], known.shift, known.scale)
         limits = [1.0, choose_range(values, "mse")]
-    first, second = float16_scale(np.asarray(limits) / LEVELS)
-    return float(first), float(second)
+    return float16_step(limits[0]), float16_step(limits[1])

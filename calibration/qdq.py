@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from calibration.distribution import LEVELS, Distribution
+from calibration.distribution import Distribution
 from calibration.plan import (
     LinearPlan,
     PlanConfig,
@@ -36,7 +36,7 @@ from calibration.policy import (
 )
 from calibration.smoothing import Folding
 from calibration.table import CalibrationTable, load_table
-from calibration.weights import float16_scale, quantize_weight
+from calibration.weights import float16_step, quantize_weight
 from calibration.write import QdqWriter
 from exporters.artifact import Passport, Preprocess, settings_of
 from exporters.checks import check_structure
@@ -131,7 +131,7 @@ def _write_head(writer: QdqWriter, node: ir.Node, table: CalibrationTable) -> No
     # Gemm holds the weight as (Cout, Cin).
     integers, scale = quantize_weight(np.ascontiguousarray(weight.const_value.numpy().T))
     amax = Distribution.of(table.of(HEAD)).amax
-    writer.activation(node, 0, HEAD, float(float16_scale(np.asarray([amax / LEVELS]))[0]))
+    writer.activation(node, 0, HEAD, float16_step(amax))
     writer.weight(node, HEAD, np.ascontiguousarray(integers.T), scale, axis=0)
 
 
@@ -144,7 +144,7 @@ def _write_patch(writer: QdqWriter, node: ir.Node, spec: Preprocess) -> None:
     # A pixel lies between 0 and 255: no image needs to be asked.
     mean, std = np.asarray(spec.mean), np.asarray(spec.std)
     amax = float(np.maximum(mean / std, (1 - mean) / std).max())
-    writer.activation(node, 0, PATCH, float(float16_scale(np.asarray([amax / LEVELS]))[0]))
+    writer.activation(node, 0, PATCH, float16_step(amax))
     writer.weight(node, PATCH, integers.T.reshape(kernel.shape).copy(), scale, axis=0)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.distribution import LEVELS, Density, Distribution
-from calibration.weights import float16_scale
+from calibration.weights import float16_step
 from exporters.errors import UsageError
 
 __all__ = ["RANGE_METHODS", "RangeMethod", "choose_range", "search_levels"]
@@ -90,8 +90,9 @@ def search_levels(values: Distribution, channel_weight: NDArray[np.float64]) -> 
     low, high = float(values.smallest.min()), float(values.largest.max())
     best, least = (density.largest / LEVELS, 0), np.inf
     for part in (*(0.95 ** np.arange(40)), 0.0):
-        bottom, top = max(low, -density.largest), max(high * part, -low, 1e-12)
-        step = float(float16_scale(np.asarray([(top - bottom) / 2 / LEVELS]))[0])
+        # Zero itself is always a level, so that the zero point fits uint8.
+        bottom, top = min(low, 0.0), max(high * part, -low, 1e-12)
+        step = float16_step((top - bottom) / 2)
         zero = round((top + bottom) / 2 / step)
         if (error := density.shifted_error(zero * step, step)) < least:
             best, least = (step, zero), error

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from calibration.distribution import LEVELS
 
-__all__ = ["float16_scale", "quantize_weight", "weight_error"]
+__all__ = ["float16_scale", "float16_step", "quantize_weight", "weight_error"]
 
 _SMALLEST_SCALE = float(np.finfo(np.float16).tiny)
 _CLIPS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)
@@ -25,6 +25,11 @@ def float16_scale(scale: NDArray[np.float64]) -> NDArray[np.float32]:
     The FP16 and the FP32 flavour of a graph then hold the same integers and the same scales.
     """
     return np.maximum(scale, _SMALLEST_SCALE).astype(np.float16).astype(np.float32)
+
+
+def float16_step(limit: float) -> float:
+    """The step whose 127th multiple is ``limit``, a float16 value."""
+    return float(float16_scale(np.asarray([limit / LEVELS]))[0])
 
 
 def _rounded(weight: NDArray[np.float32], scale: NDArray[np.float32]) -> NDArray[np.float32]:

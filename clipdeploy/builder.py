@@ -23,7 +23,7 @@ from clipdeploy.passport import (
     save_engine_passport,
 )
 from exporters.errors import ArtifactError, BuildError, UsageError
-from exporters.files import sha256_file, write_atomic
+from exporters.files import file_errors, sha256_file, write_atomic
 from exporters.graphs import read_passport
 from exporters.progress import SILENT, Progress
 
@@ -186,7 +186,8 @@ def build_engine(
     device = gpus()
     # The passport goes first: an engine without one is never believed, and a passport without its
     # engine vouches for nothing.
-    passport_path(engine).unlink(missing_ok=True)
+    with file_errors("replace", passport_path(engine)):
+        passport_path(engine).unlink(missing_ok=True)
     write_atomic(engine, plan)
     result = EnginePassport(
         graph=passport,

@@ -19,7 +19,7 @@ from clipdeploy.datasets import ImageFolder, Skipped, iter_crops, open_images, s
 from clipdeploy.workspace import Workspace
 from exporters.artifact import Passport
 from exporters.errors import ArtifactError, DatasetError, UsageError
-from exporters.files import sha256_file
+from exporters.files import file_errors, sha256_file
 from exporters.progress import SILENT, Progress
 from exporters.samples import Samples
 
@@ -113,10 +113,12 @@ def calibrate_model(
 
     partial = path.with_suffix(".partial")
     if force:
-        partial.unlink(missing_ok=True)
+        with file_errors("remove", partial):
+            partial.unlink(missing_ok=True)
     settings = CollectConfig(partial, shard=config.shard)
     table = save_table(collect(graph, rest, wanted, settings, progress), path)
-    partial.unlink(missing_ok=True)
+    with file_errors("remove", partial):
+        partial.unlink(missing_ok=True)
     return CalibrationArtifact(path, table, tuple(skipped.names if skipped else ()), changed=True)
 
 

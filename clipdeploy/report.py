@@ -73,6 +73,8 @@ def verification_table(result: Verification) -> Group:
             figures[:2] = ["-", "-"]
         table.add_row(_name(row), *figures, Text(row.verdict, style=_COLOURS[row.verdict]))
     leaked = f", {result.leaked} of them used for calibration" if result.leaked else ""
+    if result.leaked is None:
+        leaked = ", nobody knows how many of them used for calibration"
     heading = Text(f"{result.model} on {result.images} images of {result.data}{leaked}")
     verdict = Text(verdict_line(result), style="bold")
     reasons = [Text(f"  {_name(row)}: {row.reason}") for row in result.rows]

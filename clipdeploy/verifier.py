@@ -68,7 +68,7 @@ class Row:
 class Verification:
     """The result: ``passed`` only if every row is; use it as a truth value.
 
-    ``leaked`` counts images that an artifact was calibrated on.
+    ``leaked`` counts images that an artifact was calibrated on, None if nobody can tell.
     """
 
     model: str
@@ -76,7 +76,7 @@ class Verification:
     images: int
     labelled: bool
     skipped: tuple[str, ...]
-    leaked: int
+    leaked: int | None
     random_weights: bool
     max_drop: float
     rows: tuple[Row, ...]
@@ -160,13 +160,13 @@ def verify_targets(
     config: VerifyConfig = VerifyConfig(),
     progress: Progress = SILENT,
     *,
-    seen: frozenset[str] = frozenset(),
+    seen: frozenset[str] | None = frozenset(),
     allow_leak: bool = False,
 ) -> Verification:
     """Run reference and artifacts over ``images`` and judge each artifact.
 
-    ``seen`` holds the SHA-256 of images that an artifact was calibrated on; with ``allow_leak``
-    they are counted, otherwise refused.
+    ``seen`` holds the SHA-256 of images that an artifact was calibrated on, None if they are not
+    known; with ``allow_leak`` they are counted, otherwise refused.
 
     Raises:
         DatasetError: an image that cannot be read, unless ``skip_unreadable``, or one of ``seen``.
@@ -186,7 +186,7 @@ def verify_targets(
             allowed = skipped if config.skip_unreadable else None
             for batch in _batches(images, spec, config.batch, allowed):
                 samples = Samples(np.stack([crop.pixels for crop in batch]), spec)
-                leaked += _count_leaks(batch, seen, allow_leak)
+                leaked += _count_leaks(batch, seen or frozenset(), allow_leak)
                 expected = torch_runner(samples.pixels)
                 labels = _labels(batch) if images.labelled else None
                 for target, runner in runners:
@@ -206,7 +206,7 @@ def verify_targets(
         images=len(images.entries) - len(skipped.names),
         labelled=images.labelled,
         skipped=tuple(skipped.names),
-        leaked=leaked,
+        leaked=None if seen is None else leaked,
         random_weights=reference.weights.kind == "random",
         max_drop=config.max_drop,
         rows=tuple(rows),

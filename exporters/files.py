@@ -64,7 +64,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.umask(umask)
             temporary.chmod(0o666 & ~umask)
             os.replace(temporary, path)
-        except BaseException:
+        except BaseException:  # Ctrl-C as well must leave nothing behind; it is raised again
             with suppress(OSError):
                 temporary.unlink()
             raise

@@ -29,7 +29,11 @@ _OPTIONS = (
         help="How activation ranges are found; auto looks at the error of the Linear's output.",
     ),
     click.option("--no-smooth", is_flag=True, help="Leave activation outliers where they are."),
-    click.option("--no-shift", is_flag=True, help="No Sub after GELU: symmetric levels there."),
+    click.option(
+        "--no-shift",
+        is_flag=True,
+        help="No Sub after GELU, which --range auto adds.",
+    ),
     click.option("--no-bias-correction", is_flag=True, help="Leave biases as they are."),
     click.option("--no-weight-clip", is_flag=True, help="Weight scales from the largest weight."),
     click.option("--quantize-attention", is_flag=True, help="Attention's two products as well."),

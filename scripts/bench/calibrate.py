@@ -36,6 +36,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from memory import peak_megabytes
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -302,19 +303,11 @@ def missing_peers() -> dict[str, str]:
 # Processes ---------------------------------------------------------------------------------------
 
 
-def _peak_megabytes() -> float:
-    """The largest resident size of this process so far (Linux)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024 / 1e6
-    return float("nan")
-
-
 def worker(maker: Maker, job: Job) -> None:
     """Do one job in this process, within the address space allowed, and print the peak."""
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     maker(job)
-    print(f"{_PEAK} {_peak_megabytes()}")
+    print(f"{_PEAK} {peak_megabytes()}")
 
 
 def _reason(stderr: str) -> str:

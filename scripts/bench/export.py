@@ -25,6 +25,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+from memory import peak_megabytes
 
 from clipdeploy import zoo
 from clipdeploy.model import random_tensors
@@ -129,14 +130,6 @@ def measured(name: str, model: str, checkpoint: Path, target: Path) -> tuple[flo
     return time.perf_counter() - started, float(done.stdout.rpartition(PEAK)[2])
 
 
-def peak_megabytes() -> float:
-    """The largest resident size of this process so far (Linux)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024 / 1e6
-    return float("nan")
-
-
 def latencies(files: dict[str, Path], size: int, batch: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of each round of ONNX Runtime FP32 inference, the graphs taking turns."""
     image = np.random.default_rng(0).standard_normal((batch, 3, size, size), np.float32)
@@ -206,10 +199,10 @@ def main() -> None:
 
 def import_torch() -> float:
     """Peak resident megabytes of a process that only imports torch."""
-    code = "import torch; print(open('/proc/self/status').read())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    line = next(line for line in done.stdout.splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024 / 1e6
+    code = "import torch; from memory import peak_megabytes; print(peak_megabytes())"
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=HERE.parent)
+    return float(done.stdout)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from calibration.plan import (
 )
 from calibration.policy import LinearSite, find_linears, qkv_output
 from calibration.qdq import QuantizeConfig
+from calibration.ranges import RangeMethod, choose_range
 from calibration.smoothing import Folding
 from calibration.table import CalibrationTable
 from exporters.errors import UsageError
@@ -39,6 +40,21 @@ def _array(value: ir.Value | None) -> NDArray[np.float64]:
     assert value is not None
     assert value.const_value is not None
     return np.asarray(value.const_value.numpy(), np.float64)
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "entropy"])
+def test_a_named_range_method_is_used_for_every_linear(
+    method: RangeMethod, sites: dict[str, LinearSite], demo_table: CalibrationTable
+) -> None:
+    name = "blocks.2.mlp.fc2"
+    config = PlanConfig(method)
+    plan = plan_linear(sites[name], demo_table.of(name), None, config)
+    limit = choose_range(Distribution.of(demo_table.of(name)), method)
+    # float16 keeps eleven bits.
+    assert plan.step == pytest.approx(limit / LEVELS, rel=2**-11)
+    assert plan.zero == 0
+    # The default searches fc2's levels to both sides of zero at once instead.
+    assert plan_linear(sites[name], demo_table.of(name), None, PlanConfig()).zero > 0
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -115,4 +115,5 @@ def test_the_demo_keeps_its_accuracy(tmp_path: Path) -> None:
     assert all(engine.path.stat().st_size > 1e6 for engine in result.engines)
     drops = [row.fidelity.drop for row in result.verification.rows if row.fidelity]
     assert len(drops) >= 3
-    assert all(drop is not None and drop <= 1.0 for drop in drops)
+    # Two and a half of the 500 digits.
+    assert all(drop is not None and drop <= 0.5 for drop in drops)

@@ -156,6 +156,14 @@ def test_verification_images_among_the_calibration_images(artifacts: Path) -> No
     unknown = run("verify", "--data", TEST, *at)
     assert unknown.exit_code == 1
     assert "nobody can tell" in unknown.stderr
+    anyway = run("verify", "--data", TEST, "--allow-leak", "--json", *at)
+    assert json.loads(anyway.stdout)["leaked"] is None
+    # Another calibration than the graph's tells nothing either.
+    assert calibrate(artifacts).exit_code == 0
+    assert run("verify", "--data", TEST, *at).exit_code == 1
+    other = run("verify", "--data", TEST, "--allow-leak", *at)
+    assert other.exit_code == 0
+    assert "nobody knows how many" in " ".join(other.stdout.split())
 
 
 def test_a_table_edited_by_hand_is_refused(artifacts: Path) -> None:
