@@ -31,7 +31,8 @@ from calibration.table import (
 from exporters.artifact import BATCH_AXIS
 from exporters.errors import CalibrationError, ClipdeployError, GraphError
 from exporters.files import sha256_file
-from exporters.graphs import load_graph, read_passport
+from exporters.graphs import load_graph
+from exporters.headers import read_passport
 from exporters.progress import SILENT, Progress
 from exporters.session import OnnxSession
 

@@ -42,7 +42,8 @@ from exporters.artifact import Passport, Preprocess, settings_of
 from exporters.checks import check_structure
 from exporters.errors import ArtifactError, GraphError, UsageError
 from exporters.files import sha256_file
-from exporters.graphs import GraphArtifact, load_graph, read_passport, save_graph
+from exporters.graphs import load_graph, save_graph
+from exporters.headers import GraphArtifact, read_passport
 from exporters.overflow import check_storage, largest_values, near_limit
 from exporters.precision import Fp16Config, half_precision
 from exporters.samples import Samples

@@ -97,10 +97,15 @@ class QdqWriter:
         assert value is not None
         stored = self._constant(f"{value.name}/int8", integers)
         scales = self._constant(f"{value.name}/scale", scale)
+        inputs = [stored, scales]
+        if self.unsigned:
+            # ONNX Runtime's exact kernels (session.x64quantprecision) fail without one.
+            zeros = np.zeros(scale.shape, np.int8)
+            inputs.append(self._constant(f"{value.name}/zero_point", zeros))
         dq = self._node(
             "DequantizeLinear",
             f"{name}/weight_DQ",
-            [stored, scales],
+            inputs,
             ir.DataType.FLOAT,
             value,
             axis,

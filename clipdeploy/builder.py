@@ -6,50 +6,37 @@ The graph decides every precision; the builder only compiles.  That is the one w
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import hashlib
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
-from clipdeploy.device import gpus
+from clipdeploy.backends import choose_backend, targets_capabilities, tensorrt_module
+from clipdeploy.build_config import BuildConfig, check_options
+from clipdeploy.build_monitor import PERCENT
+from clipdeploy.compiler import Compiled, Compiler
+from clipdeploy.device import driver, gpus
+from clipdeploy.download import cache_folder
+from clipdeploy.inspector import ExecutedPrecision, executed_precision, parse_build_log
 from clipdeploy.passport import (
     EnginePassport,
+    Hashes,
+    library_versions,
     load_engine_passport,
     passport_path,
     platform_name,
     save_engine_passport,
 )
-from exporters.errors import ArtifactError, BuildError, UsageError
-from exporters.files import file_errors, sha256_file, write_atomic
-from exporters.graphs import read_passport
+from exporters.artifact import Passport, settings_of
+from exporters.blocks import asked_precision, tensor_types
+from exporters.errors import ArtifactError, EngineError, FileError
+from exporters.files import check_writable, file_errors, sha256_file, write_atomic
+from exporters.headers import read_passport, read_skeleton
 from exporters.progress import SILENT, Progress
 
-__all__ = ["Backend", "BuildConfig", "EngineArtifact", "build_engine", "choose_backend"]
-
-Backend = Literal["tensorrt", "tensorrt-rtx"]
-_MODULES: dict[Backend, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-
-
-@dataclass(frozen=True)
-class BuildConfig:
-    """``profile`` is the (smallest, optimal, largest) batch that the engine takes.
-
-    A graph that was exported for one batch size has that one, whatever ``profile`` says.
-    """
-
-    backend: Literal["auto", "tensorrt", "tensorrt-rtx"] = "auto"
-    profile: tuple[int, int, int] = (1, 8, 32)
-
-    def __post_init__(self) -> None:
-        low, best, high = self.profile
-        if not 1 <= low <= best <= high:
-            raise UsageError(
-                f"the batch profile {low}, {best}, {high} is not in order",
-                hint="1 <= --min-batch <= --opt-batch <= --max-batch",
-            )
+__all__ = ["EngineArtifact", "build_engine"]
 
 
 @dataclass(frozen=True)
@@ -61,98 +48,53 @@ class EngineArtifact:
     changed: bool
 
 
-def _installed(backend: Backend) -> bool:
-    return importlib.util.find_spec(_MODULES[backend]) is not None
-
-
-def choose_backend(wanted: Literal["auto", "tensorrt", "tensorrt-rtx"]) -> Backend:
-    """The TensorRT flavour to build with.
-
-    ``auto`` takes TensorRT where it is installed and a GPU is there to build on, else
-    TensorRT-RTX, which builds without one.
-
-    Raises:
-        BuildError: that flavour, or any, is not installed.
-    """
-    if wanted == "auto":
-        if _installed("tensorrt") and gpus():
-            return "tensorrt"
-        wanted = "tensorrt-rtx"
-    if not _installed(wanted):
-        package = _MODULES[wanted].replace("_", "-")
-        raise BuildError(f"{package} is not installed", hint=f"pip install {package}")
-    if wanted == "tensorrt" and not gpus():
-        raise BuildError(
-            "TensorRT builds only on a machine with a GPU",
-            hint="pass --backend tensorrt-rtx, which builds without one",
-        )
-    return wanted
-
-
-def tensorrt_module(backend: Backend) -> ModuleType:
-    """Point Polygraphy at ``backend`` and import the module behind it.
-
-    Polygraphy decides between TensorRT and TensorRT-RTX when its TensorRT modules are imported,
-    so one process can use one flavour.
-
-    Raises:
-        BuildError: this process already uses the other flavour.
-    """
-    import polygraphy.config
-    from polygraphy.logger import G_LOGGER
-
-    rtx = backend == "tensorrt-rtx"
-    imported = "polygraphy.backend.trt" in sys.modules
-    if imported and rtx != polygraphy.config.USE_TENSORRT_RTX:
-        raise BuildError(
-            f"this process already uses another TensorRT than {backend}",
-            hint="start a new one",
-        )
-    polygraphy.config.USE_TENSORRT_RTX = rtx
-    G_LOGGER.module_severity = G_LOGGER.CRITICAL
-    return importlib.import_module(_MODULES[backend])
-
-
-def _compile(graph: Path, backend: Backend, shape: tuple[int, ...], config: BuildConfig) -> Any:
-    from polygraphy.backend.trt import (
-        CreateConfig,
-        EngineBytesFromNetwork,
-        NetworkFromOnnxPath,
-        Profile,
+def _unchanged(engine: Path, wanted: EnginePassport) -> EnginePassport | None:
+    """The passport of the engine that lies there, if all but its graph is as ``wanted``."""
+    try:
+        found = load_engine_passport(engine)
+    except (ArtifactError, FileError):
+        return None
+    same = all(
+        getattr(found, name) == getattr(wanted, name)
+        for name in ("backend", "backend_version", "profiles", "capabilities", "settings")
     )
-    from polygraphy.exception import PolygraphyException
-
-    low, best, high = ((batch, *shape) for batch in config.profile)
-    profile = Profile().add("image", min=low, opt=best, max=high)
-    if backend == "tensorrt-rtx":
-        from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
-
-        create_config = CreateConfigRTX(profiles=[profile])
-    else:
-        create_config = CreateConfig(profiles=[profile])
-    network = NetworkFromOnnxPath(str(graph), strongly_typed=True)
-    try:
-        return EngineBytesFromNetwork(network, config=create_config)()
-    except PolygraphyException as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BuildError(
-            f"{backend} cannot compile {graph}: {reason}",
-            hint="see TensorRT's own messages with --debug",
-        ) from error
+    return found if same else None
 
 
-def _unchanged(
-    engine: Path, graph_hash: str, backend: Backend, version: str, config: BuildConfig
-) -> EngineArtifact | None:
-    if not engine.exists() or not passport_path(engine).exists():
-        return None
-    try:
-        passport = load_engine_passport(engine)
-    except ArtifactError:
-        return None
-    wanted = (graph_hash, backend, version, config.profile)
-    found = (passport.graph_sha256, passport.backend, passport.backend_version, passport.profile)
-    return EngineArtifact(engine, passport, changed=False) if found == wanted else None
+def _settings(config: BuildConfig) -> dict[str, Any]:
+    """What decides the engine: not who chose the flavour, nor how fast the build is."""
+    settings = settings_of(config)
+    return {name: settings[name] for name in settings if name not in ("backend", "timing_cache")}
+
+
+def _draft(passport: Passport, compiler: Compiler, config: BuildConfig) -> EnginePassport:
+    """The passport as far as it is known before the build."""
+    device = gpus()
+    targets = targets_capabilities(compiler.module)
+    fp32 = passport.precision == "fp32"
+    return EnginePassport(
+        graph=passport,
+        hashes=Hashes(
+            plan="",
+            graph="",
+            source_graph=None if fp32 else passport.parents.get("source_graph"),
+            calibration=passport.parents.get("calibration"),
+            checkpoint=passport.weights.sha256 or None,
+        ),
+        plan_bytes=0,
+        build_seconds=0.0,
+        backend=compiler.backend,
+        backend_version=compiler.version,
+        profiles=config.profiles,
+        capabilities=compiler.capabilities(config.compute_capability),
+        hardware=config.hardware_compatible,
+        platform=platform_name(),
+        gpu=device[0].name if device and not targets else None,
+        driver=getattr(driver(), "version", None),
+        cuda=getattr(driver(), "cuda", None),
+        settings=_settings(config),
+        versions=library_versions(),
+    )
 
 
 def build_engine(
@@ -166,40 +108,64 @@ def build_engine(
     """Compile ``graph`` to ``engine``, unless an engine of the same graph and settings is there.
 
     Raises:
-        BuildError: no TensorRT, or TensorRT refuses the graph.
+        BuildError: no TensorRT, an option that it does not have, or it refuses the graph.
         ArtifactError, FileError: the graph cannot be used, or the engine not written.
     """
     passport = read_passport(graph)
     batch = passport.input.shape[0]
     if isinstance(batch, int):
-        config = replace(config, profile=(batch, batch, batch))
-    backend = choose_backend(config.backend)
-    graph_hash = sha256_file(graph)
-    version = str(tensorrt_module(backend).__version__)
-    if not force and (found := _unchanged(engine, graph_hash, backend, version, config)):
-        return found
-    shape = tuple(axis for axis in passport.input.shape[1:] if isinstance(axis, int))
-    started = time.perf_counter()
-    with progress.task(f"build the {passport.precision} engine with {backend} {version}"):
-        plan = bytes(_compile(graph, backend, shape, config))
-    seconds = time.perf_counter() - started
-    device = gpus()
-    # The passport goes first: an engine without one is never believed, and a passport without its
-    # engine vouches for nothing.
+        config = replace(config, profiles=((batch, batch, batch),))
+    choice = choose_backend(config.backend)
+    compiler = Compiler(choice.backend, tensorrt_module(choice.backend))
+    check_options(choice.backend, compiler.module, config)
+    wanted = _draft(passport, compiler, config)
+    # Hashes take as long as the disk and a core allow: they run beside the compiler.
+    with ThreadPoolExecutor(1) as hasher:
+        graph_hash = hasher.submit(sha256_file, graph)
+        found = None if force else _unchanged(engine, wanted)
+        if found is not None and found.hashes.graph == graph_hash.result():
+            return EngineArtifact(engine, found, changed=False)
+        check_writable(engine)
+        compiler.check_flags(config)
+        skeleton = read_skeleton(graph)
+        compiler.check_types(tensor_types(skeleton), wanted.capabilities)
+        cache = compiler.timing_cache(config, cache_folder())
+        what = f"build the {passport.precision} engine with {choice.backend} {compiler.version}"
+        started = time.perf_counter()
+        with progress.task(f"{what} ({choice.reason})", PERCENT) as advance:
+            compiled = compiler.compile(graph, passport.input, config, cache, advance)
+        seconds = time.perf_counter() - started
+        hashes = replace(
+            wanted.hashes,
+            plan=_write_plan(engine, compiled.plan, hasher),
+            graph=graph_hash.result(),
+            timing_cache=sha256_file(cache) if cache and cache.exists() else None,
+        )
+    made = replace(
+        wanted,
+        hashes=hashes,
+        plan_bytes=compiled.plan.nbytes,
+        build_seconds=round(seconds, 3),
+        asked=asked_precision(skeleton),
+        compiled=_compiled_precision(compiled),
+    )
+    save_engine_passport(made, engine)
+    return EngineArtifact(engine, made, changed=True)
+
+
+def _compiled_precision(compiled: Compiled) -> ExecutedPrecision | None:
+    """What the compiler lists of the layers that it made; None where it lists none."""
+    try:
+        return executed_precision(parse_build_log(compiled.log))
+    except EngineError:
+        return None
+
+
+def _write_plan(engine: Path, plan: memoryview, hasher: ThreadPoolExecutor) -> str:
+    """Put ``plan`` in the place of an older engine; its SHA-256."""
+    digest = hasher.submit(lambda: hashlib.sha256(plan).hexdigest())
+    # The old passport goes first: an engine without one is never believed.
     with file_errors("replace", passport_path(engine)):
         passport_path(engine).unlink(missing_ok=True)
     write_atomic(engine, plan)
-    result = EnginePassport(
-        graph=passport,
-        graph_sha256=graph_hash,
-        plan_sha256=sha256_file(engine),
-        plan_bytes=len(plan),
-        build_seconds=round(seconds, 3),
-        backend=backend,
-        backend_version=version,
-        profile=config.profile,
-        built_on=f"{device[0].name}, {device[0].sm}" if device else "a machine without a GPU",
-        platform=platform_name(),
-    )
-    save_engine_passport(result, engine)
-    return EngineArtifact(engine, result, changed=True)
+    return digest.result()

@@ -10,7 +10,7 @@ from clipdeploy.device import gpus
 from clipdeploy.pipeline import build_model, export_model, verify_model
 from clipdeploy.verifier import Verification
 from clipdeploy.workspace import PRECISIONS, Workspace
-from exporters.graphs import GraphArtifact
+from exporters.headers import GraphArtifact
 from exporters.progress import SILENT, Progress
 
 __all__ = ["DemoResult", "run_demo"]

@@ -1,4 +1,4 @@
-"""Which NVIDIA GPUs the driver shows, asked without any CUDA package."""
+"""Which NVIDIA GPUs the driver shows, asked without PyTorch and without a CUDA toolkit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 
-__all__ = ["Gpu", "gpus"]
+__all__ = ["Driver", "Gpu", "driver", "gpus"]
 
 # CUdevice_attribute in cuda.h.
 _MAJOR, _MINOR = 75, 76
@@ -23,19 +23,38 @@ class Gpu:
     @property
     def sm(self) -> str:
         """The compute capability as NVIDIA writes it: ``SM 8.9``."""
-        return "SM {}.{}".format(*self.compute_capability)
+        return f"SM {self.capability}"
+
+    @property
+    def capability(self) -> str:
+        """The compute capability as an option takes it: ``8.9``."""
+        return "{}.{}".format(*self.compute_capability)
+
+
+@dataclass(frozen=True)
+class Driver:
+    """The NVIDIA driver: its own version, and the newest CUDA that it runs."""
+
+    version: str
+    cuda: str
 
 
 @cache
-def gpus() -> tuple[Gpu, ...]:
-    """The GPUs of this machine; empty where there is no driver or no GPU."""
+def _cuda() -> ctypes.CDLL | None:
     library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
         cuda = ctypes.CDLL(library)
     except OSError:
-        return ()
+        return None
+    return None if cuda.cuInit(0) else cuda
+
+
+@cache
+def gpus() -> tuple[Gpu, ...]:
+    """The GPUs that this process may use (CUDA_VISIBLE_DEVICES); empty where there is none."""
+    cuda = _cuda()
     count = ctypes.c_int()
-    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
+    if cuda is None or cuda.cuDeviceGetCount(ctypes.byref(count)):
         return ()
     found = []
     for index in range(count.value):
@@ -48,3 +67,18 @@ def gpus() -> tuple[Gpu, ...]:
         cuda.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
         found.append(Gpu(name.value.decode(), (major.value, minor.value)))
     return tuple(found)
+
+
+@cache
+def driver() -> Driver | None:
+    """The NVIDIA driver, through its management library; None where there is none."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        version = pynvml.nvmlSystemGetDriverVersion()
+        cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
+    except pynvml.NVMLError:
+        return None
+    # nvml.h: 1000 * major + 10 * minor.
+    return Driver(str(version), f"{cuda // 1000}.{cuda % 1000 // 10}")

@@ -27,6 +27,12 @@ from exporters.errors import DatasetError
 
 __all__ = ["crop_image", "decode"]
 
+# Pillow's own limit; it warns from there on and refuses from twice as many.
+_MOST_PIXELS = 89_478_485
+# Warnings are settings of the whole process, and images are decoded in threads: the limit is
+# checked here instead.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
 _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -48,20 +54,16 @@ def decode(data: bytes, name: str, *, exif_orientation: bool = True) -> Image.Im
         DatasetError: the bytes are no image, are cut short, or unpack to an absurd size.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image: Image.Image = Image.open(io.BytesIO(data))
-            image.load()
+        image: Image.Image = Image.open(io.BytesIO(data))
+        if image.width * image.height > _MOST_PIXELS:
+            raise ValueError(
+                f"{image.width} x {image.height} pixels, which could be a decompression bomb"
+            )
+        image.load()
         if exif_orientation:
             image = ImageOps.exif_transpose(image)
         return _to_rgb(image)
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = str(error).split(" <_io.")[0] or type(error).__name__
         raise DatasetError(
             f"cannot read the image {name}: {reason}",

@@ -78,4 +78,5 @@ def verification_table(result: Verification) -> Group:
     heading = Text(f"{result.model} on {result.images} images of {result.data}{leaked}")
     verdict = Text(verdict_line(result), style="bold")
     reasons = [Text(f"  {_name(row)}: {row.reason}") for row in result.rows]
-    return Group(heading, verdict, Text(""), table, Text(""), *reasons)
+    problems = [Text(f"  {problem}", style="yellow") for problem in result.problems]
+    return Group(heading, *problems, verdict, Text(""), table, Text(""), *reasons)

@@ -13,10 +13,14 @@ from typing import Literal
 
 import numpy as np
 
+from clipdeploy.crops import CropCache
 from clipdeploy.datasets import Crop, ImageFolder, Skipped, iter_crops
+from clipdeploy.images import survey
 from clipdeploy.model import LoadedModel
-from clipdeploy.runners import EngineRunner, OnnxRunner, Runner, TorchRunner
+from clipdeploy.runners import Runner, open_runner
+from clipdeploy.runners.torch import TorchRunner
 from clipdeploy.statistics import Fidelity, FidelityMeter
+from clipdeploy.survey import Reading
 from exporters.artifact import Passport, Precision, Preprocess
 from exporters.errors import DatasetError, EngineError
 from exporters.progress import SILENT, Progress
@@ -29,11 +33,16 @@ Verdict = Literal["passed", "failed", "not judged", "not executed"]
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """``max_drop``: percentage points of top-1 that an artifact may lose."""
+    """``max_drop``: percentage points of top-1 that an artifact may lose.
+
+    ``workers`` and ``cache`` are those of :func:`clipdeploy.datasets.iter_crops`.
+    """
 
     max_drop: float = 1.0
     batch: int = 16
     skip_unreadable: bool = False
+    workers: int | None = None
+    cache: CropCache | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,8 @@ class Row:
 class Verification:
     """The result: ``passed`` only if every row is; use it as a truth value.
 
-    ``leaked`` counts images that an artifact was calibrated on, None if nobody can tell.
+    ``problems`` has a sentence for each thing that is odd about the images; ``leaked`` counts
+    images that an artifact was calibrated on, None if nobody can tell.
     """
 
     model: str
@@ -76,6 +86,7 @@ class Verification:
     images: int
     labelled: bool
     skipped: tuple[str, ...]
+    problems: tuple[str, ...]
     leaked: int | None
     random_weights: bool
     max_drop: float
@@ -87,10 +98,8 @@ class Verification:
 
 
 def _open(target: Target) -> tuple[Runner | None, str]:
-    if target.kind == "graph":
-        return OnnxRunner(target.path), ""
     try:
-        return EngineRunner(target.path), ""
+        return open_runner(target.path), ""
     except EngineError as error:
         stand_in = f"; {target.stand_in.name} was scored in its place" if target.stand_in else ""
         return None, f"{error.message}{stand_in}"
@@ -114,12 +123,21 @@ def _labels(crops: Sequence[Crop]) -> np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 def _batches(
-    images: ImageFolder, spec: Preprocess, size: int, skipped: Skipped | None
+    images: ImageFolder, spec: Preprocess, config: VerifyConfig, skipped: Skipped, reading: Reading
 ) -> Iterator[list[Crop]]:
     batch: list[Crop] = []
-    for crop in iter_crops(images, spec, skipped=skipped):
+    allowed = skipped if config.skip_unreadable else None
+    crops = iter_crops(
+        images,
+        spec,
+        skipped=allowed,
+        workers=config.workers,
+        cache=config.cache,
+        reading=reading,
+    )
+    for crop in crops:
         batch.append(crop)
-        if len(batch) == size:
+        if len(batch) == config.batch:
             yield batch
             batch = []
     if batch:
@@ -174,17 +192,16 @@ def verify_targets(
     """
     opened = [(target, *_open(target)) for target in targets]
     meters = {target.path: FidelityMeter() for target in targets}
-    skipped = Skipped()
+    skipped, reading = Skipped(), Reading()
     leaked = 0
     spec = targets[0].passport.preprocess
     runners = [(target, runner) for target, runner, _ in opened if runner is not None]
     try:
         with (
-            TorchRunner(reference.module) as torch_runner,
+            TorchRunner(reference.module, spec) as torch_runner,
             progress.task("verify", len(images.entries)) as advance,
         ):
-            allowed = skipped if config.skip_unreadable else None
-            for batch in _batches(images, spec, config.batch, allowed):
+            for batch in _batches(images, spec, config, skipped, reading):
                 samples = Samples(np.stack([crop.pixels for crop in batch]), spec)
                 leaked += _count_leaks(batch, seen or frozenset(), allow_leak)
                 expected = torch_runner(samples.pixels)
@@ -206,6 +223,7 @@ def verify_targets(
         images=len(images.entries) - len(skipped.names),
         labelled=images.labelled,
         skipped=tuple(skipped.names),
+        problems=survey(images, reading).problems(),
         leaked=None if seen is None else leaked,
         random_weights=reference.weights.kind == "random",
         max_drop=config.max_drop,

@@ -21,7 +21,7 @@ from pathlib import Path
 from exporters.artifact import Passport, Precision, from_json, to_json
 from exporters.errors import UsageError
 from exporters.files import file_errors, write_atomic
-from exporters.graphs import read_passport
+from exporters.headers import read_passport
 
 __all__ = ["PRECISIONS", "Workspace"]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from exporters.errors import FileError
 
-__all__ = ["atomic_path", "file_errors", "sha256_file", "write_atomic"]
+__all__ = ["atomic_path", "check_writable", "file_errors", "sha256_file", "write_atomic"]
 
 _CHUNK = 1 << 20
 _HINTS = {
@@ -70,7 +70,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
             raise
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def check_writable(path: Path) -> None:
+    """Make sure that a file can be made at ``path``, before long work that ends with one.
+
+    The parent folder is made if it is missing.
+
+    Raises:
+        FileError: no permission, or a parent that is not a folder.
+    """
+    with file_errors("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+
+
+def write_atomic(path: Path, data: bytes | memoryview) -> None:
     """Write ``data`` to ``path`` through :func:`atomic_path`."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)

@@ -1,25 +1,22 @@
-"""Reading and writing ONNX files, and the passport inside them."""
+"""Reading and writing whole ONNX files, weights and all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
-from exporters.artifact import PASSPORT_KEY, Passport, from_json, to_json
-from exporters.errors import ArtifactError, FileError, GraphError
+from exporters.artifact import PASSPORT_KEY, Passport, to_json
+from exporters.errors import GraphError
 from exporters.files import atomic_path, file_errors, sha256_file
+from exporters.headers import GraphArtifact
 
 __all__ = [
-    "GraphArtifact",
-    "existing_graph",
     "load_graph",
     "model_pieces",
-    "read_passport",
     "save_graph",
     "structure",
     "weight_proto",
@@ -27,18 +24,6 @@ __all__ = [
 ]
 
 _PRODUCER = "clipdeploy"
-
-
-@dataclass(frozen=True)
-class GraphArtifact:
-    """An ONNX file, its hash and its passport; ``changed`` is False if it was already there."""
-
-    path: Path
-    sha256: str
-    passport: Passport
-    bytes: int
-    nodes: int
-    changed: bool
 
 
 def structure(model: ir.Model) -> onnx.ModelProto:
@@ -141,41 +126,3 @@ def load_graph(path: Path) -> ir.Model:
     if not model.graph.outputs:
         raise broken
     return model
-
-
-def existing_graph(path: Path) -> GraphArtifact | None:
-    """The graph at ``path`` if it is there and readable, marked as unchanged; None otherwise."""
-    try:
-        passport, nodes = _read_header(path)
-    except (ArtifactError, FileError):
-        return None
-    return GraphArtifact(path, sha256_file(path), passport, path.stat().st_size, nodes, False)
-
-
-def read_passport(path: Path) -> Passport:
-    """The passport inside an ONNX file.
-
-    Raises:
-        FileError: the file cannot be opened.
-        ArtifactError: it has no passport, or one that cannot be read.
-    """
-    return _read_header(path)[0]
-
-
-def _read_header(path: Path) -> tuple[Passport, int]:
-    with file_errors("read", path):
-        data = path.read_bytes()
-    try:
-        proto = onnx.ModelProto.FromString(data)
-    except DecodeError as error:
-        raise ArtifactError(
-            f"{path} is no readable ONNX graph", hint="it is cut short: export it again"
-        ) from error
-    for entry in proto.metadata_props:
-        if entry.key == PASSPORT_KEY:
-            return from_json(entry.value, Passport, f"the passport of {path}"), len(
-                proto.graph.node
-            )
-    raise ArtifactError(
-        f"{path} has no passport: clipdeploy did not write it", hint="export it with clipdeploy"
-    )

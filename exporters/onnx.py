@@ -21,7 +21,8 @@ from exporters.artifact import BATCH_AXIS, PASSPORT_KEY, Passport, settings_of, 
 from exporters.checks import PARITY_BATCHES, check_parity, check_structure
 from exporters.errors import GraphError, UsageError
 from exporters.files import atomic_path, sha256_file
-from exporters.graphs import GraphArtifact, write_model
+from exporters.graphs import write_model
+from exporters.headers import GraphArtifact
 from exporters.passes import run_lean_passes
 from exporters.passes.opset import TRACED_OPSET, SetOpset
 from exporters.preprocess_graph import add_preprocessing, preprocessed_passport

@@ -11,7 +11,8 @@ from exporters.artifact import Passport
 from exporters.checks import check_structure
 from exporters.errors import GraphError
 from exporters.files import sha256_file
-from exporters.graphs import GraphArtifact, load_graph, read_passport, save_graph
+from exporters.graphs import load_graph, save_graph
+from exporters.headers import GraphArtifact, read_passport
 from exporters.overflow import check_storage, largest_values, near_limit
 from exporters.passes.fp16 import ToFloat16
 from exporters.preprocess_graph import PREPROCESS_TENSORS

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -16,9 +17,104 @@ from clipdeploy.cli.common import (
     model_option,
     skip_unreadable_option,
     stage_command,
+    whole_numbers,
 )
 from clipdeploy.cli.quantize import quantize_config, recipe_options
 from exporters.errors import UsageError
+
+if TYPE_CHECKING:
+    from clipdeploy.build_config import BuildConfig
+
+_OPTIONS = (
+    click.option(
+        "--backend",
+        type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]),
+        default="auto",
+        show_default=True,
+        help="TensorRT flavour.",
+    ),
+    click.option("--min-batch", type=int, default=1, show_default=True, help="Smallest batch."),
+    click.option("--opt-batch", type=int, default=8, show_default=True, help="Batch to tune for."),
+    click.option("--max-batch", type=int, default=32, show_default=True, help="Largest batch."),
+    click.option(
+        "--profile",
+        multiple=True,
+        metavar="MIN,OPT,MAX",
+        help="Instead of the three above; several times for an engine with several profiles.",
+    ),
+    click.option(
+        "--memory-pool", type=int, metavar="MIB", help="Most scratch memory that a layer may use."
+    ),
+    click.option(
+        "--optimization-level",
+        type=int,
+        metavar="0..5",
+        help="How long TensorRT searches for kernels; its own default is 3.",
+    ),
+    click.option(
+        "--timing-cache/--no-timing-cache",
+        default=True,
+        show_default=True,
+        help="Keep measured kernel times: faster builds, and twice the same engine.",
+    ),
+    click.option(
+        "--version-compatible", is_flag=True, help="Runs on newer TensorRT of the same major."
+    ),
+    click.option(
+        "--hardware-compatible",
+        type=click.Choice(["none", "ampere-plus", "same-capability"]),
+        default="none",
+        show_default=True,
+        help="Runs on other GPUs than this one, and slower.",
+    ),
+    click.option(
+        "--strip-weights", is_flag=True, help="A small plan; the graph gives the weights at load."
+    ),
+    click.option("--refittable", is_flag=True, help="Weights can be replaced later."),
+    click.option(
+        "--compute-capability",
+        multiple=True,
+        metavar="M.N",
+        help="TensorRT-RTX: only for these GPUs, such as 8.9; for all it knows if left out.",
+    ),
+)
+
+
+def build_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that decide how an engine is compiled; :func:`build_config` reads them."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+def build_config(options: dict[str, Any]) -> BuildConfig:
+    """Take the values of :func:`build_options` out of ``options``, as a configuration."""
+    from clipdeploy.build_config import BuildConfig
+
+    batches = tuple(options.pop(f"{name}_batch") for name in ("min", "opt", "max"))
+    profiles = [_profile(text) for text in options.pop("profile")]
+    names = (
+        "backend",
+        "optimization_level",
+        "timing_cache",
+        "version_compatible",
+        "hardware_compatible",
+        "strip_weights",
+        "refittable",
+        "compute_capability",
+    )
+    return BuildConfig(
+        profiles=tuple(profiles or [(batches[0], batches[1], batches[2])]),
+        memory_pool_mib=options.pop("memory_pool"),
+        **{name: options.pop(name) for name in names},
+    )
+
+
+def _profile(text: str) -> tuple[int, int, int]:
+    numbers = whole_numbers(text, "--profile", "MIN,OPT,MAX, such as 1,8,32")
+    if len(numbers) != 3:
+        raise UsageError(f"--profile {text!r} is not three batches", hint="such as 1,8,32")
+    return numbers[0], numbers[1], numbers[2]
 
 
 @click.command("build-engine")
@@ -34,16 +130,7 @@ from exporters.errors import UsageError
 @seed_option
 @skip_unreadable_option
 @recipe_options
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]),
-    default="auto",
-    show_default=True,
-    help="TensorRT flavour.",
-)
-@click.option("--min-batch", type=int, default=1, show_default=True, help="Smallest batch.")
-@click.option("--opt-batch", type=int, default=8, show_default=True, help="Batch to tune for.")
-@click.option("--max-batch", type=int, default=32, show_default=True, help="Largest batch.")
+@build_options
 @force_option
 @stage_command
 def build_engine(
@@ -55,40 +142,39 @@ def build_engine(
     images: int | None,
     seed: int,
     skip_unreadable: bool,
-    backend: Literal["auto", "tensorrt", "tensorrt-rtx"],
-    min_batch: int,
-    opt_batch: int,
-    max_batch: int,
     force: bool,
-    **recipe: Any,
+    **options: Any,
 ) -> None:
     """Compile an engine; calibrates and quantises first where that is due."""
     if fp16_io and precision != "fp16":
         raise UsageError("--fp16-io belongs to --fp16", hint="leave it out, or build --fp16")
+    config = build_config(options)
     name = context.model(model)
-    from clipdeploy.builder import BuildConfig
-    from clipdeploy.pipeline import CalibrateConfig, build_model
+    from clipdeploy.stages.build import build_model
+    from clipdeploy.stages.calibrate import CalibrateConfig
     from exporters.precision import Fp16Config
 
     artifact = build_model(
         context.workspace,
         name,
         precision,
-        BuildConfig(backend, (min_batch, opt_batch, max_batch)),
+        config,
         data=data,
         calibrate=CalibrateConfig(images, seed, skip_unreadable),
         fp16=Fp16Config(half_io=fp16_io),
-        quantize=quantize_config(recipe),
+        quantize=quantize_config(options),
         force=force,
         progress=context.progress,
     )
     made = artifact.passport
+    for fallback in made.fallbacks:
+        context.note(f"not compiled as asked: {fallback}")
     emit(
         context,
         artifact,
         lambda: (
             f"{artifact.path}: {made.plan_bytes / 1e6:.1f} MB, "
             + (f"built in {made.build_seconds:.1f} s" if artifact.changed else "unchanged")
-            + f" by {made.backend} {made.backend_version} on {made.built_on}"
+            + f" by {made.backend} {made.backend_version}\n  {made.built_on}"
         ),
     )

@@ -19,7 +19,7 @@ from clipdeploy.cli.common import (
 from exporters.errors import UsageError
 
 if TYPE_CHECKING:
-    from clipdeploy.pipeline import CalibrationArtifact
+    from clipdeploy.stages.calibrate import CalibrationArtifact
 
 FEW_IMAGES = 128
 
@@ -61,7 +61,7 @@ def calibrate(
     if data is None:
         raise UsageError("no images", hint="clipdeploy calibrate --data CALIBRATION_IMAGES")
     name = context.model(model)
-    from clipdeploy.pipeline import CalibrateConfig, calibrate_model
+    from clipdeploy.stages.calibrate import CalibrateConfig, calibrate_model
 
     result = calibrate_model(
         context.workspace,
@@ -88,7 +88,7 @@ def calibrate(
 def merge(context: Context, shards: tuple[Path, ...], model: str | None) -> None:
     """Join the shards of `calibrate --shard`: the given files, or all of the workspace."""
     name = context.model(model)
-    from clipdeploy.pipeline import merge_calibration
+    from clipdeploy.stages.calibrate import merge_calibration
 
     result = merge_calibration(context.workspace, name, shards)
     emit(context, _summary(result), lambda: _line(result))

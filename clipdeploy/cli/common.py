@@ -6,6 +6,7 @@ Nothing here imports torch, onnx or TensorRT: ``--help`` has to answer at once.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from exporters.errors import ClipdeployError
+from exporters.errors import ClipdeployError, UsageError
 from exporters.progress import SILENT
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ __all__ = [
     "model_option",
     "skip_unreadable_option",
     "stage_command",
+    "trust_option",
+    "whole_numbers",
 ]
 
 EXIT_VERIFICATION = 3
@@ -96,7 +99,7 @@ class RichProgress:
 
         console = Console(stderr=True)
         if not console.is_terminal:
-            console.print(f"{text} ...", highlight=False, markup=False)
+            console.print(f"{text} ...", highlight=False, markup=False, soft_wrap=True)
             yield lambda count: None
             return
         counted = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) if total else ()
@@ -132,6 +135,10 @@ def stage_command(function: F) -> F:
         *args: Any, workspace: Path, as_json: bool, quiet: bool, debug: bool, **options: Any
     ) -> None:
         context = Context(workspace, as_json=as_json, quiet=quiet, debug=debug)
+        if debug:
+            # TensorRT's messages come through Python's loggers.
+            logging.basicConfig(format="%(message)s")
+            logging.getLogger().handlers[0].setLevel(logging.WARNING)
         try:
             status = function(context, *args, **options)
         except ClipdeployError as error:
@@ -170,6 +177,23 @@ force_option = click.option("--force", is_flag=True, help="Do it again even if n
 skip_unreadable_option = click.option(
     "--skip-unreadable", is_flag=True, help="Leave out images that cannot be read, and name them."
 )
+
+
+trust_option = click.option(
+    "--trust", is_flag=True, help="Load an engine that no passport vouches for."
+)
+
+
+def whole_numbers(text: str, option: str, wanted: str) -> tuple[int, ...]:
+    """Numbers with commas between them.
+
+    Raises:
+        UsageError: something else; it says what is ``wanted``.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise UsageError(f"{option} {text!r} is no list of whole numbers", hint=wanted)
+    return tuple(int(part) for part in parts)
 
 
 def data_option(text: str, *, required: bool = True) -> Callable[[F], F]:

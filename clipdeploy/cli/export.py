@@ -77,7 +77,7 @@ def export(
         raise UsageError("--checkpoint and --random-init exclude each other", hint="pass one")
     name = context.model(model)
     from clipdeploy.model import WeightsChoice
-    from clipdeploy.pipeline import export_model
+    from clipdeploy.stages.export import export_model
     from exporters.artifact import Recipe
     from exporters.onnx import ExportConfig
 

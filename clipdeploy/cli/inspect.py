@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from clipdeploy.cli.common import Context, emit, stage_command
+from clipdeploy.cli.common import Context, emit, stage_command, trust_option
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from clipdeploy.inspection import Inspection
 
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
+@trust_option
 @stage_command
-def inspect(context: Context, file: Path) -> None:
-    """Show the passport of an .onnx or .engine file."""
-    from clipdeploy.passport import load_engine_passport
-    from exporters.artifact import to_json
-    from exporters.graphs import read_passport
+def inspect(context: Context, file: Path, trust: bool) -> None:
+    """Show the passport of an .onnx or .engine file, and the precision of each block.
 
-    passport = load_engine_passport(file) if file.suffix == ".engine" else read_passport(file)
-    emit(context, passport, lambda: to_json(passport).decode())
+    On a machine with a GPU an engine is loaded and tells in which precision each block runs;
+    elsewhere it is said what the graph asks for.
+    """
+    from clipdeploy.inspection import inspect_file
+
+    result = inspect_file(file, trust=trust)
+    emit(context, result, lambda: _render(result))
+
+
+def _render(result: Inspection) -> Group:
+    from clipdeploy.inspection_table import inspection_table
+
+    return inspection_table(result)

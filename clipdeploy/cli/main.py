@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from clipdeploy import __version__
+from clipdeploy.cli.benchmark import benchmark
 from clipdeploy.cli.build import build_engine
 from clipdeploy.cli.calibrate import calibrate
 from clipdeploy.cli.demo import demo
@@ -31,5 +32,15 @@ def main() -> None:
     """
 
 
-for command in (zoo, export, calibrate, quantize, build_engine, verify, inspect, demo):
+for command in (
+    zoo,
+    export,
+    calibrate,
+    quantize,
+    build_engine,
+    verify,
+    benchmark,
+    inspect,
+    demo,
+):
     main.add_command(command)

@@ -83,7 +83,7 @@ def quantize_config(
 def quantize(context: Context, model: str | None, cpu: bool, force: bool, **recipe: Any) -> None:
     """Write the INT8 (Q/DQ) graph from the FP32 graph and its calibration."""
     name = context.model(model)
-    from clipdeploy.pipeline import quantize_model
+    from clipdeploy.stages.quantize import quantize_model
 
     config = quantize_config(recipe, "fp32" if cpu else "fp16")
     result = quantize_model(context.workspace, name, config, force=force, progress=context.progress)

@@ -20,12 +20,13 @@ from clipdeploy.cli.common import (
 if TYPE_CHECKING:
     from rich.console import Group
 
+    from clipdeploy.layouts import LayoutName
     from clipdeploy.verifier import Verification
 
 
 @click.command()
 @model_option
-@data_option("Labelled images: class folders, or a zip of them.")
+@data_option("Labelled images: a folder, zip or tar; see --layout.")
 @click.option(
     "--max-drop",
     type=float,
@@ -42,6 +43,19 @@ if TYPE_CHECKING:
 @click.option(
     "--allow-leak", is_flag=True, help="Count calibration images among --data, do not refuse."
 )
+@click.option(
+    "--layout",
+    type=click.Choice(["auto", "folders", "list", "devkit", "solution", "none"]),
+    default="auto",
+    show_default=True,
+    help="Where the classes stand: folders, NAME CLASS list, ILSVRC devkit, Kaggle's CSV.",
+)
+@click.option("--labels", type=click.Path(path_type=Path), help="The file they stand in.")
+@click.option("--workers", type=click.IntRange(min=0), help="Decoding processes; one a core.")
+@click.option("--cache", is_flag=True, help="Keep decoded crops for the next verification.")
+@click.option(
+    "--cache-size", type=float, default=20.0, show_default=True, metavar="GB", help="Most of them."
+)
 @skip_unreadable_option
 @stage_command
 def verify(
@@ -52,21 +66,35 @@ def verify(
     limit: int | None,
     graphs_only: bool,
     allow_leak: bool,
+    layout: LayoutName,
+    labels: Path | None,
+    workers: int | None,
+    cache: bool,
+    cache_size: float,
     skip_unreadable: bool,
 ) -> int:
     """Judge every artifact of the model against PyTorch; exit 3 unless all of them pass."""
     name = context.model(model)
-    from clipdeploy.pipeline import verify_model
+    from clipdeploy.crops import CropCache
+    from clipdeploy.stages.verify import verify_model
     from clipdeploy.verifier import VerifyConfig
 
     result = verify_model(
         context.workspace,
         name,
         data,
-        VerifyConfig(max_drop, skip_unreadable=skip_unreadable),
+        VerifyConfig(
+            max_drop,
+            skip_unreadable=skip_unreadable,
+            workers=workers,
+            cache=CropCache.default(int(cache_size * 1e9)) if cache else None,
+        ),
         limit=limit,
         graphs_only=graphs_only,
         allow_leak=allow_leak,
+        layout=layout,
+        labels=labels,
+        note=context.note,
         progress=context.progress,
     )
     for skipped in result.skipped:

@@ -43,7 +43,7 @@ from PIL import Image
 from clipdeploy import zoo
 from clipdeploy.datasets import iter_crops, open_images, select
 from clipdeploy.workspace import Workspace
-from exporters.graphs import read_passport
+from exporters.headers import read_passport
 from exporters.samples import Samples
 
 __all__ = [

@@ -33,7 +33,8 @@ from clipdeploy.model import LoadedModel
 from clipdeploy.workspace import Workspace
 from exporters.errors import ArtifactError, CalibrationError, FileError, GraphError
 from exporters.files import sha256_file
-from exporters.graphs import load_graph, read_passport
+from exporters.graphs import load_graph
+from exporters.headers import read_passport
 
 Images = list[CalibrationImage]
 Done = frozenset[CalibrationImageRecord]

@@ -126,7 +126,8 @@ def test_bias_correction_lowers_the_mean_error_of_the_logits(
     errors = []
     for correct in (True, False):
         plan = PlanConfig(correct_bias=correct)
-        path = make_int8(QuantizeConfig(remainder="fp32", plan=plan))
+        # As float16 with Q/DQ: int8 kernels saturate on processors without VNNI.
+        path = make_int8(QuantizeConfig(remainder="fp16", plan=plan))
         (logits,) = OnnxSession(path).run(held_out[0])
         errors.append(float(np.abs((logits - reference).mean(axis=0)).mean()))
     assert errors[0] < errors[1]

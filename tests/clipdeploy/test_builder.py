@@ -9,10 +9,12 @@ import onnx
 import pytest
 
 from clipdeploy import zoo
-from clipdeploy.builder import BuildConfig, build_engine, choose_backend
+from clipdeploy.backends import choose_backend
+from clipdeploy.build_config import BuildConfig
+from clipdeploy.builder import build_engine
 from clipdeploy.device import gpus
 from clipdeploy.passport import load_engine_passport, passport_path
-from clipdeploy.runners import EngineRunner
+from clipdeploy.runners.engine import EngineRunner
 from clipdeploy.workspace import Workspace
 from exporters.artifact import Precision
 from exporters.errors import ArtifactError, BuildError, EngineError, UsageError
@@ -36,17 +38,17 @@ def test_an_engine_and_its_passport(
     path = engines / f"{precision}.engine"
     passport = load_engine_passport(path)
     assert passport.graph.precision == precision
-    assert passport.graph_sha256 == sha256_file(demo_workspace.graph(zoo.DEMO, precision))
+    assert passport.hashes.graph == sha256_file(demo_workspace.graph(zoo.DEMO, precision))
     assert passport.plan_bytes == path.stat().st_size > 1e6
     assert passport.backend == "tensorrt-rtx"
-    assert passport.profile == (1, 8, 32)
+    assert passport.profiles == ((1, 8, 32),)
 
 
 def test_an_unchanged_engine_is_not_built_again(engines: Path, demo_workspace: Workspace) -> None:
     graph, engine = demo_workspace.graph(zoo.DEMO, "int8"), engines / "int8.engine"
     assert not build_engine(graph, engine).changed
-    assert build_engine(graph, engine, BuildConfig(profile=(1, 4, 16))).changed
-    assert load_engine_passport(engine).profile == (1, 4, 16)
+    assert build_engine(graph, engine, BuildConfig(profiles=((1, 4, 16),))).changed
+    assert load_engine_passport(engine).profiles == ((1, 4, 16),)
     assert build_engine(graph, engine, BuildConfig()).changed
 
 
@@ -78,12 +80,12 @@ def test_a_graph_that_tensorrt_refuses_leaves_no_engine(
 @pytest.mark.parametrize("profile", [(0, 1, 2), (2, 1, 4), (1, 8, 4)])
 def test_a_profile_out_of_order_is_refused(profile: tuple[int, int, int]) -> None:
     with pytest.raises(UsageError, match="not in order"):
-        BuildConfig(profile=profile)
+        BuildConfig(profiles=(profile,))
 
 
 @pytest.mark.skipif(bool(gpus()), reason="what happens where there is no GPU")
 def test_without_a_gpu(engines: Path) -> None:
-    assert choose_backend("auto") == "tensorrt-rtx"
+    assert choose_backend("auto").backend == "tensorrt-rtx"
     with pytest.raises(BuildError, match="tensorrt"):
         choose_backend("tensorrt")
     with pytest.raises(EngineError, match="no GPU"):

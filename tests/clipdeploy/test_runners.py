@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 from clipdeploy import zoo
 from clipdeploy.model import LoadedModel
 from clipdeploy.pipeline import export_model, verify_model
-from clipdeploy.runners import OnnxRunner, TorchRunner, _in_parts
+from clipdeploy.runners import OnnxRunner
+from clipdeploy.runners.base import in_parts
+from clipdeploy.runners.torch import TorchRunner
 from clipdeploy.workspace import Workspace
 from exporters.onnx import ExportConfig
 
@@ -21,7 +23,8 @@ def test_a_fixed_batch_runs_any_number_of_images(
     workspace = Workspace(tmp_path)
     graph = export_model(workspace, zoo.DEMO, config=ExportConfig(batch=4)).path
     logits = OnnxRunner(graph)(demo_images[:count])
-    expected = TorchRunner(demo_model.module)(demo_images[:count])
+    spec = demo_model.card.preprocess(demo_model.recipe)
+    expected = TorchRunner(demo_model.module, spec)(demo_images[:count])
     # float32 in two runtimes.
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
 
@@ -34,9 +37,10 @@ def test_parts_are_filled_and_cut() -> None:
         return part * 2
 
     images = np.arange(7, dtype=np.float32)[:, None]
-    assert _in_parts(run, images, 3, fixed=True).tolist() == (images * 2).tolist()
-    assert _in_parts(run, images, 3, fixed=False).tolist() == (images * 2).tolist()
-    assert sizes == [3, 3, 3, 3, 3, 1]
+    assert in_parts(run, images, (3, 3)).tolist() == (images * 2).tolist()
+    assert in_parts(run, images, (1, 3)).tolist() == (images * 2).tolist()
+    assert in_parts(run, images, (1, None)).tolist() == (images * 2).tolist()
+    assert sizes == [3, 3, 3, 3, 3, 1, 7]
 
 
 def test_every_kind_of_graph_is_verified_and_calibrated(tmp_path: Path) -> None:

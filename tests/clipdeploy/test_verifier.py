@@ -17,7 +17,7 @@ from clipdeploy.report import verdict_line, verification_table
 from clipdeploy.statistics import Accuracy, Fidelity
 from clipdeploy.verifier import Target, Verification, VerifyConfig, judge, verify_targets
 from clipdeploy.workspace import Workspace
-from exporters.graphs import read_passport
+from exporters.headers import read_passport
 
 CLASSES = tuple("0123456789")
 

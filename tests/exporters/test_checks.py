@@ -16,7 +16,8 @@ from clipdeploy.vit import VisionTransformer
 from exporters.artifact import Passport, TensorSpec
 from exporters.checks import PARITY_TOLERANCE, check_parity, check_structure
 from exporters.errors import GraphError
-from exporters.graphs import load_graph, read_passport
+from exporters.graphs import load_graph
+from exporters.headers import read_passport
 
 Logits = dict[int, NDArray[np.float32]]
 

@@ -15,15 +15,14 @@ from onnx import numpy_helper
 from exporters.artifact import PASSPORT_KEY
 from exporters.errors import ArtifactError, FileError, GraphError
 from exporters.graphs import (
-    existing_graph,
     load_graph,
     model_pieces,
-    read_passport,
     save_graph,
     structure,
     weight_proto,
     write_model,
 )
+from exporters.headers import existing_graph, read_passport
 from exporters.session import OnnxSession
 
 

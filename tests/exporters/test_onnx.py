@@ -21,7 +21,8 @@ from clipdeploy.vit import VisionTransformer
 from clipdeploy.workspace import Workspace
 from exporters.artifact import Passport
 from exporters.errors import GraphError, UsageError
-from exporters.graphs import load_graph, read_passport
+from exporters.graphs import load_graph
+from exporters.headers import read_passport
 from exporters.onnx import ExportConfig, export_graph
 from exporters.samples import Samples
 from exporters.session import OnnxSession

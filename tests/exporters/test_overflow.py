@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from clipdeploy.vit import VisionTransformer
 from exporters.artifact import Passport
 from exporters.errors import GraphError
-from exporters.graphs import load_graph, read_passport, save_graph
+from exporters.graphs import load_graph, save_graph
+from exporters.headers import read_passport
 from exporters.onnx import export_graph
 from exporters.overflow import NEAR_LIMIT, check_storage, largest_values, near_limit
 from exporters.precision import convert_to_fp16, half_precision

@@ -19,7 +19,8 @@ from clipdeploy.workspace import Workspace
 from exporters.artifact import Recipe, TensorSpec
 from exporters.errors import ArtifactError, FileError, GraphError
 from exporters.files import sha256_file
-from exporters.graphs import load_graph, read_passport, save_graph
+from exporters.graphs import load_graph, save_graph
+from exporters.headers import read_passport
 from exporters.precision import Fp16Config, convert_to_fp16, half_precision
 from exporters.samples import Samples
 from exporters.session import OnnxSession

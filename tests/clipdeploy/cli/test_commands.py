@@ -23,7 +23,17 @@ from clipdeploy.workspace import Workspace
 
 CALIBRATION = str(zoo.demo_file("calibration.zip"))
 TEST = str(zoo.demo_file("test.zip"))
-COMMANDS = ("zoo", "export", "calibrate", "quantize", "build-engine", "verify", "inspect", "demo")
+COMMANDS = (
+    "zoo",
+    "export",
+    "calibrate",
+    "quantize",
+    "build-engine",
+    "verify",
+    "benchmark",
+    "inspect",
+    "demo",
+)
 
 
 def run(*words: str | Path) -> Result:
@@ -98,8 +108,9 @@ def test_the_three_commands(tmp_path: Path) -> None:
     result = json.loads(verified.stdout)
     assert result["passed"] is True
     assert [row["precision"] for row in result["rows"]] == ["fp32", "int8"]
-    inspected = run("inspect", tmp_path / "artifacts/clip-vit-demo/clip-vit-demo.int8.engine")
-    assert json.loads(inspected.stdout)["backend"] == "tensorrt-rtx"
+    engine = tmp_path / "artifacts/clip-vit-demo/clip-vit-demo.int8.engine"
+    inspected = run("inspect", engine, "--json")
+    assert json.loads(inspected.stdout)["engine"]["backend"] == "tensorrt-rtx"
 
 
 def test_an_engine_that_did_not_run_is_no_pass(artifacts: Path) -> None:

@@ -68,8 +68,8 @@ def _calibration_images(
 
 def _choose(data: Path, config: CalibrateConfig) -> ImageFolder:
     everything = open_images(data)
-    folders = {entry.name.partition("/")[0] for entry in everything.entries}
-    if len(folders) == 1 and "/" in everything.entries[0].name and len(everything.entries) > 1:
+    folders = {entry.name.rpartition("/")[0] for entry in everything.entries}
+    if len(folders) == 1 and "" not in folders and len(everything.entries) > 1:
         raise DatasetError(
             f"all images of {data} are of one class, {folders.pop()}",
             hint="calibrate with images of all classes, as they will be served",

@@ -1,0 +1,126 @@
+"""What a benchmark is asked for, and what it answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from clipdeploy.benchmark.environment import Environment
+from clipdeploy.benchmark.latency import Estimate, Latency, per_second, ratio, summarise
+from clipdeploy.benchmark.lineup import NotRun
+from clipdeploy.benchmark.rounds import Contender
+from clipdeploy.runners import Provider
+from exporters.errors import UsageError
+
+__all__ = ["Benchmark", "BenchmarkConfig", "BenchmarkRow", "summary_rows"]
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """What is measured, and for how long.
+
+    ``seconds`` is the time for each artifact and batch, ``rounds`` the number of runs of each;
+    with both, what is over first ends it.  ``warmup`` is in seconds for each artifact and batch,
+    one run at least.  ``threads`` are ONNX Runtime's within an operator, 0 for its own choice.
+    ``provider``, ``trust`` and ``cuda_graph`` are those of
+    :func:`clipdeploy.runners.open_runner`.
+
+    Raises:
+        UsageError: a number that means nothing.
+    """
+
+    batches: tuple[int, ...] = (1, 8, 32)
+    seconds: float | None = 3.0
+    rounds: int | None = None
+    warmup: float = 0.5
+    seed: int = 0
+    provider: Provider = "auto"
+    threads: int = 0
+    trust: bool = False
+    cuda_graph: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.batches or min(self.batches) < 1:
+            raise UsageError(f"batches of {list(self.batches)} images", hint="1 or more each")
+        if len(set(self.batches)) < len(self.batches):
+            raise UsageError(f"batches of {list(self.batches)} images", hint="name each once")
+        if self.seconds is None and self.rounds is None:
+            raise UsageError("a measurement without an end", hint="give seconds or rounds")
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            raise UsageError(f"a measurement of {self.seconds} seconds", hint="more than 0")
+        if self.rounds is not None and self.rounds < 1:
+            raise UsageError(f"a measurement of {self.rounds} rounds", hint="1 or more")
+        if not 0 <= self.warmup < math.inf:
+            raise UsageError(f"a warm-up of {self.warmup} seconds", hint="0 or more")
+        if self.seed < 0:
+            raise UsageError(f"a seed of {self.seed}", hint="0 or more")
+        if self.threads < 0:
+            raise UsageError(f"{self.threads} threads", hint="1 or more, or 0 to let it choose")
+
+
+@dataclass(frozen=True)
+class BenchmarkRow:
+    """One artifact at one batch.
+
+    ``latency`` is end to end, ``device`` the GPU's own, None where there is none; both in
+    milliseconds a batch.  ``images_per_second`` is batch over mean latency.  ``speedup`` is the
+    baseline's latency over this one's in the same round, None where the baseline does not run this
+    batch.  ``warmup`` counts the runs before the first round.
+    """
+
+    artifact: str
+    label: str
+    runner: str
+    batch: int
+    warmup: int
+    rounds: int
+    latency: Latency
+    device: Latency | None
+    images_per_second: Estimate
+    speedup: Estimate | None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """The result, true if anything was measured.
+
+    ``baseline`` is the label that speedups are relative to: the first artifact that ran, empty if
+    none did.
+    """
+
+    model: str
+    baseline: str
+    config: BenchmarkConfig
+    rounds: int
+    rows: tuple[BenchmarkRow, ...]
+    not_run: tuple[NotRun, ...]
+    environment: Environment
+
+    def __bool__(self) -> bool:
+        return bool(self.rows)
+
+
+def summary_rows(contenders: Sequence[Contender]) -> tuple[BenchmarkRow, ...]:
+    """What the rounds of each say; the first one's label is the baseline."""
+    first = contenders[0].label if contenders else ""
+    baseline = {c.batch: c.seconds for c in contenders if c.label == first}
+    rows = []
+    for each in contenders:
+        latency = summarise(each.seconds)
+        reference = baseline.get(each.batch)
+        rows.append(
+            BenchmarkRow(
+                artifact=str(each.path),
+                label=each.label,
+                runner=each.runner.name,
+                batch=each.batch,
+                warmup=each.warmup,
+                rounds=len(each.seconds),
+                latency=latency,
+                device=summarise(each.device) if each.device else None,
+                images_per_second=per_second(each.batch, latency.mean),
+                speedup=ratio(reference, each.seconds) if reference else None,
+            )
+        )
+    return tuple(rows)

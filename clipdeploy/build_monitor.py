@@ -1,0 +1,103 @@
+"""How far a build is: TensorRT's nested phases as one number, and a way to stop it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+__all__ = ["PERCENT", "Phases", "build_monitor"]
+
+PERCENT = 100
+
+
+@dataclass
+class _Phase:
+    start: float
+    width: float
+    steps: int
+    done: int = 0
+
+
+class Phases:
+    """The share of a build that is done, from phases that open inside a step of their parent.
+
+    A phase divides its parent's current step evenly among its own steps.  A phase that opens a
+    second time within one step does not move the share back.
+    """
+
+    def __init__(self) -> None:
+        self._open: dict[str, _Phase] = {}
+        self.share = 0.0
+
+    def start(self, name: str, parent: str | None, steps: int) -> None:
+        """Phase ``name`` of ``steps`` steps begins, inside ``parent`` if there is one."""
+        above = self._open.get(parent or "")
+        if above is None:
+            phase = _Phase(0.0, 1.0, max(steps, 1))
+        else:
+            width = above.width / above.steps
+            phase = _Phase(above.start + width * min(above.done, above.steps - 1), width, steps)
+        self._open[name] = phase
+
+    def step(self, name: str, step: int) -> float:
+        """Step ``step`` (from 0) of phase ``name`` is done; the share of the build, 0 to 1."""
+        phase = self._open.get(name)
+        if phase is not None:
+            phase.done = step + 1
+            self._reach(phase.start + phase.width * min(1.0, phase.done / max(phase.steps, 1)))
+        return self.share
+
+    def finish(self, name: str) -> float:
+        """Phase ``name`` ends; the share of the build, 0 to 1."""
+        phase = self._open.pop(name, None)
+        if phase is not None:
+            self._reach(phase.start + phase.width)
+        return self.share
+
+    def _reach(self, share: float) -> None:
+        self.share = max(self.share, min(share, 1.0))
+
+
+def build_monitor(
+    module: ModuleType, advance: Callable[[int], None], stop: list[BaseException]
+) -> trt.IProgressMonitor:
+    """A monitor that reports whole percents to ``advance``.
+
+    TensorRT calls it from the thread that builds.  An exception must not leave it, since C++ code
+    is underneath: Ctrl-C is put into ``stop`` and the build cancelled, for the caller to raise.
+    """
+    phases = Phases()
+    shown = 0
+
+    def report(share: float) -> None:
+        nonlocal shown
+        percent = int(share * PERCENT)
+        try:
+            if percent > shown and not stop:
+                advance(percent - shown)
+                shown = percent
+        except BaseException as error:  # Ctrl-C too: see the docstring
+            stop.append(error)
+
+    base: type[trt.IProgressMonitor] = module.IProgressMonitor
+
+    class Monitor(base):  # type: ignore[misc] # the class is that of the flavour
+        def __init__(self) -> None:
+            base.__init__(self)
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            phases.start(phase_name, parent_phase, num_steps)
+
+        def phase_finish(self, phase_name: str) -> None:
+            report(phases.finish(phase_name))
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            report(phases.step(phase_name, step))
+            return not stop
+
+    return Monitor()

@@ -1,0 +1,116 @@
+"""``clipdeploy benchmark``: how fast the artifacts are here."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from clipdeploy.cli.common import (
+    Context,
+    emit,
+    model_option,
+    stage_command,
+    trust_option,
+    whole_numbers,
+)
+from exporters.errors import EngineError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from clipdeploy.benchmark import Benchmark
+
+
+@click.command()
+@click.argument("artifacts", nargs=-1, type=click.Path(path_type=Path))
+@model_option
+@click.option(
+    "--batch", default="1,8,32", show_default=True, help="Images at once; several with commas."
+)
+@click.option("--seconds", type=float, help="Time for each artifact and batch.  [default: 3]")
+@click.option("--rounds", type=int, help="Runs of each; with --seconds, what is over first counts.")
+@click.option(
+    "--warmup",
+    type=float,
+    default=0.5,
+    show_default=True,
+    help="Seconds of running before, for each artifact and batch.",
+)
+@click.option(
+    "--threads", type=int, default=0, help="ONNX Runtime's on the CPU; 0: its own choice."
+)
+@click.option(
+    "--provider",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where ONNX graphs run.",
+)
+@click.option("--cuda-graph", is_flag=True, help="Replay engines as CUDA graphs.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Of the pixels and of the order."
+)
+@click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: .png or .svg."
+)
+@trust_option
+@stage_command
+def benchmark(
+    context: Context,
+    artifacts: tuple[Path, ...],
+    model: str | None,
+    batch: str,
+    seconds: float | None,
+    rounds: int | None,
+    warmup: float,
+    threads: int,
+    provider: Literal["auto", "cpu", "cuda"],
+    cuda_graph: bool,
+    seed: int,
+    plot: Path | None,
+    trust: bool,
+) -> None:
+    """Measure latency and throughput of ARTIFACTS (.onnx, .engine), or of all of a model's.
+
+    They take turns, in rounds, so that their ratios hold on a busy machine too.
+    """
+    if artifacts and model:
+        raise UsageError("--model beside files", hint="name files, or a model for all of its own")
+    from clipdeploy.plots import check_plot_path, draw_benchmark, save_plot
+
+    if plot:
+        check_plot_path(plot)
+    from clipdeploy.benchmark import BenchmarkConfig, benchmark_artifacts, benchmark_model
+
+    config = BenchmarkConfig(
+        batches=whole_numbers(batch, "--batch", "such as 1,8,32"),
+        seconds=3.0 if seconds is None and rounds is None else seconds,
+        rounds=rounds,
+        warmup=warmup,
+        seed=seed,
+        provider=provider,
+        threads=threads,
+        trust=trust,
+        cuda_graph=cuda_graph,
+    )
+    if artifacts:
+        run = partial(benchmark_artifacts, artifacts)
+    else:
+        run = partial(benchmark_model, context.workspace, context.model(model))
+    result = run(config, progress=context.progress, note=context.note)
+    emit(context, result, lambda: _render(result))
+    if not result:
+        first = result.not_run[0]
+        raise EngineError("nothing could be measured", hint=f"{first.label}: {first.reason}")
+    if plot:
+        save_plot(draw_benchmark(result), plot)
+        context.note(f"drawn: {plot}")
+
+
+def _render(result: Benchmark) -> Group:
+    from clipdeploy.benchmark.table import benchmark_table
+
+    return benchmark_table(result)

@@ -1,0 +1,134 @@
+"""The files of the crop cache: shards that one process appends to and any process reads.
+
+    NAME.pixels   crop 0, crop 1, ...    uint8 (S, S, 3) each
+    NAME.rows     64 bytes each:  stamp 16 | sha256 32 | slot | CRC-32 of the crop | magic | CRC-32
+
+Pixels are written before their row, so that a killed run leaves a shorter shard.  A row that is
+damaged or cut short is no row, a crop whose CRC-32 is not its row's is no crop.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import struct
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["NO_STAMP", "ROW_BYTES", "Row", "ShardWriter", "Spot", "read_rows", "remove", "size_of"]
+
+_MAGIC = 0x50435243
+_ROW = struct.Struct("<16s32sIII")
+_CRC = struct.Struct("<I")
+ROW_BYTES = _ROW.size + _CRC.size
+NO_STAMP = bytes(16)
+# The slot of a row that only says which content a file has.
+_NO_PIXELS = 0xFFFFFFFF
+_COUNTER = itertools.count()
+
+
+class Spot(NamedTuple):
+    """Where a crop lies: its ``.pixels`` file, its number in it, and its CRC-32."""
+
+    shard: Path
+    slot: int
+    crc: int
+
+    def read(self, size: int) -> NDArray[np.uint8] | None:
+        """The crop (size, size, 3), None if it is gone, cut short or damaged."""
+        crop = np.empty((size, size, 3), np.uint8)
+        # Not mapped into memory: a shard cut short under a mapping would kill the process.
+        try:
+            with open(self.shard, "rb", buffering=0) as stream:
+                stream.seek(self.slot * crop.nbytes)
+                count = stream.readinto(crop.data)
+        except OSError:  # another process removed it
+            return None
+        return crop if count == crop.nbytes and zlib.crc32(crop.data) == self.crc else None
+
+
+class Row(NamedTuple):
+    """What a row says: a file's stamp, its SHA-256, and where its crop lies, if here."""
+
+    stamp: bytes
+    sha256: bytes
+    spot: Spot | None
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The sound rows of a ``.rows`` file; none if it is gone."""
+    try:
+        data = path.read_bytes()
+    except OSError:  # another process removed it
+        return
+    pixels = path.with_suffix(".pixels")
+    for start in range(0, len(data) - ROW_BYTES + 1, ROW_BYTES):
+        row = data[start : start + _ROW.size]
+        stamp, sha256, slot, crc, magic = _ROW.unpack(row)
+        if magic == _MAGIC and _CRC.unpack_from(data, start + _ROW.size)[0] == zlib.crc32(row):
+            yield Row(stamp, sha256, None if slot == _NO_PIXELS else Spot(pixels, slot, crc))
+
+
+def size_of(pixels: Path) -> int:
+    """Bytes on disk of the shard that has this ``.pixels`` file."""
+    size = 0
+    for path in (pixels, pixels.with_suffix(".rows")):
+        with suppress(OSError):
+            size += path.stat().st_size
+    return size
+
+
+def remove(pixels: Path) -> None:
+    """Remove a shard; no error if it is gone, or may not be removed."""
+    for path in (pixels.with_suffix(".rows"), pixels):
+        with suppress(OSError):
+            path.unlink()
+
+
+class ShardWriter:
+    """Appends to a new shard that nobody else writes, ``room`` bytes at most."""
+
+    def __init__(self, folder: Path, room: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        # The time first: of two rows for one content, the one of the later name counts.
+        name = f"{time.time_ns():020d}-{os.getpid()}-{next(_COUNTER)}"
+        self.path = folder / f"{name}.pixels"
+        self._room = room
+        self._count = 0
+        self._pixels = open(self.path, "xb", buffering=0)  # noqa: SIM115 - closed by close()
+        self._rows = open(self.path.with_suffix(".rows"), "xb", buffering=0)  # noqa: SIM115
+
+    def has_room(self, size: int) -> bool:
+        """Whether one more crop of ``size`` bytes fits."""
+        return self._room >= size + ROW_BYTES
+
+    def append(self, stamp: bytes, sha256: bytes, crop: NDArray[np.uint8] | None) -> Spot | None:
+        """Write a crop and its row; with None only a row that says which content a file has.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        slot, crc = _NO_PIXELS, 0
+        if crop is not None:
+            data = np.ascontiguousarray(crop).data
+            slot, crc = self._count, zlib.crc32(data)
+            if self._pixels.write(data) != data.nbytes:
+                raise OSError("the disk is full")
+            self._count += 1
+            self._room -= data.nbytes
+        row = _ROW.pack(stamp, sha256, slot, crc, _MAGIC)
+        self._rows.write(row + _CRC.pack(zlib.crc32(row)))
+        self._room -= ROW_BYTES
+        return None if crop is None else Spot(self.path, slot, crc)
+
+    def close(self) -> None:
+        """Close both files."""
+        self._pixels.close()
+        self._rows.close()

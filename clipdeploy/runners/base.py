@@ -1,0 +1,76 @@
+"""What runs images: one small interface, whatever computes the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporters.artifact import TensorSpec
+
+__all__ = ["Closing", "Images", "Logits", "Runner", "in_parts"]
+
+Images = NDArray[Any]
+Logits = NDArray[np.float32]
+
+
+class Runner(Protocol):
+    """Images as ``input`` says -> logits (B, classes) float32; any B.
+
+    ``batches`` are the smallest and the largest batch that runs at once, None for no limit: a
+    larger one runs in parts, a smaller one is filled up.
+    """
+
+    name: str
+    input: TensorSpec
+    batches: tuple[int, int | None]
+
+    def __call__(self, images: Images) -> Logits:
+        """The logits of one batch."""
+
+    def device_seconds(self, images: Images) -> float | None:
+        """The GPU's own time for one batch, transfers left out; None where there is none."""
+
+    def close(self) -> None:
+        """Give back what it holds."""
+
+
+class Closing:
+    """A runner that is a context manager, on a CPU and with nothing to give back."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def device_seconds(self, images: Images) -> float | None:
+        """See :class:`Runner`."""
+        return None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def in_parts(
+    run: Callable[[Images], Logits], images: Images, batches: tuple[int, int | None]
+) -> Logits:
+    """Run at most the largest batch at once; a part below the smallest is filled up with its own
+    first image, whose logits are dropped."""
+    smallest, largest = batches
+    step = largest or max(len(images), 1)
+    parts = []
+    for at in range(0, len(images), step):
+        part = images[at : at + step]
+        missing = smallest - len(part)
+        filled = np.concatenate([part, np.repeat(part[:1], missing, 0)]) if missing > 0 else part
+        parts.append(run(np.ascontiguousarray(filled))[: len(part)].astype(np.float32))
+    return np.concatenate(parts)

@@ -1,0 +1,269 @@
+"""A TensorRT engine in a GPU's memory: loaded once, fed through pinned memory, run many times.
+
+Polygraphy's own runner is written for debugging: it copies through pageable memory and asks for
+output memory in every run.  PyTorch's CUDA allocator, streams and graphs are used here instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from clipdeploy.backends import Backend, choose_backend, hears, tensorrt_module
+from clipdeploy.passport import BatchProfile
+from clipdeploy.preflight import Plan, preflight
+from clipdeploy.runners.base import Closing, Images, Logits, in_parts
+from exporters.artifact import TensorSpec
+from exporters.errors import EngineError
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+__all__ = ["Engine", "EngineRunner", "layer_information"]
+
+
+@dataclass
+class _Lane:
+    """An execution context for a profile, or for one batch size of a CUDA graph."""
+
+    context: trt.IExecutionContext
+    graph: Any = None
+
+
+def _backend(plan: Plan) -> Backend:
+    return choose_backend("auto").backend if plan.passport is None else plan.passport.backend
+
+
+def load_engine(plan: Plan) -> tuple[Any, trt.ICudaEngine]:
+    """Deserialise an engine: the flavour's module, and the engine.
+
+    ``engine_host_code_allowed`` stays off: no code in a plan is ever run.
+
+    Raises:
+        EngineError: TensorRT refuses it; the message is TensorRT's own.
+    """
+    module = tensorrt_module(_backend(plan))
+    from polygraphy.backend.trt import get_trt_logger
+
+    runtime: trt.Runtime = module.Runtime(get_trt_logger())
+    with hears() as heard:
+        engine = runtime.deserialize_cuda_engine(plan.data)
+    if engine is None:
+        reason = heard.errors[0].splitlines()[0] if heard.errors else "no reason given"
+        raise EngineError(
+            f"TensorRT cannot load {plan.path}: {reason}",
+            hint="an engine is bound to its GPU and TensorRT version: build it again here",
+        )
+    _refit(module, plan, engine)
+    return module, engine
+
+
+def layer_information(plan: Plan) -> str:
+    """What the engine inspector says of an engine, as JSON.
+
+    Raises:
+        EngineError: TensorRT refuses the engine.
+    """
+    module, engine = load_engine(plan)
+    inspector: trt.EngineInspector = engine.create_engine_inspector()
+    return str(inspector.get_engine_information(module.LayerInformationFormat.JSON))
+
+
+def _refit(module: Any, plan: Plan, engine: trt.ICudaEngine) -> None:
+    """Put the weights of the graph beside it into a stripped engine."""
+    if plan.passport is None or not plan.passport.settings.get("strip_weights"):
+        return
+    from polygraphy.backend.trt import get_trt_logger
+
+    from exporters.files import sha256_file
+
+    graph = plan.path.with_suffix(".onnx")
+    if not graph.exists() or sha256_file(graph) != plan.passport.hashes.graph:
+        raise EngineError(
+            f"{plan.path} holds no weights, and {graph.name} beside it is not its graph",
+            hint=f"put the graph there, or build it again: {plan.passport.rebuild}",
+        )
+    refitter: trt.Refitter = module.Refitter(engine, get_trt_logger())
+    parser: trt.OnnxParserRefitter = module.OnnxParserRefitter(refitter, get_trt_logger())
+    if not (parser.refit_from_file(str(graph)) and refitter.refit_cuda_engine()):
+        raise EngineError(
+            f"the weights of {graph} do not fit {plan.path}",
+            hint=f"build it again: {plan.passport.rebuild}",
+        )
+
+
+class Engine:
+    """See :class:`EngineRunner`, which adds the parts of larger batches."""
+
+    def __init__(self, path: Path, *, trust: bool, cuda_graph: bool) -> None:
+        plan = preflight(path, trust=trust)
+        if not torch.cuda.is_available():
+            raise EngineError(
+                "PyTorch is built without CUDA here, and holds the engine's memory",
+                hint="install the CUDA build of torch: pip install --force-reinstall torch",
+            )
+        self._engine: trt.ICudaEngine
+        self._module, self._engine = load_engine(plan)
+        self._cuda_graph = cuda_graph
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.input, self.output = self._tensors()
+        self._profiles = self._read_profiles()
+        self.batches = (
+            min(low for low, _, _ in self._profiles),
+            max(high for _, _, high in self._profiles),
+        )
+        gpu = torch.cuda.get_device_name()
+        self.name = f"{_backend(plan)} {self._module.__version__} on {gpu}"
+        self._host_in, self._in = self._memory(self.input)
+        self._host_out, self._out = self._memory(self.output)
+        self._lanes: dict[tuple[int, int], _Lane] = {}
+
+    def _tensors(self) -> tuple[TensorSpec, TensorSpec]:
+        engine, kind = self._engine, self._module.TensorIOMode
+        found: dict[Any, list[TensorSpec]] = {kind.INPUT: [], kind.OUTPUT: []}
+        for index in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(index)
+            dtype = np.dtype(self._module.nptype(engine.get_tensor_dtype(name))).name
+            batch, *rest = engine.get_tensor_shape(name)
+            shape = ("batch" if batch < 0 else int(batch), *(int(axis) for axis in rest))
+            found[engine.get_tensor_mode(name)].append(TensorSpec(name, dtype, shape))
+        if len(found[kind.INPUT]) != 1 or len(found[kind.OUTPUT]) != 1:
+            raise EngineError(
+                "the engine does not have one input and one output",
+                hint="it is no image classifier of clipdeploy: build one with build-engine",
+            )
+        return found[kind.INPUT][0], found[kind.OUTPUT][0]
+
+    def _read_profiles(self) -> tuple[BatchProfile, ...]:
+        engine, name = self._engine, self.input.name
+        shapes = [
+            engine.get_tensor_profile_shape(name, index)
+            for index in range(engine.num_optimization_profiles)
+        ]
+        return tuple((int(low[0]), int(best[0]), int(high[0])) for low, best, high in shapes)
+
+    def _memory(self, spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pinned and device memory for the largest batch of a tensor."""
+        shape = (self.batches[1], *(int(axis) for axis in spec.shape[1:]))
+        dtype = getattr(torch, spec.dtype)
+        try:
+            pinned = torch.empty(shape, dtype=dtype, pin_memory=True)
+            return pinned, torch.empty(shape, dtype=dtype, device="cuda")
+        except torch.cuda.OutOfMemoryError as error:
+            raise EngineError(
+                f"the GPU has no room for {shape} of {spec.dtype}",
+                hint="build the engine with a smaller --max-batch, or free the GPU",
+            ) from error
+
+    def _profile_of(self, batch: int) -> int:
+        """The profile that takes ``batch`` and was tuned nearest to it."""
+        fitting = [
+            (abs(best - batch), index)
+            for index, (low, best, high) in enumerate(self._profiles)
+            if low <= batch <= high
+        ]
+        if not fitting:
+            raise EngineError(
+                f"no batch profile of the engine takes {batch} images: {list(self._profiles)}",
+                hint="build it with --profile MIN,OPT,MAX around this batch",
+            )
+        return min(fitting)[1]
+
+    def _lane(self, batch: int) -> _Lane:
+        profile = self._profile_of(batch)
+        # A recorded graph keeps its shapes: it needs a context to itself.
+        key = (profile, batch if self._cuda_graph else 0)
+        if key not in self._lanes:
+            context = self._engine.create_execution_context()
+            context.set_optimization_profile_async(profile, self._stream.cuda_stream)
+            context.set_tensor_address(self.input.name, self._in.data_ptr())
+            context.set_tensor_address(self.output.name, self._out.data_ptr())
+            self._lanes[key] = _Lane(context)
+        lane = self._lanes[key]
+        context = lane.context
+        if not context.set_input_shape(self.input.name, (batch, *self._in.shape[1:])):
+            raise EngineError(f"the engine refuses a batch of {batch}")
+        if self._cuda_graph and lane.graph is None:
+            lane.graph = self._record(context)
+        return lane
+
+    def _record(self, context: trt.IExecutionContext) -> Any:
+        # The first run may allocate, which a recording must not.
+        self._launch(_Lane(context))
+        self._stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream):
+            context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
+        return graph
+
+    def _launch(self, lane: _Lane) -> None:
+        if lane.graph is not None:
+            lane.graph.replay()
+        elif not lane.context.execute_async_v3(self._stream.cuda_stream):
+            raise EngineError("TensorRT failed while it ran the engine")
+
+    def run(self, images: NDArray[Any]) -> NDArray[np.float32]:
+        """Images (B, ...) within one profile -> logits (B, classes)."""
+        batch = len(images)
+        with torch.cuda.stream(self._stream):
+            lane = self._lane(batch)
+            self._host_in[:batch].copy_(torch.from_numpy(images))
+            self._in[:batch].copy_(self._host_in[:batch], non_blocking=True)
+            self._launch(lane)
+            self._host_out[:batch].copy_(self._out[:batch], non_blocking=True)
+        self._stream.synchronize()
+        logits: NDArray[np.float32] = self._host_out[:batch].float().numpy().copy()
+        return logits
+
+    def device_seconds(self, images: NDArray[Any]) -> float:
+        """Seconds between two CUDA events around one launch; the images are already there."""
+        batch = len(images)
+        with torch.cuda.stream(self._stream):
+            lane = self._lane(batch)
+            self._in[:batch].copy_(torch.from_numpy(images))
+            before = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            after = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            before.record(self._stream)
+            self._launch(lane)
+            after.record(self._stream)
+        after.synchronize()
+        return float(before.elapsed_time(after)) / 1e3
+
+    def close(self) -> None:
+        """Free the contexts, the engine and its memory."""
+        self._lanes.clear()
+        del self._engine, self._in, self._out, self._host_in, self._host_out
+
+
+class EngineRunner(Closing):
+    """A TensorRT engine on the first GPU.
+
+    Its memory is allocated once, for the largest batch, and transfers go through pinned memory.
+    ``cuda_graph`` records the launches of each batch size once and replays them.
+
+    Raises:
+        EngineError: there is no GPU, or the engine is not one of this machine.
+        ArtifactError: the engine's passport is missing or does not fit its bytes.
+    """
+
+    def __init__(self, engine: Path, *, trust: bool = False, cuda_graph: bool = False) -> None:
+        self._loaded = Engine(engine, trust=trust, cuda_graph=cuda_graph)
+        self.name, self.input = self._loaded.name, self._loaded.input
+        self.batches: tuple[int, int | None] = self._loaded.batches
+
+    def __call__(self, images: Images) -> Logits:
+        """See :class:`Runner`."""
+        return in_parts(self._loaded.run, images, self.batches)
+
+    def device_seconds(self, images: Images) -> float | None:
+        """See :class:`Runner`; between two CUDA events around the launch."""
+        return self._loaded.device_seconds(images)
+
+    def close(self) -> None:
+        """Free the engine's memory."""
+        self._loaded.close()

@@ -1,0 +1,72 @@
+"""Checkpoint -> checked FP32 graph."""
+
+from __future__ import annotations
+
+from clipdeploy import zoo
+from clipdeploy.model import LoadedModel, WeightsChoice, load_model
+from clipdeploy.passport import library_versions
+from clipdeploy.stages.samples import sample_images
+from clipdeploy.workspace import Workspace
+from exporters.artifact import Passport, Recipe, TensorSpec, settings_of
+from exporters.headers import GraphArtifact, existing_graph
+from exporters.onnx import ExportConfig, export_graph
+from exporters.progress import SILENT, Progress
+
+__all__ = ["export_model"]
+
+
+def _passport(model: LoadedModel) -> Passport:
+    size = model.card.image_size
+    classes = model.module.config.classes
+    names = tuple(name for name, _ in zoo.class_names(model.card))
+    return Passport(
+        kind="graph",
+        model=model.card.name,
+        precision="fp32",
+        weights=model.weights,
+        recipe=model.recipe,
+        preprocess=model.card.preprocess(model.recipe),
+        input=TensorSpec("image", "float32", ("batch", 3, size, size)),
+        output=TensorSpec("logits", "float32", ("batch", classes)),
+        classes=classes,
+        class_names=names if len(names) == classes else (),
+        versions=library_versions(),
+    )
+
+
+def export_model(
+    workspace: Workspace,
+    name: str,
+    weights: WeightsChoice = WeightsChoice(),
+    recipe: Recipe = Recipe(),
+    config: ExportConfig = ExportConfig(),
+    *,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> GraphArtifact:
+    """Checkpoint -> checked FP32 graph in the workspace.
+
+    Raises:
+        ClipdeployError: see :mod:`exporters.errors`; nothing is left behind.
+    """
+    card = zoo.find(name)
+    with progress.task(f"load {card.name}"):
+        model = load_model(card, weights, recipe)
+    passport = _passport(model)
+    path = workspace.graph(card.name, "fp32")
+    settings = settings_of(config)
+    if not force and (found := existing_graph(path)):
+        old = found.passport
+        same = (old.weights.identity, old.recipe, old.settings, old.versions) == (
+            passport.weights.identity,
+            recipe,
+            settings,
+            passport.versions,
+        )
+        if same:
+            workspace.remember(card.name)
+            return found
+    samples = sample_images(passport.preprocess)
+    artifact = export_graph(model.module, path, passport, samples, config, progress, release=True)
+    workspace.remember(card.name)
+    return artifact

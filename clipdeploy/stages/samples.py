@@ -1,0 +1,19 @@
+"""Real images that every stage can check its graph with."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from clipdeploy import zoo
+from clipdeploy.datasets import iter_crops, open_images, select
+from exporters.artifact import Preprocess
+from exporters.checks import PARITY_BATCHES
+from exporters.samples import Samples
+
+__all__ = ["sample_images"]
+
+
+def sample_images(spec: Preprocess, count: int = max(PARITY_BATCHES)) -> Samples:
+    """A few real images to check graphs with: the demo card's digits."""
+    digits = select(open_images(zoo.demo_file("calibration.zip")), count, seed=0)
+    return Samples(np.stack([crop.pixels for crop in iter_crops(digits, spec)]), spec)

@@ -1,0 +1,146 @@
+"""An ONNX file without the bytes of its weights: its nodes, and the passport inside it.
+
+A ViT-B is 350 MB of weights around 60 kB of graph.  The file is mapped into memory and walked field
+by field (protobuf.dev, "Encoding"), and the fields that hold weights are never touched.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from exporters.artifact import PASSPORT_KEY, Passport, from_json
+from exporters.errors import ArtifactError, FileError, GraphError
+from exporters.files import file_errors, sha256_file
+
+__all__ = ["GraphArtifact", "existing_graph", "read_passport", "read_skeleton"]
+
+# ModelProto.graph, GraphProto.initializer, TensorProto.raw_data: field numbers of onnx.proto3.
+_WEIGHTS = (7, 5, 9)
+_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+# Shapes, scales and other constants that say something about the graph stay.
+_SMALL = 4096
+
+
+@dataclass(frozen=True)
+class GraphArtifact:
+    """An ONNX file, its hash and its passport; ``changed`` is False if it was already there."""
+
+    path: Path
+    sha256: str
+    passport: Passport
+    bytes: int
+    nodes: int
+    changed: bool
+
+
+def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if not byte & 0x80:
+            return value, at
+
+
+def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """Each field between ``at`` and ``end``: number, start, start of its payload, end."""
+    while at < end:
+        start = at
+        key, at = _varint(data, at)
+        kind = key & 7
+        if kind == _LENGTH:
+            size, at = _varint(data, at)
+            payload, at = at, at + size
+        elif kind == _VARINT:
+            payload = at
+            _, at = _varint(data, at)
+        elif kind in (_FIXED32, _FIXED64):
+            payload, at = at, at + (4 if kind == _FIXED32 else 8)
+        else:
+            raise DecodeError(f"wire type {kind}")
+        if at > end:
+            raise DecodeError("cut short")
+        yield key >> 3, start, payload, at
+
+
+def _encoded(number: int, payload: bytes) -> bytes:
+    size, length = len(payload), bytearray()
+    while size > 0x7F:
+        length.append(size & 0x7F | 0x80)
+        size >>= 7
+    return bytes([number << 3 | _LENGTH]) + bytes([*length, size]) + payload
+
+
+def _lean(data: mmap.mmap, at: int, end: int, path: tuple[int, ...]) -> bytes:
+    """The message between ``at`` and ``end`` without the weights; ``path`` leads down to them."""
+    pieces = []
+    for number, start, payload, stop in _fields(data, at, end):
+        if number != path[0] or stop - payload <= _SMALL:
+            pieces.append(data[start:stop])
+        elif len(path) > 1:
+            pieces.append(_encoded(number, _lean(data, payload, stop, path[1:])))
+    return b"".join(pieces)
+
+
+def read_skeleton(path: Path) -> onnx.ModelProto:
+    """Read an ONNX file; the initializers keep their names, types and shapes, not their values.
+
+    Raises:
+        FileError: the file cannot be opened.
+        GraphError: it is no ONNX file, or is cut short.
+    """
+    broken = GraphError(
+        f"{path} is no readable ONNX graph",
+        hint="it is cut short or of another kind: export it again",
+    )
+    with file_errors("read", path), path.open("rb") as stream:
+        if not path.stat().st_size:
+            raise broken
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                lean = _lean(data, 0, len(data), _WEIGHTS)
+                model: onnx.ModelProto = onnx.ModelProto.FromString(lean)
+                return model
+            except (DecodeError, IndexError) as error:
+                raise broken from error
+
+
+def existing_graph(path: Path) -> GraphArtifact | None:
+    """The graph at ``path`` if it is there and readable, marked as unchanged; None otherwise."""
+    try:
+        passport, nodes = _read_header(path)
+    except (ArtifactError, FileError):
+        return None
+    return GraphArtifact(path, sha256_file(path), passport, path.stat().st_size, nodes, False)
+
+
+def read_passport(path: Path) -> Passport:
+    """The passport inside an ONNX file.
+
+    Raises:
+        FileError: the file cannot be opened.
+        ArtifactError: it has no passport, or one that cannot be read.
+    """
+    return _read_header(path)[0]
+
+
+def _read_header(path: Path) -> tuple[Passport, int]:
+    try:
+        proto = read_skeleton(path)
+    except GraphError as error:
+        raise ArtifactError(error.message, hint=error.hint) from error
+    for entry in proto.metadata_props:
+        if entry.key == PASSPORT_KEY:
+            return from_json(entry.value, Passport, f"the passport of {path}"), len(
+                proto.graph.node
+            )
+    raise ArtifactError(
+        f"{path} has no passport: clipdeploy did not write it", hint="export it with clipdeploy"
+    )
