@@ -11,19 +11,29 @@ from clipdeploy.verifier import Row, Verification
 
 __all__ = ["verdict_line", "verification_table"]
 
-_COLOURS = {"passed": "green", "failed": "red", "not judged": "yellow", "not executed": "yellow"}
+_COLOURS = {
+    "equivalent": "green",
+    "regressed": "red",
+    "undecided": "yellow",
+    "not judged": "yellow",
+    "not executed": "yellow",
+}
 
 
 def verdict_line(result: Verification) -> str:
     """The verdict in one sentence."""
     if result.passed:
-        return f"PASSED: no artifact loses more than {result.max_drop:.2f} points of top-1"
-    bad = [row for row in result.rows if row.verdict != "passed"]
-    if any(row.verdict == "failed" for row in bad):
-        names = ", ".join(_name(row) for row in bad if row.verdict == "failed")
-        return f"FAILED: {names}"
+        return f"EQUIVALENT: no artifact loses more than {result.max_drop:.2f} points of top-1"
+    bad = [row for row in result.rows if row.verdict != "equivalent"]
+    if any(row.verdict == "regressed" for row in bad):
+        names = ", ".join(_name(row) for row in bad if row.verdict == "regressed")
+        return f"REGRESSED: {names}"
     if result.random_weights:
         return "NOT JUDGED: random weights have no accuracy; the logits are compared, no more"
+    if any(row.verdict == "undecided" for row in bad):
+        needed = max((row.drop.images_needed or 0 for row in bad if row.drop), default=0)
+        more = f": about {needed:,} images would tell" if needed else ""
+        return f"UNDECIDED{more}"
     return f"NOT PROVEN: {', '.join(f'{_name(row)} {row.verdict}' for row in bad)}"
 
 

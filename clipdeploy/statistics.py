@@ -25,7 +25,8 @@ class Fidelity:
 
     ``sqnr_db`` is 10 log10(sum reference^2 / sum (reference - artifact)^2) over all logits,
     ``None`` where they are equal; ``cosine`` the smallest over the images; ``agreement`` percent
-    of images with the same first answer.
+    of images with the same first answer; ``lost`` and ``gained`` count the images that only the
+    reference, or only the artifact, gets right.
     """
 
     images: int
@@ -37,6 +38,8 @@ class Fidelity:
     finite: bool
     accuracy: Accuracy | None
     reference_accuracy: Accuracy | None
+    lost: int = 0
+    gained: int = 0
 
     @property
     def drop(self) -> float | None:
@@ -69,6 +72,7 @@ class FidelityMeter:
         self._finite = True
         self._labelled = True
         self._hits = np.zeros(4, np.int64)
+        self._lost = self._gained = 0
 
     def add(
         self,
@@ -93,10 +97,13 @@ class FidelityMeter:
         if labels is None:
             self._labelled = False
             return
-        for index, (values, k) in enumerate(
-            ((logits, 1), (logits, 5), (reference, 1), (reference, 5))
-        ):
-            self._hits[index] += top_k_hits(values, labels, k).sum()
+        hits = [
+            top_k_hits(values, labels, k)
+            for values, k in ((logits, 1), (logits, 5), (reference, 1), (reference, 5))
+        ]
+        self._hits += [int(hit.sum()) for hit in hits]
+        self._lost += int((hits[2] & ~hits[0]).sum())
+        self._gained += int((hits[0] & ~hits[2]).sum())
 
     def result(self) -> Fidelity:
         """The figures over everything added."""
@@ -113,4 +120,6 @@ class FidelityMeter:
             finite=self._finite,
             accuracy=Accuracy(percent[0], percent[1]) if self._labelled else None,
             reference_accuracy=Accuracy(percent[2], percent[3]) if self._labelled else None,
+            lost=self._lost,
+            gained=self._gained,
         )

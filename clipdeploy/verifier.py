@@ -1,7 +1,7 @@
 """Judge artifacts against PyTorch on the same images.
 
 It fails closed: an artifact that was not executed, random weights, images without labels and
-logits that are not finite can each only lose the verdict ``passed``, never gain it.
+logits that are not finite can each only lose the verdict ``equivalent``, never gain it.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from clipdeploy.crops import CropCache
 from clipdeploy.datasets import Crop, ImageFolder, Skipped, iter_crops
 from clipdeploy.images import survey
 from clipdeploy.model import LoadedModel
+from clipdeploy.paired import DropJudgement, judge_drop
 from clipdeploy.runners import Runner, open_runner
 from clipdeploy.runners.torch import TorchRunner
 from clipdeploy.statistics import Fidelity, FidelityMeter
 from clipdeploy.survey import Reading
 from exporters.artifact import Passport, Precision, Preprocess
-from exporters.errors import DatasetError, EngineError
+from exporters.errors import DatasetError, EngineError, UsageError
 from exporters.progress import SILENT, Progress
 from exporters.samples import Samples
 
 __all__ = ["Row", "Target", "Verification", "VerifyConfig", "verify_targets"]
 
-Verdict = Literal["passed", "failed", "not judged", "not executed"]
+Verdict = Literal["equivalent", "regressed", "undecided", "not judged", "not executed"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,12 @@ class VerifyConfig:
     skip_unreadable: bool = False
     workers: int | None = None
     cache: CropCache | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_drop <= 100:
+            raise UsageError(
+                f"a largest drop of {self.max_drop} points", hint="--max-drop is 0 to 100"
+            )
 
 
 @dataclass(frozen=True)
@@ -71,11 +78,12 @@ class Row:
     verdict: Verdict
     reason: str
     fidelity: Fidelity | None
+    drop: DropJudgement | None
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The result: ``passed`` only if every row is; use it as a truth value.
+    """The result: ``passed`` only if every row is equivalent; use it as a truth value.
 
     ``problems`` has a sentence for each thing that is odd about the images; ``leaked`` counts
     images that an artifact was calibrated on, None if nobody can tell.
@@ -105,16 +113,22 @@ def _open(target: Target) -> tuple[Runner | None, str]:
         return None, f"{error.message}{stand_in}"
 
 
-def judge(fidelity: Fidelity, *, random_weights: bool, max_drop: float) -> tuple[Verdict, str]:
-    """The verdict on figures, and the sentence that explains it."""
+def judge(
+    fidelity: Fidelity, *, random_weights: bool, max_drop: float
+) -> tuple[Verdict, str, DropJudgement | None]:
+    """The verdict on figures, the sentence that explains it, and what it rests on.
+
+    It is on the interval of the paired drop, see :mod:`clipdeploy.paired`: too few images leave it
+    undecided.
+    """
     if not fidelity.finite:
-        return "failed", "logits are NaN or infinite"
+        return "regressed", "logits are NaN or infinite", None
     if random_weights:
-        return "not judged", "random weights: logits only, accuracy means nothing"
+        return "not judged", "random weights: logits only, accuracy means nothing", None
     if fidelity.drop is None:
-        return "not judged", "images without labels: logits only"
-    text = f"top-1 drop {fidelity.drop:+.2f} points, {max_drop:.2f} allowed"
-    return ("passed", text) if fidelity.drop <= max_drop else ("failed", text)
+        return "not judged", "images without labels: logits only", None
+    drop = judge_drop(fidelity.lost, fidelity.gained, fidelity.images, max_drop)
+    return drop.verdict, drop.sentence, drop
 
 
 def _labels(crops: Sequence[Crop]) -> np.ndarray[tuple[int], np.dtype[np.int64]] | None:
@@ -154,11 +168,11 @@ def _row(
 ) -> Row:
     what = (str(target.path), target.kind, target.precision)
     if runner is None:
-        return Row(*what, "", "not executed", why_not, None)
+        return Row(*what, "", "not executed", why_not, None, None)
     fidelity = meter.result()
     random_weights = reference.weights.kind == "random"
-    verdict, reason = judge(fidelity, random_weights=random_weights, max_drop=config.max_drop)
-    return Row(*what, runner.name, verdict, reason, fidelity)
+    verdict, reason, drop = judge(fidelity, random_weights=random_weights, max_drop=config.max_drop)
+    return Row(*what, runner.name, verdict, reason, fidelity, drop)
 
 
 def _count_leaks(batch: Sequence[Crop], seen: frozenset[str], allow_leak: bool) -> int:
@@ -228,5 +242,5 @@ def verify_targets(
         random_weights=reference.weights.kind == "random",
         max_drop=config.max_drop,
         rows=tuple(rows),
-        passed=bool(rows) and all(row.verdict == "passed" for row in rows),
+        passed=bool(rows) and all(row.verdict == "equivalent" for row in rows),
     )

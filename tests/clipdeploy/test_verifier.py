@@ -17,6 +17,7 @@ from clipdeploy.report import verdict_line, verification_table
 from clipdeploy.statistics import Accuracy, Fidelity
 from clipdeploy.verifier import Target, Verification, VerifyConfig, judge, verify_targets
 from clipdeploy.workspace import Workspace
+from exporters.errors import UsageError
 from exporters.headers import read_passport
 
 CLASSES = tuple("0123456789")
@@ -57,7 +58,7 @@ def test_the_demo_graphs_pass_on_all_held_out_digits(
         assert fidelity is not None
         assert fidelity.sqnr_db is not None
         assert fidelity.sqnr_db > floor
-    assert "PASSED" in shown(result)
+    assert "EQUIVALENT: no artifact" in shown(result)
 
 
 def _shift_scales(proto: onnx.ModelProto) -> None:
@@ -98,8 +99,8 @@ def test_a_ruined_graph_fails(
     good = target(demo_workspace.graph(zoo.DEMO, "fp32"))
     result = verify_targets(demo_model, [good, target(path)], digits)
     assert not result
-    assert [row.verdict for row in result.rows] == ["passed", "failed"]
-    assert verdict_line(result) == "FAILED: int8 graph"
+    assert [row.verdict for row in result.rows] == ["equivalent", "regressed"]
+    assert verdict_line(result) == "REGRESSED: int8 graph"
 
 
 def test_random_weights_are_never_judged(
@@ -110,7 +111,7 @@ def test_random_weights_are_never_judged(
     assert not result
     assert result.rows[0].verdict == "not judged"
     assert "NOT JUDGED" in shown(result)
-    assert "PASSED" not in shown(result)
+    assert "EQUIVALENT" not in shown(result)
 
 
 def test_images_without_labels_are_never_judged(
@@ -126,22 +127,25 @@ def few(images: ImageFolder) -> ImageFolder:
     return ImageFolder(images.root, images.entries[:20])
 
 
-def fidelity(top1: float, reference: float, *, finite: bool = True) -> Fidelity:
-    return Fidelity(
-        100, 0.1, 0.1, 0.99, 30.0, 99.0, finite, Accuracy(top1, 100), Accuracy(reference, 100)
-    )
+def fidelity(lost: int, gained: int, *, images: int = 5_000, finite: bool = True) -> Fidelity:
+    right = images // 2
+    top1, reference = 100 * (right - lost + gained) / images, 100 * right / images
+    accuracies = (Accuracy(top1, 100), Accuracy(reference, 100))
+    return Fidelity(images, 0.1, 0.1, 0.99, 30.0, 99.0, finite, *accuracies, lost, gained)
 
 
 @pytest.mark.parametrize(
     ("figures", "random_weights", "verdict"),
     [
-        (fidelity(80, 81), False, "passed"),
-        (fidelity(82, 81), False, "passed"),
-        (fidelity(79.9, 81), False, "failed"),
-        (fidelity(81, 81, finite=False), False, "failed"),
-        (fidelity(81, 81), True, "not judged"),
-        (fidelity(81, 81, finite=False), True, "failed"),
-        (replace(fidelity(81, 81), accuracy=None), False, "not judged"),
+        (fidelity(30, 10), False, "equivalent"),
+        (fidelity(0, 50), False, "equivalent"),
+        (fidelity(90, 0), False, "regressed"),
+        (fidelity(55, 5), False, "undecided"),
+        (fidelity(0, 0, images=100), False, "undecided"),
+        (fidelity(0, 0, finite=False), False, "regressed"),
+        (fidelity(0, 0), True, "not judged"),
+        (fidelity(0, 0, finite=False), True, "regressed"),
+        (replace(fidelity(0, 0), accuracy=None), False, "not judged"),
     ],
 )
 def test_verdicts(figures: Fidelity, random_weights: bool, verdict: str) -> None:
@@ -152,5 +156,10 @@ def test_max_drop_is_the_threshold(
     demo_workspace: Workspace, demo_model: LoadedModel, digits: ImageFolder
 ) -> None:
     graph = target(demo_workspace.graph(zoo.DEMO, "fp32"))
-    assert verify_targets(demo_model, [graph], few(digits), VerifyConfig(max_drop=0.0))
-    assert not verify_targets(demo_model, [graph], few(digits), VerifyConfig(max_drop=-1.0))
+    # Twenty images without a difference prove a drop below 16.1 points: z^2 / (n + z^2).
+    assert verify_targets(demo_model, [graph], few(digits), VerifyConfig(max_drop=17.0))
+    result = verify_targets(demo_model, [graph], few(digits), VerifyConfig(max_drop=15.0))
+    assert not result
+    assert verdict_line(result).startswith("UNDECIDED: about ")
+    with pytest.raises(UsageError, match="largest drop of -1"):
+        VerifyConfig(max_drop=-1.0)

@@ -126,9 +126,13 @@ def test_an_engine_that_did_not_run_is_no_pass(artifacts: Path) -> None:
     assert "clip-vit-demo.fp16.onnx was scored in its place" in " ".join(result.stdout.split())
 
 
-def test_a_failed_verdict_exits_with_three(artifacts: Path) -> None:
+def test_an_undecided_verdict_exits_with_three(artifacts: Path) -> None:
     at = ("--workspace", artifacts, "--data", TEST, "--limit", "50")
-    assert run("verify", *at, "--max-drop", "-1").exit_code == 3
+    result = run("verify", *at)
+    assert result.exit_code == 3
+    assert "UNDECIDED: about" in result.stdout
+    assert run("verify", *at, "--max-drop", "8").exit_code == 0
+    assert run("verify", *at, "--max-drop", "-1").exit_code == 2
 
 
 def test_random_weights_get_no_verdict(tmp_path: Path, digits: Path) -> None:
