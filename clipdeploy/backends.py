@@ -26,6 +26,7 @@ __all__ = [
     "compute_capabilities",
     "default_capabilities",
     "hears",
+    "is_installed",
     "targets_capabilities",
     "tensorrt_module",
 ]

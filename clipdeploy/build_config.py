@@ -25,7 +25,7 @@ class BuildConfig:
     ``profiles`` are the (smallest, optimal, largest) batches that the engine takes; a graph that
     was exported for one batch size has that one, whatever they say.  ``memory_pool_mib`` limits
     the scratch memory of a layer, in units of 2 ** 20 bytes.  ``compute_capability`` names the
-    targets of TensorRT-RTX, such as ("8.9",); all that it knows if empty.  ``hardware_compatible``
+    targets of TensorRT-RTX, such as ("8.9",); Ampere and newer if empty.  ``hardware_compatible``
     and ``version_compatible`` loosen what a TensorRT engine is bound to; ``strip_weights`` leaves
     the weights out of the plan, to be refitted from the graph when it is loaded.
     """

@@ -20,6 +20,7 @@ from clipdeploy.build_monitor import build_monitor
 from clipdeploy.device import gpus
 from exporters.artifact import TensorSpec
 from exporters.errors import BuildError
+from exporters.files import check_writable
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -130,13 +131,16 @@ class Compiler:
         """The file of measured kernel times, a flavour, version and GPU each; None if unused.
 
         TensorRT-RTX chooses kernels when the engine is loaded and times nothing at build.
+
+        Raises:
+            FileError: the cache folder cannot be written.
         """
         if not config.timing_cache or targets_capabilities(self.module):
             return None
         gpu = gpus()[0]
         name = f"{self.backend}-{self.version}-sm{gpu.capability}-{gpu.name.replace(' ', '-')}"
         path = folder / "timing" / f"{name}.cache"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(path)
         return path
 
     def _config(self, spec: TensorSpec, config: BuildConfig, **more: Any) -> Any:

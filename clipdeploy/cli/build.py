@@ -75,7 +75,7 @@ _OPTIONS = (
         "--compute-capability",
         multiple=True,
         metavar="M.N",
-        help="TensorRT-RTX: only for these GPUs, such as 8.9; for all it knows if left out.",
+        help="TensorRT-RTX: only for these GPUs, such as 8.9; Ampere and newer if left out.",
     ),
 )
 

@@ -53,9 +53,7 @@ if TYPE_CHECKING:
 @click.option("--labels", type=click.Path(path_type=Path), help="The file they stand in.")
 @click.option("--workers", type=click.IntRange(min=0), help="Decoding processes; one a core.")
 @click.option("--cache", is_flag=True, help="Keep decoded crops for the next verification.")
-@click.option(
-    "--cache-size", type=float, default=20.0, show_default=True, metavar="GB", help="Most of them."
-)
+@click.option("--cache-size", type=float, metavar="GB", help="Most of them; 32 GiB if left out.")
 @skip_unreadable_option
 @stage_command
 def verify(
@@ -70,7 +68,7 @@ def verify(
     labels: Path | None,
     workers: int | None,
     cache: bool,
-    cache_size: float,
+    cache_size: float | None,
     skip_unreadable: bool,
 ) -> int:
     """Judge every artifact of the model against PyTorch; exit 3 unless all of them pass."""
@@ -79,6 +77,7 @@ def verify(
     from clipdeploy.stages.verify import verify_model
     from clipdeploy.verifier import VerifyConfig
 
+    kept = CropCache.default() if cache_size is None else CropCache.default(int(cache_size * 1e9))
     result = verify_model(
         context.workspace,
         name,
@@ -87,7 +86,7 @@ def verify(
             max_drop,
             skip_unreadable=skip_unreadable,
             workers=workers,
-            cache=CropCache.default(int(cache_size * 1e9)) if cache else None,
+            cache=kept if cache else None,
         ),
         limit=limit,
         graphs_only=graphs_only,

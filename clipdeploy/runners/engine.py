@@ -71,6 +71,12 @@ def layer_information(plan: Plan) -> str:
     """
     module, engine = load_engine(plan)
     inspector: trt.EngineInspector = engine.create_engine_inspector()
+    # Without a context that knows the batch, tensors of dynamic shape are not told.
+    context: trt.IExecutionContext = engine.create_execution_context()
+    name = engine.get_tensor_name(0)
+    _, best, _ = engine.get_tensor_profile_shape(name, 0)
+    context.set_input_shape(name, best)
+    inspector.execution_context = context
     return str(inspector.get_engine_information(module.LayerInformationFormat.JSON))
 
 

@@ -79,6 +79,18 @@ def test_ctrl_c_cancels_a_real_build(compiler: Compiler, demo_workspace: Workspa
     assert sum(watch.shown) < 50
 
 
+def test_levels_of_optimization_change_no_engine_of_rtx(
+    compiler: Compiler, demo_workspace: Workspace
+) -> None:
+    """Why --optimization-level is refused there; another batch does change the engine."""
+    graph = demo_workspace.graph(zoo.DEMO, "int8")
+    configs = [BuildConfig(optimization_level=level) for level in (0, 5)]
+    low, high = (bytes(compiler.compile(graph, SPEC, config, None).plan) for config in configs)
+    other = BuildConfig(profiles=((1, 8, 16),))
+    assert low == high
+    assert low != bytes(compiler.compile(graph, SPEC, other, None).plan)
+
+
 def test_an_exception_never_leaves_the_monitor(compiler: Compiler) -> None:
     stop: list[BaseException] = []
 

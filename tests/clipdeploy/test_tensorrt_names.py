@@ -79,6 +79,14 @@ def test_the_files_that_talk_to_tensorrt_are_found() -> None:
     } <= found
 
 
+def test_host_code_of_an_engine_is_never_enabled() -> None:
+    name = "engine_host_code_allowed"
+    assert name in NAMES["Runtime"]
+    found = {use for path in FILES for use in uses(path.read_text())}
+    assert not [use for use in found if name in use]
+    assert ("Runtime", name) in set(uses(f"def f(runtime: trt.Runtime): runtime.{name} = True"))
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_tensorrt_10_has_every_name(path: Path) -> None:
     assert missing(path.read_text()) == set()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from interrupts import hear_interrupts
 
 from clipdeploy import zoo
 from clipdeploy.cli.benchmark import benchmark
@@ -132,6 +133,7 @@ def test_an_interrupt_leaves_no_plot(artifacts: Path, tmp_path: Path) -> None:
     words = ["--workspace", str(artifacts), "--seconds", "600", "--warmup", "0"]
     process = subprocess.Popen(
         [sys.executable, "-c", COMMAND, *words, "--plot", str(plot)],
+        preexec_fn=hear_interrupts,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

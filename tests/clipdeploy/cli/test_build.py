@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner, Result
+from interrupts import hear_interrupts
 
 from clipdeploy import zoo
 from clipdeploy.builder import build_engine
@@ -265,6 +266,7 @@ def test_killed_at_random_moments(artifacts: Path) -> None:
 def test_an_interrupted_build_leaves_nothing(artifacts: Path) -> None:
     process = subprocess.Popen(
         [*BUILD, str(artifacts)],
+        preexec_fn=hear_interrupts,
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -15,6 +15,7 @@ import pytest
 import torch
 from checkpoint_files import write_legacy_flat, write_nested_zip
 from click.testing import CliRunner, Result
+from interrupts import hear_interrupts
 from safetensors.torch import load_file
 
 from clipdeploy import zoo
@@ -271,7 +272,12 @@ def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
 @pytest.mark.parametrize("moment", ["load", "trace", "check the graph"])
 def test_an_interrupt_leaves_nothing_half_done(moment: str, tmp_path: Path) -> None:
     artifacts = tmp_path / "artifacts"
-    process = subprocess.Popen([*EXPORT, str(artifacts)], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*EXPORT, str(artifacts)],
+        preexec_fn=hear_interrupts,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith(moment):

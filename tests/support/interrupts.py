@@ -1,0 +1,12 @@
+"""Processes that Ctrl-C reaches, also where the tests themselves are run with it ignored."""
+
+from __future__ import annotations
+
+import signal
+
+__all__ = ["hear_interrupts"]
+
+
+def hear_interrupts() -> None:
+    """For ``preexec_fn``: a shell without job control starts ``command &`` with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
