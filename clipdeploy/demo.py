@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from clipdeploy import zoo
-from clipdeploy.builder import EngineArtifact
 from clipdeploy.device import gpus
+from clipdeploy.engines.builder import EngineArtifact
 from clipdeploy.pipeline import build_model, export_model, verify_model
-from clipdeploy.verifier import Verification
+from clipdeploy.verification.verifier import Verification
 from clipdeploy.workspace import PRECISIONS, Workspace
 from exporters.headers import GraphArtifact
 from exporters.progress import SILENT, Progress

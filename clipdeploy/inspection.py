@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipdeploy.inspector import (
+from clipdeploy.engines.inspector import (
     ExecutedPrecision,
     differences,
     executed_precision,
     parse_engine_information,
 )
-from clipdeploy.passport import EnginePassport, check_plan, passport_path, read_engine_passport
+from clipdeploy.engines.passport import (
+    EnginePassport,
+    check_plan,
+    passport_path,
+    read_engine_passport,
+)
 from exporters.artifact import Passport
 from exporters.blocks import BlockPrecision, asked_precision
 from exporters.errors import ArtifactError, EngineError, UsageError
@@ -98,7 +103,7 @@ def _engine(path: Path, *, trust: bool) -> Inspection:
 
 def _ask_engine(path: Path, *, trust: bool) -> tuple[ExecutedPrecision | None, str]:
     # PyTorch holds an engine's memory, and takes seconds to import: only where an engine can run.
-    from clipdeploy.preflight import preflight
+    from clipdeploy.engines.preflight import preflight
 
     try:
         plan = preflight(path, trust=trust)

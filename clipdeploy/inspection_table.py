@@ -6,8 +6,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from clipdeploy.engines.passport import EnginePassport
 from clipdeploy.inspection import Inspection
-from clipdeploy.passport import EnginePassport
 from exporters.artifact import Passport, WeightsOrigin
 from exporters.blocks import BlockPrecision
 

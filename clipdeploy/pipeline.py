@@ -9,8 +9,8 @@
 A stage a function; the commands call the same ones.
 """
 
-from clipdeploy.build_config import BuildConfig
-from clipdeploy.builder import EngineArtifact
+from clipdeploy.engines.build_config import BuildConfig
+from clipdeploy.engines.builder import EngineArtifact
 from clipdeploy.stages.build import build_model
 from clipdeploy.stages.calibrate import (
     CalibrateConfig,
@@ -22,7 +22,7 @@ from clipdeploy.stages.export import export_model
 from clipdeploy.stages.quantize import convert_model, quantize_model
 from clipdeploy.stages.samples import sample_images
 from clipdeploy.stages.verify import verify_model
-from clipdeploy.verifier import Verification, VerifyConfig
+from clipdeploy.verification.verifier import Verification, VerifyConfig
 from clipdeploy.workspace import Workspace
 
 __all__ = [

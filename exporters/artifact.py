@@ -63,7 +63,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How an image file becomes the network's input; see ``clipdeploy.preprocess``.
+    """How an image file becomes the network's input; see ``clipdeploy.imaging.preprocess``.
 
     ``size`` is the crop's edge in pixels; ``mean`` and ``std`` are per RGB channel in units of
     1/255; the short edge (``center``) or both edges (``squash``) are resized to size / crop_pct.

@@ -5,7 +5,7 @@
     W int8 ── DQ ──┘
 
 A strongly typed compiler takes the rest from the types of the tensors.  What the engine then really
-does may differ; :mod:`clipdeploy.inspector` tells that in the same terms.
+does may differ; :mod:`clipdeploy.engines.inspector` tells that in the same terms.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clipdeploy import zoo
+from clipdeploy.imaging.preprocess import crop_image
 from clipdeploy.model import random_tensors
-from clipdeploy.preprocess import crop_image
 from clipdeploy.vit import VisionTransformer, ViTConfig
 from exporters.artifact import Preprocess, Recipe
 from exporters.samples import normalise

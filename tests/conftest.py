@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from clipdeploy import zoo
-from clipdeploy.datasets import iter_crops, open_images, select
+from clipdeploy.imaging import iter_crops, open_images, select
 from clipdeploy.model import LoadedModel, WeightsChoice, load_model
 from clipdeploy.pipeline import calibrate_model, convert_model, export_model, quantize_model
 from clipdeploy.workspace import Workspace

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from clipdeploy.device import driver, gpus
-from clipdeploy.passport import library_versions, platform_name
+from clipdeploy.engines.passport import library_versions, platform_name
 
 __all__ = ["Clocks", "Environment", "machine_load", "read_clocks", "read_environment"]
 

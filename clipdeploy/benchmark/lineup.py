@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipdeploy.benchmark.rounds import Contender, random_images
-from clipdeploy.passport import read_engine_passport
+from clipdeploy.engines.passport import read_engine_passport
 from clipdeploy.runners import Runner
 from clipdeploy.workspace import PRECISIONS, Workspace
 from exporters.errors import ArtifactError, ClipdeployError, EngineError

@@ -23,7 +23,7 @@ from clipdeploy.cli.quantize import quantize_config, recipe_options
 from exporters.errors import UsageError
 
 if TYPE_CHECKING:
-    from clipdeploy.build_config import BuildConfig
+    from clipdeploy.engines.build_config import BuildConfig
 
 _OPTIONS = (
     click.option(
@@ -89,7 +89,7 @@ def build_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def build_config(options: dict[str, Any]) -> BuildConfig:
     """Take the values of :func:`build_options` out of ``options``, as a configuration."""
-    from clipdeploy.build_config import BuildConfig
+    from clipdeploy.engines.build_config import BuildConfig
 
     batches = tuple(options.pop(f"{name}_batch") for name in ("min", "opt", "max"))
     profiles = [_profile(text) for text in options.pop("profile")]

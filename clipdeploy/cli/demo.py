@@ -37,7 +37,7 @@ def _render(result: DemoResult) -> Group:
     from rich.table import Table
     from rich.text import Text
 
-    from clipdeploy.report import verification_table
+    from clipdeploy.verification.table import verification_table
 
     table = Table(box=None, pad_edge=False)
     for title in ("engine", "bytes", "build s", "TensorRT"):

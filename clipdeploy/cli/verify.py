@@ -20,8 +20,8 @@ from clipdeploy.cli.common import (
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from clipdeploy.layouts import LayoutName
-    from clipdeploy.verifier import Verification
+    from clipdeploy.imaging.layouts import LayoutName
+    from clipdeploy.verification.verifier import Verification
 
 
 @click.command()
@@ -73,9 +73,9 @@ def verify(
 ) -> int:
     """Judge every artifact of the model against PyTorch; exit 3 unless all of them pass."""
     name = context.model(model)
-    from clipdeploy.crops import CropCache
+    from clipdeploy.imaging.crops import CropCache
     from clipdeploy.stages.verify import verify_model
-    from clipdeploy.verifier import VerifyConfig
+    from clipdeploy.verification.verifier import VerifyConfig
 
     kept = CropCache.default() if cache_size is None else CropCache.default(int(cache_size * 1e9))
     result = verify_model(
@@ -104,6 +104,6 @@ def verify(
 
 def render(result: Verification) -> Group:
     """The verdict as a terminal table."""
-    from clipdeploy.report import verification_table
+    from clipdeploy.verification.table import verification_table
 
     return verification_table(result)

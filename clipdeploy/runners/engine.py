@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from clipdeploy.backends import Backend, choose_backend, hears, tensorrt_module
-from clipdeploy.passport import BatchProfile
-from clipdeploy.preflight import Plan, preflight
+from clipdeploy.engines.backends import Backend, choose_backend, hears, tensorrt_module
+from clipdeploy.engines.passport import BatchProfile
+from clipdeploy.engines.preflight import Plan, preflight
 from clipdeploy.runners.base import Closing, Images, Logits, in_parts
 from exporters.artifact import TensorSpec
 from exporters.errors import EngineError

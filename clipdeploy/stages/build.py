@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from calibration.qdq import QuantizeConfig
-from clipdeploy.build_config import BuildConfig
-from clipdeploy.builder import EngineArtifact, build_engine
+from clipdeploy.engines.build_config import BuildConfig
+from clipdeploy.engines.builder import EngineArtifact, build_engine
 from clipdeploy.stages.calibrate import CalibrateConfig, calibrate_model
 from clipdeploy.stages.quantize import convert_model, quantize_model
 from clipdeploy.workspace import Workspace

@@ -15,7 +15,7 @@ from calibration.table import (
     merge_tables,
     save_table,
 )
-from clipdeploy.datasets import ImageFolder, Skipped, iter_crops, open_images, select
+from clipdeploy.imaging import ImageFolder, Skipped, iter_crops, open_images, select
 from clipdeploy.workspace import Workspace
 from exporters.artifact import Passport
 from exporters.errors import ArtifactError, DatasetError, UsageError

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from clipdeploy import zoo
+from clipdeploy.engines.passport import library_versions
 from clipdeploy.model import LoadedModel, WeightsChoice, load_model
-from clipdeploy.passport import library_versions
 from clipdeploy.stages.samples import sample_images
 from clipdeploy.workspace import Workspace
 from exporters.artifact import Passport, Recipe, TensorSpec, settings_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from clipdeploy import zoo
-from clipdeploy.datasets import iter_crops, open_images, select
+from clipdeploy.imaging import iter_crops, open_images, select
 from exporters.artifact import Preprocess
 from exporters.checks import PARITY_BATCHES
 from exporters.samples import Samples

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from calibration.table import load_table
 from clipdeploy import zoo
-from clipdeploy.datasets import open_images, select
-from clipdeploy.images import survey
-from clipdeploy.layouts import LayoutName
+from clipdeploy.engines.passport import load_engine_passport
+from clipdeploy.imaging import open_images, select
+from clipdeploy.imaging.images import survey
+from clipdeploy.imaging.layouts import LayoutName
 from clipdeploy.model import reload_model
-from clipdeploy.passport import load_engine_passport
-from clipdeploy.verifier import Target, Verification, VerifyConfig, verify_targets
+from clipdeploy.verification.verifier import Target, Verification, VerifyConfig, verify_targets
 from clipdeploy.workspace import PRECISIONS, Workspace
 from exporters.errors import ArtifactError
 from exporters.files import sha256_file

@@ -4,7 +4,7 @@
 
 Every card of the zoo, with random weights, as FP32, FP16 and INT8 with TensorRT-RTX, which needs no
 GPU.  Each build is a process of its own, the two taking turns on the same graph with the same
-batches: ``clipdeploy.builder.build_engine`` with its hashes, checks and passport, and
+batches: ``clipdeploy.engines.builder.build_engine`` with its hashes, checks and passport, and
 ``polygraphy convert``.  (The command ``build-engine`` first looks whether the graph is due.)
 Ratios are clipdeploy's to Polygraphy's: below 1.00 clipdeploy needs less.
 """
@@ -29,7 +29,7 @@ DIGITS = Path(__file__).resolve().parents[2] / "clipdeploy" / "data" / "demo" / 
 OURS = """
 import sys
 from pathlib import Path
-from clipdeploy.builder import build_engine
+from clipdeploy.engines.builder import build_engine
 build_engine(Path(sys.argv[1]), Path(sys.argv[2]))
 """
 BIN = Path(sys.executable).parent

@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from clipdeploy import zoo
-from clipdeploy.datasets import iter_crops, open_images, select
+from clipdeploy.imaging import iter_crops, open_images, select
 from clipdeploy.workspace import Workspace
 from exporters.headers import read_passport
 from exporters.samples import Samples

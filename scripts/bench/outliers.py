@@ -22,7 +22,7 @@ from calibration.qdq import QuantizeConfig
 from clipdeploy import zoo
 from clipdeploy.model import WeightsChoice
 from clipdeploy.pipeline import calibrate_model, export_model, quantize_model, verify_model
-from clipdeploy.statistics import Fidelity
+from clipdeploy.verification.statistics import Fidelity
 from clipdeploy.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parent.parent.parent

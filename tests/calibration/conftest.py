@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from calibration.qdq import QuantizeConfig, quantize
 from calibration.table import CalibrationTable, load_table
 from clipdeploy import zoo
-from clipdeploy.datasets import iter_crops, open_images
+from clipdeploy.imaging import iter_crops, open_images
 from clipdeploy.model import LoadedModel
 from clipdeploy.pipeline import sample_images
 from clipdeploy.workspace import Workspace

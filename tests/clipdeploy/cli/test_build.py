@@ -18,10 +18,10 @@ from click.testing import CliRunner, Result
 from interrupts import hear_interrupts
 
 from clipdeploy import zoo
-from clipdeploy.builder import build_engine
 from clipdeploy.cli.main import main
 from clipdeploy.device import gpus
-from clipdeploy.passport import load_engine_passport, passport_path
+from clipdeploy.engines.builder import build_engine
+from clipdeploy.engines.passport import load_engine_passport, passport_path
 from clipdeploy.workspace import Workspace
 from exporters.errors import ArtifactError, FileError, GraphError
 
@@ -154,7 +154,8 @@ def test_tensorrt_s_own_reason_is_told(artifacts: Path) -> None:
 def small_disk(engine: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Build the demo's FP16 graph to ``engine`` with ``words`` in front of the interpreter."""
     code = (
-        "import sys; from pathlib import Path; from clipdeploy.builder import build_engine\n"
+        "import sys\nfrom pathlib import Path\n"
+        "from clipdeploy.engines.builder import build_engine\n"
         "build_engine(Path(sys.argv[1]), Path(sys.argv[2]))"
     )
     graph = engine.parents[1] / "artifacts" / zoo.DEMO / f"{zoo.DEMO}.fp16.onnx"
@@ -227,7 +228,7 @@ def test_a_graph_that_asks_for_what_the_target_lacks(
             weight.data_type, weight.raw_data = onnx.TensorProto.FLOAT8E4M3FN, zeros
     graph = tmp_path / "fp8.onnx"
     onnx.save(model, graph)
-    from clipdeploy.build_config import BuildConfig
+    from clipdeploy.engines.build_config import BuildConfig
 
     with pytest.raises(BuildError, match=r"asks for fp8, which SM 8\.0 cannot compute"):
         build_engine(graph, tmp_path / "x.engine", BuildConfig(compute_capability=("8.0", "8.9")))

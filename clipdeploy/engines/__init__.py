@@ -1,0 +1,1 @@
+"""Graph -> engine: which TensorRT, its options, the compile, the passport, what became of it."""

@@ -1,0 +1,112 @@
+"""How an engine is to be built, and whether a backend can do that."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal
+
+from clipdeploy.device import gpus
+from clipdeploy.engines.backends import Backend, Wanted, compute_capabilities, targets_capabilities
+from clipdeploy.engines.passport import BatchProfile
+from exporters.errors import BuildError, UsageError
+
+__all__ = ["BuildConfig", "Hardware", "check_options"]
+
+Hardware = Literal["none", "ampere-plus", "same-capability"]
+MAX_OPTIMIZATION_LEVEL = 5
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """Everything that decides what the compiler makes of a graph.
+
+    ``profiles`` are the (smallest, optimal, largest) batches that the engine takes; a graph that
+    was exported for one batch size has that one, whatever they say.  ``memory_pool_mib`` limits
+    the scratch memory of a layer, in units of 2 ** 20 bytes.  ``compute_capability`` names the
+    targets of TensorRT-RTX, such as ("8.9",); Ampere and newer if empty.  ``hardware_compatible``
+    and ``version_compatible`` loosen what a TensorRT engine is bound to; ``strip_weights`` leaves
+    the weights out of the plan, to be refitted from the graph when it is loaded.
+    """
+
+    backend: Wanted = "auto"
+    profiles: tuple[BatchProfile, ...] = ((1, 8, 32),)
+    memory_pool_mib: int | None = None
+    optimization_level: int | None = None
+    timing_cache: bool = True
+    version_compatible: bool = False
+    hardware_compatible: Hardware = "none"
+    strip_weights: bool = False
+    refittable: bool = False
+    compute_capability: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.profiles:
+            raise UsageError("no batch profile", hint="--profile 1,8,32")
+        for low, best, high in self.profiles:
+            if not 1 <= low <= best <= high:
+                raise UsageError(
+                    f"the batch profile {low}, {best}, {high} is not in order",
+                    hint="1 <= --min-batch <= --opt-batch <= --max-batch",
+                )
+        level = self.optimization_level
+        if level is not None and not 0 <= level <= MAX_OPTIMIZATION_LEVEL:
+            raise UsageError(
+                f"there is no optimization level {level}", hint="0 (fast build) to 5 (fast engine)"
+            )
+        if self.memory_pool_mib is not None and self.memory_pool_mib < 1:
+            raise UsageError(
+                f"a memory pool of {self.memory_pool_mib} MiB is too small", hint="1 or more"
+            )
+        for capability in self.compute_capability:
+            if not re.fullmatch(r"\d+\.\d", capability):
+                raise UsageError(
+                    f"{capability!r} is no compute capability", hint="write it like 8.9"
+                )
+
+
+def check_options(backend: Backend, trt: ModuleType, config: BuildConfig) -> None:
+    """Refuse, before anything is built, what ``backend`` has no word for.
+
+    Raises:
+        BuildError: it names the option, and the nearest thing that would work.
+    """
+    if targets_capabilities(trt):
+        _check_portable(backend, compute_capabilities(trt), config)
+    elif config.compute_capability:
+        here = gpus()[0].sm if gpus() else "none here"
+        raise BuildError(
+            f"{backend} builds for the GPU at hand ({here}) and takes no --compute-capability",
+            hint="leave it out, add --hardware-compatible ampere-plus, or use --backend "
+            "tensorrt-rtx",
+        )
+
+
+def _check_portable(backend: Backend, known: tuple[str, ...], config: BuildConfig) -> None:
+    """The options that a flavour without a GPU at hand lacks."""
+    for capability in config.compute_capability:
+        if capability not in known:
+            raise BuildError(
+                f"{backend} cannot build for compute capability {capability}, only for "
+                f"{', '.join(known)}",
+                hint="choose one of these, or use --backend tensorrt on that GPU",
+            )
+    if config.hardware_compatible != "none":
+        raise BuildError(
+            f"{backend} has no --hardware-compatible: its engines run on every compute "
+            f"capability that they are built for, of {', '.join(known)}",
+            hint="leave it out, or name some with --compute-capability",
+        )
+    if config.version_compatible:
+        raise BuildError(
+            f"{backend} has no --version-compatible: it brings no lean runtime",
+            hint="leave it out and build again after an upgrade, which takes seconds; or use "
+            "--backend tensorrt",
+        )
+    if config.optimization_level is not None:
+        # Levels 0 and 5 gave byte-identical engines (1.7.1).
+        raise BuildError(
+            f"{backend} has no --optimization-level: it chooses kernels when an engine is loaded",
+            hint="leave it out, or use --backend tensorrt",
+        )

@@ -1,0 +1,200 @@
+"""``*.engine.json``: what an engine is, what it was compiled from, by what, and where.
+
+``docs/passport.md`` describes every field.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from clipdeploy.engines.backends import Backend
+from clipdeploy.engines.inspector import ExecutedPrecision, differences
+from exporters.artifact import Passport, from_json, to_json
+from exporters.blocks import BlockPrecision
+from exporters.errors import ArtifactError
+from exporters.files import file_errors, sha256_file, write_atomic
+
+__all__ = [
+    "ENGINE_SCHEMA",
+    "EnginePassport",
+    "Hashes",
+    "check_plan",
+    "library_versions",
+    "load_engine_passport",
+    "passport_path",
+    "platform_name",
+    "read_engine_passport",
+    "save_engine_passport",
+]
+
+ENGINE_SCHEMA = 2
+_LIBRARIES = (
+    "torch",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "tensorrt",
+    "tensorrt-rtx",
+    "polygraphy",
+    "numpy",
+)
+
+BatchProfile = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """SHA-256, in hex, of everything that an engine comes from, and of the engine itself.
+
+    ``checkpoint`` is None for random weights, ``source_graph`` (the FP32 graph) for an FP32
+    engine, ``calibration`` unless the engine is INT8, and ``timing_cache`` where none was used.
+    """
+
+    plan: str
+    graph: str
+    source_graph: str | None = None
+    calibration: str | None = None
+    checkpoint: str | None = None
+    timing_cache: str | None = None
+
+
+@dataclass(frozen=True)
+class EnginePassport:
+    """An engine's passport.
+
+    ``graph`` is the passport of the graph that was compiled: model, weights, recipe, input and
+    output, class names, precision.  ``profiles`` are (min, opt, max) batches; ``capabilities``
+    the compute capabilities that the engine runs on, such as ("8.9",), and ``hardware`` what the
+    builder promised beyond them; ``gpu`` and ``driver`` are None where it was built without one.
+    ``asked`` is what the graph asks for, a block at a time; ``compiled`` what the compiler says
+    that it made of it, None if it said nothing.
+    """
+
+    graph: Passport
+    hashes: Hashes
+    plan_bytes: int
+    build_seconds: float
+    backend: Backend
+    backend_version: str
+    profiles: tuple[BatchProfile, ...]
+    capabilities: tuple[str, ...]
+    hardware: str
+    platform: str
+    gpu: str | None = None
+    driver: str | None = None
+    cuda: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    asked: tuple[BlockPrecision, ...] = ()
+    compiled: ExecutedPrecision | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    schema: int = ENGINE_SCHEMA
+
+    @property
+    def built_on(self) -> str:
+        """The GPU that it was built on, or that there was none, and what it runs on."""
+        targets = "SM " + ", ".join(self.capabilities)
+        return f"{self.gpu}, {targets}" if self.gpu else f"built without a GPU, for {targets}"
+
+    @property
+    def batches(self) -> tuple[int, int]:
+        """The smallest and the largest batch of any profile."""
+        return min(low for low, _, _ in self.profiles), max(high for _, _, high in self.profiles)
+
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        """A sentence for every block that was not compiled in the precision it was asked for."""
+        return differences(self.asked, self.compiled) if self.compiled else ()
+
+    @property
+    def rebuild(self) -> str:
+        """The command that builds this engine again."""
+        graph = self.graph
+        return f"clipdeploy build-engine --model {graph.model} --{graph.precision} --force"
+
+
+def passport_path(engine: Path) -> Path:
+    """Where the passport of an engine lies."""
+    return engine.with_name(engine.name + ".json")
+
+
+def save_engine_passport(passport: EnginePassport, engine: Path) -> None:
+    """Write the passport beside its engine.
+
+    Raises:
+        FileError: no permission, no space.
+    """
+    write_atomic(passport_path(engine), to_json(passport))
+
+
+def read_engine_passport(engine: Path) -> EnginePassport:
+    """Read the passport of an engine, without a look at the engine.
+
+    Raises:
+        ArtifactError: no passport, an unreadable one, or one of a newer clipdeploy.
+    """
+    path = passport_path(engine)
+    if not path.exists():
+        raise ArtifactError(
+            f"{engine} has no passport ({path.name})",
+            hint="build it again with clipdeploy build-engine",
+        )
+    with file_errors("read", path):
+        data = path.read_bytes()
+    return from_json(data, EnginePassport, str(path), ENGINE_SCHEMA)
+
+
+def check_plan(engine: Path, passport: EnginePassport, found_bytes: int, found_hash: str) -> None:
+    """Hold the passport against an engine's size and hash.
+
+    Raises:
+        ArtifactError: they are not those of the engine that the passport speaks of.
+    """
+    if found_hash == passport.hashes.plan:
+        return
+    wanted = passport.plan_bytes
+    what = (
+        f"it has {found_bytes:,} bytes of {wanted:,}: it was cut short"
+        if found_bytes < wanted
+        else "it was changed or replaced"
+    )
+    raise ArtifactError(
+        f"{engine} is not the file its passport speaks of: {what}",
+        hint=f"build it again: {passport.rebuild}",
+    )
+
+
+def load_engine_passport(engine: Path) -> EnginePassport:
+    """Read the passport of an engine and hold it against the engine's bytes.
+
+    Raises:
+        FileError: the engine cannot be read.
+        ArtifactError: no passport, an unreadable one, or one of other bytes.
+    """
+    passport = read_engine_passport(engine)
+    digest = sha256_file(engine)
+    check_plan(engine, passport, engine.stat().st_size, digest)
+    return passport
+
+
+def library_versions() -> dict[str, str]:
+    """Python, clipdeploy and the libraries that decide the numbers, by name."""
+    from clipdeploy import __version__
+
+    versions = {"clipdeploy": __version__, "python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def platform_name() -> str:
+    """What an engine is bound to beside the GPU: ``linux x86_64``."""
+    return f"{sys.platform} {platform.machine()}"

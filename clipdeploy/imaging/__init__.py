@@ -1,0 +1,20 @@
+"""Images as people have them -> crops: listed, labelled, drawn from, decoded ahead, cached."""
+
+from clipdeploy.imaging.crops import CropCache
+from clipdeploy.imaging.images import ImageEntry, ImageFolder, open_images, select, survey
+from clipdeploy.imaging.stream import Crop, Skipped, iter_crops
+from clipdeploy.imaging.survey import Reading, Survey
+
+__all__ = [
+    "Crop",
+    "CropCache",
+    "ImageEntry",
+    "ImageFolder",
+    "Reading",
+    "Skipped",
+    "Survey",
+    "iter_crops",
+    "open_images",
+    "select",
+    "survey",
+]

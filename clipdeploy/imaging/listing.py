@@ -1,0 +1,218 @@
+"""Every file of a folder, a zip or a plain tar, and what was left out of the list.
+
+What would be lost or go wrong later is refused here: an archive that breaks off, names a file
+twice or reaches outside itself.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import tarfile
+import zipfile
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from clipdeploy.imaging.archives import Place, TarPlace, ZipPlace
+from exporters.errors import DatasetError
+
+__all__ = ["File", "Listing", "list_files"]
+
+_BLOCK = 512
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+# Bytes after a tar's end mark that are looked at: writers pad with zeros, two tars joined do not.
+_AFTER_END = 64 << 10
+# What zipfile and tarfile raise on damaged archives.
+_BROKEN = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    struct.error,
+    EOFError,
+    NotImplementedError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file by its path inside the folder or archive; ``place`` is None in a folder."""
+
+    name: str
+    place: Place | None = None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Every file, and a sentence about each entry that was left out: links, devices, pipes."""
+
+    files: tuple[File, ...]
+    ignored: tuple[str, ...]
+
+
+def list_files(path: Path) -> Listing:
+    """Every file of a folder, a zip or a plain tar.
+
+    Raises:
+        DatasetError: a compressed or broken archive, one that reaches outside itself or names a
+            file twice, or a folder that cannot be listed.
+    """
+    if path.is_dir():
+        return _list_folder(path)
+    try:
+        if not path.is_file():
+            raise DatasetError(f"{path} is neither a folder nor a file")
+        with path.open("rb") as stream:
+            head = stream.read(_BLOCK)
+    except OSError as error:
+        raise DatasetError(f"cannot read {path}: {error.strerror}") from error
+    for magic, method in _COMPRESSED.items():
+        if head.startswith(magic):
+            raise DatasetError(
+                f"{path} is compressed with {method}: no image in it can be reached by itself",
+                hint="decompress it to a plain .tar, or unpack it",
+            )
+    try:
+        # A zip may stand behind a program that unpacks it; a tar may hold a zip at its end.
+        is_tar = head[257:262] == b"ustar"
+        is_zip = head.startswith(b"PK") or (not is_tar and zipfile.is_zipfile(path))
+        listing = _list_zip(path) if is_zip else _list_tar(path)
+    except (*_BROKEN, OSError) as error:
+        raise DatasetError(
+            f"{path} is no readable zip or tar archive: {error}",
+            hint="pass a folder, a zip or a tar of images",
+        ) from error
+    for name, count in Counter(file.name for file in listing.files).items():
+        if count > 1:
+            raise DatasetError(f"{path} holds {name} {count} times", hint="pack it again")
+    return listing
+
+
+def _inside(path: Path, name: str) -> str:
+    """A member's name without ``./``; refused if it would land outside the archive."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or name[1:3] == ":/":
+        raise DatasetError(f"{path} holds an entry outside itself: {name!r}")
+    return pure.as_posix()
+
+
+def _list_zip(path: Path) -> Listing:
+    files: list[File] = []
+    ignored: list[str] = []
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            # Some packers on Windows write backslashes, against the specification.
+            name = _inside(path, info.filename.replace("\\", "/"))
+            # The high half of the external attributes is a Unix mode, S_IFLNK a symbolic link.
+            if (info.external_attr >> 16) & 0xF000 == 0xA000:
+                ignored.append(f"{name} is a link")
+            elif not info.is_dir():
+                where = (info.header_offset, info.file_size, info.compress_size)
+                kind = (info.compress_type, info.flag_bits, info.CRC)
+                files.append(File(name, ZipPlace(*where, *kind)))
+    return Listing(tuple(files), tuple(ignored))
+
+
+def _list_tar(path: Path) -> Listing:
+    ignored: list[str] = []
+    with path.open("rb") as stream:
+        members = _tar_members(path, stream, (0, path.stat().st_size), "", ignored)
+        # ILSVRC2012_img_train.tar is a tar of a tar for each class: go one level down.
+        for name, place in [item for item in members if item[0].endswith(".tar")]:
+            prefix = name.removesuffix(".tar") + "/"
+            span = (place.offset, place.offset + place.size)
+            members += _tar_members(path, stream, span, prefix, ignored)
+    return Listing(tuple(File(*member) for member in members), tuple(ignored))
+
+
+def _tar_members(
+    path: Path, stream: BinaryIO, span: tuple[int, int], prefix: str, ignored: list[str]
+) -> list[tuple[str, TarPlace]]:
+    """The files of the tar that lies in these bytes of ``stream``."""
+    members = []
+    stream.seek(span[0])
+    with tarfile.open(fileobj=stream, mode="r:") as archive:
+        while (member := archive.next()) is not None:
+            name = prefix + _inside(path, member.name)
+            if member.issym() or member.islnk():
+                ignored.append(f"{name} is a link")
+            elif member.isreg() and not member.issparse():
+                members.append((name, TarPlace(member.offset_data, member.size)))
+            elif not member.isdir():
+                ignored.append(f"{name} is no regular file")
+        # tarfile takes a damaged header for the end: what lies behind it must not get lost.
+        stream.seek(archive.offset)
+    mark = stream.read(_BLOCK)
+    if archive.offset + _BLOCK > span[1] or any(mark):
+        raise ValueError(f"it breaks off at byte {archive.offset}, before its end mark")
+    if not prefix and any(stream.read(_AFTER_END)):
+        raise ValueError(f"more follows the end mark at byte {archive.offset}")
+    return members
+
+
+def _list_folder(root: Path) -> Listing:
+    walk = _Walk(root)
+    walk.run()
+    return Listing(tuple(File(name) for name in walk.files), tuple(walk.ignored))
+
+
+@dataclass
+class _Walk:
+    """Lists each real folder once; links to folders come last, so that a loop of links ends."""
+
+    root: Path
+    files: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+
+    def run(self) -> None:
+        # A link to a folder above the root would list the root again, and the whole disk with it.
+        seen = {self._identity(folder) for folder in self.root.resolve().parents}
+        folders, links = deque([""]), deque[str]()
+        while folders or links:
+            prefix = folders.popleft() if folders else links.popleft()
+            identity = self._identity(self.root / prefix)
+            if identity in seen:
+                self.ignored.append(f"{prefix[:-1]} is a link to a folder that is listed already")
+                continue
+            seen.add(identity)
+            for entry in self._scan(self.root / prefix):
+                name = prefix + entry.name
+                if self._is_folder(entry):
+                    (links if entry.is_symlink() else folders).append(f"{name}/")
+                else:
+                    self._add(entry, name)
+
+    def _add(self, entry: os.DirEntry[str], name: str) -> None:
+        try:
+            # A broken link is listed, so that reading it fails by its name.
+            regular = entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+        except OSError:  # a link to itself
+            regular = True
+        if regular:
+            self.files.append(name)
+        else:
+            self.ignored.append(f"{name} is no regular file")
+
+    @staticmethod
+    def _is_folder(entry: os.DirEntry[str]) -> bool:
+        try:
+            return entry.is_dir()
+        except OSError:  # a link to itself
+            return False
+
+    @staticmethod
+    def _identity(folder: Path) -> tuple[int, int]:
+        try:
+            state = folder.stat()
+        except OSError as error:
+            raise DatasetError(f"cannot list {folder}: {error.strerror}") from error
+        return state.st_dev, state.st_ino
+
+    @staticmethod
+    def _scan(folder: Path) -> list[os.DirEntry[str]]:
+        try:
+            with os.scandir(folder) as entries:
+                return sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            raise DatasetError(f"cannot list {folder}: {error.strerror}") from error

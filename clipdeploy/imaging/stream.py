@@ -1,0 +1,108 @@
+"""The images of a folder or archive as crops, decoded ahead of their consumer."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clipdeploy.imaging.crops import CropCache, CropShelf, Stamps
+from clipdeploy.imaging.decoding import Failure, Loaded, Loader, Source
+from clipdeploy.imaging.images import ImageEntry, ImageFolder
+from clipdeploy.imaging.loader import open_loader
+from clipdeploy.imaging.survey import Reading
+from exporters.artifact import Preprocess
+from exporters.errors import DatasetError
+
+__all__ = ["Crop", "Skipped", "iter_crops"]
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A decoded image: uint8 (S, S, 3), and the SHA-256 of the file's bytes."""
+
+    entry: ImageEntry
+    sha256: str
+    pixels: NDArray[np.uint8]
+
+
+@dataclass
+class Skipped:
+    """Images that could not be read and were skipped because the user allowed it."""
+
+    names: list[str] = field(default_factory=list)
+
+
+def iter_crops(
+    images: ImageFolder,
+    spec: Preprocess,
+    *,
+    skipped: Skipped | None = None,
+    workers: int | None = None,
+    cache: CropCache | None = None,
+    reading: Reading | None = None,
+) -> Iterator[Crop]:
+    """Decode the images in order, ahead of the consumer.
+
+    ``workers``: processes that decode; 0 for threads of this one, None for a process a core where
+    there are many images.  ``cache`` gives the crops that it has, and keeps the others.  With
+    ``skipped`` an unreadable image is listed there and left out.  ``reading`` takes notes.
+
+    Raises:
+        DatasetError: an image that cannot be read, without ``skipped``; or a worker that died.
+    """
+    shelf = cache.open(spec) if cache is not None else None
+    # Workers look for the same bytes under another name only where there is anything to find.
+    source = Source(images.root, spec, cache if shelf else None)
+    loader = open_loader(source, len(images.entries), workers, shelf)
+    notes = reading if reading is not None else Reading()
+    try:
+        for entry, loaded in _decode_ahead(images, loader, shelf, notes):
+            if isinstance(loaded, Loaded):
+                notes.add(entry.name, loaded.sha256)
+                yield Crop(entry, *loaded)
+                continue
+            notes.add_unreadable(entry.name)
+            if skipped is None:
+                raise DatasetError(loaded.message, hint=loaded.hint)
+            skipped.names.append(entry.name)
+    finally:
+        loader.close()
+        if shelf is not None:
+            notes.cache_problem = shelf.problem
+            shelf.close()
+
+
+def _decode_ahead(
+    images: ImageFolder, loader: Loader, shelf: CropShelf | None, notes: Reading
+) -> Iterator[tuple[ImageEntry, Loaded | Failure]]:
+    stamps = Stamps(images.root)
+    entries = iter(images.entries)
+    pending: deque[tuple[ImageEntry, bytes, Loaded | None]] = deque()
+    while True:
+        while len(pending) < loader.capacity and (entry := next(entries, None)) is not None:
+            stamp, cached = b"", None
+            if shelf is not None:
+                stamp = stamps.of(entry.name)
+                cached = _cached(shelf, stamp)
+            if cached is None:
+                loader.submit(entry.name, entry.place)
+            pending.append((entry, stamp, cached))
+        if not pending:
+            return
+        entry, stamp, cached = pending.popleft()
+        result = loader.result() if cached is None else cached
+        if cached is not None:
+            notes.cached += 1
+        elif shelf is not None and isinstance(result, Loaded):
+            shelf.put(stamp, *result)
+        yield entry, result
+
+
+def _cached(shelf: CropShelf, stamp: bytes) -> Loaded | None:
+    sha256 = shelf.hash_of(stamp)
+    pixels = shelf.get(sha256) if sha256 else None
+    return None if sha256 is None or pixels is None else Loaded(sha256, pixels)

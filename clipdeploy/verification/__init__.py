@@ -1,0 +1,1 @@
+"""Artifacts against PyTorch: figures, the statistics of the drop, the verdict, its reports."""

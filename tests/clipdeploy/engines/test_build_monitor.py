@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import pytest
+
+from clipdeploy import zoo
+from clipdeploy.engines.backends import tensorrt_module
+from clipdeploy.engines.build_config import BuildConfig
+from clipdeploy.engines.build_monitor import PERCENT, Phases, build_monitor
+from clipdeploy.engines.compiler import Compiler
+from clipdeploy.workspace import Workspace
+from exporters.artifact import TensorSpec
+
+
+def test_a_phase_divides_the_step_of_its_parent() -> None:
+    phases = Phases()
+    phases.start("build", None, 4)
+    assert phases.step("build", 0) == 0.25
+    phases.start("optimise", "build", 2)
+    assert phases.step("optimise", 0) == 0.375
+    phases.start("time", "optimise", 10)
+    assert phases.step("time", 4) == pytest.approx(0.4375)
+    assert phases.finish("optimise") == 0.5
+    # Told again, or told late: it does not go back.
+    assert phases.step("build", 0) == 0.5
+    assert phases.finish("build") == 1.0
+
+
+def test_a_phase_that_nobody_started_changes_nothing() -> None:
+    phases = Phases()
+    phases.start("build", None, 2)
+    assert phases.step("elsewhere", 5) == phases.finish("nowhere") == 0.0
+
+
+def test_a_phase_of_no_steps_is_done_when_it_ends() -> None:
+    phases = Phases()
+    phases.start("build", None, 0)
+    phases.start("inner", "build", 0)
+    phases.step("inner", 0)
+    assert phases.finish("build") == 1.0
+
+
+@pytest.fixture
+def compiler() -> Compiler:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
+    return Compiler("tensorrt-rtx", tensorrt_module("tensorrt-rtx"))
+
+
+class Watch:
+    """Counts percents, and may be interrupted."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.shown: list[int] = []
+        self.stop_at = stop_at
+
+    def __call__(self, count: int) -> None:
+        self.shown.append(count)
+        if self.stop_at is not None and sum(self.shown) >= self.stop_at:
+            raise KeyboardInterrupt
+
+
+SPEC = TensorSpec("image", "float32", ("batch", 3, 32, 32))
+
+
+def test_a_real_build_reports_its_percents(compiler: Compiler, demo_workspace: Workspace) -> None:
+    watch = Watch()
+    graph = demo_workspace.graph(zoo.DEMO, "fp16")
+    assert compiler.compile(graph, SPEC, BuildConfig(), None, watch)
+    assert len(watch.shown) > 5
+    assert all(count > 0 for count in watch.shown)
+    assert 90 <= sum(watch.shown) <= PERCENT
+
+
+def test_ctrl_c_cancels_a_real_build(compiler: Compiler, demo_workspace: Workspace) -> None:
+    watch = Watch(stop_at=10)
+    graph = demo_workspace.graph(zoo.DEMO, "fp16")
+    with pytest.raises(KeyboardInterrupt):
+        compiler.compile(graph, SPEC, BuildConfig(), None, watch)
+    # Cancelled at the next step, not run to the end and then thrown away.
+    assert sum(watch.shown) < 50
+
+
+def test_levels_of_optimization_change_no_engine_of_rtx(
+    compiler: Compiler, demo_workspace: Workspace
+) -> None:
+    """Why --optimization-level is refused there; another batch does change the engine."""
+    graph = demo_workspace.graph(zoo.DEMO, "int8")
+    configs = [BuildConfig(optimization_level=level) for level in (0, 5)]
+    low, high = (bytes(compiler.compile(graph, SPEC, config, None).plan) for config in configs)
+    other = BuildConfig(profiles=((1, 8, 16),))
+    assert low == high
+    assert low != bytes(compiler.compile(graph, SPEC, other, None).plan)
+
+
+def test_an_exception_never_leaves_the_monitor(compiler: Compiler) -> None:
+    stop: list[BaseException] = []
+
+    def fail(count: int) -> None:
+        raise OSError("the terminal is gone")
+
+    monitor = build_monitor(compiler.module, fail, stop)
+    monitor.phase_start("build", None, 2)  # type: ignore[arg-type]
+    assert monitor.step_complete("build", 0) is False
+    assert isinstance(stop[0], OSError)

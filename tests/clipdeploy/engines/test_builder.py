@@ -1,0 +1,104 @@
+"""Real TensorRT-RTX engines, built from real graphs; nothing here is simulated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from clipdeploy import zoo
+from clipdeploy.device import gpus
+from clipdeploy.engines.backends import choose_backend
+from clipdeploy.engines.build_config import BuildConfig
+from clipdeploy.engines.builder import build_engine
+from clipdeploy.engines.passport import load_engine_passport, passport_path
+from clipdeploy.runners.engine import EngineRunner
+from clipdeploy.workspace import Workspace
+from exporters.artifact import Precision
+from exporters.errors import ArtifactError, BuildError, EngineError, UsageError
+from exporters.files import sha256_file
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
+
+
+@pytest.fixture(scope="module")
+def engines(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("engines")
+    for precision in ("fp32", "fp16", "int8"):
+        build_engine(demo_workspace.graph(zoo.DEMO, precision), folder / f"{precision}.engine")
+    return folder
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_an_engine_and_its_passport(
+    precision: Precision, engines: Path, demo_workspace: Workspace
+) -> None:
+    path = engines / f"{precision}.engine"
+    passport = load_engine_passport(path)
+    assert passport.graph.precision == precision
+    assert passport.hashes.graph == sha256_file(demo_workspace.graph(zoo.DEMO, precision))
+    assert passport.plan_bytes == path.stat().st_size > 1e6
+    assert passport.backend == "tensorrt-rtx"
+    assert passport.profiles == ((1, 8, 32),)
+
+
+def test_an_unchanged_engine_is_not_built_again(engines: Path, demo_workspace: Workspace) -> None:
+    graph, engine = demo_workspace.graph(zoo.DEMO, "int8"), engines / "int8.engine"
+    assert not build_engine(graph, engine).changed
+    assert build_engine(graph, engine, BuildConfig(profiles=((1, 4, 16),))).changed
+    assert load_engine_passport(engine).profiles == ((1, 4, 16),)
+    assert build_engine(graph, engine, BuildConfig()).changed
+
+
+def test_a_changed_engine_is_refused(engines: Path, tmp_path: Path) -> None:
+    data = (engines / "fp16.engine").read_bytes()
+    engine = tmp_path / "fp16.engine"
+    engine.write_bytes(data[:-1])
+    with pytest.raises(ArtifactError, match="no passport"):
+        load_engine_passport(engine)
+    passport_path(engine).write_bytes(passport_path(engines / "fp16.engine").read_bytes())
+    with pytest.raises(ArtifactError, match="not the file its passport speaks of"):
+        load_engine_passport(engine)
+    engine.write_bytes(data)
+    assert load_engine_passport(engine).plan_bytes == len(data)
+
+
+def test_a_graph_that_tensorrt_refuses_leaves_no_engine(
+    demo_workspace: Workspace, tmp_path: Path
+) -> None:
+    proto = onnx.load(demo_workspace.graph(zoo.DEMO, "fp32"))
+    proto.graph.node[3].op_type = "NoSuchOperator"
+    graph = tmp_path / "broken.onnx"
+    onnx.save(proto, graph)
+    with pytest.raises(BuildError, match=r"tensorrt-rtx cannot compile .*broken\.onnx"):
+        build_engine(graph, tmp_path / "broken.engine")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.onnx"]
+
+
+@pytest.mark.parametrize("profile", [(0, 1, 2), (2, 1, 4), (1, 8, 4)])
+def test_a_profile_out_of_order_is_refused(profile: tuple[int, int, int]) -> None:
+    with pytest.raises(UsageError, match="not in order"):
+        BuildConfig(profiles=(profile,))
+
+
+@pytest.mark.skipif(bool(gpus()), reason="what happens where there is no GPU")
+def test_without_a_gpu(engines: Path) -> None:
+    assert choose_backend("auto").backend == "tensorrt-rtx"
+    with pytest.raises(BuildError, match="tensorrt"):
+        choose_backend("tensorrt")
+    with pytest.raises(EngineError, match="no GPU"):
+        EngineRunner(engines / "fp16.engine")
+
+
+@pytest.mark.skipif(not gpus(), reason="needs a GPU")
+def test_an_engine_computes_what_its_graph_computes(
+    engines: Path, demo_workspace: Workspace, demo_images: np.ndarray
+) -> None:
+    from clipdeploy.runners import OnnxRunner
+
+    expected = OnnxRunner(demo_workspace.graph(zoo.DEMO, "fp32"))(demo_images)
+    with EngineRunner(engines / "fp32.engine") as runner:
+        # float32 with other orders of summation (TF32 is off in a strongly typed network).
+        np.testing.assert_allclose(runner(demo_images), expected, atol=1e-3)

@@ -1,0 +1,316 @@
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zipfile
+import zlib
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipdeploy import zoo
+from clipdeploy.imaging import (
+    ImageFolder,
+    Reading,
+    Skipped,
+    iter_crops,
+    open_images,
+    select,
+    survey,
+)
+from exporters.artifact import Recipe
+from exporters.errors import DatasetError
+
+SPEC = zoo.find(zoo.DEMO).preprocess(Recipe())
+CLASSES = ("cat", "dog")
+
+
+def png(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "images"
+    for seed in range(6):
+        path = root / CLASSES[seed % 2] / f"{seed}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(seed))
+    (root / "notes.txt").write_text("no image")
+    return root
+
+
+def as_zip(folder: Path) -> Path:
+    path = folder.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*.png")):
+            archive.write(file, file.relative_to(folder))
+    return path
+
+
+def test_folders_give_labels(folder: Path) -> None:
+    images = open_images(folder, CLASSES)
+    assert [(entry.name, entry.label) for entry in images.entries][:2] == [
+        ("cat/0.png", 0),
+        ("cat/2.png", 0),
+    ]
+    assert images.labelled
+    assert len(images.entries) == 6
+
+
+def test_a_zip_gives_the_same_crops_as_its_folder(folder: Path) -> None:
+    one = list(iter_crops(open_images(folder, CLASSES), SPEC))
+    two = list(iter_crops(open_images(as_zip(folder), CLASSES), SPEC))
+    assert [(a.entry, a.sha256) for a in one] == [(b.entry, b.sha256) for b in two]
+    assert all(np.array_equal(a.pixels, b.pixels) for a, b in zip(one, two, strict=True))
+    assert one[0].pixels.shape == (32, 32, 3)
+
+
+def test_images_at_the_top_have_no_label(folder: Path) -> None:
+    (folder / "stray.png").write_bytes(png(9))
+    assert not open_images(folder, CLASSES).labelled
+
+
+def test_a_folder_that_is_no_class_is_named(folder: Path) -> None:
+    (folder / "cat").rename(folder / "catt")
+    with pytest.raises(DatasetError, match="no class: catt"):
+        open_images(folder, CLASSES)
+
+
+def test_no_image_and_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(DatasetError, match=r"holds no image \(1 other files\)"):
+        open_images(tmp_path)
+    with pytest.raises(DatasetError, match="does not exist"):
+        open_images(tmp_path / "none")
+    with pytest.raises(DatasetError, match="no readable zip"):
+        open_images(tmp_path / "notes.txt")
+
+
+def test_a_name_that_is_not_utf8_is_refused(folder: Path) -> None:
+    (folder / "cat" / os.fsdecode(b"caf\xe9.png")).write_bytes(png(1))
+    with pytest.raises(DatasetError, match="not UTF-8"):
+        open_images(folder, CLASSES)
+
+
+def test_a_zip_cannot_reach_outside(tmp_path: Path) -> None:
+    path = tmp_path / "evil.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("../evil.png", png(0))
+    with pytest.raises(DatasetError, match="outside itself"):
+        open_images(path)
+
+
+def test_a_broken_image_stops_or_is_skipped_by_name(folder: Path) -> None:
+    (folder / "dog" / "3.png").write_bytes(png(3)[:60])
+    images = open_images(folder, CLASSES)
+    with pytest.raises(DatasetError, match=r"dog/3\.png"):
+        list(iter_crops(images, SPEC))
+    skipped = Skipped()
+    assert len(list(iter_crops(images, SPEC, skipped=skipped))) == 5
+    assert skipped.names == ["dog/3.png"]
+
+
+def test_selection_is_seeded_and_even(folder: Path) -> None:
+    images = open_images(folder, CLASSES)
+    chosen = select(images, 4, seed=1)
+    assert [entry.label for entry in chosen.entries].count(0) == 2
+    assert chosen == select(images, 4, seed=1)
+    assert len({select(images, 4, seed=seed).entries for seed in range(8)}) > 1
+    with pytest.raises(DatasetError, match="holds 6 images, 7 were asked for"):
+        select(images, 7, seed=0)
+
+
+@pytest.mark.parametrize("count", [1, 5, 7, 12, 20, 30])
+@pytest.mark.parametrize("flat", [False, True], ids=["class folders", "label file"])
+def test_a_selection_takes_of_each_class_alike(tmp_path: Path, count: int, flat: bool) -> None:
+    sizes = {"a": 2, "b": 9, "c": 9, "d": 10}
+    lines = []
+    for name, size in sizes.items():
+        for number in range(size):
+            path = tmp_path / (
+                f"{name}{number}.png" if flat else f"{name}/sub{number % 2}/{number}.png"
+            )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png(number))
+            lines.append(f"{path.name} {list(sizes).index(name)}")
+    if flat:
+        (tmp_path / "val.txt").write_text("\n".join(lines))
+    images = open_images(tmp_path, tuple(sizes))
+    assert images.labelled
+    for seed in range(5):
+        counts = Counter(entry.label for entry in select(images, count, seed).entries)
+        assert counts.total() == count
+        # Classes that still have images left differ by one; those used up have no more than they.
+        left = [counts[i] for i, size in enumerate(sizes.values()) if counts[i] < size]
+        used = [size for i, size in enumerate(sizes.values()) if counts[i] == size]
+        if left:
+            assert max(left) - min(left) <= 1
+            assert max([*used, 0]) <= max(left)
+
+
+def test_an_uneven_selection_would_show(folder: Path) -> None:
+    first = Counter(entry.label for entry in open_images(folder, CLASSES).entries[:4])
+    assert max(first.values()) - min(first.values()) > 1
+
+
+def test_a_folder_around_the_classes_is_looked_through(folder: Path) -> None:
+    deep = folder.parent / "deep"
+    (deep / "ILSVRC" / "Data").mkdir(parents=True)
+    folder.rename(deep / "ILSVRC" / "Data" / "val")
+    images = open_images(deep, CLASSES)
+    assert [entry.label for entry in images.entries] == [0, 0, 0, 1, 1, 1]
+    assert images.entries[0].name == "ILSVRC/Data/val/cat/0.png"
+    assert survey(images)
+    # A train folder beside val is not: nobody can tell which one is meant.
+    (deep / "ILSVRC" / "Data" / "train" / "cat").mkdir(parents=True)
+    (deep / "ILSVRC" / "Data" / "train" / "cat" / "9.png").write_bytes(png(9))
+    with pytest.raises(DatasetError, match="no class: ILSVRC"):
+        open_images(deep, CLASSES)
+
+
+def test_resource_forks_of_macos_are_left_out_and_told(folder: Path) -> None:
+    path = as_zip(folder)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("__MACOSX/cat/._0.png", b"\0\5\x16\7")
+        archive.writestr("cat/._2.png", b"\0\5\x16\7")
+    images = open_images(path, CLASSES)
+    assert images.entries == open_images(folder, CLASSES).entries
+    assert survey(images).ignored.count == 2
+
+
+def test_a_survey_counts_what_is_odd(folder: Path) -> None:
+    assert survey(open_images(folder, CLASSES))
+    (folder / "stray.png").write_bytes(png(9))
+    (folder / "cat" / "copy.png").write_bytes(png(1))
+    (folder / "dog" / "3.png").write_bytes(b"")
+    images = open_images(folder, (*CLASSES, "emu"))
+    found = survey(images)
+    assert not found
+    assert (found.images, found.classes, found.images_read) == (8, 2, 0)
+    assert found.absent_classes.first == ("emu",)
+    assert found.unlabelled.first == ("stray.png",)
+    assert not found.unreadable
+    assert not found.duplicates
+    reading = Reading()
+    crops = iter_crops(images, SPEC, skipped=Skipped(), reading=reading)
+    assert len(list(crops)) == 7
+    found = survey(images, reading)
+    assert found.images_read == 8
+    assert found.unreadable.first == ("dog/3.png",)
+    assert found.duplicates.first == ("dog/1.png is cat/copy.png",)
+    assert found.problems() == (
+        "1 images have no class: stray.png",
+        "1 classes have no image: emu",
+        "1 images cannot be read: dog/3.png",
+        "1 images have the bytes of another one: dog/1.png is cat/copy.png",
+    )
+
+
+def test_a_survey_speaks_of_the_images_that_were_chosen(folder: Path) -> None:
+    images = open_images(folder, CLASSES)
+    only_cats = ImageFolder(images.root, images.entries[:3], images.origin)
+    assert survey(only_cats).absent_classes.first == ("dog",)
+    assert survey(select(images, 4, seed=0)).images == 4
+
+
+def test_a_survey_shows_five_names_of_many(tmp_path: Path) -> None:
+    for number in range(12):
+        (tmp_path / f"{number:02d}.png").write_bytes(png(number))
+    (told,) = survey(open_images(tmp_path, ("cat",))).problems()[:1]
+    assert told == "12 images have no class: 00.png, 01.png, 02.png, 03.png, 04.png and 7 more"
+
+
+def header_only(width: int, height: int) -> bytes:
+    """A PNG whose header promises this size and whose data is another image's."""
+    data = bytearray(png(0))
+    struct.pack_into(">II", data, 16, width, height)
+    struct.pack_into(">I", data, 29, zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
+BAD = {
+    "a zero-byte file": (b"", "cannot identify"),
+    "text": (b"no image at all\n" * 100, "cannot identify"),
+    "a cut file": (png(0)[:80], "truncated|cannot"),
+    "a web page": (b"<!DOCTYPE html><html>404</html>", "cannot identify"),
+    "a bomb": (header_only(30_000, 30_000), "decompression bomb"),
+    "a header that lies": (header_only(9, 9), "truncated|not enough|image file"),
+}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", BAD)
+def test_what_is_no_image_is_named_and_the_others_are_kept(
+    folder: Path, kind: str, workers: int
+) -> None:
+    data, reason = BAD[kind]
+    (folder / "dog" / "3.png").write_bytes(data)
+    images = open_images(folder, CLASSES)
+    with pytest.raises(DatasetError, match=rf"dog/3\.png: .*({reason})"):
+        list(iter_crops(images, SPEC, workers=workers))
+    skipped = Skipped()
+    crops = list(iter_crops(images, SPEC, workers=workers, skipped=skipped))
+    assert skipped.names == ["dog/3.png"]
+    assert [crop.entry for crop in crops] == [e for e in images.entries if e.name != "dog/3.png"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_half_a_bomb_is_refused_too(tmp_path: Path, workers: int) -> None:
+    """Where Pillow would only warn: between one and two times its limit of 89 million pixels."""
+    (tmp_path / "large.png").write_bytes(header_only(10_000, 10_000))
+    with pytest.raises(DatasetError, match=r"large\.png: .*decompression bomb"):
+        list(iter_crops(open_images(tmp_path), SPEC, workers=workers))
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [
+        ("L", "png"),
+        ("P", "png"),
+        ("P", "gif"),
+        ("1", "png"),
+        ("LA", "png"),
+        ("RGBA", "webp"),
+        ("CMYK", "jpg"),
+        ("YCbCr", "jpg"),
+        ("I;16", "png"),
+        ("RGB", "BMP"),
+        ("RGB", "tiff"),
+    ],
+)
+def test_unusual_images_become_rgb_crops(tmp_path: Path, mode: str, suffix: str) -> None:
+    y, x = np.mgrid[0:48, 0:48]
+    ramp = np.stack([x * 5, y * 5, x * 5], -1).astype(np.uint8)
+    if mode == "I;16":
+        image = Image.fromarray(ramp[..., 0].astype(np.uint16) << 8)
+    else:
+        image = Image.fromarray(ramp).convert(mode)
+    image.save(tmp_path / f"odd.{suffix}", **({"quality": 95} if suffix == "jpg" else {}))
+    (crop,) = iter_crops(open_images(tmp_path), SPEC)
+    assert (crop.pixels.shape, crop.pixels.dtype) == ((32, 32, 3), np.uint8)
+    # Columns 0 to 239 from left to right, in grey modes by the red and blue share at least.
+    assert crop.pixels[:, -4:].mean() - crop.pixels[:, :4].mean() > 50
+
+
+def test_a_rotated_photo_is_set_upright(tmp_path: Path) -> None:
+    pixels = np.zeros((48, 48, 3), np.uint8)
+    pixels[:, :24] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown rotated by 90 degrees clockwise: the left half comes up
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg", exif=exif, quality=95)
+    images = open_images(tmp_path)
+    (upright,) = iter_crops(images, SPEC)
+    (as_stored,) = iter_crops(images, replace(SPEC, exif_orientation=False))
+    # 255 and 0 but for JPEG's ringing at the edge.
+    assert upright.pixels[:12].mean() > 250
+    assert upright.pixels[-12:].mean() < 5
+    assert as_stored.pixels[:, :12].mean() > 250

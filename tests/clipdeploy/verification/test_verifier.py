@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from rich.console import Console
+
+from clipdeploy import zoo
+from clipdeploy.imaging import ImageFolder, open_images
+from clipdeploy.model import LoadedModel
+from clipdeploy.verification.statistics import Accuracy, Fidelity
+from clipdeploy.verification.table import verdict_line, verification_table
+from clipdeploy.verification.verifier import (
+    Target,
+    Verification,
+    VerifyConfig,
+    judge,
+    verify_targets,
+)
+from clipdeploy.workspace import Workspace
+from exporters.errors import UsageError
+from exporters.headers import read_passport
+
+CLASSES = tuple("0123456789")
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageFolder:
+    return open_images(zoo.demo_file("test.zip"), CLASSES)
+
+
+def target(path: Path) -> Target:
+    return Target(path, "graph", read_passport(path))
+
+
+def shown(result: Verification) -> str:
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(verification_table(result))
+    return capture.get()
+
+
+def test_the_demo_graphs_pass_on_all_held_out_digits(
+    demo_workspace: Workspace, demo_model: LoadedModel, digits: ImageFolder
+) -> None:
+    targets = [target(demo_workspace.graph(zoo.DEMO, p)) for p in ("fp32", "fp16", "int8")]
+    result = verify_targets(demo_model, targets, digits)
+    assert result
+    assert result.images == 500
+    fidelities = [row.fidelity for row in result.rows]
+    assert all(f is not None and f.reference_accuracy is not None for f in fidelities)
+    first = fidelities[0]
+    assert first is not None
+    assert first.reference_accuracy is not None
+    # The required accuracy of the demo card; the training script prints what it reached.
+    assert first.reference_accuracy.top1 >= 97
+    # Quantisation noise in dB: 24 mantissa bits, 11 bits, 8 bits a Linear.
+    for fidelity, floor in zip(fidelities, (110, 55, 30), strict=True):
+        assert fidelity is not None
+        assert fidelity.sqnr_db is not None
+        assert fidelity.sqnr_db > floor
+    assert "EQUIVALENT: no artifact" in shown(result)
+
+
+def _shift_scales(proto: onnx.ModelProto) -> None:
+    for index, tensor in enumerate(proto.graph.initializer):
+        if tensor.name.endswith("mlp.fc2.input_scale/fp16"):
+            value = numpy_helper.to_array(tensor) * np.float16(0.02)
+            proto.graph.initializer[index].CopyFrom(numpy_helper.from_array(value, tensor.name))
+
+
+def _turn_classes(proto: onnx.ModelProto) -> None:
+    for index, tensor in enumerate(proto.graph.initializer):
+        if tensor.name.startswith("head.bias"):
+            value = np.roll(np.linspace(0, 40, 10), 3).astype(numpy_helper.to_array(tensor).dtype)
+            proto.graph.initializer[index].CopyFrom(numpy_helper.from_array(value, tensor.name))
+
+
+def _overflow(proto: onnx.ModelProto) -> None:
+    for index, tensor in enumerate(proto.graph.initializer):
+        if tensor.name.startswith("head.bias"):
+            value = np.full(10, np.nan).astype(numpy_helper.to_array(tensor).dtype)
+            proto.graph.initializer[index].CopyFrom(numpy_helper.from_array(value, tensor.name))
+
+
+@pytest.mark.parametrize("ruin", [_shift_scales, _turn_classes, _overflow])
+def test_a_ruined_graph_fails(
+    ruin: Callable[[onnx.ModelProto], None],
+    demo_workspace: Workspace,
+    demo_model: LoadedModel,
+    digits: ImageFolder,
+    tmp_path: Path,
+) -> None:
+    proto = onnx.load(demo_workspace.graph(zoo.DEMO, "int8"))
+    before = proto.SerializeToString()
+    ruin(proto)
+    assert proto.SerializeToString() != before
+    path = tmp_path / "ruined.onnx"
+    onnx.save(proto, path)
+    good = target(demo_workspace.graph(zoo.DEMO, "fp32"))
+    result = verify_targets(demo_model, [good, target(path)], digits)
+    assert not result
+    assert [row.verdict for row in result.rows] == ["equivalent", "regressed"]
+    assert verdict_line(result) == "REGRESSED: int8 graph"
+
+
+def test_random_weights_are_never_judged(
+    demo_workspace: Workspace, demo_model: LoadedModel, digits: ImageFolder
+) -> None:
+    stamped = replace(demo_model, weights=replace(demo_model.weights, kind="random"))
+    result = verify_targets(stamped, [target(demo_workspace.graph(zoo.DEMO, "fp32"))], few(digits))
+    assert not result
+    assert result.rows[0].verdict == "not judged"
+    assert "NOT JUDGED" in shown(result)
+    assert "EQUIVALENT" not in shown(result)
+
+
+def test_images_without_labels_are_never_judged(
+    demo_workspace: Workspace, demo_model: LoadedModel, digits: ImageFolder
+) -> None:
+    bare = ImageFolder(digits.root, tuple(replace(e, label=None) for e in few(digits).entries))
+    result = verify_targets(demo_model, [target(demo_workspace.graph(zoo.DEMO, "fp32"))], bare)
+    assert not result
+    assert result.rows[0].verdict == "not judged"
+
+
+def few(images: ImageFolder) -> ImageFolder:
+    return ImageFolder(images.root, images.entries[:20])
+
+
+def fidelity(lost: int, gained: int, *, images: int = 5_000, finite: bool = True) -> Fidelity:
+    right = images // 2
+    top1, reference = 100 * (right - lost + gained) / images, 100 * right / images
+    accuracies = (Accuracy(top1, 100), Accuracy(reference, 100))
+    return Fidelity(images, 0.1, 0.1, 0.99, 30.0, 99.0, finite, *accuracies, lost, gained)
+
+
+@pytest.mark.parametrize(
+    ("figures", "random_weights", "verdict"),
+    [
+        (fidelity(30, 10), False, "equivalent"),
+        (fidelity(0, 50), False, "equivalent"),
+        (fidelity(90, 0), False, "regressed"),
+        (fidelity(55, 5), False, "undecided"),
+        (fidelity(0, 0, images=100), False, "undecided"),
+        (fidelity(0, 0, finite=False), False, "regressed"),
+        (fidelity(0, 0), True, "not judged"),
+        (fidelity(0, 0, finite=False), True, "regressed"),
+        (replace(fidelity(0, 0), accuracy=None), False, "not judged"),
+    ],
+)
+def test_verdicts(figures: Fidelity, random_weights: bool, verdict: str) -> None:
+    assert judge(figures, random_weights=random_weights, max_drop=1.0)[0] == verdict
+
+
+def test_max_drop_is_the_threshold(
+    demo_workspace: Workspace, demo_model: LoadedModel, digits: ImageFolder
+) -> None:
+    graph = target(demo_workspace.graph(zoo.DEMO, "fp32"))
+    # Twenty images without a difference prove a drop below 16.1 points: z^2 / (n + z^2).
+    assert verify_targets(demo_model, [graph], few(digits), VerifyConfig(max_drop=17.0))
+    result = verify_targets(demo_model, [graph], few(digits), VerifyConfig(max_drop=15.0))
+    assert not result
+    assert verdict_line(result).startswith("UNDECIDED: about ")
+    with pytest.raises(UsageError, match="largest drop of -1"):
+        VerifyConfig(max_drop=-1.0)
