@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from clipdeploy import zoo
 from clipdeploy.device import gpus
 from clipdeploy.engines.builder import EngineArtifact
-from clipdeploy.pipeline import build_model, export_model, verify_model
-from clipdeploy.verification.verifier import Verification
+from clipdeploy.pipeline import VerifyScope, build_model, export_model, verify_model
+from clipdeploy.verification.result import Verification
 from clipdeploy.workspace import PRECISIONS, Workspace
 from exporters.headers import GraphArtifact
 from exporters.progress import SILENT, Progress
@@ -52,6 +52,12 @@ def run_demo(
     )
     executed = bool(gpus())
     verification = verify_model(
-        workspace, zoo.DEMO, zoo.demo_file("test.zip"), graphs_only=not executed, progress=progress
-    )
+        workspace,
+        zoo.DEMO,
+        zoo.demo_file("test.zip"),
+        scope=VerifyScope(graphs_only=not executed),
+        force=force,
+        progress=progress,
+    ).verification
+    assert verification is not None  # only a shard has none
     return DemoResult(graph, engines, verification, executed)

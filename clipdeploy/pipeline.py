@@ -21,8 +21,10 @@ from clipdeploy.stages.calibrate import (
 from clipdeploy.stages.export import export_model
 from clipdeploy.stages.quantize import convert_model, quantize_model
 from clipdeploy.stages.samples import sample_images
-from clipdeploy.stages.verify import verify_model
-from clipdeploy.verification.verifier import Verification, VerifyConfig
+from clipdeploy.stages.verify import Judgement, VerifyScope, merge_verification, verify_model
+from clipdeploy.verification.baseline import Expected
+from clipdeploy.verification.result import Verification
+from clipdeploy.verification.verifier import VerifyConfig
 from clipdeploy.workspace import Workspace
 
 __all__ = [
@@ -30,14 +32,18 @@ __all__ = [
     "CalibrateConfig",
     "CalibrationArtifact",
     "EngineArtifact",
+    "Expected",
+    "Judgement",
     "Verification",
     "VerifyConfig",
+    "VerifyScope",
     "Workspace",
     "build_model",
     "calibrate_model",
     "convert_model",
     "export_model",
     "merge_calibration",
+    "merge_verification",
     "quantize_model",
     "sample_images",
     "verify_model",

@@ -11,6 +11,9 @@ artifacts/
     clip-vit-demo.int8-cpu.onnx       quantize --cpu
     clip-vit-demo.int8.engine         build-engine
     clip-vit-demo.int8.engine.json    its passport
+    verification.jsonl                verify: a record an image
+    verification.1-of-4.jsonl         verify --shard 1/4, until `verify merge`
+    disagreements.csv                 verify: images with another answer than PyTorch's
 """
 
 from __future__ import annotations
@@ -53,8 +56,15 @@ class Workspace:
 
     def calibration(self, model: str, shard: tuple[int, int] | None = None) -> Path:
         """The calibration table, or one shard of it."""
-        part = ".{}-of-{}".format(*shard) if shard else ""
-        return self.folder(model) / f"calibration{part}.json"
+        return self.folder(model) / f"calibration{_part(shard)}.json"
+
+    def verification(self, model: str, shard: tuple[int, int] | None = None) -> Path:
+        """The records of the last verification, or of one shard of it."""
+        return self.folder(model) / f"verification{_part(shard)}.jsonl"
+
+    def disagreements(self, model: str) -> Path:
+        """The images that an artifact answers otherwise than PyTorch."""
+        return self.folder(model) / "disagreements.csv"
 
     def source(self, model: str) -> tuple[Path, Passport]:
         """The FP32 graph, which everything else is made from, and its passport.
@@ -99,3 +109,7 @@ class Workspace:
         with file_errors("read", self._state):
             data = self._state.read_bytes()
         return from_json(data, _State, str(self._state)).last_model
+
+
+def _part(shard: tuple[int, int] | None) -> str:
+    return ".{}-of-{}".format(*shard) if shard else ""

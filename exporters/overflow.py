@@ -8,7 +8,8 @@ ruined on a GPU scores perfectly there.  Two instruments see through it:
 * :func:`check_storage` rewrites a float16 graph so that every node computes in float32 and every
   result really passes through float16 storage, x -> Cast(float16) -> Cast(float32), and refuses a
   graph in which a tensor overflows there.  That is what TensorRT's kernels do at worst: they
-  accumulate in float32 and store halves.
+  accumulate in float32 and store halves.  :func:`stored_session` runs the same rewritten graph on
+  as many images as one likes.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from exporters.graphs import load_graph, write_model
 from exporters.passes.fp16 import FP16_MAX
 from exporters.session import OnnxSession
 
-__all__ = ["NEAR_LIMIT", "check_storage", "largest_values", "near_limit"]
+__all__ = ["NEAR_LIMIT", "check_storage", "largest_values", "near_limit", "stored_session"]
 
 # Images that were not looked at may go further than those that were: leave a factor of two.
 NEAR_LIMIT = FP16_MAX / 2
@@ -50,15 +51,22 @@ def _tap(model: ir.Model, values: Iterable[ir.Value]) -> None:
         model.graph.outputs.append(peak.outputs[0])
 
 
-def _run(
-    instrument: Callable[[], ir.Model], images: NDArray[np.generic]
-) -> tuple[NDArray[np.float32], dict[str, float]]:
+def _open(
+    instrument: Callable[[], ir.Model], *, lean: bool = True, threads: int = 0
+) -> OnnxSession:
     # Through a file, so that the graph is not in memory beside ONNX Runtime's copy of it.
     with tempfile.TemporaryDirectory(prefix="clipdeploy-") as folder:
         path = Path(folder, "instrumented.onnx")
         with file_errors("write", path):
             write_model(instrument(), path)
-        session = OnnxSession(path, lean=True, optimise=False)
+        # Not optimised: ONNX Runtime removes pairs of casts, and the rounding with them.
+        return OnnxSession(path, lean=lean, optimise=False, threads=threads)
+
+
+def _run(
+    instrument: Callable[[], ir.Model], images: NDArray[np.generic]
+) -> tuple[NDArray[np.float32], dict[str, float]]:
+    session = _open(instrument)
     logits, *peaks = session.run(images)
     names = (output.removeprefix(_TAP) for output in session.output_names[1:])
     return logits, {name: float(peak) for name, peak in zip(names, peaks, strict=True)}
@@ -131,6 +139,21 @@ def _as_stored(model: ir.Model) -> list[ir.Value]:
         for value in list(node.outputs)
         if value.dtype == _HALF
     ]
+
+
+def stored_session(path: Path, *, threads: int = 0) -> OnnxSession:
+    """A float16 graph with every tensor stored as float16; its floating-point input is float32.
+
+    Raises:
+        GraphError, FileError: the graph cannot be read or loaded.
+    """
+
+    def stored() -> ir.Model:
+        model = load_graph(path)
+        _as_stored(model)
+        return model
+
+    return _open(stored, lean=False, threads=threads)
 
 
 def check_storage(

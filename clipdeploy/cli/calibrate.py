@@ -13,6 +13,8 @@ from clipdeploy.cli.common import (
     emit,
     force_option,
     model_option,
+    shard_option,
+    shard_or_none,
     skip_unreadable_option,
     stage_command,
 )
@@ -38,7 +40,7 @@ seed_option = click.option(
 )
 @images_option
 @seed_option
-@click.option("--shard", metavar="I/N", help="Only the I-th of N parts; then `calibrate merge`.")
+@shard_option("calibrate merge")
 @skip_unreadable_option
 @force_option
 @stage_command
@@ -67,7 +69,7 @@ def calibrate(
         context.workspace,
         name,
         data,
-        CalibrateConfig(images, seed, skip_unreadable, _shard(shard)),
+        CalibrateConfig(images, seed, skip_unreadable, shard_or_none(shard)),
         force=force,
         progress=context.progress,
     )
@@ -111,12 +113,3 @@ def _line(result: CalibrationArtifact) -> str:
         f"{result.path}: {len(result.table.images)} images, "
         f"{len(result.table.statistics)} tensors" + ("" if result.changed else " (unchanged)")
     )
-
-
-def _shard(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    first, _, count = text.partition("/")
-    if not (first.isdigit() and count.isdigit()):
-        raise UsageError(f"--shard {text!r} is no part", hint="--shard 1/4 to --shard 4/4")
-    return int(first), int(count)

@@ -27,10 +27,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Context",
+    "DefaultGroup",
     "data_option",
     "emit",
     "force_option",
     "model_option",
+    "shard_option",
+    "shard_or_none",
     "skip_unreadable_option",
     "stage_command",
     "trust_option",
@@ -182,6 +185,42 @@ skip_unreadable_option = click.option(
 trust_option = click.option(
     "--trust", is_flag=True, help="Load an engine that no passport vouches for."
 )
+
+
+def shard_option(merge: str) -> Callable[[F], F]:
+    """``--shard I/N``; ``merge`` is the command that joins the parts."""
+    return click.option("--shard", metavar="I/N", help=f"Only the I-th of N parts; then `{merge}`.")
+
+
+def shard_or_none(text: str | None) -> tuple[int, int] | None:
+    """``1/4`` as (1, 4).
+
+    Raises:
+        UsageError: it is no part.
+    """
+    if text is None:
+        return None
+    first, _, count = text.partition("/")
+    if not (first.isdecimal() and count.isdecimal()):
+        raise UsageError(f"--shard {text!r} is no part", hint="--shard 1/4 to --shard 4/4")
+    return int(first), int(count)
+
+
+class DefaultGroup(click.Group):
+    """A group in which what is no subcommand belongs to the ``default`` one.
+
+    ``verify FILE`` is ``verify run FILE``, and ``verify merge`` a command of its own.
+    """
+
+    def __init__(self, *args: Any, default: str, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.default = default
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """See :class:`click.Group`."""
+        if not args or args[0] not in self.commands:
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
 
 
 def whole_numbers(text: str, option: str, wanted: str) -> tuple[int, ...]:

@@ -2,104 +2,221 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from clipdeploy.cli.common import (
     EXIT_VERIFICATION,
     Context,
+    DefaultGroup,
     data_option,
     emit,
+    force_option,
     model_option,
+    shard_option,
+    shard_or_none,
     skip_unreadable_option,
     stage_command,
+    trust_option,
 )
 
 if TYPE_CHECKING:
     from rich.console import Group
 
     from clipdeploy.imaging.layouts import LayoutName
-    from clipdeploy.verification.verifier import Verification
+    from clipdeploy.stages.verify import Judgement, VerifyScope
+    from clipdeploy.verification.result import Verification
+    from clipdeploy.verification.verifier import VerifyConfig
 
-
-@click.command()
-@model_option
-@data_option("Labelled images: a folder, zip or tar; see --layout.")
-@click.option(
+max_drop_option = click.option(
     "--max-drop",
     type=float,
     default=1.0,
     show_default=True,
     help="Percentage points of top-1 that an artifact may lose.",
 )
-@click.option(
-    "--limit", type=click.IntRange(min=1), help="Only so many images, spread over the classes."
+baseline_option = click.option(
+    "--baseline",
+    default="card",
+    show_default=True,
+    metavar="card|none|TOP1[,TOP5]",
+    help="What PyTorch itself has to reach before anything is judged.",
 )
-@click.option(
-    "--graphs-only", is_flag=True, help="Judge the ONNX graphs and leave the engines out."
-)
-@click.option(
-    "--allow-leak", is_flag=True, help="Count calibration images among --data, do not refuse."
-)
-@click.option(
+layout_option = click.option(
     "--layout",
     type=click.Choice(["auto", "folders", "list", "devkit", "solution", "none"]),
     default="auto",
     show_default=True,
     help="Where the classes stand: folders, NAME CLASS list, ILSVRC devkit, Kaggle's CSV.",
 )
-@click.option("--labels", type=click.Path(path_type=Path), help="The file they stand in.")
-@click.option("--workers", type=click.IntRange(min=0), help="Decoding processes; one a core.")
-@click.option("--cache", is_flag=True, help="Keep decoded crops for the next verification.")
-@click.option("--cache-size", type=float, metavar="GB", help="Most of them; 32 GiB if left out.")
-@skip_unreadable_option
-@stage_command
-def verify(
-    context: Context,
-    model: str | None,
-    data: Path,
-    max_drop: float,
-    limit: int | None,
-    graphs_only: bool,
-    allow_leak: bool,
-    layout: LayoutName,
-    labels: Path | None,
-    workers: int | None,
-    cache: bool,
-    cache_size: float | None,
-    skip_unreadable: bool,
-) -> int:
-    """Judge every artifact of the model against PyTorch; exit 3 unless all of them pass."""
-    name = context.model(model)
-    from clipdeploy.imaging.crops import CropCache
-    from clipdeploy.stages.verify import verify_model
-    from clipdeploy.verification.verifier import VerifyConfig
+labels_option = click.option(
+    "--labels", type=click.Path(path_type=Path), help="The file they stand in."
+)
+_OPTIONS = (
+    model_option,
+    data_option("Labelled images: a folder, zip or tar; see --layout."),
+    max_drop_option,
+    click.option(
+        "--limit", type=click.IntRange(min=1), help="Only so many images, spread over the classes."
+    ),
+    click.option(
+        "--sequential", is_flag=True, help="Images in random order; stop once every verdict is out."
+    ),
+    click.option(
+        "--graphs-only", is_flag=True, help="Judge the ONNX graphs and leave the engines out."
+    ),
+    baseline_option,
+    click.option(
+        "--allow-leak", is_flag=True, help="Count calibration images among --data, do not refuse."
+    ),
+    layout_option,
+    labels_option,
+    click.option(
+        "--batch",
+        type=click.IntRange(min=1),
+        default=16,
+        show_default=True,
+        help="Images that run at once.",
+    ),
+    click.option("--workers", type=click.IntRange(min=0), help="Decoding processes; one a core."),
+    click.option(
+        "--cache", is_flag=True, help="Keep decoded crops and PyTorch's logits for the next time."
+    ),
+    click.option("--cache-size", type=float, metavar="GB", help="Most of them; 34 GB if left out."),
+    shard_option("verify merge"),
+    skip_unreadable_option,
+    trust_option,
+    force_option,
+)
 
-    kept = CropCache.default() if cache_size is None else CropCache.default(int(cache_size * 1e9))
+
+def _options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.group(cls=DefaultGroup, default="run")
+def verify() -> None:
+    """Judge artifacts against PyTorch; `verify merge` joins shards."""
+
+
+@verify.command()
+@click.argument("artifacts", nargs=-1, type=click.Path(path_type=Path))
+@_options
+@stage_command
+def run(
+    context: Context, artifacts: tuple[Path, ...], model: str | None, data: Path, **options: Any
+) -> int:
+    """Judge the ARTIFACTS, or every graph and engine of the model, against PyTorch.
+
+    Exit code 3 unless all of them are proven to keep their accuracy. A run that was killed goes on
+    where it stopped when the same command is given again. `clipdeploy verify merge` joins shards.
+    """
+    name = context.model(model)
+    from clipdeploy.stages.verify import verify_model
+
     result = verify_model(
         context.workspace,
         name,
         data,
-        VerifyConfig(
-            max_drop,
-            skip_unreadable=skip_unreadable,
-            workers=workers,
-            cache=kept if cache else None,
-        ),
-        limit=limit,
-        graphs_only=graphs_only,
-        allow_leak=allow_leak,
-        layout=layout,
-        labels=labels,
+        _config(options),
+        _scope(artifacts, options),
+        force=options["force"],
         note=context.note,
         progress=context.progress,
     )
-    for skipped in result.skipped:
+    return _tell(context, result)
+
+
+@verify.command()
+@click.argument("shards", nargs=-1, type=click.Path(path_type=Path))
+@model_option
+@max_drop_option
+@baseline_option
+@data_option("The images, where they are no longer where the first shard had them.", required=False)
+@layout_option
+@labels_option
+@stage_command
+def merge(
+    context: Context,
+    shards: tuple[Path, ...],
+    model: str | None,
+    max_drop: float,
+    baseline: str,
+    data: Path | None,
+    layout: LayoutName,
+    labels: Path | None,
+) -> int:
+    """Join the shards of `verify --shard` to the verdict of one run.
+
+    Takes the given files, or all shards of the workspace.
+    """
+    name = context.model(model)
+    from clipdeploy.stages.verify import VerifyScope, merge_verification
+    from clipdeploy.verification.baseline import Expected
+
+    scope = VerifyScope(layout=layout, labels=labels, expected=Expected.parse(baseline))
+    result = merge_verification(
+        context.workspace,
+        name,
+        max_drop,
+        scope,
+        shards,
+        data=data,
+        note=context.note,
+        progress=context.progress,
+    )
+    return _tell(context, result)
+
+
+def _config(options: dict[str, Any]) -> VerifyConfig:
+    from clipdeploy.imaging import CropCache
+    from clipdeploy.verification.verifier import VerifyConfig
+
+    size = options["cache_size"]
+    cache = CropCache.default() if size is None else CropCache.default(int(size * 1e9))
+    return VerifyConfig(
+        max_drop=options["max_drop"],
+        batch=options["batch"],
+        skip_unreadable=options["skip_unreadable"],
+        workers=options["workers"],
+        cache=cache if options["cache"] else None,
+        shard=shard_or_none(options["shard"]),
+        sequential=options["sequential"],
+        trust=options["trust"],
+    )
+
+
+def _scope(artifacts: tuple[Path, ...], options: dict[str, Any]) -> VerifyScope:
+    from clipdeploy.stages.verify import VerifyScope
+    from clipdeploy.verification.baseline import Expected
+
+    return VerifyScope(
+        artifacts=artifacts,
+        graphs_only=options["graphs_only"],
+        limit=options["limit"],
+        layout=options["layout"],
+        labels=options["labels"],
+        allow_leak=options["allow_leak"],
+        expected=Expected.parse(options["baseline"]),
+    )
+
+
+def _tell(context: Context, result: Judgement) -> int:
+    verification = result.verification
+    if verification is None:
+        emit(context, {"results": str(result.results)}, lambda: f"{result.results}")
+        return 0
+    for skipped in verification.skipped:
         context.note(f"skipped, unreadable: {skipped}")
-    emit(context, result, lambda: render(result))
-    return 0 if result else EXIT_VERIFICATION
+    emit(context, verification, lambda: render(verification))
+    if result.disagreements is not None and any(row.disagreements for row in verification.rows):
+        context.note(f"images with another answer than PyTorch's: {result.disagreements}")
+    return 0 if verification else EXIT_VERIFICATION
 
 
 def render(result: Verification) -> Group:

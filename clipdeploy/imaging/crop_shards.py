@@ -1,10 +1,10 @@
 """The files of the crop cache: shards that one process appends to and any process reads.
 
-    NAME.pixels   crop 0, crop 1, ...    uint8 (S, S, 3) each
-    NAME.rows     64 bytes each:  stamp 16 | sha256 32 | slot | CRC-32 of the crop | magic | CRC-32
+    NAME.items    item 0, item 1, ...    of one size: a crop, uint8 (S, S, 3), or float32 logits
+    NAME.rows     64 bytes each:  stamp 16 | sha256 32 | slot | CRC-32 of the item | magic | CRC-32
 
-Pixels are written before their row, so that a killed run leaves a shorter shard.  A row that is
-damaged or cut short is no row, a crop whose CRC-32 is not its row's is no crop.
+An item is written before its row, so that a killed run leaves a shorter shard.  A row that is
+damaged or cut short is no row, an item whose CRC-32 is not its row's is no item.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,32 +30,32 @@ _CRC = struct.Struct("<I")
 ROW_BYTES = _ROW.size + _CRC.size
 NO_STAMP = bytes(16)
 # The slot of a row that only says which content a file has.
-_NO_PIXELS = 0xFFFFFFFF
+_NO_ITEM = 0xFFFFFFFF
 _COUNTER = itertools.count()
 
 
 class Spot(NamedTuple):
-    """Where a crop lies: its ``.pixels`` file, its number in it, and its CRC-32."""
+    """Where an item lies: its ``.items`` file, its number in it, and its CRC-32."""
 
     shard: Path
     slot: int
     crc: int
 
-    def read(self, size: int) -> NDArray[np.uint8] | None:
-        """The crop (size, size, 3), None if it is gone, cut short or damaged."""
-        crop = np.empty((size, size, 3), np.uint8)
+    def read(self, size: int) -> bytearray | None:
+        """The ``size`` bytes of the item, None if it is gone, cut short or damaged."""
+        data = bytearray(size)
         # Not mapped into memory: a shard cut short under a mapping would kill the process.
         try:
             with open(self.shard, "rb", buffering=0) as stream:
-                stream.seek(self.slot * crop.nbytes)
-                count = stream.readinto(crop.data)
+                stream.seek(self.slot * size)
+                count = stream.readinto(data)
         except OSError:  # another process removed it
             return None
-        return crop if count == crop.nbytes and zlib.crc32(crop.data) == self.crc else None
+        return data if count == size and zlib.crc32(data) == self.crc else None
 
 
 class Row(NamedTuple):
-    """What a row says: a file's stamp, its SHA-256, and where its crop lies, if here."""
+    """What a row says: a file's stamp, its SHA-256, and where its item lies, if here."""
 
     stamp: bytes
     sha256: bytes
@@ -68,26 +68,26 @@ def read_rows(path: Path) -> Iterator[Row]:
         data = path.read_bytes()
     except OSError:  # another process removed it
         return
-    pixels = path.with_suffix(".pixels")
+    items = path.with_suffix(".items")
     for start in range(0, len(data) - ROW_BYTES + 1, ROW_BYTES):
         row = data[start : start + _ROW.size]
         stamp, sha256, slot, crc, magic = _ROW.unpack(row)
         if magic == _MAGIC and _CRC.unpack_from(data, start + _ROW.size)[0] == zlib.crc32(row):
-            yield Row(stamp, sha256, None if slot == _NO_PIXELS else Spot(pixels, slot, crc))
+            yield Row(stamp, sha256, None if slot == _NO_ITEM else Spot(items, slot, crc))
 
 
-def size_of(pixels: Path) -> int:
-    """Bytes on disk of the shard that has this ``.pixels`` file."""
+def size_of(items: Path) -> int:
+    """Bytes on disk of the shard that has this ``.items`` file."""
     size = 0
-    for path in (pixels, pixels.with_suffix(".rows")):
+    for path in (items, items.with_suffix(".rows")):
         with suppress(OSError):
             size += path.stat().st_size
     return size
 
 
-def remove(pixels: Path) -> None:
+def remove(items: Path) -> None:
     """Remove a shard; no error if it is gone, or may not be removed."""
-    for path in (pixels.with_suffix(".rows"), pixels):
+    for path in (items.with_suffix(".rows"), items):
         with suppress(OSError):
             path.unlink()
 
@@ -99,36 +99,36 @@ class ShardWriter:
         folder.mkdir(parents=True, exist_ok=True)
         # The time first: of two rows for one content, the one of the later name counts.
         name = f"{time.time_ns():020d}-{os.getpid()}-{next(_COUNTER)}"
-        self.path = folder / f"{name}.pixels"
+        self.path = folder / f"{name}.items"
         self._room = room
         self._count = 0
-        self._pixels = open(self.path, "xb", buffering=0)  # noqa: SIM115 - closed by close()
+        self._items = open(self.path, "xb", buffering=0)  # noqa: SIM115 - closed by close()
         self._rows = open(self.path.with_suffix(".rows"), "xb", buffering=0)  # noqa: SIM115
 
     def has_room(self, size: int) -> bool:
-        """Whether one more crop of ``size`` bytes fits."""
+        """Whether one more item of ``size`` bytes fits."""
         return self._room >= size + ROW_BYTES
 
-    def append(self, stamp: bytes, sha256: bytes, crop: NDArray[np.uint8] | None) -> Spot | None:
-        """Write a crop and its row; with None only a row that says which content a file has.
+    def append(self, stamp: bytes, sha256: bytes, item: NDArray[Any] | None) -> Spot | None:
+        """Write an item and its row; with None only a row that says which content a file has.
 
         Raises:
             OSError: the disk is full.
         """
-        slot, crc = _NO_PIXELS, 0
-        if crop is not None:
-            data = np.ascontiguousarray(crop).data
+        slot, crc = _NO_ITEM, 0
+        if item is not None:
+            data = np.ascontiguousarray(item).data.cast("B")
             slot, crc = self._count, zlib.crc32(data)
-            if self._pixels.write(data) != data.nbytes:
+            if self._items.write(data) != data.nbytes:
                 raise OSError("the disk is full")
             self._count += 1
             self._room -= data.nbytes
         row = _ROW.pack(stamp, sha256, slot, crc, _MAGIC)
         self._rows.write(row + _CRC.pack(zlib.crc32(row)))
         self._room -= ROW_BYTES
-        return None if crop is None else Spot(self.path, slot, crc)
+        return None if item is None else Spot(self.path, slot, crc)
 
     def close(self) -> None:
         """Close both files."""
-        self._pixels.close()
+        self._items.close()
         self._rows.close()

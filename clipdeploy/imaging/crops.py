@@ -1,4 +1,4 @@
-"""Decoded crops on disk, so that an image is decoded once.
+"""Decoded crops on disk, so that an image is decoded once; and whatever else is made from content.
 
 A crop is found by the SHA-256 of its file's bytes, and that hash by a stamp of the file's state: a
 second run opens no image.  Each preprocessing has a folder of shards of its own; what decides a
@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +37,9 @@ from clipdeploy.imaging.crop_shards import (
 from exporters.artifact import Preprocess
 from exporters.errors import UsageError
 
-__all__ = ["CropCache", "CropShelf", "Stamps"]
+__all__ = ["CropCache", "CropShelf", "Shelf", "Stamps"]
+
+T = TypeVar("T", bound=np.generic)
 
 _FORMAT = 1
 _LIMIT_BYTES = 32 << 30
@@ -72,7 +76,7 @@ class Stamps:
 
 @dataclass(frozen=True)
 class CropCache:
-    """The crops under ``folder``, at most ``limit_bytes`` of them.
+    """The crops under ``folder`` and what was computed from them, at most ``limit_bytes``.
 
     Where room is needed the shards that were not used for longest go; what this run used stays.
     Runs at the same time may each pass the limit by one shard (an eighth of it, 256 MiB at most).
@@ -97,9 +101,9 @@ class CropCache:
         return CropShelf(self, spec)
 
     def shards(self) -> list[Path]:
-        """The ``.pixels`` file of every shard, the one that was not used for longest first."""
+        """The ``.items`` file of every shard, the one that was not used for longest first."""
         aged = []
-        for path in self.folder.glob("*/*.pixels"):
+        for path in self.folder.glob("*/*.items"):
             with suppress(OSError):  # another process removed it
                 aged.append((path.stat().st_mtime_ns, path))
         return [path for _, path in sorted(aged)]
@@ -120,18 +124,20 @@ class CropCache:
         return min(wanted, self.limit_bytes - total)
 
 
-class CropShelf:
-    """The crops of one preprocessing; one process writes through it, others have their own.
+class Shelf(Generic[T]):
+    """Arrays of one shape and type by the SHA-256 of what they were made from.
 
-    ``problem`` says why crops are no longer kept; empty while they are.
+    One process writes through it, others have their own.  ``problem`` says why arrays are no
+    longer kept; empty while they are.
     """
 
-    def __init__(self, cache: CropCache, spec: Preprocess) -> None:
+    def __init__(self, cache: CropCache, name: str, shape: tuple[int, ...], dtype: type[T]) -> None:
+        """``name`` is the folder's: whatever else decides the arrays is to be in it."""
         self.problem = ""
         self._cache = cache
-        self._size = spec.size
-        self._bytes = spec.size * spec.size * 3
-        self._folder = cache.folder / _shelf_name(spec)
+        self._shape, self._dtype = shape, np.dtype(dtype)
+        self._bytes = math.prod(shape) * self._dtype.itemsize
+        self._folder = cache.folder / name
         self._hashes: dict[bytes, bytes] = {}
         self._spots: dict[bytes, Spot] = {}
         self._used: set[Path] = set()
@@ -154,21 +160,23 @@ class CropShelf:
         found = self._hashes.get(stamp)
         return found.hex() if found else None
 
-    def get(self, sha256: str) -> NDArray[np.uint8] | None:
-        """The crop (S, S, 3) of a file with this hash, None if it is not here or damaged."""
+    def get(self, sha256: str) -> NDArray[T] | None:
+        """The array with this key, None if it is not here or damaged."""
         key = bytes.fromhex(sha256)
         spot = self._spots.get(key)
-        crop = spot.read(self._size) if spot else None
-        if crop is None:
+        data = spot.read(self._bytes) if spot else None
+        if data is None:
             self._spots.pop(key, None)
         elif spot and spot.shard not in self._used:
             self._used.add(spot.shard)
             with suppress(OSError):  # a cache that may only be read is of use too
                 os.utime(spot.shard)
-        return crop
+        if data is None:
+            return None
+        return np.frombuffer(data, self._dtype).reshape(self._shape)
 
-    def put(self, stamp: bytes, sha256: str, crop: NDArray[np.uint8]) -> None:
-        """Keep a crop; where disk or cache are full it is not kept, and ``problem`` says so."""
+    def put(self, stamp: bytes, sha256: str, array: NDArray[T]) -> None:
+        """Keep an array; where disk or cache are full it is not kept, and ``problem`` says so."""
         key = bytes.fromhex(sha256)
         known = key in self._spots
         if self.problem or (known and (stamp == NO_STAMP or self._hashes.get(stamp) == key)):
@@ -176,7 +184,7 @@ class CropShelf:
         try:
             writer = self._shard_with_room()
             if writer is not None:
-                self._note(stamp, key, writer.append(stamp, key, None if known else crop))
+                self._note(stamp, key, writer.append(stamp, key, None if known else array))
         except OSError as error:
             self.problem = f"{self._folder} cannot be written: {error.strerror or error}"
 
@@ -199,6 +207,13 @@ class CropShelf:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+class CropShelf(Shelf[np.uint8]):
+    """The crops, uint8 (S, S, 3), of one preprocessing; close it after use."""
+
+    def __init__(self, cache: CropCache, spec: Preprocess) -> None:
+        super().__init__(cache, _shelf_name(spec), (spec.size, spec.size, 3), np.uint8)
 
 
 def _shelf_name(spec: Preprocess) -> str:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 __all__ = ["Few", "Reading", "Survey"]
 
 _SHOWN = 5
+_UNREADABLE = "{} images cannot be read"
+_DUPLICATES = "{} images have the bytes of another one"
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,13 @@ class Reading:
         self.read += 1
         self.unreadable.append(name)
 
+    def problems(self) -> tuple[str, ...]:
+        """A sentence for each thing that is odd."""
+        return _sentences(
+            (Few.of(self.unreadable), _UNREADABLE),
+            (Few.of(self.duplicates), _DUPLICATES),
+        )
+
 
 @dataclass(frozen=True)
 class Survey:
@@ -87,13 +96,16 @@ class Survey:
 
     def problems(self) -> tuple[str, ...]:
         """A sentence for each thing that is odd."""
-        told = (
+        return _sentences(
             (self.missing, "{} listed images are not there"),
             (self.unlabelled, "{} images have no class"),
             (self.absent_classes, "{} classes have no image"),
             (self.repeated, "{} images are listed twice"),
             (self.ignored, "{} entries were left out"),
-            (self.unreadable, "{} images cannot be read"),
-            (self.duplicates, "{} images have the bytes of another one"),
+            (self.unreadable, _UNREADABLE),
+            (self.duplicates, _DUPLICATES),
         )
-        return tuple(f"{text.format(few.count)}: {few}" for few, text in told if few)
+
+
+def _sentences(*told: tuple[Few, str]) -> tuple[str, ...]:
+    return tuple(f"{text.format(few.count)}: {few}" for few, text in told if few)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from clipdeploy.runners.base import Runner
 from clipdeploy.runners.onnx import OnnxRunner, Provider
+from exporters.artifact import Passport
 from exporters.errors import UsageError
 
 __all__ = ["OnnxRunner", "Provider", "Runner", "open_runner"]
@@ -18,15 +19,19 @@ def open_runner(
     threads: int = 0,
     trust: bool = False,
     cuda_graph: bool = False,
+    as_stored: bool = False,
+    passport: Passport | None = None,
 ) -> Runner:
     """A runner for an ``.onnx`` or ``.engine`` file.
+
+    ``as_stored`` and ``passport`` are :class:`OnnxRunner`'s.
 
     Raises:
         UsageError: another kind of file.
         EngineError, GraphError, ArtifactError: it cannot be run here.
     """
     if path.suffix == ".onnx":
-        return OnnxRunner(path, provider, threads)
+        return OnnxRunner(path, provider, threads, as_stored=as_stored, passport=passport)
     if path.suffix == ".engine":
         # PyTorch holds an engine's memory; a graph does without, and starts seconds sooner.
         from clipdeploy.runners.engine import EngineRunner

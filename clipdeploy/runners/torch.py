@@ -20,6 +20,7 @@ class TorchRunner(Closing):
         on_gpu = torch.cuda.is_available()
         self._device = torch.device("cuda" if on_gpu else "cpu")
         self._module = module.to(self._device)
+        self.threads = torch.get_num_threads()
         self.name = f"PyTorch on {torch.cuda.get_device_name()}" if on_gpu else "PyTorch"
         size = preprocess.size
         self.input = TensorSpec("image", "float32", ("batch", 3, size, size))

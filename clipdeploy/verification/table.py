@@ -1,4 +1,4 @@
-"""A verification as a terminal table."""
+"""A verification as a terminal table: the verdict first, then a row an artifact, then why."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from clipdeploy.verification.statistics import Fidelity
-from clipdeploy.verification.verifier import Row, Verification
+from clipdeploy.verification.figures import Fidelity
+from clipdeploy.verification.result import Row, Verification
 
-__all__ = ["verdict_line", "verification_table"]
+__all__ = ["artifact_name", "heading", "verdict_line", "verification_table"]
 
 _COLOURS = {
     "equivalent": "green",
@@ -18,6 +18,7 @@ _COLOURS = {
     "not judged": "yellow",
     "not executed": "yellow",
 }
+_SHOWN_CAUSES = 3
 
 
 def verdict_line(result: Verification) -> str:
@@ -26,19 +27,34 @@ def verdict_line(result: Verification) -> str:
         return f"EQUIVALENT: no artifact loses more than {result.max_drop:.2f} points of top-1"
     bad = [row for row in result.rows if row.verdict != "equivalent"]
     if any(row.verdict == "regressed" for row in bad):
-        names = ", ".join(_name(row) for row in bad if row.verdict == "regressed")
+        names = ", ".join(artifact_name(row) for row in bad if row.verdict == "regressed")
         return f"REGRESSED: {names}"
+    if not result.baseline:
+        return f"NOT JUDGED: {result.baseline.sentence}"
     if result.random_weights:
         return "NOT JUDGED: random weights have no accuracy; the logits are compared, no more"
     if any(row.verdict == "undecided" for row in bad):
         needed = max((row.drop.images_needed or 0 for row in bad if row.drop), default=0)
         more = f": about {needed:,} images would tell" if needed else ""
         return f"UNDECIDED{more}"
-    return f"NOT PROVEN: {', '.join(f'{_name(row)} {row.verdict}' for row in bad)}"
+    return f"NOT PROVEN: {', '.join(f'{artifact_name(row)} {row.verdict}' for row in bad)}"
 
 
-def _name(row: Row) -> str:
-    return f"{row.precision} {row.kind}"
+def artifact_name(row: Row) -> str:
+    """``int8 graph``; a file that no passport vouches for goes by its own name."""
+    own = row.artifact.replace("\\", "/").rpartition("/")[2]
+    return f"{row.precision} {row.kind}" if row.vouched else own
+
+
+def heading(result: Verification) -> str:
+    """Which model on which images."""
+    leaked = f", {result.leaked} of them used for calibration" if result.leaked else ""
+    if result.leaked is None:
+        leaked = ", nobody knows how many of them used for calibration"
+    stopped = ""
+    if result.sequential and result.images + len(result.skipped) < result.listed:
+        stopped = f" (stopped early, of {result.listed:,})"
+    return f"{result.model} on {result.images:,} images of {result.data}{stopped}{leaked}"
 
 
 def _figures(fidelity: Fidelity | None) -> list[str]:
@@ -56,37 +72,38 @@ def _figures(fidelity: Fidelity | None) -> list[str]:
     ]
 
 
-def verification_table(result: Verification) -> Group:
-    """Verdict first, then a row an artifact, then what each verdict rests on."""
+def _table(result: Verification) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("artifact", no_wrap=True)
     for title in ("top-1 %", "top-5 %", "agree %", "SQNR dB", "cosine", "max abs"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
-    if not result.random_weights:
-        scored = next((r.fidelity for r in result.rows if r.fidelity is not None), None)
-        if scored is not None and scored.reference_accuracy is not None:
-            reference = scored.reference_accuracy
-            table.add_row(
-                "PyTorch",
-                f"{reference.top1:.2f}",
-                f"{reference.top5:.2f}",
-                "",
-                "",
-                "",
-                "",
-                "reference",
-            )
+    if result.reference is not None:
+        accuracy = (f"{result.reference.top1:.2f}", f"{result.reference.top5:.2f}")
+        table.add_row("PyTorch", *accuracy, "", "", "", "", "reference")
     for row in result.rows:
         figures = _figures(row.fidelity)
         if result.random_weights:
             figures[:2] = ["-", "-"]
-        table.add_row(_name(row), *figures, Text(row.verdict, style=_COLOURS[row.verdict]))
-    leaked = f", {result.leaked} of them used for calibration" if result.leaked else ""
-    if result.leaked is None:
-        leaked = ", nobody knows how many of them used for calibration"
-    heading = Text(f"{result.model} on {result.images} images of {result.data}{leaked}")
+        verdict = Text(row.verdict, style=_COLOURS[row.verdict])
+        table.add_row(artifact_name(row), *figures, verdict)
+    return table
+
+
+def _baseline(result: Verification) -> list[Text]:
+    baseline = result.baseline
+    if result.random_weights or not result.labelled:
+        return []
+    lines = [Text(f"  baseline {baseline.status}: {baseline.sentence}")]
+    for cause in baseline.causes[:_SHOWN_CAUSES]:
+        lines.append(Text(f"    {cause.gained:+.2f} points with {cause.what}"))
+    return lines
+
+
+def verification_table(result: Verification) -> Group:
+    """Verdict first, then a row an artifact, then what each verdict rests on."""
     verdict = Text(verdict_line(result), style="bold")
-    reasons = [Text(f"  {_name(row)}: {row.reason}") for row in result.rows]
+    reasons = [Text(f"  {artifact_name(row)}: {row.reason}") for row in result.rows]
     problems = [Text(f"  {problem}", style="yellow") for problem in result.problems]
-    return Group(heading, *problems, verdict, Text(""), table, Text(""), *reasons)
+    top = (Text(heading(result)), *problems, verdict, Text(""))
+    return Group(*top, _table(result), Text(""), *_baseline(result), *reasons)

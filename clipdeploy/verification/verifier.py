@@ -1,42 +1,65 @@
-"""Judge artifacts against PyTorch on the same images.
+"""Run the reference and artifacts over the same images and keep a record of each image.
 
-It fails closed: an artifact that was not executed, random weights, images without labels and
-logits that are not finite can each only lose the verdict ``equivalent``, never gain it.
+    images -> batches -> crops ─┬─ PyTorch, or its logits from the cache ─┬─ records -> file
+                                └─ every artifact's runner ───────────────┘
+
+:mod:`clipdeploy.verification.verdicts` makes the verdicts from the records.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 
-from clipdeploy.imaging import Crop, ImageFolder, Skipped, iter_crops
-from clipdeploy.imaging.crops import CropCache
-from clipdeploy.imaging.images import survey
-from clipdeploy.imaging.survey import Reading
+from clipdeploy.engines.passport import library_versions
+from clipdeploy.imaging import Crop, CropCache, ImageFolder, Reading, survey
 from clipdeploy.model import LoadedModel
-from clipdeploy.runners import Runner, open_runner
-from clipdeploy.runners.torch import TorchRunner
-from clipdeploy.verification.paired import DropJudgement, judge_drop
-from clipdeploy.verification.statistics import Fidelity, FidelityMeter
-from exporters.artifact import Passport, Precision, Preprocess
-from exporters.errors import DatasetError, EngineError, UsageError
+from clipdeploy.runners import Runner
+from clipdeploy.verification.batches import (
+    DecodedBatch,
+    decoded_batches,
+    digest_of_entries,
+    digest_of_files,
+    shuffled,
+)
+from clipdeploy.verification.paired import SequentialDrop
+from clipdeploy.verification.records import ImageRecord, measure_images
+from clipdeploy.verification.reference import Reference
+from clipdeploy.verification.results import (
+    BatchResult,
+    Question,
+    Results,
+    ResultsWriter,
+    resume_results,
+)
+from clipdeploy.verification.targets import Target, open_target
+from exporters.artifact import Passport
+from exporters.errors import ArtifactError, DatasetError, UsageError
 from exporters.progress import SILENT, Progress
 from exporters.samples import Samples
 
-__all__ = ["Row", "Target", "Verification", "VerifyConfig", "verify_targets"]
+__all__ = ["VerifyConfig", "run_verification"]
 
-Verdict = Literal["equivalent", "regressed", "undecided", "not judged", "not executed"]
+# The order of a sequential run is this seed's: the same in every run.
+_SEQUENCE_SEED = 0
 
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """``max_drop``: percentage points of top-1 that an artifact may lose.
+    """How images are run, and when a drop is too large.
 
-    ``workers`` and ``cache`` are those of :func:`clipdeploy.imaging.iter_crops`.
+    ``max_drop``: percentage points of top-1 that an artifact may lose.  ``shard`` (i, n) runs only
+    the i-th of n parts, for :func:`clipdeploy.stages.verify.merge_verification`.  ``sequential``
+    takes the images in random order and stops as soon as every verdict is out.  ``workers`` and
+    ``cache`` are those of :func:`clipdeploy.imaging.iter_crops`; the cache keeps the reference's
+    logits as well.  ``trust``
+    loads engines that no passport vouches for.
     """
 
     max_drop: float = 1.0
@@ -44,203 +67,246 @@ class VerifyConfig:
     skip_unreadable: bool = False
     workers: int | None = None
     cache: CropCache | None = None
+    shard: tuple[int, int] | None = None
+    sequential: bool = False
+    trust: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_drop <= 100:
             raise UsageError(
                 f"a largest drop of {self.max_drop} points", hint="--max-drop is 0 to 100"
             )
+        if self.batch < 1:
+            raise UsageError(f"a batch of {self.batch} images", hint="1 or more")
+        if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
+            raise UsageError(
+                "there is no shard {}/{}".format(*self.shard), hint="--shard 1/4 to --shard 4/4"
+            )
+        if self.shard is not None and self.sequential:
+            raise UsageError(
+                "a shard cannot stop early: only all of them together have a verdict",
+                hint="leave out --sequential or --shard",
+            )
 
 
 @dataclass(frozen=True)
-class Target:
-    """An artifact to judge; an engine names the graph it was compiled from."""
+class _Opened:
+    """Everything that a batch passes through."""
 
-    path: Path
-    kind: Literal["graph", "engine"]
-    passport: Passport
-    stand_in: Path | None = None
+    question: Question
+    reference: Reference
+    lanes: tuple[tuple[Target, Runner], ...]
+    seen: frozenset[str]
 
-    @property
-    def precision(self) -> Precision:
-        """The artifact's precision."""
-        return self.passport.precision
-
-
-@dataclass(frozen=True)
-class Row:
-    """One artifact's figures and verdict; ``reason`` is a sentence for every verdict."""
-
-    artifact: str
-    kind: str
-    precision: str
-    runner: str
-    verdict: Verdict
-    reason: str
-    fidelity: Fidelity | None
-    drop: DropJudgement | None
-
-
-@dataclass(frozen=True)
-class Verification:
-    """The result: ``passed`` only if every row is equivalent; use it as a truth value.
-
-    ``problems`` has a sentence for each thing that is odd about the images; ``leaked`` counts
-    images that an artifact was calibrated on, None if nobody can tell.
-    """
-
-    model: str
-    data: str
-    images: int
-    labelled: bool
-    skipped: tuple[str, ...]
-    problems: tuple[str, ...]
-    leaked: int | None
-    random_weights: bool
-    max_drop: float
-    rows: tuple[Row, ...]
-    passed: bool
-
-    def __bool__(self) -> bool:
-        return self.passed
-
-
-def _open(target: Target) -> tuple[Runner | None, str]:
-    try:
-        return open_runner(target.path), ""
-    except EngineError as error:
-        stand_in = f"; {target.stand_in.name} was scored in its place" if target.stand_in else ""
-        return None, f"{error.message}{stand_in}"
-
-
-def judge(
-    fidelity: Fidelity, *, random_weights: bool, max_drop: float
-) -> tuple[Verdict, str, DropJudgement | None]:
-    """The verdict on figures, the sentence that explains it, and what it rests on.
-
-    It is on the interval of the paired drop, see :mod:`clipdeploy.verification.paired`: too few
-    images leave it undecided.
-    """
-    if not fidelity.finite:
-        return "regressed", "logits are NaN or infinite", None
-    if random_weights:
-        return "not judged", "random weights: logits only, accuracy means nothing", None
-    if fidelity.drop is None:
-        return "not judged", "images without labels: logits only", None
-    drop = judge_drop(fidelity.lost, fidelity.gained, fidelity.images, max_drop)
-    return drop.verdict, drop.sentence, drop
-
-
-def _labels(crops: Sequence[Crop]) -> np.ndarray[tuple[int], np.dtype[np.int64]] | None:
-    labels = [crop.entry.label for crop in crops]
-    return None if None in labels else np.asarray(labels, np.int64)
-
-
-def _batches(
-    images: ImageFolder, spec: Preprocess, config: VerifyConfig, skipped: Skipped, reading: Reading
-) -> Iterator[list[Crop]]:
-    batch: list[Crop] = []
-    allowed = skipped if config.skip_unreadable else None
-    crops = iter_crops(
-        images,
-        spec,
-        skipped=allowed,
-        workers=config.workers,
-        cache=config.cache,
-        reading=reading,
-    )
-    for crop in crops:
-        batch.append(crop)
-        if len(batch) == config.batch:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _row(
-    target: Target,
-    runner: Runner | None,
-    why_not: str,
-    meter: FidelityMeter,
-    reference: LoadedModel,
-    config: VerifyConfig,
-) -> Row:
-    what = (str(target.path), target.kind, target.precision)
-    if runner is None:
-        return Row(*what, "", "not executed", why_not, None, None)
-    fidelity = meter.result()
-    random_weights = reference.weights.kind == "random"
-    verdict, reason, drop = judge(fidelity, random_weights=random_weights, max_drop=config.max_drop)
-    return Row(*what, runner.name, verdict, reason, fidelity, drop)
-
-
-def _count_leaks(batch: Sequence[Crop], seen: frozenset[str], allow_leak: bool) -> int:
-    leaks = [crop for crop in batch if crop.sha256 in seen]
-    if leaks and not allow_leak:
-        raise DatasetError(
-            f"{leaks[0].entry.name} was used for calibration: it cannot judge the result",
-            hint="verify with other images, or pass --allow-leak to count and show them",
+    def record(self, batch: DecodedBatch, *, allow_leak: bool) -> BatchResult:
+        crops = batch.crops
+        if not crops:
+            return BatchResult(batch.number, (), batch.unreadable)
+        leaked = [crop.sha256 in self.seen for crop in crops]
+        if any(leaked) and not allow_leak:
+            _refuse_leak(crops[leaked.index(True)])
+        samples = Samples(np.stack([crop.pixels for crop in crops]), self.question.preprocess)
+        records = measure_images(
+            [(crop.entry.name, crop.sha256) for crop in crops],
+            [crop.entry.label for crop in crops] if self.question.labelled else [None] * len(crops),
+            leaked,
+            self.reference([crop.sha256 for crop in crops], samples),
+            self._logits(samples, len(crops)),
         )
-    return len(leaks)
+        return BatchResult(batch.number, tuple(records), batch.unreadable)
+
+    def _logits(self, samples: Samples, count: int) -> list[np.ndarray[Any, Any]]:
+        shape = (count, self.question.classes)
+        found = []
+        for target, runner in self.lanes:
+            logits = runner(samples.as_input(target.passport.input))
+            if logits.shape != shape:
+                raise ArtifactError(
+                    f"{target.path} gave logits of shape {logits.shape}, not {shape}",
+                    hint="it is no classifier of this model: build it again",
+                )
+            found.append(logits)
+        return found
 
 
-def verify_targets(
-    reference: LoadedModel,
+def _refuse_leak(crop: Crop) -> None:
+    raise DatasetError(
+        f"{crop.entry.name} was used for calibration: it cannot judge the result",
+        hint="verify with other images, or pass --allow-leak to count and show them",
+    )
+
+
+def _question(
+    model: LoadedModel,
+    passport: Passport,
+    images: ImageFolder,
+    config: VerifyConfig,
+    seen: frozenset[str] | None,
+) -> Question:
+    calibrated = None
+    if seen is not None:
+        calibrated = hashlib.sha256("".join(sorted(seen)).encode()).hexdigest()
+    return Question(
+        model=model.card.name,
+        weights=model.weights.identity,
+        random_weights=model.weights.kind == "random",
+        recipe=model.recipe,
+        preprocess=passport.preprocess,
+        reference="",
+        classes=passport.classes,
+        class_names=passport.class_names,
+        artifacts=(),
+        images=len(images.entries),
+        labelled=images.labelled,
+        entries=digest_of_entries(images),
+        problems=survey(images).problems(),
+        calibrated=calibrated,
+        batch=config.batch,
+        sequential=config.max_drop if config.sequential else None,
+        versions=library_versions(),
+    )
+
+
+def _open(
+    model: LoadedModel,
+    targets: Sequence[Target],
+    question: Question,
+    config: VerifyConfig,
+    seen: frozenset[str] | None,
+    stack: ExitStack,
+) -> _Opened:
+    lanes, artifacts = [], []
+    for target in targets:
+        runner, asked = open_target(target, trust=config.trust)
+        artifacts.append(asked)
+        if runner is not None:
+            stack.callback(runner.close)
+            lanes.append((target, runner))
+    reference = stack.enter_context(Reference(model, question.preprocess, config.cache))
+    asked_for = replace(question, artifacts=tuple(artifacts), reference=reference.name)
+    return _Opened(asked_for, reference, tuple(lanes), seen or frozenset())
+
+
+class _EarlyStop:
+    """Whether a sequential run has every verdict that it can have."""
+
+    def __init__(self, artifacts: int, max_drop: float) -> None:
+        self._drops = [SequentialDrop(max_drop) for _ in range(artifacts)]
+
+    def add(self, records: Sequence[ImageRecord]) -> bool:
+        """One batch; True as soon as the verdict on every artifact is out."""
+        right = np.asarray([record.reference.right() for record in records], bool)
+        for number, drop in enumerate(self._drops):
+            ours = [record.outcomes[number].answer.right() for record in records]
+            drop.add(right, np.asarray(ours, bool))
+        return bool(self._drops) and all(drop.verdict() != "undecided" for drop in self._drops)
+
+
+def run_verification(
+    model: LoadedModel,
+    passport: Passport,
     targets: Sequence[Target],
     images: ImageFolder,
     config: VerifyConfig = VerifyConfig(),
-    progress: Progress = SILENT,
     *,
     seen: frozenset[str] | None = frozenset(),
     allow_leak: bool = False,
-) -> Verification:
-    """Run reference and artifacts over ``images`` and judge each artifact.
+    keep: Path | None = None,
+    force: bool = False,
+    reading: Reading | None = None,
+    progress: Progress = SILENT,
+) -> Results:
+    """Records of all ``images``, or of one shard of them.
 
-    ``seen`` holds the SHA-256 of images that an artifact was calibrated on, None if they are not
-    known; with ``allow_leak`` they are counted, otherwise refused.
+    Args:
+        model: the reference.
+        passport: the reference's graph's; it says how images become its input.
+        seen: SHA-256 of the images that an artifact was calibrated on, None if nobody knows them.
+        allow_leak: count those instead of refusing them.
+        keep: where the results are kept.  A run that was killed, or has already been done, is gone
+            on with there, unless ``force``.
 
     Raises:
         DatasetError: an image that cannot be read, unless ``skip_unreadable``, or one of ``seen``.
         GraphError, ArtifactError: a graph that cannot be loaded or is not what it says.
+        FileError: the results cannot be kept.
     """
-    opened = [(target, *_open(target)) for target in targets]
-    meters = {target.path: FidelityMeter() for target in targets}
-    skipped, reading = Skipped(), Reading()
-    leaked = 0
-    spec = targets[0].passport.preprocess
-    runners = [(target, runner) for target, runner, _ in opened if runner is not None]
-    try:
-        with (
-            TorchRunner(reference.module, spec) as torch_runner,
-            progress.task("verify", len(images.entries)) as advance,
-        ):
-            for batch in _batches(images, spec, config, skipped, reading):
-                samples = Samples(np.stack([crop.pixels for crop in batch]), spec)
-                leaked += _count_leaks(batch, seen or frozenset(), allow_leak)
-                expected = torch_runner(samples.pixels)
-                labels = _labels(batch) if images.labelled else None
-                for target, runner in runners:
-                    logits = runner(samples.as_input(target.passport.input))
-                    meters[target.path].add(logits, expected, labels)
-                advance(len(batch))
-    finally:
-        for _, runner in runners:
-            runner.close()
-    rows = [
-        _row(target, runner, why_not, meters[target.path], reference, config)
-        for target, runner, why_not in opened
-    ]
-    return Verification(
-        model=reference.card.name,
-        data=str(images.root),
-        images=len(images.entries) - len(skipped.names),
-        labelled=images.labelled,
-        skipped=tuple(skipped.names),
-        problems=survey(images, reading).problems(),
-        leaked=None if seen is None else leaked,
-        random_weights=reference.weights.kind == "random",
-        max_drop=config.max_drop,
-        rows=tuple(rows),
-        passed=bool(rows) and all(row.verdict == "equivalent" for row in rows),
-    )
+    if config.sequential:
+        images = shuffled(images, _SEQUENCE_SEED)
+    question = _question(model, passport, images, config, seen)
+    with ExitStack() as stack:
+        opened = _open(model, targets, question, config, seen, stack)
+        stamps = digest_of_files(images) if keep else ""
+        wanted = Results(opened.question, str(images.root), (), stamps, config.shard)
+        partial = keep.with_name(f"{keep.name}.partial") if keep else None
+        known = wanted
+        if keep and partial and not force:
+            known = resume_results((keep, partial), wanted)
+        fresh = _Run(opened, images, config, allow_leak, reading).batches(known, progress)
+        if keep is None or partial is None:
+            return replace(known, batches=(*known.batches, *fresh))
+        return _keep(keep, partial, known, fresh)
+
+
+def _keep(keep: Path, partial: Path, known: Results, fresh: Iterator[BatchResult]) -> Results:
+    first = next(fresh, None)
+    if first is None:
+        return known
+    added = [first]
+    with ResultsWriter(partial, known) as writer:
+        writer.append(first)
+        for batch in fresh:
+            writer.append(batch)
+            added.append(batch)
+    partial.replace(keep)
+    return replace(known, batches=(*known.batches, *added))
+
+
+@dataclass(frozen=True)
+class _Run:
+    opened: _Opened
+    images: ImageFolder
+    config: VerifyConfig
+    allow_leak: bool
+    reading: Reading | None
+
+    def _numbers(self) -> range:
+        first, step = self.config.shard or (1, 1)
+        return range(first - 1, self.opened.question.batches, step)
+
+    def _stopper(self) -> _EarlyStop | None:
+        if not self.config.sequential:
+            return None
+        return _EarlyStop(len(self.opened.lanes), self.config.max_drop)
+
+    def batches(self, known: Results, progress: Progress) -> Iterator[BatchResult]:
+        """The batches that are not known yet, as they get done."""
+        stop = self._stopper()
+        if stop and any(stop.add(batch.records) for batch in known.batches):
+            return
+        left = frozenset(self._numbers()) - known.done
+        if not left:
+            return
+        total = sum(self._size(number) for number in left)
+        with progress.task("verify", total) as advance:
+            for batch in self._decoded(left):
+                result = self.opened.record(batch, allow_leak=self.allow_leak)
+                yield result
+                advance(self._size(batch.number))
+                if stop and stop.add(result.records):
+                    return
+
+    def _size(self, number: int) -> int:
+        return min(self.config.batch, len(self.images.entries) - number * self.config.batch)
+
+    def _decoded(self, numbers: Collection[int]) -> Iterator[DecodedBatch]:
+        return decoded_batches(
+            self.images,
+            self.opened.question.preprocess,
+            self.config.batch,
+            numbers,
+            skip_unreadable=self.config.skip_unreadable,
+            workers=self.config.workers,
+            cache=self.config.cache,
+            reading=self.reading,
+        )

@@ -21,8 +21,14 @@ from calibration.plan import PlanConfig
 from calibration.qdq import QuantizeConfig
 from clipdeploy import zoo
 from clipdeploy.model import WeightsChoice
-from clipdeploy.pipeline import calibrate_model, export_model, quantize_model, verify_model
-from clipdeploy.verification.statistics import Fidelity
+from clipdeploy.pipeline import (
+    Verification,
+    VerifyScope,
+    calibrate_model,
+    export_model,
+    quantize_model,
+    verify_model,
+)
 from clipdeploy.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -42,14 +48,14 @@ def make_variants(folder: Path) -> None:
     subprocess.run(words, check=True, env=environment)
 
 
-def judge(workspace: Workspace, plan: PlanConfig) -> Fidelity:
-    """Quantise with ``plan``; the INT8 graph's figures on the held-out digits."""
+def judge(workspace: Workspace, plan: PlanConfig) -> Verification:
+    """Quantise with ``plan``; the graphs on the held-out digits."""
     quantize_model(workspace, zoo.DEMO, QuantizeConfig(plan=plan))
     test = zoo.demo_file("test.zip")
-    result = verify_model(workspace, zoo.DEMO, test, graphs_only=True)
-    found = result.rows[1].fidelity
-    assert found is not None
-    return found
+    scope = VerifyScope(graphs_only=True)
+    result = verify_model(workspace, zoo.DEMO, test, scope=scope).verification
+    assert result is not None
+    return result
 
 
 def main() -> None:
@@ -69,11 +75,13 @@ def main() -> None:
             calibrate_model(workspace, zoo.DEMO, zoo.demo_file("calibration.zip"))
             cells = []
             for plan in RECIPES.values():
-                found = judge(workspace, plan)
+                result = judge(workspace, plan)
+                found = result.rows[1].fidelity
+                assert found is not None
                 assert found.accuracy is not None
-                assert found.reference_accuracy is not None
+                assert result.reference is not None
                 if not cells:
-                    cells.append(f"{found.reference_accuracy.top1:10.2f}")
+                    cells.append(f"{result.reference.top1:10.2f}")
                 cells.append(f"{found.accuracy.top1:10.2f}{found.sqnr_db or 0:8.1f}")
             print(f"{name:10}" + "".join(cells), flush=True)
 

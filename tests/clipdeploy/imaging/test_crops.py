@@ -229,7 +229,7 @@ def test_a_damaged_row_is_no_row(folder: Path, cache: CropCache, offset: int) ->
     assert same(plain, second)
 
 
-@pytest.mark.parametrize("suffix", [".pixels", ".rows"])
+@pytest.mark.parametrize("suffix", [".items", ".rows"])
 @pytest.mark.parametrize("keep", [0.0, 0.1, 0.49, 0.5, 0.999])
 def test_a_shard_cut_short_has_fewer_crops_and_no_wrong_ones(
     folder: Path, cache: CropCache, suffix: str, keep: float

@@ -1,0 +1,100 @@
+"""The images in batches that are the same in every run, decoded ahead."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from clipdeploy.imaging import Crop, CropCache, ImageFolder, Reading, Skipped, iter_crops
+from clipdeploy.imaging.crop_shards import NO_STAMP
+from clipdeploy.imaging.crops import Stamps
+from exporters.artifact import Preprocess
+
+__all__ = ["DecodedBatch", "decoded_batches", "digest_of_entries", "digest_of_files", "shuffled"]
+
+
+@dataclass(frozen=True)
+class DecodedBatch:
+    """The crops of one batch, and the names of those images that could not be read."""
+
+    number: int
+    crops: tuple[Crop, ...]
+    unreadable: tuple[str, ...]
+
+
+def shuffled(images: ImageFolder, seed: int) -> ImageFolder:
+    """The same images in a random order."""
+    order = np.random.default_rng(seed).permutation(len(images.entries))
+    return ImageFolder(images.root, tuple(images.entries[i] for i in order), images.origin)
+
+
+def digest_of_entries(images: ImageFolder) -> str:
+    """SHA-256 of names and classes in their order."""
+    digest = hashlib.sha256()
+    for entry in images.entries:
+        digest.update(repr((entry.name, entry.label)).encode())
+    return digest.hexdigest()
+
+
+def digest_of_files(images: ImageFolder) -> str:
+    """A hash of the present state of all files; empty if one of them was changed just now."""
+    stamps, digest = Stamps(images.root), hashlib.sha256()
+    for entry in images.entries:
+        stamp = stamps.of(entry.name)
+        if stamp == NO_STAMP:
+            return ""
+        digest.update(stamp)
+    return digest.hexdigest()
+
+
+def decoded_batches(
+    images: ImageFolder,
+    spec: Preprocess,
+    size: int,
+    numbers: Collection[int],
+    *,
+    skip_unreadable: bool = False,
+    workers: int | None = None,
+    cache: CropCache | None = None,
+    reading: Reading | None = None,
+) -> Iterator[DecodedBatch]:
+    """The batches with these ``numbers``, of at most ``size`` images, in order.
+
+    Batches are cut from the whole list: which images share one does not depend on ``numbers``.
+    An image that cannot be read leaves its batch smaller.
+
+    Raises:
+        DatasetError: an image that cannot be read, unless ``skip_unreadable``.
+    """
+    wanted = sorted(numbers)
+    of_name = {entry.name: at // size for at, entry in enumerate(images.entries)}
+    entries = tuple(entry for entry in images.entries if of_name[entry.name] in numbers)
+    skipped = Skipped()
+    crops = iter_crops(
+        ImageFolder(images.root, entries, images.origin),
+        spec,
+        skipped=skipped if skip_unreadable else None,
+        workers=workers,
+        cache=cache,
+        reading=reading,
+    )
+    held: dict[int, list[Crop]] = defaultdict(list)
+    for crop in crops:
+        number = of_name[crop.entry.name]
+        # The first crop of a later batch ends all earlier ones.
+        while wanted[0] < number:
+            yield _batch(wanted.pop(0), held, skipped, of_name)
+        held[number].append(crop)
+    while wanted:
+        yield _batch(wanted.pop(0), held, skipped, of_name)
+
+
+def _batch(
+    number: int, held: dict[int, list[Crop]], skipped: Skipped, of_name: dict[str, int]
+) -> DecodedBatch:
+    unreadable = tuple(name for name in skipped.names if of_name[name] == number)
+    return DecodedBatch(number, tuple(held.pop(number, ())), unreadable)

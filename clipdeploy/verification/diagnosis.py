@@ -1,0 +1,201 @@
+"""Why does PyTorch miss its published accuracy?  The usual causes, tried out one at a time.
+
+Causes that lie in the input (resize, mean and std, order of the channels) or in the numerics are
+tried on a sample of the images, those that lie in the labels on the answers that are there.  The
+likely one is that with the largest gain, if the gain is no accident (McNemar's exact test).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clipdeploy import zoo
+from clipdeploy.imaging import ImageFolder, Skipped, iter_crops, select
+from clipdeploy.model import LoadedModel, reload_model
+from clipdeploy.runners.torch import TorchRunner
+from clipdeploy.verification.paired import mcnemar_exact
+from clipdeploy.verification.records import ImageRecord
+from clipdeploy.verification.result import Baseline, Cause
+from exporters.artifact import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from exporters.progress import SILENT, Progress
+from exporters.samples import normalise
+
+__all__ = ["diagnose"]
+
+_SAMPLE = 256
+_BATCH = 16
+_ACCIDENT = 0.001
+
+Right = NDArray[np.bool_]
+Resize = Literal["published", "timm"]
+Numerics = Literal["trained", "as-shipped"]
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """One thing done differently."""
+
+    what: str
+    mend: str
+    model: LoadedModel
+    spec: Preprocess
+    swap_channels: bool = False
+
+
+def _variants(model: LoadedModel, spec: Preprocess) -> Iterator[_Variant]:
+    recipe = model.recipe
+    other: Resize = "timm" if recipe.resize == "published" else "published"
+    resized = model.card.preprocess(replace(recipe, resize=other))
+    if (resized.crop_pct, resized.crop_mode) != (spec.crop_pct, spec.crop_mode):
+        changed = replace(spec, crop_pct=resized.crop_pct, crop_mode=resized.crop_mode)
+        yield _Variant(f"resize as {other}", f"export with --resize {other}", model, changed)
+    clip = spec.mean == CLIP_MEAN
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if clip else (CLIP_MEAN, CLIP_STD)
+    whose = "ImageNet's" if clip else "CLIP's"
+    numerics: Numerics = "as-shipped" if recipe.numerics == "trained" else "trained"
+    mend = f"export with --numerics {numerics}"
+    yield _Variant(f"{whose} mean and std", mend, model, replace(spec, mean=mean, std=std))
+    reloaded = reload_model(model.card, model.weights, replace(recipe, numerics=numerics))
+    yield _Variant(f"LayerNorm eps and position grid {numerics}", mend, reloaded, spec)
+    yield _Variant("red and blue exchanged", "the image files are BGR", model, spec, True)
+
+
+def _answers(variant: _Variant, images: ImageFolder) -> dict[str, int]:
+    """The first answer to each image that can be read."""
+    runner = TorchRunner(variant.model.module, variant.spec)
+    answers: dict[str, int] = {}
+    names: list[str] = []
+    crops: list[NDArray[np.uint8]] = []
+
+    def flush() -> None:
+        logits = runner(normalise(np.stack(crops), variant.spec))
+        answers.update(zip(names, logits.argmax(axis=1).tolist(), strict=True))
+        names.clear()
+        crops.clear()
+
+    for crop in iter_crops(images, variant.spec, skipped=Skipped()):
+        names.append(crop.entry.name)
+        crops.append(crop.pixels[:, :, ::-1] if variant.swap_channels else crop.pixels)
+        if len(crops) == _BATCH:
+            flush()
+    if crops:
+        flush()
+    return answers
+
+
+def _relabelled(classes: int, names: Sequence[str]) -> Mapping[str, tuple[str, Sequence[int]]]:
+    """Mistakes in the order of classes: what each written label would mean, and the mend."""
+    count = range(classes)
+    orders: dict[str, tuple[str, Sequence[int]]] = {
+        "labels counted from 1": ("subtract 1 from every label", [i - 1 for i in count]),
+        "labels one too small": ("add 1 to every label", [i + 1 for i in count]),
+        "labels in the order of their digits (0, 1, 10, 100, ...)": (
+            "number the classes in the order of their numbers",
+            sorted(count, key=str),
+        ),
+    }
+    words = [label for _, label in zoo.imagenet_classes()] if classes == 1000 else list(names)
+    alphabetical = sorted(count, key=words.__getitem__) if len(words) == classes else []
+    if alphabetical and alphabetical != list(count):
+        orders["labels in the alphabetical order of their words"] = (
+            "number the classes in the order of their WordNet IDs",
+            alphabetical,
+        )
+    return orders
+
+
+def _permutation(records: Sequence[ImageRecord], classes: int) -> tuple[Right, Right]:
+    """Whether the answers fit some other order of the classes: learnt on one half, tried on the
+    other, so that any gain is one; (before, after) on the second half."""
+    learnt, tried = records[::2], records[1::2]
+    votes = np.zeros((classes, classes), np.int64)
+    for record in learnt:
+        if record.label is not None:
+            votes[record.label, record.reference.top[0]] += 1
+    order = votes.argmax(axis=1)
+    before = np.asarray([record.reference.right() for record in tried], bool)
+    after = np.asarray(
+        [r.label is not None and order[r.label] == r.reference.top[0] for r in tried], bool
+    )
+    return before, after
+
+
+def _cause(what: str, mend: str, before: Right, after: Right) -> tuple[Cause, bool]:
+    top1, old = (100 * float(np.mean(right)) for right in (after, before))
+    lost, gained = int((before & ~after).sum()), int((after & ~before).sum())
+    sure = gained > lost and mcnemar_exact(lost, gained) < _ACCIDENT
+    return Cause(what, mend, top1, top1 - old, len(after)), sure
+
+
+def _label_causes(
+    records: Sequence[ImageRecord], classes: int, names: Sequence[str]
+) -> Iterator[tuple[Cause, bool]]:
+    before = np.asarray([record.reference.right() for record in records], bool)
+    for what, (mend, order) in _relabelled(classes, names).items():
+        after = [r.label is not None and order[r.label] == r.reference.top[0] for r in records]
+        yield _cause(what, mend, before, np.asarray(after, bool))
+    yield _cause(
+        "some other order of the classes",
+        "the label file and the model number the classes differently",
+        *_permutation(records, classes),
+    )
+
+
+def _input_causes(
+    model: LoadedModel, spec: Preprocess, images: ImageFolder, progress: Progress
+) -> Iterator[tuple[Cause, bool]]:
+    sample = select(images, min(_SAMPLE, len(images.entries)), seed=0)
+    labels = {entry.name: entry.label for entry in sample.entries}
+    as_is = _answers(_Variant("", "", model, spec), sample)
+    before = np.asarray([as_is[name] == labels[name] for name in as_is], bool)
+    variants = list(_variants(model, spec))
+    with progress.task("look for the cause", len(variants)) as advance:
+        for variant in variants:
+            found = _answers(variant, sample)
+            after = np.asarray([found[name] == labels[name] for name in as_is], bool)
+            yield _cause(variant.what, variant.mend, before, after)
+            advance(1)
+
+
+def diagnose(
+    baseline: Baseline,
+    model: LoadedModel,
+    spec: Preprocess,
+    images: ImageFolder | None,
+    records: Sequence[ImageRecord],
+    class_names: Sequence[str],
+    progress: Progress = SILENT,
+) -> Baseline:
+    """Add the causes to a baseline that failed, the likely one to its sentence.
+
+    Args:
+        images: labelled; None where they are not at hand, then only labels are looked at.
+        records: the reference's answers to them.
+
+    Raises:
+        ClipdeployError: the images or the weights cannot be read any more.
+    """
+    tried = list(_label_causes(records, model.module.config.classes, class_names))
+    if images is not None:
+        tried += _input_causes(model, spec, images, progress)
+    tried.sort(key=_by_gain)
+    cause, sure = tried[0]
+    likely = f"likely cause: {cause.what}, with which it is {cause.top1:.2f} % ({cause.mend})"
+    if not sure:
+        looked = "resize, mean and std, numerics, channels, class order"
+        likely = f"none of the usual causes explains it ({looked})"
+    return replace(
+        baseline,
+        sentence=f"{baseline.sentence}; {likely}",
+        causes=tuple(cause for cause, _ in tried),
+    )
+
+
+def _by_gain(tried: tuple[Cause, bool]) -> tuple[bool, float]:
+    cause, sure = tried
+    return not sure, -cause.top1

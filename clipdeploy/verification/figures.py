@@ -1,0 +1,93 @@
+"""What the logits of an artifact say beside the reference's, over many images.
+
+Sums are ``math.fsum``'s, exactly rounded: they do not depend on the order of the images, nor on
+how they were spread over batches or machines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from clipdeploy.verification.paired import Interval, wilson_interval
+from clipdeploy.verification.records import Answer, ImageRecord
+
+__all__ = ["Accuracy", "Fidelity", "accuracy_of", "fidelity_of"]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Percent of images whose label is the first (``top1``) or among the first five (``top5``).
+
+    The intervals are Wilson's at 95 %.
+    """
+
+    top1: float
+    top5: float
+    top1_interval: Interval
+    top5_interval: Interval
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Logits of an artifact against the reference's on the same images.
+
+    ``max_abs`` and ``mean_abs`` are over all logits, ``cosine`` is the smallest of any image;
+    ``sqnr_db`` is 10 log10(sum reference^2 / sum (reference - artifact)^2) over all logits, None
+    where they are equal.  With a logit that is NaN or infinite ``finite`` is False and these four
+    are of the other images.  ``agreement`` is percent of images with the same first answer;
+    ``lost`` and ``gained`` count the images that only the reference, or only the artifact, gets
+    right.
+    """
+
+    images: int
+    max_abs: float
+    mean_abs: float
+    cosine: float
+    sqnr_db: float | None
+    agreement: float
+    finite: bool
+    accuracy: Accuracy | None
+    lost: int = 0
+    gained: int = 0
+
+
+def accuracy_of(answers: Sequence[Answer]) -> Accuracy:
+    """The accuracy of one or more answers to labelled images."""
+    count = len(answers)
+    hits = [sum(answer.right(k) for answer in answers) for k in (1, 5)]
+    intervals = [wilson_interval(each, count) for each in hits]
+    return Accuracy(100.0 * hits[0] / count, 100.0 * hits[1] / count, *intervals)
+
+
+def fidelity_of(
+    records: Sequence[ImageRecord], artifact: int, classes: int, *, labelled: bool
+) -> Fidelity:
+    """The figures of the artifact with this number, over one or more images.
+
+    ``classes`` is the number of logits of an image.
+    """
+    outcomes = [record.outcomes[artifact] for record in records]
+    sound = [
+        (record.signal, outcome)
+        for record, outcome in zip(records, outcomes, strict=True)
+        if outcome.finite
+    ]
+    signal = math.fsum(power for power, _ in sound)
+    noise = math.fsum(outcome.noise or 0.0 for _, outcome in sound)
+    ours = [outcome.answer for outcome in outcomes]
+    theirs = [record.reference for record in records]
+    pairs = list(zip(theirs, ours, strict=True))
+    return Fidelity(
+        images=len(records),
+        max_abs=max((outcome.max_abs or 0.0 for _, outcome in sound), default=0.0),
+        mean_abs=math.fsum(o.sum_abs or 0.0 for _, o in sound) / max(len(sound) * classes, 1),
+        cosine=min((o.cosine for _, o in sound if o.cosine is not None), default=0.0),
+        sqnr_db=10 * math.log10(signal / noise) if noise > 0 and signal > 0 else None,
+        agreement=100.0 * sum(a.top[:1] == b.top[:1] for a, b in pairs) / len(records),
+        finite=len(sound) == len(records),
+        accuracy=accuracy_of(ours) if labelled else None,
+        lost=sum(a.right() and not b.right() for a, b in pairs),
+        gained=sum(b.right() and not a.right() for a, b in pairs),
+    )

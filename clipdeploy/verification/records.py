@@ -1,0 +1,126 @@
+"""What is kept of an image: the answers, and how far each artifact's logits are off.
+
+Every number is of one image alone, so that the records of shards, of a resumed run and of one run
+are the same records.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Answer", "ImageRecord", "Outcome", "measure_images"]
+
+_KEPT_ANSWERS = 5
+
+Logits = NDArray[np.float32]
+
+
+class Answer(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What a classifier says of an image.
+
+    ``top`` are the five largest logits' classes, the largest first.  ``rank`` is how many other
+    logits are as large as the label's own, so that the label is among the first k if rank < k: a
+    tie counts against the label, and constant logits score nothing.  None without a label, and
+    where the logit is NaN or infinite.
+    """
+
+    top: tuple[int, ...]
+    rank: int | None
+
+    def right(self, k: int = 1) -> bool:
+        """Whether the label is among the first ``k`` answers."""
+        return self.rank is not None and self.rank < k
+
+
+class Outcome(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """An artifact's logits of one image beside the reference's, over the classes.
+
+    ``max_abs`` and ``sum_abs`` are of the differences, ``noise`` is the sum of their squares.  The
+    four figures are None where a logit is NaN or infinite.
+    """
+
+    answer: Answer
+    max_abs: float | None
+    sum_abs: float | None
+    noise: float | None
+    cosine: float | None
+
+    @property
+    def finite(self) -> bool:
+        """False if a logit is NaN or infinite."""
+        return self.noise is not None
+
+
+class ImageRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One image: its file's SHA-256 in hex, its class, and what everybody made of it.
+
+    ``leaked`` says that an artifact was calibrated on it; ``signal`` is the sum of the reference's
+    squared logits; ``outcomes`` are in the order of the artifacts.
+    """
+
+    name: str
+    sha256: str
+    label: int | None
+    leaked: bool
+    signal: float
+    reference: Answer
+    outcomes: tuple[Outcome, ...]
+
+
+def _answers(logits: Logits, labels: Sequence[int | None]) -> list[Answer]:
+    # A NaN is the largest to NumPy's sort; here it is no answer at all.
+    order = np.argsort(-np.where(np.isnan(logits), -np.inf, logits), axis=1, kind="stable")
+    answers = []
+    for row, values, label in zip(order, logits, labels, strict=True):
+        rank = None
+        if label is not None and math.isfinite(values[label]):
+            rank = int((values >= values[label]).sum()) - 1
+        answers.append(Answer(tuple(row[:_KEPT_ANSWERS].tolist()), rank))
+    return answers
+
+
+def _outcomes(logits: Logits, reference: Logits, answers: Sequence[Answer]) -> list[Outcome]:
+    ours, theirs = logits.astype(np.float64), reference.astype(np.float64)
+    with np.errstate(all="ignore"):  # NaN and infinity are told as None
+        difference = np.abs(ours - theirs)
+        norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+        cosine = (ours * theirs).sum(axis=1) / np.maximum(norms, np.finfo(np.float64).tiny)
+        columns = (difference.max(axis=1), difference.sum(axis=1), (difference**2).sum(axis=1))
+    finite = np.isfinite(np.concatenate([ours, theirs], axis=1)).all(axis=1).tolist()
+    figures = np.stack([*columns, cosine], axis=1).tolist()
+    return [
+        Outcome(answer, *(values if sound else [None] * len(values)))
+        for answer, sound, values in zip(answers, finite, figures, strict=True)
+    ]
+
+
+def measure_images(
+    names: Sequence[tuple[str, str]],
+    labels: Sequence[int | None],
+    leaked: Sequence[bool],
+    reference: Logits,
+    artifacts: Sequence[Logits],
+) -> list[ImageRecord]:
+    """The records of one batch of B images.
+
+    Args:
+        names: B pairs of name and SHA-256.
+        labels: B classes, None for an image without one.
+        leaked: B, whether an artifact was calibrated on the image.
+        reference: (B, K) float32.
+        artifacts: (B, K) float32 of each artifact.
+    """
+    with np.errstate(all="ignore"):
+        signal = np.nan_to_num((reference.astype(np.float64) ** 2).sum(axis=1))
+    by_artifact = [_outcomes(each, reference, _answers(each, labels)) for each in artifacts]
+    return [
+        ImageRecord(name, sha256, label, leak, float(power), answer, tuple(outcomes))
+        for (name, sha256), label, leak, power, answer, *outcomes in zip(
+            names, labels, leaked, signal, _answers(reference, labels), *by_artifact, strict=True
+        )
+    ]

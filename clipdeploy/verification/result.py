@@ -1,0 +1,129 @@
+"""The result of a verification: what ``verify --json`` prints, and every report shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from clipdeploy.verification.figures import Accuracy, Fidelity
+from clipdeploy.verification.paired import DropJudgement, Interval
+
+__all__ = [
+    "Baseline",
+    "Cause",
+    "Disagreement",
+    "Row",
+    "Verdict",
+    "Verification",
+]
+
+VERIFICATION_SCHEMA = 1
+
+Verdict = Literal["equivalent", "regressed", "undecided", "not judged", "not executed"]
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Something that may explain a reference that misses its published accuracy.
+
+    ``top1`` and ``gained`` are PyTorch's with it, in percent and points, on ``images`` of them.
+    """
+
+    what: str
+    mend: str
+    top1: float
+    gained: float
+    images: int
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Whether PyTorch itself is as accurate as it is to be on these images.
+
+    ``confirmed``: the ``published`` top-1 and top-5 lie within the intervals of what was found;
+    ``missed``: one of them does not; ``implausible``: PyTorch is no better than guessing;
+    ``unpublished``: nothing to compare with; ``skipped``: the user asked for no comparison.  Only
+    after the second and third no artifact is judged.  ``causes`` are the usual ones, tried out, the
+    likeliest first.
+    """
+
+    status: Literal["confirmed", "missed", "implausible", "unpublished", "skipped"]
+    sentence: str
+    published_top1: float | None = None
+    published_top5: float | None = None
+    top1_interval: Interval | None = None
+    top5_interval: Interval | None = None
+    causes: tuple[Cause, ...] = ()
+
+    def __bool__(self) -> bool:
+        return self.status not in ("missed", "implausible")
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """An image of which reference and artifact give different first answers, as class indices.
+
+    ``max_abs`` is the largest difference of two logits, None where one is NaN or infinite.
+    """
+
+    name: str
+    label: int | None
+    reference: int
+    artifact: int
+    max_abs: float | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One artifact's figures and verdict; ``reason`` is a sentence for every verdict.
+
+    ``vouched`` is False for a graph without a passport; ``disagreements`` counts images with
+    another first answer than PyTorch's, ``worst`` are those with the largest difference of logits.
+    """
+
+    artifact: str
+    kind: str
+    precision: str
+    runner: str
+    vouched: bool
+    verdict: Verdict
+    reason: str
+    fidelity: Fidelity | None
+    drop: DropJudgement | None
+    disagreements: int
+    worst: tuple[Disagreement, ...]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The result: ``passed`` only if every row is equivalent; use it as a truth value.
+
+    ``images`` were judged, of ``listed``; ``problems`` has a sentence for each thing that is odd
+    about them; ``leaked`` counts those that an artifact was calibrated on, None if nobody can
+    tell; ``reference`` is PyTorch's accuracy, None without labels and for random weights.
+    """
+
+    model: str
+    data: str
+    images: int
+    listed: int
+    labelled: bool
+    skipped: tuple[str, ...]
+    problems: tuple[str, ...]
+    leaked: int | None
+    random_weights: bool
+    class_names: tuple[str, ...]
+    max_drop: float
+    sequential: bool
+    baseline: Baseline
+    reference: Accuracy | None
+    rows: tuple[Row, ...]
+    passed: bool
+    schema: int = VERIFICATION_SCHEMA
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def class_name(self, index: int) -> str:
+        """What the class with this index is called; its number where it has no name."""
+        return self.class_names[index] if index < len(self.class_names) else str(index)

@@ -1,0 +1,168 @@
+"""What is to be judged: every artifact of a workspace, or the files that were named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from clipdeploy.engines.passport import load_engine_passport, passport_path
+from clipdeploy.runners import OnnxRunner, Runner, open_runner
+from clipdeploy.verification.results import Asked
+from clipdeploy.workspace import PRECISIONS, Workspace
+from exporters.artifact import Passport, Precision
+from exporters.blocks import find_products
+from exporters.errors import ArtifactError, EngineError, UsageError
+from exporters.files import sha256_file
+from exporters.headers import read_passport, read_skeleton
+from exporters.signature import classifier_signature
+
+__all__ = ["Target", "named_targets", "open_target", "workspace_targets"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """An artifact to judge; an engine names the graph it was compiled from.
+
+    ``vouched`` is False for a file without a passport: ``passport`` then is the reference's, with
+    the file's own input and output.
+    """
+
+    path: Path
+    kind: Literal["graph", "engine"]
+    passport: Passport
+    stand_in: Path | None = None
+    vouched: bool = True
+
+    @property
+    def precision(self) -> Precision:
+        """The artifact's precision."""
+        return self.passport.precision
+
+
+def _stale(path: Path, parent: Path) -> ArtifactError:
+    return ArtifactError(
+        f"{path} was not made from the {parent.name} that lies beside it",
+        hint="build it again with build-engine",
+    )
+
+
+def _graphs(workspace: Workspace, model: str) -> Iterator[Target]:
+    source, _ = workspace.source(model)
+    source_hash = sha256_file(source)
+    for precision in (*PRECISIONS, "int8-cpu"):
+        graph = workspace.graph(model, precision)
+        if not graph.exists():
+            continue
+        passport = read_passport(graph)
+        if graph != source and passport.parents.get("source_graph") != source_hash:
+            raise _stale(graph, source)
+        yield Target(graph, "graph", passport)
+
+
+def _engines(workspace: Workspace, model: str) -> Iterator[Target]:
+    for precision in PRECISIONS:
+        graph, engine = workspace.graph(model, precision), workspace.engine(model, precision)
+        if not engine.exists():
+            continue
+        passport = load_engine_passport(engine)
+        if not graph.exists() or passport.hashes.graph != sha256_file(graph):
+            raise _stale(engine, graph)
+        yield Target(engine, "engine", passport.graph, graph)
+
+
+def workspace_targets(workspace: Workspace, model: str, *, graphs_only: bool) -> list[Target]:
+    """Every graph of a model, and unless ``graphs_only`` every engine.
+
+    Raises:
+        UsageError: the model has not been exported.
+        ArtifactError, FileError: an artifact is damaged, or was not made from its neighbour.
+    """
+    found = list(_graphs(workspace, model))
+    return found if graphs_only else [*found, *_engines(workspace, model)]
+
+
+def named_targets(paths: Sequence[Path], reference: Passport, *, trust: bool) -> list[Target]:
+    """The files that were named, held against the reference that will judge them.
+
+    Raises:
+        UsageError: a file that is neither ``.onnx`` nor ``.engine``, or the same one twice.
+        ArtifactError, GraphError, FileError: a file of another model or other weights, or one that
+            cannot be read.
+    """
+    if len(set(paths)) < len(paths):
+        raise UsageError("an artifact is named twice", hint="name each one once")
+    return [_named(path, reference, trust=trust) for path in paths]
+
+
+def _named(path: Path, reference: Passport, *, trust: bool) -> Target:
+    if path.suffix not in (".onnx", ".engine"):
+        raise UsageError(f"{path} is neither .onnx nor .engine", hint="name a graph or an engine")
+    if path.suffix == ".engine":
+        if trust and not passport_path(path).exists():
+            return Target(path, "engine", reference, vouched=False)
+        target = Target(path, "engine", load_engine_passport(path).graph)
+    else:
+        target = _graph(path, reference)
+    _check_same(path, target.passport, reference)
+    return target
+
+
+def _graph(path: Path, reference: Passport) -> Target:
+    try:
+        return Target(path, "graph", read_passport(path))
+    except ArtifactError:
+        spec = reference.preprocess
+        image, logits = classifier_signature(path, spec.size, reference.classes)
+    foreign = replace(reference, precision=_precision(path), input=image, output=logits)
+    return Target(path, "graph", foreign, vouched=False)
+
+
+def _precision(path: Path) -> Precision:
+    """What most of a graph's matrix products run in."""
+    products = [product.precision for product in find_products(read_skeleton(path))]
+    known: tuple[Precision, ...] = ("int8", "fp16", "fp32")
+    return max(known, key=products.count)
+
+
+def _check_same(path: Path, passport: Passport, reference: Passport) -> None:
+    pairs = {
+        "model": (passport.model, reference.model),
+        "weights": (passport.weights.identity, reference.weights.identity),
+        "numerics": (passport.recipe.numerics, reference.recipe.numerics),
+        "preprocessing": (passport.preprocess, reference.preprocess),
+        "classes": (passport.class_names, reference.class_names),
+    }
+    for what, (found, wanted) in pairs.items():
+        if found != wanted:
+            raise ArtifactError(
+                f"{path} is of another {what} than the reference: {found}, not {wanted}",
+                hint="name its --model, or export and build it again",
+            )
+
+
+def open_target(target: Target, *, trust: bool = False) -> tuple[Runner | None, Asked]:
+    """A runner of the artifact, None where nothing can run it, and how it enters the question.
+
+    float16 is run as stored where no GPU computes it, see :class:`OnnxRunner`.
+
+    Raises:
+        GraphError, FileError: a graph that cannot be loaded.
+    """
+    asked = Asked(
+        artifact=str(target.path),
+        kind=target.kind,
+        precision=target.precision,
+        sha256=sha256_file(target.path),
+        runner="",
+        vouched=target.vouched,
+    )
+    foreign = None if target.vouched else target.passport
+    try:
+        runner = open_runner(target.path, trust=trust, as_stored=True, passport=foreign)
+    except EngineError as error:
+        stand_in = f"; {target.stand_in.name} was scored in its place" if target.stand_in else ""
+        return None, replace(asked, why_not=f"{error.message}{stand_in}")
+    emulated = isinstance(runner, OnnxRunner) and runner.emulates_float16
+    return runner, replace(asked, runner=runner.name, emulated=emulated)

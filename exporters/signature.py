@@ -1,0 +1,82 @@
+"""What an ONNX file takes and gives, told from the graph alone: for files without a passport."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from onnx import ModelProto, TensorProto, ValueInfoProto, helper
+
+from exporters.artifact import TensorSpec
+from exporters.blocks import tensor_types
+from exporters.errors import GraphError
+from exporters.headers import read_skeleton
+
+__all__ = ["classifier_signature", "stores_float16"]
+
+_IMAGE_TYPES = ("float32", "float16", "uint8")
+
+
+def _spec(value: ValueInfoProto) -> TensorSpec:
+    tensor = value.type.tensor_type
+    kind = TensorProto.UNDEFINED if not tensor.elem_type else tensor.elem_type
+    name = str(helper.tensor_dtype_to_np_dtype(kind)) if kind else "unknown"
+    shape = tuple(axis.dim_value or axis.dim_param or "?" for axis in tensor.shape.dim)
+    return TensorSpec(value.name, name, shape)
+
+
+def _shown(specs: Sequence[TensorSpec]) -> str:
+    return ", ".join(f"{s.name} {s.dtype} {list(s.shape)}" for s in specs) or "nothing"
+
+
+def _is_image(spec: TensorSpec, size: int) -> bool:
+    """float (B, 3, S, S), or uint8 (B, S, S, 3); a free edge may be S."""
+    wanted = (size, size, 3) if spec.dtype == "uint8" else (3, size, size)
+    fits = zip(spec.shape[1:], wanted, strict=False)
+    return (
+        spec.dtype in _IMAGE_TYPES
+        and len(spec.shape) == 4
+        and all(isinstance(axis, str) or axis == edge for axis, edge in fits)
+    )
+
+
+def _is_logits(spec: TensorSpec, classes: int) -> bool:
+    axes = spec.shape[1:]
+    return (
+        spec.dtype.startswith("float")
+        and len(spec.shape) == 2
+        and (isinstance(axes[0], str) or axes[0] == classes)
+    )
+
+
+def classifier_signature(path: Path, size: int, classes: int) -> tuple[TensorSpec, TensorSpec]:
+    """The image input and the logits output of a graph: edge ``size``, ``classes`` logits.
+
+    Raises:
+        FileError: the file cannot be opened.
+        GraphError: no ONNX graph, or not one image input and one logits output of that size.
+    """
+    graph = read_skeleton(path).graph
+    weights = {weight.name for weight in graph.initializer}
+    inputs = [_spec(value) for value in graph.input if value.name not in weights]
+    outputs = [_spec(value) for value in graph.output]
+    if len(inputs) != 1 or not _is_image(inputs[0], size):
+        raise GraphError(
+            f"{path} takes {_shown(inputs)}, not one image of {size} pixels",
+            hint="a classifier takes float (B, 3, S, S) or uint8 (B, S, S, 3); name its --model",
+        )
+    if len(outputs) != 1 or not _is_logits(outputs[0], classes):
+        raise GraphError(
+            f"{path} gives {_shown(outputs)}, not logits of {classes} classes",
+            hint="a classifier gives one output (B, classes); name its --model",
+        )
+    return inputs[0], outputs[0]
+
+
+def stores_float16(source: Path | ModelProto) -> bool:
+    """Whether any tensor of a graph is float16.
+
+    Raises:
+        FileError, GraphError: the graph cannot be read.
+    """
+    return "fp16" in tensor_types(read_skeleton(source) if isinstance(source, Path) else source)
