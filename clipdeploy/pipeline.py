@@ -19,6 +19,7 @@ from clipdeploy.stages.calibrate import (
     merge_calibration,
 )
 from clipdeploy.stages.export import export_model
+from clipdeploy.stages.predict import Predictions, predict_images
 from clipdeploy.stages.quantize import convert_model, quantize_model
 from clipdeploy.stages.samples import sample_images
 from clipdeploy.stages.verify import Judgement, VerifyScope, merge_verification, verify_model
@@ -34,6 +35,7 @@ __all__ = [
     "EngineArtifact",
     "Expected",
     "Judgement",
+    "Predictions",
     "Verification",
     "VerifyConfig",
     "VerifyScope",
@@ -44,6 +46,7 @@ __all__ = [
     "export_model",
     "merge_calibration",
     "merge_verification",
+    "predict_images",
     "quantize_model",
     "sample_images",
     "verify_model",

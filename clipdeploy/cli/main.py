@@ -11,6 +11,7 @@ from clipdeploy.cli.calibrate import calibrate
 from clipdeploy.cli.demo import demo
 from clipdeploy.cli.export import export
 from clipdeploy.cli.inspect import inspect
+from clipdeploy.cli.predict import predict
 from clipdeploy.cli.quantize import quantize
 from clipdeploy.cli.verify import verify
 from clipdeploy.cli.zoo import zoo
@@ -39,6 +40,7 @@ for command in (
     quantize,
     build_engine,
     verify,
+    predict,
     benchmark,
     inspect,
     demo,

@@ -31,6 +31,7 @@ COMMANDS = (
     "quantize",
     "build-engine",
     "verify",
+    "predict",
     "benchmark",
     "inspect",
     "demo",
