@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from clipdeploy.verification.batches import (
     decoded_batches,
     digest_of_entries,
     digest_of_files,
+    prefetched,
     shuffled,
 )
 from clipdeploy.verification.paired import SequentialDrop
@@ -98,14 +99,25 @@ class _Opened:
     lanes: tuple[tuple[Target, Runner], ...]
     seen: frozenset[str]
 
-    def record(self, batch: DecodedBatch, *, allow_leak: bool) -> BatchResult:
+    def prepare(self, batch: DecodedBatch) -> Samples | None:
+        """The input of a batch, normalised where anybody will want it so."""
+        if not batch.crops:
+            return None
+        samples = batch.samples(self.question.preprocess)
+        if any(target.passport.input.dtype != "uint8" for target, _ in self.lanes):
+            _ = samples.pixels
+        return samples
+
+    def record(
+        self, batch: DecodedBatch, samples: Samples | None, *, allow_leak: bool
+    ) -> BatchResult:
+        """What everybody makes of a batch."""
         crops = batch.crops
-        if not crops:
+        if samples is None:
             return BatchResult(batch.number, (), batch.unreadable)
         leaked = [crop.sha256 in self.seen for crop in crops]
         if any(leaked) and not allow_leak:
             _refuse_leak(crops[leaked.index(True)])
-        samples = Samples(np.stack([crop.pixels for crop in crops]), self.question.preprocess)
         records = measure_images(
             [(crop.entry.name, crop.sha256) for crop in crops],
             [crop.entry.label for crop in crops] if self.question.labelled else [None] * len(crops),
@@ -289,8 +301,8 @@ class _Run:
             return
         total = sum(self._size(number) for number in left)
         with progress.task("verify", total) as advance:
-            for batch in self._decoded(left):
-                result = self.opened.record(batch, allow_leak=self.allow_leak)
+            for batch, samples in prefetched(self._prepared(left)):
+                result = self.opened.record(batch, samples, allow_leak=self.allow_leak)
                 yield result
                 advance(self._size(batch.number))
                 if stop and stop.add(result.records):
@@ -299,8 +311,8 @@ class _Run:
     def _size(self, number: int) -> int:
         return min(self.config.batch, len(self.images.entries) - number * self.config.batch)
 
-    def _decoded(self, numbers: Collection[int]) -> Iterator[DecodedBatch]:
-        return decoded_batches(
+    def _prepared(self, numbers: Collection[int]) -> Generator[tuple[DecodedBatch, Samples | None]]:
+        for batch in decoded_batches(
             self.images,
             self.opened.question.preprocess,
             self.config.batch,
@@ -309,4 +321,5 @@ class _Run:
             workers=self.config.workers,
             cache=self.config.cache,
             reading=self.reading,
-        )
+        ):
+            yield batch, self.opened.prepare(batch)
