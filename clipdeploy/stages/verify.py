@@ -10,8 +10,9 @@ from pathlib import Path
 
 from calibration.table import load_table
 from clipdeploy import zoo
-from clipdeploy.imaging import ImageFolder, open_images, select, survey
+from clipdeploy.imaging import ImageFolder, look_over, open_images, select, survey
 from clipdeploy.imaging.layouts import LayoutName
+from clipdeploy.imaging.survey import Few
 from clipdeploy.model import LoadedModel, reload_model
 from clipdeploy.verification.baseline import Expected, is_hopeless
 from clipdeploy.verification.diagnosis import diagnose
@@ -29,7 +30,7 @@ from clipdeploy.verification.verdicts import disagreements_of, judge_results
 from clipdeploy.verification.verifier import VerifyConfig, run_verification
 from clipdeploy.workspace import Workspace
 from exporters.artifact import Passport
-from exporters.errors import ArtifactError, ClipdeployError
+from exporters.errors import ArtifactError, ClipdeployError, DatasetError
 from exporters.files import sha256_file, write_atomic
 from exporters.progress import SILENT, Progress
 
@@ -95,6 +96,25 @@ def _labelled_images(
     return images if scope.limit is None else select(images, scope.limit, seed=0)
 
 
+def _look_over(
+    images: ImageFolder,
+    note: Callable[[str], object],
+    progress: Progress,
+    *,
+    skip_unreadable: bool,
+) -> None:
+    """Better now than in the middle of a long run."""
+    reading = look_over(images, progress)
+    for problem in reading.problems():
+        note(problem)
+    if reading.unreadable and not skip_unreadable:
+        raise DatasetError(
+            f"{len(reading.unreadable)} images of {images.root} cannot be read: "
+            f"{Few.of(reading.unreadable)}",
+            hint="repair or remove them, or pass --skip-unreadable",
+        )
+
+
 def _bench(
     workspace: Workspace,
     model: str,
@@ -110,6 +130,7 @@ def _bench(
     else:
         targets = workspace_targets(workspace, model, graphs_only=scope.graphs_only)
     images = _labelled_images(data, passport, scope, note)
+    _look_over(images, note, progress, skip_unreadable=config.skip_unreadable)
     with progress.task(f"load {model} in PyTorch"):
         reference = reload_model(zoo.find(model), passport.weights, passport.recipe)
     # Nothing is judged on random weights, so that no image can flatter them.
