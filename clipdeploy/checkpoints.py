@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +106,25 @@ def _load_pickle(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
 
 
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Ctrl-C while PyTorch makes tensors of foreign memory is swallowed there, and the file is
+    called broken: hear it once the block has ended."""
+    before = signal.getsignal(signal.SIGINT)
+    here = threading.current_thread() is threading.main_thread()
+    if not here or before is not signal.default_int_handler:
+        yield
+        return
+    heard: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if heard:
+            raise KeyboardInterrupt
+
+
 def _load(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
@@ -110,7 +132,8 @@ def _load(path: Path) -> Any:
             from safetensors.torch import load_file
 
             try:
-                return load_file(path)
+                with _interrupts_later():
+                    return load_file(path)
             except SafetensorError as error:
                 raise ValueError(str(error)) from error
         return _load_pickle(path)
