@@ -91,7 +91,9 @@ def _labelled_images(
     # Labels mean nothing to random weights: any folder of images will do.
     classes = () if passport.weights.kind == "random" else passport.class_names
     images = open_images(data, classes, layout=scope.layout, labels=scope.labels)
-    for problem in survey(images).problems():
+    found = survey(images)
+    note(f"{found.images:,} images, {found.classes:,} classes, labels: {found.layout}")
+    for problem in found.problems():
         note(problem)
     return images if scope.limit is None else select(images, scope.limit, seed=0)
 

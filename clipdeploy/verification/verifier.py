@@ -242,8 +242,13 @@ def run_verification(
         DatasetError: an image that cannot be read, unless ``skip_unreadable``, or one of ``seen``.
         GraphError, ArtifactError: a graph that cannot be loaded or is not what it says.
         FileError: the results cannot be kept.
+        UsageError: ``sequential`` on images without labels.
     """
     if config.sequential:
+        if not images.labelled:
+            raise UsageError(
+                "without labels no verdict comes out, early or late", hint="leave out --sequential"
+            )
         images = shuffled(images, _SEQUENCE_SEED)
     question = _question(model, passport, images, config, seen)
     with ExitStack() as stack:
