@@ -14,7 +14,6 @@ from exporters.errors import FileError
 
 __all__ = ["atomic_path", "check_writable", "file_errors", "sha256_file", "write_atomic"]
 
-_CHUNK = 1 << 20
 _HINTS = {
     errno.ENOSPC: "the disk is full: free space, or choose another folder with --workspace",
     errno.EDQUOT: "the disk quota is used up: free space, or choose another --workspace",
@@ -96,8 +95,5 @@ def sha256_file(path: Path) -> str:
     Raises:
         FileError: the file cannot be read.
     """
-    digest = hashlib.sha256()
-    with file_errors("read", path), path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+    with file_errors("read", path), path.open("rb", buffering=0) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from logging.handlers import BufferingHandler
+
 import pytest
 
 from clipdeploy import zoo
+from clipdeploy.engines import backends
 from clipdeploy.engines.backends import tensorrt_module
 from clipdeploy.engines.build_config import BuildConfig
-from clipdeploy.engines.build_monitor import PERCENT, Phases, build_monitor
+from clipdeploy.engines.build_monitor import PERCENT, Phases, build_monitor, interrupts
 from clipdeploy.engines.compiler import Compiler
 from clipdeploy.workspace import Workspace
 from exporters.artifact import TensorSpec
@@ -101,3 +108,97 @@ def test_an_exception_never_leaves_the_monitor(compiler: Compiler) -> None:
     monitor.phase_start("build", None, 2)  # type: ignore[arg-type]
     assert monitor.step_complete("build", 0) is False
     assert isinstance(stop[0], OSError)
+
+
+@pytest.fixture
+def python_hears_ctrl_c() -> Iterator[None]:
+    """As in a terminal: what starts in the background may ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+class _CtrlC(set[str]):
+    """Severities; the first look into them is when Ctrl-C is pressed."""
+
+    pressed = False
+
+    def __contains__(self, name: object) -> bool:
+        if not self.pressed:
+            self.pressed = True
+            signal.raise_signal(signal.SIGINT)
+        return super().__contains__(name)
+
+
+@pytest.mark.usefixtures("python_hears_ctrl_c")
+def test_ctrl_c_inside_the_logger_is_not_swallowed(
+    compiler: Compiler, demo_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    severities = _CtrlC(backends._SMALL_TALK)
+    monkeypatch.setattr(backends, "_SMALL_TALK", severities)
+    watch = Watch()
+    with pytest.raises(KeyboardInterrupt):
+        compiler.compile(demo_workspace.graph(zoo.DEMO, "fp16"), SPEC, BuildConfig(), None, watch)
+    assert severities.pressed
+    # Cancelled, and not told after a whole build.
+    assert sum(watch.shown) < 50
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("python_hears_ctrl_c")
+def test_interrupts_are_kept_for_the_caller() -> None:
+    stop: list[BaseException] = []
+    with interrupts(stop):
+        signal.raise_signal(signal.SIGINT)
+    assert [type(error) for error in stop] == [KeyboardInterrupt]
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.usefixtures("python_hears_ctrl_c")
+def test_the_handler_of_another_stays() -> None:
+    heard: list[int] = []
+    stop: list[BaseException] = []
+    signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    with interrupts(stop):
+        signal.raise_signal(signal.SIGINT)
+    assert (heard, stop) == ([signal.SIGINT], [])
+
+
+def test_another_thread_can_build() -> None:
+    passed = []
+
+    def block() -> None:
+        with interrupts([]):
+            passed.append(True)
+
+    thread = threading.Thread(target=block)
+    thread.start()
+    thread.join()
+    assert passed
+
+
+@pytest.fixture
+def python_log() -> Iterator[BufferingHandler]:
+    """What Python's logger of Polygraphy is told."""
+    handler, logger = BufferingHandler(100), logging.getLogger("Polygraphy")
+    logger.addHandler(handler)
+    yield handler
+    logger.removeHandler(handler)
+
+
+def test_small_talk_takes_the_short_way_and_errors_the_long_one(
+    compiler: Compiler, python_log: BufferingHandler
+) -> None:
+    from polygraphy.backend.trt import get_trt_logger
+
+    logger, severities = get_trt_logger(), compiler.module.ILogger.Severity
+    with backends.hears() as heard:
+        logger.log(severities.VERBOSE, "a layer")
+        logger.log(severities.ERROR, "a refusal")
+    assert heard.log == ["a layer", "a refusal"]
+    assert heard.errors == ["a refusal"]
+    assert [record.getMessage() for record in python_log.buffer] == ["a refusal"]
+    # And nothing of it stays behind.
+    logger.log(severities.VERBOSE, "a layer of another build")
+    assert len(heard.log) == 2
