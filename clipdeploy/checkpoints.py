@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import pickle
 import re
-import signal
-import threading
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clipdeploy.interrupts import interrupts
 from clipdeploy.vit import ViTConfig
 from exporters.errors import CheckpointError
 from exporters.files import file_errors, sha256_file
@@ -106,36 +104,21 @@ def _load_pickle(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
 
 
-@contextmanager
-def _interrupts_later() -> Iterator[None]:
-    """Ctrl-C while PyTorch makes tensors of foreign memory is swallowed there, and the file is
-    called broken: hear it once the block has ended."""
-    before = signal.getsignal(signal.SIGINT)
-    here = threading.current_thread() is threading.main_thread()
-    if not here or before is not signal.default_int_handler:
-        yield
-        return
-    heard: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if heard:
-            raise KeyboardInterrupt
-
-
 def _load(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             from safetensors import SafetensorError
             from safetensors.torch import load_file
 
+            stop: list[BaseException] = []
             try:
-                with _interrupts_later():
-                    return load_file(path)
+                with interrupts(stop):
+                    loaded = load_file(path)
             except SafetensorError as error:
                 raise ValueError(str(error)) from error
+            if stop:
+                raise stop[0]
+            return loaded
         return _load_pickle(path)
     except pickle.UnpicklingError as error:
         raise CheckpointError(

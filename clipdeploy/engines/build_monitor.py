@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -13,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import tensorrt as trt
 
-__all__ = ["PERCENT", "Phases", "build_monitor", "interrupts"]
+__all__ = ["PERCENT", "Phases", "build_monitor"]
 
 PERCENT = 100
 
@@ -104,22 +101,3 @@ def build_monitor(
             return not stop
 
     return Monitor()
-
-
-@contextmanager
-def interrupts(stop: list[BaseException]) -> Iterator[None]:
-    """Put Ctrl-C into ``stop`` while the block runs.
-
-    Python raises it in whatever Python code comes next, which in a build is most likely TensorRT's
-    logger, and the bindings swallow what a logger raises.  Only the main thread can arrange this,
-    and a handler that somebody else has set stays.
-    """
-    mine = threading.current_thread() is threading.main_thread()
-    if not mine or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    signal.signal(signal.SIGINT, lambda *_: stop.append(KeyboardInterrupt()))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -17,7 +17,8 @@ import onnx
 from clipdeploy.device import gpus
 from clipdeploy.engines.backends import Backend, default_capabilities, hears, targets_capabilities
 from clipdeploy.engines.build_config import BuildConfig
-from clipdeploy.engines.build_monitor import build_monitor, interrupts
+from clipdeploy.engines.build_monitor import build_monitor
+from clipdeploy.interrupts import interrupts
 from exporters.artifact import TensorSpec
 from exporters.errors import BuildError
 from exporters.files import check_writable

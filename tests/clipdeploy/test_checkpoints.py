@@ -182,6 +182,7 @@ def test_resizing_is_bicubic_without_antialiasing(old: int, new: int) -> None:
     np.testing.assert_allclose(resized[0, 1:].reshape(new, new, 3), expected, atol=5e-6)
 
 
+@pytest.mark.usefixtures("python_hears_ctrl_c")
 def test_an_interrupt_inside_the_reader_is_no_broken_file(
     tensors: Tensors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

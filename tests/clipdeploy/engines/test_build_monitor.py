@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import threading
 from collections.abc import Iterator
 from logging.handlers import BufferingHandler
 
@@ -12,7 +11,7 @@ from clipdeploy import zoo
 from clipdeploy.engines import backends
 from clipdeploy.engines.backends import tensorrt_module
 from clipdeploy.engines.build_config import BuildConfig
-from clipdeploy.engines.build_monitor import PERCENT, Phases, build_monitor, interrupts
+from clipdeploy.engines.build_monitor import PERCENT, Phases, build_monitor
 from clipdeploy.engines.compiler import Compiler
 from clipdeploy.workspace import Workspace
 from exporters.artifact import TensorSpec
@@ -110,14 +109,6 @@ def test_an_exception_never_leaves_the_monitor(compiler: Compiler) -> None:
     assert isinstance(stop[0], OSError)
 
 
-@pytest.fixture
-def python_hears_ctrl_c() -> Iterator[None]:
-    """As in a terminal: what starts in the background may ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 class _CtrlC(set[str]):
     """Severities; the first look into them is when Ctrl-C is pressed."""
 
@@ -143,39 +134,6 @@ def test_ctrl_c_inside_the_logger_is_not_swallowed(
     # Cancelled, and not told after a whole build.
     assert sum(watch.shown) < 50
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-@pytest.mark.usefixtures("python_hears_ctrl_c")
-def test_interrupts_are_kept_for_the_caller() -> None:
-    stop: list[BaseException] = []
-    with interrupts(stop):
-        signal.raise_signal(signal.SIGINT)
-    assert [type(error) for error in stop] == [KeyboardInterrupt]
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
-
-
-@pytest.mark.usefixtures("python_hears_ctrl_c")
-def test_the_handler_of_another_stays() -> None:
-    heard: list[int] = []
-    stop: list[BaseException] = []
-    signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
-    with interrupts(stop):
-        signal.raise_signal(signal.SIGINT)
-    assert (heard, stop) == ([signal.SIGINT], [])
-
-
-def test_another_thread_can_build() -> None:
-    passed = []
-
-    def block() -> None:
-        with interrupts([]):
-            passed.append(True)
-
-    thread = threading.Thread(target=block)
-    thread.start()
-    thread.join()
-    assert passed
 
 
 @pytest.fixture
