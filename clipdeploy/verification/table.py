@@ -10,7 +10,7 @@ from clipdeploy.verification.result import Row, Verification
 
 __all__ = [
     "COLUMNS",
-    "artifact_name",
+    "artifact_names",
     "baseline_lines",
     "figures_of",
     "heading",
@@ -36,10 +36,12 @@ def verdict_line(result: Verification) -> str:
     """The verdict in one sentence."""
     if result.passed:
         return f"EQUIVALENT: no artifact loses more than {result.max_drop:.2f} points of top-1"
-    bad = [row for row in result.rows if row.verdict != "equivalent"]
+    named = zip(artifact_names(result), result.rows, strict=True)
+    names = {name: row for name, row in named if row.verdict != "equivalent"}
+    bad = names.values()
     if any(row.verdict == "regressed" for row in bad):
-        names = ", ".join(artifact_name(row) for row in bad if row.verdict == "regressed")
-        return f"REGRESSED: {names}"
+        regressed = (name for name, row in names.items() if row.verdict == "regressed")
+        return f"REGRESSED: {', '.join(regressed)}"
     if not result.baseline:
         return f"NOT JUDGED: {result.baseline.sentence}"
     if result.random_weights:
@@ -48,13 +50,28 @@ def verdict_line(result: Verification) -> str:
         needed = max((row.drop.images_needed or 0 for row in bad if row.drop), default=0)
         more = f": about {needed:,} images would tell" if needed else ""
         return f"UNDECIDED{more}"
-    return f"NOT PROVEN: {', '.join(f'{artifact_name(row)} {row.verdict}' for row in bad)}"
+    return f"NOT PROVEN: {', '.join(f'{name} {row.verdict}' for name, row in names.items())}"
 
 
-def artifact_name(row: Row) -> str:
-    """``int8 graph``; a file that no passport vouches for goes by its own name."""
-    own = row.artifact.replace("\\", "/").rpartition("/")[2]
-    return f"{row.precision} {row.kind}" if row.vouched else own
+def artifact_names(result: Verification) -> tuple[str, ...]:
+    """``int8 graph`` for each row, no name twice.
+
+    A file that no passport vouches for, or that is not the only one of its kind, goes by its own
+    name, and by its path where another has the same.
+    """
+    kinds = [
+        f"{row.precision} {row.kind}" if row.vouched else _own_name(row) for row in result.rows
+    ]
+    alone = [name if kinds.count(name) == 1 else "" for name in kinds]
+    names = [name or _own_name(row) for name, row in zip(alone, rows, strict=True)]
+    return tuple(
+        name if names.count(name) == 1 else row.artifact
+        for name, row in zip(names, rows, strict=True)
+    )
+
+
+def _own_name(row: Row) -> str:
+    return row.artifact.replace("\\", "/").rpartition("/")[2]
 
 
 def heading(result: Verification) -> str:
@@ -76,13 +93,13 @@ def figures_of(row: Row, result: Verification) -> tuple[str, ...]:
     # Random weights have an accuracy that means nothing.
     accuracy = None if result.random_weights else fidelity.accuracy
     sqnr = "equal" if fidelity.sqnr_db is None else f"{fidelity.sqnr_db:.1f}"
+    errors = (sqnr, f"{fidelity.cosine:.5f}", f"{fidelity.max_abs:.1e}")
     return (
         f"{accuracy.top1:.2f}" if accuracy else "-",
         f"{accuracy.top5:.2f}" if accuracy else "-",
         f"{fidelity.agreement:.2f}",
-        sqnr,
-        f"{fidelity.cosine:.5f}",
-        f"{fidelity.max_abs:.1e}",
+        # Those of the other images alone, or of none, would look like an artifact's.
+        *(errors if fidelity.finite else ("NaN/inf",) * len(errors)),
     )
 
 
@@ -95,9 +112,9 @@ def _table(result: Verification) -> Table:
     if result.reference is not None:
         accuracy = (f"{result.reference.top1:.2f}", f"{result.reference.top5:.2f}")
         table.add_row("PyTorch", *accuracy, "", "", "", "", "reference")
-    for row in result.rows:
+    for name, row in zip(artifact_names(result), result.rows, strict=True):
         verdict = Text(row.verdict, style=_COLOURS[row.verdict])
-        table.add_row(artifact_name(row), *figures_of(row, result), verdict)
+        table.add_row(name, *figures_of(row, result), verdict)
     return table
 
 
@@ -121,7 +138,8 @@ def verification_table(result: Verification) -> Group:
     first, *causes = baseline_lines(result) or [""]
     baseline = [Text(f"  {first}")] if first else []
     baseline += [Text(f"    {cause}") for cause in causes]
-    reasons = [Text(f"  {artifact_name(row)}: {row.reason}") for row in result.rows]
+    named = zip(artifact_names(result), result.rows, strict=True)
+    reasons = [Text(f"  {name}: {row.reason}") for name, row in named]
     problems = [Text(f"  {problem}", style="yellow") for problem in result.problems]
     top = (verdict, Text(heading(result)), *baseline, Text(""))
     return Group(*top, _table(result), Text(""), *reasons, *problems)

@@ -13,6 +13,7 @@ from typing import Literal
 from clipdeploy import zoo
 from clipdeploy.verification.figures import Accuracy
 from clipdeploy.verification.paired import DropJudgement, Interval
+from clipdeploy.verification.records import Answer as RecordedAnswer
 from clipdeploy.verification.records import ImageRecord
 from clipdeploy.verification.reports.evidence import (
     Disagreeing,
@@ -26,7 +27,7 @@ from clipdeploy.verification.result import Row, Verification
 from clipdeploy.verification.results import Results
 from clipdeploy.verification.table import (
     COLUMNS,
-    artifact_name,
+    artifact_names,
     baseline_lines,
     figures_of,
     heading,
@@ -39,6 +40,7 @@ Tone = Literal["good", "bad", "open", ""]
 
 _MOST, _LEAST = 24, 6
 _DROP = "drop, points"
+_NO_ANSWER = "NaN or infinite"
 
 
 @dataclass(frozen=True)
@@ -103,14 +105,15 @@ def tone_of(verdict: str) -> Tone:
 
 def contents_of(results: Results, result: Verification) -> Contents:
     """The report on a verification and the records that it was made from."""
-    # The artifacts that ran are those that the records have an outcome of, in this order.
-    asked = zip(result.rows, results.question.artifacts, strict=True)
-    ran = [row for row, each in asked if each.runner]
-    lanes = _distinct([artifact_name(row) for row in ran])
+    names = artifact_names(result)
+    rows = list(zip(names, result.rows, results.question.artifacts, strict=True))
+    # Those that ran are those that the records have an outcome of, in this order.
+    ran = [(name, row) for name, row, asked in rows if asked.runner]
+    lanes = [name for name, _ in ran]
     records = results.records
     verdict, _, sentence = verdict_line(result).partition(": ")
     judged = result.labelled and not result.random_weights
-    names = _class_words(result.class_names)
+    words = _class_words(result.class_names)
     return Contents(
         title=f"{verdict}: {result.model}",
         tone=tone_of(verdict),
@@ -119,32 +122,20 @@ def contents_of(results: Results, result: Verification) -> Contents:
         heading=heading(result),
         baseline=tuple(baseline_lines(result)),
         columns=(*COLUMNS[:2], _DROP, *COLUMNS[2:]),
-        lines=(*_reference(result), *(_line(row, result) for row in result.rows)),
+        lines=(*_reference(result), *(_line(name, row, result) for name, row, _ in rows)),
         odd=result.problems,
         spreads={name: spread_of(records, lane) for lane, name in enumerate(lanes)},
         disagreeing={name: disagreeing_of(records, lane) for lane, name in enumerate(lanes)},
-        drops={
-            name: (row.drop, tone_of(row.verdict))
-            for name, row in zip(lanes, ran, strict=True)
-            if row.drop is not None
-        },
+        drops={name: (row.drop, tone_of(row.verdict)) for name, row in ran if row.drop is not None},
         max_drop=result.max_drop,
         labelled=judged,
         sequential=result.sequential,
         worst=tuple(
-            _worst(record, lanes, names, judged=judged)
+            _worst(record, lanes, words, judged=judged)
             for record in worst_images(records, _MOST, _LEAST)
         ),
         provenance=provenance(results),
     )
-
-
-def _distinct(names: Sequence[str]) -> list[str]:
-    """Two files in different folders may have the same name."""
-    return [
-        f"{name} ({names[:place].count(name) + 1})" if names.count(name) > 1 else name
-        for place, name in enumerate(names)
-    ]
 
 
 def _between(interval: Interval, sign: str = "") -> str:
@@ -167,12 +158,12 @@ def _reference(result: Verification) -> list[Line]:
     return [Line("PyTorch", "", (*cells, *blank), "reference", "", "")]
 
 
-def _line(row: Row, result: Verification) -> Line:
+def _line(name: str, row: Row, result: Verification) -> Line:
     accuracy = row.fidelity.accuracy if row.fidelity and not result.random_weights else None
     details = (*_accuracies(accuracy), *("",) * (len(COLUMNS) - 2))
     first, second, *others = zip(figures_of(row, result), details, strict=True)
     return Line(
-        artifact_name(row),
+        name,
         row.runner,
         (first, second, _drop(row), *others),
         row.verdict,
@@ -185,7 +176,10 @@ def _drop(row: Row) -> tuple[str, str]:
     found = row.drop
     if found is None:
         return "-", ""
-    return f"{found.drop:+z.2f}", f"{_between(found.interval, '+z')}, p {found.p_value:.2g}"
+    return (
+        f"{found.drop:+z.2f}",
+        f"{_between(found.interval, '+z')}, p\N{NO-BREAK SPACE}{found.p_value:.2g}",
+    )
 
 
 def _class_words(names: Sequence[str]) -> tuple[str, ...]:
@@ -197,19 +191,20 @@ def _class_words(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _worst(
-    record: ImageRecord, lanes: Sequence[str], names: Sequence[str], *, judged: bool
+    record: ImageRecord, lanes: Sequence[str], words: Sequence[str], *, judged: bool
 ) -> Worst:
     def word(index: int) -> str:
-        return names[index] if index < len(names) else str(index)
+        return words[index] if index < len(words) else str(index)
 
-    def right(index: int) -> bool | None:
-        return index == record.label if judged and record.label is not None else None
+    def right(answer: RecordedAnswer) -> bool | None:
+        return answer.right() if judged and record.label is not None else None
 
-    first = record.reference.top[0]
-    answers = [Answer("PyTorch", word(first), right(first))]
+    answers = [Answer("PyTorch", word(record.reference.top[0]), right(record.reference))]
     for lane, outcome in zip(lanes, record.outcomes, strict=True):
-        top = outcome.answer.top[0]
-        off = "NaN or infinite" if outcome.max_abs is None else f"off by {outcome.max_abs:.2g}"
-        answers.append(Answer(lane, word(top), right(top), off))
+        # With a logit that is NaN the largest of the others is no answer.
+        said, off = _NO_ANSWER, ""
+        if outcome.max_abs is not None:
+            said, off = word(outcome.answer.top[0]), f"off by {outcome.max_abs:.2g}"
+        answers.append(Answer(lane, said, right(outcome.answer), off))
     label = "" if record.label is None else word(record.label)
     return Worst(record.name, label, tuple(answers))

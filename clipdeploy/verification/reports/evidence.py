@@ -78,14 +78,14 @@ def disagreeing_of(records: Iterable[ImageRecord], lane: int) -> Disagreeing:
 def worst_images(records: Iterable[ImageRecord], most: int, least: int) -> list[ImageRecord]:
     """The images that stand out, the worst first.
 
-    At most ``most`` on which any artifact's first answer differs from the reference's, by the
-    largest difference of two logits; then, if these are fewer than ``least``, those of the largest
-    difference with the same answer.
+    At most ``most`` on which any artifact's first answer differs from the reference's, those with
+    NaN first, then by the largest difference of two logits.  If these are fewer than ``least``,
+    those of the largest difference with the same answer follow.
     """
     judged = [record for record in records if record.outcomes]
-    ranked = sorted(judged, key=lambda record: (-_largest(record.outcomes), record.name))
+    ranked = sorted(judged, key=_by_error)
     different = [record for record in ranked if _differing(record)]
-    same = [record for record in ranked if not _differing(record) and _largest(record.outcomes)]
+    same = [record for record in ranked if not _differing(record) and _largest(record) > 0]
     return [*different[:most], *same[: max(least - len(different), 0)]]
 
 
@@ -93,5 +93,11 @@ def _differing(record: ImageRecord) -> list[Outcome]:
     return [each for each in record.outcomes if each.answer.top[0] != record.reference.top[0]]
 
 
-def _largest(outcomes: Sequence[Outcome]) -> float:
-    return max(math.inf if each.max_abs is None else each.max_abs for each in outcomes)
+def _by_error(record: ImageRecord) -> tuple[int, float, str]:
+    broken = sum(not outcome.finite for outcome in record.outcomes)
+    return -broken, -_largest(record), record.name
+
+
+def _largest(record: ImageRecord) -> float:
+    """The largest difference that is a number."""
+    return max(outcome.max_abs or 0.0 for outcome in record.outcomes)
