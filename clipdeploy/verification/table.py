@@ -59,9 +59,8 @@ def artifact_names(result: Verification) -> tuple[str, ...]:
     A file that no passport vouches for, or that is not the only one of its kind, goes by its own
     name, and by its path where another has the same.
     """
-    kinds = [
-        f"{row.precision} {row.kind}" if row.vouched else _own_name(row) for row in result.rows
-    ]
+    rows = result.rows
+    kinds = [f"{row.precision} {row.kind}" if row.vouched else _own_name(row) for row in rows]
     alone = [name if kinds.count(name) == 1 else "" for name in kinds]
     names = [name or _own_name(row) for name, row in zip(alone, rows, strict=True)]
     return tuple(
