@@ -17,6 +17,7 @@ class Page(HTMLParser):
         self.tags: set[str] = set()
         self.references: list[str] = []
         self.images: list[str] = []
+        self.ids: list[str] = []
         self.sections: list[str] = []
         self.policy = ""
         self._texts: list[str] = []
@@ -35,6 +36,8 @@ class Page(HTMLParser):
         if tag == "meta" and values.get("http-equiv"):
             self.policy = values.get("content") or ""
         for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
             if name in _REFERRING:
                 self.references.append(value or "")
             elif value and not name.startswith("xmlns"):

@@ -57,12 +57,16 @@ class Line:
 
 @dataclass(frozen=True)
 class Answer:
-    """What somebody takes an image for; ``right`` is None without a label."""
+    """What somebody takes an image for; ``right`` is None without a label.
+
+    ``same`` is what an artifact says that PyTorch says too.
+    """
 
     who: str
     said: str
     right: bool | None
     detail: str = ""
+    same: bool = False
 
 
 @dataclass(frozen=True)
@@ -199,12 +203,15 @@ def _worst(
     def right(answer: RecordedAnswer) -> bool | None:
         return answer.right() if judged and record.label is not None else None
 
-    answers = [Answer("PyTorch", word(record.reference.top[0]), right(record.reference))]
+    first = record.reference.top[0]
+    answers = [Answer("PyTorch", word(first), right(record.reference))]
     for lane, outcome in zip(lanes, record.outcomes, strict=True):
-        # With a logit that is NaN the largest of the others is no answer.
-        said, off = _NO_ANSWER, ""
-        if outcome.max_abs is not None:
-            said, off = word(outcome.answer.top[0]), f"off by {outcome.max_abs:.2g}"
-        answers.append(Answer(lane, said, right(outcome.answer), off))
+        top, well = outcome.answer.top[0], right(outcome.answer)
+        if outcome.max_abs is None:
+            # The largest of the other logits is no answer.
+            answers.append(Answer(lane, _NO_ANSWER, well))
+        else:
+            off = f"off by {outcome.max_abs:.2g}"
+            answers.append(Answer(lane, word(top), well, off, top == first))
     label = "" if record.label is None else word(record.label)
     return Worst(record.name, label, tuple(answers))

@@ -186,7 +186,6 @@ def test_a_regressed_result_shows_who_answers_what(ruined: Case) -> None:
     page = ruined.page()
     assert page.text.startswith("REGRESSED ")
     assert "NaN or infinite logits for 60 images, which are left out" in page.text
-    # The likeness of an image that only PyTorch gets right.
     assert "✗" in page.text
     assert len(page.images) == 24
     contents = contents_of(ruined.results, judge_results(ruined.results, ruined.max_drop))
@@ -280,6 +279,9 @@ def test_the_page_refers_to_nothing_outside(ruined: Case) -> None:
     assert page.references
     assert all(r.startswith(("data:image/jpeg;base64,", "#")) for r in page.references)
     assert "default-src 'none'" in page.policy
+    # The plots share no identifier, and refer to those that there are.
+    assert len(set(page.ids)) == len(page.ids)
+    assert {r[1:] for r in page.references if r.startswith("#")} <= set(page.ids)
     outside = read_page('<img src="http://a/b.png"><p style="background: url(//c/d)">')
     assert outside.references == ["http://a/b.png", "//c/d"]
 
