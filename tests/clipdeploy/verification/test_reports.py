@@ -189,6 +189,12 @@ def test_a_regressed_result_shows_who_answers_what(ruined: Case) -> None:
     assert "✗" in page.text
     assert len(page.images) == 24
     contents = contents_of(ruined.results, judge_results(ruined.results, ruined.max_drop))
+    # Three FP32 graphs are told apart by their files.
+    names = ["clip-vit-demo.fp32.onnx", "int8 graph", "wrong.onnx", "nan.onnx"]
+    assert [line.artifact for line in contents.lines] == ["PyTorch", *names]
+    assert list(contents.spreads) == names
+    # An artifact with NaN has no figure that could pass for one.
+    assert [value for value, _ in contents.lines[-1].cells[-3:]] == ["NaN/inf"] * 3
     lost = {name: found.lost for name, found in contents.disagreeing.items()}
     _, sane, *bad = lost
     assert lost[sane] == 0
