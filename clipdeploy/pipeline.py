@@ -21,6 +21,7 @@ from clipdeploy.stages.calibrate import (
 from clipdeploy.stages.export import export_model
 from clipdeploy.stages.predict import Predictions, predict_images
 from clipdeploy.stages.quantize import convert_model, quantize_model
+from clipdeploy.stages.report import write_reports
 from clipdeploy.stages.samples import sample_images
 from clipdeploy.stages.verify import Judgement, VerifyScope, merge_verification, verify_model
 from clipdeploy.verification.baseline import Expected
@@ -50,4 +51,5 @@ __all__ = [
     "quantize_model",
     "sample_images",
     "verify_model",
+    "write_reports",
 ]

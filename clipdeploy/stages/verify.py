@@ -16,6 +16,7 @@ from clipdeploy.imaging.survey import Few
 from clipdeploy.model import LoadedModel, reload_model
 from clipdeploy.verification.baseline import Expected, is_hopeless
 from clipdeploy.verification.diagnosis import diagnose
+from clipdeploy.verification.reports import Evidence
 from clipdeploy.verification.result import Baseline, Verification
 from clipdeploy.verification.results import (
     Asked,
@@ -63,12 +64,13 @@ class VerifyScope:
 class Judgement:
     """A verification, and the files that hold its records: None where nothing was kept.
 
-    A shard alone has no ``verification``.
+    A shard alone has no ``verification``.  ``evidence`` is what a report shows beside it.
     """
 
     verification: Verification | None
     results: Path | None
     disagreements: Path | None = None
+    evidence: Evidence | None = None
 
     def __bool__(self) -> bool:
         return self.verification is None or bool(self.verification)
@@ -209,7 +211,8 @@ def verify_model(
     if config.shard is None and (hopeless := _first_look(bench, config, scope, progress)):
         note("PyTorch itself misses its accuracy on a sample of the images: not going on")
         hopeless = replace(hopeless, question=_asking(hopeless, bench))
-        return Judgement(_judge(hopeless, bench, config.max_drop, scope, progress), None)
+        verdict = _judge(hopeless, bench, config.max_drop, scope, progress)
+        return Judgement(verdict, None, evidence=Evidence(hopeless, bench.images))
     results = run_verification(
         bench.model,
         bench.passport,
@@ -225,7 +228,8 @@ def verify_model(
     if config.shard is not None:
         return Judgement(None, kept)
     verification = _judge(results, bench, config.max_drop, scope, progress)
-    return Judgement(verification, kept, _write_disagreements(workspace, model, results))
+    different = _write_disagreements(workspace, model, results)
+    return Judgement(verification, kept, different, Evidence(results, bench.images))
 
 
 def _asking(results: Results, bench: _Bench) -> Question:
@@ -313,7 +317,8 @@ def merge_verification(
                 workspace, model, results, result, scope, data, note, progress
             ),
         )
-    return Judgement(result, kept, _write_disagreements(workspace, model, results))
+    different = _write_disagreements(workspace, model, results)
+    return Judgement(result, kept, different, Evidence(results))
 
 
 def _diagnose_merged(
