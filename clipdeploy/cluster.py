@@ -13,11 +13,13 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -66,13 +68,14 @@ class ClusterConfig:
 class ShardJob:
     """Work that can be cut into at most ``most`` shards.
 
-    ``run`` gives the content of the file of shard (i, n) when told how many threads it has; it is
-    pickled.  ``file`` names that file here.  ``reads`` are the paths that ``run`` needs, ``gpu``
-    says that it takes one where there is one.  ``threads`` 0 are as many as PyTorch takes here.
+    ``run`` does shard (i, n) with so many threads and writes its file to the given path, where
+    what an earlier run left of it may lie.  ``file`` is where the shard's file goes in the end.
+    Both are pickled.  ``reads`` are the paths that ``run`` needs, ``gpu`` says that it takes one
+    where there is one.  ``threads`` 0 are as many as PyTorch takes here.
     """
 
     title: str
-    run: Callable[[Shard, int], bytes]
+    run: Callable[[Shard, int, Path], object]
     file: Callable[[Shard], Path]
     most: int
     reads: tuple[Path, ...]
@@ -181,8 +184,8 @@ def _left(job: ShardJob) -> list[int]:
 
 
 def _ray() -> ModuleType:
-    # Read when it is imported.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     try:
         import ray
     except ImportError as error:
@@ -202,28 +205,36 @@ def _connected(address: str) -> Iterator[ModuleType]:
         return
     if address not in (_LOCAL, _AUTO):
         _knock(address)
-    try:
-        _connect(ray, address)
-        yield ray
-    finally:
-        ray.shutdown()
+    # Ray prints on stdout that a worker died, which no option of its changes.
+    with redirect_stdout(sys.stderr):
+        try:
+            _connect(ray, address)
+            yield ray
+        finally:
+            ray.shutdown()
 
 
 def _connect(ray: ModuleType, address: str) -> None:
-    # Ray's workers start in their node's environment.
-    ours = {k: v for k, v in os.environ.items() if k == "PYTHONPATH" or k.startswith("CLIPDEPLOY_")}
     try:
         ray.init(
             address,
             include_dashboard=False if address == _LOCAL else None,
             logging_level=logging.ERROR,
             log_to_driver=False,
-            runtime_env={"env_vars": ours},
+            runtime_env={"env_vars": _environment()},
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(
             f"no Ray cluster can be used at {address}: {_first_line(error)}", hint=_START
         ) from error
+
+
+def _environment() -> dict[str, str]:
+    """What a worker needs of ours: it starts with its node's environment, in another folder."""
+    ours = {k: v for k, v in os.environ.items() if k.startswith("CLIPDEPLOY_")}
+    if paths := os.environ.get("PYTHONPATH"):
+        ours["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep)))
+    return ours
 
 
 def _knock(address: str) -> None:
@@ -257,7 +268,7 @@ def _run(
         scheduling_strategy="SPREAD",
     )
     here = Path.cwd()
-    pending = {task.remote(job.run, s, threads, here, job.reads): s for s in shards}
+    pending = {task.remote(job, shard, threads, here): shard for shard in shards}
     try:
         while pending:
             ready, _ = ray.wait(list(pending), timeout=_LOOK_SECONDS)
@@ -274,15 +285,9 @@ def _run(
             ray.cancel(reference, force=True)
 
 
-def _do_shard(
-    run: Callable[[Shard, int], bytes],
-    shard: Shard,
-    threads: int,
-    folder: Path,
-    reads: Sequence[Path],
-) -> bytes:
-    """On the worker.  Paths are relative to ``folder`` there as they are here."""
-    for path in (folder, *(folder / path for path in reads)):
+def _do_shard(job: ShardJob, shard: Shard, threads: int, folder: Path) -> bytes:
+    """On the worker: the content of the shard's file.  Relative paths start at ``folder``."""
+    for path in (folder, *(folder / path for path in job.reads)):
         if not path.exists():
             raise ClusterError(
                 f"node {socket.gethostname()} does not see {path}",
@@ -290,7 +295,12 @@ def _do_shard(
                 "under the same path",
             )
     os.chdir(folder)
-    return run(shard, threads)
+    with tempfile.TemporaryDirectory() as own:
+        file = Path(own) / "shard"
+        with suppress(FileNotFoundError):
+            shutil.copy(job.file(shard), file)
+        job.run(shard, threads, file)
+        return file.read_bytes()
 
 
 def _content(ray: ModuleType, reference: ObjectRef[bytes], shard: Shard) -> bytes:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -161,15 +159,10 @@ def _one_shard(
     config: CalibrateConfig,
     shard: Shard,
     threads: int,
-) -> bytes:
-    """The table of one shard; one that lies in the workspace is taken if it is of these images."""
+    keep: Path,
+) -> None:
     config = replace(config, shard=shard, threads=threads)
-    with tempfile.TemporaryDirectory() as folder:
-        kept, earlier = Path(folder) / "shard.json", workspace.calibration(model, shard)
-        if earlier.exists():
-            shutil.copy(earlier, kept)
-        calibrate_model(workspace, model, data, config, keep=kept)
-        return kept.read_bytes()
+    calibrate_model(workspace, model, data, config, keep=keep)
 
 
 def _with_skipped(merged: CalibrationArtifact, chosen: ImageFolder) -> CalibrationArtifact:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -86,6 +84,22 @@ class _Bench:
     targets: tuple[Target, ...]
     images: ImageFolder
     seen: frozenset[str] | None
+
+    def run(
+        self, config: VerifyConfig, scope: VerifyScope, keep: Path, progress: Progress, force: bool
+    ) -> Results:
+        return run_verification(
+            self.model,
+            self.passport,
+            self.targets,
+            self.images,
+            config,
+            seen=self.seen,
+            allow_leak=scope.allow_leak,
+            keep=keep,
+            force=force,
+            progress=progress,
+        )
 
 
 def _labelled_images(
@@ -205,18 +219,7 @@ def verify_model(
             results = merge_results([read_results(part) for part in parts])
             save_results(kept, results)
     else:
-        results = run_verification(
-            bench.model,
-            bench.passport,
-            bench.targets,
-            bench.images,
-            config,
-            seen=bench.seen,
-            allow_leak=scope.allow_leak,
-            keep=kept,
-            force=force,
-            progress=progress,
-        )
+        results = bench.run(config, scope, kept, progress, force)
     if config.shard is not None:
         return Judgement(None, kept)
     verification = _judge(results, bench, config.max_drop, scope, progress)
@@ -251,15 +254,10 @@ def _one_shard(
     scope: VerifyScope,
     shard: Shard,
     threads: int,
-) -> bytes:
-    """The results file of one shard; one that lies in the workspace is gone on with."""
+    keep: Path,
+) -> None:
     config = replace(config, shard=shard, threads=threads)
-    with tempfile.TemporaryDirectory() as folder:
-        kept, earlier = Path(folder) / "shard.jsonl", workspace.verification(model, shard)
-        if earlier.exists():
-            shutil.copy(earlier, kept)
-        verify_model(workspace, model, data, config, scope, keep=kept)
-        return kept.read_bytes()
+    verify_model(workspace, model, data, config, scope, keep=keep)
 
 
 def _asking(results: Results, bench: _Bench) -> Question:

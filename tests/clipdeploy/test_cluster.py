@@ -19,7 +19,7 @@ from interrupts import hear_interrupts
 
 from clipdeploy import zoo
 from clipdeploy.cli.main import main
-from clipdeploy.cluster import ClusterConfig, Plan, ShardJob, shards_on_cluster
+from clipdeploy.cluster import ClusterConfig, Plan, Shard, ShardJob, shards_on_cluster
 from clipdeploy.verification.results import read_results
 from clipdeploy.workspace import Workspace
 from exporters.errors import ClusterError, UsageError
@@ -141,40 +141,46 @@ def test_interrupted_then_a_worker_killed(cluster: Cluster, folder: Path) -> Non
 def test_a_bad_image_is_told_in_one_line(cluster: Cluster, folder: Path) -> None:
     with zipfile.ZipFile(TEST) as archive:
         archive.extractall(folder.parent / "digits")
-    broken = next((folder.parent / "digits").rglob("*.png"))
-    broken.write_bytes(b"no image")
-    words = ("verify", "--graphs-only", "--data", str(folder.parent / "digits"))
+    for image in (folder.parent / "digits").rglob("*.png"):
+        image.write_bytes(b"no image")
+    words = (*VERIFY[:2], "--data", str(folder.parent / "digits"), "--limit", "64")
     run = on_cluster(cluster.address, *words)
     stdout, stderr = run.communicate(timeout=PATIENCE)
     assert (run.returncode, stdout) == (1, ""), stderr
     last = stderr.splitlines()[-1]
     assert last.startswith("error: ")
-    assert broken.name in last
+    assert ".png" in last
     assert "Traceback" not in stderr
     assert not (folder / "verification.jsonl").exists()
 
 
-def _job(folder: Path, run: Callable[[Any, int], bytes], *reads: Path) -> ShardJob:
-    return ShardJob("die", run, Workspace(folder).root.joinpath("{0[0]}-{0[1]}").with_name, 2)
+def job(folder: Path, run: Callable[[Shard, int, Path], object], *reads: Path) -> ShardJob:
+    return ShardJob("job", run, lambda s: folder / "part.{}-of-{}".format(*s), 2, reads, threads=1)
 
 
 @pytest.mark.slow
-def test_what_kills_every_worker_is_given_up(cluster: Cluster, tmp_path: Path) -> None:
-    def named(shard: tuple[int, int]) -> Path:
-        return tmp_path / "part.{}-of-{}".format(*shard)
-
-    job = ShardJob("die", lambda shard, threads: os._exit(1), named, 2, (), threads=1)
+@pytest.mark.parametrize(
+    ("run", "reads", "told"),
+    [
+        # By value: a worker cannot import this file.
+        (lambda shard, threads, path: os._exit(1), ".", r"shard ./2 was lost, and 3 times again: "),
+        (
+            lambda shard, threads, path: path.touch(),
+            "no such folder",
+            r"does not see /.*/no such folder \(",
+        ),
+    ],
+)
+def test_what_no_worker_can_do(
+    cluster: Cluster,
+    tmp_path: Path,
+    run: Callable[[Shard, int, Path], object],
+    reads: str,
+    told: str,
+) -> None:
     with (
-        pytest.raises(ClusterError, match="was lost, and 3 times again"),
-        shards_on_cluster(ClusterConfig(cluster.address), job),
-    ):
-        pytest.fail("there is nothing to merge")
-    unseen = tmp_path / "only the driver sees this"
-    unseen.mkdir()
-    job = ShardJob("look", lambda s, t: b"", named, 2, (tmp_path / "no such folder",), threads=1)
-    with (
-        pytest.raises(ClusterError, match="does not see .*no such folder"),
-        shards_on_cluster(ClusterConfig(cluster.address), job),
+        pytest.raises(ClusterError, match=told),
+        shards_on_cluster(ClusterConfig(cluster.address), job(tmp_path, run, tmp_path / reads)),
     ):
         pytest.fail("there is nothing to merge")
     assert shards(tmp_path, "part") == []
@@ -189,7 +195,7 @@ def test_a_node_lost_midway(cluster: Cluster, folder: Path) -> None:
     wanted = table.read_bytes()
     table.unlink()
     run = on_cluster(cluster.address, *CALIBRATE)
-    lost = sorted(cluster.worker_nodes, key=lambda node: node.node_index)[0]
+    lost = next(iter(cluster.worker_nodes))
     raylet = lost.all_processes["raylet"][0].process.pid
     wait_for(lambda: workers_on("calibrate", raylet), run)
     cluster.remove_node(lost, allow_graceful=False)
