@@ -9,6 +9,7 @@
 A stage a function; the commands call the same ones.
 """
 
+from clipdeploy.cluster import ClusterConfig
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.builder import EngineArtifact
 from clipdeploy.stages.build import build_model
@@ -33,6 +34,7 @@ __all__ = [
     "BuildConfig",
     "CalibrateConfig",
     "CalibrationArtifact",
+    "ClusterConfig",
     "EngineArtifact",
     "Expected",
     "Judgement",

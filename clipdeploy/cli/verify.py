@@ -12,14 +12,17 @@ from clipdeploy.cli.common import (
     EXIT_VERIFICATION,
     Context,
     DefaultGroup,
+    cluster_or_none,
     data_option,
     emit,
     force_option,
     model_option,
+    ray_option,
     shard_option,
     shard_or_none,
     skip_unreadable_option,
     stage_command,
+    threads_option,
     trust_option,
 )
 from exporters.errors import UsageError
@@ -96,6 +99,8 @@ _OPTIONS = (
     click.option("--cache-size", type=float, metavar="GB", help="Most of them; 34 GB if left out."),
     report_option,
     shard_option("verify merge"),
+    ray_option,
+    threads_option,
     skip_unreadable_option,
     trust_option,
     force_option,
@@ -136,6 +141,7 @@ def run(
         data,
         config,
         _scope(artifacts, options),
+        cluster=cluster_or_none(options["ray"]),
         force=options["force"],
         note=context.note,
         progress=context.progress,
@@ -211,6 +217,7 @@ def _config(options: dict[str, Any]) -> VerifyConfig:
         shard=shard_or_none(options["shard"]),
         sequential=options["sequential"],
         trust=options["trust"],
+        threads=options["threads"],
     )
 
 

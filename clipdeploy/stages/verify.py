@@ -6,10 +6,12 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from calibration.table import load_table
 from clipdeploy import zoo
+from clipdeploy.cluster import ClusterConfig, Shard, ShardJob, shards_on_cluster
 from clipdeploy.imaging import ImageFolder, look_over, open_images, select, survey
 from clipdeploy.imaging.layouts import LayoutName
 from clipdeploy.imaging.survey import Few
@@ -31,7 +33,7 @@ from clipdeploy.verification.verdicts import disagreements_of, judge_results
 from clipdeploy.verification.verifier import VerifyConfig, run_verification
 from clipdeploy.workspace import Workspace
 from exporters.artifact import Passport
-from exporters.errors import ArtifactError, ClipdeployError, DatasetError
+from exporters.errors import ArtifactError, ClipdeployError, DatasetError, UsageError
 from exporters.files import sha256_file, write_atomic
 from exporters.progress import SILENT, Progress
 
@@ -85,6 +87,22 @@ class _Bench:
     targets: tuple[Target, ...]
     images: ImageFolder
     seen: frozenset[str] | None
+
+    def run(
+        self, config: VerifyConfig, scope: VerifyScope, keep: Path, progress: Progress, force: bool
+    ) -> Results:
+        return run_verification(
+            self.model,
+            self.passport,
+            self.targets,
+            self.images,
+            config,
+            seen=self.seen,
+            allow_leak=scope.allow_leak,
+            keep=keep,
+            force=force,
+            progress=progress,
+        )
 
 
 def _labelled_images(
@@ -191,6 +209,8 @@ def verify_model(
     config: VerifyConfig = VerifyConfig(),
     scope: VerifyScope = VerifyScope(),
     *,
+    cluster: ClusterConfig | None = None,
+    keep: Path | None = None,
     force: bool = False,
     note: Callable[[str], object] = lambda text: None,
     progress: Progress = SILENT,
@@ -201,35 +221,70 @@ def verify_model(
     ``allow_leak`` counted in the result.  PyTorch's own accuracy is looked at first, on a sample
     of a long run and then on all images; where it is not what was published nothing is judged.
     ``note`` is told what is odd about the images before the work starts.  The records are kept in
-    the workspace, so that a killed run is gone on with and a finished one is only read.
+    ``keep``, by default in the workspace, so that a killed run is gone on with and a finished one
+    is only read.  A ``cluster`` does the images in shards; the result is the same to the bit.
 
     Raises:
         ClipdeployError: see :mod:`exporters.errors`.
     """
+    if cluster is not None and (config.sequential or config.shard):
+        raise UsageError(
+            "a cluster does all images, in shards that it cuts itself",
+            hint="leave out --sequential and --shard, or --ray",
+        )
     bench = _bench(workspace, model, data, config, scope, note, progress)
-    kept = workspace.verification(model, config.shard)
+    kept = keep or workspace.verification(model, config.shard)
     if config.shard is None and (hopeless := _first_look(bench, config, scope, progress)):
         note("PyTorch itself misses its accuracy on a sample of the images: not going on")
         hopeless = replace(hopeless, question=_asking(hopeless, bench))
         verdict = _judge(hopeless, bench, config.max_drop, scope, progress)
         return Judgement(verdict, None, evidence=Evidence(hopeless, bench.images))
-    results = run_verification(
-        bench.model,
-        bench.passport,
-        bench.targets,
-        bench.images,
-        config,
-        seen=bench.seen,
-        allow_leak=scope.allow_leak,
-        keep=kept,
-        force=force,
-        progress=progress,
-    )
+    if cluster is not None:
+        job = _cluster_job(workspace, model, data, config, scope, len(bench.images.entries))
+        with shards_on_cluster(cluster, job, force=force, progress=progress) as parts:
+            results = merge_results([read_results(part) for part in parts])
+            save_results(kept, results)
+    else:
+        results = bench.run(config, scope, kept, progress, force)
     if config.shard is not None:
         return Judgement(None, kept)
     verification = _judge(results, bench, config.max_drop, scope, progress)
     different = _write_disagreements(workspace, model, results)
     return Judgement(verification, kept, different, Evidence(results, bench.images))
+
+
+def _cluster_job(
+    workspace: Workspace,
+    model: str,
+    data: Path,
+    config: VerifyConfig,
+    scope: VerifyScope,
+    images: int,
+) -> ShardJob:
+    labels = () if scope.labels is None else (scope.labels,)
+    return ShardJob(
+        title=f"verify {images} images",
+        run=partial(_one_shard, workspace, model, data, config, scope),
+        file=partial(workspace.verification, model),
+        most=-(-images // config.batch),
+        reads=(workspace.folder(model), data, *scope.artifacts, *labels),
+        threads=config.threads,
+        gpu=True,
+    )
+
+
+def _one_shard(
+    workspace: Workspace,
+    model: str,
+    data: Path,
+    config: VerifyConfig,
+    scope: VerifyScope,
+    shard: Shard,
+    threads: int,
+    keep: Path,
+) -> None:
+    config = replace(config, shard=shard, threads=threads)
+    verify_model(workspace, model, data, config, scope, keep=keep)
 
 
 def _asking(results: Results, bench: _Bench) -> Question:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from clipdeploy.engines.passport import library_versions
 from clipdeploy.imaging import Crop, CropCache, ImageFolder, Reading, survey
@@ -60,7 +61,8 @@ class VerifyConfig:
     takes the images in random order and stops as soon as every verdict is out.  ``workers`` and
     ``cache`` are those of :func:`clipdeploy.imaging.iter_crops`; the cache keeps the reference's
     logits as well.  ``trust``
-    loads engines that no passport vouches for.
+    loads engines that no passport vouches for.  ``threads`` compute on the CPU, 0 for as many as
+    PyTorch takes; shards can only be joined if they had as many.
     """
 
     max_drop: float = 1.0
@@ -71,6 +73,7 @@ class VerifyConfig:
     shard: tuple[int, int] | None = None
     sequential: bool = False
     trust: bool = False
+    threads: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_drop <= 100:
@@ -175,6 +178,7 @@ def _question(
         calibrated=calibrated,
         batch=config.batch,
         sequential=config.max_drop if config.sequential else None,
+        threads=config.threads or torch.get_num_threads(),
         versions=library_versions(),
     )
 
@@ -189,12 +193,14 @@ def _open(
 ) -> _Opened:
     lanes, artifacts = [], []
     for target in targets:
-        runner, asked = open_target(target, trust=config.trust)
+        runner, asked = open_target(target, trust=config.trust, threads=question.threads)
         artifacts.append(asked)
         if runner is not None:
             stack.callback(runner.close)
             lanes.append((target, runner))
-    reference = stack.enter_context(Reference(model, question.preprocess, config.cache))
+    reference = stack.enter_context(
+        Reference(model, question.preprocess, config.cache, question.threads)
+    )
     asked_for = replace(question, artifacts=tuple(artifacts), reference=reference.name)
     return _Opened(asked_for, reference, tuple(lanes), seen or frozenset())
 
