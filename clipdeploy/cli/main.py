@@ -9,6 +9,7 @@ from clipdeploy.cli.benchmark import benchmark
 from clipdeploy.cli.build import build_engine
 from clipdeploy.cli.calibrate import calibrate
 from clipdeploy.cli.demo import demo
+from clipdeploy.cli.doctor import doctor
 from clipdeploy.cli.export import export
 from clipdeploy.cli.inspect import inspect
 from clipdeploy.cli.quantize import quantize
@@ -41,6 +42,7 @@ for command in (
     verify,
     benchmark,
     inspect,
+    doctor,
     demo,
 ):
     main.add_command(command)

@@ -33,6 +33,7 @@ COMMANDS = (
     "verify",
     "benchmark",
     "inspect",
+    "doctor",
     "demo",
 )
 
