@@ -1,4 +1,4 @@
-"""The way of the data, in Python: export -> calibrate -> quantise -> build -> verify.
+"""The way of the data, in Python: export -> calibrate -> quantise -> build -> verify -> package.
 
     from clipdeploy.pipeline import Workspace, build_model, export_model, verify_model
 
@@ -11,6 +11,8 @@ A stage a function; the commands call the same ones.
 
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.builder import EngineArtifact
+from clipdeploy.packaging.triton import TritonPackage
+from clipdeploy.packaging.triton_config import TritonConfig
 from clipdeploy.stages.build import build_model
 from clipdeploy.stages.calibrate import (
     CalibrateConfig,
@@ -19,6 +21,7 @@ from clipdeploy.stages.calibrate import (
     merge_calibration,
 )
 from clipdeploy.stages.export import export_model
+from clipdeploy.stages.package import artifact_to_package, package_triton
 from clipdeploy.stages.quantize import convert_model, quantize_model
 from clipdeploy.stages.samples import sample_images
 from clipdeploy.stages.verify import verify_model
@@ -30,14 +33,18 @@ __all__ = [
     "CalibrateConfig",
     "CalibrationArtifact",
     "EngineArtifact",
+    "TritonConfig",
+    "TritonPackage",
     "Verification",
     "VerifyConfig",
     "Workspace",
+    "artifact_to_package",
     "build_model",
     "calibrate_model",
     "convert_model",
     "export_model",
     "merge_calibration",
+    "package_triton",
     "quantize_model",
     "sample_images",
     "verify_model",

@@ -12,6 +12,7 @@ from clipdeploy.cli.demo import demo
 from clipdeploy.cli.doctor import doctor
 from clipdeploy.cli.export import export
 from clipdeploy.cli.inspect import inspect
+from clipdeploy.cli.package import package
 from clipdeploy.cli.quantize import quantize
 from clipdeploy.cli.verify import verify
 from clipdeploy.cli.zoo import zoo
@@ -42,6 +43,7 @@ for command in (
     verify,
     benchmark,
     inspect,
+    package,
     doctor,
     demo,
 ):

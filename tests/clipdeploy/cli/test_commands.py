@@ -33,6 +33,7 @@ COMMANDS = (
     "verify",
     "benchmark",
     "inspect",
+    "package",
     "doctor",
     "demo",
 )

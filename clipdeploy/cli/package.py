@@ -1,0 +1,78 @@
+"""``clipdeploy package``: an artifact made ready for production."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from clipdeploy.cli.common import Context, emit, model_option, stage_command
+from exporters.errors import UsageError
+
+if TYPE_CHECKING:
+    from clipdeploy.packaging.triton import TritonPackage
+
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+
+
+@click.command()
+@click.argument("artifact", required=False, type=click.Path(path_type=Path))
+@click.option("--triton", metavar="DIR", type=_FOLDER, help="Model repository of a Triton server.")
+@model_option
+@click.option("--name", help="Name on the server; MODEL-PRECISION if left out.")
+@click.option(
+    "--max-batch", type=int, default=32, show_default=True, help="Of a graph; engines have theirs."
+)
+@click.option(
+    "--queue-delay",
+    type=int,
+    default=500,
+    show_default=True,
+    metavar="MICROSECONDS",
+    help="How long a request waits for others to share its batch.",
+)
+@click.option(
+    "--instances", type=int, default=1, show_default=True, help="Copies of the model on a GPU."
+)
+@click.option("--force", is_flag=True, help="Replace the newest version instead of adding one.")
+@stage_command
+def package(
+    context: Context,
+    artifact: Path | None,
+    triton: Path | None,
+    model: str | None,
+    name: str | None,
+    max_batch: int,
+    queue_delay: int,
+    instances: int,
+    force: bool,
+) -> None:
+    """Package ARTIFACT (.onnx, .engine) for production, or the best one of a model."""
+    if triton is None:
+        raise UsageError("nothing to package it for", hint="pass --triton DIR")
+    if artifact and model:
+        raise UsageError("--model beside a file", hint="name a file, or a model to take one of")
+    from clipdeploy.packaging.triton_config import TritonConfig
+    from clipdeploy.stages.package import artifact_to_package, package_triton
+
+    config = TritonConfig(name, max_batch, queue_delay, instances)
+    if artifact is None:
+        artifact = artifact_to_package(context.workspace, context.model(model))
+        context.note(f"artifact: {artifact}")
+    made = package_triton(artifact, triton, config, force=force)
+    for note in made.notes:
+        context.note(f"note: {note}")
+    emit(context, made, lambda: _render(made))
+
+
+def _render(made: TritonPackage) -> str:
+    done = "written" if made.changed else "unchanged"
+    batches = f"up to {made.max_batch} images" if made.max_batch else "one fixed batch"
+    return "\n".join(
+        [
+            f"{made.path}: version {made.version} {done}, {batches} at once",
+            f"  server  {made.server or 'not known, see its Dockerfile'}",
+            f"  client  python {made.path / 'client.py'} IMAGE",
+        ]
+    )
