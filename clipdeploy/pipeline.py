@@ -11,6 +11,7 @@ A stage a function; the commands call the same ones.
 
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.builder import EngineArtifact
+from clipdeploy.packaging.cpp import CppPackage
 from clipdeploy.packaging.triton import TritonPackage
 from clipdeploy.packaging.triton_config import TritonConfig
 from clipdeploy.stages.build import build_model
@@ -21,7 +22,7 @@ from clipdeploy.stages.calibrate import (
     merge_calibration,
 )
 from clipdeploy.stages.export import export_model
-from clipdeploy.stages.package import artifact_to_package, package_triton
+from clipdeploy.stages.package import artifact_to_package, package_cpp, package_triton
 from clipdeploy.stages.quantize import convert_model, quantize_model
 from clipdeploy.stages.samples import sample_images
 from clipdeploy.stages.verify import verify_model
@@ -32,6 +33,7 @@ __all__ = [
     "BuildConfig",
     "CalibrateConfig",
     "CalibrationArtifact",
+    "CppPackage",
     "EngineArtifact",
     "TritonConfig",
     "TritonPackage",
@@ -44,6 +46,7 @@ __all__ = [
     "convert_model",
     "export_model",
     "merge_calibration",
+    "package_cpp",
     "package_triton",
     "quantize_model",
     "sample_images",

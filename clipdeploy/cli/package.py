@@ -11,6 +11,7 @@ from clipdeploy.cli.common import Context, emit, model_option, stage_command
 from exporters.errors import UsageError
 
 if TYPE_CHECKING:
+    from clipdeploy.packaging.cpp import CppPackage
     from clipdeploy.packaging.triton import TritonPackage
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -19,8 +20,9 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.command()
 @click.argument("artifact", required=False, type=click.Path(path_type=Path))
 @click.option("--triton", metavar="DIR", type=_FOLDER, help="Model repository of a Triton server.")
+@click.option("--cpp", metavar="DIR", type=_FOLDER, help="C++ program with a CMakeLists.txt.")
 @model_option
-@click.option("--name", help="Name on the server; MODEL-PRECISION if left out.")
+@click.option("--name", help="On the server; MODEL-PRECISION if left out.")
 @click.option(
     "--max-batch", type=int, default=32, show_default=True, help="Of a graph; engines have theirs."
 )
@@ -35,12 +37,13 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option(
     "--instances", type=int, default=1, show_default=True, help="Copies of the model on a GPU."
 )
-@click.option("--force", is_flag=True, help="Replace the newest version instead of adding one.")
+@click.option("--force", is_flag=True, help="Replace what is there; the newest version of a model.")
 @stage_command
 def package(
     context: Context,
     artifact: Path | None,
     triton: Path | None,
+    cpp: Path | None,
     model: str | None,
     name: str | None,
     max_batch: int,
@@ -49,24 +52,32 @@ def package(
     force: bool,
 ) -> None:
     """Package ARTIFACT (.onnx, .engine) for production, or the best one of a model."""
-    if triton is None:
-        raise UsageError("nothing to package it for", hint="pass --triton DIR")
+    if (triton is None) == (cpp is None):
+        raise UsageError("package takes one of --triton DIR and --cpp DIR", hint="pass one of them")
     if artifact and model:
         raise UsageError("--model beside a file", hint="name a file, or a model to take one of")
     from clipdeploy.packaging.triton_config import TritonConfig
-    from clipdeploy.stages.package import artifact_to_package, package_triton
+    from clipdeploy.stages.package import artifact_to_package, package_cpp, package_triton
 
     config = TritonConfig(name, max_batch, queue_delay, instances)
     if artifact is None:
         artifact = artifact_to_package(context.workspace, context.model(model))
         context.note(f"artifact: {artifact}")
-    made = package_triton(artifact, triton, config, force=force)
+    if triton:
+        model_folder = package_triton(artifact, triton, config, force=force)
+        _show(context, model_folder, _render_triton(model_folder))
+    elif cpp:
+        program = package_cpp(artifact, cpp, force=force)
+        _show(context, program, _render_cpp(program))
+
+
+def _show(context: Context, made: TritonPackage | CppPackage, shown: str) -> None:
     for note in made.notes:
         context.note(f"note: {note}")
-    emit(context, made, lambda: _render(made))
+    emit(context, made, lambda: shown)
 
 
-def _render(made: TritonPackage) -> str:
+def _render_triton(made: TritonPackage) -> str:
     done = "written" if made.changed else "unchanged"
     batches = f"up to {made.max_batch} images" if made.max_batch else "one fixed batch"
     return "\n".join(
@@ -74,5 +85,16 @@ def _render(made: TritonPackage) -> str:
             f"{made.path}: version {made.version} {done}, {batches} at once",
             f"  server  {made.server or 'not known, see its Dockerfile'}",
             f"  client  python {made.path / 'client.py'} IMAGE",
+        ]
+    )
+
+
+def _render_cpp(made: CppPackage) -> str:
+    build = made.path / "build"
+    return "\n".join(
+        [
+            f"{made.path}: {'written' if made.changed else 'unchanged'}, for {made.runtime}",
+            f"  build   cmake -S {made.path} -B {build} && cmake --build {build}",
+            f"  check   ctest --test-dir {build} --output-on-failure",
         ]
     )

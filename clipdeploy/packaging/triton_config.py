@@ -1,6 +1,7 @@
 """``config.pbtxt``: how Triton serves a model.
 
-Source: docs/user_guide/model_configuration.md of triton-inference-server/server.
+Sources: docs/user_guide/model_configuration.md of triton-inference-server/server, and
+model_config.proto of triton-inference-server/common.
 """
 
 from __future__ import annotations

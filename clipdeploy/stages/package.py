@@ -6,6 +6,8 @@ from pathlib import Path
 
 from clipdeploy.engines.passport import read_engine_passport
 from clipdeploy.packaging.artifact import open_packable
+from clipdeploy.packaging.cpp import CppPackage, sample_count
+from clipdeploy.packaging.cpp import package_cpp as write_program
 from clipdeploy.packaging.triton import TritonPackage
 from clipdeploy.packaging.triton import package_triton as write_repository
 from clipdeploy.packaging.triton_config import TritonConfig
@@ -14,7 +16,7 @@ from clipdeploy.workspace import Workspace
 from exporters.artifact import Precision
 from exporters.errors import ArtifactError, UsageError
 
-__all__ = ["artifact_to_package", "package_triton"]
+__all__ = ["artifact_to_package", "package_cpp", "package_triton"]
 
 _ENGINES: tuple[Precision, ...] = ("int8", "fp16", "fp32")
 # On GPUs ONNX Runtime has few INT8 kernels: FP16 is the faster graph.
@@ -63,3 +65,14 @@ def package_triton(
     source = open_packable(artifact)
     samples = sample_images(source.graph.preprocess, source.fixed_batch or 1)
     return write_repository(source, repository, samples, config, force=force)
+
+
+def package_cpp(artifact: Path, folder: Path, *, force: bool = False) -> CppPackage:
+    """Write a C++ program that runs ``artifact``, a graph or an engine, into ``folder``.
+
+    Raises:
+        ClipdeployError: see :func:`clipdeploy.packaging.cpp.package_cpp`.
+    """
+    source = open_packable(artifact)
+    samples = sample_images(source.graph.preprocess, sample_count(source))
+    return write_program(source, folder, samples, force=force)

@@ -51,10 +51,27 @@ def test_options_reach_the_configuration_and_json_tells_them(
     assert forced.stderr == ""
 
 
+def test_a_program_is_written_with_the_commands_that_build_it(
+    artifacts: Path, tmp_path: Path
+) -> None:
+    graph, folder = artifacts / zoo.DEMO / "clip-vit-demo.fp32.onnx", tmp_path / "cpp"
+    result = run(graph, "--cpp", folder)
+    assert result.exit_code == 0, result.output
+    assert f"{folder}: written, for onnxruntime" in result.stdout
+    assert f"cmake -S {folder} -B {folder}/build" in result.stdout
+    told = json.loads(run(graph, "--cpp", folder, "--json").stdout)
+    assert (told["changed"], told["model"]) == (False, str(folder / "model.onnx"))
+    other = run("--cpp", folder, "--workspace", artifacts)
+    assert other.exit_code == 1
+    assert "--force" in other.stderr
+    assert run("--cpp", folder, "--workspace", artifacts, "--force").exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        ((), 2, "pass --triton DIR"),
+        ((), 2, "package takes one of --triton DIR and --cpp DIR"),
+        (("--triton", "a", "--cpp", "b"), 2, "one of --triton DIR and --cpp DIR"),
         (("--triton", "models", "--name", "a/b"), 2, "'a/b' is no name"),
         (("--triton", "models", "--max-batch", "0"), 2, "--max-batch 0 is too small"),
         (("notes.txt", "--triton", "models"), 2, "neither .onnx nor .engine"),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 
 from clipdeploy import zoo
@@ -17,12 +18,13 @@ from clipdeploy.engines.passport import (
     platform_name,
     save_engine_passport,
 )
-from clipdeploy.pipeline import Workspace, convert_model, export_model
-from exporters.artifact import Passport
+from clipdeploy.pipeline import Workspace, convert_model
+from exporters.artifact import BATCH_AXIS, Passport
 from exporters.files import sha256_file
+from exporters.graphs import load_graph, save_graph
 from exporters.headers import read_passport
-from exporters.onnx import ExportConfig
 from exporters.precision import Fp16Config
+from exporters.preprocess_graph import add_preprocessing, preprocessed_passport
 
 DescribedEngine = Callable[..., Path]
 
@@ -33,12 +35,22 @@ def graphs(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) 
     folder = demo_workspace.folder(zoo.DEMO)
     names = ("fp32", "fp16", "int8")
     found = {name: folder / f"{zoo.DEMO}.{name}.onnx" for name in names}
-    for name, config in (
-        ("uint8", ExportConfig(preprocess=True)),
-        ("batch 4", ExportConfig(batch=4)),
-    ):
-        other = Workspace(tmp_path_factory.mktemp(name.replace(" ", "")))
-        found[name] = export_model(other, zoo.DEMO, config=config).path
+    made = tmp_path_factory.mktemp("graphs")
+    # As `export --preprocess` and `export --batch 4` would have them, without tracing again.
+    passport = read_passport(found["fp32"])
+    uint8 = load_graph(found["fp32"])
+    add_preprocessing(uint8, passport.preprocess)
+    found["uint8"] = save_graph(uint8, made / "uint8.onnx", preprocessed_passport(passport)).path
+    fixed = load_graph(found["fp32"])
+    for value in (*fixed.graph.inputs, *(v for node in fixed.graph for v in node.outputs)):
+        if value.shape is not None:
+            value.shape = ir.Shape(4 if str(axis) == BATCH_AXIS else axis for axis in value.shape)
+    of_four = replace(
+        passport,
+        input=replace(passport.input, shape=(4, 3, 32, 32)),
+        output=replace(passport.output, shape=(4, 10)),
+    )
+    found["batch 4"] = save_graph(fixed, made / "batch4.onnx", of_four).path
     half = Workspace(tmp_path_factory.mktemp("half") / "artifacts")
     shutil.copytree(demo_workspace.root, half.root)
     found["half"] = convert_model(half, zoo.DEMO, Fp16Config(half_io=True)).path
