@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,20 +23,14 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option("--cpp", metavar="DIR", type=_FOLDER, help="C++ program with a CMakeLists.txt.")
 @model_option
 @click.option("--name", help="On the server; MODEL-PRECISION if left out.")
-@click.option(
-    "--max-batch", type=int, default=32, show_default=True, help="Of a graph; engines have theirs."
-)
+@click.option("--max-batch", type=int, help="Largest batch.  [default: the engine's; graphs: 32]")
 @click.option(
     "--queue-delay",
     type=int,
-    default=500,
-    show_default=True,
     metavar="MICROSECONDS",
-    help="How long a request waits for others to share its batch.",
+    help="How long a request waits for others to share its batch.  [default: 500]",
 )
-@click.option(
-    "--instances", type=int, default=1, show_default=True, help="Copies of the model on a GPU."
-)
+@click.option("--instances", type=int, help="Copies of the model on a GPU.  [default: 1]")
 @click.option("--force", is_flag=True, help="Replace what is there; the newest version of a model.")
 @stage_command
 def package(
@@ -45,21 +39,22 @@ def package(
     triton: Path | None,
     cpp: Path | None,
     model: str | None,
-    name: str | None,
-    max_batch: int,
-    queue_delay: int,
-    instances: int,
     force: bool,
+    **options: Any,
 ) -> None:
     """Package ARTIFACT (.onnx, .engine) for production, or the best one of a model."""
     if (triton is None) == (cpp is None):
         raise UsageError("package takes one of --triton DIR and --cpp DIR", hint="pass one of them")
+    chosen = {option: value for option, value in options.items() if value is not None}
+    if cpp and chosen:
+        option = "--" + next(iter(chosen)).replace("_", "-")
+        raise UsageError(f"{option} belongs to --triton", hint="leave it out")
     if artifact and model:
         raise UsageError("--model beside a file", hint="name a file, or a model to take one of")
     from clipdeploy.packaging.triton_config import TritonConfig
     from clipdeploy.stages.package import artifact_to_package, package_cpp, package_triton
 
-    config = TritonConfig(name, max_batch, queue_delay, instances)
+    config = TritonConfig(**chosen)
     if artifact is None:
         artifact = artifact_to_package(context.workspace, context.model(model))
         context.note(f"artifact: {artifact}")

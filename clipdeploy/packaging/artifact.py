@@ -56,7 +56,9 @@ def labels(passport: Passport) -> tuple[str, ...]:
     names = passport.class_names
     if not names:
         return tuple(f"class {index}" for index in range(passport.classes))
-    known = dict(zoo.class_names(zoo.find(passport.model)))
+    cards = {card.name: card for card in zoo.cards()}
+    card = cards.get(passport.model)
+    known = dict(zoo.class_names(card)) if card else {}
     return tuple(_label(name, known.get(name, name)) for name in names)
 
 

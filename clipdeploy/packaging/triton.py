@@ -16,11 +16,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipdeploy.engines.passport import EnginePassport
+from clipdeploy.engines.passport import BatchProfile
 from clipdeploy.packaging.artifact import Packable, labels
-from clipdeploy.packaging.client import client_source, template
+from clipdeploy.packaging.client import client_source
+from clipdeploy.packaging.dockerfile import dockerfile
 from clipdeploy.packaging.servers import IMAGE, MATRIX, server_for
-from clipdeploy.packaging.triton_config import WARMUP, TritonConfig, batching, triton_config
+from clipdeploy.packaging.triton_config import (
+    WARMUP,
+    TritonConfig,
+    batching,
+    check_batch,
+    triton_config,
+)
 from exporters.errors import ArtifactError
 from exporters.files import atomic_folder, file_errors, sha256_file, write_atomic
 from exporters.samples import Samples
@@ -64,9 +71,11 @@ def package_triton(
 
     Raises:
         ArtifactError: Triton cannot serve it, or another kind of model has that name there.
+        UsageError: a larger batch than the artifact takes.
         FileError: no permission, no space.
     """
     _check_servable(source)
+    check_batch(source, config)
     name = config.name or f"{source.graph.model}-{source.graph.precision}"
     folder = repository / name
     about = _about(source, name, config, samples)
@@ -124,12 +133,19 @@ def _check_servable(source: Packable) -> None:
             f"{source.path} holds no weights, and Triton cannot put them in",
             hint="build it without --strip-weights",
         )
-    low = engine.batches[0]
-    if source.fixed_batch is None and low > 1:
+    if source.fixed_batch is None and (missing := _untaken(engine.profiles)):
         raise ArtifactError(
-            f"{source.path} takes {low} images at least, and Triton hands on single requests",
-            hint="build it with --min-batch 1",
+            f"no profile of {source.path} takes {missing} image{'s' * (missing > 1)}, and Triton "
+            "makes batches of any size",
+            hint="build it with profiles that begin at 1 and leave no gap",
         )
+
+
+def _untaken(profiles: tuple[BatchProfile, ...]) -> int:
+    """The smallest batch below the largest that no profile takes; 0 if there is none."""
+    most = max(high for _, _, high in profiles)
+    taken = {batch for low, _, high in profiles for batch in range(low, high + 1)}
+    return min(set(range(1, most + 1)) - taken, default=0)
 
 
 def _versions(folder: Path) -> list[int]:
@@ -176,49 +192,8 @@ def _about(source: Packable, name: str, config: TritonConfig, samples: Samples) 
         "labels.txt": ("\n".join(labels(source.graph)) + "\n").encode(),
         f"warmup/{WARMUP}": image.tobytes(),
         "client.py": client_source(name, source.graph).encode(),
-        "Dockerfile": _dockerfile(source, name).encode(),
+        "Dockerfile": dockerfile(source, name).encode(),
     }
-
-
-def _dockerfile(source: Packable, name: str) -> str:
-    """A server that fits; where none is known, one that has to be named to be built."""
-    engine, release = source.engine, server_for(source.engine)
-    if engine is None:
-        what, reason = (
-            "an ONNX graph",
-            "# The newest release that clipdeploy knows; others will do.",
-        )
-    else:
-        what = f"an engine of TensorRT {engine.backend_version}"
-        reason = f"# Its TensorRT must be the engine's: {engine.backend_version}."
-    if release is None:
-        reason += f"\n# clipdeploy knows no release with it; {MATRIX} lists all:"
-        reason += "\n#     docker build --build-arg TRITON=YY.MM ..."
-    return template("Dockerfile").substitute(
-        name=name,
-        tag=name.lower(),
-        what=what,
-        reason=f"{reason}\nARG TRITON{f'={release}' if release else ''}",
-        image=IMAGE,
-        gpus="" if engine is None else " --gpus all",
-        check=_same_tensorrt(engine) if engine else "",
-        options=_server_options(engine),
-    )
-
-
-def _same_tensorrt(engine: EnginePassport) -> str:
-    wanted = engine.backend_version
-    return (
-        "# NVIDIA's images say which TensorRT they hold; one that says nothing is let pass.\n"
-        f'RUN case "${{TRT_VERSION:-{wanted}}}" in {wanted}*) ;; *) '
-        f'echo "this server has TensorRT $TRT_VERSION, the engine needs {wanted}"; exit 1 ;; esac\n'
-    )
-
-
-def _server_options(engine: EnginePassport | None) -> str:
-    if engine is None or not engine.settings.get("version_compatible"):
-        return ""
-    return ', "--backend-config=tensorrt,version-compatible=true"'
 
 
 def _package(

@@ -14,10 +14,11 @@ from clipdeploy.packaging.pbtxt import Enum, Field, text_format
 from exporters.artifact import TensorSpec
 from exporters.errors import UsageError
 
-__all__ = ["WARMUP", "TritonConfig", "batching", "triton_config"]
+__all__ = ["WARMUP", "TritonConfig", "batching", "check_batch", "triton_config"]
 
 # The file of the warm-up's image, in the folder that Triton looks for it.
 WARMUP = "image.raw"
+_GRAPH_BATCH = 32
 _TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "uint8": "TYPE_UINT8"}
 
 
@@ -26,13 +27,13 @@ class TritonConfig:
     """How a model is served.
 
     ``name`` is the model's name on the server, MODEL-PRECISION if None.  ``max_batch`` is the
-    largest batch of a graph; an engine has its own.  ``queue_delay`` are the microseconds that a
-    request waits for others to share its batch: the default is a third of what a ViT-B in FP16
-    takes for one image on an A100 (1.5 ms).  ``instances`` run on each GPU.
+    largest batch; None is the engine's own, and 32 for a graph.  ``queue_delay`` are the
+    microseconds that a request waits for others to share its batch: the default is a third of what
+    a ViT-B in FP16 takes for one image on an A100 (1.5 ms).  ``instances`` run on each GPU.
     """
 
     name: str | None = None
-    max_batch: int = 32
+    max_batch: int | None = None
     queue_delay: int = 500
     instances: int = 1
 
@@ -46,8 +47,25 @@ class TritonConfig:
             ("--queue-delay", self.queue_delay, 0),
             ("--instances", self.instances, 1),
         ):
-            if value < least:
+            if value is not None and value < least:
                 raise UsageError(f"{option} {value} is too small", hint=f"{least} or more")
+
+
+def check_batch(source: Packable, config: TritonConfig) -> None:
+    """Hold the batch that was asked for against what the artifact takes.
+
+    Raises:
+        UsageError: it takes no such batch.
+    """
+    takes = source.fixed_batch or (source.engine.batches[1] if source.engine else None)
+    if config.max_batch is None or takes is None:
+        return
+    if source.fixed_batch is not None:
+        wrong = f"{source.path} takes {takes} images at once, no more and no less"
+        raise UsageError(wrong, hint="leave out --max-batch")
+    if config.max_batch > takes:
+        wrong = f"--max-batch {config.max_batch}: {source.path} takes {takes} images at most"
+        raise UsageError(wrong, hint=f"{takes} or less, or build it with another --max-batch")
 
 
 def batching(source: Packable, config: TritonConfig) -> tuple[int, tuple[int, ...]]:
@@ -55,9 +73,9 @@ def batching(source: Packable, config: TritonConfig) -> tuple[int, tuple[int, ..
     if source.fixed_batch is not None:
         return 0, ()
     if source.engine is None:
-        most, tuned = config.max_batch, {8}
+        most, tuned = config.max_batch or _GRAPH_BATCH, {8}
     else:
-        most = source.engine.batches[1]
+        most = config.max_batch or source.engine.batches[1]
         tuned = {best for _, best, _ in source.engine.profiles}
     return most, tuple(sorted(size for size in tuned | {most} if 1 < size <= most))
 

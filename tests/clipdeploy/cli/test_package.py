@@ -74,6 +74,8 @@ def test_a_program_is_written_with_the_commands_that_build_it(
         (("--triton", "a", "--cpp", "b"), 2, "one of --triton DIR and --cpp DIR"),
         (("--triton", "models", "--name", "a/b"), 2, "'a/b' is no name"),
         (("--triton", "models", "--max-batch", "0"), 2, "--max-batch 0 is too small"),
+        (("--cpp", "c", "--name", "digits"), 2, "--name belongs to --triton"),
+        (("--cpp", "c", "--queue-delay", "1"), 2, "--queue-delay belongs to --triton"),
         (("notes.txt", "--triton", "models"), 2, "neither .onnx nor .engine"),
         (("gone.onnx", "--triton", "models"), 1, "gone.onnx"),
         (("gone.engine", "--triton", "models"), 1, "has no passport"),

@@ -103,7 +103,7 @@ def test_labels_of_imagenet_have_wnid_and_words(graphs: Graphs) -> None:
 def test_an_engine_is_served_with_its_profiles(
     described_engine: DescribedEngine, tmp_path: Path
 ) -> None:
-    engine = described_engine(profiles=((1, 1, 2), (4, 16, 64)))
+    engine = described_engine(profiles=((1, 1, 4), (4, 16, 64)))
     made = package_triton(engine, tmp_path, TritonConfig("digits", queue_delay=900, instances=2))
     config = read_config(made.path)
     assert (made.name, config.name, config.backend) == ("digits", "digits", "tensorrt")
@@ -118,9 +118,19 @@ def test_an_engine_is_served_with_its_profiles(
     assert load_engine_passport(made.model) == load_engine_passport(engine)
 
 
-def test_a_batch_of_one_is_not_waited_for(
-    described_engine: DescribedEngine, tmp_path: Path
+def test_a_smaller_batch_than_the_engine_takes_can_be_chosen(
+    described_engine: DescribedEngine, graphs: Graphs, tmp_path: Path
 ) -> None:
+    made = package_triton(described_engine(), tmp_path, TritonConfig(max_batch=8))
+    assert read_config(made.path).max_batch_size == 8
+    assert made.preferred == (8,)
+    with pytest.raises(UsageError, match="takes 32 images at most"):
+        package_triton(described_engine(), tmp_path, TritonConfig(max_batch=64))
+    with pytest.raises(UsageError, match="takes 4 images at once, no more and no less"):
+        package_triton(graphs["batch 4"], tmp_path, TritonConfig(max_batch=4))
+
+
+def test_one_image_waits_for_no_other(described_engine: DescribedEngine, tmp_path: Path) -> None:
     made = package_triton(described_engine(profiles=((1, 1, 1),)), tmp_path)
     config = read_config(made.path)
     assert config.max_batch_size == 1
@@ -187,7 +197,8 @@ def test_the_table_of_servers_is_in_order() -> None:
     [
         ({"backend": "tensorrt-rtx"}, "no backend of Triton", "--backend tensorrt"),
         ({"settings": {"strip_weights": True}}, "no weights", "without --strip-weights"),
-        ({"profiles": ((8, 8, 8),)}, "takes 8 images at least", "--min-batch 1"),
+        ({"profiles": ((8, 8, 8),)}, "takes 1 image, and", "begin at 1"),
+        ({"profiles": ((1, 1, 2), (4, 8, 16))}, "takes 3 images, and", "leave no gap"),
     ],
 )
 def test_what_triton_cannot_serve_is_refused(
