@@ -30,7 +30,7 @@ def dockerfile(source: Packable, name: str) -> str:
         what=what,
         reason=f"{reason}\nARG TRITON{f'={release}' if release else ''}",
         image=IMAGE,
-        gpus="" if engine is None else " --gpus all",
+        gpus="" if source.graph.precision == "int8-cpu" else " --gpus all",
         check=_same_tensorrt(engine) if engine else "",
         options=_server_options(engine),
     )

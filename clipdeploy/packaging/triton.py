@@ -225,5 +225,10 @@ def _notes(source: Packable, release: str | None) -> Iterator[str]:
             "ONNX Runtime runs this INT8 graph slower than an FP16 one on most GPUs: for speed, "
             "package an engine"
         )
+    if source.graph.precision == "int8-cpu":
+        yield (
+            "on a server without VNNI ONNX Runtime's fast INT8 kernels saturate: check the "
+            "accuracy there, or package another precision"
+        )
     if source.graph.weights.kind == "random":
         yield "its weights are random: good for measuring speed, and for nothing else"

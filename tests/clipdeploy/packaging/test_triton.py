@@ -145,7 +145,8 @@ def test_a_graph_for_processors_runs_on_them(
     made = triton.package_triton(cpu, tmp_path, sample_images(cpu.graph.preprocess))
     [group] = read_config(made.path).instance_group
     assert group.kind == model_config_pb2.ModelInstanceGroup.KIND_CPU
-    assert not made.notes
+    assert "VNNI" in made.notes[0]
+    assert "--gpus" not in (made.path / "Dockerfile").read_text()
 
 
 def tensorrt_check(dockerfile: str, environment: dict[str, str]) -> int:
@@ -159,6 +160,9 @@ def test_the_dockerfile_names_the_server_of_the_engine(
 ) -> None:
     made = package_triton(described_engine(), tmp_path)
     text = (made.path / "Dockerfile").read_text()
+    assert (
+        f"docker run --rm --gpus all -p 8000:8000 -p 8001:8001 -p 8002:8002 {made.name}\n" in text
+    )
     assert made.server == "nvcr.io/nvidia/tritonserver:25.10-py3"
     assert "\nARG TRITON=25.10\nFROM nvcr.io/nvidia/tritonserver:${TRITON}-py3\n" in text
     assert f"\nCOPY . /models/{made.name}\n" in text
