@@ -1,4 +1,4 @@
-"""The way of the data, in Python: export -> calibrate -> quantise -> build -> verify.
+"""The way of the data, in Python: export -> calibrate -> quantise -> build -> verify -> package.
 
     from clipdeploy.pipeline import Workspace, build_model, export_model, verify_model
 
@@ -12,6 +12,9 @@ A stage a function; the commands call the same ones.
 from clipdeploy.cluster import ClusterConfig
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.builder import EngineArtifact
+from clipdeploy.packaging.cpp import CppPackage
+from clipdeploy.packaging.triton import TritonPackage
+from clipdeploy.packaging.triton_config import TritonConfig
 from clipdeploy.stages.build import build_model
 from clipdeploy.stages.calibrate import (
     CalibrateConfig,
@@ -20,6 +23,7 @@ from clipdeploy.stages.calibrate import (
     merge_calibration,
 )
 from clipdeploy.stages.export import export_model
+from clipdeploy.stages.package import artifact_to_package, package_cpp, package_triton
 from clipdeploy.stages.predict import Predictions, predict_images
 from clipdeploy.stages.quantize import convert_model, quantize_model
 from clipdeploy.stages.report import write_reports
@@ -35,20 +39,26 @@ __all__ = [
     "CalibrateConfig",
     "CalibrationArtifact",
     "ClusterConfig",
+    "CppPackage",
     "EngineArtifact",
     "Expected",
     "Judgement",
     "Predictions",
+    "TritonConfig",
+    "TritonPackage",
     "Verification",
     "VerifyConfig",
     "VerifyScope",
     "Workspace",
+    "artifact_to_package",
     "build_model",
     "calibrate_model",
     "convert_model",
     "export_model",
     "merge_calibration",
     "merge_verification",
+    "package_cpp",
+    "package_triton",
     "predict_images",
     "quantize_model",
     "sample_images",

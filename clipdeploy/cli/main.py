@@ -9,8 +9,10 @@ from clipdeploy.cli.benchmark import benchmark
 from clipdeploy.cli.build import build_engine
 from clipdeploy.cli.calibrate import calibrate
 from clipdeploy.cli.demo import demo
+from clipdeploy.cli.doctor import doctor
 from clipdeploy.cli.export import export
 from clipdeploy.cli.inspect import inspect
+from clipdeploy.cli.package import package
 from clipdeploy.cli.predict import predict
 from clipdeploy.cli.quantize import quantize
 from clipdeploy.cli.verify import verify
@@ -43,6 +45,8 @@ for command in (
     predict,
     benchmark,
     inspect,
+    package,
+    doctor,
     demo,
 ):
     main.add_command(command)

@@ -28,7 +28,7 @@ from PIL import Image, ImageOps
 from exporters.artifact import Preprocess
 from exporters.errors import DatasetError
 
-__all__ = ["crop_image", "decode", "open_image"]
+__all__ = ["crop_image", "decode", "open_image", "to_rgb"]
 
 # Pillow's own limit; it warns from there on and refuses from twice as many.
 _MOST_PIXELS = 89_478_485
@@ -36,11 +36,10 @@ _MOST_PIXELS = 89_478_485
 # checked here instead.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-_SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in _SIXTEEN_BIT:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB; see the module for what becomes of the unusual ones."""
+    if image.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
         samples = np.asarray(image).astype(np.int64)
         return Image.fromarray(np.clip(samples >> 8, 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
@@ -61,7 +60,7 @@ def decode(data: bytes, name: str, *, exif_orientation: bool = True) -> Image.Im
         image.load()
         if exif_orientation:
             image = ImageOps.exif_transpose(image)
-        return _to_rgb(image)
+        return to_rgb(image)
 
 
 def open_image(stream: IO[bytes], name: str) -> None:

@@ -66,7 +66,7 @@ def disagreements_of(records: Sequence[ImageRecord], lane: int) -> list[Disagree
     found = []
     for record in records:
         outcome = record.outcomes[lane]
-        theirs, ours = record.reference.top[0], outcome.answer.top[0]
+        theirs, ours = record.reference.first, outcome.answer.first
         if theirs != ours:
             found.append(Disagreement(record.name, record.label, theirs, ours, outcome.max_abs))
     return sorted(found, key=_by_difference)

@@ -197,16 +197,18 @@ def _class_words(names: Sequence[str]) -> tuple[str, ...]:
 def _worst(
     record: ImageRecord, lanes: Sequence[str], words: Sequence[str], *, judged: bool
 ) -> Worst:
-    def word(index: int) -> str:
+    def word(index: int | None) -> str:
+        if index is None:
+            return _NO_ANSWER
         return words[index] if index < len(words) else str(index)
 
     def right(answer: RecordedAnswer) -> bool | None:
         return answer.right() if judged and record.label is not None else None
 
-    first = record.reference.top[0]
+    first = record.reference.first
     answers = [Answer("PyTorch", word(first), right(record.reference))]
     for lane, outcome in zip(lanes, record.outcomes, strict=True):
-        top, well = outcome.answer.top[0], right(outcome.answer)
+        top, well = outcome.answer.first, right(outcome.answer)
         if outcome.max_abs is None:
             # The largest of the other logits is no answer.
             answers.append(Answer(lane, _NO_ANSWER, well))

@@ -67,7 +67,7 @@ class Disagreeing:
 def disagreeing_of(records: Iterable[ImageRecord], lane: int) -> Disagreeing:
     """The disagreements of the artifact with this number."""
     pairs = [(record.reference, record.outcomes[lane].answer) for record in records]
-    different = [(a, b) for a, b in pairs if a.top[0] != b.top[0]]
+    different = [(a, b) for a, b in pairs if a.first != b.first]
     return Disagreeing(
         len(different),
         sum(a.right() and not b.right() for a, b in different),
@@ -90,7 +90,7 @@ def worst_images(records: Iterable[ImageRecord], most: int, least: int) -> list[
 
 
 def _differing(record: ImageRecord) -> list[Outcome]:
-    return [each for each in record.outcomes if each.answer.top[0] != record.reference.top[0]]
+    return [each for each in record.outcomes if each.answer.first != record.reference.first]
 
 
 def _by_error(record: ImageRecord) -> tuple[int, float, str]:

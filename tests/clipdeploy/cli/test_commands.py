@@ -34,6 +34,8 @@ COMMANDS = (
     "predict",
     "benchmark",
     "inspect",
+    "package",
+    "doctor",
     "demo",
 )
 
