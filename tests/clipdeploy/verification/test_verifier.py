@@ -166,6 +166,7 @@ def test_shards_of_other_threads_are_not_joined(
     before = torch.get_num_threads()
     try:
         first = shard(1, 1)
+        assert torch.get_num_threads() == 1
         assert len(merge_results([first, shard(2, 1)]).records) == 20
         with pytest.raises(ArtifactError, match=r"they differ in threads \(.*--threads"):
             merge_results([first, shard(2, 2)])
