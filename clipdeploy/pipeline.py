@@ -23,12 +23,14 @@ from clipdeploy.stages.calibrate import (
     merge_calibration,
 )
 from clipdeploy.stages.export import export_model
+from clipdeploy.stages.merge import merge_verification
 from clipdeploy.stages.package import artifact_to_package, package_cpp, package_triton
 from clipdeploy.stages.predict import Predictions, predict_images
 from clipdeploy.stages.quantize import convert_model, quantize_model
 from clipdeploy.stages.report import write_reports
 from clipdeploy.stages.samples import sample_images
-from clipdeploy.stages.verify import Judgement, VerifyScope, merge_verification, verify_model
+from clipdeploy.stages.verify import verify_model
+from clipdeploy.stages.verify_setup import Judgement, VerifyScope
 from clipdeploy.verification.baseline import Expected
 from clipdeploy.verification.result import Verification
 from clipdeploy.verification.verifier import VerifyConfig

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
     from clipdeploy.imaging.layouts import LayoutName
-    from clipdeploy.stages.verify import Judgement, VerifyScope
+    from clipdeploy.stages.verify_setup import Judgement, VerifyScope
     from clipdeploy.verification.result import Verification
     from clipdeploy.verification.verifier import VerifyConfig
 
@@ -176,7 +176,8 @@ def merge(
     """
     _check_reports(reports, None)
     name = context.model(model)
-    from clipdeploy.stages.verify import VerifyScope, merge_verification
+    from clipdeploy.stages.merge import merge_verification
+    from clipdeploy.stages.verify_setup import VerifyScope
     from clipdeploy.verification.baseline import Expected
 
     scope = VerifyScope(layout=layout, labels=labels, expected=Expected.parse(baseline))
@@ -222,7 +223,7 @@ def _config(options: dict[str, Any]) -> VerifyConfig:
 
 
 def _scope(artifacts: tuple[Path, ...], options: dict[str, Any]) -> VerifyScope:
-    from clipdeploy.stages.verify import VerifyScope
+    from clipdeploy.stages.verify_setup import VerifyScope
     from clipdeploy.verification.baseline import Expected
 
     return VerifyScope(

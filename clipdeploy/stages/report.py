@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from clipdeploy.imaging import open_images
-from clipdeploy.stages.verify import Judgement
+from clipdeploy.stages.verify_setup import Judgement
 from clipdeploy.verification.reports import HTML, Evidence, write_report
 from exporters.errors import DatasetError, UsageError
 
