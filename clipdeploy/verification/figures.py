@@ -10,10 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from clipdeploy.verification.paired import Interval, wilson_interval
-from clipdeploy.verification.records import Answer, ImageRecord
+import numpy as np
+from numpy.typing import NDArray
 
-__all__ = ["Accuracy", "Fidelity", "accuracy_of", "fidelity_of"]
+from clipdeploy.verification.paired import Interval, wilson_interval
+from clipdeploy.verification.records import Answer, ImageRecord, measure_images
+
+__all__ = ["Accuracy", "Fidelity", "FidelityMeter", "accuracy_of", "fidelity_of"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,11 @@ class Fidelity:
     accuracy: Accuracy | None
     lost: int = 0
     gained: int = 0
+
+    @property
+    def drop(self) -> float | None:
+        """Percentage points of top-1 lost against the reference; negative is a gain."""
+        return None if self.accuracy is None else 100.0 * (self.lost - self.gained) / self.images
 
 
 def accuracy_of(answers: Sequence[Answer]) -> Accuracy:
@@ -91,3 +99,28 @@ def fidelity_of(
         lost=sum(a.right() and not b.right() for a, b in pairs),
         gained=sum(b.right() and not a.right() for a, b in pairs),
     )
+
+
+class FidelityMeter:
+    """Batches of logits beside the reference's, added up; ``result`` at the end."""
+
+    def __init__(self) -> None:
+        self._records: list[ImageRecord] = []
+        self._classes = 0
+
+    def add(
+        self,
+        logits: NDArray[np.float32],
+        reference: NDArray[np.float32],
+        labels: NDArray[np.int64] | None,
+    ) -> None:
+        """One batch: logits and reference (B, K) float32, labels (B,) or None."""
+        count, self._classes = logits.shape
+        classes = [None] * count if labels is None else labels.tolist()
+        nameless = [("", "")] * count
+        self._records += measure_images(nameless, classes, [False] * count, reference, [logits])
+
+    def result(self) -> Fidelity:
+        """The figures over everything added, one image at least."""
+        labelled = all(record.label is not None for record in self._records)
+        return fidelity_of(self._records, 0, self._classes, labelled=labelled)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from clipdeploy.verification.figures import accuracy_of, fidelity_of
+from clipdeploy.verification.figures import FidelityMeter, accuracy_of, fidelity_of
 from clipdeploy.verification.paired import Interval, wilson_interval
 from clipdeploy.verification.records import Answer, ImageRecord, measure_images
 
@@ -97,3 +97,20 @@ def test_nan_agrees_with_nobody() -> None:
     reference = np.eye(3, dtype=np.float32)
     got = fidelity_of(records(np.full((3, 3), np.nan, np.float32), reference), 0, 3, labelled=False)
     assert got.agreement == 0
+
+
+def test_a_meter_adds_batches_up_and_its_drop_is_lost_less_gained() -> None:
+    reference = np.eye(4, dtype=np.float32)
+    logits = np.roll(reference, 1, axis=0)
+    labels = np.asarray([0, 1, 2, 1])
+    meter = FidelityMeter()
+    meter.add(logits[:3], reference[:3], labels[:3])
+    meter.add(logits[3:], reference[3:], labels[3:])
+    got = meter.result()
+    assert got == fidelity_of(records(logits, reference, labels.tolist()), 0, 4, labelled=True)
+    # Right before: images 0, 1, 2. Right after: none, as each answers its neighbour's class but
+    # image 3, which answers 2.
+    assert (got.lost, got.gained, got.drop) == (3, 0, 75.0)
+    bare = FidelityMeter()
+    bare.add(logits, reference, None)
+    assert bare.result().drop is None
