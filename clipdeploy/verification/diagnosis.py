@@ -159,9 +159,9 @@ def _label_causes(
         after = [r.label is not None and order[r.label] == r.reference.top[0] for r in records]
         yield _cause(what, mend, before, np.asarray(after, bool))
     mend = "the label file and the model number the classes differently"
-    order, gains = _cause(_ANY_ORDER, mend, *_permutation(records, classes))
+    cause, sure = _cause(_ANY_ORDER, mend, *_permutation(records, classes))
     # Wrongly prepared images are taken for others in some order too; in a real one most fit.
-    yield order, gains and order.top1 > 50
+    yield cause, sure and cause.top1 > 50
 
 
 def _input_causes(
