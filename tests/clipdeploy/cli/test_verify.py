@@ -402,8 +402,11 @@ def test_links_in_a_circle(artifacts: Path, digits: Path) -> None:
     result = verify(artifacts, *at, data=digits)
     found = good(result)
     assert found["images"] == 200
-    assert "4/self.png" in [*found["skipped"], *" ".join(found["problems"]).split(": ")[1:]]
-    assert any("around" in problem for problem in found["problems"])
+    assert found["skipped"] == ["4/self.png"]
+    assert any(
+        problem.endswith("4/around is a link to a folder that is listed already")
+        for problem in found["problems"]
+    )
 
 
 @pytest.mark.parametrize("name", ["../0/evil.png", "/0/evil.png", "0/../../evil.png"])
