@@ -31,8 +31,9 @@ from exporters.artifact import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD,
 from exporters.headers import read_passport
 
 CLASSES = tuple("0123456789")
-# 200 images without a difference prove a drop below 1.9 points.
-CONFIG = VerifyConfig(max_drop=2.0, batch=50, workers=0)
+COUNT = 130
+# So many images without a difference prove a drop below 2.9 points.
+CONFIG = VerifyConfig(max_drop=3.0, batch=50, workers=0)
 NONE = "none of the usual causes explains it"
 
 Crop = Callable[[Image.Image, Preprocess], "np.ndarray"]
@@ -67,7 +68,7 @@ class Bench:
 
 @pytest.fixture(autouse=True)
 def _small_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clipdeploy.verification.diagnosis._SAMPLE", 50)
+    monkeypatch.setattr("clipdeploy.verification.diagnosis._SAMPLE", 40)
 
 
 def bench(workspace: Workspace, model: LoadedModel, folder: Path) -> Bench:
@@ -79,7 +80,7 @@ def bench(workspace: Workspace, model: LoadedModel, folder: Path) -> Bench:
 def grey(
     demo_workspace: Workspace, demo_model: LoadedModel, tmp_path_factory: pytest.TempPathFactory
 ) -> Bench:
-    folder = write_digits(tmp_path_factory.mktemp("grey"), lambda pixels: pixels, 200)
+    folder = write_digits(tmp_path_factory.mktemp("grey"), lambda pixels: pixels, COUNT)
     return bench(demo_workspace, demo_model, folder)
 
 
@@ -87,7 +88,7 @@ def grey(
 def dots(
     demo_workspace: Workspace, demo_model: LoadedModel, tmp_path_factory: pytest.TempPathFactory
 ) -> Bench:
-    folder = write_digits(tmp_path_factory.mktemp("dots"), dithered, 200)
+    folder = write_digits(tmp_path_factory.mktemp("dots"), dithered, COUNT)
     return bench(demo_workspace, demo_model, folder)
 
 
@@ -101,7 +102,7 @@ def colours(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory)
     write(proto, "position", model.module.position.numpy())
     path = folder / "colours.onnx"
     onnx.save(proto, path)
-    write_digits(folder / "digits", coloured, 200)
+    write_digits(folder / "digits", coloured, COUNT)
     images = open_images(folder / "digits", CLASSES)
     return Bench(model, Target(path, "graph", read_passport(path)), images)
 
@@ -179,7 +180,7 @@ def test_the_mean_and_std_of_another_data_set(colours: Bench) -> None:
 def test_another_resize(demo_workspace: Workspace, demo_model: LoadedModel, tmp_path: Path) -> None:
     """Digits in a frame, of a model whose card says to cut it away."""
     card = replace(demo_model.card, timm_crop_pct=0.5)
-    folder = write_digits(tmp_path / "framed", framed, 200)
+    folder = write_digits(tmp_path / "framed", framed, COUNT)
     sound = bench(demo_workspace, replace(demo_model, card=card), folder)
     never_judged(sound.judge(sound.images), "likely cause: resize as timm")
     spec = card.preprocess(Recipe(resize="timm"))
@@ -254,10 +255,10 @@ def test_a_label_file_that_was_cut_short(grey: Bench, tmp_path: Path) -> None:
     for entry in grey.images.entries:
         (tmp_path / entry.name.replace("/", "-")).symlink_to(grey.images.root / entry.name)
     lines = [f"{e.name.replace('/', '-')} {e.label}\n" for e in grey.images.entries]
-    (tmp_path / "val.txt").write_text("".join(lines[:150]))
+    (tmp_path / "val.txt").write_text("".join(lines[:100]))
     result = grey.judge(open_images(tmp_path, CLASSES))
     assert not result
     assert [row.verdict for row in result.rows] == ["not judged"]
-    assert any(problem.startswith("50 images have no class: ") for problem in result.problems)
+    assert any(problem.startswith("30 images have no class: ") for problem in result.problems)
     (tmp_path / "val.txt").write_text("".join(lines))
     assert grey.judge(open_images(tmp_path, CLASSES))
