@@ -116,10 +116,11 @@ def _sampled_tokens(sha256: str, tokens: int) -> NDArray[np.int64]:
 class ActivationCollector:
     """The tapped graph and one observer for each tap."""
 
-    def __init__(self, graph: Path) -> None:
+    def __init__(self, graph: Path, threads: int = 0) -> None:
+        """``threads`` are ONNX Runtime's, 0 for its own choice."""
         self._taps = _taps(load_graph(graph))
         self._tokens = max(tap.tokens for tap in self._taps)
-        self._session = OnnxSession(_tapped(graph, self._taps), name=str(graph))
+        self._session = OnnxSession(_tapped(graph, self._taps), name=str(graph), threads=threads)
         self._observers = [ChannelObserver(tap.tensor, tap.channels) for tap in self._taps]
 
     def resume(self, table: CalibrationTable) -> None:
@@ -157,12 +158,14 @@ class ActivationCollector:
 class CollectConfig:
     """``partial``: where an unfinished run is kept, ``every``: seconds from one save to the next.
 
-    ``shard``: (i, n) if this is the i-th of n runs over parts of the images.
+    ``shard``: (i, n) if this is the i-th of n runs over parts of the images.  ``threads``: how many
+    compute, 0 for ONNX Runtime's own choice.
     """
 
     partial: Path | None = None
     every: float = 30.0
     shard: tuple[int, int] | None = None
+    threads: int = 0
 
 
 def collect(
@@ -191,7 +194,7 @@ def collect(
         shard=config.shard,
     )
     with progress.task("load the graph"):
-        collector = ActivationCollector(graph)
+        collector = ActivationCollector(graph, config.threads)
     records: set[CalibrationImageRecord] = set()
     if (earlier := _unfinished(config.partial, empty, wanted)) is not None:
         collector.resume(earlier)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clipdeploy.interrupts import interrupts
 from clipdeploy.vit import ViTConfig
 from exporters.errors import CheckpointError
 from exporters.files import file_errors, sha256_file
@@ -109,10 +110,15 @@ def _load(path: Path) -> Any:
             from safetensors import SafetensorError
             from safetensors.torch import load_file
 
+            stop: list[BaseException] = []
             try:
-                return load_file(path)
+                with interrupts(stop):
+                    loaded = load_file(path)
             except SafetensorError as error:
                 raise ValueError(str(error)) from error
+            if stop:
+                raise stop[0]
+            return loaded
         return _load_pickle(path)
     except pickle.UnpicklingError as error:
         raise CheckpointError(

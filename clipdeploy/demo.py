@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from clipdeploy import zoo
 from clipdeploy.device import gpus
 from clipdeploy.engines.builder import EngineArtifact
-from clipdeploy.pipeline import VerifyScope, build_model, export_model, verify_model
+from clipdeploy.pipeline import (
+    VerifyScope,
+    build_model,
+    export_model,
+    verify_model,
+    write_reports,
+)
 from clipdeploy.verification.result import Verification
 from clipdeploy.workspace import PRECISIONS, Workspace
 from exporters.headers import GraphArtifact
@@ -21,13 +28,14 @@ class DemoResult:
     """What the demo made, and the verdict on it.
 
     ``engines_executed`` is False where there is no GPU: then the verdict is on the very graphs
-    that the engines were compiled from, run by ONNX Runtime.
+    that the engines were compiled from, run by ONNX Runtime.  ``report`` is an HTML page.
     """
 
     graph: GraphArtifact
     engines: tuple[EngineArtifact, ...]
     verification: Verification
     engines_executed: bool
+    report: Path
 
 
 def run_demo(
@@ -51,13 +59,15 @@ def run_demo(
         for precision in PRECISIONS
     )
     executed = bool(gpus())
-    verification = verify_model(
+    judgement = verify_model(
         workspace,
         zoo.DEMO,
         zoo.demo_file("test.zip"),
         scope=VerifyScope(graphs_only=not executed),
         force=force,
         progress=progress,
-    ).verification
-    assert verification is not None  # only a shard has none
-    return DemoResult(graph, engines, verification, executed)
+    )
+    assert judgement.verification is not None  # only a shard has none
+    report = workspace.report(zoo.DEMO)
+    write_reports(judgement, [report])
+    return DemoResult(graph, engines, judgement.verification, executed, report)

@@ -11,25 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.error import URLError
 
+from clipdeploy.cache import cache_folder
 from clipdeploy.zoo import ModelCard
 from exporters.errors import CheckpointError, UsageError
 from exporters.files import file_errors
 
-__all__ = ["HUB_PREFIX", "cache_folder", "cached_file", "fetch", "fetch_hub", "is_at_hand"]
+__all__ = ["HUB_PREFIX", "cached_file", "fetch", "fetch_hub", "is_at_hand"]
 
-HOME_VARIABLE = "CLIPDEPLOY_HOME"
 OFFLINE_VARIABLE = "CLIPDEPLOY_OFFLINE"
 MIRROR_VARIABLE = "CLIPDEPLOY_MIRROR"
 HUB_PREFIX = "hf://"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 # Seconds without a byte after which a server counts as gone.
 _STALL = 30.0
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: ``$CLIPDEPLOY_HOME``, else ``~/.cache/clipdeploy``."""
-    chosen = os.environ.get(HOME_VARIABLE)
-    return Path(chosen) if chosen else Path.home() / ".cache" / "clipdeploy"
 
 
 def cached_file(card: ModelCard) -> Path:

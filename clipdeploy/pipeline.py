@@ -1,4 +1,4 @@
-"""The way of the data, in Python: export -> calibrate -> quantise -> build -> verify.
+"""The way of the data, in Python: export -> calibrate -> quantise -> build -> verify -> package.
 
     from clipdeploy.pipeline import Workspace, build_model, export_model, verify_model
 
@@ -9,8 +9,12 @@
 A stage a function; the commands call the same ones.
 """
 
+from clipdeploy.cluster import ClusterConfig
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.builder import EngineArtifact
+from clipdeploy.packaging.cpp import CppPackage
+from clipdeploy.packaging.triton import TritonPackage
+from clipdeploy.packaging.triton_config import TritonConfig
 from clipdeploy.stages.build import build_model
 from clipdeploy.stages.calibrate import (
     CalibrateConfig,
@@ -19,9 +23,14 @@ from clipdeploy.stages.calibrate import (
     merge_calibration,
 )
 from clipdeploy.stages.export import export_model
+from clipdeploy.stages.merge import merge_verification
+from clipdeploy.stages.package import artifact_to_package, package_cpp, package_triton
+from clipdeploy.stages.predict import Predictions, predict_images
 from clipdeploy.stages.quantize import convert_model, quantize_model
+from clipdeploy.stages.report import write_reports
 from clipdeploy.stages.samples import sample_images
-from clipdeploy.stages.verify import Judgement, VerifyScope, merge_verification, verify_model
+from clipdeploy.stages.verify import verify_model
+from clipdeploy.stages.verify_setup import Judgement, VerifyScope
 from clipdeploy.verification.baseline import Expected
 from clipdeploy.verification.result import Verification
 from clipdeploy.verification.verifier import VerifyConfig
@@ -31,20 +40,30 @@ __all__ = [
     "BuildConfig",
     "CalibrateConfig",
     "CalibrationArtifact",
+    "ClusterConfig",
+    "CppPackage",
     "EngineArtifact",
     "Expected",
     "Judgement",
+    "Predictions",
+    "TritonConfig",
+    "TritonPackage",
     "Verification",
     "VerifyConfig",
     "VerifyScope",
     "Workspace",
+    "artifact_to_package",
     "build_model",
     "calibrate_model",
     "convert_model",
     "export_model",
     "merge_calibration",
     "merge_verification",
+    "package_cpp",
+    "package_triton",
+    "predict_images",
     "quantize_model",
     "sample_images",
     "verify_model",
+    "write_reports",
 ]

@@ -14,6 +14,7 @@ artifacts/
     verification.jsonl                verify: a record an image
     verification.1-of-4.jsonl         verify --shard 1/4, until `verify merge`
     disagreements.csv                 verify: images with another answer than PyTorch's
+    verification.html                 demo: the report
 """
 
 from __future__ import annotations
@@ -65,6 +66,10 @@ class Workspace:
     def disagreements(self, model: str) -> Path:
         """The images that an artifact answers otherwise than PyTorch."""
         return self.folder(model) / "disagreements.csv"
+
+    def report(self, model: str) -> Path:
+        """The report on the last verification, where nobody named another place."""
+        return self.folder(model) / "verification.html"
 
     def source(self, model: str) -> tuple[Path, Passport]:
         """The FP32 graph, which everything else is made from, and its passport.

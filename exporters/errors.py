@@ -9,7 +9,8 @@
     ├── CalibrationError        activation statistics that cannot be trusted
     ├── DatasetError            images or labels that cannot be used
     ├── BuildError              the TensorRT builder refused
-    └── EngineError             an engine that cannot be run here
+    ├── EngineError             an engine that cannot be run here
+    └── ClusterError            a Ray cluster that does not answer, or that lost its work
 
 A message says what was found and where; ``hint`` says what to do about it.
 """
@@ -22,6 +23,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "ClipdeployError",
+    "ClusterError",
     "DatasetError",
     "EngineError",
     "FileError",
@@ -80,3 +82,7 @@ class BuildError(ClipdeployError):
 
 class EngineError(ClipdeployError):
     """An engine that cannot be loaded or executed on this machine."""
+
+
+class ClusterError(ClipdeployError):
+    """A Ray cluster that cannot be used, or that lost its work for good."""

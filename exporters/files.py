@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,9 +13,15 @@ from pathlib import Path
 
 from exporters.errors import FileError
 
-__all__ = ["atomic_path", "check_writable", "file_errors", "sha256_file", "write_atomic"]
+__all__ = [
+    "atomic_folder",
+    "atomic_path",
+    "check_writable",
+    "file_errors",
+    "sha256_file",
+    "write_atomic",
+]
 
-_CHUNK = 1 << 20
 _HINTS = {
     errno.ENOSPC: "the disk is full: free space, or choose another folder with --workspace",
     errno.EDQUOT: "the disk quota is used up: free space, or choose another --workspace",
@@ -60,14 +67,55 @@ def atomic_path(path: Path) -> Iterator[Path]:
             with temporary.open("rb") as stream:
                 os.fsync(stream.fileno())
             # mkstemp makes files private; an artifact follows the user's umask.
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)
+            temporary.chmod(0o666 & ~_umask())
             os.replace(temporary, path)
         except BaseException:  # Ctrl-C as well must leave nothing behind; it is raised again
             with suppress(OSError):
                 temporary.unlink()
             raise
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``; give it the name once the block ends well.
+
+    Every file is on disk (fsync) before the rename.  A folder that is already there is replaced;
+    should the process be killed between the two renames that this takes, the old one lies beside
+    it, under a name that ends in ``.old``.  On any exception the temporary folder is removed.
+
+    Raises:
+        FileError: no permission, no space, or a parent that is not a folder.
+    """
+    with file_errors("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    with file.open("rb") as stream:
+                        os.fsync(stream.fileno())
+            temporary.chmod(0o777 & ~_umask())
+            _replace_folder(temporary, path)
+        except BaseException:  # as in atomic_path
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    if not path.exists():
+        os.rename(new, path)
+        return
+    old = new.with_suffix(".old")
+    os.rename(path, old)
+    os.rename(new, path)
+    shutil.rmtree(old)
 
 
 def check_writable(path: Path) -> None:
@@ -96,8 +144,5 @@ def sha256_file(path: Path) -> str:
     Raises:
         FileError: the file cannot be read.
     """
-    digest = hashlib.sha256()
-    with file_errors("read", path), path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+    with file_errors("read", path), path.open("rb", buffering=0) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -39,7 +39,9 @@ class Samples:
 
     def as_input(self, tensor: TensorSpec) -> NDArray[Any]:
         """What a graph with input ``tensor`` takes: uint8 crops, or float16 or float32 pixels."""
-        return self.crops if tensor.dtype == "uint8" else self.pixels.astype(tensor.dtype)
+        return (
+            self.crops if tensor.dtype == "uint8" else self.pixels.astype(tensor.dtype, copy=False)
+        )
 
     def feed(self, tensor: TensorSpec) -> NDArray[Any]:
         """:meth:`as_input`, with as many images as a graph of a fixed batch takes."""

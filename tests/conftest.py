@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,14 @@ def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No test reaches a server by mistake, and none touches the user's cache."""
     monkeypatch.setenv("CLIPDEPLOY_OFFLINE", "1")
     monkeypatch.setenv("CLIPDEPLOY_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def python_hears_ctrl_c() -> Iterator[None]:
+    """As in a terminal: what starts in the background may ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -79,11 +79,12 @@ def benchmark(
     """
     if artifacts and model:
         raise UsageError("--model beside files", hint="name files, or a model for all of its own")
-    from clipdeploy.plots import check_plot_path, draw_benchmark, save_plot
+    from clipdeploy.plots import check_plot_path, save_plot
 
     if plot:
         check_plot_path(plot)
     from clipdeploy.benchmark import BenchmarkConfig, benchmark_artifacts, benchmark_model
+    from clipdeploy.benchmark.plot import draw_benchmark
 
     config = BenchmarkConfig(
         batches=whole_numbers(batch, "--batch", "such as 1,8,32"),

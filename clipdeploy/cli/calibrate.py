@@ -9,14 +9,17 @@ import click
 
 from clipdeploy.cli.common import (
     Context,
+    cluster_or_none,
     data_option,
     emit,
     force_option,
     model_option,
+    ray_option,
     shard_option,
     shard_or_none,
     skip_unreadable_option,
     stage_command,
+    threads_option,
 )
 from exporters.errors import UsageError
 
@@ -41,6 +44,8 @@ seed_option = click.option(
 @images_option
 @seed_option
 @shard_option("calibrate merge")
+@ray_option
+@threads_option
 @skip_unreadable_option
 @force_option
 @stage_command
@@ -51,6 +56,8 @@ def calibrate(
     images: int | None,
     seed: int,
     shard: str | None,
+    ray: str | None,
+    threads: int,
     skip_unreadable: bool,
     force: bool,
 ) -> None:
@@ -69,7 +76,8 @@ def calibrate(
         context.workspace,
         name,
         data,
-        CalibrateConfig(images, seed, skip_unreadable, shard_or_none(shard)),
+        CalibrateConfig(images, seed, skip_unreadable, shard_or_none(shard), threads),
+        cluster=cluster_or_none(ray),
         force=force,
         progress=context.progress,
     )

@@ -22,20 +22,24 @@ from exporters.progress import SILENT
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from clipdeploy.cluster import ClusterConfig
     from clipdeploy.workspace import Workspace
     from exporters.progress import Progress
 
 __all__ = [
     "Context",
     "DefaultGroup",
+    "cluster_or_none",
     "data_option",
     "emit",
     "force_option",
     "model_option",
+    "ray_option",
     "shard_option",
     "shard_or_none",
     "skip_unreadable_option",
     "stage_command",
+    "threads_option",
     "trust_option",
     "whole_numbers",
 ]
@@ -185,6 +189,34 @@ skip_unreadable_option = click.option(
 trust_option = click.option(
     "--trust", is_flag=True, help="Load an engine that no passport vouches for."
 )
+
+
+ray_option = click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="Spread the work over a Ray cluster: HOST:PORT, auto, or local for this machine alone. "
+    "All nodes need the workspace and the images under the same path.",
+)
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(min=0),
+    default=0,
+    help="CPU threads of a run or, with --ray, of each shard; they decide the last bits. "
+    "A thread a core if left out.",
+)
+
+
+def cluster_or_none(address: str | None) -> ClusterConfig | None:
+    """What ``--ray`` names.
+
+    Raises:
+        UsageError: it is no address.
+    """
+    if address is None:
+        return None
+    from clipdeploy.cluster import ClusterConfig
+
+    return ClusterConfig(address)
 
 
 def shard_option(merge: str) -> Callable[[F], F]:

@@ -56,4 +56,6 @@ def _render(result: DemoResult) -> Group:
         else "No GPU here: the engines were built, not executed. The verdict is on the graphs that "
         "they were compiled from, run by ONNX Runtime."
     )
-    return Group(verification_table(result.verification), Text(""), table, Text(""), Text(note))
+    report = Text(f"Report: {result.report}", no_wrap=True, overflow="ignore")
+    parts = (verification_table(result.verification), table, Text(note), report)
+    return Group(*[line for part in parts for line in (part, Text(""))][:-1])

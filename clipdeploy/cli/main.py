@@ -9,8 +9,11 @@ from clipdeploy.cli.benchmark import benchmark
 from clipdeploy.cli.build import build_engine
 from clipdeploy.cli.calibrate import calibrate
 from clipdeploy.cli.demo import demo
+from clipdeploy.cli.doctor import doctor
 from clipdeploy.cli.export import export
 from clipdeploy.cli.inspect import inspect
+from clipdeploy.cli.package import package
+from clipdeploy.cli.predict import predict
 from clipdeploy.cli.quantize import quantize
 from clipdeploy.cli.verify import verify
 from clipdeploy.cli.zoo import zoo
@@ -39,8 +42,11 @@ for command in (
     quantize,
     build_engine,
     verify,
+    predict,
     benchmark,
     inspect,
+    package,
+    doctor,
     demo,
 ):
     main.add_command(command)

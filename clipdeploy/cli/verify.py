@@ -12,22 +12,26 @@ from clipdeploy.cli.common import (
     EXIT_VERIFICATION,
     Context,
     DefaultGroup,
+    cluster_or_none,
     data_option,
     emit,
     force_option,
     model_option,
+    ray_option,
     shard_option,
     shard_or_none,
     skip_unreadable_option,
     stage_command,
+    threads_option,
     trust_option,
 )
+from exporters.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Group
 
     from clipdeploy.imaging.layouts import LayoutName
-    from clipdeploy.stages.verify import Judgement, VerifyScope
+    from clipdeploy.stages.verify_setup import Judgement, VerifyScope
     from clipdeploy.verification.result import Verification
     from clipdeploy.verification.verifier import VerifyConfig
 
@@ -54,6 +58,13 @@ layout_option = click.option(
 )
 labels_option = click.option(
     "--labels", type=click.Path(path_type=Path), help="The file they stand in."
+)
+report_option = click.option(
+    "--report",
+    "reports",
+    type=click.Path(path_type=Path, dir_okay=False),
+    multiple=True,
+    help="Write a report: .html, .md or .json; may be given several times.",
 )
 _OPTIONS = (
     model_option,
@@ -86,7 +97,10 @@ _OPTIONS = (
         "--cache", is_flag=True, help="Keep decoded crops and PyTorch's logits for the next time."
     ),
     click.option("--cache-size", type=float, metavar="GB", help="Most of them; 34 GB if left out."),
+    report_option,
     shard_option("verify merge"),
+    ray_option,
+    threads_option,
     skip_unreadable_option,
     trust_option,
     force_option,
@@ -116,6 +130,8 @@ def run(
     Exit code 3 unless all of them are proven to keep their accuracy. A run that was killed goes on
     where it stopped when the same command is given again. `clipdeploy verify merge` joins shards.
     """
+    config, reports = _config(options), options["reports"]
+    _check_reports(reports, config.shard)
     name = context.model(model)
     from clipdeploy.stages.verify import verify_model
 
@@ -123,13 +139,14 @@ def run(
         context.workspace,
         name,
         data,
-        _config(options),
+        config,
         _scope(artifacts, options),
+        cluster=cluster_or_none(options["ray"]),
         force=options["force"],
         note=context.note,
         progress=context.progress,
     )
-    return _tell(context, result)
+    return _tell(context, result, reports, data)
 
 
 @verify.command()
@@ -137,6 +154,7 @@ def run(
 @model_option
 @max_drop_option
 @baseline_option
+@report_option
 @data_option("The images, where they are no longer where the first shard had them.", required=False)
 @layout_option
 @labels_option
@@ -147,6 +165,7 @@ def merge(
     model: str | None,
     max_drop: float,
     baseline: str,
+    reports: tuple[Path, ...],
     data: Path | None,
     layout: LayoutName,
     labels: Path | None,
@@ -155,8 +174,10 @@ def merge(
 
     Takes the given files, or all shards of the workspace.
     """
+    _check_reports(reports, None)
     name = context.model(model)
-    from clipdeploy.stages.verify import VerifyScope, merge_verification
+    from clipdeploy.stages.merge import merge_verification
+    from clipdeploy.stages.verify_setup import VerifyScope
     from clipdeploy.verification.baseline import Expected
 
     scope = VerifyScope(layout=layout, labels=labels, expected=Expected.parse(baseline))
@@ -170,7 +191,16 @@ def merge(
         note=context.note,
         progress=context.progress,
     )
-    return _tell(context, result)
+    return _tell(context, result, reports, data)
+
+
+def _check_reports(reports: tuple[Path, ...], shard: tuple[int, int] | None) -> None:
+    if reports and shard:
+        raise UsageError("a shard has no verdict to report", hint="pass --report to `verify merge`")
+    if reports:
+        from clipdeploy.verification.reports import check_report_paths
+
+        check_report_paths(reports)
 
 
 def _config(options: dict[str, Any]) -> VerifyConfig:
@@ -188,11 +218,12 @@ def _config(options: dict[str, Any]) -> VerifyConfig:
         shard=shard_or_none(options["shard"]),
         sequential=options["sequential"],
         trust=options["trust"],
+        threads=options["threads"],
     )
 
 
 def _scope(artifacts: tuple[Path, ...], options: dict[str, Any]) -> VerifyScope:
-    from clipdeploy.stages.verify import VerifyScope
+    from clipdeploy.stages.verify_setup import VerifyScope
     from clipdeploy.verification.baseline import Expected
 
     return VerifyScope(
@@ -206,16 +237,23 @@ def _scope(artifacts: tuple[Path, ...], options: dict[str, Any]) -> VerifyScope:
     )
 
 
-def _tell(context: Context, result: Judgement) -> int:
+def _tell(context: Context, result: Judgement, reports: tuple[Path, ...], data: Path | None) -> int:
     verification = result.verification
     if verification is None:
         emit(context, {"results": str(result.results)}, lambda: f"{result.results}")
         return 0
     for skipped in verification.skipped:
         context.note(f"skipped, unreadable: {skipped}")
+    if reports:
+        # Before the result is printed: its reader may be gone by then.
+        from clipdeploy.stages.report import write_reports
+
+        write_reports(result, reports, data=data)
     emit(context, verification, lambda: render(verification))
     if result.disagreements is not None and any(row.disagreements for row in verification.rows):
         context.note(f"images with another answer than PyTorch's: {result.disagreements}")
+    for path in reports:
+        context.note(f"report: {path}")
     return 0 if verification else EXIT_VERIFICATION
 
 

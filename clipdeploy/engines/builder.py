@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from clipdeploy.cache import cache_folder
 from clipdeploy.device import driver, gpus
-from clipdeploy.download import cache_folder
 from clipdeploy.engines.backends import choose_backend, targets_capabilities, tensorrt_module
 from clipdeploy.engines.build_config import BuildConfig, check_options
 from clipdeploy.engines.build_monitor import PERCENT
@@ -119,9 +119,10 @@ def build_engine(
     compiler = Compiler(choice.backend, tensorrt_module(choice.backend))
     check_options(choice.backend, compiler.module, config)
     wanted = _draft(passport, compiler, config)
-    # Hashes take as long as the disk and a core allow: they run beside the compiler.
-    with ThreadPoolExecutor(1) as hasher:
-        graph_hash = hasher.submit(sha256_file, graph)
+    # Hashes take as long as the disk and a core allow: they run beside the compiler, and what the
+    # compiler said is read while the plan is written.
+    with ThreadPoolExecutor(2) as beside:
+        graph_hash = beside.submit(sha256_file, graph)
         found = None if force else _unchanged(engine, wanted)
         if found is not None and found.hashes.graph == graph_hash.result():
             return EngineArtifact(engine, found, changed=False)
@@ -135,9 +136,10 @@ def build_engine(
         with progress.task(f"{what} ({choice.reason})", PERCENT) as advance:
             compiled = compiler.compile(graph, passport.input, config, cache, advance)
         seconds = time.perf_counter() - started
+        precision = beside.submit(_compiled_precision, compiled)
         hashes = replace(
             wanted.hashes,
-            plan=_write_plan(engine, compiled.plan, hasher),
+            plan=_write_plan(engine, compiled.plan, beside),
             graph=graph_hash.result(),
             timing_cache=sha256_file(cache) if cache and cache.exists() else None,
         )
@@ -147,7 +149,7 @@ def build_engine(
         plan_bytes=compiled.plan.nbytes,
         build_seconds=round(seconds, 3),
         asked=asked_precision(skeleton),
-        compiled=_compiled_precision(compiled),
+        compiled=precision.result(),
     )
     save_engine_passport(made, engine)
     return EngineArtifact(engine, made, changed=True)
@@ -161,9 +163,9 @@ def _compiled_precision(compiled: Compiled) -> ExecutedPrecision | None:
         return None
 
 
-def _write_plan(engine: Path, plan: memoryview, hasher: ThreadPoolExecutor) -> str:
+def _write_plan(engine: Path, plan: memoryview, beside: ThreadPoolExecutor) -> str:
     """Put ``plan`` in the place of an older engine; its SHA-256."""
-    digest = hasher.submit(lambda: hashlib.sha256(plan).hexdigest())
+    digest = beside.submit(lambda: hashlib.sha256(plan).hexdigest())
     # The old passport goes first: an engine without one is never believed.
     with file_errors("replace", passport_path(engine)):
         passport_path(engine).unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from clipdeploy.device import gpus
 from clipdeploy.engines.backends import Backend, default_capabilities, hears, targets_capabilities
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.build_monitor import build_monitor
+from clipdeploy.interrupts import interrupts
 from exporters.artifact import TensorSpec
 from exporters.errors import BuildError
 from exporters.files import check_writable
@@ -207,7 +208,7 @@ class Compiler:
             else NetworkFromOnnxPath(str(graph), strongly_typed=True)
         )
         stop: list[BaseException] = []
-        with hears() as heard, warnings.catch_warnings():
+        with interrupts(stop), hears() as heard, warnings.catch_warnings():
             # Polygraphy sets an empty timing cache also where it does nothing.
             warnings.simplefilter("ignore", DeprecationWarning)
             monitor: trt.IProgressMonitor = build_monitor(self.module, advance, stop)
@@ -222,11 +223,14 @@ class Compiler:
             )
             try:
                 # Not bytes(): that would hold the plan twice.
-                return Compiled(memoryview(build()), "\n".join(heard.log))
+                compiled = Compiled(memoryview(build()), "\n".join(heard.log))
             except PolygraphyException as error:
                 if stop:
                     raise stop[0] from error
                 raise self._refusal(graph, heard.errors, error) from error
+        if stop:
+            raise stop[0]
+        return compiled
 
     def _refusal(self, graph: Path | bytes, errors: Sequence[str], error: Exception) -> BuildError:
         name = graph if isinstance(graph, Path) else "the graph"

@@ -2,6 +2,7 @@
 
 from clipdeploy.imaging.crops import CropCache
 from clipdeploy.imaging.images import ImageEntry, ImageFolder, open_images, select, survey
+from clipdeploy.imaging.look_over import look_over
 from clipdeploy.imaging.stream import Crop, Skipped, iter_crops
 from clipdeploy.imaging.survey import Reading, Survey
 
@@ -14,6 +15,7 @@ __all__ = [
     "Skipped",
     "Survey",
     "iter_crops",
+    "look_over",
     "open_images",
     "select",
     "survey",

@@ -36,7 +36,11 @@ _SEEK = threading.Lock()
 
 
 class Place(Protocol):
-    """Where a member lies in its archive."""
+    """Where a member lies in its archive, and how many bytes it has."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the member once it is unpacked."""
 
     def read(self, archive: int) -> bytes:
         """The member's bytes, by the archive's file descriptor; ``ValueError`` if damaged."""

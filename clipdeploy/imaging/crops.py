@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import __version__ as pillow_version
 from PIL import features
 
+from clipdeploy.cache import cache_folder
 from clipdeploy.imaging import preprocess
 from clipdeploy.imaging.crop_shards import (
     NO_STAMP,
@@ -92,8 +93,6 @@ class CropCache:
     @classmethod
     def default(cls, limit_bytes: int = _LIMIT_BYTES) -> CropCache:
         """The cache in ``$CLIPDEPLOY_HOME/crops``, else in ``~/.cache/clipdeploy/crops``."""
-        from clipdeploy.download import cache_folder
-
         return cls(cache_folder() / "crops", limit_bytes)
 
     def open(self, spec: Preprocess) -> CropShelf:

@@ -17,6 +17,9 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +28,7 @@ from PIL import Image, ImageOps
 from exporters.artifact import Preprocess
 from exporters.errors import DatasetError
 
-__all__ = ["crop_image", "decode"]
+__all__ = ["crop_image", "decode", "open_image", "to_rgb"]
 
 # Pillow's own limit; it warns from there on and refuses from twice as many.
 _MOST_PIXELS = 89_478_485
@@ -33,11 +36,10 @@ _MOST_PIXELS = 89_478_485
 # checked here instead.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-_SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in _SIXTEEN_BIT:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB; see the module for what becomes of the unusual ones."""
+    if image.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
         samples = np.asarray(image).astype(np.int64)
         return Image.fromarray(np.clip(samples >> 8, 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
@@ -53,16 +55,37 @@ def decode(data: bytes, name: str, *, exif_orientation: bool = True) -> Image.Im
     Raises:
         DatasetError: the bytes are no image, are cut short, or unpack to an absurd size.
     """
-    try:
-        image: Image.Image = Image.open(io.BytesIO(data))
-        if image.width * image.height > _MOST_PIXELS:
-            raise ValueError(
-                f"{image.width} x {image.height} pixels, which could be a decompression bomb"
-            )
+    with _told(name):
+        image = _open(io.BytesIO(data))
         image.load()
         if exif_orientation:
             image = ImageOps.exif_transpose(image)
-        return _to_rgb(image)
+        return to_rgb(image)
+
+
+def open_image(stream: IO[bytes], name: str) -> None:
+    """Read one image file's header.
+
+    Raises:
+        DatasetError: it is no image, or unpacks to an absurd size.
+    """
+    with _told(name):
+        _open(stream)
+
+
+def _open(stream: IO[bytes]) -> Image.Image:
+    image = Image.open(stream)
+    if image.width * image.height > _MOST_PIXELS:
+        raise ValueError(
+            f"{image.width} x {image.height} pixels, which could be a decompression bomb"
+        )
+    return image
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = str(error).split(" <_io.")[0] or type(error).__name__
         raise DatasetError(

@@ -72,5 +72,5 @@ def in_parts(
         part = images[at : at + step]
         missing = smallest - len(part)
         filled = np.concatenate([part, np.repeat(part[:1], missing, 0)]) if missing > 0 else part
-        parts.append(run(np.ascontiguousarray(filled))[: len(part)].astype(np.float32))
+        parts.append(run(np.ascontiguousarray(filled))[: len(part)].astype(np.float32, copy=False))
     return np.concatenate(parts)

@@ -14,9 +14,14 @@ __all__ = ["TorchRunner"]
 
 
 class TorchRunner(Closing):
-    """The reference module in float32, on the GPU if PyTorch has one."""
+    """The reference module in float32, on the GPU if PyTorch has one.
 
-    def __init__(self, module: nn.Module, preprocess: Preprocess) -> None:
+    ``threads`` are set for the whole process; 0 leaves them as they are.
+    """
+
+    def __init__(self, module: nn.Module, preprocess: Preprocess, threads: int = 0) -> None:
+        if threads:
+            torch.set_num_threads(threads)
         on_gpu = torch.cuda.is_available()
         self._device = torch.device("cuda" if on_gpu else "cpu")
         self._module = module.to(self._device)

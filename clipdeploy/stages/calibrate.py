@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from calibration.collect import CalibrationImage, CollectConfig, collect
@@ -15,6 +16,7 @@ from calibration.table import (
     merge_tables,
     save_table,
 )
+from clipdeploy.cluster import ClusterConfig, Shard, ShardJob, shards_on_cluster
 from clipdeploy.imaging import ImageFolder, Skipped, iter_crops, open_images, select
 from clipdeploy.workspace import Workspace
 from exporters.artifact import Passport
@@ -26,6 +28,8 @@ from exporters.samples import Samples
 __all__ = ["CalibrateConfig", "CalibrationArtifact", "calibrate_model", "merge_calibration"]
 
 _DEFAULT_IMAGES = 512
+# Of a cluster's shards: fewer are not worth the time that it takes to load a graph.
+_SHARD_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,14 @@ class CalibrateConfig:
     """``images``: how many, ``None`` for all up to 512; ``seed`` draws them.
 
     ``shard`` (i, n) observes only the i-th of n parts of them, for :func:`merge_calibration`.
+    ``threads`` compute, 0 for ONNX Runtime's own choice.
     """
 
     images: int | None = None
     seed: int = 0
     skip_unreadable: bool = False
     shard: tuple[int, int] | None = None
+    threads: int = 0
 
     def __post_init__(self) -> None:
         if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
@@ -88,22 +94,33 @@ def calibrate_model(
     data: Path,
     config: CalibrateConfig = CalibrateConfig(),
     *,
+    cluster: ClusterConfig | None = None,
+    keep: Path | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> CalibrationArtifact:
     """Images -> ``calibration.json``, or one shard of it; an unfinished run is gone on with.
 
+    The table is kept in ``keep``, by default in the workspace.  A ``cluster`` observes the images
+    in shards; the table is the same to the bit.
+
     Raises:
         ClipdeployError: see :mod:`exporters.errors`.
     """
+    if cluster is not None and config.shard:
+        raise UsageError("a cluster cuts the shards itself", hint="leave out --shard or --ray")
     graph, passport = workspace.source(model)
     chosen = _choose(data, config)
-    path = workspace.calibration(model, config.shard)
+    path = keep or workspace.calibration(model, config.shard)
     wanted = _records(chosen)
     if not force and path.exists():
         table = load_table(path)
         if table.source_graph == sha256_file(graph) and table.images == wanted:
             return CalibrationArtifact(path, table, (), changed=False)
+    if cluster is not None:
+        job = _cluster_job(workspace, model, data, config, len(chosen.entries))
+        with shards_on_cluster(cluster, job, force=force, progress=progress) as parts:
+            return _with_skipped(merge_calibration(workspace, model, parts), chosen)
     skipped = Skipped() if config.skip_unreadable else None
 
     def rest(done: frozenset[CalibrationImageRecord]) -> Iterator[CalibrationImage]:
@@ -111,15 +128,47 @@ def calibrate_model(
         left = tuple(entry for entry in chosen.entries if entry.name not in names)
         return _calibration_images(ImageFolder(chosen.root, left), passport, skipped)
 
-    partial = path.with_suffix(".partial")
+    unfinished = path.with_suffix(".partial")
     if force:
-        with file_errors("remove", partial):
-            partial.unlink(missing_ok=True)
-    settings = CollectConfig(partial, shard=config.shard)
+        with file_errors("remove", unfinished):
+            unfinished.unlink(missing_ok=True)
+    settings = CollectConfig(unfinished, shard=config.shard, threads=config.threads)
     table = save_table(collect(graph, rest, wanted, settings, progress), path)
-    with file_errors("remove", partial):
-        partial.unlink(missing_ok=True)
+    with file_errors("remove", unfinished):
+        unfinished.unlink(missing_ok=True)
     return CalibrationArtifact(path, table, tuple(skipped.names if skipped else ()), changed=True)
+
+
+def _cluster_job(
+    workspace: Workspace, model: str, data: Path, config: CalibrateConfig, images: int
+) -> ShardJob:
+    return ShardJob(
+        title=f"calibrate with {images} images",
+        run=partial(_one_shard, workspace, model, data, config),
+        file=partial(workspace.calibration, model),
+        most=max(1, images // _SHARD_IMAGES),
+        reads=(workspace.folder(model), data),
+        threads=config.threads,
+    )
+
+
+def _one_shard(
+    workspace: Workspace,
+    model: str,
+    data: Path,
+    config: CalibrateConfig,
+    shard: Shard,
+    threads: int,
+    keep: Path,
+) -> None:
+    config = replace(config, shard=shard, threads=threads)
+    calibrate_model(workspace, model, data, config, keep=keep)
+
+
+def _with_skipped(merged: CalibrationArtifact, chosen: ImageFolder) -> CalibrationArtifact:
+    used = {image.name for image in merged.table.images}
+    skipped = tuple(entry.name for entry in chosen.entries if entry.name not in used)
+    return replace(merged, skipped=skipped)
 
 
 def merge_calibration(

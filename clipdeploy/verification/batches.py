@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections import defaultdict, deque
+from collections.abc import Collection, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,8 +15,18 @@ from clipdeploy.imaging import Crop, CropCache, ImageFolder, Reading, Skipped, i
 from clipdeploy.imaging.crop_shards import NO_STAMP
 from clipdeploy.imaging.crops import Stamps
 from exporters.artifact import Preprocess
+from exporters.samples import Samples
 
-__all__ = ["DecodedBatch", "decoded_batches", "digest_of_entries", "digest_of_files", "shuffled"]
+__all__ = [
+    "DecodedBatch",
+    "decoded_batches",
+    "digest_of_entries",
+    "digest_of_files",
+    "prefetched",
+    "shuffled",
+]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -24,6 +36,26 @@ class DecodedBatch:
     number: int
     crops: tuple[Crop, ...]
     unreadable: tuple[str, ...]
+
+    def samples(self, spec: Preprocess) -> Samples:
+        """The crops as input; there has to be one."""
+        return Samples(np.stack([crop.pixels for crop in self.crops]), spec)
+
+
+def prefetched(items: Generator[T], depth: int = 2) -> Iterator[T]:
+    """The same items, made in a thread up to ``depth`` ahead of the consumer.
+
+    NumPy and file reading leave the interpreter's lock, as ONNX Runtime does: the two overlap.
+    """
+    pool = ThreadPoolExecutor(1)
+    try:
+        pending = deque(pool.submit(next, items, None) for _ in range(depth))
+        while (item := pending.popleft().result()) is not None:
+            pending.append(pool.submit(next, items, None))
+            yield item
+    finally:
+        pool.shutdown(cancel_futures=True)
+        items.close()
 
 
 def shuffled(images: ImageFolder, seed: int) -> ImageFolder:
@@ -61,7 +93,7 @@ def decoded_batches(
     workers: int | None = None,
     cache: CropCache | None = None,
     reading: Reading | None = None,
-) -> Iterator[DecodedBatch]:
+) -> Generator[DecodedBatch]:
     """The batches with these ``numbers``, of at most ``size`` images, in order.
 
     Batches are cut from the whole list: which images share one does not depend on ``numbers``.

@@ -146,12 +146,12 @@ def _permutation(records: Sequence[ImageRecord], classes: int) -> tuple[Right, R
     learnt, tried = _halves(records)
     votes = np.zeros((classes, classes), np.int64)
     for record in learnt:
-        if record.label is not None:
-            votes[record.label, record.reference.top[0]] += 1
+        if record.label is not None and record.reference.first is not None:
+            votes[record.label, record.reference.first] += 1
     order = _best_order(votes)
     before = np.asarray([record.reference.right() for record in tried], bool)
     after = np.asarray(
-        [r.label is not None and order[r.label] == r.reference.top[0] for r in tried], bool
+        [r.label is not None and order[r.label] == r.reference.first for r in tried], bool
     )
     return before, after
 
@@ -177,7 +177,7 @@ def _label_causes(
 ) -> Iterator[tuple[Cause, bool]]:
     before = np.asarray([record.reference.right() for record in records], bool)
     for what, (mend, order) in _relabelled(classes, names).items():
-        after = [r.label is not None and order[r.label] == r.reference.top[0] for r in records]
+        after = [r.label is not None and order[r.label] == r.reference.first for r in records]
         yield _cause(what, mend, before, np.asarray(after, bool), published)
     mend = "the label file and the model number the classes differently"
     yield _cause(_ANY_ORDER, mend, *_permutation(records, classes), published)

@@ -85,7 +85,7 @@ def fidelity_of(
         mean_abs=math.fsum(o.sum_abs or 0.0 for _, o in sound) / max(len(sound) * classes, 1),
         cosine=min((o.cosine for _, o in sound if o.cosine is not None), default=0.0),
         sqnr_db=10 * math.log10(signal / noise) if noise > 0 and signal > 0 else None,
-        agreement=100.0 * sum(a.top[:1] == b.top[:1] for a, b in pairs) / len(records),
+        agreement=100.0 * sum(a.first == b.first for a, b in pairs) / len(records),
         finite=len(sound) == len(records),
         accuracy=accuracy_of(ours) if labelled else None,
         lost=sum(a.right() and not b.right() for a, b in pairs),

@@ -23,14 +23,19 @@ Logits = NDArray[np.float32]
 class Answer(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a classifier says of an image.
 
-    ``top`` are the five largest logits' classes, the largest first.  ``rank`` is how many other
-    logits are as large as the label's own, so that the label is among the first k if rank < k: a
-    tie counts against the label, and constant logits score nothing.  None without a label, and
-    where the logit is NaN or infinite.
+    ``top`` are the five largest logits' classes, the largest first; a NaN is none of them.
+    ``rank`` is how many other logits are as large as the label's own, so that the label is among
+    the first k if rank < k: a tie counts against the label, and constant logits score nothing.
+    None without a label, and where the logit is NaN or infinite.
     """
 
     top: tuple[int, ...]
     rank: int | None
+
+    @property
+    def first(self) -> int | None:
+        """The likeliest class, None where all logits are NaN."""
+        return self.top[0] if self.top else None
 
     def right(self, k: int = 1) -> bool:
         """Whether the label is among the first ``k`` answers."""
@@ -80,7 +85,8 @@ def _answers(logits: Logits, labels: Sequence[int | None]) -> list[Answer]:
         rank = None
         if label is not None and math.isfinite(values[label]):
             rank = int((values >= values[label]).sum()) - 1
-        answers.append(Answer(tuple(row[:_KEPT_ANSWERS].tolist()), rank))
+        told = row[~np.isnan(values[row])]
+        answers.append(Answer(tuple(told[:_KEPT_ANSWERS].tolist()), rank))
     return answers
 
 

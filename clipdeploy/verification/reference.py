@@ -34,8 +34,10 @@ class Reference:
     threads, PyTorch's version, and the content of all images of the batch.
     """
 
-    def __init__(self, model: LoadedModel, spec: Preprocess, cache: CropCache | None) -> None:
-        self._runner = TorchRunner(model.module, spec)
+    def __init__(
+        self, model: LoadedModel, spec: Preprocess, cache: CropCache | None, threads: int = 0
+    ) -> None:
+        self._runner = TorchRunner(model.module, spec, threads)
         self._shelf: Shelf[np.float32] | None = None
         self.name = self._runner.name
         if cache is not None and model.weights.identity:

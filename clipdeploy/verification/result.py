@@ -63,13 +63,14 @@ class Baseline:
 class Disagreement:
     """An image of which reference and artifact give different first answers, as class indices.
 
-    ``max_abs`` is the largest difference of two logits, None where one is NaN or infinite.
+    An answer is None where all logits are NaN.  ``max_abs`` is the largest difference of two
+    logits, None where one is NaN or infinite.
     """
 
     name: str
     label: int | None
-    reference: int
-    artifact: int
+    reference: int | None
+    artifact: int | None
     max_abs: float | None
 
 

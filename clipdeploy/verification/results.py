@@ -65,6 +65,7 @@ class Question:
     ``entries`` is the SHA-256 of the images' names and classes in their order, ``problems`` what
     listing them showed, ``calibrated`` the SHA-256 of the calibration images' hashes, empty if
     nobody knows them.  ``sequential`` is the largest drop at which the run stops early.
+    ``threads`` decides the last bits: sums are cut into as many parts.
     """
 
     model: str
@@ -83,6 +84,7 @@ class Question:
     calibrated: str | None
     batch: int
     sequential: float | None
+    threads: int
     versions: dict[str, str]
     schema: int = RESULTS_SCHEMA
 
@@ -244,7 +246,7 @@ def merge_results(parts: Sequence[Results]) -> Results:
         if part.question != first.question:
             raise ArtifactError(
                 f"the shards are not of one run: {_difference(first.question, part.question)}",
-                hint="verify every shard with the same artifacts, images and versions",
+                hint="verify every shard with the same artifacts, images, versions and --threads",
             )
     batches: dict[int, BatchResult] = {}
     for batch in (batch for part in parts for batch in part.batches):
@@ -260,7 +262,9 @@ def merge_results(parts: Sequence[Results]) -> Results:
             hint="run the missing shards, or name all of them",
         )
     ordered = tuple(batches[number] for number in sorted(batches))
-    return replace(first, batches=ordered, shard=None, stamps="")
+    # Of files that stood still all the while, the joined results are those of one run.
+    stamps = first.stamps if all(part.stamps == first.stamps for part in parts) else ""
+    return replace(first, batches=ordered, shard=None, stamps=stamps)
 
 
 def _difference(one: Question, other: Question) -> str:

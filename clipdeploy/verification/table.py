@@ -6,10 +6,21 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from clipdeploy.verification.figures import Fidelity
 from clipdeploy.verification.result import Row, Verification
 
-__all__ = ["artifact_name", "heading", "verdict_line", "verification_table"]
+__all__ = [
+    "COLUMNS",
+    "artifact_names",
+    "baseline_lines",
+    "figures_of",
+    "heading",
+    "verdict_line",
+    "verification_table",
+]
+
+# Of the figures; see figures_of().
+COLUMNS = ("top-1 %", "top-5 %", "agree %", "SQNR dB", "cosine", "max abs")
+
 
 _COLOURS = {
     "equivalent": "green",
@@ -25,10 +36,12 @@ def verdict_line(result: Verification) -> str:
     """The verdict in one sentence."""
     if result.passed:
         return f"EQUIVALENT: no artifact loses more than {result.max_drop:.2f} points of top-1"
-    bad = [row for row in result.rows if row.verdict != "equivalent"]
+    named = zip(artifact_names(result), result.rows, strict=True)
+    names = {name: row for name, row in named if row.verdict != "equivalent"}
+    bad = names.values()
     if any(row.verdict == "regressed" for row in bad):
-        names = ", ".join(artifact_name(row) for row in bad if row.verdict == "regressed")
-        return f"REGRESSED: {names}"
+        regressed = (name for name, row in names.items() if row.verdict == "regressed")
+        return f"REGRESSED: {', '.join(regressed)}"
     if not result.baseline:
         return f"NOT JUDGED: {result.baseline.sentence}"
     if result.random_weights:
@@ -37,13 +50,27 @@ def verdict_line(result: Verification) -> str:
         needed = max((row.drop.images_needed or 0 for row in bad if row.drop), default=0)
         more = f": about {needed:,} images would tell" if needed else ""
         return f"UNDECIDED{more}"
-    return f"NOT PROVEN: {', '.join(f'{artifact_name(row)} {row.verdict}' for row in bad)}"
+    return f"NOT PROVEN: {', '.join(f'{name} {row.verdict}' for name, row in names.items())}"
 
 
-def artifact_name(row: Row) -> str:
-    """``int8 graph``; a file that no passport vouches for goes by its own name."""
-    own = row.artifact.replace("\\", "/").rpartition("/")[2]
-    return f"{row.precision} {row.kind}" if row.vouched else own
+def artifact_names(result: Verification) -> tuple[str, ...]:
+    """``int8 graph`` for each row, no name twice.
+
+    A file that no passport vouches for, or that is not the only one of its kind, goes by its own
+    name, and by its path where another has the same.
+    """
+    rows = result.rows
+    kinds = [f"{row.precision} {row.kind}" if row.vouched else _own_name(row) for row in rows]
+    alone = [name if kinds.count(name) == 1 else "" for name in kinds]
+    names = [name or _own_name(row) for name, row in zip(alone, rows, strict=True)]
+    return tuple(
+        name if names.count(name) == 1 else row.artifact
+        for name, row in zip(names, rows, strict=True)
+    )
+
+
+def _own_name(row: Row) -> str:
+    return row.artifact.replace("\\", "/").rpartition("/")[2]
 
 
 def heading(result: Verification) -> str:
@@ -57,53 +84,61 @@ def heading(result: Verification) -> str:
     return f"{result.model} on {result.images:,} images of {result.data}{stopped}{leaked}"
 
 
-def _figures(fidelity: Fidelity | None) -> list[str]:
+def figures_of(row: Row, result: Verification) -> tuple[str, ...]:
+    """A row's figures in the order of ``COLUMNS``; a dash where there is none."""
+    fidelity = row.fidelity
     if fidelity is None:
-        return ["-"] * 6
-    accuracy = fidelity.accuracy
+        return ("-",) * len(COLUMNS)
+    # Random weights have an accuracy that means nothing.
+    accuracy = None if result.random_weights else fidelity.accuracy
     sqnr = "equal" if fidelity.sqnr_db is None else f"{fidelity.sqnr_db:.1f}"
-    return [
+    errors = (sqnr, f"{fidelity.cosine:.5f}", f"{fidelity.max_abs:.1e}")
+    return (
         f"{accuracy.top1:.2f}" if accuracy else "-",
         f"{accuracy.top5:.2f}" if accuracy else "-",
         f"{fidelity.agreement:.2f}",
-        sqnr,
-        f"{fidelity.cosine:.5f}",
-        f"{fidelity.max_abs:.1e}",
-    ]
+        # Those of the other images alone, or of none, would look like an artifact's.
+        *(errors if fidelity.finite else ("NaN/inf",) * len(errors)),
+    )
 
 
 def _table(result: Verification) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("artifact", no_wrap=True)
-    for title in ("top-1 %", "top-5 %", "agree %", "SQNR dB", "cosine", "max abs"):
+    for title in COLUMNS:
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     if result.reference is not None:
         accuracy = (f"{result.reference.top1:.2f}", f"{result.reference.top5:.2f}")
         table.add_row("PyTorch", *accuracy, "", "", "", "", "reference")
-    for row in result.rows:
-        figures = _figures(row.fidelity)
-        if result.random_weights:
-            figures[:2] = ["-", "-"]
+    for name, row in zip(artifact_names(result), result.rows, strict=True):
         verdict = Text(row.verdict, style=_COLOURS[row.verdict])
-        table.add_row(artifact_name(row), *figures, verdict)
+        table.add_row(name, *figures_of(row, result), verdict)
     return table
 
 
-def _baseline(result: Verification) -> list[Text]:
+def baseline_lines(result: Verification) -> list[str]:
+    """Whether PyTorch is as accurate as it is to be, and what may explain it if not."""
     baseline = result.baseline
     if result.random_weights or not result.labelled:
         return []
-    lines = [Text(f"  baseline {baseline.status}: {baseline.sentence}")]
-    for cause in baseline.causes[:_SHOWN_CAUSES]:
-        lines.append(Text(f"    {cause.gained:+.2f} points with {cause.what}"))
-    return lines
+    causes = [
+        f"{cause.gained:+.2f} points with {cause.what}" for cause in baseline.causes[:_SHOWN_CAUSES]
+    ]
+    return [f"baseline {baseline.status}: {baseline.sentence}", *causes]
 
 
 def verification_table(result: Verification) -> Group:
-    """Verdict first, then a row an artifact, then what each verdict rests on."""
+    """Verdict first, then the baseline, a row an artifact, what each verdict rests on, oddities.
+
+    A report has the same order, see :mod:`clipdeploy.verification.reports`.
+    """
     verdict = Text(verdict_line(result), style="bold")
-    reasons = [Text(f"  {artifact_name(row)}: {row.reason}") for row in result.rows]
+    first, *causes = baseline_lines(result) or [""]
+    baseline = [Text(f"  {first}")] if first else []
+    baseline += [Text(f"    {cause}") for cause in causes]
+    named = zip(artifact_names(result), result.rows, strict=True)
+    reasons = [Text(f"  {name}: {row.reason}") for name, row in named]
     problems = [Text(f"  {problem}", style="yellow") for problem in result.problems]
-    top = (Text(heading(result)), *problems, verdict, Text(""))
-    return Group(*top, _table(result), Text(""), *_baseline(result), *reasons)
+    top = (verdict, Text(heading(result)), *baseline, Text(""))
+    return Group(*top, _table(result), Text(""), *reasons, *problems)

@@ -150,10 +150,13 @@ def _digest(path: Path) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def open_target(target: Target, *, trust: bool = False) -> tuple[Runner | None, Asked]:
+def open_target(
+    target: Target, *, trust: bool = False, threads: int = 0
+) -> tuple[Runner | None, Asked]:
     """A runner of the artifact, None where nothing can run it, and how it enters the question.
 
-    float16 is run as stored where no GPU computes it, see :class:`OnnxRunner`.
+    float16 is run as stored where no GPU computes it, see :class:`OnnxRunner`.  ``threads`` is
+    how many a graph takes on the CPU, 0 for ONNX Runtime's own choice.
 
     Raises:
         GraphError, FileError: a graph that cannot be loaded.
@@ -168,7 +171,9 @@ def open_target(target: Target, *, trust: bool = False) -> tuple[Runner | None, 
     )
     foreign = None if target.vouched else target.passport
     try:
-        runner = open_runner(target.path, trust=trust, as_stored=True, passport=foreign)
+        runner = open_runner(
+            target.path, threads=threads, trust=trust, as_stored=True, passport=foreign
+        )
     except EngineError as error:
         stand_in = f"; {target.stand_in.name} was scored in its place" if target.stand_in else ""
         return None, replace(asked, why_not=f"{error.message}{stand_in}")

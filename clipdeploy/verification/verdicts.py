@@ -10,16 +10,13 @@ otherwise the interval of the paired drop:    equivalent, regressed, undecided
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from clipdeploy.imaging import Reading
 from clipdeploy.verification.baseline import Expected, check_baseline
+from clipdeploy.verification.disagreements import disagreements_of
 from clipdeploy.verification.figures import Fidelity, accuracy_of, fidelity_of
 from clipdeploy.verification.paired import DropJudgement, judge_drop
-from clipdeploy.verification.records import ImageRecord
 from clipdeploy.verification.result import (
     Baseline,
-    Disagreement,
     Row,
     Verdict,
     Verification,
@@ -27,7 +24,7 @@ from clipdeploy.verification.result import (
 from clipdeploy.verification.results import Asked, Question, Results
 from exporters.errors import DatasetError
 
-__all__ = ["disagreements_of", "judge", "judge_results"]
+__all__ = ["judge", "judge_results"]
 
 _WORST = 12
 
@@ -59,21 +56,6 @@ def judge(
         return "not judged", f"the baseline failed: {baseline.sentence}", drop
     foreign = "" if asked.vouched else "; no passport vouches for this file"
     return drop.verdict, drop.sentence + foreign, drop
-
-
-def disagreements_of(records: Sequence[ImageRecord], lane: int) -> list[Disagreement]:
-    """The images with another first answer than the reference's, the largest difference first."""
-    found = []
-    for record in records:
-        outcome = record.outcomes[lane]
-        theirs, ours = record.reference.top[0], outcome.answer.top[0]
-        if theirs != ours:
-            found.append(Disagreement(record.name, record.label, theirs, ours, outcome.max_abs))
-    return sorted(found, key=_by_difference)
-
-
-def _by_difference(found: Disagreement) -> tuple[float, str]:
-    return (float("-inf") if found.max_abs is None else -found.max_abs, found.name)
 
 
 def _row(asked: Asked, lane: int, results: Results, baseline: Baseline, max_drop: float) -> Row:

@@ -9,13 +9,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from clipdeploy.engines.passport import library_versions
 from clipdeploy.imaging import Crop, CropCache, ImageFolder, Reading, survey
@@ -26,6 +27,7 @@ from clipdeploy.verification.batches import (
     decoded_batches,
     digest_of_entries,
     digest_of_files,
+    prefetched,
     shuffled,
 )
 from clipdeploy.verification.paired import SequentialDrop
@@ -59,7 +61,8 @@ class VerifyConfig:
     takes the images in random order and stops as soon as every verdict is out.  ``workers`` and
     ``cache`` are those of :func:`clipdeploy.imaging.iter_crops`; the cache keeps the reference's
     logits as well.  ``trust``
-    loads engines that no passport vouches for.
+    loads engines that no passport vouches for.  ``threads`` compute on the CPU, 0 for as many as
+    PyTorch takes; shards can only be joined if they had as many.
     """
 
     max_drop: float = 1.0
@@ -70,6 +73,7 @@ class VerifyConfig:
     shard: tuple[int, int] | None = None
     sequential: bool = False
     trust: bool = False
+    threads: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_drop <= 100:
@@ -98,14 +102,25 @@ class _Opened:
     lanes: tuple[tuple[Target, Runner], ...]
     seen: frozenset[str]
 
-    def record(self, batch: DecodedBatch, *, allow_leak: bool) -> BatchResult:
+    def prepare(self, batch: DecodedBatch) -> Samples | None:
+        """The input of a batch, normalised where anybody will want it so."""
+        if not batch.crops:
+            return None
+        samples = batch.samples(self.question.preprocess)
+        if any(target.passport.input.dtype != "uint8" for target, _ in self.lanes):
+            _ = samples.pixels
+        return samples
+
+    def record(
+        self, batch: DecodedBatch, samples: Samples | None, *, allow_leak: bool
+    ) -> BatchResult:
+        """What everybody makes of a batch."""
         crops = batch.crops
-        if not crops:
+        if samples is None:
             return BatchResult(batch.number, (), batch.unreadable)
         leaked = [crop.sha256 in self.seen for crop in crops]
         if any(leaked) and not allow_leak:
             _refuse_leak(crops[leaked.index(True)])
-        samples = Samples(np.stack([crop.pixels for crop in crops]), self.question.preprocess)
         records = measure_images(
             [(crop.entry.name, crop.sha256) for crop in crops],
             [crop.entry.label for crop in crops] if self.question.labelled else [None] * len(crops),
@@ -163,6 +178,7 @@ def _question(
         calibrated=calibrated,
         batch=config.batch,
         sequential=config.max_drop if config.sequential else None,
+        threads=config.threads or torch.get_num_threads(),
         versions=library_versions(),
     )
 
@@ -177,12 +193,14 @@ def _open(
 ) -> _Opened:
     lanes, artifacts = [], []
     for target in targets:
-        runner, asked = open_target(target, trust=config.trust)
+        runner, asked = open_target(target, trust=config.trust, threads=question.threads)
         artifacts.append(asked)
         if runner is not None:
             stack.callback(runner.close)
             lanes.append((target, runner))
-    reference = stack.enter_context(Reference(model, question.preprocess, config.cache))
+    reference = stack.enter_context(
+        Reference(model, question.preprocess, config.cache, question.threads)
+    )
     asked_for = replace(question, artifacts=tuple(artifacts), reference=reference.name)
     return _Opened(asked_for, reference, tuple(lanes), seen or frozenset())
 
@@ -230,8 +248,13 @@ def run_verification(
         DatasetError: an image that cannot be read, unless ``skip_unreadable``, or one of ``seen``.
         GraphError, ArtifactError: a graph that cannot be loaded or is not what it says.
         FileError: the results cannot be kept.
+        UsageError: ``sequential`` on images without labels.
     """
     if config.sequential:
+        if not images.labelled:
+            raise UsageError(
+                "without labels no verdict comes out, early or late", hint="leave out --sequential"
+            )
         images = shuffled(images, _SEQUENCE_SEED)
     question = _question(model, passport, images, config, seen)
     with ExitStack() as stack:
@@ -289,8 +312,8 @@ class _Run:
             return
         total = sum(self._size(number) for number in left)
         with progress.task("verify", total) as advance:
-            for batch in self._decoded(left):
-                result = self.opened.record(batch, allow_leak=self.allow_leak)
+            for batch, samples in prefetched(self._prepared(left)):
+                result = self.opened.record(batch, samples, allow_leak=self.allow_leak)
                 yield result
                 advance(self._size(batch.number))
                 if stop and stop.add(result.records):
@@ -299,8 +322,8 @@ class _Run:
     def _size(self, number: int) -> int:
         return min(self.config.batch, len(self.images.entries) - number * self.config.batch)
 
-    def _decoded(self, numbers: Collection[int]) -> Iterator[DecodedBatch]:
-        return decoded_batches(
+    def _prepared(self, numbers: Collection[int]) -> Generator[tuple[DecodedBatch, Samples | None]]:
+        for batch in decoded_batches(
             self.images,
             self.opened.question.preprocess,
             self.config.batch,
@@ -309,4 +332,5 @@ class _Run:
             workers=self.config.workers,
             cache=self.config.cache,
             reading=self.reading,
-        )
+        ):
+            yield batch, self.opened.prepare(batch)

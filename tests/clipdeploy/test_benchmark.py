@@ -22,13 +22,14 @@ from clipdeploy.benchmark import (
 )
 from clipdeploy.benchmark.environment import Clocks, clock_note, read_clocks, read_environment
 from clipdeploy.benchmark.lineup import NotRun, line_up, short_labels
+from clipdeploy.benchmark.plot import draw_benchmark
 from clipdeploy.benchmark.result import summary_rows
 from clipdeploy.benchmark.rounds import Contender, measure, random_images
 from clipdeploy.benchmark.run import warm_up
 from clipdeploy.benchmark.table import benchmark_table
 from clipdeploy.device import gpus
 from clipdeploy.pipeline import export_model
-from clipdeploy.plots import draw_benchmark, save_plot
+from clipdeploy.plots import save_plot
 from clipdeploy.runners import Runner
 from clipdeploy.runners.base import Closing
 from clipdeploy.workspace import Workspace

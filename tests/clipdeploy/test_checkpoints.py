@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from checkpoint_files import mmpretrain_keys, write_legacy_flat, write_nested_zip
 from numpy.typing import NDArray
@@ -177,3 +180,24 @@ def test_resizing_is_bicubic_without_antialiasing(old: int, new: int) -> None:
     assert torch.equal(resized[:, 0], position[:, 0])
     # float32 sums of sixteen products of values around 1.
     np.testing.assert_allclose(resized[0, 1:].reshape(new, new, 3), expected, atol=5e-6)
+
+
+@pytest.mark.usefixtures("python_hears_ctrl_c")
+def test_an_interrupt_inside_the_reader_is_no_broken_file(
+    tensors: Tensors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _timm_safetensors(tensors, tmp_path / "weights")
+    real, ended = safetensors.torch.load_file, []
+
+    def interrupted(file: Path) -> Tensors:
+        os.kill(os.getpid(), signal.SIGINT)
+        loaded = real(file)
+        ended.append(file)
+        return loaded
+
+    monkeypatch.setattr(safetensors.torch, "load_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        read_checkpoint(path)
+    assert ended == [path]
+    monkeypatch.undo()
+    assert read_checkpoint(path).tensors.keys() == tensors.keys()

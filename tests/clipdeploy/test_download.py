@@ -16,7 +16,8 @@ from bad_server import serve
 from safetensors.torch import load_file
 
 from clipdeploy import download, zoo
-from clipdeploy.download import cache_folder, cached_file, fetch, fetch_hub, is_at_hand
+from clipdeploy.cache import cache_folder
+from clipdeploy.download import cached_file, fetch, fetch_hub, is_at_hand
 from clipdeploy.model import WeightsChoice, load_model
 from exporters.artifact import Recipe
 from exporters.errors import CheckpointError, FileError, UsageError

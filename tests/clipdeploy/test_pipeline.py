@@ -118,3 +118,4 @@ def test_the_demo_keeps_its_accuracy(tmp_path: Path) -> None:
     assert len(drops) >= 3
     # Two and a half of the 500 digits.
     assert all(drop <= 0.5 for drop in drops)
+    assert result.report.read_bytes().startswith(b"<!DOCTYPE html>")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from exporters.errors import FileError
-from exporters.files import atomic_path, file_errors, sha256_file, write_atomic
+from exporters.files import atomic_folder, atomic_path, file_errors, sha256_file, write_atomic
 
 # Each runs in a process of its own: a limit, a user or a sudden death must not leak into pytest.
 _FILE_TOO_LARGE = """
@@ -176,3 +176,42 @@ def test_sha256_of_nothing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"cannot read .*absent") as found:
         sha256_file(tmp_path / "absent")
     assert "check its spelling" in found.value.hint
+
+
+def test_a_folder_appears_with_all_its_files(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder"
+    with atomic_folder(path) as temporary:
+        (temporary / "deep").mkdir()
+        (temporary / "deep" / "file").write_bytes(b"whole")
+        assert not path.exists()
+    assert (path / "deep" / "file").read_bytes() == b"whole"
+    assert list(path.parent.iterdir()) == [path]
+    assert stat.S_IMODE(path.stat().st_mode) & 0o700 == 0o700
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    for name in ("old", "new"):
+        with atomic_folder(path) as temporary:
+            (temporary / name).write_text(name)
+    assert [file.name for file in path.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, ValueError, OSError])
+def test_an_interrupted_folder_leaves_the_old_one(
+    failure: type[BaseException], tmp_path: Path
+) -> None:
+    path = tmp_path / "folder"
+    with atomic_folder(path) as temporary:
+        (temporary / "old").write_text("old")
+
+    def fail() -> None:
+        with atomic_folder(path) as temporary:
+            (temporary / "new").write_text("half")
+            raise failure
+
+    with pytest.raises(FileError if failure is OSError else failure):
+        fail()
+    assert [file.name for file in path.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [path]

@@ -53,7 +53,7 @@ from calibration import collect
 from clipdeploy import pipeline, zoo
 from clipdeploy.workspace import Workspace
 
-collect.CollectConfig.__init__.__defaults__ = (None, 0.0, None)
+collect.CollectConfig.__init__.__defaults__ = (None, 0.0, None, 0)
 pipeline.calibrate_model(
     Workspace(Path(sys.argv[1])), zoo.DEMO, Path(sys.argv[2]), pipeline.CalibrateConfig(images=24)
 )

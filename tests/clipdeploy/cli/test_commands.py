@@ -31,8 +31,11 @@ COMMANDS = (
     "quantize",
     "build-engine",
     "verify",
+    "predict",
     "benchmark",
     "inspect",
+    "package",
+    "doctor",
     "demo",
 )
 

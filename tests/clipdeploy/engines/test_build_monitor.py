@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+import logging
+import signal
+from collections.abc import Iterator
+from logging.handlers import BufferingHandler
+
 import pytest
 
 from clipdeploy import zoo
+from clipdeploy.engines import backends
 from clipdeploy.engines.backends import tensorrt_module
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.build_monitor import PERCENT, Phases, build_monitor
@@ -101,3 +107,56 @@ def test_an_exception_never_leaves_the_monitor(compiler: Compiler) -> None:
     monitor.phase_start("build", None, 2)  # type: ignore[arg-type]
     assert monitor.step_complete("build", 0) is False
     assert isinstance(stop[0], OSError)
+
+
+class _CtrlC(set[str]):
+    """Severities; the first look into them is when Ctrl-C is pressed."""
+
+    pressed = False
+
+    def __contains__(self, name: object) -> bool:
+        if not self.pressed:
+            self.pressed = True
+            signal.raise_signal(signal.SIGINT)
+        return super().__contains__(name)
+
+
+@pytest.mark.usefixtures("python_hears_ctrl_c")
+def test_ctrl_c_inside_the_logger_is_not_swallowed(
+    compiler: Compiler, demo_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    severities = _CtrlC(backends._SMALL_TALK)
+    monkeypatch.setattr(backends, "_SMALL_TALK", severities)
+    watch = Watch()
+    with pytest.raises(KeyboardInterrupt):
+        compiler.compile(demo_workspace.graph(zoo.DEMO, "fp16"), SPEC, BuildConfig(), None, watch)
+    assert severities.pressed
+    # Cancelled, and not told after a whole build.
+    assert sum(watch.shown) < 50
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.fixture
+def python_log() -> Iterator[BufferingHandler]:
+    """What Python's logger of Polygraphy is told."""
+    handler, logger = BufferingHandler(100), logging.getLogger("Polygraphy")
+    logger.addHandler(handler)
+    yield handler
+    logger.removeHandler(handler)
+
+
+def test_small_talk_takes_the_short_way_and_errors_the_long_one(
+    compiler: Compiler, python_log: BufferingHandler
+) -> None:
+    from polygraphy.backend.trt import get_trt_logger
+
+    logger, severities = get_trt_logger(), compiler.module.ILogger.Severity
+    with backends.hears() as heard:
+        logger.log(severities.VERBOSE, "a layer")
+        logger.log(severities.ERROR, "a refusal")
+    assert heard.log == ["a layer", "a refusal"]
+    assert heard.errors == ["a refusal"]
+    assert [record.getMessage() for record in python_log.buffer] == ["a refusal"]
+    # And nothing of it stays behind.
+    logger.log(severities.VERBOSE, "a layer of another build")
+    assert len(heard.log) == 2

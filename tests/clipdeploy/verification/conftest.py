@@ -33,6 +33,7 @@ QUESTION = Question(
     calibrated="",
     batch=16,
     sequential=None,
+    threads=1,
     versions={"torch": "2"},
 )
 

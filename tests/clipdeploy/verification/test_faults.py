@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -176,9 +177,9 @@ def judged(
     once = OneRun(sound)
     spoilers = {t.path: RUN_FAULTS[name][0] for name, t in named if name in RUN_FAULTS}
 
-    def opened(each: Target, *, trust: bool = False) -> tuple[Runner | None, Asked]:
+    def opened(each: Target, **options: Any) -> tuple[Runner | None, Asked]:
         if each.path not in spoilers:
-            return open_target(each, trust=trust)
+            return open_target(each, **options)
         return BrokenRunner(once, spoilers[each.path]), replace(asked, artifact=str(each.path))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -281,7 +282,7 @@ def run_broken(
     runner, asked = open_target(graph)
     assert runner is not None
     broken = BrokenRunner(runner, spoil)  # type: ignore[arg-type]
-    monkeypatch.setattr(verifier, "open_target", lambda each, *, trust: (broken, asked))
+    monkeypatch.setattr(verifier, "open_target", lambda each, **options: (broken, asked))
     few = select(images, 20, seed=0)
     results = run_verification(model, graph.passport, [graph], few, CONFIG)
     return judge_results(results, ALLOWED)

@@ -91,3 +91,9 @@ def test_equal_logits_have_no_noise_and_nan_is_seen() -> None:
     assert not got.finite
     assert got.accuracy is None
     assert not fidelity_of(records(logits, ruined), 0, 3, labelled=False).finite
+
+
+def test_nan_agrees_with_nobody() -> None:
+    reference = np.eye(3, dtype=np.float32)
+    got = fidelity_of(records(np.full((3, 3), np.nan, np.float32), reference), 0, 3, labelled=False)
+    assert got.agreement == 0

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from clipdeploy.verification.baseline import Expected
+from clipdeploy.verification.disagreements import disagreements_of
 from clipdeploy.verification.records import ImageRecord
 from clipdeploy.verification.result import Verification
 from clipdeploy.verification.results import Results
-from clipdeploy.verification.verdicts import disagreements_of, judge_results
+from clipdeploy.verification.verdicts import judge_results
 from exporters.errors import DatasetError, UsageError
 
 Make = Callable[..., Results]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import numpy_helper
 from rich.console import Console
 
@@ -16,12 +17,13 @@ from clipdeploy import zoo
 from clipdeploy.imaging import ImageFolder, open_images, select
 from clipdeploy.model import LoadedModel
 from clipdeploy.verification.result import Verification
+from clipdeploy.verification.results import Results, merge_results
 from clipdeploy.verification.table import verdict_line, verification_table
 from clipdeploy.verification.targets import Target
 from clipdeploy.verification.verdicts import judge_results
 from clipdeploy.verification.verifier import VerifyConfig, run_verification
 from clipdeploy.workspace import Workspace
-from exporters.errors import UsageError
+from exporters.errors import ArtifactError, UsageError
 from exporters.headers import read_passport
 
 CLASSES = tuple("0123456789")
@@ -150,3 +152,23 @@ def test_max_drop_is_the_threshold(
     assert verdict_line(result).startswith("UNDECIDED: about ")
     with pytest.raises(UsageError, match="largest drop of -1"):
         VerifyConfig(max_drop=-1.0)
+
+
+def test_shards_of_other_threads_are_not_joined(
+    demo_workspace: Workspace, demo_model: LoadedModel, digits: ImageFolder
+) -> None:
+    graph = target(demo_workspace.graph(zoo.DEMO, "int8"))
+
+    def shard(number: int, threads: int) -> Results:
+        config = VerifyConfig(shard=(number, 2), threads=threads)
+        return run_verification(demo_model, graph.passport, [graph], few(digits), config)
+
+    before = torch.get_num_threads()
+    try:
+        first = shard(1, 1)
+        assert torch.get_num_threads() == 1
+        assert len(merge_results([first, shard(2, 1)]).records) == 20
+        with pytest.raises(ArtifactError, match=r"they differ in threads \(.*--threads"):
+            merge_results([first, shard(2, 2)])
+    finally:
+        torch.set_num_threads(before)

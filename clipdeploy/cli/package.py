@@ -1,0 +1,95 @@
+"""``clipdeploy package``: an artifact made ready for production."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from clipdeploy.cli.common import Context, emit, model_option, stage_command
+from exporters.errors import UsageError
+
+if TYPE_CHECKING:
+    from clipdeploy.packaging.cpp import CppPackage
+    from clipdeploy.packaging.triton import TritonPackage
+
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+
+
+@click.command()
+@click.argument("artifact", required=False, type=click.Path(path_type=Path))
+@click.option("--triton", metavar="DIR", type=_FOLDER, help="Model repository of a Triton server.")
+@click.option("--cpp", metavar="DIR", type=_FOLDER, help="C++ program with a CMakeLists.txt.")
+@model_option
+@click.option("--name", help="On the server; MODEL-PRECISION if left out.")
+@click.option("--max-batch", type=int, help="Largest batch.  [default: the engine's; graphs: 32]")
+@click.option(
+    "--queue-delay",
+    type=int,
+    metavar="MICROSECONDS",
+    help="How long a request waits for others to share its batch.  [default: 500]",
+)
+@click.option("--instances", type=int, help="Copies of the model on a GPU.  [default: 1]")
+@click.option("--force", is_flag=True, help="Replace what is there; the newest version of a model.")
+@stage_command
+def package(
+    context: Context,
+    artifact: Path | None,
+    triton: Path | None,
+    cpp: Path | None,
+    model: str | None,
+    force: bool,
+    **options: Any,
+) -> None:
+    """Package ARTIFACT (.onnx, .engine) for production, or the best one of a model."""
+    if (triton is None) == (cpp is None):
+        raise UsageError("package takes one of --triton DIR and --cpp DIR", hint="pass one of them")
+    chosen = {option: value for option, value in options.items() if value is not None}
+    if cpp and chosen:
+        option = "--" + next(iter(chosen)).replace("_", "-")
+        raise UsageError(f"{option} belongs to --triton", hint="leave it out")
+    if artifact and model:
+        raise UsageError("--model beside a file", hint="name a file, or a model to take one of")
+    from clipdeploy.packaging.triton_config import TritonConfig
+    from clipdeploy.stages.package import artifact_to_package, package_cpp, package_triton
+
+    config = TritonConfig(**chosen)
+    if artifact is None:
+        artifact = artifact_to_package(context.workspace, context.model(model))
+        context.note(f"artifact: {artifact}")
+    if triton:
+        model_folder = package_triton(artifact, triton, config, force=force)
+        _show(context, model_folder, _render_triton(model_folder))
+    elif cpp:
+        program = package_cpp(artifact, cpp, force=force)
+        _show(context, program, _render_cpp(program))
+
+
+def _show(context: Context, made: TritonPackage | CppPackage, shown: str) -> None:
+    for note in made.notes:
+        context.note(f"note: {note}")
+    emit(context, made, lambda: shown)
+
+
+def _render_triton(made: TritonPackage) -> str:
+    done = "written" if made.changed else "unchanged"
+    batches = f"up to {made.max_batch} images" if made.max_batch else "one fixed batch"
+    return "\n".join(
+        [
+            f"{made.path}: version {made.version} {done}, {batches} at once",
+            f"  server  {made.server or 'not known, see its Dockerfile'}",
+            f"  client  python {made.path / 'client.py'} IMAGE",
+        ]
+    )
+
+
+def _render_cpp(made: CppPackage) -> str:
+    build = made.path / "build"
+    return "\n".join(
+        [
+            f"{made.path}: {'written' if made.changed else 'unchanged'}, for {made.runtime}",
+            f"  build   cmake -S {made.path} -B {build} && cmake --build {build}",
+            f"  check   ctest --test-dir {build} --output-on-failure",
+        ]
+    )

@@ -1,0 +1,131 @@
+"""Facts -> findings: what is good, what is not, and the command that mends it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from clipdeploy.doctor.libraries import judge_onnxruntime, judge_tensorrt, judge_torch
+from clipdeploy.doctor.machine import Machine
+from clipdeploy.doctor.verdicts import Finding, Level, error, good, note, warning
+
+__all__ = ["Diagnosis", "Finding", "Level", "diagnose"]
+
+_OLDEST_PYTHON = (3, 11)
+# These have a rule of their own, which knows what may stand in for them.
+_JUDGED_APART = {"torch", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx"}
+# ViT-B: 0.35 GB of checkpoint and FP32 graph each, 0.27 GB of FP16 and INT8 graphs, 0.63 GB of
+# engines.
+_ROOM, _LEAST_ROOM = 2.0e9, 0.4e9
+# NVIDIA, "CUDA Compatibility": Turing is the oldest that TensorRT 10 and CUDA 13 know.
+_OLDEST_GPU = (7, 5)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Every finding, and the facts behind them; true where export, build and verify can run."""
+
+    can_run: bool
+    findings: tuple[Finding, ...]
+    machine: Machine
+
+    def __bool__(self) -> bool:
+        return self.can_run
+
+    def of(self, level: Level) -> tuple[Finding, ...]:
+        """The findings of one level."""
+        return tuple(finding for finding in self.findings if finding.level == level)
+
+
+def diagnose(machine: Machine) -> Diagnosis:
+    """Judge a machine, real or described."""
+    rules = (_python, _packages, judge_torch, judge_onnxruntime, judge_tensorrt, _gpus, _folders)
+    findings = tuple(finding for rule in rules for finding in rule(machine))
+    can_run = all(finding.level != "error" for finding in findings)
+    return Diagnosis(can_run, findings, machine)
+
+
+def _python(machine: Machine) -> Iterator[Finding]:
+    version = ".".join(map(str, machine.python))
+    if machine.python < _OLDEST_PYTHON:
+        wanted = ".".join(map(str, _OLDEST_PYTHON))
+        yield error(
+            "Python",
+            f"{version} is older than {wanted}",
+            f"python{wanted} -m venv .venv && .venv/bin/pip install .",
+        )
+    else:
+        yield good("Python", f"{version}, {machine.platform}")
+
+
+def _packages(machine: Machine) -> Iterator[Finding]:
+    fitting = 0
+    for text in machine.requirements:
+        asked = Requirement(text)
+        mend = f'pip install "{text}"'
+        version = machine.packages.get(canonicalize_name(asked.name))
+        if version is None:
+            if asked.name not in _JUDGED_APART:
+                yield error("packages", f"{asked.name} is not installed", mend)
+        elif not asked.specifier.contains(version, prereleases=True):
+            yield error(
+                "packages", f"{asked.name} {version} is not {text}", f'pip install "{text}"'
+            )
+        else:
+            fitting += 1
+    if fitting:
+        yield good("packages", f"{fitting} of {len(machine.requirements)} fit clipdeploy")
+
+
+def _gpus(machine: Machine) -> Iterator[Finding]:
+    nvidia = machine.driver
+    if nvidia:
+        yield good("driver", f"{nvidia.version}, up to CUDA {nvidia.cuda}")
+    for gpu in machine.gpus:
+        if gpu.compute_capability < _OLDEST_GPU:
+            yield error(
+                "GPU",
+                f"{gpu.name} ({gpu.sm}) is older than SM 7.5, and no TensorRT of today runs on it",
+                "CUDA_VISIBLE_DEVICES=N clipdeploy ...  (N: a newer GPU; nvidia-smi -L lists them)",
+            )
+        else:
+            yield good("GPU", f"{gpu.name}, {gpu.sm}")
+    if machine.gpus:
+        return
+    if nvidia and machine.visible is not None:
+        yield warning(
+            "GPU",
+            f"CUDA_VISIBLE_DEVICES={machine.visible!r} hides every GPU",
+            "unset CUDA_VISIBLE_DEVICES",
+        )
+    elif nvidia:
+        yield warning("GPU", "there is a driver, and CUDA shows no GPU", "nvidia-smi -L")
+    else:
+        yield note(
+            "GPU",
+            "none: graphs are judged and engines built here, but engines do not run",
+            "clipdeploy verify --data IMAGENET_VAL  (on the machine that will serve)",
+        )
+
+
+def _folders(machine: Machine) -> Iterator[Finding]:
+    for folder in machine.folders:
+        where = f"{folder.path} ({folder.free_bytes / 1e9:.1f} GB free)"
+        mend = (
+            "export CLIPDEPLOY_HOME=/a/larger/disk"
+            if folder.role == "cache"
+            else "clipdeploy COMMAND --workspace /a/larger/disk"
+        )
+        if folder.problem:
+            yield error(folder.role, f"{folder.path} cannot be written: {folder.problem}", mend)
+        elif folder.free_bytes < _LEAST_ROOM:
+            yield error(folder.role, f"{where}: not even an FP32 graph of 0.35 GB fits", mend)
+        elif folder.free_bytes < _ROOM:
+            yield warning(
+                folder.role, f"{where}: a ViT-B in three precisions takes up to 2 GB", mend
+            )
+        else:
+            yield good(folder.role, where)

@@ -1,0 +1,97 @@
+"""What a library says of itself, asked in a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import msgspec
+
+__all__ = ["PROBES", "Library", "probe"]
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library that is installed.
+
+    ``problem`` says why it cannot be imported, and then nothing else is known.  ``cuda`` is the
+    CUDA that it was built for (``13.0``), None for a build without; ``sees_gpu`` is PyTorch's,
+    ``providers`` and ``tensorrt`` (the major version that its TensorRT provider links) ONNX
+    Runtime's, ``capabilities`` what TensorRT-RTX builds for, such as ``8.9``.
+    """
+
+    version: str = ""
+    problem: str = ""
+    cuda: str | None = None
+    sees_gpu: bool = False
+    providers: tuple[str, ...] = ()
+    tensorrt: int | None = None
+    capabilities: tuple[str, ...] = ()
+
+
+_TORCH = """
+import torch as module
+facts = {"cuda": module.version.cuda, "sees_gpu": module.cuda.is_available()}
+"""
+# A provider is a library that loads only when a session asks for it: the names that it links are
+# read out of its bytes.
+_ONNXRUNTIME = r"""
+import mmap, pathlib, re
+import onnxruntime as module
+from onnxruntime.capi import build_and_package_info as built
+facts = {
+    "cuda": getattr(built, "cuda_version", None) or None,
+    "providers": module.get_available_providers(),
+}
+for path in pathlib.Path(built.__file__).parent.glob("*onnxruntime_providers_tensorrt*"):
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        found = re.search(rb"libnvinfer\.so\.(\d+)|nvinfer_(\d+)\.dll", data)
+        facts["tensorrt"] = int(found[1] or found[2]) if found else None
+"""
+_TENSORRT = """
+import tensorrt as module
+facts = {}
+"""
+_TENSORRT_RTX = """
+import tensorrt_rtx as module
+from clipdeploy.engines.backends import compute_capabilities, targets_capabilities
+facts = {"capabilities": compute_capabilities(module) if targets_capabilities(module) else ()}
+"""
+PROBES = {
+    "torch": _TORCH,
+    "onnxruntime": _ONNXRUNTIME,
+    "tensorrt": _TENSORRT,
+    "tensorrt_rtx": _TENSORRT_RTX,
+}
+_PRINT = """
+import json
+print("\\n" + json.dumps({"version": str(module.__version__), **facts}))
+"""
+_SECONDS = 120
+
+
+def probe(name: str) -> Library | None:
+    """Import one of :data:`PROBES`, and ask it; None where it is not installed."""
+    spec = importlib.util.find_spec(name)
+    # TensorRT's type stubs are a folder without a module.
+    if spec is None or spec.origin is None:
+        return None
+    return ask(PROBES[name])
+
+
+def ask(code: str) -> Library:
+    """Run a probe; what keeps it from answering is the library's ``problem``."""
+    command = [sys.executable, "-c", code + _PRINT]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+    except subprocess.TimeoutExpired:
+        return Library(problem=f"the import did not end within {_SECONDS} s")
+    if done.returncode < 0:
+        return Library(problem=f"the import died of {signal.Signals(-done.returncode).name}")
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        return Library(problem=lines[-1] if lines else f"exit code {done.returncode}")
+    return msgspec.json.decode(done.stdout.splitlines()[-1], type=Library)

@@ -1,0 +1,1 @@
+"""What is handed to production: a Triton model repository, a C++ program."""

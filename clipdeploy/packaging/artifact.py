@@ -1,0 +1,66 @@
+"""What can be packaged: a graph or an engine, with everything that its passport tells."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipdeploy import zoo
+from clipdeploy.engines.passport import EnginePassport, load_engine_passport
+from exporters.artifact import Passport, to_json
+from exporters.errors import UsageError
+from exporters.files import sha256_file
+from exporters.headers import read_passport
+
+__all__ = ["Packable", "labels", "open_packable"]
+
+
+@dataclass(frozen=True)
+class Packable:
+    """A file to package; ``engine`` is None for a graph."""
+
+    path: Path
+    sha256: str
+    graph: Passport
+    engine: EnginePassport | None
+
+    @property
+    def passport_json(self) -> bytes:
+        """The passport, to lie beside the file."""
+        return to_json(self.engine or self.graph)
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The one batch that it takes; None where the batch is free."""
+        batch = self.graph.input.shape[0]
+        return batch if isinstance(batch, int) else None
+
+
+def open_packable(path: Path) -> Packable:
+    """Read a file's passport and hold it against the file's bytes.
+
+    Raises:
+        FileError, GraphError, ArtifactError: it cannot be read, or is not what its passport says.
+        UsageError: neither a graph nor an engine.
+    """
+    if path.suffix == ".onnx":
+        return Packable(path, sha256_file(path), read_passport(path), None)
+    if path.suffix == ".engine":
+        engine = load_engine_passport(path)
+        return Packable(path, engine.hashes.plan, engine.graph, engine)
+    raise UsageError(f"{path} is neither .onnx nor .engine", hint="name a graph or an engine")
+
+
+def labels(passport: Passport) -> tuple[str, ...]:
+    """A line for each logit: ``n01440764 tench, Tinca tinca``, a folder's name, or ``class 7``."""
+    names = passport.class_names
+    if not names:
+        return tuple(f"class {index}" for index in range(passport.classes))
+    cards = {card.name: card for card in zoo.cards()}
+    card = cards.get(passport.model)
+    known = dict(zoo.class_names(card)) if card else {}
+    return tuple(_label(name, known.get(name, name)) for name in names)
+
+
+def _label(name: str, label: str) -> str:
+    return name if label == name else f"{name} {label}"

@@ -1,0 +1,43 @@
+"""The client that lies beside a packaged model.
+
+It prepares images with clipdeploy's own functions: their source is copied into it, so that the two
+cannot differ.
+"""
+
+from __future__ import annotations
+
+import inspect
+from importlib import resources
+from string import Template
+
+from clipdeploy import __version__
+from clipdeploy.imaging.preprocess import crop_image, to_rgb
+from exporters.artifact import Passport
+from exporters.preprocess_graph import scale_and_offset
+from exporters.samples import normalise
+
+__all__ = ["client_source", "template"]
+
+_COPIED = (to_rgb, crop_image, scale_and_offset, normalise)
+
+
+def template(name: str) -> Template:
+    """A file of ``packaging/templates``."""
+    file = resources.files("clipdeploy").joinpath("packaging", "templates", name)
+    return Template(file.read_text(encoding="utf-8"))
+
+
+def client_source(name: str, passport: Passport) -> str:
+    """The text of ``client.py`` for the Triton model ``name``."""
+    spec = passport.preprocess
+    batch = passport.input.shape[0]
+    return template("client.py.txt").substitute(
+        name=name,
+        version=__version__,
+        spec=repr(spec),
+        input=passport.input.name,
+        output=passport.output.name,
+        dtype=passport.input.dtype,
+        batch=batch if isinstance(batch, int) else 0,
+        functions="\n\n".join(inspect.getsource(function) for function in _COPIED).rstrip(),
+    )

@@ -1,0 +1,137 @@
+"""A C++17 program that runs one artifact: ONNX Runtime's C API for a graph, TensorRT for an engine.
+
+DIR/CMakeLists.txt         cmake -B build && cmake --build build && ctest --test-dir build
+    main.cpp  model.h      raw images in, logits out
+    onnxruntime_model.cpp  tensorrt_model.cpp
+    model.onnx             or model.engine, its passport beside it
+    image.raw  logits.txt  real images as the model takes them, and Python's logits for them
+    labels.txt             a class a line
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from clipdeploy.packaging.artifact import Packable, labels
+from clipdeploy.packaging.client import template
+from clipdeploy.runners.base import Images, Logits
+from clipdeploy.runners.onnx import OnnxRunner
+from exporters.errors import ArtifactError
+from exporters.files import atomic_folder, file_errors, sha256_file
+from exporters.samples import Samples
+
+__all__ = ["CppPackage", "package_cpp", "sample_count"]
+
+_SOURCES = ("main.cpp", "model.h", "onnxruntime_model.cpp", "tensorrt_model.cpp")
+_CMAKE = "CMakeLists.txt"
+_IMAGES = 3
+
+
+@dataclass(frozen=True)
+class CppPackage:
+    """What was written; ``runtime`` is ``onnxruntime``, ``tensorrt`` or ``tensorrt-rtx``.
+
+    ``changed`` is False if all of it was already there.
+    """
+
+    path: Path
+    model: Path
+    runtime: str
+    changed: bool
+    notes: tuple[str, ...]
+
+
+def sample_count(source: Packable) -> int:
+    """How many images the sample has: a few, if the artifact takes them."""
+    if source.fixed_batch is not None:
+        return source.fixed_batch
+    if source.engine is None:
+        return _IMAGES
+    low, best, high = source.engine.profiles[0]
+    return _IMAGES if low <= _IMAGES <= high else best
+
+
+def package_cpp(
+    source: Packable, folder: Path, samples: Samples, *, force: bool = False
+) -> CppPackage:
+    """Write the program for ``source`` into ``folder``, which appears whole.
+
+    ``samples`` holds :func:`sample_count` images.  An older package is replaced with ``force``.
+
+    Raises:
+        ArtifactError: something is there already, and ``force`` was not asked for or not enough.
+        FileError: no permission, no space.
+    """
+    model = folder / f"model{source.path.suffix}"
+    files = _files(source, model.name, samples)
+    runtime = source.engine.backend if source.engine else "onnxruntime"
+    notes: tuple[str, ...] = ()
+    if source.engine:
+        notes = ("no logits lie beside the images: Python's are to be had where the engine runs",)
+    changed = not _is_there(source, model, files)
+    if changed or force:
+        _check_replaceable(folder, force=force)
+        with atomic_folder(folder) as made, file_errors("copy", source.path):
+            for name, data in files.items():
+                (made / name).write_bytes(data)
+            shutil.copyfile(source.path, made / model.name)
+    return CppPackage(folder, model, runtime, changed or force, notes)
+
+
+def _is_there(source: Packable, model: Path, files: Mapping[str, bytes]) -> bool:
+    if not model.is_file() or sha256_file(model) != source.sha256:
+        return False
+    paths = {model.with_name(name): data for name, data in files.items()}
+    return all(path.is_file() and path.read_bytes() == data for path, data in paths.items())
+
+
+def _check_replaceable(folder: Path, *, force: bool) -> None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    # Whatever is asked for, only a folder of this kind is ever removed.
+    if not all((folder / name).is_file() for name in (_CMAKE, *_SOURCES)):
+        raise ArtifactError(f"{folder} holds something else", hint="choose another folder")
+    if not force:
+        raise ArtifactError(
+            f"{folder} holds another package",
+            hint="choose another folder, or replace it and its build with --force",
+        )
+
+
+def _files(source: Packable, model: str, samples: Samples) -> dict[str, bytes]:
+    images = samples.of(sample_count(source)).as_input(source.graph.input)
+    files = {name: template(name).template.encode() for name in _SOURCES}
+    files |= {
+        _CMAKE: _cmake(source, model).encode(),
+        "labels.txt": ("\n".join(labels(source.graph)) + "\n").encode(),
+        "image.raw": images.tobytes(),
+        f"{model}.json": source.passport_json,
+    }
+    if source.engine is None:
+        files["logits.txt"] = _text(_logits(source.path, images)).encode()
+    return files
+
+
+def _logits(graph: Path, images: Images) -> Logits:
+    with OnnxRunner(graph) as runner:
+        return runner(images)
+
+
+def _text(logits: Logits) -> str:
+    """A line for each image; nine digits give a float32 back exactly."""
+    return "".join(" ".join(f"{np.float32(value):.9g}" for value in row) + "\n" for row in logits)
+
+
+def _cmake(source: Packable, model: str) -> str:
+    exact = source.graph.precision == "int8-cpu"
+    return template(_CMAKE).substitute(
+        model=model,
+        runtime=source.engine.backend if source.engine else "onnxruntime",
+        definitions="  target_compile_definitions(classify PRIVATE EXACT_INT8)\n" if exact else "",
+        expected="" if source.engine else "logits.txt",
+    )

@@ -1,0 +1,78 @@
+"""Artifact -> what production takes: a Triton model repository, a C++ program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from clipdeploy.engines.passport import read_engine_passport
+from clipdeploy.packaging.artifact import open_packable
+from clipdeploy.packaging.cpp import CppPackage, sample_count
+from clipdeploy.packaging.cpp import package_cpp as write_program
+from clipdeploy.packaging.triton import TritonPackage
+from clipdeploy.packaging.triton import package_triton as write_repository
+from clipdeploy.packaging.triton_config import TritonConfig
+from clipdeploy.stages.samples import sample_images
+from clipdeploy.workspace import Workspace
+from exporters.artifact import Precision
+from exporters.errors import ArtifactError, UsageError
+
+__all__ = ["artifact_to_package", "package_cpp", "package_triton"]
+
+_ENGINES: tuple[Precision, ...] = ("int8", "fp16", "fp32")
+# On GPUs ONNX Runtime has few INT8 kernels: FP16 is the faster graph.
+_GRAPHS: tuple[Precision, ...] = ("fp16", "fp32", "int8", "int8-cpu")
+
+
+def artifact_to_package(workspace: Workspace, model: str) -> Path:
+    """The artifact of a model that serves best: an engine of TensorRT before a graph.
+
+    Raises:
+        UsageError: there is nothing to package yet.
+    """
+    for precision in _ENGINES:
+        engine = workspace.engine(model, precision)
+        if engine.exists() and _is_tensorrt(engine):
+            return engine
+    for precision in _GRAPHS:
+        graph = workspace.graph(model, precision)
+        if graph.exists():
+            return graph
+    raise UsageError(
+        f"{model} has nothing to package in {workspace.root}",
+        hint=f"clipdeploy export --model {model}",
+    )
+
+
+def _is_tensorrt(engine: Path) -> bool:
+    try:
+        return read_engine_passport(engine).backend == "tensorrt"
+    except ArtifactError:
+        return False
+
+
+def package_triton(
+    artifact: Path,
+    repository: Path,
+    config: TritonConfig = TritonConfig(),
+    *,
+    force: bool = False,
+) -> TritonPackage:
+    """Make ``artifact``, a graph or an engine, a model of Triton's ``repository``.
+
+    Raises:
+        ClipdeployError: see :func:`clipdeploy.packaging.triton.package_triton`.
+    """
+    source = open_packable(artifact)
+    samples = sample_images(source.graph.preprocess, source.fixed_batch or 1)
+    return write_repository(source, repository, samples, config, force=force)
+
+
+def package_cpp(artifact: Path, folder: Path, *, force: bool = False) -> CppPackage:
+    """Write a C++ program that runs ``artifact``, a graph or an engine, into ``folder``.
+
+    Raises:
+        ClipdeployError: see :func:`clipdeploy.packaging.cpp.package_cpp`.
+    """
+    source = open_packable(artifact)
+    samples = sample_images(source.graph.preprocess, sample_count(source))
+    return write_program(source, folder, samples, force=force)

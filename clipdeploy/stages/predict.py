@@ -1,0 +1,176 @@
+"""Images -> their likeliest classes, from any artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clipdeploy import zoo
+from clipdeploy.device import gpus
+from clipdeploy.engines.passport import read_engine_passport
+from clipdeploy.imaging import open_images
+from clipdeploy.imaging.preprocess import crop_image, decode
+from clipdeploy.runners import Runner, open_runner
+from clipdeploy.verification.targets import Target, named_targets
+from clipdeploy.workspace import PRECISIONS, Workspace
+from exporters.artifact import Passport
+from exporters.errors import EngineError, UsageError
+from exporters.files import file_errors
+from exporters.headers import read_passport
+from exporters.progress import SILENT, Progress
+from exporters.samples import Samples
+
+__all__ = ["Guess", "Prediction", "Predictions", "predict_images"]
+
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Guess:
+    """One class: its index, its folder's name, what it is called, its softmax in percent."""
+
+    index: int
+    name: str
+    label: str
+    percent: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An image and its classes, the likeliest first."""
+
+    image: str
+    guesses: tuple[Guess, ...]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What an artifact says of images, and what ran it."""
+
+    model: str
+    artifact: str
+    runner: str
+    images: tuple[Prediction, ...]
+
+
+def _default(workspace: Workspace, model: str) -> Path:
+    """The fastest artifact that can run here: an engine on a GPU, else a graph."""
+    engines = [workspace.engine(model, precision) for precision in reversed(PRECISIONS)]
+    graphs = [workspace.graph(model, precision) for precision in ("int8-cpu", "fp32")]
+    source, _ = workspace.source(model)
+    candidates = [*engines, *graphs] if gpus() else graphs
+    return next((path for path in candidates if path.exists()), source)
+
+
+def _target(workspace: Workspace, model: str | None, artifact: Path | None) -> Target:
+    if model is not None:
+        _, reference = workspace.source(model)
+        return named_targets([artifact or _default(workspace, model)], reference, trust=False)[0]
+    if artifact is None:
+        raise UsageError("neither a model nor an artifact", hint="name one of them")
+    engine = artifact.suffix == ".engine"
+    passport = read_engine_passport(artifact).graph if engine else _graph_passport(artifact)
+    return named_targets([artifact], passport, trust=False)[0]
+
+
+def _graph_passport(path: Path) -> Passport:
+    if path.suffix != ".onnx":
+        raise UsageError(f"{path} is neither .onnx nor .engine", hint="name a graph or an engine")
+    return read_passport(path)
+
+
+def _files(paths: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
+    for path in paths:
+        archive = path.suffix in (".zip", ".tar") and path.is_file()
+        if not (archive or path.is_dir()):
+            with file_errors("read", path):
+                yield str(path), path.read_bytes()
+            continue
+        images = open_images(path)
+        reader = images.reader()
+        try:
+            for entry in images.entries:
+                yield f"{path}/{entry.name}", reader.read(entry.name)
+        finally:
+            reader.close()
+
+
+def _crops(
+    files: Iterator[tuple[str, bytes]], passport: Passport
+) -> Iterator[tuple[list[str], Samples]]:
+    spec = passport.preprocess
+    names: list[str] = []
+    crops: list[NDArray[np.uint8]] = []
+    for name, data in files:
+        image = decode(data, name, exif_orientation=spec.exif_orientation)
+        names.append(name)
+        crops.append(crop_image(image, spec))
+        if len(crops) == _BATCH:
+            yield names, Samples(np.stack(crops), spec)
+            names, crops = [], []
+    if crops:
+        yield names, Samples(np.stack(crops), spec)
+
+
+def _words(passport: Passport) -> list[tuple[str, str]]:
+    """Folder name and word of every class, the number where nobody named it."""
+    known = zoo.class_names(zoo.find(passport.model))
+    if tuple(name for name, _ in known) == passport.class_names:
+        return list(known)
+    names = passport.class_names or [str(i) for i in range(passport.classes)]
+    return [(name, name) for name in names]
+
+
+def _guesses(
+    logits: NDArray[np.float32], words: Sequence[tuple[str, str]], top: int
+) -> tuple[Guess, ...]:
+    shares = np.exp(logits.astype(np.float64) - logits.max())
+    shares /= shares.sum()
+    order = np.argsort(-shares, kind="stable")[:top]
+    return tuple(Guess(i, words[i][0], words[i][1], 100 * float(shares[i])) for i in order.tolist())
+
+
+def _predictions(
+    runner: Runner, target: Target, files: Iterator[tuple[str, bytes]], top: int
+) -> Iterator[Prediction]:
+    words = _words(target.passport)
+    for names, samples in _crops(files, target.passport):
+        for name, logits in zip(names, runner(samples.as_input(runner.input)), strict=True):
+            if not np.isfinite(logits).all():
+                raise EngineError(
+                    f"{target.path} gives NaN or infinite logits for {name}",
+                    hint="it is damaged, or overflows: clipdeploy verify tells more",
+                )
+            yield Prediction(name, _guesses(logits, words, top))
+
+
+def predict_images(
+    workspace: Workspace,
+    model: str | None,
+    paths: Sequence[Path],
+    artifact: Path | None = None,
+    *,
+    top: int = 5,
+    progress: Progress = SILENT,
+) -> Predictions:
+    """The ``top`` classes of image files, or of all images in folders and archives.
+
+    ``model`` may be left out where ``artifact``, a graph or an engine, says what it is of; without
+    an ``artifact`` the fastest one of the model that runs here is taken.
+
+    Raises:
+        ClipdeployError: see :mod:`exporters.errors`; an image that cannot be read is one.
+    """
+    target = _target(workspace, model, artifact)
+    foreign = None if target.vouched else target.passport
+    runner = open_runner(target.path, passport=foreign)
+    try:
+        with progress.task("predict"):
+            found = tuple(_predictions(runner, target, _files(paths), top))
+    finally:
+        runner.close()
+    return Predictions(target.passport.model, str(target.path), runner.name, found)

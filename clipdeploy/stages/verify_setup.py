@@ -1,0 +1,194 @@
+"""What a verification starts from: the reference, the artifacts, the images, and what was asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from calibration.table import load_table
+from clipdeploy import zoo
+from clipdeploy.imaging import ImageFolder, look_over, open_images, select, survey
+from clipdeploy.imaging.layouts import LayoutName
+from clipdeploy.imaging.survey import Few
+from clipdeploy.model import LoadedModel, reload_model
+from clipdeploy.verification.baseline import Expected
+from clipdeploy.verification.diagnosis import diagnose
+from clipdeploy.verification.reports import Evidence
+from clipdeploy.verification.result import Verification
+from clipdeploy.verification.results import Results
+from clipdeploy.verification.targets import Target, named_targets, workspace_targets
+from clipdeploy.verification.verdicts import judge_results
+from clipdeploy.verification.verifier import VerifyConfig, run_verification
+from clipdeploy.workspace import Workspace
+from exporters.artifact import Passport
+from exporters.errors import ArtifactError, DatasetError
+from exporters.files import sha256_file
+from exporters.progress import Progress
+
+__all__ = ["Bench", "Judgement", "VerifyScope", "labelled_images", "set_up"]
+
+
+@dataclass(frozen=True)
+class VerifyScope:
+    """Which images and which artifacts.
+
+    ``artifacts`` are files; without any, every graph of the model and, unless ``graphs_only``,
+    every engine.  ``limit`` draws so many images, spread over the classes.  ``allow_leak`` counts
+    calibration images instead of refusing them.  ``expected`` is what PyTorch is to reach.
+    """
+
+    artifacts: tuple[Path, ...] = ()
+    graphs_only: bool = False
+    limit: int | None = None
+    layout: LayoutName = "auto"
+    labels: Path | None = None
+    allow_leak: bool = False
+    expected: Expected = field(default_factory=Expected)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A verification, and the files that hold its records: None where nothing was kept.
+
+    A shard alone has no ``verification``.  ``evidence`` is what a report shows beside it.
+    """
+
+    verification: Verification | None
+    results: Path | None
+    disagreements: Path | None = None
+    evidence: Evidence | None = None
+
+    def __bool__(self) -> bool:
+        return self.verification is None or bool(self.verification)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A reference and what it is to judge."""
+
+    model: LoadedModel
+    passport: Passport
+    targets: tuple[Target, ...]
+    images: ImageFolder
+    seen: frozenset[str] | None
+
+    def run(
+        self, config: VerifyConfig, scope: VerifyScope, keep: Path, progress: Progress, force: bool
+    ) -> Results:
+        """The records of all images, or of one shard."""
+        return run_verification(
+            self.model,
+            self.passport,
+            self.targets,
+            self.images,
+            config,
+            seen=self.seen,
+            allow_leak=scope.allow_leak,
+            keep=keep,
+            force=force,
+            progress=progress,
+        )
+
+    def judge(
+        self, results: Results, max_drop: float, scope: VerifyScope, progress: Progress
+    ) -> Verification:
+        """The verdicts, with the cause looked for if the baseline failed."""
+        result = judge_results(results, max_drop, scope.expected)
+        if result.baseline:
+            return result
+        explained = diagnose(
+            result.baseline,
+            self.model,
+            self.passport.preprocess,
+            self.images,
+            results.records,
+            self.passport.class_names,
+            progress,
+        )
+        return replace(result, baseline=explained)
+
+
+def labelled_images(
+    data: Path, passport: Passport, scope: VerifyScope, note: Callable[[str], object]
+) -> ImageFolder:
+    """The images that ``scope`` asks for; ``note`` is told what is odd about them.
+
+    Raises:
+        DatasetError: images or labels that cannot be used.
+    """
+    # Labels mean nothing to random weights: any folder of images will do.
+    classes = () if passport.weights.kind == "random" else passport.class_names
+    images = open_images(data, classes, layout=scope.layout, labels=scope.labels)
+    found = survey(images)
+    note(f"{found.images:,} images, {found.classes:,} classes, labels: {found.layout}")
+    for problem in found.problems():
+        note(problem)
+    return images if scope.limit is None else select(images, scope.limit, seed=0)
+
+
+def _look_over(
+    images: ImageFolder,
+    note: Callable[[str], object],
+    progress: Progress,
+    *,
+    skip_unreadable: bool,
+) -> None:
+    """Better now than in the middle of a long run."""
+    reading = look_over(images, progress)
+    for problem in reading.problems():
+        note(problem)
+    if reading.unreadable and not skip_unreadable:
+        raise DatasetError(
+            f"{len(reading.unreadable)} images of {images.root} cannot be read: "
+            f"{Few.of(reading.unreadable)}",
+            hint="repair or remove them, or pass --skip-unreadable",
+        )
+
+
+def set_up(
+    workspace: Workspace,
+    model: str,
+    data: Path,
+    config: VerifyConfig,
+    scope: VerifyScope,
+    note: Callable[[str], object],
+    progress: Progress,
+) -> Bench:
+    """Everything that a verification needs, loaded and checked.
+
+    Raises:
+        ClipdeployError: see :mod:`exporters.errors`.
+    """
+    _, passport = workspace.source(model)
+    if scope.artifacts:
+        targets = named_targets(scope.artifacts, passport, trust=config.trust)
+    else:
+        targets = workspace_targets(workspace, model, graphs_only=scope.graphs_only)
+    images = labelled_images(data, passport, scope, note)
+    _look_over(images, note, progress, skip_unreadable=config.skip_unreadable)
+    with progress.task(f"load {model} in PyTorch"):
+        reference = reload_model(zoo.find(model), passport.weights, passport.recipe)
+    # Nothing is judged on random weights, so that no image can flatter them.
+    random_weights = passport.weights.kind == "random"
+    seen = frozenset() if random_weights else _calibrated_on(workspace, model, targets)
+    if seen is None and not scope.allow_leak:
+        raise ArtifactError(
+            f"{workspace.calibration(model)} is not the calibration that the INT8 artifacts were "
+            "made with, so that nobody can tell whether --data holds calibration images",
+            hint="build them again with build-engine --int8, or pass --allow-leak",
+        )
+    return Bench(reference, passport, tuple(targets), images, seen)
+
+
+def _calibrated_on(
+    workspace: Workspace, model: str, targets: Sequence[Target]
+) -> frozenset[str] | None:
+    """SHA-256 of every image that an INT8 target was calibrated on; None if nobody can tell."""
+    wanted = {target.passport.parents.get("calibration", "") for target in targets} - {""}
+    path = workspace.calibration(model)
+    if not wanted:
+        return frozenset()
+    if not path.exists() or wanted != {sha256_file(path)}:
+        return None
+    return frozenset(record.sha256 for record in load_table(path).images)

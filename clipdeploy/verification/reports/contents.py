@@ -1,0 +1,219 @@
+"""What a report says, in words and figures, before it becomes HTML or Markdown.
+
+Both show the same texts in the same order.  Nothing is escaped here: names of files are as they
+are on the disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from clipdeploy import zoo
+from clipdeploy.verification.figures import Accuracy
+from clipdeploy.verification.paired import DropJudgement, Interval
+from clipdeploy.verification.records import Answer as RecordedAnswer
+from clipdeploy.verification.records import ImageRecord
+from clipdeploy.verification.reports.evidence import (
+    Disagreeing,
+    Spread,
+    disagreeing_of,
+    spread_of,
+    worst_images,
+)
+from clipdeploy.verification.reports.provenance import provenance
+from clipdeploy.verification.result import Row, Verification
+from clipdeploy.verification.results import Results
+from clipdeploy.verification.table import (
+    COLUMNS,
+    artifact_names,
+    baseline_lines,
+    figures_of,
+    heading,
+    verdict_line,
+)
+
+__all__ = ["Answer", "Contents", "Line", "Tone", "Worst", "contents_of", "tone_of"]
+
+Tone = Literal["good", "bad", "open", ""]
+
+_MOST, _LEAST = 24, 6
+_DROP = "drop, points"
+_NO_ANSWER = "NaN or infinite"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the table: a value and a smaller detail in each column."""
+
+    artifact: str
+    runner: str
+    cells: tuple[tuple[str, str], ...]
+    verdict: str
+    tone: Tone
+    reason: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What somebody takes an image for; ``right`` is None without a label.
+
+    ``same`` is what an artifact says that PyTorch says too.
+    """
+
+    who: str
+    said: str
+    right: bool | None
+    detail: str = ""
+    same: bool = False
+
+
+@dataclass(frozen=True)
+class Worst:
+    """An image that stands out, and the answers to it: PyTorch's first."""
+
+    name: str
+    label: str
+    answers: tuple[Answer, ...]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A report, section by section."""
+
+    title: str
+    tone: Tone
+    verdict: str
+    sentence: str
+    heading: str
+    baseline: tuple[str, ...]
+    columns: tuple[str, ...]
+    lines: tuple[Line, ...]
+    odd: tuple[str, ...]
+    spreads: Mapping[str, Spread]
+    disagreeing: Mapping[str, Disagreeing]
+    drops: Mapping[str, tuple[DropJudgement, Tone]]
+    max_drop: float
+    labelled: bool
+    sequential: bool
+    worst: tuple[Worst, ...]
+    provenance: tuple[tuple[str, str], ...]
+
+
+def tone_of(verdict: str) -> Tone:
+    """``good`` for equivalent, ``bad`` for regressed, ``open`` for whatever proves nothing."""
+    tones: dict[str, Tone] = {"equivalent": "good", "regressed": "bad"}
+    return tones.get(verdict.lower(), "open")
+
+
+def contents_of(results: Results, result: Verification) -> Contents:
+    """The report on a verification and the records that it was made from."""
+    names = artifact_names(result)
+    rows = list(zip(names, result.rows, results.question.artifacts, strict=True))
+    # Those that ran are those that the records have an outcome of, in this order.
+    ran = [(name, row) for name, row, asked in rows if asked.runner]
+    lanes = [name for name, _ in ran]
+    records = results.records
+    verdict, _, sentence = verdict_line(result).partition(": ")
+    judged = result.labelled and not result.random_weights
+    words = _class_words(result.class_names)
+    return Contents(
+        title=f"{verdict}: {result.model}",
+        tone=tone_of(verdict),
+        verdict=verdict,
+        sentence=sentence,
+        heading=heading(result),
+        baseline=tuple(baseline_lines(result)),
+        columns=(*COLUMNS[:2], _DROP, *COLUMNS[2:]),
+        lines=(*_reference(result), *(_line(name, row, result) for name, row, _ in rows)),
+        odd=result.problems,
+        spreads={name: spread_of(records, lane) for lane, name in enumerate(lanes)},
+        disagreeing={name: disagreeing_of(records, lane) for lane, name in enumerate(lanes)},
+        drops={name: (row.drop, tone_of(row.verdict)) for name, row in ran if row.drop is not None},
+        max_drop=result.max_drop,
+        labelled=judged,
+        sequential=result.sequential,
+        worst=tuple(
+            _worst(record, lanes, words, judged=judged)
+            for record in worst_images(records, _MOST, _LEAST)
+        ),
+        provenance=provenance(results),
+    )
+
+
+def _between(interval: Interval, sign: str = "") -> str:
+    return f"{interval.low:{sign}.2f} to {interval.high:{sign}.2f}"
+
+
+def _accuracies(accuracy: Accuracy | None) -> tuple[str, str]:
+    if accuracy is None:
+        return "", ""
+    return _between(accuracy.top1_interval), _between(accuracy.top5_interval)
+
+
+def _reference(result: Verification) -> list[Line]:
+    found = result.reference
+    if found is None:
+        return []
+    values = (f"{found.top1:.2f}", f"{found.top5:.2f}")
+    cells = tuple(zip(values, _accuracies(found), strict=True))
+    blank = (("", ""),) * (len(COLUMNS) - 1)
+    return [Line("PyTorch", "", (*cells, *blank), "reference", "", "")]
+
+
+def _line(name: str, row: Row, result: Verification) -> Line:
+    accuracy = row.fidelity.accuracy if row.fidelity and not result.random_weights else None
+    details = (*_accuracies(accuracy), *("",) * (len(COLUMNS) - 2))
+    first, second, *others = zip(figures_of(row, result), details, strict=True)
+    return Line(
+        name,
+        row.runner,
+        (first, second, _drop(row), *others),
+        row.verdict,
+        tone_of(row.verdict),
+        row.reason,
+    )
+
+
+def _drop(row: Row) -> tuple[str, str]:
+    found = row.drop
+    if found is None:
+        return "-", ""
+    return (
+        f"{found.drop:+z.2f}",
+        f"{_between(found.interval, '+z')}, p\N{NO-BREAK SPACE}{found.p_value:.2g}",
+    )
+
+
+def _class_words(names: Sequence[str]) -> tuple[str, ...]:
+    """What people call the classes: ``tench (n01440764)`` for a wnid, else the class itself."""
+    words = dict(zoo.imagenet_classes())
+    return tuple(
+        f"{words[name].partition(',')[0]} ({name})" if name in words else name for name in names
+    )
+
+
+def _worst(
+    record: ImageRecord, lanes: Sequence[str], words: Sequence[str], *, judged: bool
+) -> Worst:
+    def word(index: int | None) -> str:
+        if index is None:
+            return _NO_ANSWER
+        return words[index] if index < len(words) else str(index)
+
+    def right(answer: RecordedAnswer) -> bool | None:
+        return answer.right() if judged and record.label is not None else None
+
+    first = record.reference.first
+    answers = [Answer("PyTorch", word(first), right(record.reference))]
+    for lane, outcome in zip(lanes, record.outcomes, strict=True):
+        top, well = outcome.answer.first, right(outcome.answer)
+        if outcome.max_abs is None:
+            # The largest of the other logits is no answer.
+            answers.append(Answer(lane, _NO_ANSWER, well))
+        else:
+            off = f"off by {outcome.max_abs:.2g}"
+            answers.append(Answer(lane, word(top), well, off, top == first))
+    label = "" if record.label is None else word(record.label)
+    return Worst(record.name, label, tuple(answers))

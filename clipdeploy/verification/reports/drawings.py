@@ -1,0 +1,112 @@
+"""A report's plots: the error of the logits over the images, and the drops against their limit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from clipdeploy.plots import plain_text
+from clipdeploy.verification.paired import DropJudgement
+from clipdeploy.verification.reports.evidence import Spread
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from clipdeploy.verification.reports.contents import Tone
+
+__all__ = ["TONES", "draw_drops", "draw_spreads"]
+
+# Of Okabe & Ito's palette, dark enough for text on white; the page has the same.
+TONES = {"good": "#00704f", "bad": "#b3261e", "open": "#8a5a00"}
+_INK, _BLUE, _PALE = "#333333", "#0072B2", "#cfe4f3"
+_WIDTH, _ROW, _MARGIN = 5.4, 0.46, 1.05
+_NAME = 26
+
+
+def _axes(names: Sequence[str], label: str) -> tuple[Figure, Axes]:
+    """A line a name, the first one on top."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, _MARGIN + _ROW * len(names)), layout="constrained")
+    axes = figure.subplots()
+    axes.set_yticks(range(len(names)), [_short(name) for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel(label, color=_INK)
+    axes.grid(axis="x", color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(colors=_INK)
+    return figure, axes
+
+
+def _short(name: str) -> str:
+    """A name that fits, in one line."""
+    name = "".join(letter if letter.isprintable() else "?" for letter in name)
+    if len(name) > _NAME:
+        name = f"{name[: _NAME // 2]}\N{HORIZONTAL ELLIPSIS}{name[-_NAME // 2 + 1 :]}"
+    return plain_text(name)
+
+
+def draw_spreads(spreads: Mapping[str, Spread]) -> Figure:
+    """SQNR image by image, a box an artifact: quartiles, whiskers from 5 to 95 %, ends as dots."""
+    figure, axes = _axes(list(spreads), "SQNR of an image's logits (dB), more is better")
+    for place, spread in enumerate(spreads.values()):
+        finite = [value for value in spread.percentiles if math.isfinite(value)]
+        if finite:
+            _box(axes, place, [min(max(v, finite[0]), finite[-1]) for v in spread.percentiles])
+        else:
+            said = "equal to the last bit" if spread.equal else "NaN or infinite"
+            where = axes.get_yaxis_transform()
+            axes.text(0.5, place, said, transform=where, ha="center", va="center", color=_INK)
+    return figure
+
+
+def _box(axes: Axes, place: int, percentiles: Sequence[float]) -> None:
+    worst, low, first, median, third, high, best = percentiles
+    stats = {"whislo": low, "q1": first, "med": median, "q3": third, "whishi": high, "fliers": []}
+    axes.bxp(
+        [stats],
+        positions=[place],
+        widths=0.5,
+        orientation="horizontal",
+        manage_ticks=False,
+        showfliers=False,
+        patch_artist=True,
+        boxprops={"facecolor": _PALE, "edgecolor": _BLUE},
+        medianprops={"color": _BLUE, "linewidth": 2},
+        whiskerprops={"color": _BLUE},
+        capprops={"color": _BLUE},
+    )
+    axes.plot([worst, best], [place, place], ".", color=_BLUE, markersize=5)
+
+
+def draw_drops(drops: Mapping[str, tuple[DropJudgement, Tone]], max_drop: float) -> Figure:
+    """The interval of each artifact's drop, in the colour of its tone, beside the limit."""
+    figure, axes = _axes(list(drops), "drop of top-1 (points), less is better")
+    axes.axvline(0, color="0.6", linewidth=1)
+    axes.axvline(max_drop, color=_INK, linewidth=1.4, linestyle=(0, (4, 3)))
+    for place, (drop, tone) in enumerate(drops.values()):
+        sides = [[drop.drop - drop.interval.low], [drop.interval.high - drop.drop]]
+        # The middle of an anytime interval is elsewhere than the drop, and may lie outside.
+        ends = [[max(side[0], 0.0)] for side in sides]
+        color = TONES[tone] if tone else _INK
+        axes.errorbar([drop.drop], [place], xerr=ends, fmt="o", color=color, capsize=4, linewidth=2)
+    ends_of = [end for drop, _ in drops.values() for end in (drop.interval.low, drop.interval.high)]
+    low, high = min(0.0, *ends_of), max(max_drop, *ends_of)
+    room = 0.06 * (high - low or 1.0)
+    axes.set_xlim(low - room, high + room)
+    axes.annotate(
+        f"allowed: {max_drop:g}",
+        (max_drop, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="center",
+        va="bottom",
+        color=_INK,
+        fontsize=9,
+    )
+    return figure

@@ -1,0 +1,103 @@
+"""What a report takes from the records: the error of each image, the images that stand out.
+
+SQNR of one image, over its K logits:  10 log10(sum reference^2 / sum (reference - artifact)^2)  dB
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from clipdeploy.verification.records import ImageRecord, Outcome
+
+__all__ = ["Disagreeing", "Spread", "disagreeing_of", "spread_of", "worst_images"]
+
+# The percentiles of a box plot: ends, whiskers, box and median.
+PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """An artifact's SQNR in dB, image by image, from the worst image to the best.
+
+    ``percentiles`` are those of ``PERCENTILES``, by nearest rank: infinite where the logits equal
+    the reference's, and none at all without a sound image.  ``broken`` images have a logit that is
+    NaN or infinite and are left out; of the others ``equal`` have the reference's logits.
+    """
+
+    percentiles: tuple[float, ...]
+    broken: int
+    equal: int
+
+
+def _sqnr(signal: float, noise: float) -> float:
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def spread_of(records: Sequence[ImageRecord], lane: int) -> Spread:
+    """How the error of the artifact with this number is spread over the images."""
+    noises = [(record.signal, record.outcomes[lane].noise) for record in records]
+    values = sorted(_sqnr(signal, noise) for signal, noise in noises if noise is not None)
+    # Nearest rank: the value of an image that there is, for any number of images.
+    ranks = (max(math.ceil(p / 100 * len(values)) - 1, 0) for p in PERCENTILES)
+    found = tuple(values[rank] for rank in ranks) if values else ()
+    return Spread(found, len(records) - len(values), sum(value == math.inf for value in values))
+
+
+@dataclass(frozen=True)
+class Disagreeing:
+    """Images with another first answer than the reference's, by who is right.
+
+    ``lost``: only the reference; ``gained``: only the artifact; ``neither``: the rest.
+    """
+
+    images: int
+    lost: int
+    gained: int
+
+    @property
+    def neither(self) -> int:
+        """Both are wrong, or there is no label."""
+        return self.images - self.lost - self.gained
+
+
+def disagreeing_of(records: Iterable[ImageRecord], lane: int) -> Disagreeing:
+    """The disagreements of the artifact with this number."""
+    pairs = [(record.reference, record.outcomes[lane].answer) for record in records]
+    different = [(a, b) for a, b in pairs if a.first != b.first]
+    return Disagreeing(
+        len(different),
+        sum(a.right() and not b.right() for a, b in different),
+        sum(b.right() and not a.right() for a, b in different),
+    )
+
+
+def worst_images(records: Iterable[ImageRecord], most: int, least: int) -> list[ImageRecord]:
+    """The images that stand out, the worst first.
+
+    At most ``most`` on which any artifact's first answer differs from the reference's, those with
+    NaN first, then by the largest difference of two logits.  If these are fewer than ``least``,
+    those of the largest difference with the same answer follow.
+    """
+    judged = [record for record in records if record.outcomes]
+    ranked = sorted(judged, key=_by_error)
+    different = [record for record in ranked if _differing(record)]
+    same = [record for record in ranked if not _differing(record) and _largest(record) > 0]
+    return [*different[:most], *same[: max(least - len(different), 0)]]
+
+
+def _differing(record: ImageRecord) -> list[Outcome]:
+    return [each for each in record.outcomes if each.answer.first != record.reference.first]
+
+
+def _by_error(record: ImageRecord) -> tuple[int, float, str]:
+    broken = sum(not outcome.finite for outcome in record.outcomes)
+    return -broken, -_largest(record), record.name
+
+
+def _largest(record: ImageRecord) -> float:
+    """The largest difference that is a number."""
+    return max(outcome.max_abs or 0.0 for outcome in record.outcomes)

@@ -1,0 +1,74 @@
+"""A report's contents as an HTML page and as Markdown, through templates that escape every value.
+
+The page needs no network and no script: pictures and style are inside, and its content security
+policy forbids anything else.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from clipdeploy.plots import inline_svg
+from clipdeploy.verification.reports.contents import Contents
+from clipdeploy.verification.reports.drawings import TONES, draw_drops, draw_spreads
+from clipdeploy.verification.reports.thumbnails import Thumbnails
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["html_page", "markdown_page"]
+
+_TEMPLATES = "verification/reports/templates"
+# What means something to Markdown inside a line or a cell of a table, in GitHub's flavour too.
+_MARKDOWN = re.compile(r"([\\`*_\[\]<>|~$#&])")
+
+
+def html_page(contents: Contents, thumbnails: Thumbnails) -> str:
+    """One page with everything inside it."""
+    error = drops = Markup()
+    if contents.spreads:
+        error = _svg(draw_spreads(contents.spreads), "error")
+    if contents.drops:
+        drops = _svg(draw_drops(contents.drops, contents.max_drop), "drops")
+    return _render(
+        "report.html.jinja", True, r=contents, thumbnails=thumbnails, error=error, drops=drops
+    )
+
+
+def markdown_page(contents: Contents) -> str:
+    """The same texts in the same order; GitHub's flavour, for the tables."""
+    return _render("report.md.jinja", False, r=contents)
+
+
+def _svg(figure: Figure, name: str) -> Markup:
+    # matplotlib has escaped the texts; nothing else in it comes from outside.
+    return Markup(inline_svg(figure, name))
+
+
+def _render(template: str, html: bool, **values: object) -> str:
+    environment = Environment(
+        loader=PackageLoader("clipdeploy", _TEMPLATES),
+        autoescape=html,
+        finalize=None if html else _markdown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["db"] = _db
+    environment.globals["tones"] = TONES
+    return environment.get_template(template).render(**values)
+
+
+def _markdown(value: object) -> str:
+    """A value as text that Markdown shows as it is, in one line."""
+    return _MARKDOWN.sub(r"\\\1", " ".join(str(value).split()))
+
+
+def _db(value: float) -> str:
+    return f"{value:.1f}" if math.isfinite(value) else ("equal" if value > 0 else "-")

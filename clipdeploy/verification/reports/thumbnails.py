@@ -1,0 +1,64 @@
+"""Images as the network sees them, small enough to lie inside a page."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from clipdeploy.imaging import ImageFolder
+from clipdeploy.imaging.preprocess import crop_image, decode
+from clipdeploy.verification.records import ImageRecord
+from exporters.artifact import Preprocess
+from exporters.errors import DatasetError
+
+__all__ = ["Thumbnails", "make_thumbnails"]
+
+_EDGE = 160
+_QUALITY = 88
+
+
+@dataclass
+class Thumbnails:
+    """Data URIs by the images' names, and a sentence for each thumbnail that is missing."""
+
+    uris: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+
+def make_thumbnails(
+    records: Sequence[ImageRecord], images: ImageFolder, spec: Preprocess
+) -> Thumbnails:
+    """The crops of these images; one that is gone or is another one by now is left out."""
+    made = Thumbnails()
+    reader = images.reader()
+    known = {entry.name for entry in images.entries}
+    try:
+        for record in records:
+            if record.name not in known:
+                made.missing.append(f"{record.name} is no longer there")
+                continue
+            try:
+                data = reader.read(record.name)
+                if hashlib.sha256(data).hexdigest() != record.sha256:
+                    made.missing.append(f"{record.name} has changed since it was judged")
+                    continue
+                made.uris[record.name] = _thumbnail(data, record.name, spec)
+            except DatasetError as error:
+                made.missing.append(error.message)
+    finally:
+        reader.close()
+    return made
+
+
+def _thumbnail(data: bytes, name: str, spec: Preprocess) -> str:
+    image = decode(data, name, exif_orientation=spec.exif_orientation)
+    crop = Image.fromarray(crop_image(image, spec))
+    crop.thumbnail((_EDGE, _EDGE))
+    stream = io.BytesIO()
+    crop.save(stream, "JPEG", quality=_QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"

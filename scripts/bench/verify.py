@@ -1,0 +1,252 @@
+"""Verification of a fast model beside what its input costs: images per second, in one run.
+
+    python scripts/bench/verify.py [--images 3000] [--repeat 3]
+    python scripts/bench/verify.py --memory 50000
+
+JPEGs of ImageNet's usual size (500 x 375 pixels, about 110 kB) and a ViT of one narrow block at 224
+pixels, so small that preparing images is all the work there is.  Taking turns:
+
+    pillow        the same decode, resize and crop in a process a core, and nothing else
+    plain loop    one process: Pillow, then ONNX Runtime, one image after another, in batches
+    verify        ``run_verification``: decode, PyTorch, the FP32 graph, records, results file
+    verify --cache, again: crops and PyTorch's logits come from the cache
+
+Ratios are to ``pillow``.  ``--memory N`` verifies N small images instead and prints the largest
+resident size of this process and of all its decoding processes together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import multiprocessing
+import os
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+from memory import peak_megabytes
+from PIL import Image
+
+from clipdeploy.imaging import CropCache, ImageFolder, open_images
+from clipdeploy.imaging.decoding import usable_cores
+from clipdeploy.imaging.preprocess import crop_image, decode
+from clipdeploy.model import LoadedModel, WeightsChoice, load_model
+from clipdeploy.runners import OnnxRunner
+from clipdeploy.verification.targets import Target
+from clipdeploy.verification.verifier import VerifyConfig, run_verification
+from clipdeploy.zoo import ModelCard
+from exporters.artifact import Passport, Preprocess, Recipe, TensorSpec
+from exporters.headers import read_passport
+from exporters.onnx import export_graph
+from exporters.samples import Samples, normalise
+
+SIZE = 224
+BATCH = 16
+CARD = ModelCard(
+    name="narrow-vit",
+    aliases=(),
+    patch=56,
+    image_size=SIZE,
+    pretrain="",
+    params=0,
+    macs=0,
+    top1=None,
+    top5=None,
+    file="",
+    sha256_prefix="",
+    timm_name="",
+    timm_crop_pct=1.0,
+    timm_crop_mode="center",
+    classes=10,
+    width=16,
+    depth=1,
+    heads=1,
+)
+
+
+def jpeg(seed: int, width: int, height: int) -> bytes:
+    """Smooth shapes under fine noise: about as many bytes as a photograph of this size."""
+    generator = np.random.default_rng(seed)
+    coarse = generator.integers(0, 256, (12, 16, 3), np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+    noisy = smooth.astype(np.int16) + generator.normal(0, 20, smooth.shape).astype(np.int16)
+    stream = io.BytesIO()
+    Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(stream, "JPEG", quality=90)
+    return stream.getvalue()
+
+
+def make_images(folder: Path, count: int, width: int = 500, height: int = 375) -> ImageFolder:
+    """``count`` files of 100 different pictures; each file's bytes are its own."""
+    pictures = [jpeg(seed, width, height) for seed in range(min(count, 100))]
+    for number in range(count):
+        path = folder / str(number % 10) / f"{number:06d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Bytes behind the end of a JPEG are no part of its picture.
+        path.write_bytes(pictures[number % len(pictures)] + number.to_bytes(4, "big"))
+    return open_images(folder)
+
+
+def make_model(folder: Path) -> tuple[LoadedModel, Target]:
+    """The model and its FP32 graph."""
+    model = load_model(CARD, WeightsChoice(random_seed=0), Recipe())
+    spec = CARD.preprocess(model.recipe)
+    passport = Passport(
+        kind="graph",
+        model=CARD.name,
+        precision="fp32",
+        weights=model.weights,
+        recipe=model.recipe,
+        preprocess=spec,
+        input=TensorSpec("image", "float32", ("batch", 3, SIZE, SIZE)),
+        output=TensorSpec("logits", "float32", ("batch", CARD.classes)),
+        classes=CARD.classes,
+    )
+    noise = np.random.default_rng(0).integers(0, 256, (7, SIZE, SIZE, 3), np.uint8)
+    path = folder / "narrow.fp32.onnx"
+    export_graph(model.module, path, passport, Samples(noise, spec))
+    return model, Target(path, "graph", read_passport(path))
+
+
+def prepare(job: tuple[str, Preprocess]) -> int:
+    """Decode, resize and crop one file."""
+    path, spec = job
+    return crop_image(decode(Path(path).read_bytes(), path), spec).nbytes
+
+
+def pillow_alone(images: ImageFolder, spec: Preprocess, stack: ExitStack) -> Callable[[], object]:
+    """A process a core, started beforehand, that prepares images and keeps none."""
+    jobs = [(str(images.root / entry.name), spec) for entry in images.entries]
+    pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(usable_cores()))
+    pool.map(prepare, jobs[: 4 * usable_cores()])
+    return lambda: sum(pool.imap_unordered(prepare, jobs, chunksize=16))
+
+
+def plain_loop(images: ImageFolder, spec: Preprocess, graph: Path) -> Callable[[], object]:
+    """One process, nothing overlapped."""
+    runner = OnnxRunner(graph)
+
+    def run() -> None:
+        for start in range(0, len(images.entries), BATCH):
+            names = [str(images.root / e.name) for e in images.entries[start : start + BATCH]]
+            crops = [crop_image(decode(Path(n).read_bytes(), n), spec) for n in names]
+            runner(normalise(np.stack(crops), spec))
+
+    return run
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """The time of one call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def compare(count: int, repeat: int, folder: Path) -> None:
+    """Print the table."""
+    images = make_images(folder / "images", count)
+    model, target = make_model(folder)
+    spec = target.passport.preprocess
+    cache = CropCache(folder / "cache")
+
+    def verify(kept: CropCache | None) -> Callable[[], object]:
+        config = VerifyConfig(batch=BATCH, cache=kept)
+        keep = folder / "verification.jsonl"
+
+        def run() -> None:
+            passport = target.passport
+            run_verification(model, passport, [target], images, config, keep=keep, force=True)
+
+        return run
+
+    # Stamps of files that are younger than two seconds stand for nothing.
+    time.sleep(2.1)
+    verify(cache)()
+    with ExitStack() as stack:
+        ways = {
+            "pillow": pillow_alone(images, spec, stack),
+            "plain loop": plain_loop(images, spec, target.path),
+            "verify": verify(None),
+            "verify --cache, again": verify(cache),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(repeat):
+            for name, work in ways.items():
+                rates[name].append(count / seconds(work))
+    size = sum((images.root / e.name).stat().st_size for e in images.entries) / count / 1e3
+    print(f"{count} JPEGs of {size:.0f} kB, {usable_cores()} cores, median of {repeat}")
+    print(f"{'':24}{'images/s':>10}{'x pillow':>10}")
+    for name, found in rates.items():
+        ratio = statistics.median(a / b for a, b in zip(found, rates["pillow"], strict=True))
+        print(f"{name:24}{statistics.median(found):10.0f}{ratio:10.2f}")
+
+
+def resident(pids: list[int]) -> float:
+    """Resident megabytes of processes now; those that ended count nothing."""
+    total = 0
+    for pid in pids:
+        try:
+            total += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        except (OSError, IndexError):
+            continue
+    return total * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def children() -> list[int]:
+    """The processes that this one started."""
+    path = Path(f"/proc/self/task/{os.getpid()}/children")
+    return [int(pid) for pid in path.read_text().split()] if path.exists() else []
+
+
+def memory(count: int, folder: Path) -> None:
+    """Verify ``count`` small images and print what it took."""
+    images = make_images(folder / "images", count, 48, 40)
+    model, target = make_model(folder)
+    largest = [0.0]
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.25):
+            largest[0] = max(largest[0], resident([os.getpid(), *children()]))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    keep = folder / "verification.jsonl"
+    took = seconds(
+        lambda: run_verification(
+            model, target.passport, [target], images, VerifyConfig(batch=BATCH), keep=keep
+        )
+    )
+    done.set()
+    watcher.join()
+    print(
+        f"{count} images in {took:.0f} s, results {keep.stat().st_size / 1e6:.0f} MB, "
+        f"peak {peak_megabytes():.0f} MB, with its decoding processes {largest[0]:.0f} MB"
+    )
+
+
+def main() -> None:
+    """Run what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=3000)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--memory", type=int, metavar="N")
+    chosen = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="clipdeploy-bench-"))
+    try:
+        if chosen.memory:
+            memory(chosen.memory, folder)
+        else:
+            compare(chosen.images, chosen.repeat, folder)
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
