@@ -20,6 +20,7 @@ from exporters.errors import GraphError
 from exporters.graphs import load_graph, save_graph
 from exporters.headers import read_passport
 from exporters.onnx import ExportConfig
+from exporters.overflow import stored_session
 from exporters.precision import Fp16Config, half_precision, io_passport
 from exporters.session import OnnxSession
 
@@ -87,6 +88,40 @@ def test_an_overflow_that_onnx_runtime_hides_is_seen(
     assert not np.isfinite(stored(demo_images)).all()
 
 
+def half_at_both_ends(workspace: Workspace, path: Path) -> Path:
+    source = workspace.graph(zoo.DEMO, "fp32")
+    model, config = load_graph(source), Fp16Config(half_io=True)
+    half_precision(model, config)
+    return save_graph(model, path, io_passport(read_passport(source), config)).path
+
+
+def test_types_that_are_not_written_down_are_inferred(
+    demo_workspace: Workspace, demo_images: NDArray[np.float32], tmp_path: Path
+) -> None:
+    """No Cast, no types of inner tensors: nothing says float16 but the weights."""
+    path = hot(half_at_both_ends(demo_workspace, tmp_path / "io.onnx"), tmp_path / "hot.onnx")
+    proto = onnx.load(path)
+    del proto.graph.value_info[:]
+    onnx.save(proto, path)
+    images = demo_images.astype(np.float16)
+    assert np.isfinite(OnnxRunner(path)(images)).all()
+    stored = OnnxRunner(path, as_stored=True)
+    assert not stored.emulates_float16
+    assert not np.isfinite(stored(images)).all()
+
+
+def test_types_that_nobody_knows_are_no_proof(demo_workspace: Workspace, tmp_path: Path) -> None:
+    proto = onnx.load(half_at_both_ends(demo_workspace, tmp_path / "io.onnx"))
+    del proto.graph.value_info[:]
+    for node in proto.graph.node:
+        if node.op_type == "Gelu":
+            node.domain = "com.example"
+    proto.opset_import.append(onnx.helper.make_opsetid("com.example", 1))
+    onnx.save(proto, tmp_path / "custom.onnx")
+    with pytest.raises(GraphError, match=r"the type of blocks\.0\.mlp\S* is unknown"):
+        stored_session(tmp_path / "custom.onnx")
+
+
 def test_float32_is_the_same_either_way(
     demo_workspace: Workspace, demo_images: NDArray[np.float32]
 ) -> None:
@@ -102,10 +137,7 @@ def test_float16_at_both_ends_as_stored(
 ) -> None:
     """The rewritten graph takes float32; whoever holds float16 images need not know."""
     source = demo_workspace.graph(zoo.DEMO, "fp32")
-    model, config = load_graph(source), Fp16Config(half_io=True)
-    half_precision(model, config)
-    passport = io_passport(read_passport(source), config)
-    path = save_graph(model, tmp_path / "io.onnx", passport).path
+    path = half_at_both_ends(demo_workspace, tmp_path / "io.onnx")
     runner = OnnxRunner(path, as_stored=True)
     assert runner.input.dtype == "float16"
     logits = runner(demo_images.astype(np.float16))
