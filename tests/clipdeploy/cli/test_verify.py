@@ -1,4 +1,4 @@
-"""Verification as a user runs it: in shards, killed, from the cache, and on bad input."""
+"""Verification as a user runs it: in shards, killed, from the cache, on named artifacts."""
 
 from __future__ import annotations
 
@@ -7,84 +7,25 @@ import os
 import random
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-import tarfile
 import time
-import zipfile
-import zlib
-from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import onnx
 import pytest
-from click.testing import CliRunner, Result
 from graph_faults import FP32_FAULTS
+from verify_command import FEW, TEST, good, merge, refused, run, verify
 
 from clipdeploy import zoo
-from clipdeploy.cli.main import main
 from clipdeploy.runners import OnnxRunner
 from clipdeploy.stages import verify as stage
-from clipdeploy.workspace import Workspace
 from exporters.graphs import load_graph, save_graph
 from exporters.headers import read_passport
-
-TEST = zoo.demo_file("test.zip")
-# 64 images without a difference prove a drop below 5.7 points.
-FEW = ("--limit", "64", "--max-drop", "6", "--batch", "8", "--workers", "0")
-
-
-def run(*words: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(word) for word in words])
-
-
-@pytest.fixture
-def artifacts(demo_workspace: Workspace, tmp_path: Path) -> Path:
-    """A workspace that may be changed, with the FP32 graph alone."""
-    folder = tmp_path / "artifacts" / zoo.DEMO
-    folder.mkdir(parents=True)
-    shutil.copy(demo_workspace.graph(zoo.DEMO, "fp32"), folder)
-    return tmp_path / "artifacts"
 
 
 def graph(artifacts: Path) -> Path:
     return artifacts / zoo.DEMO / f"{zoo.DEMO}.fp32.onnx"
-
-
-@pytest.fixture
-def digits(tmp_path: Path) -> Path:
-    """The first twenty test digits of each class, in class folders."""
-    with zipfile.ZipFile(TEST) as archive:
-        for digit in range(10):
-            names = sorted(n for n in archive.namelist() if n.startswith(f"{digit}/"))[:20]
-            archive.extractall(tmp_path / "digits", names)
-    return tmp_path / "digits"
-
-
-def verify(artifacts: Path, *words: str | Path, data: Path = TEST) -> Result:
-    at = ("--model", "demo", "--workspace", artifacts)
-    return run("verify", "--data", data, *at, *words)
-
-
-def merge(artifacts: Path, *words: str | Path) -> Result:
-    return run("verify", "merge", "--model", "demo", "--workspace", artifacts, *words)
-
-
-def good(result: Result) -> dict[str, Any]:
-    assert result.exit_code == 0, result.output
-    found: dict[str, Any] = json.loads(result.stdout)
-    return found
-
-
-def refused(result: Result, code: int, *words: str) -> None:
-    assert result.exit_code == code, result.output
-    assert result.stdout == ""
-    (error,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))
-    assert "Traceback" not in result.stderr
-    for word in words:
-        assert word in error
 
 
 def kept(artifacts: Path) -> list[str]:
@@ -343,137 +284,6 @@ def test_a_failed_baseline_names_its_cause(artifacts: Path, digits: Path) -> Non
     merged = merge(artifacts, "--max-drop", "2")
     assert merged.exit_code == 3
     assert merged.stdout == result.stdout
-
-
-# --- bad input
-
-
-def bomb() -> bytes:
-    """A PNG of 60,000 x 60,000 black pixels, 10.8 GB in memory."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        crc = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + crc
-
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    rows = zlib.compress(bytes(1000))
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-    )
-
-
-def test_images_that_cannot_be_read(artifacts: Path, digits: Path) -> None:
-    whole = next((digits / "3").glob("*.png")).read_bytes()
-    bad = {
-        "0/bomb.png": bomb(),
-        "1/cut.png": whole[:-40],
-        "2/empty.png": b"",
-        "3/text.jpg": b"this is no image",
-        "4/noise.png": random.Random(0).randbytes(300),
-    }
-    for name, data in bad.items():
-        (digits / name).write_bytes(data)
-    (digits / "5" / "notes.txt").write_text("no image, and does not call itself one")
-    at = ("--max-drop", "2", "--workers", "0")
-    refused(verify(artifacts, *at, data=digits), 1, "0/bomb.png", "--skip-unreadable")
-    result = verify(artifacts, *at, "--skip-unreadable", "--json", data=digits)
-    found = good(result)
-    assert found["skipped"] == sorted(bad)
-    assert (found["listed"], found["images"]) == (205, 200)
-    assert any(problem.startswith("5 images cannot be read: ") for problem in found["problems"])
-    for name in bad:
-        assert f"skipped, unreadable: {name}" in result.stderr
-    # They are known beside the records: a resumed run says it again.
-    again = verify(artifacts, *at, "--skip-unreadable", "--json", data=digits)
-    assert again.stdout == result.stdout
-
-
-def test_not_one_image_can_be_read(artifacts: Path, tmp_path: Path) -> None:
-    (tmp_path / "bad" / "3").mkdir(parents=True)
-    (tmp_path / "bad" / "3" / "x.png").write_bytes(b"")
-    result = verify(artifacts, "--skip-unreadable", data=tmp_path / "bad")
-    refused(result, 1, "not one image", "could be read")
-
-
-def test_links_in_a_circle(artifacts: Path, digits: Path) -> None:
-    (digits / "4" / "around").symlink_to(digits, target_is_directory=True)
-    (digits / "4" / "self.png").symlink_to("self.png")
-    at = ("--max-drop", "2", "--workers", "0", "--skip-unreadable", "--json")
-    result = verify(artifacts, *at, data=digits)
-    found = good(result)
-    assert found["images"] == 200
-    assert found["skipped"] == ["4/self.png"]
-    assert any(
-        problem.endswith("4/around is a link to a folder that is listed already")
-        for problem in found["problems"]
-    )
-
-
-@pytest.mark.parametrize("name", ["../0/evil.png", "/0/evil.png", "0/../../evil.png"])
-@pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_archives_that_reach_outside(
-    name: str, kind: str, artifacts: Path, digits: Path, tmp_path: Path
-) -> None:
-    image = next((digits / "0").glob("*.png")).read_bytes()
-    path = tmp_path / f"evil.{kind}"
-    if kind == "zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("0/good.png", image)
-            archive.writestr(name, image)
-    else:
-        with tarfile.open(path, "w") as archive_:
-            for each in ("0/good.png", name):
-                member = tarfile.TarInfo(each)
-                member.size = len(image)
-                archive_.addfile(member, BytesIO(image))
-    result = verify(artifacts, data=path)
-    refused(result, 1, "evil.png")
-    assert not list(tmp_path.rglob("evil.png"))
-
-
-@pytest.fixture
-def flat(digits: Path) -> tuple[Path, list[str]]:
-    """The same digits in one folder, and the lines of their label file."""
-    lines = []
-    for path in sorted(digits.rglob("*.png")):
-        lines.append(f"{path.name} {path.parent.name}")
-        path.rename(digits / path.name)
-    return digits, lines
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda line: line.replace(line.split()[1], "10"), "10"),
-        (lambda line: line.replace(" " + line.split()[1], " -1"), "-1"),
-        (lambda line: line.split()[0], "1"),
-        (
-            lambda line: line + "\n" + line.split()[0] + " " + str(9 - int(line.split()[1])),
-            "line 6",
-        ),
-    ],
-    ids=["too large", "negative", "missing", "twice"],
-)
-def test_bad_label_files(
-    change: Any, said: str, flat: tuple[Path, list[str]], artifacts: Path
-) -> None:
-    folder, lines = flat
-    bad = [*lines[:4], change(lines[4]), *lines[5:]]
-    (folder / "val.txt").write_text("\n".join(bad) + "\n")
-    refused(verify(artifacts, data=folder), 1, "val.txt", said)
-
-
-def test_gaps_in_a_label_file(flat: tuple[Path, list[str]], artifacts: Path) -> None:
-    folder, lines = flat
-    (folder / "val.txt").write_text("\n".join([*lines[:-3], "gone.png 3"]) + "\n")
-    result = verify(artifacts, "--max-drop", "2", "--workers", "0", "--json", data=folder)
-    assert result.exit_code == 3
-    assert "3 images have no class: " in result.stderr
-    assert "1 listed images are not there: gone.png" in result.stderr
-    found = json.loads(result.stdout)
-    assert [row["verdict"] for row in found["rows"]] == ["not judged"]
-    (folder / "val.txt").write_text("\n".join(lines) + "\n")
-    assert good(verify(artifacts, "--max-drop", "2", "--json", data=folder))["images"] == 200
 
 
 def test_damaged_results_are_told_or_done_again(artifacts: Path) -> None:
