@@ -107,10 +107,10 @@ def save_graph(
 
 
 def load_graph(path: Path) -> ir.Model:
-    """Read an ONNX file.
+    """Read an ONNX file, and its weights where they lie in a file beside it.
 
     Raises:
-        FileError: the file cannot be opened.
+        FileError: a file cannot be opened.
         GraphError: it is no ONNX file.
     """
     with file_errors("read", path):
@@ -125,4 +125,7 @@ def load_graph(path: Path) -> ir.Model:
         raise broken from error
     if not model.graph.outputs:
         raise broken
-    return model
+    # Weights in a file beside it: what is written from here holds its own.
+    ir.external_data.set_base_dir(model.graph, path.parent)
+    with file_errors("read the weights of", path):
+        return ir.external_data.load_to_model(model)

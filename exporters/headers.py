@@ -9,16 +9,24 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import onnx
 from google.protobuf.message import DecodeError
+from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from exporters.artifact import PASSPORT_KEY, Passport, from_json
 from exporters.errors import ArtifactError, FileError, GraphError
 from exporters.files import file_errors, sha256_file
 
-__all__ = ["GraphArtifact", "existing_graph", "read_passport", "read_skeleton"]
+__all__ = [
+    "GraphArtifact",
+    "existing_graph",
+    "has_passport",
+    "read_passport",
+    "read_skeleton",
+    "weight_files",
+]
 
 # ModelProto.graph, GraphProto.initializer, TensorProto.raw_data: field numbers of onnx.proto3.
 _WEIGHTS = (7, 5, 9)
@@ -112,6 +120,29 @@ def read_skeleton(path: Path) -> onnx.ModelProto:
                 raise broken from error
 
 
+def weight_files(path: Path) -> tuple[Path, ...]:
+    """The files beside an ONNX file that hold weights of it (ONNX's external data), by name.
+
+    Raises:
+        FileError, GraphError: the file cannot be read, or names a file that is not beside it.
+    """
+    graph = read_skeleton(path).graph
+    constants = (attribute.t for node in graph.node for attribute in node.attribute)
+    names = {
+        ExternalDataInfo(tensor).location
+        for tensor in (*graph.initializer, *constants)
+        if uses_external_data(tensor)
+    }
+    for name in names:
+        inside = PurePosixPath(name.replace("\\", "/"))
+        if inside.is_absolute() or ".." in inside.parts:
+            raise GraphError(
+                f"{path} keeps weights in {name}, outside its folder",
+                hint="put them beside it and save it again",
+            )
+    return tuple(path.parent / name for name in sorted(names))
+
+
 def existing_graph(path: Path) -> GraphArtifact | None:
     """The graph at ``path`` if it is there and readable, marked as unchanged; None otherwise."""
     try:
@@ -119,6 +150,16 @@ def existing_graph(path: Path) -> GraphArtifact | None:
     except (ArtifactError, FileError):
         return None
     return GraphArtifact(path, sha256_file(path), passport, path.stat().st_size, nodes, False)
+
+
+def has_passport(path: Path) -> bool:
+    """Whether an ONNX file has a passport, readable or not.
+
+    Raises:
+        FileError: the file cannot be opened.
+        GraphError: it is no ONNX file.
+    """
+    return any(entry.key == PASSPORT_KEY for entry in read_skeleton(path).metadata_props)
 
 
 def read_passport(path: Path) -> Passport:

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.passes.common import ShapeInferencePass
 
 from exporters.errors import GraphError
 from exporters.files import file_errors
@@ -126,8 +127,29 @@ def _store(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
     return stored
 
 
+def _check_types(model: ir.Model) -> None:
+    """Make sure that the type of every tensor is known: what is not seen cannot be stored.
+
+    Raises:
+        GraphError: it is not, and cannot be inferred.
+    """
+
+    def unknown() -> list[str]:
+        outputs = (value for node in model.graph for value in node.outputs if value.name)
+        return [str(value.name) for value in outputs if value.dtype is None]
+
+    if unknown():
+        ShapeInferencePass()(model)
+    if names := unknown():
+        raise GraphError(
+            f"the type of {names[0]} is unknown, and so whether it is float16",
+            hint="save the graph with the types of its inner tensors (value_info)",
+        )
+
+
 def _as_stored(model: ir.Model) -> list[ir.Value]:
     """Make ``model`` compute in float32 and store float16, in place; every stored value."""
+    _check_types(model)
     graph = model.graph
     _widen_initializers(graph)
     for value in graph.inputs:

@@ -2,11 +2,13 @@
 
 Causes that lie in the input (resize, mean and std, order of the channels) or in the numerics are
 tried on a sample of the images, those that lie in the labels on the answers that are there.  The
-likely one is that with the largest gain, if the gain is no accident (McNemar's exact test).
+likely one is that with the largest gain, if the gain is no accident (McNemar's exact test) and more
+than half of what is missing.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -30,6 +32,9 @@ __all__ = ["diagnose"]
 _SAMPLE = 256
 _BATCH = 16
 _ACCIDENT = 0.001
+_ANY_ORDER = "some other order of the classes"
+# Points: an order that is learnt fits whatever a simpler mistake in the labels explains.
+_HANDICAP = 5.0
 
 Right = NDArray[np.bool_]
 Resize = Literal["published", "timm"]
@@ -109,15 +114,41 @@ def _relabelled(classes: int, names: Sequence[str]) -> Mapping[str, tuple[str, S
     return orders
 
 
+def _best_order(votes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What each label means: one to one, the pairs of label and answer with most votes first.
+
+    ``votes`` (K, K) counts the answers to the images of each label.  -1 where nobody voted.
+    """
+    order = np.full(len(votes), -1, np.int64)
+    free = np.ones(len(votes), bool)
+    for place in np.argsort(-votes, axis=None, kind="stable").tolist():
+        label, answer = divmod(place, len(votes))
+        if not votes[label, answer]:
+            break
+        if order[label] < 0 and free[answer]:
+            order[label], free[answer] = answer, False
+    return order
+
+
+def _halves(records: Sequence[ImageRecord]) -> tuple[list[ImageRecord], list[ImageRecord]]:
+    """Every other image of each label."""
+    halves: tuple[list[ImageRecord], list[ImageRecord]] = ([], [])
+    seen: Counter[int | None] = Counter()
+    for record in records:
+        halves[seen[record.label] % 2].append(record)
+        seen[record.label] += 1
+    return halves
+
+
 def _permutation(records: Sequence[ImageRecord], classes: int) -> tuple[Right, Right]:
     """Whether the answers fit some other order of the classes: learnt on one half, tried on the
     other, so that any gain is one; (before, after) on the second half."""
-    learnt, tried = records[::2], records[1::2]
+    learnt, tried = _halves(records)
     votes = np.zeros((classes, classes), np.int64)
     for record in learnt:
         if record.label is not None and record.reference.first is not None:
             votes[record.label, record.reference.first] += 1
-    order = votes.argmax(axis=1)
+    order = _best_order(votes)
     before = np.asarray([record.reference.right() for record in tried], bool)
     after = np.asarray(
         [r.label is not None and order[r.label] == r.reference.first for r in tried], bool
@@ -125,29 +156,39 @@ def _permutation(records: Sequence[ImageRecord], classes: int) -> tuple[Right, R
     return before, after
 
 
-def _cause(what: str, mend: str, before: Right, after: Right) -> tuple[Cause, bool]:
+def _cause(
+    what: str, mend: str, before: Right, after: Right, published: float | None
+) -> tuple[Cause, bool]:
+    """A cause, and whether it is likely: its gain is no accident, and most of what is missing."""
+    if not len(after):
+        return Cause(what, mend, 0.0, 0.0, 0), False
     top1, old = (100 * float(np.mean(right)) for right in (after, before))
     lost, gained = int((before & ~after).sum()), int((after & ~before).sum())
-    sure = gained > lost and mcnemar_exact(lost, gained) < _ACCIDENT
-    return Cause(what, mend, top1, top1 - old, len(after)), sure
+    real = gained > lost and mcnemar_exact(lost, gained) < _ACCIDENT
+    missing = (100.0 if published is None else published) - old
+    return Cause(what, mend, top1, top1 - old, len(after)), real and top1 - old > missing / 2
 
 
 def _label_causes(
-    records: Sequence[ImageRecord], classes: int, names: Sequence[str]
+    records: Sequence[ImageRecord],
+    classes: int,
+    names: Sequence[str],
+    published: float | None,
 ) -> Iterator[tuple[Cause, bool]]:
     before = np.asarray([record.reference.right() for record in records], bool)
     for what, (mend, order) in _relabelled(classes, names).items():
         after = [r.label is not None and order[r.label] == r.reference.first for r in records]
-        yield _cause(what, mend, before, np.asarray(after, bool))
-    yield _cause(
-        "some other order of the classes",
-        "the label file and the model number the classes differently",
-        *_permutation(records, classes),
-    )
+        yield _cause(what, mend, before, np.asarray(after, bool), published)
+    mend = "the label file and the model number the classes differently"
+    yield _cause(_ANY_ORDER, mend, *_permutation(records, classes), published)
 
 
 def _input_causes(
-    model: LoadedModel, spec: Preprocess, images: ImageFolder, progress: Progress
+    model: LoadedModel,
+    spec: Preprocess,
+    images: ImageFolder,
+    published: float | None,
+    progress: Progress,
 ) -> Iterator[tuple[Cause, bool]]:
     sample = select(images, min(_SAMPLE, len(images.entries)), seed=0)
     labels = {entry.name: entry.label for entry in sample.entries}
@@ -158,7 +199,7 @@ def _input_causes(
         for variant in variants:
             found = _answers(variant, sample)
             after = np.asarray([found[name] == labels[name] for name in as_is], bool)
-            yield _cause(variant.what, variant.mend, before, after)
+            yield _cause(variant.what, variant.mend, before, after, published)
             advance(1)
 
 
@@ -180,9 +221,10 @@ def diagnose(
     Raises:
         ClipdeployError: the images or the weights cannot be read any more.
     """
-    tried = list(_label_causes(records, model.module.config.classes, class_names))
+    published = baseline.published_top1
+    tried = list(_label_causes(records, model.module.config.classes, class_names, published))
     if images is not None:
-        tried += _input_causes(model, spec, images, progress)
+        tried += _input_causes(model, spec, images, published, progress)
     tried.sort(key=_by_gain)
     cause, sure = tried[0]
     likely = f"likely cause: {cause.what}, with which it is {cause.top1:.2f} % ({cause.mend})"
@@ -198,4 +240,5 @@ def diagnose(
 
 def _by_gain(tried: tuple[Cause, bool]) -> tuple[bool, float]:
     cause, sure = tried
-    return not sure, -cause.top1
+    handicap = _HANDICAP if cause.what == _ANY_ORDER else 0.0
+    return not sure, handicap - cause.top1

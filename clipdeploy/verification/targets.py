@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from exporters.artifact import Passport, Precision
 from exporters.blocks import find_products
 from exporters.errors import ArtifactError, EngineError, UsageError
 from exporters.files import sha256_file
-from exporters.headers import read_passport, read_skeleton
+from exporters.headers import has_passport, read_passport, read_skeleton, weight_files
 from exporters.signature import classifier_signature
 
 __all__ = ["Target", "named_targets", "open_target", "workspace_targets"]
@@ -91,7 +92,7 @@ def named_targets(paths: Sequence[Path], reference: Passport, *, trust: bool) ->
         ArtifactError, GraphError, FileError: a file of another model or other weights, or one that
             cannot be read.
     """
-    if len(set(paths)) < len(paths):
+    if len({path.resolve() for path in paths}) < len(paths):
         raise UsageError("an artifact is named twice", hint="name each one once")
     return [_named(path, reference, trust=trust) for path in paths]
 
@@ -110,11 +111,10 @@ def _named(path: Path, reference: Passport, *, trust: bool) -> Target:
 
 
 def _graph(path: Path, reference: Passport) -> Target:
-    try:
+    # A passport that is damaged or of a newer clipdeploy is refused, not passed over.
+    if has_passport(path):
         return Target(path, "graph", read_passport(path))
-    except ArtifactError:
-        spec = reference.preprocess
-        image, logits = classifier_signature(path, spec.size, reference.classes)
+    image, logits = classifier_signature(path, reference.preprocess.size, reference.classes)
     foreign = replace(reference, precision=_precision(path), input=image, output=logits)
     return Target(path, "graph", foreign, vouched=False)
 
@@ -142,6 +142,14 @@ def _check_same(path: Path, passport: Passport, reference: Passport) -> None:
             )
 
 
+def _digest(path: Path) -> str:
+    """SHA-256 of a file; of a graph with weights in files of their own, of all these digests."""
+    hashes = [sha256_file(path)]
+    if path.suffix == ".onnx":
+        hashes += [sha256_file(file) for file in weight_files(path)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
 def open_target(
     target: Target, *, trust: bool = False, threads: int = 0
 ) -> tuple[Runner | None, Asked]:
@@ -157,7 +165,7 @@ def open_target(
         artifact=str(target.path),
         kind=target.kind,
         precision=target.precision,
-        sha256=sha256_file(target.path),
+        sha256=_digest(target.path),
         runner="",
         vouched=target.vouched,
     )

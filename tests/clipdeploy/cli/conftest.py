@@ -1,0 +1,31 @@
+"""A workspace and digits that may be changed."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from clipdeploy import zoo
+from clipdeploy.workspace import Workspace
+
+
+@pytest.fixture
+def artifacts(demo_workspace: Workspace, tmp_path: Path) -> Path:
+    """A workspace that may be changed, with the FP32 graph alone."""
+    folder = tmp_path / "artifacts" / zoo.DEMO
+    folder.mkdir(parents=True)
+    shutil.copy(demo_workspace.graph(zoo.DEMO, "fp32"), folder)
+    return tmp_path / "artifacts"
+
+
+@pytest.fixture
+def digits(tmp_path: Path) -> Path:
+    """The first twenty test digits of each class, in class folders."""
+    with zipfile.ZipFile(zoo.demo_file("test.zip")) as archive:
+        for digit in range(10):
+            names = sorted(n for n in archive.namelist() if n.startswith(f"{digit}/"))[:20]
+            archive.extractall(tmp_path / "digits", names)
+    return tmp_path / "digits"

@@ -1,0 +1,158 @@
+"""The same batches in every run, whatever part of them a run takes."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clipdeploy import zoo
+from clipdeploy.imaging import ImageFolder, Reading, open_images, select
+from clipdeploy.verification.batches import (
+    DecodedBatch,
+    decoded_batches,
+    digest_of_entries,
+    digest_of_files,
+    shuffled,
+)
+from exporters.artifact import CLIP_MEAN, CLIP_STD, Preprocess
+from exporters.errors import DatasetError
+
+SPEC = Preprocess(32, CLIP_MEAN, CLIP_STD)
+SIZE = 7
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Thirty digits in class folders, last changed an hour ago."""
+    import zipfile
+
+    chosen = select(open_images(zoo.demo_file("test.zip"), tuple("0123456789")), 30, seed=0)
+    with zipfile.ZipFile(zoo.demo_file("test.zip")) as archive:
+        archive.extractall(tmp_path / "digits", [entry.name for entry in chosen.entries])
+    return tmp_path / "digits"
+
+
+@pytest.fixture
+def images(folder: Path) -> ImageFolder:
+    return open_images(folder, tuple("0123456789"))
+
+
+def batches(images: ImageFolder, *numbers: int, skip: bool = False) -> list[DecodedBatch]:
+    chosen = numbers or range(-(-len(images.entries) // SIZE))
+    return list(decoded_batches(images, SPEC, SIZE, set(chosen), skip_unreadable=skip, workers=0))
+
+
+def contents(batch: DecodedBatch) -> list[tuple[str, str, bytes]]:
+    return [(crop.entry.name, crop.sha256, crop.pixels.tobytes()) for crop in batch.crops]
+
+
+def test_batches_are_the_list_cut_up(images: ImageFolder) -> None:
+    found = batches(images)
+    assert [len(batch.crops) for batch in found] == [7, 7, 7, 7, 2]
+    assert [batch.number for batch in found] == [0, 1, 2, 3, 4]
+    names = [crop.entry.name for batch in found for crop in batch.crops]
+    assert names == [entry.name for entry in images.entries]
+
+
+def test_any_part_of_the_numbers_gives_the_same_batches(images: ImageFolder) -> None:
+    whole = {batch.number: contents(batch) for batch in batches(images)}
+    generator = random.Random(0)
+    for _ in range(10):
+        numbers = generator.sample(range(5), generator.randint(1, 5))
+        found = batches(images, *numbers)
+        assert [batch.number for batch in found] == sorted(numbers)
+        assert all(contents(batch) == whole[batch.number] for batch in found)
+
+
+@pytest.mark.parametrize("spoilt", [[0], [6, 7], list(range(7, 14)), [29], list(range(30))])
+def test_unreadable_images_move_no_other(
+    spoilt: list[int], images: ImageFolder, folder: Path
+) -> None:
+    whole = {batch.number: contents(batch) for batch in batches(images)}
+    names = [images.entries[i].name for i in spoilt]
+    for name in names:
+        (folder / name).write_bytes(b"no image")
+    with pytest.raises(DatasetError, match=names[0]):
+        batches(images)
+    found = batches(images, skip=True)
+    assert [batch.number for batch in found] == [0, 1, 2, 3, 4]
+    assert [name for batch in found for name in batch.unreadable] == names
+    for batch in found:
+        kept = [each for each in whole[batch.number] if each[0] not in names]
+        assert contents(batch) == kept
+        assert all(
+            images.entries.index(entry) // SIZE == batch.number
+            for entry in images.entries
+            if entry.name in batch.unreadable
+        )
+    # The same of one shard.
+    assert [contents(b) for b in batches(images, 1, 3, skip=True)] == [
+        contents(found[1]),
+        contents(found[3]),
+    ]
+
+
+def test_what_reading_showed_is_noted(images: ImageFolder, folder: Path) -> None:
+    twin = folder / images.entries[1].name
+    twin.write_bytes((folder / images.entries[0].name).read_bytes())
+    reading = Reading()
+    list(decoded_batches(images, SPEC, SIZE, range(5), workers=0, reading=reading))
+    assert reading.read == 30
+    assert len(reading.duplicates) == 1
+
+
+def test_shuffled_is_seeded_and_loses_nothing(images: ImageFolder) -> None:
+    one, again, other = shuffled(images, 0), shuffled(images, 0), shuffled(images, 1)
+    assert one == again
+    assert one.entries != other.entries
+    assert one.entries != images.entries
+    assert set(one.entries) == set(images.entries)
+    labels = [entry.label for entry in one.entries]
+    assert labels != sorted(label for label in labels if label is not None)
+    # Batches follow the order that they are given.
+    assert [crop.entry.name for batch in batches(one) for crop in batch.crops] == [
+        entry.name for entry in one.entries
+    ]
+
+
+def test_the_digest_of_entries(images: ImageFolder) -> None:
+    digest = digest_of_entries(images)
+    assert digest_of_entries(ImageFolder(Path("elsewhere"), images.entries)) == digest
+    first, *rest = images.entries
+    for entries in (
+        tuple(rest),
+        (*rest, first),
+        (replace(first, label=9), *rest),
+        (replace(first, name="0/other.png"), *rest),
+        (replace(first, label=None), *rest),
+    ):
+        assert digest_of_entries(ImageFolder(images.root, entries)) != digest
+
+
+def test_the_digest_of_files(
+    images: ImageFolder, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # They were made just now, and might change again unseen.
+    assert digest_of_files(images) == ""
+    now = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now + 10**10)
+    digest = digest_of_files(images)
+    assert len(digest) == 64
+    assert digest_of_files(images) == digest
+    os.utime(folder / images.entries[5].name, ns=(now, now))
+    assert digest_of_files(images) != digest
+    (folder / images.entries[5].name).unlink()
+    assert digest_of_files(images) == ""
+
+
+def test_pixels_are_the_images(images: ImageFolder) -> None:
+    (first,) = batches(images, 0)
+    assert all(crop.pixels.shape == (32, 32, 3) for crop in first.crops)
+    assert len({crop.pixels.tobytes() for crop in first.crops}) == SIZE
+    assert np.stack([crop.pixels for crop in first.crops]).dtype == np.uint8

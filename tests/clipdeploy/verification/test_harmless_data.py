@@ -1,0 +1,121 @@
+"""The same pixels in another wrapping, and other company in a batch: the same verdict."""
+
+from __future__ import annotations
+
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from clipdeploy import zoo
+from clipdeploy.imaging import ImageFolder, open_images, select
+from clipdeploy.model import LoadedModel
+from clipdeploy.verification.batches import shuffled
+from clipdeploy.verification.records import ImageRecord
+from clipdeploy.verification.result import Verification
+from clipdeploy.verification.targets import Target
+from clipdeploy.verification.verdicts import judge_results
+from clipdeploy.verification.verifier import VerifyConfig, run_verification
+from clipdeploy.workspace import Workspace
+from exporters.headers import read_passport
+
+CLASSES = tuple("0123456789")
+# 40 images without a difference prove a drop below 8.8 points.
+ALLOWED = 9.0
+
+Judged = tuple[Verification, list[ImageRecord]]
+Judge = Callable[..., Judged]
+
+
+@pytest.fixture(scope="module")
+def judge(demo_workspace: Workspace, demo_model: LoadedModel) -> Judge:
+    path = demo_workspace.graph(zoo.DEMO, "fp32")
+    target = Target(path, "graph", read_passport(path))
+
+    def run(images: ImageFolder, batch: int = 16) -> Judged:
+        config = VerifyConfig(max_drop=ALLOWED, batch=batch, workers=0)
+        results = run_verification(demo_model, target.passport, [target], images, config)
+        result = judge_results(results, ALLOWED)
+        assert [row.verdict for row in result.rows] == ["equivalent"]
+        return result, results.records
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty digits as JPEG files."""
+    root = tmp_path_factory.mktemp("digits")
+    chosen = select(open_images(zoo.demo_file("test.zip"), CLASSES), 40, seed=0)
+    with zipfile.ZipFile(zoo.demo_file("test.zip")) as archive:
+        for entry in chosen.entries:
+            path = (root / entry.name).with_suffix(".jpg")
+            path.parent.mkdir(exist_ok=True)
+            with archive.open(entry.name) as stream:
+                Image.open(stream).save(path, quality=95)
+    return root
+
+
+@pytest.fixture(scope="module")
+def plain(judge: Judge, folder: Path) -> Judged:
+    return judge(open_images(folder, CLASSES))
+
+
+def pack_zip(folder: Path, path: Path) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*.jpg"), reverse=True):
+            archive.write(file, file.relative_to(folder))
+    return path
+
+
+def pack_tar(folder: Path, path: Path) -> Path:
+    with tarfile.open(path, "w") as archive:
+        archive.add(folder, "val")
+    return path
+
+
+@pytest.mark.parametrize("pack", [pack_zip, pack_tar])
+def test_in_an_archive(
+    pack: Callable[[Path, Path], Path], folder: Path, plain: Judged, judge: Judge, tmp_path: Path
+) -> None:
+    path = pack(folder, tmp_path / pack.__name__.replace("pack_", "digits."))
+    result, records = judge(open_images(path, CLASSES))
+    assert result.rows == plain[0].rows
+    assert [r.sha256 for r in records] == [r.sha256 for r in plain[1]]
+    assert [r.outcomes for r in records] == [r.outcomes for r in plain[1]]
+
+
+def test_decoded_and_kept_without_loss(
+    folder: Path, plain: Judged, judge: Judge, tmp_path: Path
+) -> None:
+    """The pixels of the JPEG files as PNG: other bytes, the same logits to the last bit."""
+    for file in folder.rglob("*.jpg"):
+        path = (tmp_path / file.relative_to(folder)).with_suffix(".png")
+        path.parent.mkdir(exist_ok=True)
+        Image.open(file).save(path)
+    result, records = judge(open_images(tmp_path, CLASSES))
+    assert result.rows == plain[0].rows
+    assert [r.outcomes for r in records] == [r.outcomes for r in plain[1]]
+    assert not {r.sha256 for r in records} & {r.sha256 for r in plain[1]}
+
+
+@pytest.mark.parametrize("batch", [1, 7, 40])
+def test_another_batch_size(batch: int, folder: Path, plain: Judged, judge: Judge) -> None:
+    result, records = judge(open_images(folder, CLASSES), batch)
+    assert [r.reference.top for r in records] == [r.reference.top for r in plain[1]]
+    ours, theirs = result.rows[0].fidelity, plain[0].rows[0].fidelity
+    assert ours is not None
+    assert theirs is not None
+    # Sums in another order: float32's rounding and no more.
+    assert ours.max_abs < 5 * theirs.max_abs
+    assert ours.accuracy == theirs.accuracy
+
+
+def test_another_order_of_the_images(folder: Path, plain: Judged, judge: Judge) -> None:
+    result, records = judge(shuffled(open_images(folder, CLASSES), 3))
+    by_name = {r.name: r for r in plain[1]}
+    assert all(r.reference.top == by_name[r.name].reference.top for r in records)
+    assert result.reference == plain[0].reference

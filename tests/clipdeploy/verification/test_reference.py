@@ -1,0 +1,156 @@
+"""PyTorch's logits, computed once for the same images in the same company."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from clipdeploy import zoo
+from clipdeploy.imaging import Crop, CropCache, iter_crops, open_images, select
+from clipdeploy.model import LoadedModel
+from clipdeploy.runners.torch import TorchRunner
+from clipdeploy.verification.reference import Reference
+from exporters.artifact import IMAGENET_MEAN, Preprocess
+from exporters.samples import Samples
+
+
+@pytest.fixture(scope="module")
+def spec(demo_model: LoadedModel) -> Preprocess:
+    return demo_model.card.preprocess(demo_model.recipe)
+
+
+@pytest.fixture(scope="module")
+def crops(spec: Preprocess) -> list[Crop]:
+    digits = select(open_images(zoo.demo_file("test.zip")), 12, seed=0)
+    return list(iter_crops(digits, spec, workers=0))
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> CropCache:
+    return CropCache(tmp_path / "cache")
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The size of every batch that PyTorch really computes."""
+    sizes: list[int] = []
+    real = TorchRunner.__call__
+
+    def counted(self: TorchRunner, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        sizes.append(len(images))
+        return real(self, images)
+
+    monkeypatch.setattr(TorchRunner, "__call__", counted)
+    return sizes
+
+
+def logits(
+    model: LoadedModel, spec: Preprocess, cache: CropCache | None, crops: list[Crop]
+) -> NDArray[np.float32]:
+    samples = Samples(np.stack([crop.pixels for crop in crops]), spec)
+    with Reference(model, spec, cache) as reference:
+        return reference([crop.sha256 for crop in crops], samples)
+
+
+def test_a_hit_is_bit_identical_and_computes_nothing(
+    demo_model: LoadedModel,
+    spec: Preprocess,
+    cache: CropCache,
+    crops: list[Crop],
+    computed: list[int],
+) -> None:
+    plain = logits(demo_model, spec, None, crops)
+    first = logits(demo_model, spec, cache, crops)
+    assert computed == [12, 12]
+    second = logits(demo_model, spec, cache, crops)
+    assert computed == [12, 12]
+    assert second.dtype == np.float32
+    assert plain.tobytes() == first.tobytes() == second.tobytes()
+
+
+def test_other_neighbours_are_another_key(
+    demo_model: LoadedModel,
+    spec: Preprocess,
+    cache: CropCache,
+    crops: list[Crop],
+    computed: list[int],
+) -> None:
+    """A batch of another size or order may differ in the last bit, and is computed anew."""
+    logits(demo_model, spec, cache, crops)
+    for other in (crops[:6], crops[::-1], [*crops[1:], crops[0]]):
+        before = len(computed)
+        logits(demo_model, spec, cache, other)
+        assert len(computed) == before + 1
+    before = len(computed)
+    for other in (crops, crops[:6], crops[::-1]):
+        assert (
+            logits(demo_model, spec, cache, other) == logits(demo_model, spec, None, other)
+        ).all()
+    assert len(computed) == before + 3
+
+
+def test_whatever_decides_the_logits_is_in_the_key(
+    demo_model: LoadedModel,
+    spec: Preprocess,
+    cache: CropCache,
+    crops: list[Crop],
+    computed: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logits(demo_model, spec, cache, crops)
+    shipped = replace(demo_model.recipe, numerics="as-shipped")
+    for model, preparation in (
+        (replace(demo_model, weights=replace(demo_model.weights, sha256="0" * 64)), spec),
+        (replace(demo_model, recipe=shipped), spec),
+        (demo_model, replace(spec, mean=IMAGENET_MEAN)),
+    ):
+        before = len(computed)
+        logits(model, preparation, cache, crops)
+        assert len(computed) == before + 1
+    before = len(computed)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 99)
+    logits(demo_model, spec, cache, crops)
+    assert len(computed) == before + 1
+
+
+def items(cache: CropCache) -> list[Path]:
+    return sorted(cache.folder.glob("logits-*/*.items"))
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+def test_damaged_logits_are_computed_again(
+    damage: str,
+    demo_model: LoadedModel,
+    spec: Preprocess,
+    cache: CropCache,
+    crops: list[Crop],
+    computed: list[int],
+) -> None:
+    whole = logits(demo_model, spec, cache, crops)
+    (path,) = items(cache)
+    data = bytearray(path.read_bytes())
+    assert len(data) == 12 * 10 * 4
+    if damage == "flipped":
+        data[45] ^= 1
+        path.write_bytes(data)
+    elif damage == "cut":
+        path.write_bytes(data[:-1])
+    else:
+        path.unlink()
+    assert logits(demo_model, spec, cache, crops).tobytes() == whole.tobytes()
+    assert computed == [12, 12]
+    # Mended: the next run computes nothing.
+    assert logits(demo_model, spec, cache, crops).tobytes() == whole.tobytes()
+    assert computed == [12, 12]
+
+
+def test_a_cache_with_no_room_is_no_error(
+    demo_model: LoadedModel, spec: Preprocess, tmp_path: Path, crops: list[Crop]
+) -> None:
+    none = CropCache(tmp_path / "none", 0)
+    assert (logits(demo_model, spec, none, crops) == logits(demo_model, spec, None, crops)).all()
+    assert not items(none)
