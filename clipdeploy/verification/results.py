@@ -246,7 +246,8 @@ def merge_results(parts: Sequence[Results]) -> Results:
         if part.question != first.question:
             raise ArtifactError(
                 f"the shards are not of one run: {_difference(first.question, part.question)}",
-                hint="verify every shard with the same artifacts, images, versions and --threads",
+                hint="verify every shard with the same artifacts, images, versions and --threads; "
+                "if shards of an older run lie beside them, remove those or name the others",
             )
     batches: dict[int, BatchResult] = {}
     for batch in (batch for part in parts for batch in part.batches):

@@ -60,9 +60,8 @@ class VerifyConfig:
     the i-th of n parts, for :func:`clipdeploy.stages.verify.merge_verification`.  ``sequential``
     takes the images in random order and stops as soon as every verdict is out.  ``workers`` and
     ``cache`` are those of :func:`clipdeploy.imaging.iter_crops`; the cache keeps the reference's
-    logits as well.  ``trust``
-    loads engines that no passport vouches for.  ``threads`` compute on the CPU, 0 for as many as
-    PyTorch takes; shards can only be joined if they had as many.
+    logits as well.  ``trust`` loads engines that no passport vouches for.  ``threads`` compute on
+    the CPU, 0 for as many as PyTorch takes; shards can only be joined if they had as many.
     """
 
     max_drop: float = 1.0
@@ -201,6 +200,9 @@ def _open(
     reference = stack.enter_context(
         Reference(model, question.preprocess, config.cache, question.threads)
     )
+    # What a foreign INT8 graph was calibrated on is anybody's guess.
+    if any(target.precision.startswith("int8") and not target.vouched for target in targets):
+        question = replace(question, calibrated=None)
     asked_for = replace(question, artifacts=tuple(artifacts), reference=reference.name)
     return _Opened(asked_for, reference, tuple(lanes), seen or frozenset())
 
