@@ -11,6 +11,7 @@ A stage a function; the commands call the same ones.
 
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.builder import EngineArtifact
+from clipdeploy.stages.bisect import BisectConfig, bisect_model
 from clipdeploy.stages.build import build_model
 from clipdeploy.stages.calibrate import (
     CalibrateConfig,
@@ -26,6 +27,7 @@ from clipdeploy.verification.verifier import Verification, VerifyConfig
 from clipdeploy.workspace import Workspace
 
 __all__ = [
+    "BisectConfig",
     "BuildConfig",
     "CalibrateConfig",
     "CalibrationArtifact",
@@ -33,6 +35,7 @@ __all__ = [
     "Verification",
     "VerifyConfig",
     "Workspace",
+    "bisect_model",
     "build_model",
     "calibrate_model",
     "convert_model",

@@ -6,6 +6,7 @@ import click
 
 from clipdeploy import __version__
 from clipdeploy.cli.benchmark import benchmark
+from clipdeploy.cli.bisect import bisect
 from clipdeploy.cli.build import build_engine
 from clipdeploy.cli.calibrate import calibrate
 from clipdeploy.cli.demo import demo
@@ -39,6 +40,7 @@ for command in (
     quantize,
     build_engine,
     verify,
+    bisect,
     benchmark,
     inspect,
     demo,
