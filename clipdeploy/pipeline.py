@@ -22,7 +22,9 @@ from clipdeploy.stages.calibrate import (
 from clipdeploy.stages.export import export_model
 from clipdeploy.stages.quantize import convert_model, quantize_model
 from clipdeploy.stages.samples import sample_images
+from clipdeploy.stages.search import search_model
 from clipdeploy.stages.verify import verify_model
+from clipdeploy.tuning.search import SearchConfig, SearchResult
 from clipdeploy.verification.verifier import Verification, VerifyConfig
 from clipdeploy.workspace import Workspace
 
@@ -32,6 +34,8 @@ __all__ = [
     "CalibrateConfig",
     "CalibrationArtifact",
     "EngineArtifact",
+    "SearchConfig",
+    "SearchResult",
     "Verification",
     "VerifyConfig",
     "Workspace",
@@ -43,5 +47,6 @@ __all__ = [
     "merge_calibration",
     "quantize_model",
     "sample_images",
+    "search_model",
     "verify_model",
 ]

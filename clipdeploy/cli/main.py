@@ -13,6 +13,7 @@ from clipdeploy.cli.demo import demo
 from clipdeploy.cli.export import export
 from clipdeploy.cli.inspect import inspect
 from clipdeploy.cli.quantize import quantize
+from clipdeploy.cli.search import search
 from clipdeploy.cli.verify import verify
 from clipdeploy.cli.zoo import zoo
 
@@ -41,6 +42,7 @@ for command in (
     build_engine,
     verify,
     bisect,
+    search,
     benchmark,
     inspect,
     demo,

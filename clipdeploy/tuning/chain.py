@@ -11,11 +11,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from calibration.layout import find_bridges, find_segments
+from exporters.errors import GraphError
 from exporters.files import file_errors
-from exporters.segments import Segment, read_sources, switch_input, switchable
+from exporters.segments import Part, Segment, read_sources, switch_input, switchable
 from exporters.session import OnnxSession
+from exporters.taps import find_tap
 
-__all__ = ["Chain"]
+__all__ = ["Chain", "Tensor"]
 
 Tensor = NDArray[Any]
 
@@ -79,3 +81,21 @@ class Chain:
     def rest(self, x: Tensor, on: Collection[str], index: int) -> Tensor:
         """The logits, from what left segment ``index``."""
         return self.run(x, on, index + 1)[-1] if index + 1 < len(self.segments) else x
+
+    def weight_shape(self, name: str) -> tuple[int, int]:
+        """(Cin, Cout) of a Linear."""
+        weight = self.reference.constant(self.reference.need(f"{name}/MatMul").input[1])
+        if weight is None:
+            raise GraphError(f"{name} of {self.reference.name} has no constant weight")
+        return int(weight.shape[0]), int(weight.shape[1])
+
+    def single(self, name: str) -> tuple[OnnxSession, str]:
+        """A session of the Linear ``name`` alone, from its own input, and its switch's name."""
+        tensor = find_tap(self.reference, name).tensor
+        segment = Segment(name, tensor, (Part(name, name),))
+        source = find_tap(self.candidate, name).tensor
+        if source != tensor:
+            raise GraphError(f"{name} reads {source} in {self.candidate.name}, not {tensor}")
+        model = switchable(segment, self.reference, self.candidate)
+        session = OnnxSession(model, name=name, exact_int8=self.candidate.unsigned)
+        return session, switch_input(name)

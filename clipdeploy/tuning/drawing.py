@@ -1,4 +1,4 @@
-"""A bisection as a picture."""
+"""Bisections and searches as pictures."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clipdeploy.tuning.result import Bisection
+from clipdeploy.tuning.search import SearchResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_bisection"]
+__all__ = ["draw_bisection", "draw_front"]
 
 _ROLES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "rest")
 # Errors beyond this are float32's own; what is equal is drawn as this.
@@ -68,3 +69,43 @@ def _heat_map(axes: Axes, result: Bisection, blocks: list[str]) -> None:
     axes.set_yticks(range(len(blocks)), blocks)
     axes.set_title("logits' signal over error, this part alone, dB", fontsize=10)
     axes.figure.colorbar(image, ax=axes)
+
+
+def draw_front(result: SearchResult) -> Figure:
+    """Every combination that was evaluated, drop over cost; the front, the choice and its twins."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
+    axes = figure.subplots()
+    axes.scatter(
+        [p.cost for p in result.points], [p.drop for p in result.points], s=18, color="0.75"
+    )
+    front = [point for point in result.points if point.front]
+    axes.step(
+        [p.cost for p in front],
+        [p.drop for p in front],
+        where="post",
+        color="#0072B2",
+        marker="o",
+        label="front",
+    )
+    for point in result.points:
+        if point.label:
+            axes.annotate(
+                point.label,
+                (point.cost, point.drop),
+                xytext=(6, 6),
+                textcoords="offset points",
+                fontsize=9,
+            )
+    chosen = result.chosen
+    axes.scatter([chosen.cost], [chosen.drop], s=90, marker="*", color="#D55E00", label="chosen")
+    axes.axhline(result.search.max_drop, color="0.4", linewidth=1, linestyle="--")
+    axes.set_xlabel(f"cost of the Linears over all FP16 ({result.costs.unit})")
+    axes.set_ylabel("points of top-1 lost on the search images")
+    axes.set_title(f"{result.model}: {result.search.n} images", fontsize=10)
+    axes.grid(color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure

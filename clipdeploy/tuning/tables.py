@@ -1,4 +1,4 @@
-"""A bisection as terminal tables."""
+"""Bisections and searches as terminal tables."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from rich.text import Text
 
 from clipdeploy.tuning.bisection import PartError
 from clipdeploy.tuning.result import Bisection
+from clipdeploy.tuning.search import SearchResult
 
-__all__ = ["bisection_table", "decibels"]
+__all__ = ["bisection_table", "decibels", "search_table"]
 
 
 def decibels(value: float | None) -> str:
@@ -90,4 +91,54 @@ def bisection_table(result: Bisection) -> Group:
         _parts(result, drop),
         Text(""),
         Text(legend, style="dim"),
+    )
+
+
+def _front(result: SearchResult) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("point", no_wrap=True)
+    _columns(table, ("Linears in INT8", "MACs", "cost", "drop", "dB", "within", "recipe"))
+    for point in result.points:
+        if not (point.front or point.label):
+            continue
+        table.add_row(
+            point.label or "front",
+            str(len(point.int8)),
+            f"{100 * point.int8_macs:.0f} %",
+            f"{point.cost:.3f}",
+            f"{point.drop:+.2f}",
+            decibels(point.evaluation.sqnr_db),
+            "yes" if point.feasible else "no",
+            point.recipe.rpartition("/")[2],
+            style="bold" if point.int8 == result.chosen.int8 else "",
+        )
+    return table
+
+
+def search_table(result: SearchResult) -> Group:
+    """The verdict first, then the front, then what was left out of INT8."""
+    chosen, total = result.chosen, len(result.costs.linears)
+    heading = (
+        f"{result.model}: {len(chosen.int8)} of {total} Linears in INT8, "
+        f"{100 * chosen.int8_macs:.0f} % of their MACs, cost {chosen.cost:.3f} of all FP16"
+    )
+    verdict = "CONFIRMED" if result.confirmed else "NOT CONFIRMED"
+    lines = [
+        f"searched on {result.search.n} images: {result.search.sentence}",
+        f"fresh {result.confirm.n} images: {result.confirm.sentence}",
+        f"cost: {result.costs.unit}, batch {result.costs.batch}; ranges by {result.range_method}; "
+        f"{result.evaluations} combinations evaluated",
+        f"written: {result.artifact.path}, recipe {result.recipe}",
+    ]
+    if not result.finished:
+        lines.append("the budget ended the search early: run it again to go on")
+    left = ", ".join(result.excluded)
+    return Group(
+        Text(heading),
+        Text(verdict, style="bold green" if result.confirmed else "bold red"),
+        *(Text(f"  {line}") for line in lines),
+        Text(""),
+        _front(result),
+        Text(""),
+        Text(f"left in FP16: {left}" if left else "all Linears in INT8"),
     )
