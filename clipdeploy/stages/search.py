@@ -192,7 +192,6 @@ def _run(search: _Search, folder: Path, data: Path) -> SearchResult:
     with search.progress.task("search", _guess(len(chain.linears))) as advance:
         evaluator = search.evaluator(chain, plan, advance)
         costs = search.costs(chain)
-        power: dict[str, float] = {}
         try:
             power = evaluator.power()
         except OutOfTimeError:
@@ -202,7 +201,7 @@ def _run(search: _Search, folder: Path, data: Path) -> SearchResult:
             chosen, finished = cheapest(
                 power, gain, lambda int8: search.feasible(evaluator.evaluate(int8))
             )
-    chosen, artifact, measured = _write(search, plan, chosen, costs, power)
+    chosen, artifact, measured = _write(search, plan, chosen, costs)
     points = _points(search, plan, costs, chosen, measured)
     judged = judge_drop(measured.lost, measured.gained, measured.images, search.config.max_drop)
     with search.progress.task("confirm"):
@@ -226,7 +225,7 @@ def _run(search: _Search, folder: Path, data: Path) -> SearchResult:
         costs=costs,
         range_method=plan.range_method,
         finished=finished,
-        evaluations=len(search.state.evaluations),
+        evaluations=sum(" written: " not in slot for slot in search.state.evaluations),
         search=judged,
         confirm=confirmed,
         confirmed=confirmed.verdict == "equivalent" and judged.verdict == "equivalent",
@@ -248,24 +247,40 @@ def _config(
 
 
 def _write(
-    search: _Search,
-    plan: PlanConfig,
-    chosen: Combination,
-    costs: CostModel,
-    power: dict[str, float],
+    search: _Search, plan: PlanConfig, chosen: Combination, costs: CostModel
 ) -> tuple[Combination, GraphArtifact, Evaluation]:
-    """The graph of the choice; the noisiest Linear is given up while the real graph fails.
+    """The graph of the choice; while the real graph fails, that of the next combination.
 
-    The combination was judged with FP32 in the place of FP16, and with foldings as if all Linears
+    A combination was judged with FP32 in the place of FP16, and with foldings as if all Linears
     were quantised: the graph that is written has the last word.
     """
-    while True:
-        config = _config(search, plan, costs, chosen)
+    written = search.state.evaluations
+    for int8 in _next_best(search, plan, chosen, costs):
+        slot = search.state.slot(f"{plan.range_method} written", int8)
+        if slot in written and int8 and not search.feasible(written[slot]):
+            continue
+        config = _config(search, plan, costs, int8)
         made = quantize_model(search.workspace, search.model, config, progress=search.progress)
-        measured = _score(search, made.artifact.path, search.images)
-        if search.feasible(measured) or not chosen:
-            return chosen, made.artifact, measured
-        chosen = chosen - {max(chosen, key=lambda name: (power.get(name, 0.0), name))}
+        if slot not in written:
+            written[slot] = _score(search, made.artifact.path, search.images)
+            save_state(search.state, search.path)
+        if search.feasible(written[slot]):
+            break
+    return int8, made.artifact, written[slot]
+
+
+def _next_best(
+    search: _Search, plan: PlanConfig, chosen: Combination, costs: CostModel
+) -> Iterator[Combination]:
+    """The choice, then what else was feasible, the cheapest first; at the end no INT8 at all."""
+    yield chosen
+    known = search.state.of(plan.range_method)
+    feasible = (int8 for int8, found in known.items() if int8 and search.feasible(found))
+    for int8 in sorted(feasible, key=lambda int8: (costs.total(int8), sorted(int8))):
+        if costs.total(int8) >= costs.total(chosen) and int8 != chosen:
+            yield int8
+    if chosen:
+        yield frozenset()
 
 
 def _score(search: _Search, graph: Path, images: Iterable[Labelled]) -> Evaluation:
@@ -284,17 +299,13 @@ def _points(
 ) -> list[Candidate]:
     """Every combination of ``plan`` that was evaluated, all FP16 among them, cheapest first.
 
-    The choice stands there as its own graph was ``measured``.  Those on the front, the choice and its twins get a recipe file.
+    The choice stands there as its own graph was ``measured``.  Those on the front, the choice and
+    its twins get a recipe file.
     """
     everything = frozenset(costs.order)
     named = {frozenset[str](): "all FP16", everything: "all INT8"}
     named[chosen] = ", ".join(["chosen", *([named[chosen]] if chosen in named else [])])
-    prefix = search.state.slot(plan.range_method, frozenset())
-    known = {
-        frozenset(slot.removeprefix(prefix).split()): found
-        for slot, found in search.state.evaluations.items()
-        if slot.startswith(prefix)
-    }
+    known = search.state.of(plan.range_method)
     known[chosen] = measured
     known.setdefault(frozenset(), Evaluation(0, 0, len(search.search.hashes), None))
     points = [

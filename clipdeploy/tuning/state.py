@@ -35,6 +35,15 @@ class SearchState:
         """Where the evaluation of a combination stands."""
         return f"{plan}: {' '.join(sorted(int8))}"
 
+    def of(self, plan: str) -> dict[frozenset[str], Evaluation]:
+        """Everything that was evaluated under one plan."""
+        prefix = self.slot(plan, frozenset())
+        return {
+            frozenset(slot.removeprefix(prefix).split()): found
+            for slot, found in self.evaluations.items()
+            if slot.startswith(prefix)
+        }
+
 
 def load_state(path: Path, key: str) -> SearchState:
     """The state at ``path`` if it is whole and of this search, else a new one.
