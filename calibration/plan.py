@@ -94,7 +94,10 @@ def _weight(site: LinearSite) -> NDArray[np.float32]:
 def fold_all(
     sites: Sequence[LinearSite], statistics: Mapping[str, ChannelStatistics]
 ) -> dict[str, Folding]:
-    """Search and write the folding of every Linear that can have one; the model stays the same.
+    """Search and write the folding of every Linear in ``statistics`` that can have one.
+
+    The model stays the same.  ``sites`` are all its Linears: proj is folded into qkv also where
+    qkv itself is left alone.
 
     proj before qkv, because its folding changes the columns of V in qkv's weight.
     """
@@ -102,7 +105,7 @@ def fold_all(
     foldings = {}
     for site in sorted(sites, key=lambda site: site.role != "attn.proj"):
         source = find_source(site, by_name) if site.bias is not None else None
-        if source is None:
+        if source is None or site.name not in statistics:
             continue
         folding = search_folding(Distribution.of(statistics[site.name]), _weight(site))
         fold(site, source, folding)

@@ -89,8 +89,9 @@ def smooth(model: ir.Model, table: CalibrationTable, chosen: frozenset[str]) -> 
     Raises:
         CalibrationError: the table lacks a Linear.
     """
-    sites = [site for site in find_linears(model) if site.name in chosen]
-    return fold_all(sites, {site.name: table.of(site.name) for site in sites})
+    sites = find_linears(model)
+    statistics = {site.name: table.of(site.name) for site in sites if site.name in chosen}
+    return fold_all(sites, statistics)
 
 
 def _write_linears(

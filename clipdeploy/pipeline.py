@@ -15,6 +15,7 @@ from clipdeploy.engines.builder import EngineArtifact
 from clipdeploy.packaging.cpp import CppPackage
 from clipdeploy.packaging.triton import TritonPackage
 from clipdeploy.packaging.triton_config import TritonConfig
+from clipdeploy.stages.bisect import BisectConfig, bisect_model
 from clipdeploy.stages.build import build_model
 from clipdeploy.stages.calibrate import (
     CalibrateConfig,
@@ -29,14 +30,17 @@ from clipdeploy.stages.predict import Predictions, predict_images
 from clipdeploy.stages.quantize import convert_model, quantize_model
 from clipdeploy.stages.report import write_reports
 from clipdeploy.stages.samples import sample_images
+from clipdeploy.stages.search import search_model
 from clipdeploy.stages.verify import verify_model
 from clipdeploy.stages.verify_setup import Judgement, VerifyScope
+from clipdeploy.tuning.search import SearchConfig, SearchResult
 from clipdeploy.verification.baseline import Expected
 from clipdeploy.verification.result import Verification
 from clipdeploy.verification.verifier import VerifyConfig
 from clipdeploy.workspace import Workspace
 
 __all__ = [
+    "BisectConfig",
     "BuildConfig",
     "CalibrateConfig",
     "CalibrationArtifact",
@@ -46,6 +50,8 @@ __all__ = [
     "Expected",
     "Judgement",
     "Predictions",
+    "SearchConfig",
+    "SearchResult",
     "TritonConfig",
     "TritonPackage",
     "Verification",
@@ -53,6 +59,7 @@ __all__ = [
     "VerifyScope",
     "Workspace",
     "artifact_to_package",
+    "bisect_model",
     "build_model",
     "calibrate_model",
     "convert_model",
@@ -64,6 +71,7 @@ __all__ = [
     "predict_images",
     "quantize_model",
     "sample_images",
+    "search_model",
     "verify_model",
     "write_reports",
 ]

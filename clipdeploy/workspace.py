@@ -9,6 +9,8 @@ artifacts/
     clip-vit-demo.fp16.onnx           build-engine --fp16
     clip-vit-demo.int8.onnx           quantize
     clip-vit-demo.int8-cpu.onnx       quantize --cpu
+    recipe.json                       search: how its INT8 graph is made
+    search/                           search: what it measured, and the recipes of its front
     clip-vit-demo.int8.engine         build-engine
     clip-vit-demo.int8.engine.json    its passport
     verification.jsonl                verify: a record an image
@@ -70,6 +72,14 @@ class Workspace:
     def report(self, model: str) -> Path:
         """The report on the last verification, where nobody named another place."""
         return self.folder(model) / "verification.html"
+
+    def recipe(self, model: str) -> Path:
+        """The recipe file of a search."""
+        return self.folder(model) / "recipe.json"
+
+    def search(self, model: str) -> Path:
+        """The folder of what a search measured."""
+        return self.folder(model) / "search"
 
     def source(self, model: str) -> tuple[Path, Passport]:
         """The FP32 graph, which everything else is made from, and its passport.

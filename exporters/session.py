@@ -90,15 +90,20 @@ class OnnxSession:
         self.output_names: list[str] = [output.name for output in self._session.get_outputs()]
 
     def run(
-        self, images: NDArray[Any], extra: Mapping[str, NDArray[Any]] | None = None
+        self,
+        images: NDArray[Any],
+        extra: Mapping[str, NDArray[Any]] | None = None,
+        outputs: Sequence[str] | None = None,
     ) -> list[NDArray[np.float32]]:
-        """All outputs for one batch of input, (B, ...) each; ``extra`` feeds further inputs.
+        """Outputs for one batch of input, (B, ...) each: all, or those named in ``outputs``.
+
+        ``extra`` feeds further inputs.
 
         Raises:
             GraphError: ONNX Runtime refused the input or failed inside.
         """
         try:
-            return list(self._session.run(None, {self.input_name: images, **(extra or {})}))
+            return list(self._session.run(outputs, {self.input_name: images, **(extra or {})}))
         except Exception as error:  # as above
             raise GraphError(
                 f"ONNX Runtime cannot run {self.name}: {_first_line(error)}"

@@ -148,11 +148,19 @@ def build_engine(
     """Compile an engine; calibrates and quantises first where that is due."""
     if fp16_io and precision != "fp16":
         raise UsageError("--fp16-io belongs to --fp16", hint="leave it out, or build --fp16")
+    if options["recipe"] is not None and precision != "int8":
+        raise UsageError("--recipe belongs to --int8", hint="leave it out, or build --int8")
     config = build_config(options)
     name = context.model(model)
     from clipdeploy.stages.build import build_model
     from clipdeploy.stages.calibrate import CalibrateConfig
+    from clipdeploy.stages.quantize import searched_config
     from exporters.precision import Fp16Config
+
+    quantize = quantize_config(context, name, options, "fp16")
+    searched = searched_config(context.workspace, name, quantize)
+    if searched is not None and precision == "int8":
+        context.note("INT8 as the search chose; --force or other options make it anew")
 
     artifact = build_model(
         context.workspace,
@@ -162,7 +170,7 @@ def build_engine(
         data=data,
         calibrate=CalibrateConfig(images, seed, skip_unreadable),
         fp16=Fp16Config(half_io=fp16_io),
-        quantize=quantize_config(options),
+        quantize=quantize if searched is None or force else searched,
         force=force,
         progress=context.progress,
     )

@@ -6,6 +6,7 @@ import click
 
 from clipdeploy import __version__
 from clipdeploy.cli.benchmark import benchmark
+from clipdeploy.cli.bisect import bisect
 from clipdeploy.cli.build import build_engine
 from clipdeploy.cli.calibrate import calibrate
 from clipdeploy.cli.demo import demo
@@ -15,6 +16,7 @@ from clipdeploy.cli.inspect import inspect
 from clipdeploy.cli.package import package
 from clipdeploy.cli.predict import predict
 from clipdeploy.cli.quantize import quantize
+from clipdeploy.cli.search import search
 from clipdeploy.cli.verify import verify
 from clipdeploy.cli.zoo import zoo
 
@@ -43,6 +45,8 @@ for command in (
     build_engine,
     verify,
     predict,
+    bisect,
+    search,
     benchmark,
     inspect,
     package,

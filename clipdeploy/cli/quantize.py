@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from clipdeploy.cli.common import Context, emit, force_option, model_option, stage_command
+from exporters.errors import UsageError
 
 if TYPE_CHECKING:
+    from calibration.plan import PlanConfig
     from calibration.policy import Placement
     from calibration.qdq import QuantizeConfig
 
-__all__ = ["quantize", "quantize_config", "recipe_options"]
+__all__ = ["plan_config", "plan_options", "quantize", "quantize_config", "recipe_options"]
 
-_OPTIONS = (
-    click.option(
-        "--exclude", multiple=True, metavar="PATTERN", help="Leave Linears alone: 'blocks.0.*'."
-    ),
+_PLAN_OPTIONS = (
     click.option(
         "--range",
         "range_method",
@@ -36,10 +36,41 @@ _OPTIONS = (
     ),
     click.option("--no-bias-correction", is_flag=True, help="Leave biases as they are."),
     click.option("--no-weight-clip", is_flag=True, help="Weight scales from the largest weight."),
+)
+_OPTIONS = (
+    click.option(
+        "--recipe",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="A file that `search` wrote, instead of the options that follow.",
+    ),
+    click.option(
+        "--exclude", multiple=True, metavar="PATTERN", help="Leave Linears alone: 'blocks.0.*'."
+    ),
+    *_PLAN_OPTIONS,
     click.option("--quantize-attention", is_flag=True, help="Attention's two products as well."),
     click.option("--quantize-head", is_flag=True, help="The classifier as well."),
     click.option("--quantize-patch", is_flag=True, help="The patch convolution as well."),
 )
+
+
+def plan_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that decide how a Linear is quantised; :func:`plan_config` reads them."""
+    for option in reversed(_PLAN_OPTIONS):
+        function = option(function)
+    return function
+
+
+def plan_config(options: dict[str, Any]) -> PlanConfig:
+    """The values of :func:`plan_options` as a configuration."""
+    from calibration.plan import PlanConfig
+
+    return PlanConfig(
+        range_method=options["range_method"],
+        smooth=not options["no_smooth"],
+        shift_gelu=not options["no_shift"],
+        clip_weights=not options["no_weight_clip"],
+        correct_bias=not options["no_bias_correction"],
+    )
 
 
 def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,26 +81,47 @@ def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def quantize_config(
-    options: dict[str, Any], remainder: Literal["fp16", "fp32"] = "fp16"
+    context: Context,
+    model: str,
+    options: dict[str, Any],
+    remainder: Literal["fp16", "fp32"] | None = None,
 ) -> QuantizeConfig:
-    """The values of :func:`recipe_options` as a configuration."""
-    from calibration.plan import PlanConfig
+    """The values of :func:`recipe_options` as a configuration; a recipe file's if there is one.
+
+    ``remainder`` outranks a recipe's.
+
+    Raises:
+        UsageError: a recipe beside options that it stands for.
+        ArtifactError, FileError: it cannot be read, or was found for other weights.
+    """
+    from dataclasses import replace
+
     from calibration.policy import Scope
     from calibration.qdq import QuantizeConfig
 
-    plan = PlanConfig(
-        range_method=options["range_method"],
-        smooth=not options["no_smooth"],
-        shift_gelu=not options["no_shift"],
-        clip_weights=not options["no_weight_clip"],
-        correct_bias=not options["no_bias_correction"],
-    )
+    plan = plan_config(options)
     scope = Scope(
         attention=options["quantize_attention"],
         head=options["quantize_head"],
         patch=options["quantize_patch"],
     )
-    return QuantizeConfig(options["exclude"], remainder, plan, scope)
+    config = QuantizeConfig(options["exclude"], "fp16", plan, scope)
+    if options["recipe"] is not None:
+        if config != QuantizeConfig():
+            raise UsageError(
+                "--recipe beside options that say how to quantise",
+                hint="leave them out: the recipe holds them all",
+            )
+        config = _from_recipe(context, model, options["recipe"])
+    return config if remainder is None else replace(config, remainder=remainder)
+
+
+def _from_recipe(context: Context, model: str, path: Path) -> QuantizeConfig:
+    from calibration.recipe import load_recipe
+
+    recipe = load_recipe(path)
+    recipe.check(context.workspace.source(model)[1].weights.identity)
+    return recipe.config
 
 
 @click.command()
@@ -85,7 +137,7 @@ def quantize(context: Context, model: str | None, cpu: bool, force: bool, **reci
     name = context.model(model)
     from clipdeploy.stages.quantize import quantize_model
 
-    config = quantize_config(recipe, "fp32" if cpu else "fp16")
+    config = quantize_config(context, name, recipe, "fp32" if cpu else None)
     result = quantize_model(context.workspace, name, config, force=force, progress=context.progress)
     line = (
         f"{result.artifact.path}: {len(result.placement.quantized)} Linears and products in INT8, "

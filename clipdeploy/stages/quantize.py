@@ -6,6 +6,7 @@ from pathlib import Path
 
 from calibration.policy import Placement, place
 from calibration.qdq import QuantizeConfig, QuantizedGraph, quantize
+from calibration.recipe import load_recipe
 from clipdeploy.stages.samples import sample_images
 from clipdeploy.workspace import Workspace
 from exporters.artifact import settings_of
@@ -16,7 +17,7 @@ from exporters.headers import GraphArtifact, existing_graph
 from exporters.precision import Fp16Config, convert_to_fp16
 from exporters.progress import SILENT, Progress
 
-__all__ = ["convert_model", "quantize_model"]
+__all__ = ["convert_model", "quantize_model", "searched_config"]
 
 # Images on which float16 storage is judged.
 _STORAGE_IMAGES = 3
@@ -52,6 +53,22 @@ def quantize_model(
     with progress.task(f"quantise {model}"):
         samples = sample_images(passport.preprocess, _STORAGE_IMAGES)
         return quantize(source, calibration, target, samples, config)
+
+
+def searched_config(
+    workspace: Workspace, model: str, asked: QuantizeConfig
+) -> QuantizeConfig | None:
+    """What the INT8 graph was made with, if a search wrote it and ``asked`` is only the default.
+
+    An engine that is built without a word about INT8 then takes the graph as it lies there.
+    """
+    path = workspace.recipe(model)
+    graph = existing_graph(workspace.graph(model, "int8"))
+    if asked != QuantizeConfig() or graph is None or not path.exists():
+        return None
+    config = load_recipe(path).config
+    made = graph.passport.settings.items() >= settings_of(config).items()
+    return config if made and config.remainder == "fp16" else None
 
 
 def _placement(source: Path, config: QuantizeConfig) -> Placement:

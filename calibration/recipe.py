@@ -1,0 +1,64 @@
+"""A recipe file: how an INT8 graph is made, to be made again.
+
+It holds a :class:`calibration.qdq.QuantizeConfig` and says where it came from.  Only the
+configuration is used; the weights it was found for are compared, and others are refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from calibration.qdq import QuantizeConfig
+from exporters.artifact import from_json, to_json
+from exporters.errors import ArtifactError
+from exporters.files import file_errors, write_atomic
+
+__all__ = ["RECIPE_SCHEMA", "QuantizeRecipe", "load_recipe", "save_recipe"]
+
+RECIPE_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class QuantizeRecipe:
+    """``weights`` is the identity of the checkpoint it was found for; ``found`` says how."""
+
+    model: str
+    weights: str
+    config: QuantizeConfig
+    found: dict[str, Any] = field(default_factory=dict)
+    schema: int = RECIPE_SCHEMA
+
+    def check(self, weights: str) -> None:
+        """Refuse other weights than those it was found for.
+
+        Raises:
+            ArtifactError: they are others.
+        """
+        if self.weights != weights:
+            raise ArtifactError(
+                f"the recipe was found for other weights of {self.model}",
+                hint="search again for this checkpoint, or pass the options one by one",
+            )
+
+
+def save_recipe(recipe: QuantizeRecipe, path: Path) -> None:
+    """Write a recipe.
+
+    Raises:
+        FileError: no permission, no space.
+    """
+    write_atomic(path, to_json(recipe))
+
+
+def load_recipe(path: Path) -> QuantizeRecipe:
+    """Read a recipe.
+
+    Raises:
+        FileError: it cannot be opened.
+        ArtifactError: it is no recipe, or was written by a newer clipdeploy.
+    """
+    with file_errors("read", path):
+        data = path.read_bytes()
+    return from_json(data, QuantizeRecipe, str(path), RECIPE_SCHEMA)

@@ -1,0 +1,65 @@
+"""``clipdeploy bisect``: which part costs the accuracy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from clipdeploy.cli.common import Context, data_option, emit, model_option, stage_command
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from clipdeploy.tuning.result import Bisection
+
+
+@click.command()
+@click.argument("graph", required=False, type=click.Path(path_type=Path, dir_okay=False))
+@model_option
+@data_option("Images, with labels if drops are to be points of top-1.")
+@click.option("--images", type=int, help="How many of them.  [default: up to 64]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Draws them.")
+@click.option("--batch", type=int, default=8, show_default=True, help="Images at once.")
+@click.option("--threads", type=int, default=0, help="ONNX Runtime's; 0: its own choice.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: .png or .svg."
+)
+@stage_command
+def bisect(
+    context: Context,
+    graph: Path | None,
+    model: str | None,
+    data: Path,
+    images: int | None,
+    seed: int,
+    batch: int,
+    threads: int,
+    plot: Path | None,
+) -> None:
+    """Find the Linear of GRAPH (the model's INT8 graph) that costs the accuracy.
+
+    GRAPH is any FP16 or INT8 .onnx with the names of the FP32 graph, which it is held against.
+    """
+    from clipdeploy.plots import check_plot_path, save_plot
+
+    if plot:
+        check_plot_path(plot)
+    name = context.model(model)
+    from clipdeploy.stages.bisect import BisectConfig, bisect_model
+
+    config = BisectConfig(images, seed, batch, threads)
+    result = bisect_model(context.workspace, name, data, graph, config, progress=context.progress)
+    emit(context, result, lambda: _render(result))
+    if plot:
+        from clipdeploy.tuning.drawing import draw_bisection
+
+        save_plot(draw_bisection(result), plot)
+        context.note(f"drawn: {plot}")
+
+
+def _render(result: Bisection) -> Group:
+    from clipdeploy.tuning.tables import bisection_table
+
+    return bisection_table(result)

@@ -1,0 +1,115 @@
+"""``clipdeploy search``: INT8 or FP16 for each Linear, under an accuracy budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from clipdeploy.cli.common import (
+    EXIT_VERIFICATION,
+    Context,
+    data_option,
+    emit,
+    model_option,
+    stage_command,
+)
+from clipdeploy.cli.quantize import plan_config, plan_options
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from clipdeploy.tuning.search import SearchResult
+
+
+@click.command()
+@model_option
+@data_option("Labelled images; one part is searched on, the others confirm.")
+@click.option(
+    "--confirm", type=click.Path(path_type=Path), help="Other labelled images, to confirm on."
+)
+@click.option(
+    "--max-drop",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Percentage points of top-1 that may be lost.",
+)
+@click.option("--budget", type=float, metavar="MINUTES", help="Stop then; a later run goes on.")
+@click.option("--search-images", type=int, help="How many to search on.  [default: half]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Splits the images.")
+@click.option(
+    "--cost",
+    type=click.Choice(["macs", "cpu"]),
+    help="Count MACs and bytes, or time the Linears on this CPU.  [default: macs; cpu with --cpu]",
+)
+@click.option("--batch", type=int, default=8, show_default=True, help="Images at once, for costs.")
+@click.option("--threads", type=int, default=0, help="ONNX Runtime's; 0: its own choice.")
+@click.option("--fixed-plan", is_flag=True, help="Try no other ranges than --range.")
+@click.option(
+    "--cpu", is_flag=True, help="For ONNX Runtime's int8 kernels on a CPU: the rest stays FP32."
+)
+@click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: .png or .svg."
+)
+@plan_options
+@stage_command
+def search(
+    context: Context,
+    model: str | None,
+    data: Path,
+    confirm: Path | None,
+    max_drop: float,
+    budget: float | None,
+    search_images: int | None,
+    seed: int,
+    cost: Literal["macs", "cpu"] | None,
+    batch: int,
+    threads: int,
+    fixed_plan: bool,
+    cpu: bool,
+    plot: Path | None,
+    **plan: Any,
+) -> int:
+    """Choose INT8 or FP16 for every Linear and write that INT8 graph.
+
+    The least cost whose loss of top-1 is proven to lie within --max-drop.  The choice is confirmed
+    on images that the search never saw: exit 3 unless they do.
+    """
+    from clipdeploy.plots import check_plot_path, save_plot
+
+    if plot:
+        check_plot_path(plot)
+    name = context.model(model)
+    from clipdeploy.stages.search import search_model
+    from clipdeploy.tuning.search import SearchConfig
+
+    config = SearchConfig(
+        max_drop=max_drop,
+        budget=budget,
+        seed=seed,
+        search_images=search_images,
+        cost=cost or ("cpu" if cpu else "macs"),
+        batch=batch,
+        threads=threads,
+        plan=plan_config(plan),
+        fixed_plan=fixed_plan,
+        remainder="fp32" if cpu else "fp16",
+    )
+    result = search_model(
+        context.workspace, name, data, config, confirm=confirm, progress=context.progress
+    )
+    emit(context, result, lambda: _render(result))
+    if plot:
+        from clipdeploy.tuning.drawing import draw_front
+
+        save_plot(draw_front(result), plot)
+        context.note(f"drawn: {plot}")
+    return 0 if result else EXIT_VERIFICATION
+
+
+def _render(result: SearchResult) -> Group:
+    from clipdeploy.tuning.tables import search_table
+
+    return search_table(result)

@@ -1,0 +1,139 @@
+"""A graph against its FP32 reference, part by part: which one costs the accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from clipdeploy.imaging import Crop, ImageFolder, iter_crops, open_images, select
+from clipdeploy.tuning.bisection import Batch, measure
+from clipdeploy.tuning.chain import Chain
+from clipdeploy.tuning.culprit import find_culprits, verdict
+from clipdeploy.tuning.linears import linear_facts
+from clipdeploy.tuning.result import Bisection
+from clipdeploy.workspace import Workspace
+from exporters.artifact import Passport
+from exporters.errors import ArtifactError, UsageError
+from exporters.headers import read_passport
+from exporters.progress import SILENT, Progress
+from exporters.samples import Samples
+from exporters.taps import InputMeter, find_tap
+
+__all__ = ["BisectConfig", "bisect_model"]
+
+_DEFAULT_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class BisectConfig:
+    """``images``: how many, None for up to 64; ``seed`` draws them; ``batch``: how many at once.
+
+    ``threads``: ONNX Runtime's, 0 for its own choice.
+    """
+
+    images: int | None = None
+    seed: int = 0
+    batch: int = 8
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        for what, count in (("images", self.images), ("batch", self.batch)):
+            if count is not None and count < 1:
+                raise UsageError(f"--{what} {count}", hint="1 or more")
+
+
+def _choose(data: Path, classes: tuple[str, ...], config: BisectConfig) -> ImageFolder:
+    everything = open_images(data, classes)
+    count = config.images or min(len(everything.entries), _DEFAULT_IMAGES)
+    return select(everything, count, config.seed)
+
+
+def _samples(images: ImageFolder, passport: Passport, batch: int) -> Iterator[list[Crop]]:
+    crops: list[Crop] = []
+    for crop in iter_crops(images, passport.preprocess):
+        crops.append(crop)
+        if len(crops) == batch:
+            yield crops
+            crops = []
+    if crops:
+        yield crops
+
+
+def _candidate_passport(candidate: Path, reference: Passport) -> Passport | None:
+    """The candidate's passport, None if it has lost it.
+
+    Raises:
+        ArtifactError: it is of another model or of other weights.
+    """
+    try:
+        found = read_passport(candidate)
+    except ArtifactError:
+        return None
+    if found.weights.identity != reference.weights.identity:
+        raise ArtifactError(
+            f"{candidate} was made from other weights than the FP32 graph",
+            hint="name a graph that was made in this workspace, or export its model here",
+        )
+    return found
+
+
+def bisect_model(
+    workspace: Workspace,
+    model: str,
+    data: Path,
+    candidate: Path | None = None,
+    config: BisectConfig = BisectConfig(),
+    *,
+    progress: Progress = SILENT,
+) -> Bisection:
+    """Find the part of ``candidate``, the INT8 graph if left out, that costs the accuracy.
+
+    It may be any FP16 or INT8 graph with the node names of the FP32 graph, passport or not.
+
+    Raises:
+        ClipdeployError: see :mod:`exporters.errors`.
+    """
+    source, passport = workspace.source(model)
+    candidate = candidate or workspace.graph(model, "int8")
+    if not candidate.exists():
+        raise UsageError(f"{candidate} does not exist", hint="clipdeploy quantize, or name a graph")
+    theirs = _candidate_passport(candidate, passport)
+    random_weights = passport.weights.kind == "random"
+    images = _choose(data, () if random_weights else passport.class_names, config)
+    labelled = images.labelled and not random_weights
+    with progress.task(f"load {candidate.name}"):
+        chain = Chain(source, candidate, threads=config.threads)
+        names = chain.linears
+        meter = InputMeter(
+            chain.candidate, [find_tap(chain.candidate, name) for name in names], config.threads
+        )
+    size = config.batch
+
+    def batches() -> Iterator[Batch]:
+        for crops in _samples(images, passport, size):
+            samples = Samples(np.stack([crop.pixels for crop in crops]), passport.preprocess)
+            meter.add(samples.as_input((theirs or passport).input))
+            labels = [crop.entry.label or 0 for crop in crops]
+            yield Batch(samples.as_input(passport.input), np.asarray(labels) if labelled else None)
+
+    count = -(-len(images.entries) // size)
+    measured = measure(chain, batches(), count, progress)
+    peaks = meter.result()
+    facts = {name: linear_facts(chain, name, peaks[name]) for name in names}
+    culprits = find_culprits(measured, facts)
+    return Bisection(
+        model=model,
+        reference=str(source),
+        candidate=str(candidate),
+        precision=theirs.precision if theirs else "unknown",
+        data=str(data),
+        labelled=labelled,
+        random_weights=random_weights,
+        measured=measured,
+        linears=tuple(facts.values()),
+        culprits=culprits,
+        sentence=verdict(measured, culprits, labelled=labelled),
+    )

@@ -1,0 +1,340 @@
+"""INT8 or FP16 for each Linear: the fastest combination that keeps the accuracy, confirmed."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from calibration.plan import PlanConfig
+from calibration.qdq import QuantizeConfig, quantize
+from calibration.ranges import RangeMethod
+from calibration.recipe import QuantizeRecipe, save_recipe
+from calibration.table import load_table
+from clipdeploy.runners.onnx import OnnxRunner
+from clipdeploy.stages.quantize import quantize_model
+from clipdeploy.stages.samples import sample_images
+from clipdeploy.tuning.chain import Chain
+from clipdeploy.tuning.cost import CostModel, counted_costs, linear_shapes, measured_costs
+from clipdeploy.tuning.evaluate import Counter, Evaluator, is_feasible
+from clipdeploy.tuning.images import Labelled, check_enough, labelled_batches, make_splits
+from clipdeploy.tuning.optimiser import Combination, OutOfTimeError, cheapest
+from clipdeploy.tuning.pareto import Candidate, Evaluation, pareto_front
+from clipdeploy.tuning.search import SearchConfig, SearchResult
+from clipdeploy.tuning.splits import Split, check_splits
+from clipdeploy.tuning.state import load_state, save_state
+from clipdeploy.verification.paired import judge_drop
+from clipdeploy.workspace import Workspace
+from exporters.artifact import to_json
+from exporters.errors import UsageError
+from exporters.files import sha256_file
+from exporters.headers import GraphArtifact
+from exporters.progress import SILENT, Progress
+
+__all__ = ["SearchConfig", "SearchResult", "search_model"]
+
+# Plans that are tried where the one asked for does not keep the accuracy with all Linears in INT8.
+_OTHER_RANGES: tuple[RangeMethod, ...] = ("percentile", "mse")
+_STORAGE_IMAGES = 3
+
+
+class _Search:
+    """One search: its splits, its state on disk, and the plans that it has tried."""
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        model: str,
+        splits: tuple[Split, Split],
+        config: SearchConfig,
+        progress: Progress,
+    ) -> None:
+        self.workspace, self.model, self.config = workspace, model, config
+        self.progress = progress
+        self.source, self.passport = workspace.source(model)
+        self.calibration = workspace.calibration(model)
+        self.search, self.confirm = splits
+        self.folder = workspace.search(model)
+        self.path = self.folder / "state.json"
+        self.state = load_state(self.path, self._key())
+        minutes = config.budget
+        self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        spec = self.passport.preprocess
+        self.images = list(labelled_batches(self.search, spec, config.batch))
+
+    def _key(self) -> str:
+        """Everything that a figure in the state depends on."""
+        config = replace(self.config, budget=None, max_drop=1.0, threads=0)
+        parts = (
+            to_json(config),
+            sha256_file(self.source).encode(),
+            sha256_file(self.calibration).encode(),
+            self.search.digest.encode(),
+        )
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+    def chain(self, plan: PlanConfig, folder: Path) -> Chain:
+        """Reference against all Linears in INT8; the flavour of the CPU runs fast here."""
+        target = folder / f"{plan.range_method}.onnx"
+        samples = sample_images(self.passport.preprocess, _STORAGE_IMAGES)
+        config = QuantizeConfig(remainder="fp32", plan=plan)
+        with self.progress.task(f"quantise {self.model}, ranges by {plan.range_method}"):
+            quantize(self.source, self.calibration, target, samples, config)
+            return Chain(self.source, target, threads=self.config.threads)
+
+    def evaluator(
+        self, chain: Chain, plan: PlanConfig, advance: Callable[[int], None]
+    ) -> Evaluator:
+        """Of one plan's combinations."""
+        return Evaluator(
+            chain,
+            self.images,
+            self.passport.input,
+            plan.range_method,
+            self.state,
+            self.path,
+            self._deadline,
+            advance,
+        )
+
+    def costs(self, chain: Chain) -> CostModel:
+        """The cost model, measured or counted once."""
+        if self.state.costs is None:
+            image = self.images[0][0].as_input(self.passport.input)[:1]
+            shapes = linear_shapes(chain, image)
+            measure = measured_costs if self.config.cost == "cpu" else None
+            batch = self.config.batch
+            self.state.costs = (
+                measure(chain, shapes, batch) if measure else counted_costs(shapes, batch)
+            )
+            save_state(self.state, self.path)
+        return self.state.costs
+
+    def feasible(self, found: Evaluation) -> bool:
+        """Whether the drop lies within the limit, and would on the fresh images."""
+        return is_feasible(found, len(self.confirm.hashes), self.config.max_drop)
+
+    def plans(self) -> Iterator[PlanConfig]:
+        """The plan asked for, then others."""
+        yield self.config.plan
+        if not self.config.fixed_plan:
+            for method in _OTHER_RANGES:
+                if method != self.config.plan.range_method:
+                    yield replace(self.config.plan, range_method=method)
+
+
+def _clean(found: Evaluation) -> float:
+    return float("inf") if found.sqnr_db is None else found.sqnr_db
+
+
+def _choose_plan(
+    search: _Search, folder: Path, advance: Callable[[int], None]
+) -> tuple[Chain, PlanConfig]:
+    """The first plan whose all-INT8 graph is feasible, else the one with the cleanest logits."""
+    best: tuple[float, Chain, PlanConfig] | None = None
+    for plan in search.plans():
+        chain = search.chain(plan, folder)
+        try:
+            found = search.evaluator(chain, plan, advance).evaluate(frozenset(chain.linears))
+        except OutOfTimeError:
+            if best is not None:
+                break
+            raise UsageError(
+                "the budget ended before a single combination was evaluated",
+                hint="give more minutes with --budget; what was found is kept",
+            ) from None
+        if search.feasible(found):
+            return chain, plan
+        if best is None or _clean(found) > best[0]:
+            best = (_clean(found), chain, plan)
+    assert best is not None
+    return best[1], best[2]
+
+
+def search_model(
+    workspace: Workspace,
+    model: str,
+    data: Path,
+    config: SearchConfig = SearchConfig(),
+    *,
+    confirm: Path | None = None,
+    progress: Progress = SILENT,
+) -> SearchResult:
+    """Choose INT8 or FP16 for every Linear, write the INT8 graph of the choice, and confirm it.
+
+    ``data`` is split in two: the choice is made on one part and confirmed on the other, or on
+    ``confirm``.  What was measured is kept in the workspace: a killed search goes on.
+
+    Raises:
+        ClipdeployError: see :mod:`exporters.errors`.
+    """
+    _, passport = workspace.source(model)
+    if not workspace.calibration(model).exists():
+        raise UsageError(
+            f"{model} has not been calibrated in {workspace.root}",
+            hint="clipdeploy calibrate --data CALIBRATION_IMAGES",
+        )
+    splits = make_splits(data, confirm, passport, config)
+    table = load_table(workspace.calibration(model))
+    check_splits(*splits, frozenset(record.sha256 for record in table.images))
+    check_enough(splits[0], config, "search")
+    check_enough(splits[1], config, "confirm")
+    search = _Search(workspace, model, splits, config, progress)
+    with tempfile.TemporaryDirectory() as temporary:
+        return _run(search, Path(temporary), data)
+
+
+def _run(search: _Search, folder: Path, data: Path) -> SearchResult:
+    chain, plan = _choose_plan(search, folder, lambda count: None)
+    with search.progress.task("search", _guess(len(chain.linears))) as advance:
+        evaluator = search.evaluator(chain, plan, advance)
+        costs = search.costs(chain)
+        try:
+            power = evaluator.power()
+        except OutOfTimeError:
+            chosen, finished = frozenset[str](), False
+        else:
+            gain = {name: cost.gain for name, cost in costs.linears.items()}
+            chosen, finished = cheapest(
+                power, gain, lambda int8: search.feasible(evaluator.evaluate(int8))
+            )
+    chosen, artifact, measured = _write(search, plan, chosen, costs)
+    points = _points(search, plan, costs, chosen, measured)
+    judged = judge_drop(measured.lost, measured.gained, measured.images, search.config.max_drop)
+    with search.progress.task("confirm"):
+        spec = search.passport.preprocess
+        images = labelled_batches(search.confirm, spec, search.config.batch)
+        fresh = _score(search, artifact.path, images)
+    confirmed = judge_drop(fresh.lost, fresh.gained, fresh.images, search.config.max_drop)
+    point = next(p for p in points if frozenset(p.int8) == chosen)
+    recipe = search.workspace.recipe(search.model)
+    config = _config(search, plan, costs, chosen)
+    found = {"max_drop": search.config.max_drop, "seed": search.config.seed, "cost": point.cost}
+    save_recipe(
+        QuantizeRecipe(search.model, search.passport.weights.identity, config, found), recipe
+    )
+    return SearchResult(
+        model=search.model,
+        data=str(data),
+        chosen=point,
+        excluded=config.exclude,
+        points=tuple(points),
+        costs=costs,
+        range_method=plan.range_method,
+        finished=finished,
+        evaluations=sum(" written: " not in slot for slot in search.state.evaluations),
+        search=judged,
+        confirm=confirmed,
+        confirmed=confirmed.verdict == "equivalent" and judged.verdict == "equivalent",
+        recipe=recipe,
+        artifact=artifact,
+    )
+
+
+def _guess(linears: int) -> int:
+    """About how many steps a search takes: each Linear alone, the bisection, a round of trials."""
+    return 2 * linears + linears.bit_length()
+
+
+def _config(
+    search: _Search, plan: PlanConfig, costs: CostModel, int8: Combination
+) -> QuantizeConfig:
+    exclude = tuple(name for name in costs.order if name not in int8)
+    return QuantizeConfig(exclude, search.config.remainder, plan)
+
+
+def _write(
+    search: _Search, plan: PlanConfig, chosen: Combination, costs: CostModel
+) -> tuple[Combination, GraphArtifact, Evaluation]:
+    """The graph of the choice; while the real graph fails, that of the next combination.
+
+    A combination was judged with FP32 in the place of FP16, and with foldings as if all Linears
+    were quantised: the graph that is written has the last word.
+    """
+    written = search.state.evaluations
+    for int8 in _next_best(search, plan, chosen, costs):
+        slot = search.state.slot(f"{plan.range_method} written", int8)
+        if slot in written and int8 and not search.feasible(written[slot]):
+            continue
+        config = _config(search, plan, costs, int8)
+        made = quantize_model(search.workspace, search.model, config, progress=search.progress)
+        if slot not in written:
+            written[slot] = _score(search, made.artifact.path, search.images)
+            save_state(search.state, search.path)
+        if search.feasible(written[slot]):
+            break
+    return int8, made.artifact, written[slot]
+
+
+def _next_best(
+    search: _Search, plan: PlanConfig, chosen: Combination, costs: CostModel
+) -> Iterator[Combination]:
+    """The choice, then what else was feasible, the cheapest first; at the end no INT8 at all."""
+    yield chosen
+    known = search.state.of(plan.range_method)
+    feasible = (int8 for int8, found in known.items() if int8 and search.feasible(found))
+    for int8 in sorted(feasible, key=lambda int8: (costs.total(int8), sorted(int8))):
+        if costs.total(int8) >= costs.total(chosen) and int8 != chosen:
+            yield int8
+    if chosen:
+        yield frozenset()
+
+
+def _score(search: _Search, graph: Path, images: Iterable[Labelled]) -> Evaluation:
+    """A graph on ONNX Runtime against the FP32 graph."""
+    threads = search.config.threads
+    reference, ours = OnnxRunner(search.source, threads=threads), OnnxRunner(graph, threads=threads)
+    counter = Counter()
+    for samples, labels in images:
+        expected = reference(samples.as_input(reference.input))
+        counter.add(ours(samples.as_input(ours.input)), expected, labels)
+    return counter.result()
+
+
+def _points(
+    search: _Search, plan: PlanConfig, costs: CostModel, chosen: Combination, measured: Evaluation
+) -> list[Candidate]:
+    """Every combination of ``plan`` that was evaluated, all FP16 among them, cheapest first.
+
+    The choice stands there as its own graph was ``measured``.  Those on the front, the choice and
+    its twins get a recipe file.
+    """
+    everything = frozenset(costs.order)
+    named = {frozenset[str](): "all FP16", everything: "all INT8"}
+    named[chosen] = ", ".join(["chosen", *([named[chosen]] if chosen in named else [])])
+    known = search.state.of(plan.range_method)
+    known[chosen] = measured
+    known.setdefault(frozenset(), Evaluation(0, 0, len(search.search.hashes), None))
+    points = [
+        Candidate(
+            label=named.get(int8, ""),
+            int8=tuple(name for name in costs.order if name in int8),
+            cost=costs.relative(int8),
+            int8_macs=costs.int8_macs(int8),
+            evaluation=found,
+            feasible=search.feasible(found),
+        )
+        for int8, found in known.items()
+    ]
+    front = {point.int8 for point in pareto_front(points)}
+    points.sort(key=lambda point: (point.cost, point.drop))
+    return [
+        _with_recipe(search, plan, costs, replace(point, front=point.int8 in front), index)
+        for index, point in enumerate(points)
+    ]
+
+
+def _with_recipe(
+    search: _Search, plan: PlanConfig, costs: CostModel, point: Candidate, index: int
+) -> Candidate:
+    if not (point.front or point.label):
+        return point
+    path = search.folder / f"point-{index:02}.json"
+    config = _config(search, plan, costs, frozenset(point.int8))
+    found = {"cost": point.cost, "drop": point.drop, "label": point.label}
+    identity = search.passport.weights.identity
+    save_recipe(QuantizeRecipe(search.model, identity, config, found), path)
+    return replace(point, recipe=str(path))

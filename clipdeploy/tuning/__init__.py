@@ -1,0 +1,1 @@
+"""Which Linear costs the accuracy, and which precision each should have."""

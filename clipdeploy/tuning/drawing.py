@@ -1,0 +1,111 @@
+"""Bisections and searches as pictures."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from clipdeploy.tuning.result import Bisection
+from clipdeploy.tuning.search import SearchResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["draw_bisection", "draw_front"]
+
+_ROLES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "rest")
+# Errors beyond this are float32's own; what is equal is drawn as this.
+_EQUAL_DB = 120.0
+
+
+def draw_bisection(result: Bisection) -> Figure:
+    """A heat map, a row a block and a column a Linear, beside the error as it grows.
+
+    A cell's colour and number are the logits' dB with that Linear alone as in the candidate; the
+    worse, the darker.  Those that stand out are framed.
+    """
+    from matplotlib.figure import Figure
+
+    measured = result.measured
+    blocks = [block.name for block in measured.blocks if block.name.startswith("blocks.")]
+    figure = Figure(figsize=(9.6, 1.6 + 0.34 * len(blocks)), layout="constrained")
+    cells, curve = figure.subplots(1, 2, width_ratios=(3, 2))
+    _heat_map(cells, result, blocks)
+    grown = [(b.name, _finite(b.grown_db)) for b in measured.blocks]
+    curve.plot([db for _, db in grown], range(len(grown)), color="#0072B2", marker="o")
+    curve.set_yticks(range(len(grown)), [name for name, _ in grown])
+    curve.invert_yaxis()
+    curve.set_xlabel("signal over error, dB")
+    curve.set_title("behind each block, all of it", fontsize=10)
+    curve.grid(color="0.9", linewidth=0.8)
+    curve.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{result.model}: {result.sentence}", fontsize=9, wrap=True)
+    return figure
+
+
+def _finite(value: float | None) -> float:
+    return _EQUAL_DB if value is None else float(np.clip(value, -30.0, _EQUAL_DB))
+
+
+def _heat_map(axes: Axes, result: Bisection, blocks: list[str]) -> None:
+    from matplotlib.patches import Rectangle
+
+    parts = {part.name: _finite(part.alone_db) for part in result.measured.parts}
+    values = np.asarray([[parts[f"{block}.{role}"] for role in _ROLES] for block in blocks])
+    image = axes.imshow(values, cmap="magma", aspect="auto")
+    middle = (values.min() + values.max()) / 2
+    for (row, column), value in np.ndenumerate(values):
+        colour = "white" if value < middle else "black"
+        axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
+    standing = {culprit.name for culprit in result.culprits}
+    for row, block in enumerate(blocks):
+        for column, role in enumerate(_ROLES):
+            if f"{block}.{role}" in standing:
+                corner = (column - 0.5, row - 0.5)
+                axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="#56B4E9", lw=3))
+    axes.set_xticks(range(len(_ROLES)), [role.rpartition(".")[2] for role in _ROLES])
+    axes.set_yticks(range(len(blocks)), blocks)
+    axes.set_title("logits' signal over error, this part alone, dB", fontsize=10)
+    axes.figure.colorbar(image, ax=axes)
+
+
+def draw_front(result: SearchResult) -> Figure:
+    """Every combination that was evaluated, drop over cost; the front, the choice and its twins."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
+    axes = figure.subplots()
+    axes.scatter(
+        [p.cost for p in result.points], [p.drop for p in result.points], s=18, color="0.75"
+    )
+    front = [point for point in result.points if point.front]
+    axes.step(
+        [p.cost for p in front],
+        [p.drop for p in front],
+        where="post",
+        color="#0072B2",
+        marker="o",
+        label="front",
+    )
+    for point in result.points:
+        if point.label:
+            axes.annotate(
+                point.label,
+                (point.cost, point.drop),
+                xytext=(6, 6),
+                textcoords="offset points",
+                fontsize=9,
+            )
+    chosen = result.chosen
+    axes.scatter([chosen.cost], [chosen.drop], s=90, marker="*", color="#D55E00", label="chosen")
+    axes.axhline(result.search.max_drop, color="0.4", linewidth=1, linestyle="--")
+    axes.set_xlabel(f"cost of the Linears over all FP16 ({result.costs.unit})")
+    axes.set_ylabel("points of top-1 lost on the search images")
+    axes.set_title(f"{result.model}: {result.search.n} images", fontsize=10)
+    axes.grid(color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure

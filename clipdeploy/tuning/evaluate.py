@@ -1,0 +1,178 @@
+"""Combinations of one plan on the search images, each evaluated once and kept.
+
+Of many combinations one is chosen because few images were lost, and partly that was luck: fresh
+images would lose more.  So the counts are held against what the error's size lets expect.  Image i
+has the margin m[i] between its label's logit and the largest other one, in the reference, and s[i]
+is the root mean square of its logits' error.  A difference of two logits then has the error
+s sqrt(2), and the answer falls to the other side with probability
+
+    P[i] = Phi(-|m[i]| / (s[i] sqrt(2))),      sum over right images: lost, over wrong ones: gained
+
+which moves smoothly with the error, where counts jump.  A combination is feasible if
+
+* its drop on the search images is proven to lie within the limit, and
+* nine times in ten it would be on fresh images too: with b the larger of lost and expected lost,
+  c the smaller of gained and expected gained, both scaled to the number of fresh images,
+  b + 1.28 sqrt(b + c) lost and c gained still are within the limit.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clipdeploy.tuning.bisection import error_db
+from clipdeploy.tuning.chain import Chain, Tensor
+from clipdeploy.tuning.images import Labelled
+from clipdeploy.tuning.optimiser import OutOfTimeError
+from clipdeploy.tuning.pareto import Evaluation
+from clipdeploy.tuning.state import SearchState, save_state
+from clipdeploy.verification.figures import FidelityMeter
+from clipdeploy.verification.paired import judge_drop
+from exporters.artifact import TensorSpec
+
+__all__ = ["Counter", "Evaluator", "is_feasible"]
+
+# Images on which the error power of each Linear alone is measured: it is a ranking, no verdict.
+_POWER_IMAGES = 64
+# The 90th percentile of a normal distribution, in standard deviations.
+_NINE_IN_TEN = 1.2816
+
+
+@dataclass
+class Counter:
+    """Counts and expectations over batches."""
+
+    meter: FidelityMeter = field(default_factory=FidelityMeter)
+    expected_lost: float = 0.0
+    expected_gained: float = 0.0
+
+    def add(self, logits: Tensor, reference: Tensor, labels: NDArray[np.int64]) -> None:
+        """One batch: logits and reference (B, K), labels (B,)."""
+        self.meter.add(logits, reference, labels)
+        ours, theirs = logits.astype(np.float64), reference.astype(np.float64)
+        rows = np.arange(len(labels))
+        own = theirs[rows, labels]
+        others = theirs.copy()
+        others[rows, labels] = -np.inf
+        margin = own - others.max(axis=1)
+        size = np.sqrt(np.square(ours - theirs).mean(axis=1))
+        # erfc(x) / 2 is Phi(-x sqrt(2)); without any error nothing flips.
+        ratios = np.abs(margin) / np.maximum(2 * size, 1e-30)
+        flips = np.asarray([math.erfc(ratio) / 2 for ratio in ratios])
+        self.expected_lost += float(flips[margin > 0].sum())
+        self.expected_gained += float(flips[margin <= 0].sum())
+
+    def result(self) -> Evaluation:
+        """All of it; logits that are not finite lose everything."""
+        found = self.meter.result()
+        if not found.finite:
+            return Evaluation(found.images, 0, found.images, error_db(found), found.images, 0.0)
+        return Evaluation(
+            found.lost,
+            found.gained,
+            found.images,
+            found.sqnr_db,
+            self.expected_lost,
+            self.expected_gained,
+        )
+
+
+def is_feasible(found: Evaluation, fresh: int, max_drop: float) -> bool:
+    """Whether the drop lies within ``max_drop``, and would on ``fresh`` other images."""
+    if judge_drop(found.lost, found.gained, found.images, max_drop).verdict != "equivalent":
+        return False
+    scale = fresh / found.images
+    lost = scale * max(found.lost, found.expected_lost)
+    gained = scale * min(found.gained, found.expected_gained)
+    lost = math.ceil(lost + _NINE_IN_TEN * math.sqrt(lost + gained) - 0.5)
+    lost, gained = min(max(lost, 0), fresh), min(round(gained), fresh)
+    return lost + gained <= fresh and (
+        judge_drop(lost, gained, fresh, max_drop).verdict == "equivalent"
+    )
+
+
+class Evaluator:
+    """Runs combinations through a chain, and writes what it finds into the state at once."""
+
+    def __init__(
+        self,
+        chain: Chain,
+        images: Sequence[Labelled],
+        tensor: TensorSpec,
+        plan: str,
+        state: SearchState,
+        path: Path,
+        deadline: float | None,
+        advance: Callable[[int], None],
+    ) -> None:
+        self._chain, self._images, self._tensor = chain, images, tensor
+        self._plan, self._state, self._path = plan, state, path
+        self._deadline, self._advance = deadline, advance
+        self._reference: list[Tensor] = []
+
+    def _check_time(self) -> None:
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            raise OutOfTimeError
+
+    def power(self) -> dict[str, float]:
+        """Each Linear's error power at the logits, alone, relative to their signal.
+
+        Raises:
+            OutOfTimeError: the budget is used up.
+        """
+        known = self._state.power.setdefault(self._plan, {})
+        for name in self._chain.linears:
+            if name not in known:
+                self._check_time()
+                known[name] = self._power(name)
+                save_state(self._state, self._path)
+            self._advance(1)
+        return known
+
+    def _power(self, name: str) -> float:
+        meter = FidelityMeter()
+        index = next(i for i, s in enumerate(self._chain.segments) if name in s.switches)
+        for x in self._few():
+            reference = [x, *self._chain.run(x, ())]
+            x = self._chain.step(index, reference[index], {name})
+            meter.add(self._chain.rest(x, (), index), reference[-1], None)
+        db = error_db(meter.result())
+        return 0.0 if db is None else float(10 ** (-max(db, -30.0) / 10))
+
+    def _few(self) -> Iterator[Tensor]:
+        left = _POWER_IMAGES
+        for samples, _ in self._images:
+            if left > 0:
+                yield samples.as_input(self._tensor)[:left]
+            left -= len(samples.crops)
+
+    def evaluate(self, int8: frozenset[str]) -> Evaluation:
+        """The combination with ``int8`` quantised and all else the reference's.
+
+        Raises:
+            OutOfTimeError: the budget is used up, and it is not known yet.
+        """
+        slot = self._state.slot(self._plan, int8)
+        if slot not in self._state.evaluations:
+            self._check_time()
+            self._state.evaluations[slot] = self._run(int8)
+            save_state(self._state, self._path)
+        self._advance(1)
+        return self._state.evaluations[slot]
+
+    def _run(self, int8: frozenset[str]) -> Evaluation:
+        counter = Counter()
+        first = not self._reference
+        for index, (samples, labels) in enumerate(self._images):
+            x = samples.as_input(self._tensor)
+            if first:
+                self._reference.append(self._chain.run(x, ())[-1])
+            counter.add(self._chain.run(x, int8)[-1], self._reference[index], labels)
+        return counter.result()

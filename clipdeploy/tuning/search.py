@@ -1,0 +1,73 @@
+"""What a search is asked for, and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from calibration.plan import PlanConfig
+from clipdeploy.tuning.cost import CostModel
+from clipdeploy.tuning.pareto import Candidate
+from clipdeploy.verification.paired import DropJudgement
+from exporters.errors import UsageError
+from exporters.headers import GraphArtifact
+
+__all__ = ["SearchConfig", "SearchResult"]
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """``max_drop``: points of top-1 that may be lost; ``budget``: minutes, None for no limit.
+
+    ``search_images``: how many to search on, all others confirm; ``seed`` draws them.  ``cost``:
+    count MACs and bytes, or measure on this CPU; ``batch``: images at once that costs are for.
+    ``plan``: how Linears are quantised; other ranges are tried too unless ``fixed_plan``.
+    """
+
+    max_drop: float = 1.0
+    budget: float | None = None
+    seed: int = 0
+    search_images: int | None = None
+    cost: Literal["macs", "cpu"] = "macs"
+    batch: int = 8
+    threads: int = 0
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    fixed_plan: bool = False
+    remainder: Literal["fp16", "fp32"] = "fp16"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_drop <= 100:
+            raise UsageError(f"a largest drop of {self.max_drop} points", hint="above 0, up to 100")
+        if self.budget is not None and self.budget <= 0:
+            raise UsageError(f"a budget of {self.budget} minutes", hint="more than 0")
+        if self.cost not in ("macs", "cpu"):
+            raise UsageError(f"no cost model {self.cost!r}", hint="macs or cpu")
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The choice, what it rests on, and the front; a truth value: the fresh images confirm it.
+
+    ``finished``: False if the budget ended the search early.  ``points``: every combination that
+    was evaluated; those on the front have recipes.  ``search`` and ``confirm`` are the verdicts on
+    the two splits, both of the very graph that was written.
+    """
+
+    model: str
+    data: str
+    chosen: Candidate
+    excluded: tuple[str, ...]
+    points: tuple[Candidate, ...]
+    costs: CostModel
+    range_method: str
+    finished: bool
+    evaluations: int
+    search: DropJudgement
+    confirm: DropJudgement
+    confirmed: bool
+    recipe: Path
+    artifact: GraphArtifact
+
+    def __bool__(self) -> bool:
+        return self.confirmed

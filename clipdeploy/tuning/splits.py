@@ -1,0 +1,105 @@
+"""Images to search on, and others to confirm on: disjoint by their bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from clipdeploy.imaging import ImageEntry, ImageFolder
+from exporters.errors import DatasetError
+
+__all__ = ["Split", "check_splits", "hash_images", "split_images"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images and the SHA-256 of each, by its name."""
+
+    images: ImageFolder
+    hashes: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """One hash of all of them, whatever their names and order."""
+        return hashlib.sha256("".join(sorted(self.hashes.values())).encode()).hexdigest()
+
+
+def hash_images(images: ImageFolder) -> dict[str, str]:
+    """The SHA-256 of every image's bytes, by its name.
+
+    Raises:
+        DatasetError: one cannot be read.
+    """
+    reader = images.reader()
+    try:
+        return {
+            entry.name: hashlib.sha256(reader.read(entry.name)).hexdigest()
+            for entry in images.entries
+        }
+    finally:
+        reader.close()
+
+
+def split_images(
+    images: ImageFolder, hashes: Mapping[str, str], search: int, seed: int
+) -> tuple[Split, Split]:
+    """``search`` images, and all others, drawn by ``seed``; both are spread over the classes.
+
+    An image that is there twice, by its bytes, counts once.
+
+    Raises:
+        DatasetError: not one image would be left to confirm on.
+    """
+    groups: dict[int | None, list[ImageEntry]] = defaultdict(list)
+    seen: set[str] = set()
+    for entry in images.entries:
+        if hashes[entry.name] not in seen:
+            seen.add(hashes[entry.name])
+            groups[entry.label].append(entry)
+    if not 0 < search < len(seen):
+        raise DatasetError(
+            f"{images.root} holds {len(seen)} different images: {search} to search on leave none "
+            "to confirm on"
+            if search
+            else f"{images.root}: no image to search on",
+            hint="give more images, or fewer with --search-images",
+        )
+    generator = np.random.default_rng(seed)
+    drawn = [[group[i] for i in generator.permutation(len(group))] for group in groups.values()]
+    # The first of every class, then the second: each split has its share of all of them.
+    turns = [
+        group[turn] for turn in range(max(map(len, drawn))) for group in drawn if turn < len(group)
+    ]
+    return _split(images, turns[:search], hashes), _split(images, turns[search:], hashes)
+
+
+def _split(images: ImageFolder, chosen: list[ImageEntry], hashes: Mapping[str, str]) -> Split:
+    entries = tuple(sorted(chosen, key=lambda entry: entry.name))
+    kept = {entry.name: hashes[entry.name] for entry in entries}
+    return Split(ImageFolder(images.root, entries, images.origin), kept)
+
+
+def check_splits(search: Split, confirm: Split, calibrated: frozenset[str]) -> None:
+    """Refuse images that cannot judge: seen by the search, or by calibration.
+
+    Raises:
+        DatasetError: an image of both splits, or one that was calibrated on.
+    """
+    known = set(search.hashes.values())
+    for name, digest in confirm.hashes.items():
+        if digest in known:
+            raise DatasetError(
+                f"{name} was searched on: it cannot confirm the result",
+                hint="confirm on images that the search never saw",
+            )
+    for split in (search, confirm):
+        for name, digest in split.hashes.items():
+            if digest in calibrated:
+                raise DatasetError(
+                    f"{name} was used for calibration: it cannot judge the result",
+                    hint="search on other images than those of calibrate",
+                )

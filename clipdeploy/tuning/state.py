@@ -1,0 +1,71 @@
+"""What a search has found out so far, so that a killed one goes on where it was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from clipdeploy.tuning.cost import CostModel
+from clipdeploy.tuning.pareto import Evaluation
+from exporters.artifact import from_json, to_json
+from exporters.errors import ClipdeployError
+from exporters.files import file_errors, write_atomic
+
+__all__ = ["SearchState", "load_state", "save_state"]
+
+_SCHEMA = 1
+
+
+@dataclass
+class SearchState:
+    """``key``: everything that the figures depend on.
+
+    ``costs``: the cost model; ``power``: by plan, each Linear's error power alone; ``evaluations``:
+    by plan and combination, see :meth:`slot`.
+    """
+
+    key: str
+    costs: CostModel | None = None
+    power: dict[str, dict[str, float]] = field(default_factory=dict)
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    schema: int = _SCHEMA
+
+    @staticmethod
+    def slot(plan: str, int8: frozenset[str]) -> str:
+        """Where the evaluation of a combination stands."""
+        return f"{plan}: {' '.join(sorted(int8))}"
+
+    def of(self, plan: str) -> dict[frozenset[str], Evaluation]:
+        """Everything that was evaluated under one plan."""
+        prefix = self.slot(plan, frozenset())
+        return {
+            frozenset(slot.removeprefix(prefix).split()): found
+            for slot, found in self.evaluations.items()
+            if slot.startswith(prefix)
+        }
+
+
+def load_state(path: Path, key: str) -> SearchState:
+    """The state at ``path`` if it is whole and of this search, else a new one.
+
+    Raises:
+        FileError: it is there and cannot be opened.
+    """
+    if not path.exists():
+        return SearchState(key)
+    with file_errors("read", path):
+        data = path.read_bytes()
+    try:
+        found = from_json(data, SearchState, str(path), _SCHEMA)
+    except ClipdeployError:
+        return SearchState(key)
+    return found if found.key == key else SearchState(key)
+
+
+def save_state(state: SearchState, path: Path) -> None:
+    """Write it; the file is whole at any time.
+
+    Raises:
+        FileError: no permission, no space.
+    """
+    write_atomic(path, to_json(state))

@@ -1,0 +1,169 @@
+"""A planted fault is named, exactly; a healthy model has no culprit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import planted
+import pytest
+from click.testing import CliRunner
+
+from calibration.plan import PlanConfig
+from calibration.qdq import QuantizeConfig
+from clipdeploy import zoo
+from clipdeploy.cli.main import main
+from clipdeploy.model import WeightsChoice
+from clipdeploy.pipeline import BisectConfig, Workspace, bisect_model, export_model, sample_images
+from clipdeploy.tuning.result import Bisection
+from exporters.artifact import PASSPORT_KEY, Recipe
+from exporters.errors import ArtifactError, UsageError
+
+TEST = zoo.demo_file("test.zip")
+# One thread: on a busy machine two wait for each other.
+FEW = BisectConfig(8, batch=8, threads=1)
+Plant = Callable[[Path, Path, str], Path]
+
+
+def bisected(
+    workspace: Workspace, graph: Path | None = None, config: BisectConfig = FEW
+) -> Bisection:
+    return bisect_model(workspace, zoo.DEMO, TEST, graph, config)
+
+
+@pytest.fixture(scope="module")
+def healthy(demo_workspace: Workspace) -> Bisection:
+    return bisected(demo_workspace, config=BisectConfig(12, batch=12, threads=1))
+
+
+def test_no_block_of_a_healthy_model_stands_out(healthy: Bisection) -> None:
+    assert healthy.culprits == ()
+    assert healthy.sentence.startswith("No block stands out")
+
+
+def test_fp16_is_healthy_too(demo_workspace: Workspace) -> None:
+    found = bisected(demo_workspace, demo_workspace.graph(zoo.DEMO, "fp16"))
+    assert found.culprits == ()
+    assert found.precision == "fp16"
+
+
+def test_powers_of_parts_add_up(healthy: Bisection) -> None:
+    measured = healthy.measured
+    summed = sum(10 ** -(part.alone_db / 10) for part in measured.parts if part.alone_db)
+    whole = 10 ** -((measured.fidelity.sqnr_db or 0) / 10)
+    # Independent errors add up in power; 3 dB for what passes through later blocks together.
+    assert 0.5 < summed / whole < 2
+    assert sum(part.share for part in measured.parts) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("plant", "linear", "reason"),
+    [
+        (planted.small_scale, "blocks.0.attn.qkv", "cuts off"),
+        (planted.small_scale, "blocks.1.mlp.fc1", "cuts off"),
+        (planted.small_scale, "blocks.3.attn.proj", "cuts off"),
+        (planted.small_scale, "blocks.5.mlp.fc2", "cuts off"),
+        (planted.small_weight_scale, "blocks.2.attn.qkv", "0.125 times"),
+        (planted.small_weight_scale, "blocks.4.attn.proj", "0.125 times"),
+        (planted.three_bits, "blocks.0.mlp.fc2", "7 of 255 levels"),
+        (planted.three_bits, "blocks.1.attn.proj", "7 of 255 levels"),
+        (planted.three_bits, "blocks.3.mlp.fc1", "7 of 255 levels"),
+        (planted.three_bits, "blocks.4.mlp.fc2", "7 of 255 levels"),
+        (planted.three_bits, "blocks.5.attn.qkv", "7 of 255 levels"),
+    ],
+)
+def test_the_planted_linear_is_named(
+    demo_workspace: Workspace, tmp_path: Path, plant: Plant, linear: str, reason: str
+) -> None:
+    graph = plant(demo_workspace.graph(zoo.DEMO, "int8"), tmp_path / "planted.onnx", linear)
+    found = bisected(demo_workspace, graph)
+    assert [culprit.name for culprit in found.culprits] == [linear]
+    assert found.sentence.startswith(f"{linear} costs ")
+    assert reason in found.sentence
+
+
+@pytest.mark.parametrize("block", [0, 2, 4])
+def test_an_outlier_that_cannot_be_folded_is_named(
+    demo_workspace: Workspace, tmp_path: Path, block: int
+) -> None:
+    workspace = Workspace(tmp_path)
+    source = workspace.graph(zoo.DEMO, "fp32")
+    source.parent.mkdir(parents=True)
+    planted.outlier_behind_gelu(demo_workspace.graph(zoo.DEMO, "fp32"), source, block)
+    samples = sample_images(zoo.find(zoo.DEMO).preprocess(Recipe()), 3)
+    graph = workspace.graph(zoo.DEMO, "int8-cpu")
+    config = QuantizeConfig(remainder="fp32", plan=PlanConfig("minmax"))
+    planted.quantised(source, graph, samples, config)
+    found = bisected(workspace, graph)
+    assert [culprit.name for culprit in found.culprits] == [f"blocks.{block}.mlp.fc2"]
+    assert "its input has one channel at 31" in found.sentence
+
+
+def test_a_fault_costs_points_and_restoring_gives_them_back(
+    demo_workspace: Workspace, tmp_path: Path
+) -> None:
+    source = demo_workspace.graph(zoo.DEMO, "int8")
+    name = "blocks.0.mlp.fc2"
+    graph = planted.small_weight_scale(source, tmp_path / "planted.onnx", name)
+    found = bisected(demo_workspace, graph, BisectConfig(40, batch=40, threads=1))
+    measured = found.measured
+    part = next(part for part in measured.parts if part.name == name)
+    assert measured.drop > 5
+    assert part.cost == measured.drop - part.restored_drop > 5
+    assert f"{part.cost:.1f} of the {measured.drop:.1f} points" in found.sentence
+
+
+def test_without_passport_and_without_labels(demo_workspace: Workspace, tmp_path: Path) -> None:
+    model = onnx.load(demo_workspace.graph(zoo.DEMO, "int8"))
+    kept = [entry for entry in model.metadata_props if entry.key != PASSPORT_KEY]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
+    graph = tmp_path / "bare.onnx"
+    onnx.save(model, graph)
+    found = bisected(demo_workspace, graph)
+    assert (found.precision, found.culprits) == ("unknown", ())
+
+
+def test_a_graph_of_other_weights_is_refused(demo_workspace: Workspace, tmp_path: Path) -> None:
+    other = Workspace(tmp_path)
+    export_model(other, zoo.DEMO, WeightsChoice(random_seed=1))
+    with pytest.raises(ArtifactError, match="other weights"):
+        bisected(other, demo_workspace.graph(zoo.DEMO, "int8"))
+    with pytest.raises(UsageError, match="does not exist"):
+        bisected(other)
+
+
+def test_command_prints_json_and_draws(demo_workspace: Workspace, tmp_path: Path) -> None:
+    plot = tmp_path / "map.svg"
+    words = ["bisect", "--workspace", str(demo_workspace.root), "--model", zoo.DEMO]
+    words += ["--data", str(TEST), "--images", "4", "--threads", "1", "--plot", str(plot)]
+    result = CliRunner().invoke(main, [*words, "--json"], catch_exceptions=False)
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert len(found["measured"]["parts"]) == 24 + 6 + 2
+    assert "No block stands out" in found["sentence"]
+    assert "<svg" in plot.read_text()
+    refused = CliRunner().invoke(main, [*words[:-1], str(tmp_path / "map.gif")])
+    assert refused.exit_code == 2
+
+
+def test_table_fits_a_terminal(healthy: Bisection) -> None:
+    from rich.console import Console
+
+    from clipdeploy.tuning.tables import bisection_table
+
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(bisection_table(healthy))
+    shown = capture.get()
+    assert "…" not in shown
+    assert all(part.name in shown for part in healthy.measured.parts if "rest" not in part.name)
+
+
+def test_decibels_are_of_the_logits(healthy: Bisection) -> None:
+    finite = [part.alone_db for part in healthy.measured.parts if part.alone_db is not None]
+    assert np.isfinite(finite).all()
+    assert min(finite) > (healthy.measured.fidelity.sqnr_db or 0)

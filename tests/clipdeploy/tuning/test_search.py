@@ -1,0 +1,335 @@
+"""Mixed precision under an accuracy budget, on real graphs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import chain as joined
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from outlier_script import channel_outliers
+
+from calibration.plan import PlanConfig
+from calibration.qdq import QuantizeConfig, quantize
+from calibration.recipe import load_recipe
+from clipdeploy import zoo
+from clipdeploy.cli.main import main
+from clipdeploy.model import WeightsChoice, load_model
+from clipdeploy.pipeline import (
+    SearchConfig,
+    SearchResult,
+    VerifyScope,
+    Workspace,
+    calibrate_model,
+    export_model,
+    quantize_model,
+    sample_images,
+    search_model,
+    verify_model,
+)
+from clipdeploy.tuning.chain import Chain
+from clipdeploy.tuning.cost import counted_costs, linear_shapes
+from clipdeploy.tuning.evaluate import Counter, Evaluator, is_feasible
+from clipdeploy.tuning.images import labelled_batches, make_splits
+from clipdeploy.verification.paired import judge_drop
+from clipdeploy.vit import VisionTransformer, ViTConfig
+from exporters.artifact import Recipe
+from exporters.errors import ArtifactError, DatasetError, UsageError
+from exporters.headers import read_passport
+from exporters.onnx import export_graph
+
+TEST, CALIBRATION = zoo.demo_file("test.zip"), zoo.demo_file("calibration.zip")
+# What the outliers ruin: no smoothing, ranges up to the largest value.
+NAIVE = PlanConfig("minmax", smooth=False)
+# Points: 250 images can tell 4 of them from none, and all-INT8 loses 5 on all images.
+LIMIT = 6.0
+FEW = {"search_images": 120, "max_drop": 10.0}
+
+
+def outlier_workspace(folder: Path, seed: int, depth: int = 6) -> Workspace:
+    """A variant of the demo model with channel outliers, cut to its first blocks, calibrated."""
+    workspace = Workspace(folder)
+    weights = folder / "outliers.safetensors"
+    channel_outliers(weights, seed)
+    export_model(workspace, zoo.DEMO, WeightsChoice(weights))
+    if depth < 6:
+        card = zoo.find(zoo.DEMO)
+        module = load_model(card, WeightsChoice(weights), Recipe()).module
+        config = ViTConfig(4, 32, 10, card.width, depth, card.heads)
+        cut = VisionTransformer(config).eval()
+        cut.load_state_dict({k: module.state_dict()[k] for k in cut.state_dict()})
+        path = workspace.graph(zoo.DEMO, "fp32")
+        passport = read_passport(path)
+        path.unlink()
+        export_graph(cut, path, passport, sample_images(passport.preprocess))
+    calibrate_model(workspace, zoo.DEMO, CALIBRATION)
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def outliers(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return outlier_workspace(tmp_path_factory.mktemp("outliers"), 20261)
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Two blocks, eight Linears."""
+    return outlier_workspace(tmp_path_factory.mktemp("cut"), 20261, depth=2)
+
+
+def searched(workspace: Workspace, **settings: Any) -> SearchResult:
+    defaults: dict[str, Any] = {
+        "threads": 1,
+        "batch": 120,
+        "plan": NAIVE,
+        "fixed_plan": True,
+        "max_drop": LIMIT,
+    }
+    return search_model(workspace, zoo.DEMO, TEST, SearchConfig(**(defaults | settings)))
+
+
+@pytest.fixture(scope="module")
+def small(cut: Workspace) -> SearchResult:
+    """The search of the cut model on few images."""
+    return searched(cut, **FEW)
+
+
+def check_outlier_search(workspace: Workspace) -> None:
+    found = searched(workspace)
+    twin = next(point for point in found.points if "all INT8" in point.label)
+    assert not twin.feasible
+    assert found.confirm.verdict == "equivalent"
+    assert found.confirmed
+    assert found.finished
+    assert 0.8 <= found.chosen.int8_macs < 1.0
+    assert found.chosen.cost < 0.8
+
+
+def test_outliers_without_smoothing_leave_a_mixed_graph(outliers: Workspace) -> None:
+    check_outlier_search(outliers)
+    passport = read_passport(outliers.graph(zoo.DEMO, "int8"))
+    assert passport.settings["int8_nodes"] == 24 - len(passport.settings["exclude"])
+    verified = verify_model(
+        outliers, zoo.DEMO, TEST, scope=VerifyScope(graphs_only=True)
+    ).verification
+    assert verified is not None
+    assert [row.precision for row in verified.rows] == ["fp32", "int8"]
+
+
+@pytest.mark.slow
+def test_other_outliers_too(tmp_path: Path) -> None:
+    check_outlier_search(outlier_workspace(tmp_path, 7))
+
+
+def test_recipes_of_the_front_rebuild_their_points(cut: Workspace, small: SearchResult) -> None:
+    written = [point for point in small.points if point.recipe]
+    labels = {label for point in written for label in point.label.split(", ")} - {""}
+    assert labels == {"all FP16", "all INT8", "chosen"}
+    for point in written:
+        recipe = load_recipe(Path(point.recipe))
+        assert len(recipe.config.exclude) == 8 - len(point.int8)
+        assert recipe.config.plan == NAIVE
+    chosen = load_recipe(small.recipe)
+    assert set(chosen.config.exclude) == set(small.excluded)
+    assert not quantize_model(cut, zoo.DEMO, chosen.config).artifact.changed
+
+
+def test_within_five_percent_of_every_combination(
+    cut: Workspace, small: SearchResult, tmp_path: Path
+) -> None:
+    source, passport = cut.source(zoo.DEMO)
+    search, fresh = make_splits(TEST, None, passport, SearchConfig(search_images=120))
+    ((samples, labels),) = labelled_batches(search, passport.preprocess, 120)
+    target = tmp_path / "int8.onnx"
+    few = sample_images(passport.preprocess, 3)
+    quantize(
+        source, cut.calibration(zoo.DEMO), target, few, QuantizeConfig(plan=NAIVE, remainder="fp32")
+    )
+    chain = Chain(source, target, threads=1)
+    costs = counted_costs(linear_shapes(chain, samples.pixels[:1]), 120)
+    assert len(chain.linears) == 8
+    best = costs.total(frozenset())
+    feasible = 0
+    stem = chain.step(0, samples.pixels, ())
+    reference = chain.rest(stem, (), 0)
+    for first in subsets(chain.linears[:4]):
+        middle = chain.step(1, stem, first)
+        for second in subsets(chain.linears[4:]):
+            counter = Counter()
+            counter.add(chain.rest(middle, second, 1), reference, labels)
+            if is_feasible(counter.result(), len(fresh.hashes), FEW["max_drop"]):
+                best = min(best, costs.total(first | second))
+                feasible += 1
+    assert 10 < feasible < 250
+    assert costs.total(frozenset(small.chosen.int8)) <= 1.05 * best
+
+
+def subsets(names: tuple[str, ...]) -> list[frozenset[str]]:
+    sizes = (combinations(names, size) for size in range(len(names) + 1))
+    return [frozenset(chosen) for chosen in joined.from_iterable(sizes)]
+
+
+def test_killed_and_resumed_ends_at_the_same_recipe(
+    cut: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = [tmp_path / name for name in ("undisturbed", "killed")]
+    for copy in copies:
+        shutil.copytree(cut.root, copy)
+        shutil.rmtree(copy / zoo.DEMO / "search", ignore_errors=True)
+    whole = searched(Workspace(copies[0]), **FEW)
+    runs = 0
+    real = Evaluator._run
+
+    def dying(self: Evaluator, int8: frozenset[str]) -> Any:
+        nonlocal runs
+        runs += 1
+        if runs % 4 == 0:
+            raise KeyboardInterrupt
+        return real(self, int8)
+
+    monkeypatch.setattr(Evaluator, "_run", dying)
+    killed = 0
+    while True:
+        try:
+            resumed = searched(Workspace(copies[1]), **FEW)
+            break
+        except KeyboardInterrupt:
+            killed += 1
+    assert killed >= 1
+    assert resumed.recipe.read_bytes() == whole.recipe.read_bytes()
+    assert resumed.points == tuple(_moved(whole.points, copies))
+    # Nothing was evaluated twice.
+    assert runs == whole.evaluations + killed
+
+
+def _moved(points: tuple[Any, ...], copies: list[Path]) -> list[Any]:
+    from dataclasses import replace
+
+    return [
+        replace(point, recipe=point.recipe.replace(str(copies[0]), str(copies[1])))
+        for point in points
+    ]
+
+
+def test_a_budget_ends_the_search_early_and_a_later_run_goes_on(
+    cut: Workspace, tmp_path: Path
+) -> None:
+    shutil.copytree(cut.root, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / zoo.DEMO / "search", ignore_errors=True)
+    workspace = Workspace(tmp_path / "copy")
+    with pytest.raises(UsageError, match="budget"):
+        searched(workspace, budget=1e-9, **FEW)
+    assert searched(workspace, **FEW).finished
+
+
+def test_a_healthy_model_stays_all_int8(demo_workspace: Workspace, tmp_path: Path) -> None:
+    shutil.copytree(demo_workspace.root, tmp_path / "copy")
+    workspace = Workspace(tmp_path / "copy")
+    found = searched(workspace, max_drop=2.0, plan=PlanConfig())
+    assert found.confirmed
+    assert found.excluded == ()
+    assert found.chosen.label == "chosen, all INT8"
+    assert found.evaluations == 1
+
+
+def test_confirmation_of_no_drop_claims_none() -> None:
+    generator = np.random.default_rng(0)
+    images, share, trials = 250, 0.02, 4000
+    changed = generator.binomial(images, share, trials)
+    lost = generator.binomial(changed, 0.5)
+    for limit, most in ((0.5, 0.025), (2.0, 0.0025)):
+        verdicts = [
+            judge_drop(int(b), int(n - b), images, limit).verdict
+            for b, n in zip(lost, changed, strict=True)
+        ]
+        # Nominal is 2.5 % at a limit of nothing; three standard errors of 4,000 trials on top.
+        assert verdicts.count("regressed") / trials < most + 3 * np.sqrt(0.025 / trials)
+
+
+def test_expected_flips_are_what_happens() -> None:
+    generator = np.random.default_rng(1)
+    reference = generator.normal(0, 1.5, (4000, 10)).astype(np.float32)
+    labels = reference.argmax(axis=1)
+    labels[::5] = generator.integers(0, 10, len(labels[::5]))
+    noise = generator.normal(0, 0.2, reference.shape).astype(np.float32)
+    counter = Counter()
+    counter.add(reference + noise, reference, labels.astype(np.int64))
+    found = counter.result()
+    # Poisson: about 250 lost, three standard deviations; that only the nearest rival is counted
+    # makes the expectation a little too small.
+    assert found.lost == pytest.approx(found.expected_lost, rel=0.25)
+    assert not is_feasible(found, 4000, 1.0)
+    quiet = Counter()
+    quiet.add(reference, reference, labels.astype(np.int64))
+    assert is_feasible(quiet.result(), 4000, 1.0)
+
+
+def test_refusals(demo_workspace: Workspace, tmp_path: Path) -> None:
+    def search(data: Path = TEST, confirm: Path | None = None, **settings: Any) -> None:
+        config = SearchConfig(**settings)
+        search_model(demo_workspace, zoo.DEMO, data, config, confirm=confirm)
+
+    with pytest.raises(DatasetError, match="was searched on"):
+        search(confirm=TEST, max_drop=5.0)
+    with pytest.raises(DatasetError, match="used for calibration"):
+        search(CALIBRATION, max_drop=5.0)
+    with pytest.raises(DatasetError, match="381 can"):
+        search(max_drop=1.0)
+    with pytest.raises(UsageError):
+        SearchConfig(max_drop=0)
+    other = Workspace(tmp_path)
+    export_model(other, zoo.DEMO, WeightsChoice(random_seed=1))
+    with pytest.raises(UsageError, match="not been calibrated"):
+        search_model(other, zoo.DEMO, TEST)
+    calibrate_model(other, zoo.DEMO, CALIBRATION)
+    with pytest.raises(UsageError, match="random weights"):
+        search_model(other, zoo.DEMO, TEST)
+
+
+def test_commands_take_recipes(cut: Workspace, small: SearchResult, tmp_path: Path) -> None:
+    words = ["--workspace", str(cut.root), "--model", zoo.DEMO, "--quiet"]
+    runner = CliRunner()
+
+    def run(*arguments: str) -> Any:
+        return runner.invoke(main, [arguments[0], *words, *arguments[1:]])
+
+    recipe = str(small.recipe)
+    made = run("quantize", "--recipe", recipe, "--json")
+    assert made.exit_code == 0
+    assert json.loads(made.stdout)["artifact"]["changed"] is False
+    assert "(unchanged)" not in run("quantize", "--recipe", recipe, "--cpu").stdout
+    assert run("quantize", "--recipe", recipe, "--exclude", "blocks.0.*").exit_code == 2
+    assert run("build-engine", "--fp16", "--recipe", recipe).exit_code == 2
+    half = next(point.recipe for point in small.points if "all FP16" in point.label)
+    assert run("quantize", "--recipe", half).exit_code == 0
+    graph = cut.graph(zoo.DEMO, "int8")
+    assert read_passport(graph).settings["int8_nodes"] == 0
+    assert run("quantize", "--recipe", recipe).exit_code == 0
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text(Path(recipe).read_text()[:-20])
+    assert run("quantize", "--recipe", str(damaged)).exit_code == 1
+
+
+def test_a_recipe_of_other_weights_is_refused(
+    small: SearchResult, demo_workspace: Workspace
+) -> None:
+    recipe = load_recipe(small.recipe)
+    with pytest.raises(ArtifactError, match="other weights"):
+        recipe.check(demo_workspace.source(zoo.DEMO)[1].weights.identity)
+
+
+def test_search_command_draws(cut: Workspace, small: SearchResult, tmp_path: Path) -> None:
+    plot = tmp_path / "front.png"
+    words = ["search", "--workspace", str(cut.root), "--model", zoo.DEMO, "--quiet"]
+    words += ["--data", str(TEST), "--max-drop", "10", "--threads", "1", "--batch", "120"]
+    words += ["--search-images", "120"]
+    words += ["--no-smooth", "--range", "minmax", "--fixed-plan", "--plot", str(plot)]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == (0 if small.confirmed else 3), result.output
+    assert "CONFIRMED" in result.stdout
+    assert plot.read_bytes().startswith(b"\x89PNG")
