@@ -37,7 +37,7 @@ from exporters.progress import SILENT, Progress
 __all__ = ["SearchConfig", "SearchResult", "search_model"]
 
 # Plans that are tried where the one asked for does not keep the accuracy with all Linears in INT8.
-_OTHER_RANGES: tuple[RangeMethod, ...] = ("percentile", "mse")
+_OTHER_RANGES: tuple[RangeMethod, ...] = ("auto", "percentile", "mse")
 _STORAGE_IMAGES = 3
 
 
