@@ -6,8 +6,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,14 +71,7 @@ class Reference:
             self._shelf.put(NO_STAMP, key, row)
         return logits
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End what the cache is being given."""
         if self._shelf is not None:
             self._shelf.close()

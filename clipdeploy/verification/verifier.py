@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Generator, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -197,9 +197,8 @@ def _open(
         if runner is not None:
             stack.callback(runner.close)
             lanes.append((target, runner))
-    reference = stack.enter_context(
-        Reference(model, question.preprocess, config.cache, question.threads)
-    )
+    reference = Reference(model, question.preprocess, config.cache, question.threads)
+    stack.callback(reference.close)
     # What a foreign INT8 graph was calibrated on is anybody's guess.
     if any(target.precision.startswith("int8") and not target.vouched for target in targets):
         question = replace(question, calibrated=None)
@@ -278,7 +277,7 @@ def _keep(keep: Path, partial: Path, known: Results, fresh: Iterator[BatchResult
     if first is None:
         return known
     added = [first]
-    with ResultsWriter(partial, known) as writer:
+    with closing(ResultsWriter(partial, known)) as writer:
         writer.append(first)
         for batch in fresh:
             writer.append(batch)

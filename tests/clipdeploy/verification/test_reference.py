@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def logits(
     model: LoadedModel, spec: Preprocess, cache: CropCache | None, crops: list[Crop]
 ) -> NDArray[np.float32]:
     samples = Samples(np.stack([crop.pixels for crop in crops]), spec)
-    with Reference(model, spec, cache) as reference:
+    with closing(Reference(model, spec, cache)) as reference:
         return reference([crop.sha256 for crop in crops], samples)
 
 

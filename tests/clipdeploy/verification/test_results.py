@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def test_batches_come_in_order_whatever_the_files(whole: Results, tmp_path: Path
 def test_a_writer_appends_and_a_reader_sees_it(whole: Results, tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     first, second, *_ = whole.batches
-    with ResultsWriter(path, replace(whole, batches=(first,))) as writer:
+    with closing(ResultsWriter(path, replace(whole, batches=(first,)))) as writer:
         assert read_results(path).batches == (first,)
         writer.append(second)
         assert read_results(path).batches == (first, second)
