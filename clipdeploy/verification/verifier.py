@@ -57,7 +57,7 @@ class VerifyConfig:
     """How images are run, and when a drop is too large.
 
     ``max_drop``: percentage points of top-1 that an artifact may lose.  ``shard`` (i, n) runs only
-    the i-th of n parts, for :func:`clipdeploy.stages.verify.merge_verification`.  ``sequential``
+    the i-th of n parts, for :func:`clipdeploy.stages.merge.merge_verification`.  ``sequential``
     takes the images in random order and stops as soon as every verdict is out.  ``workers`` and
     ``cache`` are those of :func:`clipdeploy.imaging.iter_crops`; the cache keeps the reference's
     logits as well.  ``trust`` loads engines that no passport vouches for.  ``threads`` compute on
