@@ -12,13 +12,15 @@ an error e and P(s) that of the reference, all in dB as 10 log10(P(s) / P(e)):
 errors add up, so shares are what each part adds by itself; ``restored`` is the check that takes
 interactions in: it rises by 10 log10(1 / (1 - share)) where they are independent.
 
-A run that differs from an earlier one in block k only starts at block k.
+A run that differs from an earlier one in block k only starts at block k.  ``restored`` runs take
+the candidate through the rest of the network, which is slow where halves are emulated: in a large
+network only the blocks and the parts with the largest shares are restored.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +34,9 @@ from exporters.segments import Segment
 __all__ = ["Batch", "BlockError", "Measurement", "PartError", "measure"]
 
 Labels = NDArray[np.int64]
+
+# Up to so many parts all are restored, the demo's 32 among them; of more, these.
+_FEW_PARTS, _RESTORED_PARTS = 40, 12
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ class PartError:
 
     dB as in the module's docstring, None where there is no error at all.  ``alone_drop`` and
     ``restored_drop`` are points of top-1 lost against the reference in the two runs, or percent of
-    answers changed without labels; ``cost`` is what restoring it gives back.
+    answers changed without labels; ``cost`` is what restoring it gives back.  The last two, and
+    ``restored_db``, are None where the part was not restored.
     """
 
     name: str
@@ -58,8 +64,8 @@ class PartError:
     restored_db: float | None
     share: float
     alone_drop: float
-    restored_drop: float
-    cost: float
+    restored_drop: float | None
+    cost: float | None
 
 
 @dataclass(frozen=True)
@@ -125,12 +131,12 @@ class _Runs:
         keys = [key for segment in chain.segments for key in _groups(segment)]
         self.whole = FidelityMeter()
         self.alone = {key: FidelityMeter() for key in keys}
-        self.restored = {key: FidelityMeter() for key in keys}
+        self.restored: dict[str, FidelityMeter] = {}
         self.grown = {segment.name: _Power() for segment in chain.segments}
         self.own = {key: _Power() for key in keys}
 
     def add(self, batch: Batch, advance: Callable[[int], None]) -> None:
-        """Every run of one batch."""
+        """The runs of one batch with the reference but for one part."""
         chain = self._chain
         reference = [batch.images, *chain.run(batch.images, ())]
         candidate = [batch.images, *chain.run(batch.images, chain.everything)]
@@ -145,28 +151,52 @@ class _Runs:
                 at = segment.outputs.index(own)
                 self.own[key].add(expected[at], found[at])
                 self.alone[key].add(chain.rest(found[-1], (), index), logits, labels)
-                others = chain.everything - switches
-                left = chain.step(index, candidate[index], others)
+                advance(1)
+
+    def to_restore(self) -> tuple[str, ...]:
+        """The blocks, and the parts that are worth it."""
+        blocks = [segment.name for segment in self._chain.segments]
+        powers = {key: _power(meter.result()) for key, meter in self.alone.items()}
+        parts = sorted((key for key in powers if key not in blocks), key=lambda key: -powers[key])
+        return (*blocks, *(parts if len(powers) <= _FEW_PARTS else parts[:_RESTORED_PARTS]))
+
+    def restore(
+        self, batch: Batch, wanted: Collection[str], advance: Callable[[int], None]
+    ) -> None:
+        """The runs of one batch with the candidate but for one part of those ``wanted``."""
+        chain = self._chain
+        candidate = [batch.images, *chain.run(batch.images, chain.everything)]
+        logits = chain.run(batch.images, ())[-1]
+        for index, segment in enumerate(chain.segments):
+            for key, switches in _groups(segment).items():
+                if key not in wanted:
+                    continue
+                left = chain.step(index, candidate[index], chain.everything - switches)
                 left = chain.rest(left, chain.everything, index)
-                self.restored[key].add(left, logits, labels)
+                meter = self.restored.setdefault(key, FidelityMeter())
+                meter.add(left, logits, batch.labels)
                 advance(1)
 
 
 def measure(
     chain: Chain, batches: Iterable[Batch], count: int, progress: Progress = SILENT
 ) -> Measurement:
-    """Run everything over ``count`` batches of images.
+    """Run everything over ``count`` batches of images, which are held in memory.
 
     Raises:
         GraphError: ONNX Runtime fails inside a graph.
     """
     runs = _Runs(chain)
-    total = count * len(runs.alone)
-    images = 0
-    with progress.task("bisect", total) as advance:
+    held = []
+    with progress.task("bisect: each part alone", count * len(runs.alone)) as advance:
         for batch in batches:
             runs.add(batch, advance)
-            images += len(batch.images)
+            held.append(batch)
+    wanted = runs.to_restore()
+    with progress.task("bisect: parts restored", count * len(wanted)) as advance:
+        for batch in held:
+            runs.restore(batch, wanted, advance)
+    images = sum(len(batch.images) for batch in held)
     alone = {key: meter.result() for key, meter in runs.alone.items()}
     restored = {key: meter.result() for key, meter in runs.restored.items()}
     whole = runs.whole.result()
@@ -179,11 +209,9 @@ def measure(
             block=block,
             own_db=runs.own[switch].db,
             alone_db=error_db(alone[switch]),
-            restored_db=error_db(restored[switch]),
             share=powers[switch] / summed if summed > 0 else 0.0,
             alone_drop=lost_points(alone[switch]),
-            restored_drop=lost_points(restored[switch]),
-            cost=lost_points(whole) - lost_points(restored[switch]),
+            **_restored(restored.get(switch), whole),
         )
         for switch, block in switches
     )
@@ -199,6 +227,17 @@ def measure(
         for name in (segment.name for segment in chain.segments)
     )
     return Measurement(images, whole, parts, blocks)
+
+
+def _restored(found: Fidelity | None, whole: Fidelity) -> dict[str, float | None]:
+    if found is None:
+        return {"restored_db": None, "restored_drop": None, "cost": None}
+    drop = lost_points(found)
+    return {
+        "restored_db": error_db(found),
+        "restored_drop": drop,
+        "cost": lost_points(whole) - drop,
+    }
 
 
 def error_db(fidelity: Fidelity) -> float | None:

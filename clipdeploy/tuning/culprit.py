@@ -87,7 +87,7 @@ def find_culprits(measured: Measurement, facts: Mapping[str, LinearFacts]) -> tu
             name=part.name,
             deviations=deviations,
             share=part.share,
-            cost=part.cost,
+            cost=part.cost or 0.0,
             gain_db=None if whole is None else _db(part.restored_db) - whole,
             reason=_reason(part.name, facts),
         )

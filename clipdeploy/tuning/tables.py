@@ -60,13 +60,11 @@ def _parts(result: Bisection, drop: str) -> Table:
 
 
 def _figures(part: PartError) -> tuple[str, ...]:
-    return (
-        decibels(part.own_db),
-        decibels(part.alone_db),
-        f"{100 * part.share:.0f} %",
-        decibels(part.restored_db),
-        f"{part.cost:.2f}",
-    )
+    own = (decibels(part.own_db), decibels(part.alone_db), f"{100 * part.share:.0f} %")
+    restored = ("-", "-")
+    if part.cost is not None:
+        restored = (decibels(part.restored_db), f"{part.cost:.2f}")
+    return (*own, *restored)
 
 
 def bisection_table(result: Bisection) -> Group:

@@ -18,6 +18,7 @@ from clipdeploy import zoo
 from clipdeploy.cli.main import main
 from clipdeploy.model import WeightsChoice
 from clipdeploy.pipeline import BisectConfig, Workspace, bisect_model, export_model, sample_images
+from clipdeploy.tuning import bisection
 from clipdeploy.tuning.result import Bisection
 from exporters.artifact import PASSPORT_KEY, Recipe
 from exporters.errors import ArtifactError, UsageError
@@ -112,8 +113,33 @@ def test_a_fault_costs_points_and_restoring_gives_them_back(
     measured = found.measured
     part = next(part for part in measured.parts if part.name == name)
     assert measured.drop > 5
+    assert part.cost is not None
+    assert part.restored_drop is not None
     assert part.cost == measured.drop - part.restored_drop > 5
     assert f"{part.cost:.1f} of the {measured.drop:.1f} points" in found.sentence
+
+
+def test_in_a_large_network_only_the_largest_shares_are_restored(
+    demo_workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, healthy: Bisection
+) -> None:
+    assert all(part.restored_db is not None for part in healthy.measured.parts)
+    monkeypatch.setattr(bisection, "_FEW_PARTS", 10)
+    monkeypatch.setattr(bisection, "_RESTORED_PARTS", 3)
+    name = "blocks.3.mlp.fc1"
+    graph = planted.three_bits(
+        demo_workspace.graph(zoo.DEMO, "int8"), tmp_path / "planted.onnx", name
+    )
+    found = bisected(demo_workspace, graph)
+    parts = sorted(found.measured.parts, key=lambda part: -part.share)
+    blocks = {block.name for block in found.measured.blocks}
+    # patch_embed and head are blocks as well as parts: they are restored as blocks.
+    restored = [p.name for p in parts if p.cost is not None and p.name not in blocks]
+    assert restored == [p.name for p in parts if p.name not in blocks][:3]
+    assert all(block.restored_db is not None for block in found.measured.blocks)
+    assert [culprit.name for culprit in found.culprits] == [name]
+    (culprit,) = found.culprits
+    assert culprit.gain_db is not None
+    assert culprit.gain_db > 1.2
 
 
 def test_without_passport_and_without_labels(demo_workspace: Workspace, tmp_path: Path) -> None:
