@@ -16,6 +16,7 @@ artifacts/
     verification.jsonl                verify: a record an image
     verification.1-of-4.jsonl         verify --shard 1/4, until `verify merge`
     disagreements.csv                 verify: images with another answer than PyTorch's
+    bisection.json                    bisect: the last finding and its heat map, for reports
     verification.html                 demo: the report
 """
 
@@ -64,6 +65,10 @@ class Workspace:
     def verification(self, model: str, shard: tuple[int, int] | None = None) -> Path:
         """The records of the last verification, or of one shard of it."""
         return self.folder(model) / f"verification{_part(shard)}.jsonl"
+
+    def bisection(self, model: str) -> Path:
+        """The last bisection's finding and heat map."""
+        return self.folder(model) / "bisection.json"
 
     def disagreements(self, model: str) -> Path:
         """The images that an artifact answers otherwise than PyTorch."""

@@ -248,7 +248,8 @@ def _tell(context: Context, result: Judgement, reports: tuple[Path, ...], data: 
         # Before the result is printed: its reader may be gone by then.
         from clipdeploy.stages.report import write_reports
 
-        write_reports(result, reports, data=data)
+        found = context.workspace.bisection(verification.model)
+        write_reports(result, reports, data=data, bisection=found)
     emit(context, verification, lambda: render(verification))
     if result.disagreements is not None and any(row.disagreements for row in verification.rows):
         context.note(f"images with another answer than PyTorch's: {result.disagreements}")

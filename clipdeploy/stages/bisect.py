@@ -9,14 +9,18 @@ from pathlib import Path
 import numpy as np
 
 from clipdeploy.imaging import Crop, ImageFolder, iter_crops, open_images, select
+from clipdeploy.plots import inline_svg
 from clipdeploy.tuning.bisection import Batch, measure
 from clipdeploy.tuning.chain import Chain
 from clipdeploy.tuning.culprit import find_culprits, verdict
+from clipdeploy.tuning.drawing import draw_bisection
 from clipdeploy.tuning.linears import linear_facts
 from clipdeploy.tuning.result import Bisection
+from clipdeploy.verification.reports import HeatMap
 from clipdeploy.workspace import Workspace
-from exporters.artifact import Passport
+from exporters.artifact import Passport, to_json
 from exporters.errors import ArtifactError, UsageError
+from exporters.files import sha256_file, write_atomic
 from exporters.headers import read_passport
 from exporters.progress import SILENT, Progress
 from exporters.samples import Samples
@@ -124,7 +128,7 @@ def bisect_model(
     peaks = meter.result()
     facts = {name: linear_facts(chain, name, peaks[name]) for name in names}
     culprits = find_culprits(measured, facts)
-    return Bisection(
+    found = Bisection(
         model=model,
         reference=str(source),
         candidate=str(candidate),
@@ -137,3 +141,12 @@ def bisect_model(
         culprits=culprits,
         sentence=verdict(measured, culprits, labelled=labelled),
     )
+    _keep_picture(found, candidate, workspace.bisection(model))
+    return found
+
+
+def _keep_picture(found: Bisection, candidate: Path, path: Path) -> None:
+    """What the reports of ``verify`` show of it."""
+    svg = inline_svg(draw_bisection(found, titled=False), "bisection")
+    picture = HeatMap(candidate.name, sha256_file(candidate), found.sentence, svg)
+    write_atomic(path, to_json(picture))

@@ -8,17 +8,26 @@ from pathlib import Path
 
 from clipdeploy.imaging import open_images
 from clipdeploy.stages.verify_setup import Judgement
-from clipdeploy.verification.reports import HTML, Evidence, write_report
-from exporters.errors import DatasetError, UsageError
+from clipdeploy.verification.reports import HTML, Evidence, HeatMap, write_report
+from exporters.artifact import from_json
+from exporters.errors import ArtifactError, DatasetError, UsageError
+from exporters.files import file_errors
 
 __all__ = ["write_reports"]
 
 
-def write_reports(judgement: Judgement, paths: Sequence[Path], *, data: Path | None = None) -> None:
+def write_reports(
+    judgement: Judgement,
+    paths: Sequence[Path],
+    *,
+    data: Path | None = None,
+    bisection: Path | None = None,
+) -> None:
     """Write a report at each path: ``.html``, ``.md`` or ``.json``.
 
     The HTML page shows images.  After a merge they are looked for at ``data``, else where the first
-    shard found them; where they are not, the page says so.
+    shard found them; where they are not, the page says so.  The heat map of ``bisection``, a file
+    of :meth:`clipdeploy.workspace.Workspace.bisection`, is shown if it is of a judged artifact.
 
     Raises:
         UsageError: a shard alone, or a suffix that is that of no report.
@@ -30,8 +39,24 @@ def write_reports(judgement: Judgement, paths: Sequence[Path], *, data: Path | N
     pages = any(path.suffix.lower() in HTML for path in paths)
     if pages and evidence.images is None:
         evidence = _with_images(evidence, data)
+    if bisection is not None:
+        evidence = replace(evidence, heat_map=_heat_map(bisection, evidence))
     for path in paths:
         write_report(path, result, evidence)
+
+
+def _heat_map(path: Path, evidence: Evidence) -> HeatMap | None:
+    """The last bisection's, if it was of one of the artifacts as they are now."""
+    if not path.exists():
+        return None
+    with file_errors("read", path):
+        data = path.read_bytes()
+    try:
+        found = from_json(data, HeatMap, str(path))
+    except ArtifactError:
+        return None
+    judged = {asked.sha256 for asked in evidence.results.question.artifacts}
+    return found if found.sha256 in judged else None
 
 
 def _with_images(evidence: Evidence, data: Path | None) -> Evidence:

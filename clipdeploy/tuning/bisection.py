@@ -31,10 +31,12 @@ from clipdeploy.verification.figures import Fidelity, FidelityMeter
 from exporters.progress import SILENT, Progress
 from exporters.segments import Segment
 
-__all__ = ["Batch", "BlockError", "Measurement", "PartError", "measure"]
+__all__ = ["BROKEN_DB", "Batch", "BlockError", "Measurement", "PartError", "measure"]
 
 Labels = NDArray[np.int64]
 
+# Stands for an output that is not finite: JSON has no infinity, and null is "no error".
+BROKEN_DB = -999.0
 # Up to so many parts all are restored, the demo's 32 among them; of more, these.
 _FEW_PARTS, _RESTORED_PARTS = 40, 12
 
@@ -51,10 +53,11 @@ class Batch:
 class PartError:
     """One switch: a Linear, ``patch_embed``, ``head`` or what lies between a block's Linears.
 
-    dB as in the module's docstring, None where there is no error at all.  ``alone_drop`` and
-    ``restored_drop`` are points of top-1 lost against the reference in the two runs, or percent of
-    answers changed without labels; ``cost`` is what restoring it gives back.  The last two, and
-    ``restored_db``, are None where the part was not restored.
+    dB as in the module's docstring, None where there is no error at all and ``BROKEN_DB`` where
+    there is no finite output.  ``alone_drop`` and ``restored_drop`` are points of top-1 lost
+    against the reference in the two runs, or percent of answers changed without labels; ``cost``
+    is what restoring it gives back.  The last two, and ``restored_db``, are None where the part
+    was not restored.
     """
 
     name: str
@@ -113,7 +116,7 @@ class _Power:
     @property
     def db(self) -> float | None:
         if not math.isfinite(self._error):
-            return -math.inf
+            return BROKEN_DB
         return 10 * math.log10(self._signal / self._error) if self._error > 0 else None
 
 
@@ -241,8 +244,8 @@ def _restored(found: Fidelity | None, whole: Fidelity) -> dict[str, float | None
 
 
 def error_db(fidelity: Fidelity) -> float | None:
-    """The logits' signal over error in dB: None without error, -inf if they are not finite."""
-    return fidelity.sqnr_db if fidelity.finite else -math.inf
+    """The logits' signal over error in dB: None without error, ``BROKEN_DB`` if not finite."""
+    return fidelity.sqnr_db if fidelity.finite else BROKEN_DB
 
 
 def _power(fidelity: Fidelity) -> float:

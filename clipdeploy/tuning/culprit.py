@@ -18,7 +18,6 @@ What lies between the Linears is held against its like in the other blocks.  ``p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -42,10 +41,13 @@ _WEIGHT_DB, _CLIPPED, _PEAK = 10.0, 0.01, 10.0
 
 @dataclass(frozen=True)
 class Culprit:
-    """A part that stands out, what restoring it gives back, and why, as far as can be seen."""
+    """A part that stands out, what restoring it gives back, and why, as far as can be seen.
+
+    ``deviations`` is None for a part that has no peers.
+    """
 
     name: str
-    deviations: float
+    deviations: float | None
     share: float
     cost: float
     gain_db: float | None
@@ -64,11 +66,13 @@ def _deviations(parts: Sequence[PartError]) -> dict[str, float]:
     return {part.name: (median - value) / spread for part, value in zip(parts, own, strict=True)}
 
 
-def _stand_out(parts: Sequence[PartError]) -> list[tuple[PartError, float]]:
+def _stand_out(parts: Sequence[PartError]) -> list[tuple[PartError, float | None]]:
     rest = [part for part in parts if part.name.endswith(".rest")]
     single = [part for part in parts if part.name == part.block]
     linears = [part for part in parts if part not in rest and part not in single]
-    found = [(part, math.inf) for part in single if part.share >= _SHARE_WITHOUT_PEERS]
+    found: list[tuple[PartError, float | None]] = [
+        (part, None) for part in single if part.share >= _SHARE_WITHOUT_PEERS
+    ]
     for peers in (linears, rest):
         deviations = _deviations(peers) if peers else {}
         found += [

@@ -20,11 +20,11 @@ _ROLES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "rest")
 _EQUAL_DB = 120.0
 
 
-def draw_bisection(result: Bisection) -> Figure:
+def draw_bisection(result: Bisection, *, titled: bool = True) -> Figure:
     """A heat map, a row a block and a column a Linear, beside the error as it grows.
 
     A cell's colour and number are the logits' dB with that Linear alone as in the candidate; the
-    worse, the darker.  Those that stand out are framed.
+    worse, the darker.  Those that stand out are framed.  ``titled`` puts the finding on top.
     """
     from matplotlib.figure import Figure
 
@@ -41,7 +41,8 @@ def draw_bisection(result: Bisection) -> Figure:
     curve.set_title("behind each block, all of it", fontsize=10)
     curve.grid(color="0.9", linewidth=0.8)
     curve.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{result.model}: {result.sentence}", fontsize=9, wrap=True)
+    if titled:
+        figure.suptitle(f"{result.model}: {result.sentence}", fontsize=9, wrap=True)
     return figure
 
 

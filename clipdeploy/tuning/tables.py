@@ -6,7 +6,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from clipdeploy.tuning.bisection import PartError
+from clipdeploy.tuning.bisection import BROKEN_DB, PartError
 from clipdeploy.tuning.result import Bisection
 from clipdeploy.tuning.search import SearchResult
 
@@ -17,7 +17,7 @@ def decibels(value: float | None) -> str:
     """Signal over error: ``equal`` where there is no error, ``broken`` where it is not finite."""
     if value is None:
         return "equal"
-    return "broken" if value == float("-inf") else f"{value:.1f}"
+    return "broken" if value == BROKEN_DB else f"{value:.1f}"
 
 
 def _columns(table: Table, titles: tuple[str, ...]) -> Table:

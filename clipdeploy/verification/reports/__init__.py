@@ -5,6 +5,7 @@
     what is odd about the images
     the error of the logits        image by image
     the disagreements              drops against their limit, who is right
+    the heat map                   of an artifact that was bisected
     the images that stand out      with everybody's answer
     provenance                     files by their hashes, choices, versions
 
@@ -24,11 +25,24 @@ from exporters.artifact import to_json
 from exporters.errors import UsageError
 from exporters.files import check_writable, write_atomic
 
-__all__ = ["HTML", "Evidence", "check_report_paths", "write_report"]
+__all__ = ["HTML", "Evidence", "HeatMap", "check_report_paths", "write_report"]
 
 HTML = (".html", ".htm")
 _MARKDOWN = (".md", ".markdown")
 _JSON = (".json",)
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Where an artifact leaves the reference, as ``bisect`` found it.
+
+    ``sha256`` is the artifact's; ``svg`` is a picture as an element of an HTML page.
+    """
+
+    artifact: str
+    sha256: str
+    sentence: str
+    svg: str
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,7 @@ class Evidence:
     results: Results
     images: ImageFolder | None = None
     why: str = ""
+    heat_map: HeatMap | None = None
 
 
 def check_report_paths(paths: Sequence[Path]) -> None:
@@ -80,10 +95,12 @@ def _content(suffix: str, result: Verification, evidence: Evidence) -> bytes:
 
     contents = contents_of(evidence.results, result)
     if suffix in _MARKDOWN:
-        return markdown_page(contents).encode()
+        return markdown_page(contents, evidence.heat_map).encode()
     if evidence.images is None:
-        return html_page(contents, Thumbnails(missing=[evidence.why])).encode()
+        thumbnails = Thumbnails(missing=[evidence.why])
+        return html_page(contents, thumbnails, evidence.heat_map).encode()
     wanted = {worst.name for worst in contents.worst}
     records = [record for record in evidence.results.records if record.name in wanted]
     spec = evidence.results.question.preprocess
-    return html_page(contents, make_thumbnails(records, evidence.images, spec)).encode()
+    thumbnails = make_thumbnails(records, evidence.images, spec)
+    return html_page(contents, thumbnails, evidence.heat_map).encode()

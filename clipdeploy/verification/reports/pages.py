@@ -21,6 +21,8 @@ from clipdeploy.verification.reports.thumbnails import Thumbnails
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from clipdeploy.verification.reports import HeatMap
+
 __all__ = ["html_page", "markdown_page"]
 
 _TEMPLATES = "verification/reports/templates"
@@ -28,21 +30,30 @@ _TEMPLATES = "verification/reports/templates"
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>|~$#&])")
 
 
-def html_page(contents: Contents, thumbnails: Thumbnails) -> str:
+def html_page(contents: Contents, thumbnails: Thumbnails, heat_map: HeatMap | None = None) -> str:
     """One page with everything inside it."""
     error = drops = Markup()
     if contents.spreads:
         error = _svg(draw_spreads(contents.spreads), "error")
     if contents.drops:
         drops = _svg(draw_drops(contents.drops, contents.max_drop), "drops")
+    # Drawn by this program, as the two others are; the page's policy runs nothing in any case.
+    picture = Markup(heat_map.svg) if heat_map else Markup()
     return _render(
-        "report.html.jinja", True, r=contents, thumbnails=thumbnails, error=error, drops=drops
+        "report.html.jinja",
+        True,
+        r=contents,
+        thumbnails=thumbnails,
+        error=error,
+        drops=drops,
+        heat_map=heat_map,
+        picture=picture,
     )
 
 
-def markdown_page(contents: Contents) -> str:
+def markdown_page(contents: Contents, heat_map: HeatMap | None = None) -> str:
     """The same texts in the same order; GitHub's flavour, for the tables."""
-    return _render("report.md.jinja", False, r=contents)
+    return _render("report.md.jinja", False, r=contents, heat_map=heat_map)
 
 
 def _svg(figure: Figure, name: str) -> Markup:

@@ -64,6 +64,26 @@ def test_every_report_of_one_run(reported: Reported) -> None:
     assert f"report: {reported.folder / 'verdict.html'}" in reported.result.stderr
 
 
+def test_the_heat_map_of_a_bisected_graph_is_shown_and_of_no_other(
+    reported: Reported, tmp_path: Path
+) -> None:
+    artifacts, page = tmp_path / "artifacts", tmp_path / "verdict.html"
+    shutil.copytree(reported.artifacts, artifacts)
+    at = ("--workspace", artifacts)
+    found = run("bisect", *at, "--model", "demo", "--data", TEST, "--images", "2", "--batch", "2")
+    assert found.exit_code == 0, found.output
+    heading = f"Where {zoo.DEMO}.int8.onnx leaves PyTorch"
+    again = run("verify", *VERIFY, *LIMIT, *at, "--report", page)
+    assert again.exit_code == 0, again.output
+    shown = read_page(page.read_text(encoding="utf-8"))
+    assert heading in shown.text
+    assert "No block stands out" in shown.text
+    quantised = run("quantize", *at, "--model", "demo", "--exclude", "blocks.0.*")
+    assert quantised.exit_code == 0, quantised.output
+    run("verify", *VERIFY, *LIMIT, *at, "--report", page)
+    assert heading not in read_page(page.read_text(encoding="utf-8")).text
+
+
 def pixels(path: Path) -> NDArray[np.uint8]:
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +34,16 @@ def bisected(
     workspace: Workspace, graph: Path | None = None, config: BisectConfig = FEW
 ) -> Bisection:
     return bisect_model(workspace, zoo.DEMO, TEST, graph, config)
+
+
+@pytest.fixture(scope="module")
+def demo_workspace(
+    demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory
+) -> Workspace:
+    """A copy: bisecting leaves its last finding in the workspace."""
+    folder = tmp_path_factory.mktemp("bisected") / "artifacts"
+    shutil.copytree(demo_workspace.root, folder)
+    return Workspace(folder)
 
 
 @pytest.fixture(scope="module")
