@@ -56,6 +56,7 @@ _USUAL_SIZE = 224
 _QUEUE = 24
 _TEXT_BYTES = 1200
 _SLOT_BYTES = 96 << 20
+_NICE = 10
 # Tasks a worker has before another one is started: few images start few workers.
 _BUSY = 2
 _BOOT = (
@@ -240,6 +241,8 @@ def _slots(memory: int, size: int) -> NDArray[np.uint8]:
 
 def serve(task_end: int, answer_end: int, memory: int) -> None:
     """A worker's life: decode what comes through the pipe until it closes."""
+    # The model's threads wait for each other: one that a decoder keeps waiting stalls them all.
+    os.nice(_NICE)
     tasks = Connection(task_end, writable=False)
     answers = Connection(answer_end, readable=False)
     with suppress(EOFError, BrokenPipeError):

@@ -6,7 +6,6 @@ are the same records.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import msgspec
@@ -79,14 +78,19 @@ class ImageRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 def _answers(logits: Logits, labels: Sequence[int | None]) -> list[Answer]:
     # A NaN is the largest to NumPy's sort; here it is no answer at all.
-    order = np.argsort(-np.where(np.isnan(logits), -np.inf, logits), axis=1, kind="stable")
+    told = ~np.isnan(logits)
+    order = np.argsort(-np.where(told, logits, -np.inf), axis=1, kind="stable")[:, :_KEPT_ANSWERS]
+    own = np.take_along_axis(logits, np.asarray([[label or 0] for label in labels]), axis=1)
+    ranks = (logits >= own).sum(axis=1) - 1
+    columns = (order, np.take_along_axis(told, order, axis=1), ranks, np.isfinite(own[:, 0]))
     answers = []
-    for row, values, label in zip(order, logits, labels, strict=True):
-        rank = None
-        if label is not None and math.isfinite(values[label]):
-            rank = int((values >= values[label]).sum()) - 1
-        told = row[~np.isnan(values[row])]
-        answers.append(Answer(tuple(told[:_KEPT_ANSWERS].tolist()), rank))
+    for label, top, sound, rank, known in zip(labels, *(c.tolist() for c in columns), strict=True):
+        kept = (
+            top
+            if all(sound)
+            else [index for index, is_told in zip(top, sound, strict=True) if is_told]
+        )
+        answers.append(Answer(tuple(kept), rank if known and label is not None else None))
     return answers
 
 

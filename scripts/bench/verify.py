@@ -1,10 +1,11 @@
 """Verification of a fast model beside what its input costs: images per second, in one run.
 
-    python scripts/bench/verify.py [--images 3000] [--repeat 3]
+    python scripts/bench/verify.py [--images 4000] [--repeat 3] [--size 32]
     python scripts/bench/verify.py --memory 50000
 
-JPEGs of ImageNet's usual size (500 x 375 pixels, about 110 kB) and a ViT of one narrow block at 224
-pixels, so small that preparing images is all the work there is.  Taking turns:
+JPEGs of ImageNet's usual size (500 x 375 pixels, about 100 kB) and a ViT of one narrow block.  At
+32 pixels preparing images is all the work there is; at 224 PyTorch and ONNX Runtime want a share
+of the same cores.  Taking turns:
 
     pillow        the same decode, resize and crop in a process a core, and nothing else
     plain loop    one process: Pillow, then ONNX Runtime, one image after another, in batches
@@ -47,28 +48,33 @@ from exporters.headers import read_passport
 from exporters.onnx import export_graph
 from exporters.samples import Samples, normalise
 
-SIZE = 224
 BATCH = 16
-CARD = ModelCard(
-    name="narrow-vit",
-    aliases=(),
-    patch=56,
-    image_size=SIZE,
-    pretrain="",
-    params=0,
-    macs=0,
-    top1=None,
-    top5=None,
-    file="",
-    sha256_prefix="",
-    timm_name="",
-    timm_crop_pct=1.0,
-    timm_crop_mode="center",
-    classes=10,
-    width=16,
-    depth=1,
-    heads=1,
-)
+# Edge of the crops, and of the patches: 16 tokens in either case.
+PATCHES = {32: 8, 224: 56}
+
+
+def card(size: int) -> ModelCard:
+    """A ViT of one narrow block."""
+    return ModelCard(
+        name=f"narrow-vit-{size}px",
+        aliases=(),
+        patch=PATCHES[size],
+        image_size=size,
+        pretrain="",
+        params=0,
+        macs=0,
+        top1=None,
+        top5=None,
+        file="",
+        sha256_prefix="",
+        timm_name="",
+        timm_crop_pct=1.0,
+        timm_crop_mode="center",
+        classes=10,
+        width=16,
+        depth=1,
+        heads=1,
+    )
 
 
 def jpeg(seed: int, width: int, height: int) -> bytes:
@@ -93,23 +99,23 @@ def make_images(folder: Path, count: int, width: int = 500, height: int = 375) -
     return open_images(folder)
 
 
-def make_model(folder: Path) -> tuple[LoadedModel, Target]:
+def make_model(folder: Path, size: int) -> tuple[LoadedModel, Target]:
     """The model and its FP32 graph."""
-    model = load_model(CARD, WeightsChoice(random_seed=0), Recipe())
-    spec = CARD.preprocess(model.recipe)
+    model = load_model(card(size), WeightsChoice(random_seed=0), Recipe())
+    spec = model.card.preprocess(model.recipe)
     passport = Passport(
         kind="graph",
-        model=CARD.name,
+        model=model.card.name,
         precision="fp32",
         weights=model.weights,
         recipe=model.recipe,
         preprocess=spec,
-        input=TensorSpec("image", "float32", ("batch", 3, SIZE, SIZE)),
-        output=TensorSpec("logits", "float32", ("batch", CARD.classes)),
-        classes=CARD.classes,
+        input=TensorSpec("image", "float32", ("batch", 3, size, size)),
+        output=TensorSpec("logits", "float32", ("batch", model.card.classes)),
+        classes=model.card.classes,
     )
-    noise = np.random.default_rng(0).integers(0, 256, (7, SIZE, SIZE, 3), np.uint8)
-    path = folder / "narrow.fp32.onnx"
+    noise = np.random.default_rng(0).integers(0, 256, (7, size, size, 3), np.uint8)
+    path = folder / f"narrow-{size}.fp32.onnx"
     export_graph(model.module, path, passport, Samples(noise, spec))
     return model, Target(path, "graph", read_passport(path))
 
@@ -148,10 +154,10 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def compare(count: int, repeat: int, folder: Path) -> None:
-    """Print the table."""
-    images = make_images(folder / "images", count)
-    model, target = make_model(folder)
+def compare(images: ImageFolder, size: int, repeat: int, folder: Path) -> None:
+    """Print the table of one crop size."""
+    count = len(images.entries)
+    model, target = make_model(folder, size)
     spec = target.passport.preprocess
     cache = CropCache(folder / "cache")
 
@@ -165,8 +171,6 @@ def compare(count: int, repeat: int, folder: Path) -> None:
 
         return run
 
-    # Stamps of files that are younger than two seconds stand for nothing.
-    time.sleep(2.1)
     verify(cache)()
     with ExitStack() as stack:
         ways = {
@@ -179,9 +183,7 @@ def compare(count: int, repeat: int, folder: Path) -> None:
         for _ in range(repeat):
             for name, work in ways.items():
                 rates[name].append(count / seconds(work))
-    size = sum((images.root / e.name).stat().st_size for e in images.entries) / count / 1e3
-    print(f"{count} JPEGs of {size:.0f} kB, {usable_cores()} cores, median of {repeat}")
-    print(f"{'':24}{'images/s':>10}{'x pillow':>10}")
+    print(f"{f'crops of {size} pixels':24}{'images/s':>10}{'x pillow':>10}")
     for name, found in rates.items():
         ratio = statistics.median(a / b for a, b in zip(found, rates["pillow"], strict=True))
         print(f"{name:24}{statistics.median(found):10.0f}{ratio:10.2f}")
@@ -213,7 +215,7 @@ def children() -> list[int]:
 def memory(count: int, folder: Path) -> None:
     """Verify ``count`` small images and print what it took."""
     images = make_images(folder / "images", count, 48, 40)
-    model, target = make_model(folder)
+    model, target = make_model(folder, max(PATCHES))
     largest = [0.0]
     done = threading.Event()
 
@@ -240,8 +242,9 @@ def memory(count: int, folder: Path) -> None:
 def main() -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=3000)
+    parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--size", type=int, choices=PATCHES, help="of the crops; both if left out")
     parser.add_argument("--memory", type=int, metavar="N")
     chosen = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="clipdeploy-bench-"))
@@ -249,7 +252,16 @@ def main() -> None:
         if chosen.memory:
             memory(chosen.memory, folder)
         else:
-            compare(chosen.images, chosen.repeat, folder)
+            images = make_images(folder / "images", chosen.images)
+            # Stamps of files that are younger than two seconds stand for nothing.
+            time.sleep(2.1)
+            size = sum((images.root / e.name).stat().st_size for e in images.entries)
+            print(
+                f"{chosen.images} JPEGs of {size / chosen.images / 1e3:.0f} kB, "
+                f"{usable_cores()} cores, median of {chosen.repeat}"
+            )
+            for size in [chosen.size] if chosen.size else PATCHES:
+                compare(images, size, chosen.repeat, folder)
     finally:
         shutil.rmtree(folder)
 
