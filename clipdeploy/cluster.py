@@ -125,7 +125,7 @@ def shards_on_cluster(
         ClipdeployError: what a shard raised.
     """
     threads = job.threads or _threads()
-    with _connected(cluster.address) as ray:
+    with _connected(cluster.address) as (ray, own):
         plan = Plan.of(ray.nodes(), threads, gpu=job.gpu)
         if not plan.slots:
             raise ClusterError(
@@ -142,7 +142,7 @@ def shards_on_cluster(
                 write_atomic(job.file(shard), content)
                 advance(1)
 
-            _run(ray, job, plan, threads, shards, done)
+            _run(ray, own, job, plan, threads, shards, done)
     yield files
     _remove(files)
 
@@ -197,11 +197,11 @@ def _ray() -> ModuleType:
 
 
 @contextmanager
-def _connected(address: str) -> Iterator[ModuleType]:
-    """Ray, connected; what was started or connected here ends with the block."""
+def _connected(address: str) -> Iterator[tuple[ModuleType, bool]]:
+    """Ray, connected, and whether it was connected here: then that ends with the block."""
     ray = _ray()
     if ray.is_initialized():
-        yield ray
+        yield ray, False
         return
     if address not in (_LOCAL, _AUTO):
         _knock(address)
@@ -209,7 +209,7 @@ def _connected(address: str) -> Iterator[ModuleType]:
     with redirect_stdout(sys.stderr):
         try:
             _connect(ray, address)
-            yield ray
+            yield ray, True
         finally:
             ray.shutdown()
 
@@ -253,6 +253,7 @@ def _knock(address: str) -> None:
 
 def _run(
     ray: ModuleType,
+    own: bool,
     job: ShardJob,
     plan: Plan,
     threads: int,
@@ -280,9 +281,13 @@ def _run(
                     f"no node is left that could do the other {len(pending)} shards",
                     hint="run the same command again on a whole cluster to go on",
                 )
-    finally:
-        for reference in pending:
-            ray.cancel(reference, force=True)
+    except BaseException:
+        # Our own disconnecting ends them.  Cancelling by force what has just ended makes Ray abort
+        # this process.
+        if not own:
+            for reference in pending:
+                ray.cancel(reference)
+        raise
 
 
 def _do_shard(job: ShardJob, shard: Shard, threads: int, folder: Path) -> bytes:

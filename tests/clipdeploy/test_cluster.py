@@ -76,10 +76,11 @@ def on_cluster(address: str, *words: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(what: Callable[[], object], run: subprocess.Popen[str]) -> None:
+def wait_for(what: Callable[[], object], run: subprocess.Popen[str] | None = None) -> None:
+    """Until ``what`` is true; for a run that ends before it is, its errors are shown."""
     deadline = time.monotonic() + PATIENCE
     while not what():
-        assert run.poll() is None, run.communicate()[1]
+        assert run is None or run.poll() is None, run.communicate()[1]
         assert time.monotonic() < deadline, "it never came"
         time.sleep(0.01)
 
@@ -119,6 +120,7 @@ def test_interrupted_then_a_worker_killed(cluster: Cluster, folder: Path) -> Non
     stdout, stderr = first.communicate(timeout=PATIENCE)
     assert (first.returncode, stdout) == (130, ""), stderr
     assert "run the same command again to go on" in stderr
+    wait_for(lambda: not workers_on("verify"))
     kept = shards(folder, "verification")
     assert 1 <= len(kept) < 4
     assert not (folder / "verification.jsonl").exists()
