@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from clipdeploy.benchmark import Benchmark
 
 
-@click.command()
+@click.command(epilog="\b\nclipdeploy benchmark --batch 1,8,32 --plot latency.svg")
 @click.argument("artifacts", nargs=-1, type=click.Path(path_type=Path))
 @model_option
 @click.option(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from clipdeploy.tuning.result import Bisection
 
 
-@click.command()
+@click.command(epilog="\b\nclipdeploy bisect --data IMAGES --plot map.png")
 @click.argument("graph", required=False, type=click.Path(path_type=Path, dir_okay=False))
 @model_option
 @data_option("Images, with labels if drops are to be points of top-1.")

@@ -117,7 +117,12 @@ def _profile(text: str) -> tuple[int, int, int]:
     return numbers[0], numbers[1], numbers[2]
 
 
-@click.command("build-engine")
+@click.command(
+    "build-engine",
+    epilog="\b\n"
+    "clipdeploy build-engine --fp16\n"
+    "clipdeploy build-engine --int8 --data CALIBRATION_IMAGES --profile 1,8,32",
+)
 @model_option
 @click.option("--fp32", "precision", flag_value="fp32", help="Full precision.")
 @click.option(

@@ -13,7 +13,7 @@ from clipdeploy.cli.common import (
 )
 
 
-@click.command()
+@click.command(epilog="\b\nclipdeploy demo")
 @force_option
 @stage_command
 def demo(context: Context, force: bool) -> int:

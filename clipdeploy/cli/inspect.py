@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from clipdeploy.inspection import Inspection
 
 
-@click.command()
+@click.command(epilog="\b\nclipdeploy inspect artifacts/MODEL/MODEL.int8.engine")
 @click.argument("file", type=click.Path(path_type=Path))
 @trust_option
 @stage_command

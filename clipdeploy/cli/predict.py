@@ -9,7 +9,7 @@ import click
 from clipdeploy.cli.common import Context, emit, model_option, stage_command
 
 
-@click.command()
+@click.command(epilog="\b\nclipdeploy predict cat.jpg dog.jpg --top 3")
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @model_option
 @click.option(

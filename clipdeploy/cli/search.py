@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from clipdeploy.tuning.search import SearchResult
 
 
-@click.command()
+@click.command(epilog="\b\nclipdeploy search --data LABELLED_IMAGES --max-drop 0.5 --budget 60")
 @model_option
 @data_option("Labelled images; one part is searched on, the others confirm.")
 @click.option(

@@ -118,7 +118,11 @@ def verify() -> None:
     """Judge artifacts against PyTorch; `verify merge` joins shards."""
 
 
-@verify.command()
+@verify.command(
+    epilog="\b\n"
+    "clipdeploy verify --data IMAGENET_VAL --report verdict.html\n"
+    "clipdeploy verify model.int8.onnx --data IMAGENET_VAL --sequential",
+)
 @click.argument("artifacts", nargs=-1, type=click.Path(path_type=Path))
 @_options
 @stage_command
