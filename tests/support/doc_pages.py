@@ -21,7 +21,10 @@ _HEADING = re.compile(r"^#+ (.+)$", flags=re.MULTILINE)
 
 @dataclass(frozen=True)
 class Block:
-    """A code block; ``runs`` if it is marked so."""
+    """A code block; ``runs`` if it is marked so.
+
+    ``language`` is ``text`` where a fence names none, and empty for an indented block.
+    """
 
     language: str
     text: str
@@ -29,11 +32,14 @@ class Block:
 
     def commands(self) -> Iterator[list[str]]:
         """The words of every line that calls clipdeploy, without its own name."""
+        if self.language not in ("", "sh", "console"):
+            return
         for line in self.text.replace("\\\n", " ").splitlines():
-            line = re.sub(r"[\[\]]", "", line.strip().removeprefix("$ "))
-            if line.startswith("clipdeploy "):
+            line = re.sub(r"[\[\]]|\s+#.*", "", line.strip().removeprefix("$ "))
+            # Two spaces: a row of a table.
+            if line.startswith("clipdeploy ") and "  " not in line:
                 call = re.split(r"\s(?:[|>]|&&|\|\|)\s", line)[0]
-                yield shlex.split(call, comments=True)[1:]
+                yield shlex.split(call)[1:]
 
 
 @dataclass(frozen=True)
@@ -48,9 +54,9 @@ class Page:
         return cls(path, path.read_text(encoding="utf-8"))
 
     def blocks(self) -> list[Block]:
-        """Fenced blocks, then indented ones, which have no language."""
+        """Fenced blocks, then indented ones."""
         fenced = [
-            Block(found[1], found[2], self.text[: found.start()].rstrip().endswith(RUNS))
+            Block(found[1] or "text", found[2], self.text[: found.start()].rstrip().endswith(RUNS))
             for found in _FENCE.finditer(self.text)
         ]
         return fenced + [Block("", found[1], False) for found in _INDENTED.finditer(self.prose())]
