@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 )
 @click.option("--batch", type=int, default=8, show_default=True, help="Images at once, for costs.")
 @click.option("--threads", type=int, default=0, help="ONNX Runtime's; 0: its own choice.")
-@click.option("--fixed-plan", is_flag=True, help="Try no other ranges than --range.")
+@click.option("--fixed-plan", is_flag=True, help="Try no other --range and --strength.")
 @click.option(
     "--cpu", is_flag=True, help="For ONNX Runtime's int8 kernels on a CPU: the rest stays FP32."
 )
