@@ -19,18 +19,19 @@ from clipdeploy.cli.common import (
     stage_command,
     whole_numbers,
 )
+from clipdeploy.cli.params import setting_option
 from clipdeploy.cli.quantize import quantize_config, recipe_options
+from clipdeploy.cli.settings import setting_called
 from exporters.errors import UsageError
 
 if TYPE_CHECKING:
     from clipdeploy.engines.build_config import BuildConfig
 
 _OPTIONS = (
-    click.option(
+    setting_option(
+        "backend",
         "--backend",
-        type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]),
-        default="auto",
-        show_default=True,
+        type=click.Choice(setting_called("backend").kind.choices),
         help="TensorRT flavour.",
     ),
     click.option("--min-batch", type=int, default=1, show_default=True, help="Smallest batch."),
@@ -125,7 +126,12 @@ def _profile(text: str) -> tuple[int, int, int]:
 )
 @click.option("--int8", "precision", flag_value="int8", help="INT8 Linears, the rest FP16.")
 @click.option("--fp16-io", is_flag=True, help="With --fp16: image and logits in half, too.")
-@data_option("Calibration images; with --int8, where none was calibrated yet.", required=False)
+@data_option(
+    "Calibration images; with --int8, where none was calibrated yet.",
+    "calibration",
+    required=False,
+    deferred=True,
+)
 @images_option
 @seed_option
 @skip_unreadable_option
@@ -153,11 +159,19 @@ def build_engine(
     config = build_config(options)
     name = context.model(model)
     from clipdeploy.stages.build import build_model
-    from clipdeploy.stages.calibrate import CalibrateConfig
+    from clipdeploy.stages.calibrate import CalibrateConfig, is_calibrated
     from clipdeploy.stages.quantize import searched_config
     from exporters.precision import Fp16Config
 
     quantize = quantize_config(context, name, options, "fp16")
+    if (
+        data is None
+        and precision == "int8"
+        # A setting fills a gap: it takes no statistics away that somebody collected.
+        and (images is not None or not is_calibrated(context.workspace, name))
+        and (given := context.setting("calibration")) is not None
+    ):
+        data = Path(str(given))
     searched = searched_config(context.workspace, name, quantize)
     if searched is not None and precision == "int8":
         context.note("INT8 as the search chose; --force or other options make it anew")
