@@ -173,7 +173,9 @@ class ModelName(StringParamType):
         ours: list[CompletionItem] = []
         others: list[CompletionItem] = []
         for card in zoo.cards():
-            told = f"{card.image_size} px" + (f", top-1 {card.top1:.2f} %" if card.top1 else "")
+            # No comma: click's script for fish cuts a help text there.
+            top1 = "" if card.top1 is None else f"top-1 {card.top1} % at "
+            told = f"{top1}{card.image_size} px"
             own = {card.name, *(card.aliases[:1] if card.short or card.name == zoo.DEMO else ())}
             for name in (card.name, *card.aliases):
                 if name.startswith(incomplete):

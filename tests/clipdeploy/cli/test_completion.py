@@ -97,7 +97,7 @@ def test_names_of_other_projects_come_where_only_they_fit() -> None:
 def test_zsh_and_fish_tell_the_accuracy() -> None:
     asked = {COMPLETE_VARIABLE: "zsh_complete", "COMP_WORDS": "clipdeploy export --model demo"}
     told = CliRunner(env={**asked, "COMP_CWORD": "3"}).invoke(main, [], prog_name="clipdeploy")
-    assert told.stdout.split("\n")[:3] == ["plain", "demo", "32 px, top-1 99.40 %"]
+    assert told.stdout.split("\n")[:3] == ["plain", "demo", "top-1 99.4 % at 32 px"]
 
 
 def test_artifacts_of_the_workspace_come_first(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_real_bash_completes(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("on_the_path")
 def test_a_real_fish_completes(tmp_path: Path) -> None:
     code = 'clipdeploy completion fish | source\ncomplete -C "clipdeploy export --model clip-vit-d"'
-    assert in_shell("fish", code, tmp_path) == [f"{zoo.DEMO}\t32 px, top-1 99.40 %"]
+    assert in_shell("fish", code, tmp_path) == [f"{zoo.DEMO}\ttop-1 99.4 % at 32 px"]
 
 
 @pytest.mark.usefixtures("on_the_path")
