@@ -19,7 +19,7 @@ from clipdeploy.cli.common import (
     stage_command,
     whole_numbers,
 )
-from clipdeploy.cli.params import setting_option
+from clipdeploy.cli.params import how_to_give, setting_option
 from clipdeploy.cli.quantize import quantize_config, recipe_options
 from clipdeploy.cli.settings import setting_called
 from exporters.errors import UsageError
@@ -118,6 +118,24 @@ def _profile(text: str) -> tuple[int, int, int]:
     return numbers[0], numbers[1], numbers[2]
 
 
+def _calibration_images(context: Context, model: str, images: int | None) -> Path | None:
+    """The setting's images where they fill a gap: nothing is calibrated, or ``images`` are asked.
+
+    A setting takes no statistics away that somebody collected.
+    """
+    from clipdeploy.stages.calibrate import is_calibrated
+
+    if images is None and is_calibrated(context.workspace, model):
+        return None
+    given = context.setting("calibration")
+    if given is None and not context.workspace.calibration(model).exists():
+        raise UsageError(
+            f"{model} has not been calibrated in {context.workspace.root}",
+            hint=f"give {how_to_give('--data', 'calibration')}",
+        )
+    return None if given is None else Path(str(given))
+
+
 @click.command("build-engine")
 @model_option
 @click.option("--fp32", "precision", flag_value="fp32", help="Full precision.")
@@ -159,19 +177,13 @@ def build_engine(
     config = build_config(options)
     name = context.model(model)
     from clipdeploy.stages.build import build_model
-    from clipdeploy.stages.calibrate import CalibrateConfig, is_calibrated
+    from clipdeploy.stages.calibrate import CalibrateConfig
     from clipdeploy.stages.quantize import searched_config
     from exporters.precision import Fp16Config
 
     quantize = quantize_config(context, name, options, "fp16")
-    if (
-        data is None
-        and precision == "int8"
-        # A setting fills a gap: it takes no statistics away that somebody collected.
-        and (images is not None or not is_calibrated(context.workspace, name))
-        and (given := context.setting("calibration")) is not None
-    ):
-        data = Path(str(given))
+    if data is None and precision == "int8":
+        data = _calibration_images(context, name, images)
     searched = searched_config(context.workspace, name, quantize)
     if searched is not None and precision == "int8":
         context.note("INT8 as the search chose; --force or other options make it anew")

@@ -149,8 +149,11 @@ class RichProgress:
 
 
 def _tell_settings(context: Context, ctx: click.Context) -> None:
-    """Say which options a setting gave: what was judged has to be seen where it is judged."""
-    told = [f"{option} ({found.origin})" for option, found in fed_values(ctx)]
+    """Say which options a setting gave: what a verdict rests on has to be seen beside it.
+
+    The workspace is not told: it begins the paths that are shown.
+    """
+    told = fed_values(ctx, but="workspace")
     if told and ctx.invoked_subcommand is None:
         context.note(f"settings: {', '.join(told)}")
 

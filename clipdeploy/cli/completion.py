@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
 import click
-from click.shell_completion import get_completion_class
 
 __all__ = ["COMPLETE_VARIABLE", "SHELLS", "completion"]
 
@@ -30,6 +27,10 @@ def completion(ctx: click.Context, shell: str, as_json: bool) -> None:
 
     It takes effect in the next shell. In zsh the line has to come after compinit.
     """
+    import json
+
+    from click.shell_completion import get_completion_class
+
     # Without the settings: a broken clipdeploy.toml must not disturb a shell that starts.
     made = get_completion_class(shell)
     if made is None:

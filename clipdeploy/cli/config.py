@@ -23,7 +23,6 @@ from clipdeploy.cli.settings import (
     strangers,
 )
 from exporters.errors import UsageError
-from exporters.files import write_atomic
 
 __all__ = ["ConfigRow", "Configuration", "config", "template"]
 
@@ -118,6 +117,8 @@ def _doubts(settings: Settings) -> list[str]:
 
 
 def _write_template(path: Path) -> Path:
+    from exporters.files import write_atomic
+
     if os.path.lexists(path):
         raise UsageError(f"{path} is there already", hint="change it, or move it away first")
     write_atomic(path, template().encode())

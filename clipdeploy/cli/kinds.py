@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,6 +76,8 @@ class Kind:
 def as_toml(value: object) -> str:
     """A value as a line of TOML would have it."""
     if isinstance(value, str | Path):
+        import json
+
         return json.dumps(str(value), ensure_ascii=False)
     if isinstance(value, bool):
         return str(value).lower()

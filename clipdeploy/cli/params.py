@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
-from click.shell_completion import CompletionItem
 from click.types import StringParamType
 
 from clipdeploy.cli.kinds import Value, as_toml
-from clipdeploy.cli.settings import CONFIG_FILE, Found, Settings, load_settings, setting_called
+from clipdeploy.cli.settings import CONFIG_FILE, Settings, load_settings, setting_called
 from exporters.errors import FileError, UsageError
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 __all__ = [
     "ArtifactPath",
@@ -139,13 +141,14 @@ def typed_values(ctx: click.Context) -> dict[str, Value]:
     }
 
 
-def fed_values(ctx: click.Context) -> list[tuple[str, Found]]:
-    """Which options a setting gave, as one would type them, and where it came from."""
+def fed_values(ctx: click.Context, *, but: str) -> list[str]:
+    """Which options a setting gave, all ``but`` one, as one would type them, and from where."""
     fed = []
     for name, param in _setting_options(ctx):
-        if ctx.get_parameter_source(name) is ParameterSource.ENVIRONMENT:
+        given = ctx.get_parameter_source(name) is ParameterSource.ENVIRONMENT
+        if given and param.setting.name != but:
             found = current_settings(ctx).given[param.setting.name]
-            fed.append((_typed(param, found.value), found))
+            fed.append(f"{_typed(param, found.value)} ({found.origin})")
     return fed
 
 
@@ -168,6 +171,8 @@ class ModelName(StringParamType):
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
         """Full and short names; the names of timm and mmpretrain where only those begin so."""
+        from click.shell_completion import CompletionItem
+
         from clipdeploy import zoo
 
         ours: list[CompletionItem] = []
@@ -193,6 +198,8 @@ class ArtifactPath(click.Path):
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
         """The artifacts whose path begins so, else what click completes for a file."""
+        from click.shell_completion import CompletionItem
+
         workspace = ctx.params.get("workspace")
         found = [] if workspace is None else sorted(Path(workspace).glob("*/*"))
         names = [str(path) for path in found if path.suffix in _ARTIFACTS]

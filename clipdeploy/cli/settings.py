@@ -7,13 +7,13 @@ environment, the environment the file, the file the default.
 The file is looked for in the working folder and nowhere else, so that a command means the same
 whoever gives it there; ``$CLIPDEPLOY_CONFIG`` names another one.  The Python API reads no settings
 but the environment variables that it documents.
+
+Every ``--help`` imports this file, and so what only reading needs is imported there.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +22,6 @@ from typing import Literal
 
 from clipdeploy.cli.kinds import FLAG, FOLDER, IMAGES, MODEL, URL, Kind, Value, choice, number
 from exporters.errors import UsageError
-from exporters.files import file_errors
 
 __all__ = [
     "CONFIG_FILE",
@@ -260,6 +259,10 @@ def _from_file(path: Path) -> dict[str, Found]:
 
 
 def _read(path: Path) -> dict[str, object]:
+    import tomllib
+
+    from exporters.files import file_errors
+
     with file_errors("read", path):
         data = path.read_bytes()
     try:
@@ -272,6 +275,8 @@ def _read(path: Path) -> dict[str, object]:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint: the known name that is spelled most like ``name``, else all of them."""
+    import difflib
+
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1)
     return f"nearest: {near[0]}" if near else f"there are {', '.join(names)}"

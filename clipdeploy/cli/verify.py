@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.shell_completion import CompletionItem
 
 from clipdeploy.cli.common import (
     EXIT_VERIFICATION,
@@ -30,6 +29,7 @@ from clipdeploy.cli.params import ArtifactPath, setting_option
 from exporters.errors import UsageError
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
     from rich.console import Group
 
     from clipdeploy.imaging.layouts import LayoutName
@@ -125,6 +125,8 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
 def _artifact_or_merge(
     ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
+    from click.shell_completion import CompletionItem
+
     # The group hands on to `run` what is no command of its own, and so all that is incomplete.
     if incomplete and not ctx.params.get("artifacts") and "merge".startswith(incomplete):
         return [CompletionItem("merge")]

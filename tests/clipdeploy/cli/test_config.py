@@ -167,6 +167,10 @@ def test_a_setting_fills_a_gap_and_replaces_no_calibration(folder: Path, artifac
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
     few_digits(CALIBRATION, folder / "digits")
     build = ("build-engine", "--int8", "--range", "minmax")
+    without = run(*build, "--model", "demo")
+    assert without.exit_code == 2
+    for way in ("has not been calibrated", "--data", "CLIPDEPLOY_CALIBRATION", CONFIG_FILE):
+        assert way in without.stderr
     write('model = "demo"', 'calibration = "digits"', 'backend = "tensorrt-rtx"')
     built = run(*build)
     assert built.exit_code == 0, built.output
