@@ -131,7 +131,7 @@ def _calibration_images(context: Context, model: str, images: int | None) -> Pat
     if given is None and not context.workspace.calibration(model).exists():
         raise UsageError(
             f"{model} has not been calibrated in {context.workspace.root}",
-            hint=f"give {how_to_give('--data', 'calibration')}",
+            hint=f"give {how_to_give('--data CALIBRATION_IMAGES', 'calibration')}",
         )
     return None if given is None else Path(str(given))
 

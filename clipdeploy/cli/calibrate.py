@@ -71,7 +71,8 @@ def calibrate(
     if click.get_current_context().invoked_subcommand is not None:
         return
     if data is None:
-        raise UsageError("no images", hint=f"give {how_to_give('--data', 'calibration')}")
+        way = "clipdeploy calibrate --data CALIBRATION_IMAGES"
+        raise UsageError("no images", hint=how_to_give(way, "calibration"))
     name = context.model(model)
     from clipdeploy.stages.calibrate import CalibrateConfig, calibrate_model
 

@@ -123,11 +123,11 @@ def setting_option(setting: str, *names: str, **attrs: Any) -> Callable[[F], F]:
     return click.option(*names, cls=SettingOption, setting=setting, **attrs)
 
 
-def how_to_give(option: str, setting: str) -> str:
-    """The three ways to give a setting, for the end of an error."""
+def how_to_give(way: str, setting: str) -> str:
+    """The three ways to give a setting, for the end of an error; ``way`` is the command line's."""
     row = setting_called(setting)
     return (
-        f"{option}, or once for all commands {row.variable} in the environment or "
+        f"{way}, or once for all commands {row.variable} in the environment or "
         f"{row.name} = {as_toml(row.example)} in {CONFIG_FILE}"
     )
 

@@ -266,7 +266,7 @@ def _read(path: Path) -> dict[str, object]:
     with file_errors("read", path):
         data = path.read_bytes()
     try:
-        return tomllib.loads(data.decode())
+        return tomllib.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UsageError(
             f"{path} is no TOML: {error}", hint='a line is NAME = VALUE, texts in quotes: "..."'

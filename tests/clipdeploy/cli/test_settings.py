@@ -257,6 +257,11 @@ def test_a_file_that_is_not_utf8(folder: Path) -> None:
     refused(run("zoo", "list"), 2, "clipdeploy.toml is no TOML")
 
 
+def test_a_byte_order_mark_of_an_editor_is_no_matter(folder: Path) -> None:
+    (folder / CONFIG_FILE).write_text("max_drop = 0.5", encoding="utf-8-sig")
+    assert load_settings().given["max_drop"].value == 0.5
+
+
 def test_help_and_completion_do_not_read_a_broken_file() -> None:
     write("max_drop =")
     for words in (("--help",), ("verify", "run", "--help"), ("--version",), ("completion", "zsh")):
