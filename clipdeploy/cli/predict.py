@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from clipdeploy.cli.common import Context, emit, model_option, stage_command
+from clipdeploy.cli.params import ArtifactPath
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 @model_option
 @click.option(
     "--artifact",
-    type=click.Path(path_type=Path),
+    type=ArtifactPath(),
     help="A graph or an engine; the fastest one of the model that runs here if left out.",
 )
 @click.option(
