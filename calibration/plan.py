@@ -39,6 +39,8 @@ __all__ = [
 class PlanConfig:
     """How ranges are found, and which corrections are made; each can be switched off.
 
+    ``strength``: the smoothing's t for all Linears, from 0 (weights alone decide) to 1 (activations
+    alone), None for each Linear's own with the least expected error.
     ``shift_gelu`` belongs to the ``auto`` range: it searches fc2's levels to both sides at once,
     where the other methods name one range and mean it.
     """
@@ -48,6 +50,13 @@ class PlanConfig:
     shift_gelu: bool = True
     clip_weights: bool = True
     correct_bias: bool = True
+    strength: float | None = None
+
+    @property
+    def label(self) -> str:
+        """What sets the plans that a search tries apart."""
+        strength = "" if self.strength is None else f", strength {self.strength:g}"
+        return f"{self.range_method}{strength}"
 
     @property
     def shifts_gelu(self) -> bool:
@@ -59,6 +68,13 @@ class PlanConfig:
             raise UsageError(
                 f"no range method {self.range_method!r}",
                 hint=f"one of {', '.join(RANGE_METHODS)}",
+            )
+        if self.strength is not None and not 0 <= self.strength <= 1:
+            raise UsageError(f"a smoothing strength of {self.strength}", hint="0 to 1")
+        if self.strength is not None and not self.smooth:
+            raise UsageError(
+                f"a smoothing strength of {self.strength} without smoothing",
+                hint="leave one of the two out",
             )
 
 
@@ -92,12 +108,14 @@ def _weight(site: LinearSite) -> NDArray[np.float32]:
 
 
 def fold_all(
-    sites: Sequence[LinearSite], statistics: Mapping[str, ChannelStatistics]
+    sites: Sequence[LinearSite],
+    statistics: Mapping[str, ChannelStatistics],
+    strength: float | None = None,
 ) -> dict[str, Folding]:
     """Search and write the folding of every Linear in ``statistics`` that can have one.
 
     The model stays the same.  ``sites`` are all its Linears: proj is folded into qkv also where
-    qkv itself is left alone.
+    qkv itself is left alone.  ``strength`` is :class:`PlanConfig`'s.
 
     proj before qkv, because its folding changes the columns of V in qkv's weight.
     """
@@ -107,7 +125,8 @@ def fold_all(
         source = find_source(site, by_name) if site.bias is not None else None
         if source is None or site.name not in statistics:
             continue
-        folding = search_folding(Distribution.of(statistics[site.name]), _weight(site))
+        values = Distribution.of(statistics[site.name])
+        folding = search_folding(values, _weight(site), strength)
         fold(site, source, folding)
         foldings[site.name] = folding
     return foldings

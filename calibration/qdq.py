@@ -89,7 +89,12 @@ class QuantizedGraph(Shown):
         return Group(self.artifact, Text(""), self.placement)
 
 
-def smooth(model: ir.Model, table: CalibrationTable, chosen: frozenset[str]) -> dict[str, Folding]:
+def smooth(
+    model: ir.Model,
+    table: CalibrationTable,
+    chosen: frozenset[str],
+    strength: float | None = None,
+) -> dict[str, Folding]:
     """Fold the activation outliers of the chosen Linears into ``model``; its function stays.
 
     Raises:
@@ -97,7 +102,7 @@ def smooth(model: ir.Model, table: CalibrationTable, chosen: frozenset[str]) -> 
     """
     sites = find_linears(model)
     statistics = {site.name: table.of(site.name) for site in sites if site.name in chosen}
-    return fold_all(sites, statistics)
+    return fold_all(sites, statistics, strength)
 
 
 def _write_linears(
@@ -159,7 +164,8 @@ def _write_patch(writer: QdqWriter, node: ir.Node, spec: Preprocess) -> None:
 def _write(
     model: ir.Model, table: CalibrationTable, chosen: frozenset[str], config: QuantizeConfig
 ) -> None:
-    foldings = smooth(model, table, chosen) if config.plan.smooth else {}
+    plan = config.plan
+    foldings = smooth(model, table, chosen, plan.strength) if plan.smooth else {}
     writer = QdqWriter(model.graph, unsigned=config.remainder == "fp32")
     sites = [site for site in find_linears(model) if site.name in chosen]
     products = find_products(model)

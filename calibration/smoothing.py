@@ -80,8 +80,13 @@ def _expected_error(
     return _INPUT_SHARE * activations + weights
 
 
-def search_folding(values: Distribution, weight: NDArray[np.float32]) -> Folding:
-    """The shift and scale of a Linear's input, from its statistics and its weight (C, Cout)."""
+def search_folding(
+    values: Distribution, weight: NDArray[np.float32], strength: float | None = None
+) -> Folding:
+    """The shift and scale of a Linear's input, from its statistics and its weight (C, Cout).
+
+    ``strength``: t, None for the one with the least expected error.
+    """
     shift = (values.smallest + values.largest) / 2
     spread = (values.largest - values.smallest) / 2
     spread = np.maximum(spread, max(float(spread.max()) * _NARROWEST, 1e-12))
@@ -94,12 +99,16 @@ def search_folding(values: Distribution, weight: NDArray[np.float32]) -> Folding
     def error(scale: F64) -> float:
         return _expected_error(spread, variance, squares, magnitudes, scale)
 
-    best, least = Folding(shift, np.ones_like(shift)), error(np.ones_like(shift))
-    for strength in _STRENGTHS:
+    def folding(strength: float) -> Folding:
         scale = spread**strength / top ** (1 - strength)
-        scale /= np.exp(np.log(scale).mean())
-        if (found := error(scale)) < least:
-            best, least = Folding(shift, scale, float(strength)), found
+        return Folding(shift, scale / np.exp(np.log(scale).mean()), strength)
+
+    if strength is not None:
+        return folding(strength)
+    best, least = Folding(shift, np.ones_like(shift)), error(np.ones_like(shift))
+    for candidate in map(folding, _STRENGTHS.tolist()):
+        if (found := error(candidate.scale)) < least:
+            best, least = candidate, found
     return best
 
 

@@ -20,6 +20,7 @@ __all__ = ["HUB_PREFIX", "cached_file", "fetch", "fetch_hub", "is_at_hand"]
 
 OFFLINE_VARIABLE = "CLIPDEPLOY_OFFLINE"
 MIRROR_VARIABLE = "CLIPDEPLOY_MIRROR"
+_OFF = ("", "0", "false", "no", "off")
 HUB_PREFIX = "hf://"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 # Seconds without a byte after which a server counts as gone.
@@ -48,7 +49,8 @@ def _stall_timeout(seconds: float) -> Iterator[None]:
 
 
 def _is_offline(asked: bool) -> bool:
-    return asked or bool(os.environ.get(OFFLINE_VARIABLE))
+    # Whatever is not plainly a no forbids downloads.
+    return asked or os.environ.get(OFFLINE_VARIABLE, "").lower() not in _OFF
 
 
 def address(card: ModelCard) -> str:

@@ -75,12 +75,14 @@ def _cell(text: str) -> str:
 def _prose(text: str) -> str:
     r"""Help as Markdown: paragraphs; what follows a ``\b`` keeps its lines."""
     blocks = re.split(r"\n\s*\n", inspect.cleandoc(text).replace("\f", ""))
-    return "\n\n".join(
-        "```sh\n" + block.removeprefix("\b").strip("\n") + "\n```"
-        if block.startswith("\b")
-        else re.sub(r"(?<![\w`-])(--[a-z][a-z0-9-]*)", r"`\1`", block)
-        for block in blocks
-    )
+    return "\n\n".join(map(_block, blocks))
+
+
+def _block(text: str) -> str:
+    if not text.startswith("\b"):
+        return re.sub(r"(?<![\w`-])(--[a-z][a-z0-9-]*)", r"`\1`", text)
+    lines = text.removeprefix("\b").strip("\n")
+    return f"```{'sh' if lines.startswith('clipdeploy ') else ''}\n{lines}\n```"
 
 
 def _section(name: str, command: click.Command, common: set[tuple[str, str]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from clipdeploy import zoo
+from clipdeploy.cli.settings import SETTINGS
 from clipdeploy.imaging import iter_crops, open_images, select
 from clipdeploy.model import LoadedModel, WeightsChoice, load_model
 from clipdeploy.pipeline import calibrate_model, convert_model, export_model, quantize_model
@@ -21,7 +23,10 @@ from exporters.samples import normalise
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No test reaches a server by mistake, and none touches the user's cache."""
+    """No test reaches a server by mistake, none has the user's settings or touches the cache."""
+    for setting in SETTINGS:
+        monkeypatch.delenv(setting.variable, raising=False)
+    monkeypatch.setenv("CLIPDEPLOY_CONFIG", os.devnull)
     monkeypatch.setenv("CLIPDEPLOY_OFFLINE", "1")
     monkeypatch.setenv("CLIPDEPLOY_HOME", str(tmp_path / "home"))
 

@@ -90,14 +90,17 @@ ANY_OPTION = {name for command in leaves() for name in option_names(command)}
 def strangers(span: str) -> set[str]:
     """The options in a span that the command it names, or any command if it names none, lacks."""
     words = span.removeprefix("clipdeploy ").split()
-    asked = {word.partition("=")[0].rstrip(",") for word in words if word.startswith("--")}
+    asked = set(re.findall(r"(?<!\S)--[a-z][\w-]*|(?<=/)--[a-z][\w-]*", span))
     if words[0] in main.commands:
         return asked - option_names(find_command(words)[0])
     return asked - ANY_OPTION if words[0].startswith("--") else set()
 
 
 @every_page
-def test_commands_of_a_page_are_understood(path: Path) -> None:
+def test_commands_of_a_page_are_understood(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if path.name == "configuration.md":
+        # It shows what a setting makes of the commands.
+        monkeypatch.setenv("CLIPDEPLOY_VALIDATION", "images")
     page = Page.read(path)
     for block in page.blocks():
         for words in block.commands():
@@ -140,6 +143,7 @@ def test_a_wrong_line_is_caught(line: str) -> None:
         ("quantize --max-drop", {"--max-drop"}),
         ("--max-drop", set()),
         ("--no-such-option", {"--no-such-option"}),
+        ("export --offline/--no-ofline", {"--no-ofline"}),
         ("verify merge --report", set()),
         ("pip install --force-reinstall torch", set()),
     ],
@@ -331,6 +335,11 @@ def test_python_examples_run_and_show_tables(
 def test_a_python_example_that_fails_is_caught() -> None:
     with pytest.raises(NameError):
         execute([Block("python", "a = 1", False), Block("python", "a + nosuchname", False)])
+
+
+def test_every_command_is_in_the_python_page() -> None:
+    spans = {span.partition(" ")[0] for span in Page.read(DOCS / "python.md").spans()}
+    assert set(main.commands) - spans == set()
 
 
 def test_every_name_of_the_python_api_is_in_its_page() -> None:

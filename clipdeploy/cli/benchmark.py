@@ -16,6 +16,7 @@ from clipdeploy.cli.common import (
     trust_option,
     whole_numbers,
 )
+from clipdeploy.cli.params import ArtifactPath
 from exporters.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog="\b\nclipdeploy benchmark --batch 1,8,32 --plot latency.svg")
-@click.argument("artifacts", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("artifacts", nargs=-1, type=ArtifactPath())
 @model_option
 @click.option(
     "--batch", default="1,8,32", show_default=True, help="Images at once; several with commas."

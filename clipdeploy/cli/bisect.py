@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from clipdeploy.cli.common import Context, data_option, emit, model_option, stage_command
+from clipdeploy.cli.params import ArtifactPath
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog="\b\nclipdeploy bisect --data IMAGES --plot map.png")
-@click.argument("graph", required=False, type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("graph", required=False, type=ArtifactPath(dir_okay=False))
 @model_option
-@data_option("Images, with labels if drops are to be points of top-1.")
+@data_option("Images, with labels if drops are to be points of top-1.", "validation")
 @click.option("--images", type=int, help="How many of them.  [default: up to 64]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Draws them.")
 @click.option("--batch", type=int, default=8, show_default=True, help="Images at once.")

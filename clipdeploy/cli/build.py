@@ -19,18 +19,19 @@ from clipdeploy.cli.common import (
     stage_command,
     whole_numbers,
 )
+from clipdeploy.cli.params import how_to_give, setting_option
 from clipdeploy.cli.quantize import quantize_config, recipe_options
+from clipdeploy.cli.settings import setting_called
 from exporters.errors import UsageError
 
 if TYPE_CHECKING:
     from clipdeploy.engines.build_config import BuildConfig
 
 _OPTIONS = (
-    click.option(
+    setting_option(
+        "backend",
         "--backend",
-        type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]),
-        default="auto",
-        show_default=True,
+        type=click.Choice(setting_called("backend").kind.choices),
         help="TensorRT flavour.",
     ),
     click.option("--min-batch", type=int, default=1, show_default=True, help="Smallest batch."),
@@ -117,6 +118,24 @@ def _profile(text: str) -> tuple[int, int, int]:
     return numbers[0], numbers[1], numbers[2]
 
 
+def _calibration_images(context: Context, model: str, images: int | None) -> Path | None:
+    """The setting's images where they fill a gap: nothing is calibrated, or ``images`` are asked.
+
+    A setting takes no statistics away that somebody collected.
+    """
+    from clipdeploy.stages.calibrate import is_calibrated
+
+    if images is None and is_calibrated(context.workspace, model):
+        return None
+    given = context.setting("calibration")
+    if given is None and not context.workspace.calibration(model).exists():
+        raise UsageError(
+            f"{model} has not been calibrated in {context.workspace.root}",
+            hint=f"give {how_to_give('--data CALIBRATION_IMAGES', 'calibration')}",
+        )
+    return None if given is None else Path(str(given))
+
+
 @click.command(
     "build-engine",
     epilog="\b\n"
@@ -130,7 +149,12 @@ def _profile(text: str) -> tuple[int, int, int]:
 )
 @click.option("--int8", "precision", flag_value="int8", help="INT8 Linears, the rest FP16.")
 @click.option("--fp16-io", is_flag=True, help="With --fp16: image and logits in half, too.")
-@data_option("Calibration images; with --int8, where none was calibrated yet.", required=False)
+@data_option(
+    "Calibration images; with --int8, where none was calibrated yet.",
+    "calibration",
+    required=False,
+    deferred=True,
+)
 @images_option
 @seed_option
 @skip_unreadable_option
@@ -163,6 +187,8 @@ def build_engine(
     from exporters.precision import Fp16Config
 
     quantize = quantize_config(context, name, options, "fp16")
+    if data is None and precision == "int8":
+        data = _calibration_images(context, name, images)
     searched = searched_config(context.workspace, name, quantize)
     if searched is not None and precision == "int8":
         context.note("INT8 as the search chose; --force or other options make it anew")

@@ -21,6 +21,7 @@ from clipdeploy.cli.common import (
     stage_command,
     threads_option,
 )
+from clipdeploy.cli.params import how_to_give
 from exporters.errors import UsageError
 
 if TYPE_CHECKING:
@@ -42,7 +43,9 @@ seed_option = click.option(
 )
 @model_option
 @data_option(
-    "Folder or zip of calibration images; never the ones verification will use.", required=False
+    "Folder or zip of calibration images; never the ones verification will use.",
+    "calibration",
+    required=False,
 )
 @images_option
 @seed_option
@@ -71,7 +74,8 @@ def calibrate(
     if click.get_current_context().invoked_subcommand is not None:
         return
     if data is None:
-        raise UsageError("no images", hint="clipdeploy calibrate --data CALIBRATION_IMAGES")
+        way = "clipdeploy calibrate --data CALIBRATION_IMAGES"
+        raise UsageError("no images", hint=how_to_give(way, "calibration"))
     name = context.model(model)
     from clipdeploy.stages.calibrate import CalibrateConfig, calibrate_model
 

@@ -16,12 +16,21 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from clipdeploy.cli.params import (
+    ModelName,
+    current_settings,
+    fed_values,
+    setting_option,
+    typed_values,
+)
 from exporters.errors import ClipdeployError, UsageError
 from exporters.progress import SILENT
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from clipdeploy.cli.kinds import Value
+    from clipdeploy.cli.settings import Settings
     from clipdeploy.cluster import ClusterConfig
     from clipdeploy.workspace import Workspace
     from exporters.progress import Progress
@@ -53,7 +62,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Context:
     """What a command knows beside its own options."""
 
-    def __init__(self, workspace: Path, *, as_json: bool, quiet: bool, debug: bool) -> None:
+    def __init__(
+        self,
+        click_context: click.Context,
+        workspace: Path,
+        *,
+        as_json: bool,
+        quiet: bool,
+        debug: bool,
+    ) -> None:
+        self._click = click_context
         self._root = workspace
         self.as_json = as_json
         self.quiet = quiet
@@ -76,12 +94,25 @@ class Context:
         if not self.quiet:
             click.echo(text, err=True)
 
+    @property
+    def settings(self) -> Settings:
+        """What the environment and ``clipdeploy.toml`` say."""
+        return current_settings(self._click)
+
+    def setting(self, name: str) -> Value | None:
+        """What a setting gives to a ``deferred`` option, which is said; None if nobody gave it."""
+        found = self.settings.given.get(name)
+        if found is None:
+            return None
+        self.note(f"{name}: {found.value} ({found.origin})")
+        return found.value
+
     def model(self, name: str | None) -> str:
-        """The model asked for, else the workspace's last one, which is said."""
+        """The model asked for, else the settings' or the workspace's last one, which is said."""
         from clipdeploy import zoo
 
-        if name:
-            return zoo.find(name).name
+        if chosen := name or self.setting("model"):
+            return zoo.find(str(chosen)).name
         last = self.workspace.last_model()
         self.note(f"model: {last} (the last one of {self._root})")
         return last
@@ -117,6 +148,16 @@ class RichProgress:
             bars.update(task, total=total or 1, completed=total or 1)
 
 
+def _tell_settings(context: Context, ctx: click.Context) -> None:
+    """Say which options a setting gave: what a verdict rests on has to be seen beside it.
+
+    The workspace is not told: it begins the paths that are shown.
+    """
+    told = fed_values(ctx, but="workspace")
+    if told and ctx.invoked_subcommand is None:
+        context.note(f"settings: {', '.join(told)}")
+
+
 def _fail(error: ClipdeployError, *, debug: bool) -> int:
     if debug:
         raise error
@@ -124,16 +165,18 @@ def _fail(error: ClipdeployError, *, debug: bool) -> int:
     return error.exit_code
 
 
+workspace_option = setting_option(
+    "workspace",
+    "--workspace",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of the artifacts.",
+)
+
+
 def stage_command(function: F) -> F:
     """Add the shared options to a command and turn its errors into one line and an exit code."""
 
-    @click.option(
-        "--workspace",
-        type=click.Path(path_type=Path, file_okay=False),
-        default=Path("artifacts"),
-        show_default=True,
-        help="Folder of the artifacts.",
-    )
+    @workspace_option
     @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
     @click.option("--quiet", is_flag=True, help="No progress and no notes.")
     @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -141,13 +184,16 @@ def stage_command(function: F) -> F:
     def command(
         *args: Any, workspace: Path, as_json: bool, quiet: bool, debug: bool, **options: Any
     ) -> None:
-        context = Context(workspace, as_json=as_json, quiet=quiet, debug=debug)
+        ctx = click.get_current_context()
+        context = Context(ctx, workspace, as_json=as_json, quiet=quiet, debug=debug)
         if debug:
             # TensorRT's messages come through Python's loggers.
             logging.basicConfig(format="%(message)s")
             logging.getLogger().handlers[0].setLevel(logging.WARNING)
         try:
-            status = function(context, *args, **options)
+            with context.settings.in_environment(typed_values(ctx)):
+                _tell_settings(context, ctx)
+                status = function(context, *args, **options)
         except ClipdeployError as error:
             status = _fail(error, debug=debug)
         except KeyboardInterrupt:
@@ -179,7 +225,14 @@ def emit(context: Context, result: object, render: Callable[[], RenderableType])
     Console().print(shown)
 
 
-model_option = click.option("--model", help="Model name or alias; the last one if left out.")
+model_option = setting_option(
+    "model",
+    "--model",
+    # Looked up by Context.model: beside files, a setting is no contradiction.
+    deferred=True,
+    type=ModelName(),
+    help="Model name or alias; the last one if left out.",
+)
 force_option = click.option("--force", is_flag=True, help="Do it again even if nothing changed.")
 skip_unreadable_option = click.option(
     "--skip-unreadable", is_flag=True, help="Leave out images that cannot be read, and name them."
@@ -267,6 +320,15 @@ def whole_numbers(text: str, option: str, wanted: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def data_option(text: str, *, required: bool = True) -> Callable[[F], F]:
-    """``--data``, a folder or zip of images."""
-    return click.option("--data", type=click.Path(path_type=Path), required=required, help=text)
+def data_option(
+    text: str, setting: str, *, required: bool = True, deferred: bool = False
+) -> Callable[[F], F]:
+    """``--data``, a folder or zip of images, which a setting gives where nobody types it."""
+    return setting_option(
+        setting,
+        "--data",
+        deferred=deferred,
+        type=click.Path(path_type=Path),
+        required=required,
+        help=text,
+    )

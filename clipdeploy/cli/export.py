@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from clipdeploy.cli.common import Context, emit, force_option, model_option, stage_command
+from clipdeploy.cli.params import setting_option
 from exporters.errors import UsageError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def _weights(origin: WeightsOrigin) -> str:
 @click.option(
     "--preprocess", is_flag=True, help="Take uint8 (B, S, S, 3): normalisation in the graph."
 )
-@click.option("--offline", is_flag=True, help="Download nothing.")
+@setting_option("offline", "--offline/--no-offline", help="Download nothing.")
 @force_option
 @stage_command
 def export(

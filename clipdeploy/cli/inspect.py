@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from clipdeploy.cli.common import Context, emit, stage_command, trust_option
+from clipdeploy.cli.params import ArtifactPath
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog="\b\nclipdeploy inspect artifacts/MODEL/MODEL.int8.engine")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=ArtifactPath())
 @trust_option
 @stage_command
 def inspect(context: Context, file: Path, trust: bool) -> None:

@@ -9,6 +9,8 @@ from clipdeploy.cli.benchmark import benchmark
 from clipdeploy.cli.bisect import bisect
 from clipdeploy.cli.build import build_engine
 from clipdeploy.cli.calibrate import calibrate
+from clipdeploy.cli.completion import completion
+from clipdeploy.cli.config import config
 from clipdeploy.cli.demo import demo
 from clipdeploy.cli.doctor import doctor
 from clipdeploy.cli.export import export
@@ -52,5 +54,7 @@ for command in (
     package,
     doctor,
     demo,
+    config,
+    completion,
 ):
     main.add_command(command)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clipdeploy.cli.common import Context, emit, model_option, stage_command
+from clipdeploy.cli.params import ArtifactPath
 from exporters.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
     "clipdeploy package --triton models\n"
     "clipdeploy package --cpp classify artifacts/MODEL/MODEL.fp16.onnx",
 )
-@click.argument("artifact", required=False, type=click.Path(path_type=Path))
+@click.argument("artifact", required=False, type=ArtifactPath())
 @click.option("--triton", metavar="DIR", type=_FOLDER, help="Model repository of a Triton server.")
 @click.option("--cpp", metavar="DIR", type=_FOLDER, help="C++ program with a CMakeLists.txt.")
 @model_option

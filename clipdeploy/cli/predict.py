@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from clipdeploy.cli.common import Context, emit, model_option, stage_command
+from clipdeploy.cli.params import ArtifactPath
 
 
 @click.command(epilog="\b\nclipdeploy predict cat.jpg dog.jpg --top 3")
@@ -14,7 +15,7 @@ from clipdeploy.cli.common import Context, emit, model_option, stage_command
 @model_option
 @click.option(
     "--artifact",
-    type=click.Path(path_type=Path),
+    type=ArtifactPath(),
     help="A graph or an engine; the fastest one of the model that runs here if left out.",
 )
 @click.option(

@@ -30,6 +30,13 @@ _PLAN_OPTIONS = (
     ),
     click.option("--no-smooth", is_flag=True, help="Leave activation outliers where they are."),
     click.option(
+        "--strength",
+        type=float,
+        metavar="0..1",
+        help="How much of the outliers moves into the weights, the same for all Linears.  "
+        "[default: each Linear's own, by its expected error]",
+    ),
+    click.option(
         "--no-shift",
         is_flag=True,
         help="No Sub after GELU, which --range auto adds.",
@@ -70,6 +77,7 @@ def plan_config(options: dict[str, Any]) -> PlanConfig:
         shift_gelu=not options["no_shift"],
         clip_weights=not options["no_weight_clip"],
         correct_bias=not options["no_bias_correction"],
+        strength=options["strength"],
     )
 
 

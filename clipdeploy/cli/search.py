@@ -15,6 +15,7 @@ from clipdeploy.cli.common import (
     model_option,
     stage_command,
 )
+from clipdeploy.cli.params import setting_option
 from clipdeploy.cli.quantize import plan_config, plan_options
 
 if TYPE_CHECKING:
@@ -25,15 +26,14 @@ if TYPE_CHECKING:
 
 @click.command(epilog="\b\nclipdeploy search --data LABELLED_IMAGES --max-drop 0.5 --budget 60")
 @model_option
-@data_option("Labelled images; one part is searched on, the others confirm.")
+@data_option("Labelled images; one part is searched on, the others confirm.", "validation")
 @click.option(
     "--confirm", type=click.Path(path_type=Path), help="Other labelled images, to confirm on."
 )
-@click.option(
+@setting_option(
+    "max_drop",
     "--max-drop",
     type=float,
-    default=1.0,
-    show_default=True,
     help="Percentage points of top-1 that may be lost.",
 )
 @click.option("--budget", type=float, metavar="MINUTES", help="Stop then; a later run goes on.")
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 )
 @click.option("--batch", type=int, default=8, show_default=True, help="Images at once, for costs.")
 @click.option("--threads", type=int, default=0, help="ONNX Runtime's; 0: its own choice.")
-@click.option("--fixed-plan", is_flag=True, help="Try no other ranges than --range.")
+@click.option("--fixed-plan", is_flag=True, help="Try no other --range and --strength.")
 @click.option(
     "--cpu", is_flag=True, help="For ONNX Runtime's int8 kernels on a CPU: the rest stays FP32."
 )

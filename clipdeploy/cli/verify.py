@@ -25,9 +25,11 @@ from clipdeploy.cli.common import (
     threads_option,
     trust_option,
 )
+from clipdeploy.cli.params import ArtifactPath, setting_option
 from exporters.errors import UsageError
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
     from rich.console import Group
 
     from clipdeploy.imaging.layouts import LayoutName
@@ -35,11 +37,10 @@ if TYPE_CHECKING:
     from clipdeploy.verification.result import Verification
     from clipdeploy.verification.verifier import VerifyConfig
 
-max_drop_option = click.option(
+max_drop_option = setting_option(
+    "max_drop",
     "--max-drop",
     type=float,
-    default=1.0,
-    show_default=True,
     help="Percentage points of top-1 that an artifact may lose.",
 )
 baseline_option = click.option(
@@ -68,7 +69,7 @@ report_option = click.option(
 )
 _OPTIONS = (
     model_option,
-    data_option("Labelled images: a folder, zip or tar; see --layout."),
+    data_option("Labelled images: a folder, zip or tar; see --layout.", "validation"),
     max_drop_option,
     click.option(
         "--limit", type=click.IntRange(min=1), help="Only so many images, spread over the classes."
@@ -93,10 +94,18 @@ _OPTIONS = (
         help="Images that run at once.",
     ),
     click.option("--workers", type=click.IntRange(min=0), help="Decoding processes; one a core."),
-    click.option(
-        "--cache", is_flag=True, help="Keep decoded crops and PyTorch's logits for the next time."
+    setting_option(
+        "keep_crops",
+        "--cache/--no-cache",
+        help="Keep decoded crops and PyTorch's logits for the next time.",
     ),
-    click.option("--cache-size", type=float, metavar="GB", help="Most of them; 34 GB if left out."),
+    setting_option(
+        "crops_size",
+        "--cache-size",
+        type=float,
+        metavar="GB",
+        help="Most of them; 34 GB if left out.",
+    ),
     report_option,
     shard_option("verify merge"),
     ray_option,
@@ -113,6 +122,17 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def _artifact_or_merge(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    from click.shell_completion import CompletionItem
+
+    # The group hands on to `run` what is no command of its own, and so all that is incomplete.
+    if incomplete and not ctx.params.get("artifacts") and "merge".startswith(incomplete):
+        return [CompletionItem("merge")]
+    return param.type.shell_complete(ctx, param, incomplete)
+
+
 @click.group(cls=DefaultGroup, default="run")
 def verify() -> None:
     """Judge artifacts against PyTorch; `verify merge` joins shards."""
@@ -123,7 +143,7 @@ def verify() -> None:
     "clipdeploy verify --data IMAGENET_VAL --report verdict.html\n"
     "clipdeploy verify model.int8.onnx --data IMAGENET_VAL --sequential",
 )
-@click.argument("artifacts", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("artifacts", nargs=-1, type=ArtifactPath(), shell_complete=_artifact_or_merge)
 @_options
 @stage_command
 def run(
@@ -159,7 +179,11 @@ def run(
 @max_drop_option
 @baseline_option
 @report_option
-@data_option("The images, where they are no longer where the first shard had them.", required=False)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="The images, where they are no longer where the first shard had them.",
+)
 @layout_option
 @labels_option
 @stage_command

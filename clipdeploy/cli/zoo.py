@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from clipdeploy.cli.common import Context, emit, stage_command
+from clipdeploy.cli.params import ModelName
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -82,7 +83,7 @@ def list_cards(context: Context) -> None:
 
 
 @zoo.command(epilog="\b\nclipdeploy zoo show clip-vit-base-p16")
-@click.argument("name")
+@click.argument("name", type=ModelName())
 @stage_command
 def show(context: Context, name: str) -> None:
     """One model, by name, timm name or alias."""

@@ -172,7 +172,7 @@ def build_engine(
 def _compiled_precision(compiled: Compiled) -> ExecutedPrecision | None:
     """What the compiler lists of the layers that it made; None where it lists none."""
     try:
-        return executed_precision(parse_build_log(compiled.log))
+        return executed_precision(parse_build_log("\n".join(compiled.log)))
     except EngineError:
         return None
 

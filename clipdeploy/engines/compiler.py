@@ -72,10 +72,10 @@ def _silent_stderr() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A plan, uint8 (bytes,), and what the compiler said of it."""
+    """A plan, uint8 (bytes,), and the lines that the compiler said of it."""
 
     plan: memoryview
-    log: str
+    log: tuple[str, ...]
 
 
 class Compiler:
@@ -223,7 +223,7 @@ class Compiler:
             )
             try:
                 # Not bytes(): that would hold the plan twice.
-                compiled = Compiled(memoryview(build()), "\n".join(heard.log))
+                compiled = Compiled(memoryview(build()), tuple(heard.log))
             except PolygraphyException as error:
                 if stop:
                     raise stop[0] from error

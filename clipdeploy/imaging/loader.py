@@ -47,10 +47,9 @@ from exporters.errors import DatasetError
 
 __all__ = ["ProcessLoader", "open_loader", "serve"]
 
-# Below this many crops of 224 pixels the start of a process (a third of a second) costs more than
-# it saves; of smaller crops, mostly of smaller images, it takes more.
-_FEW = 200
-_USUAL_SIZE = 224
+# Below this many bytes of images, 200 of ImageNet's, the start of a process (a third of a second)
+# costs more than it saves.  Decoding takes about as long as there are bytes, whatever the crop.
+_FEW_BYTES = 20e6
 # The answers to this many tasks, of two texts at most, fit into a pipe (64 KiB) together: a worker
 # never waits to be heard, and so the parent may wait for a worker to take a task.
 _QUEUE = 24
@@ -66,15 +65,16 @@ _BOOT = (
 
 
 def open_loader(
-    source: Source, images: int, workers: int | None, shelf: CropShelf | None
+    source: Source, total_bytes: float, workers: int | None, shelf: CropShelf | None
 ) -> Loader:
-    """Threads of this process, or ``workers`` processes (None: one a core where there are many).
+    """Threads of this process, or ``workers`` processes (None: one a core for many images).
+
+    ``total_bytes``: about how many all images have.
 
     Processes need Linux's anonymous memory files; elsewhere threads decode.
     """
     if workers is None:
-        many = images * source.spec.size**2 >= _FEW * _USUAL_SIZE**2
-        workers = usable_cores() if many else 0
+        workers = usable_cores() if total_bytes >= _FEW_BYTES else 0
     if workers <= 0 or not sys.executable or not hasattr(os, "memfd_create"):
         return ThreadLoader(Decoder(source, shelf))
     return ProcessLoader(source, workers)

@@ -46,7 +46,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError("floating-point samples have no agreed range")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def decode(data: bytes, name: str, *, exif_orientation: bool = True) -> Image.Image:
@@ -58,8 +58,9 @@ def decode(data: bytes, name: str, *, exif_orientation: bool = True) -> Image.Im
     with _told(name):
         image = _open(io.BytesIO(data))
         image.load()
+        # In place, and no conversion of what is RGB: each would copy every pixel.
         if exif_orientation:
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)
         return to_rgb(image)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,8 @@ from exporters.artifact import Preprocess
 from exporters.errors import DatasetError
 
 __all__ = ["Crop", "Skipped", "iter_crops"]
+
+_WEIGHED = 16
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def iter_crops(
     shelf = cache.open(spec) if cache is not None else None
     # Workers look for the same bytes under another name only where there is anything to find.
     source = Source(images.root, spec, cache if shelf else None)
-    loader = open_loader(source, len(images.entries), workers, shelf)
+    loader = open_loader(source, _total_bytes(images), workers, shelf)
     notes = reading if reading is not None else Reading()
     try:
         for entry, loaded in _decode_ahead(images, loader, shelf, notes):
@@ -74,6 +78,22 @@ def iter_crops(
         if shelf is not None:
             notes.cache_problem = shelf.problem
             shelf.close()
+
+
+def _total_bytes(images: ImageFolder) -> float:
+    """About how many bytes the images have, from a few that lie apart."""
+    count = len(images.entries)
+    few = images.entries[:: max(1, count // _WEIGHED)]
+    return count * sum(_bytes_of(images.root, entry) for entry in few) / max(1, len(few))
+
+
+def _bytes_of(root: Path, entry: ImageEntry) -> int:
+    if entry.place is not None:
+        return entry.place.size
+    try:
+        return os.stat(root / entry.name).st_size
+    except OSError:  # reading it will say why
+        return 0
 
 
 def _decode_ahead(

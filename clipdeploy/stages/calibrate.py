@@ -29,7 +29,13 @@ from exporters.notebook import Renderable, Shown, facts
 from exporters.progress import SILENT, Progress
 from exporters.samples import Samples
 
-__all__ = ["CalibrateConfig", "CalibrationArtifact", "calibrate_model", "merge_calibration"]
+__all__ = [
+    "CalibrateConfig",
+    "CalibrationArtifact",
+    "calibrate_model",
+    "is_calibrated",
+    "merge_calibration",
+]
 
 _DEFAULT_IMAGES = 512
 # Of a cluster's shards: fewer are not worth the time that it takes to load a graph.
@@ -149,6 +155,17 @@ def calibrate_model(
     with file_errors("remove", unfinished):
         unfinished.unlink(missing_ok=True)
     return CalibrationArtifact(path, table, tuple(skipped.names if skipped else ()), changed=True)
+
+
+def is_calibrated(workspace: Workspace, model: str) -> bool:
+    """Whether the workspace has a table, of whichever images, of the graph that is there now.
+
+    Raises:
+        ClipdeployError: the graph or the table cannot be read.
+    """
+    graph, _ = workspace.source(model)
+    path = workspace.calibration(model)
+    return path.exists() and load_table(path).source_graph == sha256_file(graph)
 
 
 def _cluster_job(

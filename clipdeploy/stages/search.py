@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from calibration.plan import PlanConfig
@@ -36,8 +37,10 @@ from exporters.progress import SILENT, Progress
 
 __all__ = ["SearchConfig", "SearchResult", "search_model"]
 
-# Plans that are tried where the one asked for does not keep the accuracy with all Linears in INT8.
+# Tried where the plan asked for does not keep the accuracy with all Linears in INT8: other ranges,
+# then with the best of these SmoothQuant's usual strengths for all Linears.
 _OTHER_RANGES: tuple[RangeMethod, ...] = ("auto", "percentile", "mse")
+_OTHER_STRENGTHS = (0.5, 0.75)
 _STORAGE_IMAGES = 3
 
 
@@ -78,10 +81,10 @@ class _Search:
 
     def chain(self, plan: PlanConfig, folder: Path) -> Chain:
         """Reference against all Linears in INT8; the flavour of the CPU runs fast here."""
-        target = folder / f"{plan.range_method}.onnx"
+        target = folder / f"{plan.label}.onnx"
         samples = sample_images(self.passport.preprocess, _STORAGE_IMAGES)
         config = QuantizeConfig(remainder="fp32", plan=plan)
-        with self.progress.task(f"quantise {self.model}, ranges by {plan.range_method}"):
+        with self.progress.task(f"quantise {self.model}, ranges by {plan.label}"):
             quantize(self.source, self.calibration, target, samples, config)
             return Chain(self.source, target, threads=self.config.threads)
 
@@ -93,7 +96,7 @@ class _Search:
             chain,
             self.images,
             self.passport.input,
-            plan.range_method,
+            plan.label,
             self.state,
             self.path,
             self._deadline,
@@ -117,41 +120,56 @@ class _Search:
         """Whether the drop lies within the limit, and would on the fresh images."""
         return is_feasible(found, len(self.confirm.hashes), self.config.max_drop)
 
-    def plans(self) -> Iterator[PlanConfig]:
-        """The plan asked for, then others."""
-        yield self.config.plan
-        if not self.config.fixed_plan:
-            for method in _OTHER_RANGES:
-                if method != self.config.plan.range_method:
-                    yield replace(self.config.plan, range_method=method)
+    def plans(self, best: _Best) -> Iterator[PlanConfig]:
+        """The plan asked for, then others; the ``best`` by then is varied further."""
+        asked = self.config.plan
+        yield asked
+        if self.config.fixed_plan:
+            return
+        for method in _OTHER_RANGES:
+            if method != asked.range_method:
+                yield replace(asked, range_method=method)
+        by_range = best.plan or asked
+        for strength in _OTHER_STRENGTHS if asked.smooth else ():
+            if strength != asked.strength:
+                yield replace(by_range, strength=strength)
 
 
-def _clean(found: Evaluation) -> float:
-    return float("inf") if found.sqnr_db is None else found.sqnr_db
+@dataclass
+class _Best:
+    """The plan whose graph has the cleanest logits so far, and its chain."""
+
+    db: float = -math.inf
+    plan: PlanConfig | None = None
+    chain: Chain | None = None
+
+    def offer(self, found: Evaluation, plan: PlanConfig, chain: Chain) -> None:
+        """All Linears in INT8 under ``plan``."""
+        db = math.inf if found.sqnr_db is None else found.sqnr_db
+        if self.chain is None or db > self.db:
+            self.db, self.plan, self.chain = db, plan, chain
 
 
 def _choose_plan(
     search: _Search, folder: Path, advance: Callable[[int], None]
 ) -> tuple[Chain, PlanConfig]:
     """The first plan whose all-INT8 graph is feasible, else the one with the cleanest logits."""
-    best: tuple[float, Chain, PlanConfig] | None = None
-    for plan in search.plans():
+    best = _Best()
+    for plan in search.plans(best):
         chain = search.chain(plan, folder)
         try:
             found = search.evaluator(chain, plan, advance).evaluate(frozenset(chain.linears))
         except OutOfTimeError:
-            if best is not None:
-                break
-            raise UsageError(
-                "the budget ended before a single combination was evaluated",
-                hint="give more minutes with --budget; what was found is kept",
-            ) from None
+            break
         if search.feasible(found):
             return chain, plan
-        if best is None or _clean(found) > best[0]:
-            best = (_clean(found), chain, plan)
-    assert best is not None
-    return best[1], best[2]
+        best.offer(found, plan, chain)
+    if best.plan is None or best.chain is None:
+        raise UsageError(
+            "the budget ended before a single combination was evaluated",
+            hint="give more minutes with --budget; what was found is kept",
+        )
+    return best.chain, best.plan
 
 
 def search_model(
@@ -223,7 +241,7 @@ def _run(search: _Search, folder: Path, data: Path) -> SearchResult:
         excluded=config.exclude,
         points=tuple(points),
         costs=costs,
-        range_method=plan.range_method,
+        plan=plan,
         finished=finished,
         evaluations=sum(" written: " not in slot for slot in search.state.evaluations),
         search=judged,
@@ -256,7 +274,7 @@ def _write(
     """
     written = search.state.evaluations
     for int8 in _next_best(search, plan, chosen, costs):
-        slot = search.state.slot(f"{plan.range_method} written", int8)
+        slot = search.state.slot(f"{plan.label} written", int8)
         if slot in written and int8 and not search.feasible(written[slot]):
             continue
         config = _config(search, plan, costs, int8)
@@ -274,7 +292,7 @@ def _next_best(
 ) -> Iterator[Combination]:
     """The choice, then what else was feasible, the cheapest first; at the end no INT8 at all."""
     yield chosen
-    known = search.state.of(plan.range_method)
+    known = search.state.of(plan.label)
     feasible = (int8 for int8, found in known.items() if int8 and search.feasible(found))
     for int8 in sorted(feasible, key=lambda int8: (costs.total(int8), sorted(int8))):
         if costs.total(int8) >= costs.total(chosen) and int8 != chosen:
@@ -305,7 +323,7 @@ def _points(
     everything = frozenset(costs.order)
     named = {frozenset[str](): "all FP16", everything: "all INT8"}
     named[chosen] = ", ".join(["chosen", *([named[chosen]] if chosen in named else [])])
-    known = search.state.of(plan.range_method)
+    known = search.state.of(plan.label)
     known[chosen] = measured
     known.setdefault(frozenset(), Evaluation(0, 0, len(search.search.hashes), None))
     points = [

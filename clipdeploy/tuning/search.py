@@ -23,7 +23,8 @@ class SearchConfig:
 
     ``search_images``: how many to search on, all others confirm; ``seed`` draws them.  ``cost``:
     count MACs and bytes, or measure on this CPU; ``batch``: images at once that costs are for.
-    ``plan``: how Linears are quantised; other ranges are tried too unless ``fixed_plan``.
+    ``plan``: how Linears are quantised; other ranges and smoothing strengths are tried too where it
+    does not do, unless ``fixed_plan``.
     """
 
     max_drop: float = 1.0
@@ -51,8 +52,9 @@ class SearchResult(Shown):
     """The choice, what it rests on, and the front; a truth value: the fresh images confirm it.
 
     ``finished``: False if the budget ended the search early.  ``points``: every combination that
-    was evaluated; those on the front have recipes.  ``search`` and ``confirm`` are the verdicts on
-    the two splits, both of the very graph that was written.
+    was evaluated; those on the front have recipes.  ``plan`` is the one that was chosen.
+    ``search`` and ``confirm`` are the verdicts on the two splits, both of the very graph that was
+    written.
     """
 
     model: str
@@ -61,7 +63,7 @@ class SearchResult(Shown):
     excluded: tuple[str, ...]
     points: tuple[Candidate, ...]
     costs: CostModel
-    range_method: str
+    plan: PlanConfig
     finished: bool
     evaluations: int
     search: DropJudgement

@@ -124,7 +124,7 @@ def search_table(result: SearchResult) -> Group:
     lines = [
         f"searched on {result.search.n} images: {result.search.sentence}",
         f"fresh {result.confirm.n} images: {result.confirm.sentence}",
-        f"cost: {result.costs.unit}, batch {result.costs.batch}; ranges by {result.range_method}; "
+        f"cost: {result.costs.unit}, batch {result.costs.batch}; ranges by {result.plan.label}; "
         f"{result.evaluations} combinations evaluated",
         f"written: {result.artifact.path}, recipe {result.recipe}",
     ]

@@ -133,6 +133,13 @@ def test_bias_correction_lowers_the_mean_error_of_the_logits(
     assert errors[0] < errors[1]
 
 
+@pytest.mark.parametrize("settings", [{"strength": 1.5}, {"strength": 0.5, "smooth": False}])
+def test_a_strength_that_means_nothing_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="smoothing strength"):
+        PlanConfig(**settings)
+    assert PlanConfig(strength=0.5).label == "auto, strength 0.5"
+
+
 @pytest.mark.parametrize("method", ["max", "", "MINMAX"])
 def test_unknown_range_method_is_refused(method: Any) -> None:
     with pytest.raises(UsageError, match="no range method") as found:

@@ -206,6 +206,25 @@ def test_outlier_channels_are_scaled_and_shifted_away() -> None:
     assert found < 0.01 * _product_error(values, weight, Folding.none(32))
 
 
+def test_a_given_strength_is_taken() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((4000, 8)).astype(np.float32)
+    values[:, 3] *= 80
+    weight = rng.standard_normal((8, 6)).astype(np.float32)
+    observer = ChannelObserver("x", 8)
+    observer.collect(values.min(axis=0), values.max(axis=0), values)
+    found = Distribution.of(observer.compute())
+    spread = (found.largest - found.smallest) / 2
+    whole = search_folding(found, weight, 1.0)
+    assert whole.strength == 1.0
+    # At strength 1 every channel is as wide as the others: the definition.
+    np.testing.assert_allclose(spread / whole.scale, (spread / whole.scale)[0], rtol=1e-6)
+    none = search_folding(found, weight, 0.0)
+    top = np.abs(weight).max(axis=1)
+    np.testing.assert_allclose(none.scale * top, (none.scale * top)[0], rtol=1e-6)
+    assert np.ptp(spread / none.scale) > 1
+
+
 def test_folding_none_changes_nothing(source: Path) -> None:
     model = load_graph(source)
     sites = _sites(model)

@@ -37,6 +37,8 @@ COMMANDS = (
     "package",
     "doctor",
     "demo",
+    "config",
+    "completion",
 )
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from itertools import chain as joined
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -32,10 +34,12 @@ from clipdeploy.pipeline import (
     search_model,
     verify_model,
 )
+from clipdeploy.stages.search import _Best, _Search
 from clipdeploy.tuning.chain import Chain
 from clipdeploy.tuning.cost import counted_costs, linear_shapes
 from clipdeploy.tuning.evaluate import Counter, Evaluator, is_feasible
 from clipdeploy.tuning.images import labelled_batches, make_splits
+from clipdeploy.tuning.pareto import Evaluation
 from clipdeploy.verification.paired import judge_drop
 from clipdeploy.vit import VisionTransformer, ViTConfig
 from exporters.artifact import Recipe
@@ -235,6 +239,39 @@ def test_a_healthy_model_stays_all_int8(demo_workspace: Workspace, tmp_path: Pat
     assert found.excluded == ()
     assert found.chosen.label == "chosen, all INT8"
     assert found.evaluations == 1
+
+
+def labels(best: _Best, **settings: Any) -> Iterator[str]:
+    asked = SimpleNamespace(config=SearchConfig(**settings))
+    return (plan.label for plan in _Search.plans(cast("_Search", asked), best))
+
+
+def test_ranges_then_strengths_of_the_best_are_tried() -> None:
+    best = _Best()
+    tried = labels(best, plan=PlanConfig("minmax"))
+    assert [next(tried) for _ in range(4)] == ["minmax", "auto", "percentile", "mse"]
+    best.offer(Evaluation(9, 0, 100, 12.0), PlanConfig("minmax"), cast("Chain", object()))
+    best.offer(Evaluation(5, 0, 100, 30.0), PlanConfig("mse"), cast("Chain", object()))
+    best.offer(Evaluation(5, 0, 100, 29.0), PlanConfig("auto"), cast("Chain", object()))
+    assert list(tried) == ["mse, strength 0.5", "mse, strength 0.75"]
+
+
+def test_no_strengths_without_smoothing_and_no_other_plan_than_a_fixed_one() -> None:
+    plan = PlanConfig("minmax", smooth=False)
+    assert list(labels(_Best(), plan=plan)) == ["minmax", "auto", "percentile", "mse"]
+    assert list(labels(_Best(), plan=plan, fixed_plan=True)) == ["minmax"]
+
+
+def test_a_strength_is_searched_and_written(cut: Workspace, tmp_path: Path) -> None:
+    shutil.copytree(cut.root, tmp_path / "copy")
+    workspace = Workspace(tmp_path / "copy")
+    # The outliers of this model stand in its weights as well: those alone show them.
+    plan = PlanConfig("minmax", strength=0.0)
+    found = searched(workspace, plan=plan, **FEW)
+    assert found.plan == plan
+    assert "all INT8" in found.chosen.label
+    written = read_passport(workspace.graph(zoo.DEMO, "int8")).settings
+    assert written["plan"]["strength"] == 0.0, written
 
 
 def test_confirmation_of_no_drop_claims_none() -> None:

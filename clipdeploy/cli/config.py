@@ -1,0 +1,142 @@
+"""``clipdeploy config``: each setting, its value, and where it came from."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from clipdeploy.cli.common import Context, emit, stage_command
+from clipdeploy.cli.kinds import IMAGES, Value, as_toml
+from clipdeploy.cli.params import typed_values
+from clipdeploy.cli.settings import (
+    CONFIG_FILE,
+    CONFIG_VARIABLE,
+    SETTINGS,
+    Found,
+    Setting,
+    Settings,
+    Source,
+    nearest,
+    strangers,
+)
+from exporters.errors import UsageError
+
+__all__ = ["ConfigRow", "Configuration", "config", "template"]
+
+
+@dataclass(frozen=True)
+class ConfigRow:
+    """A setting as it holds now.
+
+    ``origin`` names the variable, the file or the option; ``value`` is None where nobody gave one
+    and there is no default.
+    """
+
+    name: str
+    value: Value | None
+    source: Source
+    origin: str
+    variable: str
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """All settings, and the file that was read: None if there is none."""
+
+    file: Path | None
+    settings: tuple[ConfigRow, ...]
+
+
+@click.command()
+@click.option(
+    "--init", is_flag=True, help=f"Write a commented {CONFIG_FILE} here, if there is none."
+)
+@stage_command
+def config(context: Context, init: bool) -> None:
+    """Show what is set once for all commands, and where each value came from.
+
+    A command's options outrank the environment, the environment clipdeploy.toml, the file the
+    defaults. The file is looked for in the working folder only; CLIPDEPLOY_CONFIG names another.
+    Relative paths in it start at its own folder.
+    """
+    if init:
+        written = _write_template(Path(CONFIG_FILE))
+        emit(context, {"file": str(written)}, lambda: f"{written}: uncomment what you want to set")
+        return
+    shown = _configuration(context.settings, typed_values(click.get_current_context()))
+    emit(context, shown, lambda: _render(shown))
+    for note in _doubts(context.settings):
+        context.note(note)
+
+
+def _configuration(settings: Settings, typed: dict[str, Value]) -> Configuration:
+    rows = []
+    for setting in SETTINGS:
+        found = settings.look_up(setting)
+        if setting.name in typed:
+            found = Found(typed[setting.name], "command line", "command line")
+        rows.append(
+            ConfigRow(setting.name, found.value, found.source, found.origin, setting.variable)
+        )
+    return Configuration(settings.file, tuple(rows))
+
+
+def _render(shown: Configuration) -> str:
+    # No table: a path that a table wraps cannot be copied.
+    rows = [("setting", "value", "from"), *map(_cells, shown.settings)]
+    name, value = (max(len(row[column]) for row in rows) for column in (0, 1))
+    lines = [f"{row[0]:{name}}  {row[1]:{value}}  {row[2]}" for row in rows]
+    if shown.file is None:
+        lines += ["", f"no {CONFIG_FILE} here; `clipdeploy config --init` writes one"]
+    return "\n".join(lines)
+
+
+def _cells(row: ConfigRow) -> tuple[str, str, str]:
+    if row.value is None:
+        return row.name, _setting(row).otherwise, row.origin
+    text = str(row.value).lower() if isinstance(row.value, bool) else str(row.value)
+    return row.name, text, row.origin
+
+
+def _setting(row: ConfigRow) -> Setting:
+    return next(setting for setting in SETTINGS if setting.name == row.name)
+
+
+def _doubts(settings: Settings) -> list[str]:
+    """What is no error, and most likely not meant."""
+    known = [CONFIG_VARIABLE, *(setting.variable for setting in SETTINGS)]
+    doubts = [f"{name} is no setting ({nearest(name, known)})" for name in strangers()]
+    for setting in SETTINGS:
+        found = settings.look_up(setting)
+        if setting.kind is IMAGES and found.value and not Path(str(found.value)).exists():
+            doubts.append(f"{setting.name}: {found.value} is not there ({found.origin})")
+    return doubts
+
+
+def _write_template(path: Path) -> Path:
+    from exporters.files import write_atomic
+
+    if os.path.lexists(path):
+        raise UsageError(f"{path} is there already", hint="change it, or move it away first")
+    write_atomic(path, template().encode())
+    return path
+
+
+def template() -> str:
+    """A ``clipdeploy.toml`` in which every setting is explained and commented out."""
+    lines = [
+        "# Settings of clipdeploy for this folder. A command's options outrank the environment,",
+        "# the environment this file. Relative paths start at this file's folder.",
+        "# `clipdeploy config` shows what holds.",
+    ]
+    for setting in SETTINGS:
+        unset = setting.otherwise or str(as_toml(setting.default))
+        lines += [
+            "",
+            f"# {setting.help} If left out: {unset}. Environment: {setting.variable}",
+            f"#{setting.name} = {as_toml(setting.example)}",
+        ]
+    return "\n".join([*lines, ""])

@@ -1,0 +1,207 @@
+"""Options that settings feed, and what the shell completes for models and artifacts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, TypeVar
+
+import click
+from click.core import ParameterSource
+from click.types import StringParamType
+
+from clipdeploy.cli.kinds import Value, as_toml
+from clipdeploy.cli.settings import CONFIG_FILE, Settings, load_settings, setting_called
+from exporters.errors import FileError, UsageError
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+__all__ = [
+    "ArtifactPath",
+    "ModelName",
+    "SettingError",
+    "SettingFileError",
+    "SettingOption",
+    "current_settings",
+    "fed_values",
+    "how_to_give",
+    "setting_option",
+    "typed_values",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_META = "clipdeploy.settings"
+_ARTIFACTS = (".onnx", ".engine")
+
+
+class SettingError(click.ClickException):
+    """A setting that cannot be used, found before the command began."""
+
+    exit_code = UsageError.exit_code
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """The one line that every error of clipdeploy is."""
+        click.echo(f"error: {self.message}", file=file, err=True)
+
+
+class SettingFileError(SettingError):
+    """A file of settings that cannot be read."""
+
+    exit_code = FileError.exit_code
+
+
+def current_settings(ctx: click.Context) -> Settings:
+    """The settings of this call, read once.
+
+    Raises:
+        SettingError: they cannot be read, or one of them is wrong.
+    """
+    if _META not in ctx.meta:
+        try:
+            ctx.meta[_META] = load_settings()
+        except UsageError as error:
+            raise SettingError(str(error)) from error
+        except FileError as error:
+            raise SettingFileError(str(error)) from error
+    settings: Settings = ctx.meta[_META]
+    return settings
+
+
+class SettingOption(click.Option):
+    """An option that takes its value from a setting where the command line does not give it.
+
+    With ``deferred`` the option only names the setting, and the command asks
+    :meth:`clipdeploy.cli.common.Context.setting` for it where it needs one.  A flag has a second
+    form (``--offline/--no-offline``), so that the command line can outrank either value.
+    """
+
+    def __init__(
+        self,
+        param_decls: Sequence[str] | None = None,
+        *,
+        setting: str,
+        deferred: bool = False,
+        **attrs: Any,
+    ) -> None:
+        self.setting = setting_called(setting)
+        self.deferred = deferred
+        if self.setting.default is not None:
+            attrs.setdefault("default", self.setting.default)
+            attrs.setdefault("show_default", True)
+        attrs.update(envvar=self.setting.variable, show_envvar=True)
+        super().__init__(param_decls, **attrs)
+
+    def value_from_envvar(self, ctx: click.Context) -> Any:
+        """The setting's value, of the environment or of the file.
+
+        Raises:
+            SettingError: the settings cannot be used; not while a shell completes.
+        """
+        if self.deferred:
+            return None
+        try:
+            found = current_settings(ctx).given.get(self.setting.name)
+        except SettingError:
+            if ctx.resilient_parsing:
+                return None
+            raise
+        return None if found is None else found.value
+
+    def process_value(self, ctx: click.Context, value: Any) -> Any:
+        """See :class:`click.Option`; where it is missing, say every way to give it."""
+        try:
+            return super().process_value(ctx, value)
+        except click.MissingParameter as error:
+            ways = how_to_give(self.opts[0], self.setting.name)
+            raise click.MissingParameter(f"Give {ways}", ctx, param=self) from error
+
+
+def setting_option(setting: str, *names: str, **attrs: Any) -> Callable[[F], F]:
+    """``click.option`` that the setting feeds; its default is the setting's."""
+    return click.option(*names, cls=SettingOption, setting=setting, **attrs)
+
+
+def how_to_give(way: str, setting: str) -> str:
+    """The three ways to give a setting, for the end of an error; ``way`` is the command line's."""
+    row = setting_called(setting)
+    return (
+        f"{way}, or once for all commands {row.variable} in the environment or "
+        f"{row.name} = {as_toml(row.example)} in {CONFIG_FILE}"
+    )
+
+
+def typed_values(ctx: click.Context) -> dict[str, Value]:
+    """What the command line itself gave to options of settings, by setting."""
+    return {
+        param.setting.name: ctx.params[name]
+        for name, param in _setting_options(ctx)
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    }
+
+
+def fed_values(ctx: click.Context, *, but: str) -> list[str]:
+    """Which options a setting gave, all ``but`` one, as one would type them, and from where."""
+    fed = []
+    for name, param in _setting_options(ctx):
+        given = ctx.get_parameter_source(name) is ParameterSource.ENVIRONMENT
+        if given and param.setting.name != but:
+            found = current_settings(ctx).given[param.setting.name]
+            fed.append(f"{_typed(param, found.value)} ({found.origin})")
+    return fed
+
+
+def _typed(option: SettingOption, value: Value | None) -> str:
+    if option.is_flag:
+        return (option.opts if value else option.secondary_opts)[0]
+    return f"{option.opts[0]} {value}"
+
+
+def _setting_options(ctx: click.Context) -> Iterator[tuple[str, SettingOption]]:
+    for param in ctx.command.params:
+        if isinstance(param, SettingOption) and param.name:
+            yield param.name, param
+
+
+class ModelName(StringParamType):
+    """The name of a card.  It is checked later, where an error can be told in one line."""
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Full and short names; the names of timm and mmpretrain where only those begin so."""
+        from click.shell_completion import CompletionItem
+
+        from clipdeploy import zoo
+
+        ours: list[CompletionItem] = []
+        others: list[CompletionItem] = []
+        for card in zoo.cards():
+            # No comma: click's script for fish cuts a help text there.
+            top1 = "" if card.top1 is None else f"top-1 {card.top1} % at "
+            told = f"{top1}{card.image_size} px"
+            own = {card.name, *(card.aliases[:1] if card.short or card.name == zoo.DEMO else ())}
+            for name in (card.name, *card.aliases):
+                if name.startswith(incomplete):
+                    (ours if name in own else others).append(CompletionItem(name, help=told))
+        return ours or others
+
+
+class ArtifactPath(click.Path):
+    """A graph or an engine; the shell completes those of the workspace, else any file."""
+
+    def __init__(self, **attrs: Any) -> None:
+        super().__init__(path_type=Path, **attrs)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """The artifacts whose path begins so, else what click completes for a file."""
+        from click.shell_completion import CompletionItem
+
+        workspace = ctx.params.get("workspace")
+        found = [] if workspace is None else sorted(Path(workspace).glob("*/*"))
+        names = [str(path) for path in found if path.suffix in _ARTIFACTS]
+        fitting = [CompletionItem(name) for name in names if name.startswith(incomplete)]
+        return fitting or super().shell_complete(ctx, param, incomplete)

@@ -1,0 +1,72 @@
+"""Mixed precision found on models that plain INT8 ruins, in one run.
+
+    python scripts/bench/search.py [--variants FOLDER] [--max-drop 6]
+
+The demo model and its variants with activation outliers (``scripts/make_outlier_variants.py``;
+about a minute, --variants takes a folder that it wrote), quantised by min-max without smoothing.
+Half of the 500 held-out digits are searched on, the others confirm.  For each: the points of top-1
+that all Linears in INT8 lose on the digits searched on, the share of the MACs that the choice keeps
+in INT8, its cost beside all FP16, the interval of its drop on the digits that confirm, the verdict.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+from outliers import make_variants
+
+from calibration.plan import PlanConfig
+from clipdeploy import zoo
+from clipdeploy.model import WeightsChoice
+from clipdeploy.pipeline import (
+    SearchConfig,
+    SearchResult,
+    Workspace,
+    calibrate_model,
+    export_model,
+    search_model,
+)
+
+PLAN = PlanConfig("minmax", False, False, False, False)
+
+
+def row(name: str, found: SearchResult, seconds: float) -> str:
+    """A line of the table."""
+    twin = next(point for point in found.points if "all INT8" in point.label)
+    low, high = found.confirm.interval.low, found.confirm.interval.high
+    return (
+        f"{name:10}{twin.drop:10.2f}{100 * found.chosen.int8_macs:8.0f} %{found.chosen.cost:8.3f}"
+        f"{low:9.2f} to {high:5.2f}  {found.confirm.verdict:12}{found.evaluations:5}{seconds:7.0f}"
+    )
+
+
+def main() -> None:
+    """Make the variants, search each, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--variants", type=Path)
+    parser.add_argument("--max-drop", type=float, default=6.0, help="250 digits tell 4 from none")
+    chosen = parser.parse_args()
+    config = SearchConfig(max_drop=chosen.max_drop, batch=125, plan=PLAN, fixed_plan=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = chosen.variants or Path(temporary, "variants")
+        if chosen.variants is None:
+            make_variants(folder)
+        files = {"demo": None, **{path.stem: path for path in sorted(folder.glob("*.safetensors"))}}
+        print(
+            f"{'':10}{'all INT8':>10}{'MACs':>10}{'cost':>8}{'confirmed drop':>18}  "
+            f"{'':12}{'runs':>5}{'s':>7}"
+        )
+        for name, file in files.items():
+            workspace = Workspace(Path(temporary, name))
+            export_model(workspace, zoo.DEMO, WeightsChoice(file))
+            calibrate_model(workspace, zoo.DEMO, zoo.demo_file("calibration.zip"))
+            started = time.perf_counter()
+            found = search_model(workspace, zoo.DEMO, zoo.demo_file("test.zip"), config)
+            print(row(name, found, time.perf_counter() - started), flush=True)
+
+
+if __name__ == "__main__":
+    main()
