@@ -56,7 +56,7 @@ def to_html(shown: object) -> str:
     if isinstance(shown, Group):
         return "".join(to_html(each) for each in shown.renderables)
     if isinstance(shown, Padding):
-        return to_html(shown.renderable)
+        return f'<div style="padding-left:{shown.left}ch">{to_html(shown.renderable)}</div>'
     if isinstance(shown, RichCast):
         return to_html(shown.__rich__())
     return _LINE.format(inline) if (inline := _inline(shown)) else ""
