@@ -57,7 +57,8 @@ class DemoResult(Shown):
 def _engines(engines: tuple[EngineArtifact, ...]) -> Table:
     table = Table(box=None, pad_edge=False)
     for title in ("engine", "bytes", "build s", "TensorRT"):
-        table.add_column(title, justify="left" if title in ("engine", "TensorRT") else "right")
+        figures = title in ("bytes", "build s")
+        table.add_column(title, justify="right" if figures else "left", overflow="fold")
     for engine in engines:
         made = engine.passport
         table.add_row(
