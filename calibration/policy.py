@@ -9,13 +9,17 @@ the Linears alone, 5 % with the defaults).
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import onnx_ir as ir
+from rich.table import Table
+from rich.text import Text
 
 from exporters.errors import GraphError
+from exporters.notebook import Renderable, Shown
 
 __all__ = [
     "HEAD",
@@ -35,6 +39,7 @@ __all__ = [
 
 HEAD, PATCH = "head", "patch_embed"
 _BLOCK_LINEAR = re.compile(r"^blocks\.(\d+)\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)$")
+_BLOCK_NUMBER = re.compile(r"^blocks\.\d+")
 _ATTENTION = re.compile(r"^blocks\.(\d+)\.attn$")
 
 
@@ -81,7 +86,7 @@ class PlacementEntry:
 
 
 @dataclass(frozen=True)
-class Placement:
+class Placement(Shown):
     """The placement report: one entry for everything that could run in INT8."""
 
     entries: tuple[PlacementEntry, ...]
@@ -90,6 +95,18 @@ class Placement:
     def quantized(self) -> tuple[str, ...]:
         """Names of what runs in INT8."""
         return tuple(entry.name for entry in self.entries if entry.int8)
+
+    def __rich__(self) -> Renderable:
+        counts = Counter(
+            (_BLOCK_NUMBER.sub("blocks.*", entry.name), entry.int8, entry.reason)
+            for entry in self.entries
+        )
+        table = Table(box=None, pad_edge=False)
+        for title in ("what", "count", "INT8", "why not"):
+            table.add_column(title, justify="right" if title == "count" else "left")
+        for (name, int8, reason), count in counts.items():
+            table.add_row(Text(name), str(count), "yes" if int8 else "no", Text(reason))
+        return table
 
 
 def _bias(matmul: ir.Node) -> ir.Value | None:

@@ -12,6 +12,8 @@ from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
+from rich.console import Group
+from rich.text import Text
 
 from calibration.distribution import Distribution
 from calibration.plan import (
@@ -44,6 +46,7 @@ from exporters.errors import ArtifactError, GraphError, UsageError
 from exporters.files import sha256_file
 from exporters.graphs import load_graph, save_graph
 from exporters.headers import GraphArtifact, read_passport
+from exporters.notebook import Renderable, Shown
 from exporters.overflow import check_storage, largest_values, near_limit
 from exporters.precision import Fp16Config, half_precision
 from exporters.samples import Samples
@@ -76,11 +79,14 @@ class QuantizeConfig:
 
 
 @dataclass(frozen=True)
-class QuantizedGraph:
+class QuantizedGraph(Shown):
     """The INT8 graph and the placement report."""
 
     artifact: GraphArtifact
     placement: Placement
+
+    def __rich__(self) -> Renderable:
+        return Group(self.artifact, Text(""), self.placement)
 
 
 def smooth(

@@ -15,11 +15,14 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from rich.table import Table
+from rich.text import Text
 
 from calibration.observers import BINS, ChannelStatistics
 from exporters.artifact import Preprocess, from_json, to_json
 from exporters.errors import ArtifactError, CalibrationError
 from exporters.files import file_errors, write_atomic
+from exporters.notebook import Renderable, Shown
 
 __all__ = ["CalibrationImageRecord", "CalibrationTable", "load_table", "merge_tables", "save_table"]
 
@@ -48,7 +51,7 @@ class PackedStatistics:
 
 
 @dataclass(frozen=True)
-class CalibrationTable:
+class CalibrationTable(Shown):
     """Statistics by Linear name (``blocks.7.mlp.fc2``), and what they were collected from.
 
     ``source_graph`` is the SHA-256 of the FP32 graph; ``weights`` the identity of its checkpoint;
@@ -76,6 +79,15 @@ class CalibrationTable:
                 f"the calibration has nothing about {name}", hint="calibrate this model again"
             )
         return unpack(self.statistics[name])
+
+    def __rich__(self) -> Renderable:
+        table = Table(box=None, pad_edge=False)
+        for title in ("tensor", "channels", "rows", "max |x|"):
+            table.add_column(title, justify="left" if title == "tensor" else "right")
+        for name, found in self.statistics.items():
+            figures = (str(found.channels), f"{found.rows:,}", f"{found.amax:.4g}")
+            table.add_row(Text(name), *figures)
+        return table
 
 
 def pack(statistics: ChannelStatistics) -> PackedStatistics:

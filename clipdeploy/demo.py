@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
 from clipdeploy import zoo
 from clipdeploy.device import gpus
 from clipdeploy.engines.builder import EngineArtifact
@@ -18,13 +22,14 @@ from clipdeploy.pipeline import (
 from clipdeploy.verification.result import Verification
 from clipdeploy.workspace import PRECISIONS, Workspace
 from exporters.headers import GraphArtifact
+from exporters.notebook import Renderable, Shown
 from exporters.progress import SILENT, Progress
 
 __all__ = ["DemoResult", "run_demo"]
 
 
 @dataclass(frozen=True)
-class DemoResult:
+class DemoResult(Shown):
     """What the demo made, and the verdict on it.
 
     ``engines_executed`` is False where there is no GPU: then the verdict is on the very graphs
@@ -36,6 +41,33 @@ class DemoResult:
     verification: Verification
     engines_executed: bool
     report: Path
+
+    def __rich__(self) -> Renderable:
+        note = (
+            "The engines ran on this machine's GPU."
+            if self.engines_executed
+            else "No GPU here: the engines were built, not executed. The verdict is on the graphs "
+            "that they were compiled from, run by ONNX Runtime."
+        )
+        report = Text(f"Report: {self.report}", no_wrap=True, overflow="ignore")
+        parts = (self.verification, _engines(self.engines), Text(note), report)
+        return Group(*[line for part in parts for line in (part, Text(""))][:-1])
+
+
+def _engines(engines: tuple[EngineArtifact, ...]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for title in ("engine", "bytes", "build s", "TensorRT"):
+        figures = title in ("bytes", "build s")
+        table.add_column(title, justify="right" if figures else "left", overflow="fold")
+    for engine in engines:
+        made = engine.passport
+        table.add_row(
+            engine.path.name,
+            f"{made.plan_bytes:,}",
+            f"{made.build_seconds:.2f}",
+            f"{made.backend} {made.backend_version}",
+        )
+    return table
 
 
 def run_demo(

@@ -22,12 +22,13 @@ from exporters.blocks import BlockPrecision, asked_precision
 from exporters.errors import ArtifactError, EngineError, UsageError
 from exporters.files import sha256_file
 from exporters.headers import read_passport, read_skeleton
+from exporters.notebook import Renderable, Shown
 
 __all__ = ["Inspection", "inspect_file"]
 
 
 @dataclass(frozen=True)
-class Inspection:
+class Inspection(Shown):
     """A graph or an engine.
 
     ``passport`` is that of the graph, ``engine`` that of the engine, None where nothing vouches
@@ -48,6 +49,11 @@ class Inspection:
     executed: ExecutedPrecision | None
     note: str
     fallbacks: tuple[str, ...] = ()
+
+    def __rich__(self) -> Renderable:
+        from clipdeploy.inspection_table import inspection_table
+
+        return inspection_table(self)
 
 
 def inspect_file(path: Path, *, trust: bool = False) -> Inspection:

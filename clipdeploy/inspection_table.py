@@ -10,6 +10,7 @@ from clipdeploy.engines.passport import EnginePassport
 from clipdeploy.inspection import Inspection
 from exporters.artifact import Passport, WeightsOrigin
 from exporters.blocks import BlockPrecision
+from exporters.notebook import facts
 
 __all__ = ["inspection_table"]
 
@@ -101,22 +102,17 @@ def _merged(blocks: tuple[BlockPrecision, ...]) -> list[tuple[str, BlockPrecisio
 def inspection_table(result: Inspection) -> Group:
     """What the file is, then the precision of each block and whose word that is."""
     nodes = f", {result.nodes} nodes" if result.nodes is not None else ""
-    facts = [("file", f"{result.path}: {result.bytes / 1e6:.1f} MB{nodes}")]
-    facts += _graph_facts(result.passport) if result.passport else []
-    facts += _engine_facts(result.engine) if result.engine else []
-    facts.append(("SHA-256", ", ".join(f"{role} {digest}" for role, digest in _hashes(result))))
-    grid = Table(box=None, pad_edge=False, show_header=False)
-    grid.add_column(no_wrap=True)
-    grid.add_column(overflow="fold")
-    for name, text in facts:
-        grid.add_row(name, text)
+    known = [("file", f"{result.path}: {result.bytes / 1e6:.1f} MB{nodes}")]
+    known += _graph_facts(result.passport) if result.passport else []
+    known += _engine_facts(result.engine) if result.engine else []
+    known.append(("SHA-256", ", ".join(f"{role} {digest}" for role, digest in _hashes(result))))
     table = Table(box=None, pad_edge=False)
     for title in ("block", "matrix products", "attention"):
         table.add_column(title, no_wrap=True)
     told = result.executed or result.compiled
     for name, block in _merged(told.blocks if told else result.asked):
         table.add_row(name, _counts(block.gemms), _counts(block.attention))
-    return Group(grid, Text(""), table, Text(""), *_words(result))
+    return Group(facts(known), Text(""), table, Text(""), *_words(result))
 
 
 def _words(result: Inspection) -> list[Text]:

@@ -1,17 +1,30 @@
-"""The way of the data, in Python: export -> calibrate -> quantise -> build -> verify -> package.
+"""The way of the data, in Python: a verb a stage, a frozen config in, a frozen result out.
 
     from clipdeploy.pipeline import Workspace, build_model, export_model, verify_model
 
     workspace = Workspace(Path("artifacts"))
     export_model(workspace, "clip-vit-base-p16")
     build_model(workspace, "clip-vit-base-p16", "int8", data=Path("calibration"))
+    verify_model(workspace, "clip-vit-base-p16", Path("imagenet-val"))
 
-A stage a function; the commands call the same ones.
+The commands call the same functions.  A result is a table where a notebook or rich shows it, and a
+truth value where it is a verdict.  ``docs/python.md`` has every verb with an example.
 """
 
+from calibration.plan import PlanConfig
+from calibration.policy import Scope
+from calibration.qdq import QuantizeConfig, QuantizedGraph
+from clipdeploy.benchmark import (
+    Benchmark,
+    BenchmarkConfig,
+    benchmark_artifacts,
+    benchmark_model,
+)
 from clipdeploy.cluster import ClusterConfig
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.builder import EngineArtifact
+from clipdeploy.inspection import Inspection, inspect_file
+from clipdeploy.model import WeightsChoice
 from clipdeploy.packaging.cpp import CppPackage
 from clipdeploy.packaging.triton import TritonPackage
 from clipdeploy.packaging.triton_config import TritonConfig
@@ -33,23 +46,42 @@ from clipdeploy.stages.samples import sample_images
 from clipdeploy.stages.search import search_model
 from clipdeploy.stages.verify import verify_model
 from clipdeploy.stages.verify_setup import Judgement, VerifyScope
+from clipdeploy.tuning.result import Bisection
 from clipdeploy.tuning.search import SearchConfig, SearchResult
 from clipdeploy.verification.baseline import Expected
 from clipdeploy.verification.result import Verification
 from clipdeploy.verification.verifier import VerifyConfig
 from clipdeploy.workspace import Workspace
+from exporters.artifact import Recipe
+from exporters.errors import ClipdeployError
+from exporters.headers import GraphArtifact
+from exporters.onnx import ExportConfig
+from exporters.precision import Fp16Config
 
 __all__ = [
+    "Benchmark",
+    "BenchmarkConfig",
     "BisectConfig",
+    "Bisection",
     "BuildConfig",
     "CalibrateConfig",
     "CalibrationArtifact",
+    "ClipdeployError",
     "ClusterConfig",
     "CppPackage",
     "EngineArtifact",
     "Expected",
+    "ExportConfig",
+    "Fp16Config",
+    "GraphArtifact",
+    "Inspection",
     "Judgement",
+    "PlanConfig",
     "Predictions",
+    "QuantizeConfig",
+    "QuantizedGraph",
+    "Recipe",
+    "Scope",
     "SearchConfig",
     "SearchResult",
     "TritonConfig",
@@ -57,13 +89,17 @@ __all__ = [
     "Verification",
     "VerifyConfig",
     "VerifyScope",
+    "WeightsChoice",
     "Workspace",
     "artifact_to_package",
+    "benchmark_artifacts",
+    "benchmark_model",
     "bisect_model",
     "build_model",
     "calibrate_model",
     "convert_model",
     "export_model",
+    "inspect_file",
     "merge_calibration",
     "merge_verification",
     "package_cpp",

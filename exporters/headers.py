@@ -18,6 +18,7 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from exporters.artifact import PASSPORT_KEY, Passport, from_json
 from exporters.errors import ArtifactError, FileError, GraphError
 from exporters.files import file_errors, sha256_file
+from exporters.notebook import Renderable, Shown, facts
 
 __all__ = [
     "GraphArtifact",
@@ -36,7 +37,7 @@ _SMALL = 4096
 
 
 @dataclass(frozen=True)
-class GraphArtifact:
+class GraphArtifact(Shown):
     """An ONNX file, its hash and its passport; ``changed`` is False if it was already there."""
 
     path: Path
@@ -45,6 +46,17 @@ class GraphArtifact:
     bytes: int
     nodes: int
     changed: bool
+
+    def __rich__(self) -> Renderable:
+        made = self.passport
+        return facts(
+            [
+                ("graph", f"{self.path}: {self.nodes} nodes, {self.bytes / 1e6:.1f} MB"),
+                ("model", f"{made.model}, {made.precision}"),
+                ("SHA-256", self.sha256),
+                ("made", "now" if self.changed else "before; nothing has changed since"),
+            ]
+        )
 
 
 def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:

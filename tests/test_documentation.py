@@ -1,49 +1,400 @@
-"""The README against the program: every command is in it, and what it shows to type exists."""
+"""The documentation against the program: what it shows to type is understood, and runs."""
 
 from __future__ import annotations
 
+import configparser
+import csv
+import os
 import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
 import pytest
+from doc_pages import Block, Page
+from script_module import load_script
 
+from clipdeploy import pipeline, zoo
+from clipdeploy.cli.common import DefaultGroup
 from clipdeploy.cli.main import main
+from clipdeploy.workspace import Workspace
+from exporters.notebook import Shown
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def test_every_command_is_in_the_readme_and_has_help() -> None:
-    for name, command in main.commands.items():
-        assert f"clipdeploy {name}" in README
-        assert command.help
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+COMMANDS = "docs/commands.md: python scripts/command_reference.py writes it anew"
 
 
-def command_lines() -> list[str]:
-    lines = re.findall(r"^    (clipdeploy(?: [^\s#]+)+)(?:\s+#.*)?$", README, flags=re.MULTILINE)
-    return sorted(set(lines))
+def named(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
 
 
-def test_there_are_command_lines_to_check() -> None:
-    assert len(command_lines()) >= 4
+every_page = pytest.mark.parametrize("path", PAGES, ids=named)
 
 
-@pytest.mark.parametrize("line", command_lines())
-def test_command_lines_parse(line: str) -> None:
-    words = line.split()[1:]
-    command = main.commands[words[0]]
-    assert isinstance(command, click.Command)
-    command.make_context(words[0], words[1:])
+# --- the commands that a page shows ---------------------------------------------------------------
 
 
-def test_linked_files_exist() -> None:
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert links
-    for link in links:
-        assert (ROOT / link).exists(), link
+def find_command(words: Sequence[str]) -> tuple[click.Command, list[str]]:
+    """The command that these words call, and what is left for it."""
+    command, rest = main.commands.get(words[0]) if words else None, list(words[1:])
+    if command is None:
+        raise click.UsageError(f"no command {words[0] if words else ''!r}")
+    while isinstance(command, click.Group):
+        if rest and rest[0] in command.commands:
+            command = command.commands[rest.pop(0)]
+        elif isinstance(command, DefaultGroup):
+            command = command.commands[command.default]
+        else:
+            break
+    return command, rest
 
 
-def test_scripts_of_the_readme_exist() -> None:
-    for script in set(re.findall(r"scripts/\w+\.(?:sh|py)", README)):
+def parse(words: Sequence[str]) -> None:
+    """Let click read the line as the program would.
+
+    Raises:
+        click.UsageError: the program would refuse it.
+    """
+    command, rest = find_command(words)
+    if {"-h", "--help"} & set(rest):
+        return
+    context = command.make_context("clipdeploy", rest)
+    if isinstance(command, click.Group):
+        # find_command() would have taken it, were it one of the group's commands.
+        _, left, _ = command.make_parser(context).parse_args(list(rest))
+        if left:
+            raise click.UsageError(f"no command {left[0]!r}")
+
+
+def option_names(command: click.Command) -> set[str]:
+    """Every spelling of every option."""
+    options = [each for each in command.params if isinstance(each, click.Option)]
+    names = (name for each in options for name in (*each.opts, *each.secondary_opts))
+    return {*names, "--help", "--version"}
+
+
+def leaves(command: click.Command = main) -> Iterator[click.Command]:
+    yield command
+    for child in command.commands.values() if isinstance(command, click.Group) else ():
+        yield from leaves(child)
+
+
+ANY_OPTION = {name for command in leaves() for name in option_names(command)}
+
+
+def strangers(span: str) -> set[str]:
+    """The options in a span that the command it names, or any command if it names none, lacks."""
+    words = span.removeprefix("clipdeploy ").split()
+    asked = set(re.findall(r"(?<!\S)--[a-z][\w-]*|(?<=/)--[a-z][\w-]*", span))
+    if words[0] in main.commands:
+        return asked - option_names(find_command(words)[0])
+    return asked - ANY_OPTION if words[0].startswith("--") else set()
+
+
+@every_page
+def test_commands_of_a_page_are_understood(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if path.name == "configuration.md":
+        # It shows what a setting makes of the commands.
+        monkeypatch.setenv("CLIPDEPLOY_VALIDATION", "images")
+    page = Page.read(path)
+    for block in page.blocks():
+        for words in block.commands():
+            parse(words)
+    wrong = {span: found for span in page.spans() if (found := strangers(span))}
+    assert not wrong
+
+
+def test_there_are_commands_to_check() -> None:
+    shown = [
+        words for path in PAGES for block in Page.read(path).blocks() for words in block.commands()
+    ]
+    assert len(shown) > 40
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "clipdeploy verfy --data X",
+        "clipdeploy verify --daat X",
+        "clipdeploy verify --data X --layout sideways",
+        "clipdeploy verify --data",
+        "clipdeploy bisect",
+        "clipdeploy calibrate mrge",
+        "clipdeploy zoo shwo",
+        "clipdeploy demo X",
+    ],
+)
+def test_a_wrong_line_is_caught(line: str) -> None:
+    for text in (f"\n\n    {line}\n", f"```sh\n{line}\n```\n", f"```sh\n$ {line} | head\n```\n"):
+        (words,) = [w for block in Page(Path("x.md"), text).blocks() for w in block.commands()]
+        with pytest.raises(click.UsageError):
+            parse(words)
+
+
+@pytest.mark.parametrize(
+    ("span", "wrong"),
+    [
+        ("clipdeploy verify --repot", {"--repot"}),
+        ("quantize --max-drop", {"--max-drop"}),
+        ("--max-drop", set()),
+        ("--no-such-option", {"--no-such-option"}),
+        ("export --offline/--no-ofline", {"--no-ofline"}),
+        ("verify merge --report", set()),
+        ("pip install --force-reinstall torch", set()),
+    ],
+)
+def test_a_wrong_option_is_caught(span: str, wrong: set[str]) -> None:
+    assert strangers(span) == wrong
+
+
+# --- pages and links ------------------------------------------------------------------------------
+
+
+def broken_links(page: Page) -> list[str]:
+    """Links of a page that lead nowhere, with what is missing."""
+    broken = []
+    for file, anchor in page.links():
+        target = page.path.parent / file
+        if not target.exists():
+            broken.append(file)
+        elif anchor and anchor not in (Page.read(target) if file else page).anchors():
+            broken.append(f"{file}#{anchor}")
+    return broken
+
+
+@every_page
+def test_links_lead_somewhere(path: Path) -> None:
+    assert broken_links(Page.read(path)) == []
+
+
+def test_a_broken_link_is_caught() -> None:
+    text = "# One\n[a](commands.md#nowhere) [b](no.md) [c](#one) [d](#two) `[e](no.md)`\n"
+    assert broken_links(Page(DOCS / "x.md", text)) == ["commands.md#nowhere", "no.md", "#two"]
+
+
+def test_every_page_is_in_the_index() -> None:
+    linked = {file for file, _ in Page.read(DOCS / "README.md").links()}
+    assert {path.name for path in DOCS.glob("*.md")} - {"README.md"} <= linked
+
+
+@every_page
+def test_scripts_of_a_page_exist(path: Path) -> None:
+    for script in set(re.findall(r"scripts/[\w/]+\.(?:sh|py)", Page.read(path).text)):
         assert (ROOT / script).is_file(), script
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
+
+
+def tables(page: Page) -> list[str]:
+    """Indented blocks with a number with a point in them."""
+    texts = [block.text for block in page.blocks() if not block.language]
+    return [
+        text for text in texts if re.search(r"\d\.\d", text) and "clipdeploy export" not in text
+    ]
+
+
+def test_the_numbers_of_the_readme_are_those_of_their_page() -> None:
+    numbers = tables(Page.read(DOCS / "numbers.md"))
+    shown = tables(Page.read(ROOT / "README.md"))
+    assert len(shown) >= 2
+    assert [table for table in shown if table not in numbers] == []
+
+
+# --- the command reference ------------------------------------------------------------------------
+
+
+def test_every_command_and_option_has_a_help() -> None:
+    for command in leaves():
+        assert command.help, command.name
+        for option in command.params:
+            assert not isinstance(option, click.Option) or option.help, (command.name, option.name)
+
+
+def test_the_command_reference_is_that_of_the_program() -> None:
+    written = (DOCS / "commands.md").read_text(encoding="utf-8")
+    assert written == load_script("command_reference").text(), COMMANDS
+
+
+def test_every_command_and_option_is_in_the_reference() -> None:
+    page = Page.read(DOCS / "commands.md")
+    shared, *sections = re.split(r"^## clipdeploy ", page.text, flags=re.MULTILINE)
+    assert missing_options(shared, sections) == []
+
+
+def missing_options(shared: str, sections: list[str]) -> list[str]:
+    missing = []
+    titled = {section.partition("\n")[0]: section for section in sections}
+    for name, command in load_script("command_reference").leaves(main, ""):
+        section = titled.get(name.strip())
+        if section is None:
+            missing.append(name.strip())
+            continue
+        names = set(re.findall(r"--?[a-z][\w-]*", shared + section))
+        missing += sorted(option_names(command) - names - {"--version"})
+    return missing
+
+
+def test_what_the_reference_lacks_is_found() -> None:
+    page = (
+        Page.read(DOCS / "commands.md")
+        .text.replace("--opset", "--")
+        .replace("## clipdeploy demo", "")
+    )
+    shared, *sections = re.split(r"^## clipdeploy ", page, flags=re.MULTILINE)
+    assert missing_options(shared, sections) == ["--opset", "demo"]
+
+
+# --- what runs ------------------------------------------------------------------------------------
+
+
+def shell(page: Page, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the marked shell blocks of a page in ``folder``, in order, until one fails."""
+    (folder / "bin").mkdir(parents=True)
+    command = folder / "bin" / "clipdeploy"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P -m clipdeploy "$@"\n')
+    command.chmod(0o755)
+    # A clone's folder has the demo's images.
+    (folder / "clipdeploy").symlink_to(ROOT / "clipdeploy")
+    lines = [block.text for block in page.blocks() if block.runs and block.language == "sh"]
+    environment = os.environ | {
+        "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
+    return subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", "\n".join(lines)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def running(language: str) -> list[Path]:
+    pages = ((path, Page.read(path).blocks()) for path in PAGES)
+    return [p for p, blocks in pages if any(b.runs and b.language == language for b in blocks)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", running("sh"), ids=named)
+def test_shell_blocks_run(path: Path, demo_workspace: Workspace, tmp_path: Path) -> None:
+    folder = tmp_path / "clone"
+    if path.name != "getting-started.md":
+        # The others start where that one ends.
+        shutil.copytree(demo_workspace.root, folder / "artifacts")
+    done = shell(Page.read(path), folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("line", ["clipdeploy zoo show nosuchmodel", "false", "echo $unset"])
+def test_a_shell_block_that_fails_is_caught(line: str, tmp_path: Path) -> None:
+    text = f"<!-- runs -->\n```sh\n{line}\necho went on\n```\n"
+    done = shell(Page(Path("x.md"), text), tmp_path)
+    assert done.returncode != 0
+    assert "went on" not in done.stdout
+
+
+def test_only_marked_blocks_run(tmp_path: Path) -> None:
+    text = (
+        "```sh\nfalse\n```\n<!-- runs -->\n\n```sh\necho ran\n```\n<!-- runs -->\n```\nfalse\n```\n"
+    )
+    done = shell(Page(Path("x.md"), text), tmp_path)
+    assert (done.returncode, done.stdout) == (0, "ran\n")
+
+
+def execute(blocks: Sequence[Block]) -> dict[str, object]:
+    """Run Python blocks in one namespace, like the cells of a notebook."""
+    names: dict[str, object] = {}
+    for number, block in enumerate(blocks, 1):
+        exec(compile(block.text, f"<block {number}>", "exec"), names)
+    return names
+
+
+@pytest.mark.slow
+def test_python_examples_run_and_show_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = [b for b in Page.read(DOCS / "python.md").blocks() if b.language == "python"]
+    names = execute(blocks)
+    shown = [value for value in names.values() if isinstance(value, Shown)]
+    assert len({type(value) for value in shown}) >= 10
+    for value in shown:
+        html = value._repr_html_()
+        assert html.count("<tr") >= 2, type(value)
+        assert html.count("<table") == html.count("</table>")
+
+
+def test_a_python_example_that_fails_is_caught() -> None:
+    with pytest.raises(NameError):
+        execute([Block("python", "a = 1", False), Block("python", "a + nosuchname", False)])
+
+
+def test_every_command_is_in_the_python_page() -> None:
+    spans = {span.partition(" ")[0] for span in Page.read(DOCS / "python.md").spans()}
+    assert set(main.commands) - spans == set()
+
+
+def test_every_name_of_the_python_api_is_in_its_page() -> None:
+    text = (DOCS / "python.md").read_text(encoding="utf-8")
+    words = set(re.findall(r"\w+", text))
+    assert set(pipeline.__all__) - words == set()
+    for name in pipeline.__all__:
+        assert getattr(pipeline, name).__doc__
+
+
+# --- facts that a page repeats --------------------------------------------------------------------
+
+
+def zoo_rows() -> list[dict[str, str]]:
+    with (ROOT / "clipdeploy" / "data" / "zoo.csv").open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_every_column_of_the_zoo_is_explained() -> None:
+    text = (DOCS / "adding-a-checkpoint.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| `(\w+)`(?:, `(\w+)`)?", text, flags=re.MULTILINE)
+    assert {name for names in told for name in names if name} == set(zoo_rows()[0])
+
+
+def test_the_row_of_the_page_becomes_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = [
+        b for b in Page.read(DOCS / "adding-a-checkpoint.md").blocks() if b.language == "csv"
+    ]
+    (row,) = csv.DictReader(block.text.splitlines())
+    assert set(row) == set(zoo_rows()[0])
+    monkeypatch.setattr(zoo, "_read_rows", lambda name: [*zoo_rows(), row])
+    zoo.cards.cache_clear()
+    try:
+        card = zoo.find(row["name"])
+        assert (card.patch, card.image_size) == (int(row["patch"]), int(row["image_size"]))
+        assert card.tokens == int(row["tokens"])
+        assert card.url.endswith(row["file"])
+        assert zoo.find(row["timm_name"]) == card
+    finally:
+        monkeypatch.undo()
+        zoo.cards.cache_clear()
+
+
+def test_the_layers_are_those_of_the_contract() -> None:
+    contracts = configparser.ConfigParser()
+    contracts.read(ROOT / "setup.cfg", encoding="utf-8")
+    layers = contracts["importlinter:contract:stages"]["layers"]
+    wanted = [line.replace("clipdeploy.", "") for line in layers.split("\n") if line]
+    indented = [b for b in Page.read(DOCS / "architecture.md").blocks() if not b.language]
+    shown = [re.split(r"\s{2,}", line.strip())[0] for line in indented[0].text.splitlines()]
+    assert [line for line in shown if line] == wanted
+
+
+def test_pictures_are_small() -> None:
+    pictures = list((DOCS / "images").iterdir())
+    assert pictures
+    for picture in pictures:
+        assert picture.stat().st_size < 200_000, picture.name

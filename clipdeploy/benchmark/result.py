@@ -12,6 +12,7 @@ from clipdeploy.benchmark.lineup import NotRun
 from clipdeploy.benchmark.rounds import Contender
 from clipdeploy.runners import Provider
 from exporters.errors import UsageError
+from exporters.notebook import Renderable, Shown
 
 __all__ = ["Benchmark", "BenchmarkConfig", "BenchmarkRow", "summary_rows"]
 
@@ -82,7 +83,7 @@ class BenchmarkRow:
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class Benchmark(Shown):
     """The result, true if anything was measured.
 
     ``baseline`` is the label that speedups are relative to: the first artifact that ran, empty if
@@ -99,6 +100,11 @@ class Benchmark:
 
     def __bool__(self) -> bool:
         return bool(self.rows)
+
+    def __rich__(self) -> Renderable:
+        from clipdeploy.benchmark.table import benchmark_table
+
+        return benchmark_table(self)
 
 
 def summary_rows(contenders: Sequence[Contender]) -> tuple[BenchmarkRow, ...]:

@@ -59,7 +59,7 @@ def _table(result: Benchmark) -> Table:
     shown = ""
     for row in result.rows:
         label = "" if row.label == shown else row.label
-        table.add_row(label, str(row.batch), *_cells(row, result.baseline, device=device))
+        table.add_row(Text(label), str(row.batch), *_cells(row, result.baseline, device=device))
         shown = row.label
     return table
 

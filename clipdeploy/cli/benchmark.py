@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import click
 
@@ -19,13 +19,8 @@ from clipdeploy.cli.common import (
 from clipdeploy.cli.params import ArtifactPath
 from exporters.errors import EngineError, UsageError
 
-if TYPE_CHECKING:
-    from rich.console import Group
 
-    from clipdeploy.benchmark import Benchmark
-
-
-@click.command()
+@click.command(epilog="\b\nclipdeploy benchmark --batch 1,8,32 --plot latency.svg")
 @click.argument("artifacts", nargs=-1, type=ArtifactPath())
 @model_option
 @click.option(
@@ -103,16 +98,10 @@ def benchmark(
     else:
         run = partial(benchmark_model, context.workspace, context.model(model))
     result = run(config, progress=context.progress, note=context.note)
-    emit(context, result, lambda: _render(result))
+    emit(context, result, lambda: result)
     if not result:
         first = result.not_run[0]
         raise EngineError("nothing could be measured", hint=f"{first.label}: {first.reason}")
     if plot:
         save_plot(draw_benchmark(result), plot)
         context.note(f"drawn: {plot}")
-
-
-def _render(result: Benchmark) -> Group:
-    from clipdeploy.benchmark.table import benchmark_table
-
-    return benchmark_table(result)

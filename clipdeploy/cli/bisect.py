@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from clipdeploy.cli.common import Context, data_option, emit, model_option, stage_command
 from clipdeploy.cli.params import ArtifactPath
 
-if TYPE_CHECKING:
-    from rich.console import Group
 
-    from clipdeploy.tuning.result import Bisection
-
-
-@click.command()
+@click.command(epilog="\b\nclipdeploy bisect --data IMAGES --plot map.png")
 @click.argument("graph", required=False, type=ArtifactPath(dir_okay=False))
 @model_option
 @data_option("Images, with labels if drops are to be points of top-1.", "validation")
@@ -52,15 +46,9 @@ def bisect(
 
     config = BisectConfig(images, seed, batch, threads)
     result = bisect_model(context.workspace, name, data, graph, config, progress=context.progress)
-    emit(context, result, lambda: _render(result))
+    emit(context, result, lambda: result)
     if plot:
         from clipdeploy.tuning.drawing import draw_bisection
 
         save_plot(draw_bisection(result), plot)
         context.note(f"drawn: {plot}")
-
-
-def _render(result: Bisection) -> Group:
-    from clipdeploy.tuning.tables import bisection_table
-
-    return bisection_table(result)

@@ -136,7 +136,12 @@ def _calibration_images(context: Context, model: str, images: int | None) -> Pat
     return None if given is None else Path(str(given))
 
 
-@click.command("build-engine")
+@click.command(
+    "build-engine",
+    epilog="\b\n"
+    "clipdeploy build-engine --fp16\n"
+    "clipdeploy build-engine --int8 --data CALIBRATION_IMAGES --profile 1,8,32",
+)
 @model_option
 @click.option("--fp32", "precision", flag_value="fp32", help="Full precision.")
 @click.option(

@@ -37,7 +37,10 @@ seed_option = click.option(
 )
 
 
-@click.group(invoke_without_command=True)
+@click.group(
+    invoke_without_command=True,
+    epilog="\b\nclipdeploy calibrate --data CALIBRATION_IMAGES --images 256",
+)
 @model_option
 @data_option(
     "Folder or zip of calibration images; never the ones verification will use.",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 
 from clipdeploy.cli.common import (
@@ -14,13 +12,8 @@ from clipdeploy.cli.common import (
     stage_command,
 )
 
-if TYPE_CHECKING:
-    from rich.console import Group
 
-    from clipdeploy.demo import DemoResult
-
-
-@click.command()
+@click.command(epilog="\b\nclipdeploy demo")
 @force_option
 @stage_command
 def demo(context: Context, force: bool) -> int:
@@ -28,34 +21,5 @@ def demo(context: Context, force: bool) -> int:
     from clipdeploy.demo import run_demo
 
     result = run_demo(context.workspace, force=force, progress=context.progress)
-    emit(context, result, lambda: _render(result))
+    emit(context, result, lambda: result)
     return 0 if result.verification else EXIT_VERIFICATION
-
-
-def _render(result: DemoResult) -> Group:
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    from clipdeploy.verification.table import verification_table
-
-    table = Table(box=None, pad_edge=False)
-    for title in ("engine", "bytes", "build s", "TensorRT"):
-        table.add_column(title, justify="left" if title in ("engine", "TensorRT") else "right")
-    for engine in result.engines:
-        made = engine.passport
-        table.add_row(
-            engine.path.name,
-            f"{made.plan_bytes:,}",
-            f"{made.build_seconds:.2f}",
-            f"{made.backend} {made.backend_version}",
-        )
-    note = (
-        "The engines ran on this machine's GPU."
-        if result.engines_executed
-        else "No GPU here: the engines were built, not executed. The verdict is on the graphs that "
-        "they were compiled from, run by ONNX Runtime."
-    )
-    report = Text(f"Report: {result.report}", no_wrap=True, overflow="ignore")
-    parts = (verification_table(result.verification), table, Text(note), report)
-    return Group(*[line for part in parts for line in (part, Text(""))][:-1])

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _MARKS = {"good": "ok", "note": "note", "warning": "warning", "error": "ERROR"}
 
 
-@click.command()
+@click.command(epilog="\b\nclipdeploy doctor --json")
 @stage_command
 def doctor(context: Context) -> int:
     """Look at this machine: libraries, GPU, driver, disk; say how to mend what is wrong.

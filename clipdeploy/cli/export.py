@@ -21,7 +21,11 @@ def _weights(origin: WeightsOrigin) -> str:
     return f"{origin.path}, {origin.layout}, SHA-256 {origin.sha256[:8]}{resized}"
 
 
-@click.command()
+@click.command(
+    epilog="\b\n"
+    "clipdeploy export --model clip-vit-base-p16\n"
+    "clipdeploy export --model clip-vit-base-p16 --checkpoint finetuned.safetensors",
+)
 @model_option
 @click.option(
     "--checkpoint",

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from clipdeploy.cli.common import Context, emit, stage_command, trust_option
 from clipdeploy.cli.params import ArtifactPath
 
-if TYPE_CHECKING:
-    from rich.console import Group
 
-    from clipdeploy.inspection import Inspection
-
-
-@click.command()
+@click.command(epilog="\b\nclipdeploy inspect artifacts/MODEL/MODEL.int8.engine")
 @click.argument("file", type=ArtifactPath())
 @trust_option
 @stage_command
@@ -29,10 +23,4 @@ def inspect(context: Context, file: Path, trust: bool) -> None:
     from clipdeploy.inspection import inspect_file
 
     result = inspect_file(file, trust=trust)
-    emit(context, result, lambda: _render(result))
-
-
-def _render(result: Inspection) -> Group:
-    from clipdeploy.inspection_table import inspection_table
-
-    return inspection_table(result)
+    emit(context, result, lambda: result)

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
-@click.command()
+@click.command(
+    epilog="\b\n"
+    "clipdeploy package --triton models\n"
+    "clipdeploy package --cpp classify artifacts/MODEL/MODEL.fp16.onnx",
+)
 @click.argument("artifact", required=False, type=ArtifactPath())
 @click.option("--triton", metavar="DIR", type=_FOLDER, help="Model repository of a Triton server.")
 @click.option("--cpp", metavar="DIR", type=_FOLDER, help="C++ program with a CMakeLists.txt.")

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from clipdeploy.cli.common import Context, emit, model_option, stage_command
 from clipdeploy.cli.params import ArtifactPath
 
-if TYPE_CHECKING:
-    from rich.console import Group
 
-    from clipdeploy.stages.predict import Predictions
-
-
-@click.command()
+@click.command(epilog="\b\nclipdeploy predict cat.jpg dog.jpg --top 3")
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @model_option
 @click.option(
@@ -39,20 +33,4 @@ def predict(
         context.workspace, name, images, artifact, top=top, progress=context.progress
     )
     context.note(f"{result.artifact} on {result.runner}")
-    emit(context, result, lambda: _render(result))
-
-
-def _render(result: Predictions) -> Group:
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    parts: list[Text | Table] = []
-    for found in result.images:
-        table = Table(box=None, pad_edge=False, show_header=False)
-        table.add_column(justify="right")
-        for guess in found.guesses:
-            named = guess.label if guess.label == guess.name else f"{guess.label} ({guess.name})"
-            table.add_row(f"{guess.percent:6.2f} %", Text(named))
-        parts += [Text(found.image, style="bold"), table]
-    return Group(*parts)
+    emit(context, result, lambda: result)

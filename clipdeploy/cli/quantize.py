@@ -132,7 +132,7 @@ def _from_recipe(context: Context, model: str, path: Path) -> QuantizeConfig:
     return recipe.config
 
 
-@click.command()
+@click.command(epilog="\b\nclipdeploy quantize\nclipdeploy quantize --cpu --exclude 'blocks.0.*'")
 @model_option
 @recipe_options
 @click.option(

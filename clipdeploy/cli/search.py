@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import click
 
@@ -18,13 +18,8 @@ from clipdeploy.cli.common import (
 from clipdeploy.cli.params import setting_option
 from clipdeploy.cli.quantize import plan_config, plan_options
 
-if TYPE_CHECKING:
-    from rich.console import Group
 
-    from clipdeploy.tuning.search import SearchResult
-
-
-@click.command()
+@click.command(epilog="\b\nclipdeploy search --data LABELLED_IMAGES --max-drop 0.5 --budget 60")
 @model_option
 @data_option("Labelled images; one part is searched on, the others confirm.", "validation")
 @click.option(
@@ -100,16 +95,10 @@ def search(
     result = search_model(
         context.workspace, name, data, config, confirm=confirm, progress=context.progress
     )
-    emit(context, result, lambda: _render(result))
+    emit(context, result, lambda: result)
     if plot:
         from clipdeploy.tuning.drawing import draw_front
 
         save_plot(draw_front(result), plot)
         context.note(f"drawn: {plot}")
     return 0 if result else EXIT_VERIFICATION
-
-
-def _render(result: SearchResult) -> Group:
-    from clipdeploy.tuning.tables import search_table
-
-    return search_table(result)

@@ -30,11 +30,9 @@ from exporters.errors import UsageError
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
-    from rich.console import Group
 
     from clipdeploy.imaging.layouts import LayoutName
     from clipdeploy.stages.verify_setup import Judgement, VerifyScope
-    from clipdeploy.verification.result import Verification
     from clipdeploy.verification.verifier import VerifyConfig
 
 max_drop_option = setting_option(
@@ -138,7 +136,11 @@ def verify() -> None:
     """Judge artifacts against PyTorch; `verify merge` joins shards."""
 
 
-@verify.command()
+@verify.command(
+    epilog="\b\n"
+    "clipdeploy verify --data IMAGENET_VAL --report verdict.html\n"
+    "clipdeploy verify model.int8.onnx --data IMAGENET_VAL --sequential",
+)
 @click.argument("artifacts", nargs=-1, type=ArtifactPath(), shell_complete=_artifact_or_merge)
 @_options
 @stage_command
@@ -274,16 +276,9 @@ def _tell(context: Context, result: Judgement, reports: tuple[Path, ...], data: 
 
         found = context.workspace.bisection(verification.model)
         write_reports(result, reports, data=data, bisection=found)
-    emit(context, verification, lambda: render(verification))
+    emit(context, verification, lambda: verification)
     if result.disagreements is not None and any(row.disagreements for row in verification.rows):
         context.note(f"images with another answer than PyTorch's: {result.disagreements}")
     for path in reports:
         context.note(f"report: {path}")
     return 0 if verification else EXIT_VERIFICATION
-
-
-def render(result: Verification) -> Group:
-    """The verdict as a terminal table."""
-    from clipdeploy.verification.table import verification_table
-
-    return verification_table(result)

@@ -82,7 +82,7 @@ def list_cards(context: Context) -> None:
     emit(context, listed, lambda: _table(cards()))
 
 
-@zoo.command()
+@zoo.command(epilog="\b\nclipdeploy zoo show clip-vit-base-p16")
 @click.argument("name", type=ModelName())
 @stage_command
 def show(context: Context, name: str) -> None:

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from rich.table import Table
+from rich.text import Text
 
 from clipdeploy.doctor.libraries import judge_onnxruntime, judge_tensorrt, judge_torch
 from clipdeploy.doctor.machine import Machine
 from clipdeploy.doctor.verdicts import Finding, Level, error, good, note, warning
+from exporters.notebook import Renderable, Shown
 
 __all__ = ["Diagnosis", "Finding", "Level", "diagnose"]
 
@@ -25,7 +28,7 @@ _OLDEST_GPU = (7, 5)
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(Shown):
     """Every finding, and the facts behind them; true where export, build and verify can run."""
 
     can_run: bool
@@ -38,6 +41,14 @@ class Diagnosis:
     def of(self, level: Level) -> tuple[Finding, ...]:
         """The findings of one level."""
         return tuple(finding for finding in self.findings if finding.level == level)
+
+    def __rich__(self) -> Renderable:
+        table = Table(box=None, pad_edge=False)
+        for title in ("", "what", "found", "mend"):
+            table.add_column(title)
+        for each in self.findings:
+            table.add_row(*map(Text, (each.level, each.subject, each.text, each.mend)))
+        return table
 
 
 def diagnose(machine: Machine) -> Diagnosis:

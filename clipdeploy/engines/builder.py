@@ -34,18 +34,32 @@ from exporters.blocks import asked_precision, tensor_types
 from exporters.errors import ArtifactError, EngineError, FileError
 from exporters.files import check_writable, file_errors, sha256_file, write_atomic
 from exporters.headers import read_passport, read_skeleton
+from exporters.notebook import Renderable, Shown, facts
 from exporters.progress import SILENT, Progress
 
 __all__ = ["EngineArtifact", "build_engine"]
 
 
 @dataclass(frozen=True)
-class EngineArtifact:
+class EngineArtifact(Shown):
     """An engine file and its passport; ``changed`` is False if it was already there."""
 
     path: Path
     passport: EnginePassport
     changed: bool
+
+    def __rich__(self) -> Renderable:
+        made = self.passport
+        profiles = (f"{low} to {high}, tuned for {best}" for low, best, high in made.profiles)
+        rows = [
+            ("engine", f"{self.path}: {made.plan_bytes / 1e6:.1f} MB"),
+            ("model", f"{made.graph.model}, {made.graph.precision}"),
+            ("compiled by", f"{made.backend} {made.backend_version}, {made.build_seconds:.1f} s"),
+            ("for", made.built_on),
+            ("batches", "; ".join(profiles)),
+            ("made", "now" if self.changed else "before; nothing has changed since"),
+        ]
+        return facts([*rows, *(("NOT AS ASKED", text) for text in made.fallbacks)])
 
 
 def _unchanged(engine: Path, wanted: EnginePassport) -> EnginePassport | None:

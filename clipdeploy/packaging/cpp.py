@@ -23,6 +23,7 @@ from clipdeploy.runners.base import Images, Logits
 from clipdeploy.runners.onnx import OnnxRunner
 from exporters.errors import ArtifactError
 from exporters.files import atomic_folder, file_errors, sha256_file
+from exporters.notebook import Renderable, Shown, facts
 from exporters.samples import Samples
 
 __all__ = ["CppPackage", "package_cpp", "sample_count"]
@@ -33,7 +34,7 @@ _IMAGES = 3
 
 
 @dataclass(frozen=True)
-class CppPackage:
+class CppPackage(Shown):
     """What was written; ``runtime`` is ``onnxruntime``, ``tensorrt`` or ``tensorrt-rtx``.
 
     ``changed`` is False if all of it was already there.
@@ -44,6 +45,13 @@ class CppPackage:
     runtime: str
     changed: bool
     notes: tuple[str, ...]
+
+    def __rich__(self) -> Renderable:
+        rows = [
+            ("program", f"{self.path}, for {self.runtime}"),
+            ("made", "now" if self.changed else "before; nothing has changed since"),
+        ]
+        return facts([*rows, *(("note", note) for note in self.notes)])
 
 
 def sample_count(source: Packable) -> int:

@@ -30,6 +30,7 @@ from clipdeploy.packaging.triton_config import (
 )
 from exporters.errors import ArtifactError
 from exporters.files import atomic_folder, file_errors, sha256_file, write_atomic
+from exporters.notebook import Renderable, Shown, facts
 from exporters.samples import Samples
 
 __all__ = ["TritonConfig", "TritonPackage", "package_triton"]
@@ -38,7 +39,7 @@ _CONFIG = "config.pbtxt"
 
 
 @dataclass(frozen=True)
-class TritonPackage:
+class TritonPackage(Shown):
     """What was written: the model's folder, and the version that holds the artifact.
 
     ``changed`` is False if that version was already there.  ``server`` is the release that serves
@@ -54,6 +55,16 @@ class TritonPackage:
     max_batch: int
     preferred: tuple[int, ...]
     notes: tuple[str, ...]
+
+    def __rich__(self) -> Renderable:
+        batches = f"up to {self.max_batch} images" if self.max_batch else "one fixed batch"
+        rows = [
+            ("model", f"{self.path}, version {self.version}"),
+            ("at once", batches),
+            ("server", self.server or "not known, see its Dockerfile"),
+            ("made", "now" if self.changed else "before; nothing has changed since"),
+        ]
+        return facts([*rows, *(("note", note) for note in self.notes)])
 
 
 def package_triton(

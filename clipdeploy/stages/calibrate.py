@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from rich.console import Group
+from rich.text import Text
+
 from calibration.collect import CalibrationImage, CollectConfig, collect
 from calibration.table import (
     CalibrationImageRecord,
@@ -22,6 +25,7 @@ from clipdeploy.workspace import Workspace
 from exporters.artifact import Passport
 from exporters.errors import ArtifactError, DatasetError, UsageError
 from exporters.files import file_errors, sha256_file
+from exporters.notebook import Renderable, Shown, facts
 from exporters.progress import SILENT, Progress
 from exporters.samples import Samples
 
@@ -60,13 +64,21 @@ class CalibrateConfig:
 
 
 @dataclass(frozen=True)
-class CalibrationArtifact:
+class CalibrationArtifact(Shown):
     """The table, where it lies, and the images that were skipped."""
 
     path: Path
     table: CalibrationTable
     skipped: tuple[str, ...]
     changed: bool
+
+    def __rich__(self) -> Renderable:
+        rows = [
+            ("calibration", f"{self.path}: {len(self.table.images)} images"),
+            ("made", "now" if self.changed else "before; nothing has changed since"),
+            *(("skipped, unreadable", name) for name in self.skipped),
+        ]
+        return Group(facts(rows), Text(""), self.table)
 
 
 def _calibration_images(

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 
 from clipdeploy import zoo
 from clipdeploy.device import gpus
@@ -21,6 +24,7 @@ from exporters.artifact import Passport
 from exporters.errors import EngineError, UsageError
 from exporters.files import file_errors
 from exporters.headers import read_passport
+from exporters.notebook import Renderable, Shown
 from exporters.progress import SILENT, Progress
 from exporters.samples import Samples
 
@@ -48,13 +52,25 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Predictions:
+class Predictions(Shown):
     """What an artifact says of images, and what ran it."""
 
     model: str
     artifact: str
     runner: str
     images: tuple[Prediction, ...]
+
+    def __rich__(self) -> Renderable:
+        parts: list[Text | Table] = []
+        for found in self.images:
+            table = Table(box=None, pad_edge=False, show_header=False)
+            table.add_column(justify="right")
+            for guess in found.guesses:
+                same = guess.label == guess.name
+                named = guess.label if same else f"{guess.label} ({guess.name})"
+                table.add_row(f"{guess.percent:6.2f} %", Text(named))
+            parts += [Text(found.image, style="bold"), table]
+        return Group(*parts)
 
 
 def _default(workspace: Workspace, model: str) -> Path:

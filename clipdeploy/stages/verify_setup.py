@@ -24,6 +24,7 @@ from clipdeploy.workspace import Workspace
 from exporters.artifact import Passport
 from exporters.errors import ArtifactError, DatasetError
 from exporters.files import sha256_file
+from exporters.notebook import Renderable, Shown, facts
 from exporters.progress import Progress
 
 __all__ = ["Bench", "Judgement", "VerifyScope", "labelled_images", "set_up"]
@@ -48,7 +49,7 @@ class VerifyScope:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Judgement(Shown):
     """A verification, and the files that hold its records: None where nothing was kept.
 
     A shard alone has no ``verification``.  ``evidence`` is what a report shows beside it.
@@ -61,6 +62,9 @@ class Judgement:
 
     def __bool__(self) -> bool:
         return self.verification is None or bool(self.verification)
+
+    def __rich__(self) -> Renderable:
+        return self.verification or facts([("records of a shard", str(self.results))])
 
 
 @dataclass(frozen=True)

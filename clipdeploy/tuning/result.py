@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from clipdeploy.tuning.bisection import Measurement
 from clipdeploy.tuning.culprit import Culprit
 from clipdeploy.tuning.linears import LinearFacts
+from exporters.notebook import Renderable, Shown
 
 __all__ = ["Bisection"]
 
 
 @dataclass(frozen=True)
-class Bisection:
+class Bisection(Shown):
     """What was compared, the figures, and what they say.
 
     ``labelled``: drops are points of top-1; otherwise they are percent of answers changed.
@@ -30,3 +31,8 @@ class Bisection:
     linears: tuple[LinearFacts, ...]
     culprits: tuple[Culprit, ...]
     sentence: str
+
+    def __rich__(self) -> Renderable:
+        from clipdeploy.tuning.tables import bisection_table
+
+        return bisection_table(self)

@@ -12,6 +12,7 @@ from clipdeploy.tuning.pareto import Candidate
 from clipdeploy.verification.paired import DropJudgement
 from exporters.errors import UsageError
 from exporters.headers import GraphArtifact
+from exporters.notebook import Renderable, Shown
 
 __all__ = ["SearchConfig", "SearchResult"]
 
@@ -47,7 +48,7 @@ class SearchConfig:
 
 
 @dataclass(frozen=True)
-class SearchResult:
+class SearchResult(Shown):
     """The choice, what it rests on, and the front; a truth value: the fresh images confirm it.
 
     ``finished``: False if the budget ended the search early.  ``points``: every combination that
@@ -73,3 +74,8 @@ class SearchResult:
 
     def __bool__(self) -> bool:
         return self.confirmed
+
+    def __rich__(self) -> Renderable:
+        from clipdeploy.tuning.tables import search_table
+
+        return search_table(self)

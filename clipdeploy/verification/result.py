@@ -7,6 +7,7 @@ from typing import Literal
 
 from clipdeploy.verification.figures import Accuracy, Fidelity
 from clipdeploy.verification.paired import DropJudgement, Interval
+from exporters.notebook import Renderable, Shown
 
 __all__ = [
     "Baseline",
@@ -96,7 +97,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Shown):
     """The result: ``passed`` only if every row is equivalent; use it as a truth value.
 
     ``images`` were judged, of ``listed``; ``problems`` has a sentence for each thing that is odd
@@ -128,3 +129,8 @@ class Verification:
     def class_name(self, index: int) -> str:
         """What the class with this index is called; its number where it has no name."""
         return self.class_names[index] if index < len(self.class_names) else str(index)
+
+    def __rich__(self) -> Renderable:
+        from clipdeploy.verification.table import verification_table
+
+        return verification_table(self)

@@ -113,7 +113,7 @@ def _table(result: Verification) -> Table:
         table.add_row("PyTorch", *accuracy, "", "", "", "", "reference")
     for name, row in zip(artifact_names(result), result.rows, strict=True):
         verdict = Text(row.verdict, style=_COLOURS[row.verdict])
-        table.add_row(name, *figures_of(row, result), verdict)
+        table.add_row(Text(name), *figures_of(row, result), verdict)
     return table
 
 

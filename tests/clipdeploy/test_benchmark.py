@@ -425,6 +425,12 @@ def test_the_table_fits_a_terminal() -> None:
     assert "GPU p50" not in shown(replace(sample(), rows=sample().rows[-3:]))
 
 
+def test_brackets_in_a_name_are_no_markup() -> None:
+    result = sample()
+    named = replace(result, rows=tuple(replace(row, label="b[v2].onnx") for row in result.rows))
+    assert "b[v2].onnx" in shown(named).split()
+
+
 def test_clocks_and_what_is_said_of_them() -> None:
     warm = Clocks(1980, None, 3201, 3201, None, None)
     assert "1980 MHz at the first round" in clock_note(warm, warm, gpu=True)

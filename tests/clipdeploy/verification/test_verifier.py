@@ -137,6 +137,15 @@ def test_images_without_labels_are_never_judged(
     assert result.rows[0].verdict == "not judged"
 
 
+def test_brackets_in_a_name_are_no_markup(
+    demo_workspace: Workspace, demo_model: LoadedModel, digits: ImageFolder
+) -> None:
+    result = verify(demo_model, [target(demo_workspace.graph(zoo.DEMO, "fp32"))], few(digits))
+    (row,) = result.rows
+    foreign = replace(row, artifact="graphs/model[v2].onnx", vouched=False)
+    assert "model[v2].onnx" in shown(replace(result, rows=(foreign,))).split()
+
+
 def few(images: ImageFolder) -> ImageFolder:
     return select(images, 20, seed=0)
 

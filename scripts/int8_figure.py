@@ -1,0 +1,164 @@
+"""Draw docs/images/int8.svg: what each step of the INT8 recipe does, measured.
+
+    python scripts/int8_figure.py [FILE]
+
+The demo model, and the same function with the channel outliers of real CLIP ViTs in it
+(``scripts/make_outlier_variants.py``), both calibrated on the demo's calibration digits.  Left: the
+channels of one Linear's input, before and after smoothing.  Middle and right: the signal-to-noise
+ratio of the logits on held-out digits, with the steps switched on one after the other, and with
+each range method.  The graphs are those of ``quantize --cpu``, run by ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from make_outlier_variants import add_channel_outliers
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+
+from calibration.plan import PlanConfig
+from calibration.qdq import QuantizeConfig, smooth
+from calibration.ranges import RANGE_METHODS
+from calibration.table import CalibrationTable, load_table
+from clipdeploy import zoo
+from clipdeploy.imaging import iter_crops, open_images, select
+from clipdeploy.model import WeightsChoice
+from clipdeploy.pipeline import calibrate_model, export_model, quantize_model
+from clipdeploy.plots import inline_svg
+from clipdeploy.workspace import Workspace
+from exporters.artifact import Recipe
+from exporters.files import write_atomic
+from exporters.graphs import load_graph
+from exporters.samples import normalise
+from exporters.session import OnnxSession
+
+DEFAULT = Path(__file__).parents[1] / "docs" / "images" / "int8.svg"
+LINEAR = "blocks.3.mlp.fc1"
+IMAGES = 200
+STEPS = {
+    "min-max": PlanConfig("minmax", False, False, False, False),
+    "+ smoothing": PlanConfig("minmax", True, False, False, False),
+    "+ range by output error": PlanConfig("auto", True, False, False, False),
+    "+ GELU's shift": PlanConfig("auto", True, True, False, False),
+    "+ weight clip": PlanConfig("auto", True, True, True, False),
+    "+ bias correction": PlanConfig(),
+}
+METHODS = {method: PlanConfig(method) for method in RANGE_METHODS}
+COLOURS = {"demo": "#0072B2", "with outliers": "#D55E00"}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model: its channels before and after smoothing, and dB by step and by method."""
+
+    before: NDArray[np.float64]
+    after: NDArray[np.float64]
+    steps: dict[str, float]
+    methods: dict[str, float]
+
+
+def digits() -> NDArray[np.float32]:
+    """Held-out digits, normalised, (IMAGES, 3, 32, 32)."""
+    spec = zoo.find(zoo.DEMO).preprocess(Recipe())
+    chosen = select(open_images(zoo.demo_file("test.zip")), IMAGES, seed=0)
+    return normalise(np.stack([crop.pixels for crop in iter_crops(chosen, spec)]), spec)
+
+
+def decibels(reference: NDArray[np.float32], found: NDArray[np.float32]) -> float:
+    """10 log10(sum reference ** 2 / sum error ** 2)."""
+    error = (found.astype(np.float64) - reference) ** 2
+    return float(10 * np.log10((reference.astype(np.float64) ** 2).sum() / error.sum()))
+
+
+def channels(
+    workspace: Workspace, table: CalibrationTable
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The largest |x| of each channel of LINEAR's input, before and after smoothing."""
+    model = load_graph(workspace.graph(zoo.DEMO, "fp32"))
+    names = frozenset(name for name in table.statistics if name.startswith("blocks."))
+    folding = smooth(model, table, names)[LINEAR]
+    seen = table.of(LINEAR)
+    ends = (seen.minimum.astype(np.float64), seen.maximum.astype(np.float64))
+    after = [np.abs((end - folding.shift) / folding.scale) for end in ends]
+    return seen.amax.astype(np.float64), np.maximum(*after)
+
+
+def measure(folder: Path, weights: Path | None, images: NDArray[np.float32]) -> Measured:
+    """Export, calibrate, and quantise with every plan."""
+    workspace = Workspace(folder)
+    export_model(workspace, zoo.DEMO, WeightsChoice(weights))
+    calibrate_model(workspace, zoo.DEMO, zoo.demo_file("calibration.zip"))
+    (reference,) = OnnxSession(workspace.graph(zoo.DEMO, "fp32")).run(images)
+
+    def fidelity(plan: PlanConfig) -> float:
+        config = QuantizeConfig(plan=plan, remainder="fp32")
+        graph = quantize_model(workspace, zoo.DEMO, config).artifact.path
+        (found,) = OnnxSession(graph, exact_int8=True).run(images)
+        return decibels(reference, found)
+
+    before, after = channels(workspace, load_table(workspace.calibration(zoo.DEMO)))
+    steps = {name: fidelity(plan) for name, plan in STEPS.items()}
+    methods = {name: fidelity(plan) for name, plan in METHODS.items()}
+    return Measured(before, after, steps, methods)
+
+
+def bars(axes: Axes, title: str, values: dict[str, dict[str, float]]) -> None:
+    """A pair of bars a row, with their numbers."""
+    names = list(next(iter(values.values())))
+    for index, (model, found) in enumerate(values.items()):
+        places = np.arange(len(names)) + (index - 0.5) * 0.38
+        drawn = axes.barh(places, list(found.values()), 0.36, color=COLOURS[model], label=model)
+        axes.bar_label(drawn, fmt="%.1f", padding=2, fontsize=7)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.14)
+    axes.set_xlabel("logits, signal over error in dB", fontsize=8)
+    axes.set_title(title, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw(models: dict[str, Measured]) -> Figure:
+    """The figure."""
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for name, found in models.items():
+        left.plot(np.sort(found.before)[::-1], color=COLOURS[name], linestyle=":")
+        left.plot(np.sort(found.after)[::-1], color=COLOURS[name], label=name)
+    left.set_yscale("log")
+    left.set_xlabel("channels, sorted", fontsize=8)
+    left.set_title(f"max |x| into {LINEAR}\n(dotted: before smoothing)", fontsize=9)
+    left.legend(fontsize=8, frameon=False)
+    left.spines[["top", "right"]].set_visible(False)
+    bars(middle, "one step after the other", {n: m.steps for n, m in models.items()})
+    bars(right, "by range method, all other steps on", {n: m.methods for n, m in models.items()})
+    return figure
+
+
+def main() -> None:
+    """Measure both models, print the numbers, draw them."""
+    images = digits()
+    models = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        outliers = Path(temporary, "outliers.safetensors")
+        tensors = load_file(zoo.demo_file("weights.safetensors"))
+        save_file(add_channel_outliers(tensors, seed=1), outliers)
+        for name, weights in (("demo", None), ("with outliers", outliers)):
+            models[name] = measure(Path(temporary, name), weights, images)
+            for step, found in (models[name].steps | models[name].methods).items():
+                print(f"{name:14}  {step:24} {found:5.1f} dB", flush=True)
+    svg = inline_svg(draw(models), "int8")
+    start = svg.index(">") + 1
+    white = '<rect width="100%" height="100%" fill="#fff"/>'
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT
+    write_atomic(target, (svg[:start] + white + svg[start:] + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Take docs/images/report.png, a picture of the report that ``clipdeploy demo`` writes.
+
+    python scripts/report_picture.py [FILE]
+
+Needs Chromium, see scripts/system_packages.sh.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+from clipdeploy import zoo
+from clipdeploy.pipeline import (
+    VerifyScope,
+    Workspace,
+    calibrate_model,
+    convert_model,
+    export_model,
+    quantize_model,
+    verify_model,
+    write_reports,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+DEFAULT = ROOT / "docs" / "images" / "report.png"
+# Named as someone in a clone would name it: it stands in the report.
+TEST = Path("clipdeploy/data/demo/test.zip")
+WIDTH, HEIGHT = 1100, 1350
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars")
+COLOURS = 64
+
+
+def write_report(folder: Path) -> Path:
+    """Every stage on the demo card, and the report."""
+    workspace = Workspace(folder)
+    export_model(workspace, zoo.DEMO)
+    convert_model(workspace, zoo.DEMO)
+    calibrate_model(workspace, zoo.DEMO, zoo.demo_file("calibration.zip"))
+    quantize_model(workspace, zoo.DEMO)
+    found = verify_model(workspace, zoo.DEMO, TEST, scope=VerifyScope(graphs_only=True))
+    report = folder / "report.html"
+    write_reports(found, [report])
+    return report
+
+
+def photograph(page: Path, picture: Path) -> None:
+    """What a browser shows of the page's top, in few colours."""
+    browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if browser is None:
+        sys.exit("no Chromium: apt-get install chromium fonts-dejavu-core")
+    raw = page.with_suffix(".png")
+    size = (f"--window-size={WIDTH},{HEIGHT}", f"--screenshot={raw}")
+    subprocess.run([browser, *FLAGS, *size, page.as_uri()], check=True, capture_output=True)
+    with Image.open(raw) as shot:
+        few = shot.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+    few.save(picture, optimize=True)
+
+
+def main() -> None:
+    """Verify, report, photograph."""
+    target = Path(sys.argv[1] if len(sys.argv) > 1 else DEFAULT).resolve()
+    os.chdir(ROOT)
+    with tempfile.TemporaryDirectory() as temporary:
+        photograph(write_report(Path(temporary)), target)
+    print(f"{target}: {target.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""A script of ``scripts/``, which is no package, as a module."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+def load_script(name: str) -> ModuleType:
+    """``scripts/NAME.py``, read once."""
+    known = f"scripts.{name}"
+    if known not in sys.modules:
+        spec = importlib.util.spec_from_file_location(known, SCRIPTS / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        # A dataclass with postponed annotations looks its module up.
+        sys.modules[known] = module
+        spec.loader.exec_module(module)
+    return sys.modules[known]
