@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from exporters.errors import FileError
+from exporters.leftovers import claimed, remove_leftovers
 
 __all__ = [
     "atomic_folder",
@@ -37,7 +39,11 @@ _HINTS = {
 
 @contextmanager
 def file_errors(verb: str, path: Path) -> Iterator[None]:
-    """Turn an ``OSError`` into a :class:`FileError` that names ``path`` and the mend."""
+    """Turn the block's ``OSError`` into an error that names ``path`` and the mend.
+
+    Raises:
+        FileError: the block raised an ``OSError``.
+    """
     try:
         yield
     except OSError as error:
@@ -52,16 +58,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     The parent folder is made if it is missing.  The data is on disk (fsync) before the rename, so
     a crash leaves either the old file or the new one.  On any exception, ``KeyboardInterrupt``
-    included, the temporary file is removed.
+    included, the temporary file is removed; a killed process's by the next writer of ``path``.
 
     Raises:
         FileError: no permission, no space, or a parent that is not a folder.
     """
-    with file_errors("write", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+    with _beside(path, _new_file) as temporary:
         try:
             yield temporary
             with temporary.open("rb") as stream:
@@ -73,6 +75,30 @@ def atomic_path(path: Path) -> Iterator[Path]:
             with suppress(OSError):
                 temporary.unlink()
             raise
+
+
+@contextmanager
+def _beside(path: Path, make: Callable[[Path], Path]) -> Iterator[Path]:
+    """What ``make`` makes for ``path``, held; what killed writers of it have left is removed."""
+    with file_errors("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        name = glob.escape(path.name)
+        remove_leftovers(path.parent, f".{name}.????????.part")
+        if path.exists():
+            # A replaced folder that was not removed any more; without the new one it may be wanted.
+            remove_leftovers(path.parent, f".{name}.????????.old")
+        with claimed(lambda: make(path)) as temporary:
+            yield temporary
+
+
+def _new_file(path: Path) -> Path:
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    return Path(name)
+
+
+def _new_folder(path: Path) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
 
 
 def _umask() -> int:
@@ -87,14 +113,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     Every file is on disk (fsync) before the rename.  A folder that is already there is replaced;
     should the process be killed between the two renames that this takes, the old one lies beside
-    it, under a name that ends in ``.old``.  On any exception the temporary folder is removed.
+    it, under a name that ends in ``.old``.  On any exception the temporary folder is removed, and
+    what a killed process has left by the next writer of ``path``.
 
     Raises:
         FileError: no permission, no space, or a parent that is not a folder.
     """
-    with file_errors("write", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    with _beside(path, _new_folder) as temporary:
         try:
             yield temporary
             for file in temporary.rglob("*"):
@@ -115,7 +140,8 @@ def _replace_folder(new: Path, path: Path) -> None:
     old = new.with_suffix(".old")
     os.rename(path, old)
     os.rename(new, path)
-    shutil.rmtree(old)
+    with suppress(FileNotFoundError):  # another writer may be removing it as a leftover
+        shutil.rmtree(old)
 
 
 def check_writable(path: Path) -> None:
