@@ -41,6 +41,9 @@ class PlanConfig:
 
     ``shift_gelu`` belongs to the ``auto`` range: it searches fc2's levels to both sides at once,
     where the other methods name one range and mean it.
+
+    Raises:
+        UsageError: there is no such range method.
     """
 
     range_method: RangeMethod = "auto"

@@ -23,6 +23,9 @@ class SearchConfig:
     ``search_images``: how many to search on, all others confirm; ``seed`` draws them.  ``cost``:
     count MACs and bytes, or measure on this CPU; ``batch``: images at once that costs are for.
     ``plan``: how Linears are quantised; other ranges are tried too unless ``fixed_plan``.
+
+    Raises:
+        UsageError: a drop, a budget or a cost model that cannot be.
     """
 
     max_drop: float = 1.0
