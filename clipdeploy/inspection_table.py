@@ -19,7 +19,7 @@ _ROLES = ("checkpoint", "source_graph", "calibration", "graph", "timing_cache", 
 def _weights(origin: WeightsOrigin) -> str:
     if origin.kind == "random":
         return f"random, seed {origin.seed}: no accuracy"
-    return f"{origin.path} ({origin.layout})"
+    return f"{origin.path}, {origin.layout}"
 
 
 def _graph_facts(passport: Passport) -> list[tuple[str, str]]:
@@ -104,7 +104,9 @@ def inspection_table(result: Inspection) -> Group:
     facts = [("file", f"{result.path}: {result.bytes / 1e6:.1f} MB{nodes}")]
     facts += _graph_facts(result.passport) if result.passport else []
     facts += _engine_facts(result.engine) if result.engine else []
-    facts.append(("SHA-256", ", ".join(f"{role} {digest}" for role, digest in _hashes(result))))
+    hashes = _hashes(result)
+    wide = max((len(role) for role, _ in hashes), default=0)
+    facts.append(("SHA-256", "\n".join(f"{role:{wide}}  {digest}" for role, digest in hashes)))
     grid = Table(box=None, pad_edge=False, show_header=False)
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")

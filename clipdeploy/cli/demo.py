@@ -41,7 +41,8 @@ def _render(result: DemoResult) -> Group:
 
     table = Table(box=None, pad_edge=False)
     for title in ("engine", "bytes", "build s", "TensorRT"):
-        table.add_column(title, justify="left" if title in ("engine", "TensorRT") else "right")
+        figures = title in ("bytes", "build s")
+        table.add_column(title, justify="right" if figures else "left", overflow="fold")
     for engine in result.engines:
         made = engine.passport
         table.add_row(
