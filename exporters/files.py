@@ -82,13 +82,13 @@ def _beside(path: Path, make: Callable[[Path], Path]) -> Iterator[Path]:
     """What ``make`` makes for ``path``, held; what killed writers of it have left is removed."""
     with file_errors("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        name = glob.escape(path.name)
-        remove_leftovers(path.parent, f".{name}.????????.part")
-        if path.exists():
-            # A replaced folder that was not removed any more; without the new one it may be wanted.
-            remove_leftovers(path.parent, f".{name}.????????.old")
+        _sweep(path, "part")
         with claimed(lambda: make(path)) as temporary:
             yield temporary
+
+
+def _sweep(path: Path, ending: str) -> None:
+    remove_leftovers(path.parent, f".{glob.escape(path.name)}.????????.{ending}")
 
 
 def _new_file(path: Path) -> Path:
@@ -128,6 +128,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                         os.fsync(stream.fileno())
             temporary.chmod(0o777 & ~_umask())
             _replace_folder(temporary, path)
+            _sweep(path, "old")
         except BaseException:  # as in atomic_path
             shutil.rmtree(temporary, ignore_errors=True)
             raise

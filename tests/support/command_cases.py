@@ -110,6 +110,6 @@ def prepare(made: Workspace, folder: Path) -> None:
         for digit in "0123456789":
             names = sorted(name for name in archive.namelist() if name.startswith(f"{digit}/"))
             for name in names[:_FEW]:
-                few.writestr(name, archive.read(name))
+                few.writestr(zipfile.ZipInfo(name), archive.read(name))
             if digit in "37":
                 archive.extract(names[0], folder / "digits")

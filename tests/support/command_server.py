@@ -108,7 +108,7 @@ def _become(command: Command) -> int:
         else:
             os.environ[name] = value
     os.chdir(command.cwd)
-    tempfile.tempdir = None  # found out again, from TMPDIR
+    tempfile.tempdir = os.environ.get("TMPDIR")
     if command.steps or command.kill_at is not None:
         sys.addaudithook(_Steps(command))
     # Python made these for other files.
