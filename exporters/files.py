@@ -13,13 +13,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from exporters.errors import FileError
-from exporters.leftovers import claimed, remove_leftovers
+from exporters.leftovers import claimed, is_abandoned, remove_leftovers
 
 __all__ = [
     "atomic_folder",
     "atomic_path",
     "check_writable",
     "file_errors",
+    "restore_folders",
     "sha256_file",
     "write_atomic",
 ]
@@ -143,6 +144,22 @@ def _replace_folder(new: Path, path: Path) -> None:
     os.rename(new, path)
     with suppress(FileNotFoundError):  # another writer may be removing it as a leftover
         shutil.rmtree(old)
+
+
+def restore_folders(parent: Path) -> None:
+    """Put the folders of ``parent`` back that a killed :func:`atomic_folder` has moved aside.
+
+    A kill between its two renames leaves no folder of the name; the new one still beside the old
+    one tells that moment from later ones, when the old one may be half removed.
+
+    Raises:
+        FileError: no permission.
+    """
+    with file_errors("restore", parent):
+        for old in parent.glob(".*.????????.old"):
+            path = parent / old.name[1 : -len(".????????.old")]
+            if not path.exists() and is_abandoned(old.with_suffix(".part")):
+                os.rename(old, path)
 
 
 def check_writable(path: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["claimed", "remove_leftovers", "scratch_folder"]
+__all__ = ["claimed", "is_abandoned", "remove_leftovers", "scratch_folder"]
 
 # No name that a person would give: what is called so and held by nobody is removed.
 _SCRATCH = (".clipdeploy-scratch-", ".part")
@@ -72,6 +72,18 @@ def claimed(make: Callable[[], Path]) -> Iterator[Path]:
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether ``path`` is there and nobody holds it; False where that cannot be told."""
+    try:
+        descriptor = _lock(path)
+    except _TakenError:
+        return False
+    if descriptor is None:
+        return False
+    os.close(descriptor)
+    return True
 
 
 def remove_leftovers(folder: Path, pattern: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -147,5 +147,5 @@ def verification_table(result: Verification) -> Group:
     named = zip(artifact_names(result), result.rows, strict=True)
     reasons = [_indented(f"{name}: {row.reason}") for name, row in named]
     problems = [_indented(problem, style="yellow") for problem in result.problems]
-    top = (verdict, Text(heading(result)), *baseline, Text(""))
+    top: tuple[RenderableType, ...] = (verdict, Text(heading(result)), *baseline, Text(""))
     return Group(*top, _table(result), Text(""), *reasons, *problems)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from exporters.files import atomic_folder, atomic_path, write_atomic
+from exporters.files import atomic_folder, atomic_path, restore_folders, write_atomic
 from exporters.leftovers import claimed, remove_leftovers, scratch_folder
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX locks")
@@ -122,6 +122,53 @@ def test_a_replaced_folder_stays_until_there_is_a_new_one(tmp_path: Path) -> Non
     with atomic_folder(tmp_path / "package"):
         assert (old / "file").exists()
     assert not old.exists()
+
+
+REPLACED = """
+import os, sys
+from pathlib import Path
+from exporters.files import atomic_folder
+def die(event, words):
+    if event == "os.rename" and str(words[1]) == sys.argv[1]:
+        print("half", flush=True)
+        os.kill(os.getpid(), 9)
+sys.addaudithook(die)
+with atomic_folder(Path(sys.argv[1])) as made:
+    (made / "file").write_bytes(b"new")
+"""
+
+
+def test_a_folder_moved_aside_is_put_back(tmp_path: Path) -> None:
+    path = tmp_path / "1"
+    with atomic_folder(path) as made:
+        (made / "file").write_bytes(b"old")
+    killed(REPLACED, path)
+    assert not path.exists()
+    restore_folders(tmp_path)
+    assert (path / "file").read_bytes() == b"old"
+    with atomic_folder(path) as made:
+        (made / "file").write_bytes(b"newer")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["1"]
+
+
+def test_only_a_whole_folder_of_the_dead_is_put_back(tmp_path: Path) -> None:
+    half_removed = tmp_path / ".1.abcdefgh.old"
+    half_removed.mkdir()
+    in_use = tmp_path / ".2.abcdefgh.old"
+    in_use.mkdir()
+
+    def make() -> Path:
+        part = in_use.with_suffix(".part")
+        part.mkdir()
+        return part
+
+    with claimed(make):
+        restore_folders(tmp_path)
+        assert not (tmp_path / "1").exists()
+        assert not (tmp_path / "2").exists()
+    restore_folders(tmp_path)
+    assert (tmp_path / "2").exists()
+    restore_folders(tmp_path / "absent")
 
 
 def test_a_scratch_folder_outlives_its_process_until_the_next(

@@ -155,6 +155,14 @@ def test_without_colour(case: Case, show: Show) -> None:
     assert not COLOUR.search(shown.out + shown.err)
 
 
+def test_colour_says_what_the_verdict_is(show: Show) -> None:
+    """Beside NO_COLOR: there is something that it takes away."""
+    words = CASES["verify merge"][0].words
+    assert b"\x1b[32mequivalent" in show(words, NARROW).out
+    assert COLOUR.search(show(words, NARROW).out)
+    assert b"equivalent" in show(words, BROAD, colour=False).out
+
+
 @every_case
 def test_in_a_file(case: Case, show: Show) -> None:
     shown = show(case.words)
