@@ -213,7 +213,7 @@ def build_engine(
         artifact,
         lambda: (
             f"{artifact.path}: {made.plan_bytes / 1e6:.1f} MB, "
-            + (f"built in {made.build_seconds:.1f} s" if artifact.changed else "unchanged")
+            + (f"built in {made.build_seconds:.1f} s" if artifact.changed else "unchanged, built")
             + f" by {made.backend} {made.backend_version}\n  {made.built_on}"
         ),
     )

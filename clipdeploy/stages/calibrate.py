@@ -48,6 +48,9 @@ class CalibrateConfig:
 
     ``shard`` (i, n) observes only the i-th of n parts of them, for :func:`merge_calibration`.
     ``threads`` compute, 0 for ONNX Runtime's own choice.
+
+    Raises:
+        UsageError: there is no such shard.
     """
 
     images: int | None = None
