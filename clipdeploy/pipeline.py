@@ -23,6 +23,7 @@ from clipdeploy.stages.calibrate import (
     calibrate_model,
     merge_calibration,
 )
+from clipdeploy.stages.deploy import DeployConfig, Deployment, deploy_model
 from clipdeploy.stages.export import export_model
 from clipdeploy.stages.merge import merge_verification
 from clipdeploy.stages.package import artifact_to_package, package_cpp, package_triton
@@ -31,6 +32,7 @@ from clipdeploy.stages.quantize import convert_model, quantize_model
 from clipdeploy.stages.report import write_reports
 from clipdeploy.stages.samples import sample_images
 from clipdeploy.stages.search import search_model
+from clipdeploy.stages.stage_log import StageRun, StageWatch
 from clipdeploy.stages.verify import verify_model
 from clipdeploy.stages.verify_setup import Judgement, VerifyScope
 from clipdeploy.tuning.search import SearchConfig, SearchResult
@@ -46,12 +48,16 @@ __all__ = [
     "CalibrationArtifact",
     "ClusterConfig",
     "CppPackage",
+    "DeployConfig",
+    "Deployment",
     "EngineArtifact",
     "Expected",
     "Judgement",
     "Predictions",
     "SearchConfig",
     "SearchResult",
+    "StageRun",
+    "StageWatch",
     "TritonConfig",
     "TritonPackage",
     "Verification",
@@ -63,6 +69,7 @@ __all__ = [
     "build_model",
     "calibrate_model",
     "convert_model",
+    "deploy_model",
     "export_model",
     "merge_calibration",
     "merge_verification",

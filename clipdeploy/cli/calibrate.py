@@ -26,8 +26,6 @@ from exporters.errors import UsageError
 if TYPE_CHECKING:
     from clipdeploy.stages.calibrate import CalibrationArtifact
 
-FEW_IMAGES = 128
-
 images_option = click.option(
     "--images", type=click.IntRange(min=1), help="How many; all, up to 512, if left out."
 )
@@ -70,7 +68,7 @@ def calibrate(
     if data is None:
         raise UsageError("no images", hint="clipdeploy calibrate --data CALIBRATION_IMAGES")
     name = context.model(model)
-    from clipdeploy.stages.calibrate import CalibrateConfig, calibrate_model
+    from clipdeploy.stages.calibrate import FEW_IMAGES, CalibrateConfig, calibrate_model
 
     result = calibrate_model(
         context.workspace,

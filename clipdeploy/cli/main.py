@@ -10,6 +10,7 @@ from clipdeploy.cli.bisect import bisect
 from clipdeploy.cli.build import build_engine
 from clipdeploy.cli.calibrate import calibrate
 from clipdeploy.cli.demo import demo
+from clipdeploy.cli.deploy import deploy
 from clipdeploy.cli.doctor import doctor
 from clipdeploy.cli.export import export
 from clipdeploy.cli.inspect import inspect
@@ -51,6 +52,7 @@ for command in (
     inspect,
     package,
     doctor,
+    deploy,
     demo,
 ):
     main.add_command(command)

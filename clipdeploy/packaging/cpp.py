@@ -10,6 +10,7 @@ DIR/CMakeLists.txt         cmake -B build && cmake --build build && ctest --test
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,6 +45,15 @@ class CppPackage:
     runtime: str
     changed: bool
     notes: tuple[str, ...]
+
+    @property
+    def commands(self) -> tuple[str, str]:
+        """What builds the program, and what holds it against the logits beside it."""
+        folder, build = (shlex.quote(str(path)) for path in (self.path, self.path / "build"))
+        return (
+            f"cmake -S {folder} -B {build} && cmake --build {build}",
+            f"ctest --test-dir {build} --output-on-failure",
+        )
 
 
 def sample_count(source: Packable) -> int:
