@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from graph_faults import INT8_FAULTS
+from graph_faults import ruin, turn_answers
 from interrupts import hear_interrupts
 from pages import read_page
 
@@ -44,7 +44,6 @@ from exporters.errors import (
     UsageError,
 )
 from exporters.files import sha256_file
-from exporters.graphs import load_graph, save_graph
 
 CALIBRATION = zoo.demo_file("calibration.zip")
 TEST = zoo.demo_file("test.zip")
@@ -96,13 +95,9 @@ def states(result: Deployment) -> dict[str, str]:
     return {run.name: run.state for run in result.stages}
 
 
-def ruin(workspace: Workspace) -> None:
-    """The INT8 graph as a mistake in a converter would leave it, its passport untouched."""
-    graph = workspace.graph(zoo.DEMO, "int8")
-    model = load_graph(graph)
-    edit, _ = next(iter(INT8_FAULTS.values()))
-    edit(model)
-    save_graph(model, graph)
+def ruin_int8(workspace: Workspace) -> None:
+    """The INT8 graph as a mistake in a converter would leave it."""
+    ruin(workspace.graph(zoo.DEMO, "int8"), turn_answers)
 
 
 def test_what_is_packaged_was_judged(deployed: tuple[Workspace, Deployment]) -> None:
@@ -203,7 +198,7 @@ def test_a_changed_choice_is_done_again(workspace: Workspace) -> None:
 
 
 def test_a_regressed_graph_is_not_packaged(workspace: Workspace) -> None:
-    ruin(workspace)
+    ruin_int8(workspace)
     before = hashes(workspace.triton(zoo.DEMO))
     result = deploy_model(workspace, zoo.DEMO, QUICK)
     assert not result
@@ -258,7 +253,7 @@ def test_a_file_that_changed_after_the_verdict(workspace: Workspace) -> None:
     (engine,) = result.engines
     at = (workspace, zoo.DEMO, QUICK, engine, judgement)
     assert make_packages(*at).triton is not None
-    ruin(workspace)
+    ruin_int8(workspace)
     with pytest.raises(ArtifactError, match="is not the file that was judged"):
         make_packages(*at)
 
@@ -354,7 +349,7 @@ def test_images_without_labels_are_refused_before_the_calibration(
         shutil.copy(image, flat / f"{image.parent.name}_{image.name}")
     workspace.calibration(zoo.DEMO).unlink()
     with pytest.raises(DatasetError, match="no verdict could come of them"):
-        deploy_model(workspace, zoo.DEMO, replace(QUICK, val=flat))
+        deploy_model(workspace, zoo.DEMO, replace(QUICK, val=flat, scope=VerifyScope()))
     assert not workspace.calibration(zoo.DEMO).exists()
 
 
