@@ -48,7 +48,8 @@ def make_packages(
     if config.cpp:
         _refuse_changed(for_cpp, judgement)
         cpp = package_cpp(for_cpp, config.cpp, force=force)
-    return Packages(for_triton if triton else for_cpp, triton, cpp)
+    held = (*((for_triton,) if triton else ()), *((for_cpp,) if cpp else ()))
+    return Packages(held, triton, cpp)
 
 
 def no_packages(

@@ -19,14 +19,17 @@ from clipdeploy.verification.table import artifact_names
 from exporters.artifact import Precision
 from exporters.headers import GraphArtifact
 
-__all__ = ["Deployment", "Packages", "open_points", "serve_commands"]
+__all__ = ["Deployment", "Packages", "commands_of", "open_points", "serve_commands"]
 
 
 @dataclass(frozen=True)
 class Packages:
-    """What was packaged: ``artifact`` is None where nothing was, and ``why_not`` says why."""
+    """What was packaged; ``why_not`` says why nothing was, where it was asked for.
 
-    artifact: Path | None = None
+    ``artifacts`` are the files that ``made`` hold, in its order.
+    """
+
+    artifacts: tuple[Path, ...] = ()
     triton: TritonPackage | None = None
     cpp: CppPackage | None = None
     why_not: str = ""
@@ -70,21 +73,26 @@ class Deployment:
         """Where the packages are and what brings them to life, or why there are none; by line."""
         if self.packages.why_not:
             return (f"No package: {self.packages.why_not}",)
-        places = (f"Package: {made.path}" for made in self.packages.made)
-        return (*places, *(f"  {command}" for command in self.serve))
+        return tuple(
+            line
+            for made in self.packages.made
+            for line in (f"Package: {made.path}", *(f"  {each}" for each in commands_of(made)))
+        )
 
 
 def serve_commands(packages: Packages) -> tuple[str, ...]:
     """What builds, starts and asks what was packaged, one after the other."""
-    commands: list[str] = []
-    if made := packages.triton:
-        folder = shlex.quote(str(made.path))
-        client = shlex.quote(str(made.path / "client.py"))
-        commands += docker_commands(made.name, folder, gpus=True, known=made.server is not None)
-        commands.append(f"python {client} IMAGE")
-    if packages.cpp:
-        commands += packages.cpp.commands
-    return tuple(commands)
+    return tuple(command for made in packages.made for command in commands_of(made))
+
+
+def commands_of(made: TritonPackage | CppPackage) -> tuple[str, ...]:
+    """What brings one package to life, from the folder in which the deployment was made."""
+    if isinstance(made, CppPackage):
+        return made.commands
+    folder = shlex.quote(str(made.path))
+    client = shlex.quote(str(made.path / "client.py"))
+    docker = docker_commands(made.name, folder, gpus=True, known=made.server is not None)
+    return (*docker, f"python {client} IMAGE")
 
 
 def open_points(

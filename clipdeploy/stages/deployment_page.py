@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipdeploy.stages.deployment import Deployment
+from clipdeploy.stages.deployment import Deployment, commands_of
 from clipdeploy.verification.results import Results
 from exporters.artifact import to_json
 from exporters.files import sha256_file, write_atomic
@@ -75,6 +75,10 @@ def _page(result: Deployment, results: Results, calibration: Path | None) -> str
         files=list(built_files(result, calibration)),
         report=result.report.name,
         hardware=hardware(measured) if measured else "",
+        packages=[
+            (artifact.name, made, commands_of(made))
+            for artifact, made in zip(result.packages.artifacts, result.packages.made, strict=True)
+        ],
         titles=table_titles(measured) if measured else [],
         rows=table_rows(measured) if measured else [],
         footnotes=footnotes(measured) if measured else [],

@@ -36,6 +36,7 @@ COMMANDS = (
     "inspect",
     "package",
     "doctor",
+    "deploy",
     "demo",
 )
 

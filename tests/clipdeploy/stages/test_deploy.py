@@ -104,12 +104,13 @@ def test_what_is_packaged_was_judged(deployed: tuple[Workspace, Deployment]) -> 
     workspace, result = deployed
     assert result
     assert result.packages.triton is not None
-    assert result.packages.artifact == workspace.graph(zoo.DEMO, "int8")
+    (artifact,) = result.packages.artifacts
+    assert artifact == workspace.graph(zoo.DEMO, "int8")
     judged = {row.artifact for row in result.verification.rows if row.verdict == "equivalent"}
-    assert str(result.packages.artifact) in judged
+    assert str(artifact) in judged
     packaged = result.packages.triton.model
     assert packaged.is_relative_to(workspace.triton(zoo.DEMO))
-    assert sha256_file(packaged) == sha256_file(result.packages.artifact)
+    assert sha256_file(packaged) == sha256_file(artifact)
     assert [name for name in CONFIG.stages if name != "summary"] == list(states(result))
 
 
