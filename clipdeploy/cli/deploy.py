@@ -117,7 +117,7 @@ def deploy(context: Context, model: str | None, **options: Any) -> int:
             config,
             force=options["force"],
             watch=display,
-            note=context.note,
+            note=display.note,
             progress=display,
         )
     emit(context, result, lambda: _tables(result))

@@ -11,7 +11,6 @@ import click
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
     from clipdeploy.stages.stage_log import StageRun
@@ -20,7 +19,6 @@ __all__ = ["StageDisplay"]
 
 # The thread that draws would take its share of the processor from what is measured.
 _MEASURED = ("benchmark",)
-_DRAWN_PER_SECOND = 8
 
 
 class StageDisplay:
@@ -32,11 +30,10 @@ class StageDisplay:
     """
 
     def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
-        from rich import console as rich
+        from clipdeploy.cli.checklist import checklist
 
         self._quiet = quiet
-        drawn_on = console or rich.Console(stderr=True)
-        self._bars = None if quiet or not drawn_on.is_terminal else _bars(drawn_on)
+        self._bars = None if quiet else checklist(console)
         self._lines: dict[str, TaskID] = {}
         self._now: str | None = None
 
@@ -62,8 +59,9 @@ class StageDisplay:
         if self._bars is None:
             return
         for name in names:
-            line = self._bars.add_task(name, start=False, total=None, state="waiting", doing="")
-            self._lines[name] = line
+            self._lines[name] = self._bars.add_task(
+                name, start=False, total=None, state="waiting", doing="", counted=False
+            )
         self._bars.start()
 
     def started(self, name: str) -> None:
@@ -96,73 +94,23 @@ class StageDisplay:
             yield lambda count: None
             return
         bars, line = self._bars, self._lines[self._now]
-        # The old total goes first: a new one resets the speed that the time left comes from.
+        # Another total forgets the speed, which the time left comes from.
         bars.update(line, total=0, completed=0)
-        bars.update(line, total=total, completed=0, doing=text)
+        bars.update(line, total=total or 1, completed=0, doing=text, counted=total is not None)
         yield lambda count: bars.advance(line, count)
-        bars.update(line, total=None, completed=0, doing="")
+        bars.update(line, doing="", counted=False)
+
+    def note(self, text: str) -> None:
+        """A line for the person at the terminal, above the checklist."""
+        if self._bars is None:
+            self._say(text)
+        else:
+            self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _show(self, state: str, doing: str) -> None:
         if self._bars is not None and self._now is not None:
-            self._bars.update(self._lines[self._now], total=None, state=state, doing=doing)
+            self._bars.update(self._lines[self._now], state=state, doing=doing, counted=False)
 
     def _say(self, line: str) -> None:
         if self._bars is None and not self._quiet:
             click.echo(line, err=True)
-
-
-def _bars(console: Console) -> Bars:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        SpinnerColumn,
-        Task,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-    from rich.table import Column
-    from rich.text import Text
-
-    class While(ProgressColumn):
-        """Another column, while its stage runs and perhaps only where its length is known."""
-
-        max_refresh = None
-
-        def __init__(self, column: ProgressColumn, *, counted: bool = False) -> None:
-            super().__init__()
-            self._column, self._counted = column, counted
-
-        def render(self, task: Task) -> Text:
-            """See the base class."""
-            running = task.fields["state"] == "running"
-            shown = running and (task.total is not None or not self._counted)
-            return self._column(task) if shown else Text("")  # type: ignore[return-value]
-
-    class Seconds(TimeElapsedColumn):
-        """The time of a stage that took any."""
-
-        def render(self, task: Task) -> Text:
-            """See the base class."""
-            took = task.fields["state"] not in ("waiting", "unchanged", "left out")
-            return super().render(task) if took else Text("")
-
-    return Progress(
-        While(SpinnerColumn()),
-        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
-        TextColumn("{task.fields[state]}", table_column=Column(no_wrap=True)),
-        Seconds(),
-        While(BarColumn(16), counted=True),
-        While(MofNCompleteColumn(), counted=True),
-        While(TimeRemainingColumn(), counted=True),
-        TextColumn(
-            "{task.fields[doing]}",
-            markup=False,
-            table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
-        ),
-        console=console,
-        expand=True,
-        refresh_per_second=_DRAWN_PER_SECOND,
-    )

@@ -108,6 +108,7 @@ def checklist(console: Console) -> StageDisplay:
     with display:
         log = StageLog(("export", "calibrate", "verify", "package"), display)
         log.run("export", lambda: None, lambda made: False)
+        display.note("8 images [of a kind]")
 
         def calibrate() -> None:
             with display.task("observe [images]", 8) as advance:
@@ -131,6 +132,7 @@ def test_the_checklist_shows_every_stage_as_it_ended() -> None:
         checklist(console)
     # What stands on the screen in the end: each drawing begins at its first line again.
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+    assert plain.count("8 images [of a kind]\n") == 1
     lines = [line.split() for line in plain.splitlines() if line.strip()][-4:]
     assert lines[0] == ["export", "unchanged"]
     assert lines[1][:2] == ["calibrate", "done"]
