@@ -6,6 +6,11 @@
     export_model(workspace, "clip-vit-base-p16")
     build_model(workspace, "clip-vit-base-p16", "int8", data=Path("calibration"))
 
+All stages at once, and a package at their end if the verdict passed:
+
+    config = DeployConfig(val=Path("val"), calibration=Path("calibration"))
+    deployment = deploy_model(workspace, "clip-vit-base-p16", config)
+
 A stage a function; the commands call the same ones.
 """
 

@@ -110,7 +110,7 @@ class _Run:
     def _make_graphs(self) -> None:
         source = self.log.run("export", self._export, _is_new)
         self.graphs.append(source)
-        check_labels(self.config, source.passport)
+        self.log.run("check labels", partial(check_labels, self.config, source.passport))
         at = (self.workspace, self.model)
         if "fp16" in self.config.precisions:
             convert = partial(convert_model, *at, force=self.force, progress=self.progress)

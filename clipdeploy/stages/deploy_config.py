@@ -97,6 +97,7 @@ class DeployConfig:
         return (
             "check",
             "export",
+            "check labels",
             *(("convert to fp16",) if "fp16" in self.precisions else ()),
             *(int8 if self.calibration else int8[1:]),
             *(f"build {precision}" for precision in self.precisions),

@@ -6,12 +6,10 @@ from pathlib import Path
 
 from clipdeploy.engines.builder import EngineArtifact
 from clipdeploy.packaging.artifact import open_packable
-from clipdeploy.packaging.triton import TritonConfig
 from clipdeploy.stages.deploy_config import DeployConfig
 from clipdeploy.stages.deployment import Packages
 from clipdeploy.stages.package import package_cpp, package_triton
 from clipdeploy.stages.verify_setup import Judgement
-from clipdeploy.verification.table import verdict_line
 from clipdeploy.workspace import Workspace
 from exporters.errors import ArtifactError
 
@@ -59,9 +57,7 @@ def no_packages(
     assert judgement.verification is not None  # only a shard has none
     older = [path for path in _places(workspace, model, config) if path.exists()]
     there = f"; {', '.join(map(str, older))} is of an earlier verdict" if older else ""
-    unproven = any(row.verdict == "not executed" for row in judgement.verification.rows)
-    verdict = verdict_line(judgement.verification)
-    if unproven and not verdict.startswith(("REGRESSED", "UNDECIDED", "NOT JUDGED")):
+    if {row.verdict for row in judgement.verification.rows} == {"equivalent", "not executed"}:
         return Packages(
             why_not="the engine was not executed; run the same command where it can run, and what "
             f"is done stays done, or pass --graphs-only to deploy the graph{there}"
@@ -70,10 +66,9 @@ def no_packages(
 
 
 def _places(workspace: Workspace, model: str, config: DeployConfig) -> list[Path]:
-    name = TritonConfig().name or f"{model}-{config.precision}"
     places = [config.cpp] if config.cpp else []
     if config.triton or not config.cpp:
-        places.append((config.triton or workspace.triton(model)) / name)
+        places.append((config.triton or workspace.triton(model)) / f"{model}-{config.precision}")
     return places
 
 

@@ -108,7 +108,7 @@ def open_points(
         *_of_the_engines(verification, engines),
         *_of_the_images(verification, calibration_images),
         *_of_the_speed(benchmark, engines),
-        *_of_the_packages(packages),
+        *_of_the_packages(packages, verification),
     )
 
 
@@ -155,8 +155,14 @@ def _of_the_speed(benchmark: Benchmark | None, engines: Sequence[EngineArtifact]
         yield "the latencies are of graphs in ONNX Runtime, and say nothing about an engine's"
 
 
-def _of_the_packages(packages: Packages) -> Iterator[str]:
+def _of_the_packages(packages: Packages, verification: Verification) -> Iterator[str]:
     if packages.triton:
         yield "no server has loaded the model repository here"
+        ran = any(row.kind == "engine" for row in verification.rows)
+        if ran and packages.triton.model.suffix == ".onnx":
+            yield (
+                "Triton loads no engine of TensorRT-RTX and is given the graph, judged as well: "
+                "how fast it is there was not measured"
+            )
     if packages.cpp:
         yield "the C++ program was not compiled here; its own test holds it against Python's logits"

@@ -3,92 +3,34 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import zipfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from deployments import CONFIG, QUICK, TEST, hashes
 from graph_faults import ruin, turn_answers
-from interrupts import hear_interrupts
 from pages import read_page
 
 from clipdeploy import zoo
-from clipdeploy.benchmark import BenchmarkConfig
 from clipdeploy.device import gpus
 from clipdeploy.engines.compiler import Compiler
-from clipdeploy.imaging import open_images
-from clipdeploy.imaging.overlap import shared_images
+from clipdeploy.engines.passport import save_engine_passport
 from clipdeploy.model import WeightsChoice
 from clipdeploy.pipeline import (
     CalibrateConfig,
-    DeployConfig,
     Deployment,
-    VerifyConfig,
-    VerifyScope,
     Workspace,
     deploy_model,
     verify_model,
 )
 from clipdeploy.stages.deploy_package import make_packages
-from exporters.errors import (
-    ArtifactError,
-    ClipdeployError,
-    DatasetError,
-    FileError,
-    UsageError,
-)
+from clipdeploy.stages.deployment import open_points
+from clipdeploy.stages.verify_setup import Judgement
+from exporters.errors import ArtifactError
 from exporters.files import sha256_file
 
-CALIBRATION = zoo.demo_file("calibration.zip")
-TEST = zoo.demo_file("test.zip")
-# 64 images without a difference prove a drop below 5.7 points.
-CONFIG = DeployConfig(
-    val=TEST,
-    calibration=CALIBRATION,
-    verify=VerifyConfig(max_drop=6, workers=0),
-    scope=VerifyScope(limit=64, graphs_only=True),
-    benchmark=BenchmarkConfig(batches=(1,), seconds=None, rounds=3, warmup=0),
-)
-QUICK = replace(CONFIG, benchmark=None)
-
 pytestmark = pytest.mark.usefixtures("tensorrt_rtx")
-
-
-@pytest.fixture(scope="session")
-def tensorrt_rtx() -> None:
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
-
-
-@pytest.fixture(scope="module")
-def deployed(
-    tensorrt_rtx: None, demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Workspace, Deployment]:
-    """A deployment whose graphs were there already.  Read only."""
-    workspace = Workspace(tmp_path_factory.mktemp("deployed") / "artifacts")
-    shutil.copytree(demo_workspace.root, workspace.root)
-    return workspace, deploy_model(workspace, zoo.DEMO, CONFIG)
-
-
-@pytest.fixture
-def workspace(deployed: tuple[Workspace, Deployment]) -> Workspace:
-    """The deployment's own folder, put back after the test: results name their paths."""
-    original, _ = deployed
-    saved = original.root.with_name("saved")
-    shutil.copytree(original.root, saved)
-    yield original
-    shutil.rmtree(original.root)
-    saved.rename(original.root)
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): sha256_file(path) for path in files}
 
 
 def states(result: Deployment) -> dict[str, str]:
@@ -172,7 +114,7 @@ def test_a_second_run_does_nothing(workspace: Workspace, monkeypatch: pytest.Mon
     result = deploy_model(workspace, zoo.DEMO, CONFIG)
     assert result
     done = [name for name, state in states(result).items() if state != "unchanged"]
-    assert done == ["check"]
+    assert done == ["check", "check labels"]
     after = hashes(workspace.root)
     # The data says what this run did; the page is the same to the bit.
     changed = {name for name in after if after[name] != before.get(name)}
@@ -185,6 +127,7 @@ def test_a_changed_choice_is_done_again(workspace: Workspace) -> None:
     assert states(result) == {
         "check": "done",
         "export": "unchanged",
+        "check labels": "done",
         "convert to fp16": "unchanged",
         "calibrate": "done",
         "quantize": "done",
@@ -272,157 +215,37 @@ def test_both_packages_where_they_were_asked_for(workspace: Workspace, tmp_path:
     assert states(deploy_model(workspace, zoo.DEMO, asked))["package"] == "unchanged"
 
 
-def copied(data: Path, folder: Path, count: int) -> Path:
-    """The first ``count`` images of each class."""
-    with zipfile.ZipFile(data) as archive:
-        for digit in range(10):
-            names = sorted(n for n in archive.namelist() if n.startswith(f"{digit}/"))
-            archive.extractall(folder, names[:count])
-    return folder
+def test_an_engine_that_ran_is_what_is_packaged(workspace: Workspace, tmp_path: Path) -> None:
+    """As on a machine with a GPU, by the records of one: no engine runs without."""
+    asked = replace(QUICK, triton=tmp_path / "models", cpp=tmp_path / "program")
+    (engine,) = deploy_model(workspace, zoo.DEMO, replace(QUICK, package=False)).engines
+    graph = workspace.graph(zoo.DEMO, "int8")
+    scope = replace(CONFIG.scope, artifacts=(graph, engine.path))
+    judgement = as_if_run(verify_model(workspace, zoo.DEMO, TEST, CONFIG.verify, scope))
+    at = (workspace, zoo.DEMO, asked)
+    made = make_packages(*at, engine, judgement)
+    assert made.artifacts == (graph, engine.path)
+    assert made.cpp is not None
+    assert made.cpp.runtime == "tensorrt-rtx"
+    assert judgement.verification is not None
+    said = " ".join(open_points(judgement.verification, (engine,), 200, None, made))
+    assert "Triton loads no engine of TensorRT-RTX" in said
+    shutil.rmtree(tmp_path / "models")
+    shutil.rmtree(tmp_path / "program")
+    passport = replace(engine.passport, backend="tensorrt", backend_version="10.13.3.9")
+    save_engine_passport(passport, engine.path)
+    made = make_packages(*at, replace(engine, passport=passport), judgement)
+    assert made.artifacts == (engine.path, engine.path)
+    assert made.triton is not None
+    assert made.triton.model.name == "model.plan"
+    assert sha256_file(made.triton.model) == sha256_file(engine.path)
 
 
-def no_val(tmp_path: Path) -> DeployConfig:
-    return replace(CONFIG, val=tmp_path / "nothing")
-
-
-def no_calibration(tmp_path: Path) -> DeployConfig:
-    return replace(CONFIG, calibration=tmp_path / "nothing")
-
-
-def none_named(tmp_path: Path) -> DeployConfig:
-    return replace(CONFIG, calibration=None)
-
-
-def one_shared(tmp_path: Path) -> DeployConfig:
-    val = copied(TEST, tmp_path / "val", 2)
-    spy = copied(CALIBRATION, tmp_path / "calibration", 3)
-    shutil.copy(next((spy / "4").iterdir()), val / "4" / "under_another_name.png")
-    return replace(CONFIG, val=val, calibration=spy)
-
-
-def one_broken(tmp_path: Path) -> DeployConfig:
-    val = copied(TEST, tmp_path / "val", 2)
-    (val / "3" / "broken.png").write_bytes(b"\x89PNG and no more")
-    return replace(CONFIG, val=val)
-
-
-def file_in_the_way(tmp_path: Path) -> DeployConfig:
-    (tmp_path / "file").write_text("in the way")
-    return replace(CONFIG, triton=tmp_path / "file" / "models")
-
-
-def no_recipe(tmp_path: Path) -> DeployConfig:
-    return replace(CONFIG, quantize_recipe=tmp_path / "recipe.json")
-
-
-@pytest.mark.parametrize(
-    ("bad", "error", "words"),
-    [
-        (no_val, DatasetError, ("does not exist", "--val")),
-        (no_calibration, DatasetError, ("does not exist", "--calibration")),
-        (none_named, UsageError, ("without calibration images", "--calibration")),
-        (one_shared, DatasetError, ("1 images of", "4/under_another_name.png", "cannot judge")),
-        (one_broken, DatasetError, ("3/broken.png", "--skip-unreadable")),
-        (file_in_the_way, FileError, ("models", "is a file, not a folder")),
-        (no_recipe, FileError, ("cannot read", "recipe.json")),
-    ],
-)
-def test_bad_input_is_refused_before_anything_is_made(
-    bad: Callable[[Path], DeployConfig],
-    error: type[ClipdeployError],
-    words: tuple[str, ...],
-    tmp_path: Path,
-) -> None:
-    workspace = Workspace(tmp_path / "artifacts")
-    with pytest.raises(error) as caught:
-        deploy_model(workspace, zoo.DEMO, bad(tmp_path))
-    for word in words:
-        assert word in str(caught.value)
-    assert not workspace.graph(zoo.DEMO, "fp32").exists()
-
-
-def test_images_without_labels_are_refused_before_the_calibration(
-    workspace: Workspace, tmp_path: Path
-) -> None:
-    flat = tmp_path / "flat"
-    flat.mkdir()
-    for image in copied(TEST, tmp_path / "val", 1).rglob("*.png"):
-        shutil.copy(image, flat / f"{image.parent.name}_{image.name}")
-    workspace.calibration(zoo.DEMO).unlink()
-    with pytest.raises(DatasetError, match="no verdict could come of them"):
-        deploy_model(workspace, zoo.DEMO, replace(QUICK, val=flat, scope=VerifyScope()))
-    assert not workspace.calibration(zoo.DEMO).exists()
-
-
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        ({"precision": "fp16"}, "--calibration belongs to --int8"),
-        ({"precision": "int8-cpu", "benchmark": None}, "no engine is built in int8-cpu"),
-        ({"package": False, "cpp": Path("x")}, "not to be made"),
-        ({"calibrate": CalibrateConfig(shard=(1, 2))}, "a shard alone has no verdict"),
-    ],
-)
-def test_choices_that_do_not_go_together(wrong: dict[str, object], said: str) -> None:
-    with pytest.raises(UsageError, match=said):
-        replace(CONFIG, calibration=CALIBRATION, **wrong)
-
-
-def test_shared_images_are_found_by_their_bytes(tmp_path: Path) -> None:
-    config = one_shared(tmp_path)
-    assert config.calibration is not None
-    observed, judging = open_images(config.calibration), open_images(config.val)
-    assert shared_images(observed, judging) == ("4/under_another_name.png",)
-    assert shared_images(open_images(CALIBRATION), open_images(TEST)) == ()
-    # A folder and an archive of the same images.
-    assert len(shared_images(observed, open_images(CALIBRATION))) == len(observed.entries)
-
-
-DEPLOY = [
-    *(sys.executable, "-m", "clipdeploy", "deploy", "--model", "demo", "--no-benchmark"),
-    *("--calibration", str(CALIBRATION), "--val", str(TEST), "--graphs-only"),
-]
-MOMENTS = ("export", "calibrate", "build int8", "verify", "package", "summary")
-
-
-def deploy_in(folder: Path, *, kill: tuple[str, int] | None = None) -> tuple[int, str]:
-    """The command in a folder, killed as soon as a stage begins; its code and its stderr."""
-    folder.mkdir(exist_ok=True)
-    process = subprocess.Popen(
-        DEPLOY,
-        cwd=folder,
-        preexec_fn=hear_interrupts,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    said = ""
-    for line in process.stderr:
-        said += line
-        if kill and line.startswith(f"{kill[0]} ..."):
-            process.send_signal(kill[1])
-            break
-    said += process.stderr.read()
-    return process.wait(), said
-
-
-def lasting(folder: Path) -> dict[str, str]:
-    """Everything but what tells of times, and what a killed writer left under a name of its own."""
-    timed = ("deployment.json", ".engine.json", ".part")
-    return {name: value for name, value in hashes(folder).items() if not name.endswith(timed)}
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_run_ends_as_an_undisturbed_one(how: int, tmp_path: Path) -> None:
-    assert deploy_in(tmp_path / "undisturbed")[0] == 0
-    for moment in MOMENTS:
-        code, said = deploy_in(tmp_path / "killed", kill=(moment, how))
-        assert code == (-how if how == signal.SIGKILL else 130), said
-        assert "Traceback" not in said
-    code, said = deploy_in(tmp_path / "killed")
-    assert code == 0, said
-    assert "calibrate: unchanged" in said
-    assert lasting(tmp_path / "killed") == lasting(tmp_path / "undisturbed")
+def as_if_run(judgement: Judgement) -> Judgement:
+    """Every artifact with something that ran it."""
+    assert judgement.evidence is not None
+    results = judgement.evidence.results
+    question = results.question
+    artifacts = tuple(replace(each, runner=each.runner or "GPU") for each in question.artifacts)
+    results = replace(results, question=replace(question, artifacts=artifacts))
+    return replace(judgement, evidence=replace(judgement.evidence, results=results))
