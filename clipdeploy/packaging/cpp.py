@@ -26,7 +26,7 @@ from exporters.errors import ArtifactError
 from exporters.files import atomic_folder, file_errors, sha256_file
 from exporters.samples import Samples
 
-__all__ = ["CppPackage", "package_cpp", "sample_count"]
+__all__ = ["CppPackage", "check_replaceable", "package_cpp", "sample_count"]
 
 _SOURCES = ("main.cpp", "model.h", "onnxruntime_model.cpp", "tensorrt_model.cpp")
 _CMAKE = "CMakeLists.txt"
@@ -85,7 +85,7 @@ def package_cpp(
         notes = ("no logits lie beside the images: Python's are to be had where the engine runs",)
     changed = not _is_there(source, model, files)
     if changed or force:
-        _check_replaceable(folder, force=force)
+        check_replaceable(folder, force=force)
         with atomic_folder(folder) as made, file_errors("copy", source.path):
             for name, data in files.items():
                 (made / name).write_bytes(data)
@@ -100,7 +100,12 @@ def _is_there(source: Packable, model: Path, files: Mapping[str, bytes]) -> bool
     return all(path.is_file() and path.read_bytes() == data for path, data in paths.items())
 
 
-def _check_replaceable(folder: Path, *, force: bool) -> None:
+def check_replaceable(folder: Path, *, force: bool) -> None:
+    """Whether a package may be written there; with ``force``, in the place of an older one.
+
+    Raises:
+        ArtifactError: something is there that is not to be lost.
+    """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     # Whatever is asked for, only a folder of this kind is ever removed.

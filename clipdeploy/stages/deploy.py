@@ -120,10 +120,15 @@ class _Run:
             if (images := self.config.calibration) is not None:
                 calibrate = partial(calibrate_model, *at, images, self.config.calibrate)
                 calibrate = partial(calibrate, force=self.force, progress=self.progress)
-                self.log.run("calibrate", calibrate, _is_new)
+                made = self.log.run("calibrate", calibrate, _is_new)
+                self._name_skipped(made.skipped)
             quantize = partial(self._quantize, source.passport)
-            made = self.log.run("quantize", quantize, lambda made: made.artifact.changed)
-            self.graphs.append(made.artifact)
+            int8 = self.log.run("quantize", quantize, lambda made: made.artifact.changed)
+            self.graphs.append(int8.artifact)
+
+    def _name_skipped(self, names: tuple[str, ...]) -> None:
+        for name in names:
+            self.note(f"skipped, unreadable: {name}")
 
     def _export(self) -> GraphArtifact:
         return export_model(
@@ -174,9 +179,12 @@ class _Run:
             note=self.note,
             progress=self.progress,
         )
-        return self.log.run(
+        made = self.log.run(
             "verify", verify, lambda made: made.results is None or before != _state(made.results)
         )
+        assert made.verification is not None  # only a shard has none
+        self._name_skipped(made.verification.skipped)
+        return made
 
     def _benchmark(self) -> KeptBenchmark:
         assert self.config.benchmark is not None

@@ -10,6 +10,7 @@ from clipdeploy.engines.build_config import check_options
 from clipdeploy.imaging import ImageFolder, open_images
 from clipdeploy.imaging.overlap import shared_images
 from clipdeploy.imaging.survey import Few
+from clipdeploy.packaging.cpp import check_replaceable
 from clipdeploy.stages.calibrate import choose_images
 from clipdeploy.stages.deploy_config import DeployConfig
 from clipdeploy.stages.verify_setup import labelled_images, refuse_unreadable
@@ -80,8 +81,8 @@ def _refuse_shared(observed: ImageFolder, judging: ImageFolder, config: DeployCo
         return
     if shared := shared_images(observed, judging):
         raise DatasetError(
-            f"{len(shared)} images of {judging.root} are among those of {observed.root} that INT8 "
-            f"would be calibrated on: {Few.of(shared)}",
+            f"{judging.root} holds images of {observed.root} that INT8 would be calibrated on: "
+            f"{Few.of(shared)}",
             hint="they cannot judge the result: take them out of --calibration or of --val",
         )
 
@@ -92,3 +93,4 @@ def _writable(workspace: Workspace, model: str, config: DeployConfig) -> None:
         check_writable(config.triton / "probe")
     if config.cpp is not None:
         check_writable(config.cpp)
+        check_replaceable(config.cpp, force=True)

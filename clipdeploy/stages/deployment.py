@@ -134,8 +134,8 @@ def _of_the_engines(verification: Verification, engines: Sequence[EngineArtifact
 
 
 def _of_the_images(verification: Verification, calibration_images: int | None) -> Iterator[str]:
-    if verification.skipped:
-        yield f"{len(verification.skipped):,} images could not be read and judged nothing"
+    if skipped := len(verification.skipped):
+        yield f"{skipped:,} image{'s' * (skipped > 1)} could not be read and judged nothing"
     if calibration_images is not None and calibration_images < FEW_IMAGES:
         yield (
             f"INT8's ranges are those of {calibration_images} images: {FEW_IMAGES} or more would "

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from deployments import copied
 from graph_faults import ruin, turn_answers
 from rich.console import Console
 from verify_command import TEST, good, refused, run
@@ -95,6 +96,18 @@ def test_bad_options(more: tuple[str, ...], code: int, said: str, artifacts: Pat
     result = run(*words(artifacts, *more))
     refused(result, code, said)
     assert not (artifacts / zoo.DEMO / "clip-vit-demo.int8.engine").exists()
+
+
+def test_what_cannot_be_read_is_named_and_left_open(artifacts: Path, tmp_path: Path) -> None:
+    val = copied(TEST, tmp_path / "val", 7)
+    (val / "3" / "broken.png").write_bytes(b"\x89PNG and no more")
+    refused(
+        run(*words(artifacts, "--graphs-only", val=val)), 1, "3/broken.png", "--skip-unreadable"
+    )
+    result = run(*words(artifacts, "--graphs-only", "--skip-unreadable", "--limit", "71", val=val))
+    assert result.exit_code == 0, result.output
+    assert "skipped, unreadable: 3/broken.png" in result.stderr
+    assert "1 images could not be read and judged nothing" in result.stdout
 
 
 def test_a_stage_that_failed_is_named(artifacts: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from clipdeploy import zoo
 from clipdeploy.imaging import open_images
 from clipdeploy.imaging.overlap import shared_images
 from clipdeploy.pipeline import CalibrateConfig, DeployConfig, VerifyScope, Workspace, deploy_model
-from exporters.errors import ClipdeployError, DatasetError, FileError, UsageError
+from exporters.errors import ArtifactError, ClipdeployError, DatasetError, FileError, UsageError
 
 pytestmark = pytest.mark.usefixtures("tensorrt_rtx")
 
@@ -49,6 +49,12 @@ def file_in_the_way(tmp_path: Path) -> DeployConfig:
     return replace(CONFIG, triton=tmp_path / "file" / "models")
 
 
+def another_folder(tmp_path: Path) -> DeployConfig:
+    (tmp_path / "program").mkdir()
+    (tmp_path / "program" / "thesis.txt").write_text("not to be lost")
+    return replace(CONFIG, cpp=tmp_path / "program")
+
+
 def no_recipe(tmp_path: Path) -> DeployConfig:
     return replace(CONFIG, quantize_recipe=tmp_path / "recipe.json")
 
@@ -62,6 +68,7 @@ def no_recipe(tmp_path: Path) -> DeployConfig:
         (one_shared, DatasetError, ("1 images of", "4/under_another_name.png", "cannot judge")),
         (one_broken, DatasetError, ("3/broken.png", "--skip-unreadable")),
         (file_in_the_way, FileError, ("models", "is a file, not a folder")),
+        (another_folder, ArtifactError, ("program holds something else",)),
         (no_recipe, FileError, ("cannot read", "recipe.json")),
     ],
 )
