@@ -65,7 +65,11 @@ def no_recipe(tmp_path: Path) -> DeployConfig:
         (no_val, DatasetError, ("does not exist", "--val")),
         (no_calibration, DatasetError, ("does not exist", "--calibration")),
         (none_named, UsageError, ("without calibration images", "--calibration")),
-        (one_shared, DatasetError, ("1 images of", "4/under_another_name.png", "cannot judge")),
+        (
+            one_shared,
+            DatasetError,
+            ("would be calibrated on: 4/under_another_name.png", "cannot judge"),
+        ),
         (one_broken, DatasetError, ("3/broken.png", "--skip-unreadable")),
         (file_in_the_way, FileError, ("models", "is a file, not a folder")),
         (another_folder, ArtifactError, ("program holds something else",)),
