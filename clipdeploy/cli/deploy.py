@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from clipdeploy.cli.build import backend_option
 from clipdeploy.cli.calibrate import images_option, seed_option
 from clipdeploy.cli.common import (
     EXIT_VERIFICATION,
@@ -19,6 +20,7 @@ from clipdeploy.cli.common import (
     stage_command,
     threads_option,
 )
+from clipdeploy.cli.export import weights_choice, weights_options
 from clipdeploy.cli.quantize import quantize_options, recipe_options
 from clipdeploy.cli.stage_display import StageDisplay
 from clipdeploy.cli.verify import (
@@ -28,7 +30,6 @@ from clipdeploy.cli.verify import (
     max_drop_option,
     verify_scope,
 )
-from exporters.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -68,25 +69,11 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @baseline_option
 @layout_option
 @labels_option
-@click.option(
-    "--checkpoint",
-    metavar="FILE",
-    help="Weights: .pth, .bin or .safetensors, or hf://OWNER/NAME.",
-)
-@click.option(
-    "--random-init", type=int, metavar="SEED", help="Random weights: no verdict, no package."
-)
-@click.option("--offline", is_flag=True, help="Download nothing.")
+@weights_options
 @images_option
 @seed_option
 @recipe_options
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]),
-    default="auto",
-    show_default=True,
-    help="TensorRT flavour.",
-)
+@backend_option
 @click.option("--no-benchmark", is_flag=True, help="Measure nothing, and build nothing to compare.")
 @click.option(
     "--triton",
@@ -129,25 +116,19 @@ def deploy(context: Context, model: str | None, **options: Any) -> int:
 
 def _config(context: Context, options: dict[str, Any]) -> DeployConfig:
     """The options as a configuration."""
-    if options["checkpoint"] is not None and options["random_init"] is not None:
-        raise UsageError("--checkpoint and --random-init exclude each other", hint="pass one")
     from clipdeploy.engines.build_config import BuildConfig
-    from clipdeploy.model import WeightsChoice
     from clipdeploy.stages.calibrate import CalibrateConfig
     from clipdeploy.stages.deploy_config import SHORT_BENCHMARK, DeployConfig
     from clipdeploy.verification.verifier import VerifyConfig
 
+    weights, recipe = weights_choice(context, options)
     threads, skip = options["threads"], options["skip_unreadable"]
     return DeployConfig(
         val=options["val"],
         precision=options["precision"],
         calibration=options["calibration"],
-        weights=WeightsChoice(
-            options["checkpoint"],
-            options["random_init"],
-            offline=options["offline"],
-            show_download=not context.quiet,
-        ),
+        weights=weights,
+        recipe=recipe,
         calibrate=CalibrateConfig(options["images"], options["seed"], skip, threads=threads),
         quantize=quantize_options(options),
         quantize_recipe=options["recipe"],
