@@ -74,6 +74,15 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case(f"package {_GRAPH}.int8.onnx --cpp program"),
     ),
     "doctor": (Case("doctor"),),
+    "config": (Case("config"),),
+    "completion": (Case("completion bash"),),
+    "deploy": (
+        Case(
+            "deploy --calibration calibration.zip --val test.zip --graphs-only --no-benchmark",
+            engine=True,
+            slow=True,
+        ),
+    ),
     "demo": (Case("demo --workspace another", engine=True, slow=True),),
 }
 
