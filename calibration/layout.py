@@ -139,7 +139,7 @@ def _norm(source: GraphSource, name: str) -> tuple[F64, F64] | None:
 def input_folding(
     reference: GraphSource, candidate: GraphSource, name: str
 ) -> tuple[F64, F64] | None:
-    """Scale and shift that were folded into the LayerNorm before ``name``; None without one."""
+    """Scale and shift, (C,) each, that were folded into ``name``'s LayerNorm; None without one."""
     ours, theirs = _norm(candidate, name), _norm(reference, name)
     if ours is None or theirs is None:
         return None

@@ -43,6 +43,9 @@ class PlanConfig:
     alone), None for each Linear's own with the least expected error.
     ``shift_gelu`` belongs to the ``auto`` range: it searches fc2's levels to both sides at once,
     where the other methods name one range and mean it.
+
+    Raises:
+        UsageError: there is no such range method.
     """
 
     range_method: RangeMethod = "auto"

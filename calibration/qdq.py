@@ -64,6 +64,9 @@ class QuantizeConfig:
     ``fp16`` is what a TensorRT engine is compiled from; ``fp32`` is what ONNX Runtime runs with
     int8 kernels on a CPU.  ``plan``: how ranges are found and outliers smoothed; ``scope``: what is
     quantised beside the Linears of the blocks.
+
+    Raises:
+        UsageError: another ``remainder``.
     """
 
     exclude: tuple[str, ...] = ()

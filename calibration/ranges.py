@@ -85,6 +85,7 @@ def search_levels(values: Distribution, channel_weight: NDArray[np.float64]) -> 
     GELU's output lies in [-0.17, M]: levels to both sides of zero alike would leave nearly half of
     them unused.  x is quantised as step * (q + zero), q from -127 to 127; ``zero`` is a whole
     number, so that subtracting step * zero first and a zero point of -zero are the same grid.
+    ``channel_weight`` (C,) is that of :func:`choose_range`.
     """
     density = values.density(channel_weight)
     low, high = float(values.smallest.min()), float(values.largest.max())

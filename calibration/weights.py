@@ -20,7 +20,7 @@ _CLIPS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)
 
 
 def float16_scale(scale: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Scales rounded to float16 values, no smaller than float16's smallest normal number.
+    """Scales of any shape, rounded to float16 values, none below float16's smallest normal number.
 
     The FP16 and the FP32 flavour of a graph then hold the same integers and the same scales.
     """

@@ -92,7 +92,7 @@ class QdqWriter:
         scale: NDArray[np.float32],
         axis: int,
     ) -> None:
-        """Replace the weight, input 1 of ``node``, by int8 and its scales along ``axis``."""
+        """Put int8 of its shape and scales (C,) along ``axis`` in the place of weight, input 1."""
         value = node.inputs[1]
         assert value is not None
         stored = self._constant(f"{value.name}/int8", integers)

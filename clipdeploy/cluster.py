@@ -17,7 +17,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from exporters.errors import ClipdeployError, ClusterError, UsageError
 from exporters.files import file_errors, write_atomic
+from exporters.leftovers import scratch_folder
 from exporters.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -49,8 +49,14 @@ _START = "`ray start --head` starts one and says its address; --ray local needs 
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """``address``: HOST:PORT of a Ray cluster, ``auto`` for the one that this machine belongs to,
-    ``local`` for one that is started here and stopped afterwards."""
+    """``address``: HOST:PORT of a Ray cluster, or ``auto`` or ``local``.
+
+    ``auto`` is the one that this machine belongs to, ``local`` one that is started here and stopped
+    afterwards.
+
+    Raises:
+        UsageError: it is no address.
+    """
 
     address: str = _LOCAL
 
@@ -300,8 +306,8 @@ def _do_shard(job: ShardJob, shard: Shard, threads: int, folder: Path) -> bytes:
                 "under the same path",
             )
     os.chdir(folder)
-    with tempfile.TemporaryDirectory() as own:
-        file = Path(own) / "shard"
+    with scratch_folder() as own:
+        file = own / "shard"
         with suppress(FileNotFoundError):
             shutil.copy(job.file(shard), file)
         job.run(shard, threads, file)

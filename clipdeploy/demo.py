@@ -12,13 +12,7 @@ from rich.text import Text
 from clipdeploy import zoo
 from clipdeploy.device import gpus
 from clipdeploy.engines.builder import EngineArtifact
-from clipdeploy.pipeline import (
-    VerifyScope,
-    build_model,
-    export_model,
-    verify_model,
-    write_reports,
-)
+from clipdeploy.pipeline import DeployConfig, VerifyScope, deploy_model
 from clipdeploy.verification.result import Verification
 from clipdeploy.workspace import PRECISIONS, Workspace
 from exporters.headers import GraphArtifact
@@ -78,28 +72,14 @@ def run_demo(
     Raises:
         ClipdeployError: a stage failed.
     """
-    graph = export_model(workspace, zoo.DEMO, force=force, progress=progress)
-    engines = tuple(
-        build_model(
-            workspace,
-            zoo.DEMO,
-            precision,
-            data=zoo.demo_file("calibration.zip"),
-            force=force,
-            progress=progress,
-        )
-        for precision in PRECISIONS
-    )
     executed = bool(gpus())
-    judgement = verify_model(
-        workspace,
-        zoo.DEMO,
-        zoo.demo_file("test.zip"),
+    config = DeployConfig(
+        val=zoo.demo_file("test.zip"),
+        calibration=zoo.demo_file("calibration.zip"),
+        beside=PRECISIONS,
         scope=VerifyScope(graphs_only=not executed),
-        force=force,
-        progress=progress,
+        benchmark=None,
+        package=False,
     )
-    assert judgement.verification is not None  # only a shard has none
-    report = workspace.report(zoo.DEMO)
-    write_reports(judgement, [report])
-    return DemoResult(graph, engines, judgement.verification, executed, report)
+    made = deploy_model(workspace, zoo.DEMO, config, force=force, progress=progress)
+    return DemoResult(made.graphs[0], made.engines, made.verification, executed, made.report)

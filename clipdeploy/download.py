@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import http.client
 import logging
 import os
 import socket
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.error import URLError
@@ -25,6 +28,8 @@ HUB_PREFIX = "hf://"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 # Seconds without a byte after which a server counts as gone.
 _STALL = 30.0
+# torch.hub's unfinished downloads; one that has stood still for so many seconds is nobody's.
+_UNFINISHED, _ABANDONED = ".????????????????????????????????.partial", 20 * _STALL
 
 
 def cached_file(card: ModelCard) -> Path:
@@ -63,7 +68,8 @@ def fetch(card: ModelCard, *, offline: bool = False, progress: bool = True) -> P
     """The path of the card's weights, downloaded if they are not in the cache yet.
 
     The file gets its name only after its SHA-256 began with the card's prefix; an interrupted or
-    wrong download leaves nothing, and the next one starts afresh.
+    wrong download leaves nothing, and the next one starts afresh.  What a killed one has left is
+    removed by a later one.
 
     Raises:
         CheckpointError: offline, no answer, a stalled or cut connection, or a wrong hash.
@@ -80,14 +86,30 @@ def fetch(card: ModelCard, *, offline: bool = False, progress: bool = True) -> P
 
     with file_errors("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
     try:
         with file_errors("write", path), _network_errors(url, mend), _stall_timeout(_STALL):
-            download_url_to_file(url, str(path), hash_prefix=card.sha256_prefix, progress=progress)
+            download_url_to_file(
+                url, str(path), hash_prefix=card.sha256_prefix, progress=_shows_bar(progress)
+            )
     except RuntimeError as error:
         raise CheckpointError(
             f"{url} sent other bytes than published: {error}", hint=f"try again, or {mend}"
         ) from error
     return path
+
+
+def _shows_bar(wanted: bool) -> bool:
+    """A bar is drawn with carriage returns, which have no place in a file."""
+    return wanted and sys.stderr.isatty()
+
+
+def _remove_abandoned(path: Path) -> None:
+    """What killed downloads of ``path`` have left."""
+    for unfinished in path.parent.glob(glob.escape(path.name) + _UNFINISHED):
+        with contextlib.suppress(FileNotFoundError):  # that download was alive, and has ended
+            if time.time() - unfinished.stat().st_mtime > _ABANDONED:
+                unfinished.unlink()
 
 
 @contextlib.contextmanager
@@ -99,7 +121,7 @@ def _network_errors(url: str, mend: str) -> Iterator[None]:
         raise CheckpointError(f"cannot download {url}: {reason}", hint=mend) from error
 
 
-def fetch_hub(reference: str, *, offline: bool = False) -> Path:
+def fetch_hub(reference: str, *, offline: bool = False, progress: bool = True) -> Path:
     """The weights of ``hf://OWNER/NAME`` from the Hugging Face hub, ``.safetensors`` if it has any.
 
     Raises:
@@ -112,12 +134,15 @@ def fetch_hub(reference: str, *, offline: bool = False) -> Path:
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+        from huggingface_hub.utils.tqdm import disable_progress_bars
     except ImportError as error:
         raise UsageError(
             "hf:// needs huggingface_hub", hint='pip install "clipdeploy[hub]"'
         ) from error
     # It says every retry; the error at the end says it once.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if not _shows_bar(progress):
+        disable_progress_bars()
     cache, local = cache_folder() / "hub", _is_offline(offline)
     for name in _HUB_FILES:
         try:

@@ -20,7 +20,7 @@ _ROLES = ("checkpoint", "source_graph", "calibration", "graph", "timing_cache", 
 def _weights(origin: WeightsOrigin) -> str:
     if origin.kind == "random":
         return f"random, seed {origin.seed}: no accuracy"
-    return f"{origin.path} ({origin.layout})"
+    return f"{origin.path}, {origin.layout}"
 
 
 def _graph_facts(passport: Passport) -> list[tuple[str, str]]:
@@ -105,7 +105,9 @@ def inspection_table(result: Inspection) -> Group:
     known = [("file", f"{result.path}: {result.bytes / 1e6:.1f} MB{nodes}")]
     known += _graph_facts(result.passport) if result.passport else []
     known += _engine_facts(result.engine) if result.engine else []
-    known.append(("SHA-256", ", ".join(f"{role} {digest}" for role, digest in _hashes(result))))
+    hashes = _hashes(result)
+    wide = max((len(role) for role, _ in hashes), default=0)
+    known.append(("SHA-256", "\n".join(f"{role:{wide}}  {digest}" for role, digest in hashes)))
     table = Table(box=None, pad_edge=False)
     for title in ("block", "matrix products", "attention"):
         table.add_column(title, no_wrap=True)

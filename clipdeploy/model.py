@@ -70,6 +70,8 @@ def _config(card: ModelCard, recipe: Recipe, classes: int) -> ViTConfig:
 def random_tensors(config: ViTConfig, seed: int) -> dict[str, Tensor]:
     """Weights of trained scale under canonical names, the same for the same seed everywhere.
 
+    Their shapes are :func:`~clipdeploy.checkpoints.expected_shapes`.
+
     Linear weights are normal with standard deviation fan_in ** -0.5, norm gains spread around 1
     and biases around 0: the logits' spread (about 1.5) and their sensitivity to GELU, LayerNorm
     and position errors are those of trained weights, not of a std-0.02 initialisation.
@@ -164,7 +166,8 @@ def _read(card: ModelCard, choice: WeightsChoice) -> Checkpoint:
 
     chosen = choice.checkpoint
     if isinstance(chosen, str) and chosen.startswith(HUB_PREFIX):
-        return read_checkpoint(fetch_hub(chosen, offline=choice.offline))
+        found = fetch_hub(chosen, offline=choice.offline, progress=choice.show_download)
+        return read_checkpoint(found)
     if chosen is not None:
         return read_checkpoint(Path(chosen))
     if card.name == zoo.DEMO:

@@ -7,6 +7,11 @@
     build_model(workspace, "clip-vit-base-p16", "int8", data=Path("calibration"))
     verify_model(workspace, "clip-vit-base-p16", Path("imagenet-val"))
 
+All stages at once, and a package at their end if the verdict passed:
+
+    config = DeployConfig(val=Path("val"), calibration=Path("calibration"))
+    deployment = deploy_model(workspace, "clip-vit-base-p16", config)
+
 The commands call the same functions.  A result is a table where a notebook or rich shows it, and a
 truth value where it is a verdict.  ``docs/python.md`` has every verb with an example.
 """
@@ -36,6 +41,7 @@ from clipdeploy.stages.calibrate import (
     calibrate_model,
     merge_calibration,
 )
+from clipdeploy.stages.deploy import DeployConfig, Deployment, deploy_model
 from clipdeploy.stages.export import export_model
 from clipdeploy.stages.merge import merge_verification
 from clipdeploy.stages.package import artifact_to_package, package_cpp, package_triton
@@ -44,6 +50,7 @@ from clipdeploy.stages.quantize import convert_model, quantize_model
 from clipdeploy.stages.report import write_reports
 from clipdeploy.stages.samples import sample_images
 from clipdeploy.stages.search import search_model
+from clipdeploy.stages.stage_log import StageRun, StageWatch
 from clipdeploy.stages.verify import verify_model
 from clipdeploy.stages.verify_setup import Judgement, VerifyScope
 from clipdeploy.tuning.result import Bisection
@@ -69,6 +76,8 @@ __all__ = [
     "ClipdeployError",
     "ClusterConfig",
     "CppPackage",
+    "DeployConfig",
+    "Deployment",
     "EngineArtifact",
     "Expected",
     "ExportConfig",
@@ -84,6 +93,8 @@ __all__ = [
     "Scope",
     "SearchConfig",
     "SearchResult",
+    "StageRun",
+    "StageWatch",
     "TritonConfig",
     "TritonPackage",
     "Verification",
@@ -98,6 +109,7 @@ __all__ = [
     "build_model",
     "calibrate_model",
     "convert_model",
+    "deploy_model",
     "export_model",
     "inspect_file",
     "merge_calibration",

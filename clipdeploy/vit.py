@@ -67,6 +67,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, N, C) -> (B, N, C), or (B, 1, C)."""
         # One reshape and one transpose for all 3 * heads, a negative batch in the reshape: the
         # fewest nodes, and no batch size in the graph.
         heads = self.qkv(x).reshape(-1, x.shape[1], 3 * self.heads, self.head_width)
@@ -87,6 +88,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(config.mlp_ratio * config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, N, C) -> (B, N, C)."""
         return self.fc2(F.gelu(self.fc1(x)))
 
 
@@ -102,6 +104,7 @@ class Block(nn.Module):
         self.mlp = Mlp(config)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, N, C) -> (B, N, C), or (B, 1, C) for the class token only."""
         residual = x[:, :1] if self.class_token_only else x
         x = residual + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))

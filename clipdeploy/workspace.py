@@ -17,7 +17,11 @@ artifacts/
     verification.1-of-4.jsonl         verify --shard 1/4, until `verify merge`
     disagreements.csv                 verify: images with another answer than PyTorch's
     bisection.json                    bisect: the last finding and its heat map, for reports
-    verification.html                 demo: the report
+    verification.html                 deploy, demo: the report
+    benchmark.json                    deploy: what was measured, of which artifacts
+    triton/                           deploy: a model repository
+    deployment.html                   deploy: what was built, its verdict, how to serve it
+    deployment.json                   the same as data
 """
 
 from __future__ import annotations
@@ -77,6 +81,18 @@ class Workspace:
     def report(self, model: str) -> Path:
         """The report on the last verification, where nobody named another place."""
         return self.folder(model) / "verification.html"
+
+    def benchmark(self, model: str) -> Path:
+        """What the last deployment measured."""
+        return self.folder(model) / "benchmark.json"
+
+    def deployment(self, model: str) -> Path:
+        """The page about the last deployment; the same as data lies beside it, as ``.json``."""
+        return self.folder(model) / "deployment.html"
+
+    def triton(self, model: str) -> Path:
+        """The model repository of a deployment, where nobody named another place."""
+        return self.folder(model) / "triton"
 
     def recipe(self, model: str) -> Path:
         """The recipe file of a search."""

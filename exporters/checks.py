@@ -76,7 +76,9 @@ def check_parity(
     reference: dict[int, NDArray[np.float32]],
     tolerance: float = PARITY_TOLERANCE,
 ) -> float:
-    """Run the graph at every reference batch; the largest difference of a logit, float.
+    """Run the graph at every reference batch; the largest difference of a logit.
+
+    ``images`` are (B, 3, S, S); ``reference`` holds PyTorch's logits (b, classes) of the first b.
 
     Raises:
         GraphError: a logit differs by more than ``tolerance``, or is not finite.

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from exporters.errors import FileError
+from exporters.leftovers import claimed, is_abandoned, remove_leftovers
 
 __all__ = [
     "atomic_folder",
     "atomic_path",
     "check_writable",
     "file_errors",
+    "restore_folders",
     "sha256_file",
     "write_atomic",
 ]
@@ -37,7 +40,11 @@ _HINTS = {
 
 @contextmanager
 def file_errors(verb: str, path: Path) -> Iterator[None]:
-    """Turn an ``OSError`` into a :class:`FileError` that names ``path`` and the mend."""
+    """Turn the block's ``OSError`` into an error that names ``path`` and the mend.
+
+    Raises:
+        FileError: the block raised an ``OSError``.
+    """
     try:
         yield
     except OSError as error:
@@ -52,16 +59,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     The parent folder is made if it is missing.  The data is on disk (fsync) before the rename, so
     a crash leaves either the old file or the new one.  On any exception, ``KeyboardInterrupt``
-    included, the temporary file is removed.
+    included, the temporary file is removed; a killed process's by the next writer of ``path``.
 
     Raises:
         FileError: no permission, no space, or a parent that is not a folder.
     """
-    with file_errors("write", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+    with _beside(path, _new_file) as temporary:
         try:
             yield temporary
             with temporary.open("rb") as stream:
@@ -73,6 +76,30 @@ def atomic_path(path: Path) -> Iterator[Path]:
             with suppress(OSError):
                 temporary.unlink()
             raise
+
+
+@contextmanager
+def _beside(path: Path, make: Callable[[Path], Path]) -> Iterator[Path]:
+    """What ``make`` makes for ``path``, held; what killed writers of it have left is removed."""
+    with file_errors("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path, "part")
+        with claimed(lambda: make(path)) as temporary:
+            yield temporary
+
+
+def _sweep(path: Path, ending: str) -> None:
+    remove_leftovers(path.parent, f".{glob.escape(path.name)}.????????.{ending}")
+
+
+def _new_file(path: Path) -> Path:
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    return Path(name)
+
+
+def _new_folder(path: Path) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
 
 
 def _umask() -> int:
@@ -87,14 +114,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     Every file is on disk (fsync) before the rename.  A folder that is already there is replaced;
     should the process be killed between the two renames that this takes, the old one lies beside
-    it, under a name that ends in ``.old``.  On any exception the temporary folder is removed.
+    it, under a name that ends in ``.old``.  On any exception the temporary folder is removed, and
+    what a killed process has left by the next writer of ``path``.
 
     Raises:
         FileError: no permission, no space, or a parent that is not a folder.
     """
-    with file_errors("write", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    with _beside(path, _new_folder) as temporary:
         try:
             yield temporary
             for file in temporary.rglob("*"):
@@ -103,6 +129,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                         os.fsync(stream.fileno())
             temporary.chmod(0o777 & ~_umask())
             _replace_folder(temporary, path)
+            _sweep(path, "old")
         except BaseException:  # as in atomic_path
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -115,7 +142,24 @@ def _replace_folder(new: Path, path: Path) -> None:
     old = new.with_suffix(".old")
     os.rename(path, old)
     os.rename(new, path)
-    shutil.rmtree(old)
+    with suppress(FileNotFoundError):  # another writer may be removing it as a leftover
+        shutil.rmtree(old)
+
+
+def restore_folders(parent: Path) -> None:
+    """Put the folders of ``parent`` back that a killed :func:`atomic_folder` has moved aside.
+
+    A kill between its two renames leaves no folder of the name; the new one still beside the old
+    one tells that moment from later ones, when the old one may be half removed.
+
+    Raises:
+        FileError: no permission.
+    """
+    with file_errors("restore", parent):
+        for old in parent.glob(".*.????????.old"):
+            path = parent / old.name[1 : -len(".????????.old")]
+            if not path.exists() and is_abandoned(old.with_suffix(".part")):
+                os.rename(old, path)
 
 
 def check_writable(path: Path) -> None:

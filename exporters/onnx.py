@@ -39,6 +39,9 @@ class ExportConfig:
     ``opset`` is the ONNX operator set, 17 to 23; 20 is the first with Gelu as one node.  ``batch``
     fixes the batch size, ``None`` leaves it symbolic.  ``preprocess`` makes the input uint8
     (B, S, S, 3) and puts normalisation and layout into the graph.
+
+    Raises:
+        UsageError: an operator set or a batch that cannot be.
     """
 
     opset: int = 20

@@ -15,7 +15,6 @@ ruined on a GPU scores perfectly there.  Two instruments see through it:
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 from exporters.errors import GraphError
 from exporters.files import file_errors
 from exporters.graphs import load_graph, write_model
+from exporters.leftovers import scratch_folder
 from exporters.passes.fp16 import FP16_MAX
 from exporters.session import OnnxSession
 
@@ -56,8 +56,8 @@ def _open(
     instrument: Callable[[], ir.Model], *, lean: bool = True, threads: int = 0
 ) -> OnnxSession:
     # Through a file, so that the graph is not in memory beside ONNX Runtime's copy of it.
-    with tempfile.TemporaryDirectory(prefix="clipdeploy-") as folder:
-        path = Path(folder, "instrumented.onnx")
+    with scratch_folder() as folder:
+        path = folder / "instrumented.onnx"
         with file_errors("write", path):
             write_model(instrument(), path)
         # Not optimised: ONNX Runtime removes pairs of casts, and the rounding with them.
@@ -183,8 +183,8 @@ def check_storage(
 ) -> float | None:
     """Run a float16 graph with every tensor stored as float16; its logits' SQNR in dB.
 
-    ``reference`` holds the float32 graph's logits of the same images; ``None`` is returned where
-    the two are equal.
+    ``images`` (B, ...) are as the graph takes them, ``reference`` (B, classes) the float32 graph's
+    logits of them; ``None`` is returned where the two are equal.
 
     Raises:
         GraphError: a tensor overflows; its name and the largest tensor before it are told.

@@ -131,7 +131,7 @@ class GraphSource:
         return int(self._types.get(tensor, TensorProto.UNDEFINED))
 
     def constant(self, tensor: str) -> NDArray[np.float32] | None:
-        """The values of a tensor that depends on no input, int8 dequantised; else None."""
+        """A tensor that depends on no input, in its own shape, int8 dequantised; else None."""
         if tensor in self._weights:
             return numpy_helper.to_array(self._weights[tensor]).astype(np.float32)
         node = self.producer(tensor)
@@ -144,7 +144,10 @@ class GraphSource:
         return values[0] if node.op_type != "DequantizeLinear" else _dequantise(node, values)
 
     def integers(self, tensor: str, index: int) -> NDArray[np.integer[Any]] | None:
-        """What input ``index`` of the node behind ``tensor`` is dequantised from; else None."""
+        """What input ``index`` of the node behind ``tensor`` is dequantised from, in its own shape.
+
+        None where it is no constant, or is not dequantised.
+        """
         node = self.producer(self.need(tensor).input[index])
         if node is None or node.op_type != "DequantizeLinear" or node.input[0] not in self._weights:
             return None

@@ -94,7 +94,7 @@ class InputMeter:
         self._images = 0
 
     def add(self, images: NDArray[np.float32]) -> None:
-        """Run one batch."""
+        """Run one batch of images (B, ...) as the graph takes them."""
         found = self._session.run(images, outputs=[_output(i) for i in range(2 * len(self._taps))])
         peaks = found[::2]
         if self._peaks:

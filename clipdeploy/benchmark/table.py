@@ -1,4 +1,4 @@
-"""A benchmark as a terminal table."""
+"""A benchmark as a table: its cells for whoever shows them, and as the terminal does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.text import Text
 from clipdeploy.benchmark.latency import Estimate
 from clipdeploy.benchmark.result import Benchmark, BenchmarkRow
 
-__all__ = ["benchmark_table", "hardware"]
+__all__ = ["benchmark_table", "footnotes", "hardware", "table_rows", "table_titles"]
 
 
 def hardware(result: Benchmark) -> str:
@@ -49,22 +49,40 @@ def _cells(row: BenchmarkRow, baseline: str, *, device: bool) -> list[str]:
     return [*times, f"{row.images_per_second.value:.0f}", *speedup]
 
 
-def _table(result: Benchmark) -> Table:
-    device = any(row.device for row in result.rows)
-    table = Table(box=None, pad_edge=False)
-    table.add_column("artifact", overflow="fold")
-    titles = ["p50 ms", "±%", "p90", "p99", *(["GPU p50"] if device else ()), "img/s"]
-    for title in ("batch", *titles, "speedup", "±%"):
-        table.add_column(title, justify="right", no_wrap=True)
-    shown = ""
+def _has_device(result: Benchmark) -> bool:
+    return any(row.device for row in result.rows)
+
+
+def table_titles(result: Benchmark) -> list[str]:
+    """The columns of :func:`table_rows`; the GPU's own time only where one told it."""
+    device = ["GPU p50"] if _has_device(result) else []
+    return ["artifact", "batch", "p50 ms", "±%", "p90", "p99", *device, "img/s", "speedup", "±%"]
+
+
+def table_rows(result: Benchmark) -> list[list[str]]:
+    """A row for each artifact and batch; the artifact is named in its first one."""
+    device, shown, rows = _has_device(result), "", []
     for row in result.rows:
         label = "" if row.label == shown else row.label
-        table.add_row(Text(label), str(row.batch), *_cells(row, result.baseline, device=device))
+        rows.append([label, str(row.batch), *_cells(row, result.baseline, device=device)])
         shown = row.label
+    return rows
+
+
+def _table(result: Benchmark) -> Table:
+    table = Table(box=None, pad_edge=False)
+    first, *others = table_titles(result)
+    table.add_column(first, overflow="fold")
+    for title in others:
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in table_rows(result):
+        # Text: brackets in a file's name are no markup.
+        table.add_row(*map(Text, row))
     return table
 
 
-def _footnotes(result: Benchmark) -> list[str]:
+def footnotes(result: Benchmark) -> list[str]:
+    """What the figures are, what ran the artifacts, and how far the clocks can be trusted."""
     lines = [
         f"{result.rounds} rounds; ±% is the 95 % interval, - where the rounds are too few for it",
         f"speedup: latency of {result.baseline} over this one's, of the same round",
@@ -88,7 +106,7 @@ def benchmark_table(result: Benchmark) -> Group:
     if result.rows:
         subject = result.model or "no model that a passport names"
         parts += [Text(f"{subject} on {hardware(result)}"), Text(""), _table(result), Text("")]
-        parts += [_indented(Text(line)) for line in _footnotes(result)]
+        parts += [_indented(Text(line)) for line in footnotes(result)]
     for left in result.not_run:
         batch = "" if left.batch is None else f", batch {left.batch}"
         text = Text(f"{left.label}{batch}: ")

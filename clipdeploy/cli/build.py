@@ -27,13 +27,14 @@ from exporters.errors import UsageError
 if TYPE_CHECKING:
     from clipdeploy.engines.build_config import BuildConfig
 
+backend_option = setting_option(
+    "backend",
+    "--backend",
+    type=click.Choice(setting_called("backend").kind.choices),
+    help="TensorRT flavour.",
+)
 _OPTIONS = (
-    setting_option(
-        "backend",
-        "--backend",
-        type=click.Choice(setting_called("backend").kind.choices),
-        help="TensorRT flavour.",
-    ),
+    backend_option,
     click.option("--min-batch", type=int, default=1, show_default=True, help="Smallest batch."),
     click.option("--opt-batch", type=int, default=8, show_default=True, help="Batch to tune for."),
     click.option("--max-batch", type=int, default=32, show_default=True, help="Largest batch."),
@@ -213,7 +214,7 @@ def build_engine(
         artifact,
         lambda: (
             f"{artifact.path}: {made.plan_bytes / 1e6:.1f} MB, "
-            + (f"built in {made.build_seconds:.1f} s" if artifact.changed else "unchanged")
+            + (f"built in {made.build_seconds:.1f} s" if artifact.changed else "unchanged, built")
             + f" by {made.backend} {made.backend_version}\n  {made.built_on}"
         ),
     )

@@ -27,8 +27,6 @@ from exporters.errors import UsageError
 if TYPE_CHECKING:
     from clipdeploy.stages.calibrate import CalibrationArtifact
 
-FEW_IMAGES = 128
-
 images_option = click.option(
     "--images", type=click.IntRange(min=1), help="How many; all, up to 512, if left out."
 )
@@ -77,7 +75,7 @@ def calibrate(
         way = "clipdeploy calibrate --data CALIBRATION_IMAGES"
         raise UsageError("no images", hint=how_to_give(way, "calibration"))
     name = context.model(model)
-    from clipdeploy.stages.calibrate import CalibrateConfig, calibrate_model
+    from clipdeploy.stages.calibrate import FEW_IMAGES, CalibrateConfig, calibrate_model
 
     result = calibrate_model(
         context.workspace,

@@ -23,6 +23,7 @@ from clipdeploy.cli.params import (
     setting_option,
     typed_values,
 )
+from clipdeploy.cli.text import echo, show
 from exporters.errors import ClipdeployError, UsageError
 from exporters.progress import SILENT
 
@@ -55,6 +56,10 @@ __all__ = [
 
 EXIT_VERIFICATION = 3
 EXIT_INTERRUPTED = 130
+# Columns of a bar, of a spinner with a time, and of all that stands beside a task's text.
+_BAR = 30
+_TIME = 12
+_BESIDE_TEXT = _BAR + _TIME + 14
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -92,7 +97,7 @@ class Context:
     def note(self, text: str) -> None:
         """A line for the person at the terminal, on stderr."""
         if not self.quiet:
-            click.echo(text, err=True)
+            echo(text, err=True)
 
     @property
     def settings(self) -> Settings:
@@ -129,6 +134,7 @@ class RichProgress:
             BarColumn,
             MofNCompleteColumn,
             Progress,
+            ProgressColumn,
             SpinnerColumn,
             TextColumn,
             TimeElapsedColumn,
@@ -140,8 +146,16 @@ class RichProgress:
             console.print(f"{text} ...", highlight=False, markup=False, soft_wrap=True)
             yield lambda count: None
             return
-        counted = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) if total else ()
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), *counted, TimeElapsedColumn())
+        columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}")]
+        if total:
+            left = TimeRemainingColumn(elapsed_when_finished=True)
+            columns += [BarColumn(_BAR), MofNCompleteColumn(), left]
+        else:
+            columns.append(TimeElapsedColumn())
+        # Beside a bar a long text would be cut, and the bar as well: it goes above.
+        if len(text) > console.width - (_BESIDE_TEXT if total else _TIME):
+            console.print(text, highlight=False, markup=False)
+            text = ""
         with Progress(*columns, console=console) as bars:
             task = bars.add_task(text, total=total)
             yield lambda count: bars.advance(task, count)
@@ -216,13 +230,7 @@ def emit(context: Context, result: object, render: Callable[[], RenderableType])
 
         click.echo(to_json(result).decode())
         return
-    shown = render()
-    if isinstance(shown, str):
-        click.echo(shown)
-        return
-    from rich.console import Console
-
-    Console().print(shown)
+    show(render())
 
 
 model_option = setting_option(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,7 +12,10 @@ from clipdeploy.cli.params import setting_option
 from exporters.errors import UsageError
 
 if TYPE_CHECKING:
-    from exporters.artifact import WeightsOrigin
+    from clipdeploy.model import WeightsChoice
+    from exporters.artifact import Recipe, WeightsOrigin
+
+__all__ = ["export", "weights_choice", "weights_options"]
 
 
 def _weights(origin: WeightsOrigin) -> str:
@@ -21,38 +25,70 @@ def _weights(origin: WeightsOrigin) -> str:
     return f"{origin.path}, {origin.layout}, SHA-256 {origin.sha256[:8]}{resized}"
 
 
+_WEIGHTS_OPTIONS = (
+    click.option(
+        "--checkpoint",
+        metavar="FILE",
+        help="Weights: .pth, .bin or .safetensors, or hf://OWNER/NAME.",
+    ),
+    click.option(
+        "--random-init",
+        type=int,
+        metavar="SEED",
+        help="Random weights instead, for speed and plumbing.",
+    ),
+    click.option(
+        "--resize-pos-embed", is_flag=True, help="Resample a position grid of another size."
+    ),
+    click.option(
+        "--numerics",
+        type=click.Choice(["trained", "as-shipped"]),
+        default="trained",
+        show_default=True,
+        help="As the weights were trained, or as mmpretrain's present configs run them.",
+    ),
+    click.option(
+        "--resize",
+        type=click.Choice(["published", "timm"]),
+        default="published",
+        show_default=True,
+        help="The crop behind the published top-1, or timm's own.",
+    ),
+    setting_option("offline", "--offline/--no-offline", help="Download nothing."),
+)
+
+
+def weights_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that decide what the model is; :func:`weights_choice` reads them."""
+    for option in reversed(_WEIGHTS_OPTIONS):
+        function = option(function)
+    return function
+
+
+def weights_choice(context: Context, options: dict[str, Any]) -> tuple[WeightsChoice, Recipe]:
+    """The values of :func:`weights_options` as a choice of weights and what is made of them.
+
+    Raises:
+        UsageError: weights of two kinds.
+    """
+    checkpoint, seed = options["checkpoint"], options["random_init"]
+    if checkpoint is not None and seed is not None:
+        raise UsageError("--checkpoint and --random-init exclude each other", hint="pass one")
+    from clipdeploy.model import WeightsChoice
+    from exporters.artifact import Recipe
+
+    resize, offline = options["resize_pos_embed"], options["offline"]
+    choice = WeightsChoice(checkpoint, seed, resize, offline, not context.quiet)
+    return choice, Recipe(options["numerics"], options["resize"])
+
+
 @click.command(
     epilog="\b\n"
     "clipdeploy export --model clip-vit-base-p16\n"
     "clipdeploy export --model clip-vit-base-p16 --checkpoint finetuned.safetensors",
 )
 @model_option
-@click.option(
-    "--checkpoint",
-    metavar="FILE",
-    help="Weights: .pth, .bin or .safetensors, or hf://OWNER/NAME.",
-)
-@click.option(
-    "--random-init",
-    type=int,
-    metavar="SEED",
-    help="Random weights instead, for speed and plumbing.",
-)
-@click.option("--resize-pos-embed", is_flag=True, help="Resample a position grid of another size.")
-@click.option(
-    "--numerics",
-    type=click.Choice(["trained", "as-shipped"]),
-    default="trained",
-    show_default=True,
-    help="As the weights were trained, or as mmpretrain's present configs run them.",
-)
-@click.option(
-    "--resize",
-    type=click.Choice(["published", "timm"]),
-    default="published",
-    show_default=True,
-    help="The crop behind the published top-1, or timm's own.",
-)
+@weights_options
 @click.option(
     "--opset", type=int, default=20, show_default=True, help="ONNX operator set, 17 to 23."
 )
@@ -60,37 +96,28 @@ def _weights(origin: WeightsOrigin) -> str:
 @click.option(
     "--preprocess", is_flag=True, help="Take uint8 (B, S, S, 3): normalisation in the graph."
 )
-@setting_option("offline", "--offline/--no-offline", help="Download nothing.")
 @force_option
 @stage_command
 def export(
     context: Context,
     model: str | None,
-    checkpoint: str | None,
-    random_init: int | None,
-    resize_pos_embed: bool,
-    numerics: Literal["trained", "as-shipped"],
-    resize: Literal["published", "timm"],
     opset: int,
     batch: int | None,
     preprocess: bool,
-    offline: bool,
     force: bool,
+    **options: Any,
 ) -> None:
     """Write a checked FP32 ONNX graph with a symbolic batch."""
-    if checkpoint is not None and random_init is not None:
-        raise UsageError("--checkpoint and --random-init exclude each other", hint="pass one")
+    weights, recipe = weights_choice(context, options)
     name = context.model(model)
-    from clipdeploy.model import WeightsChoice
     from clipdeploy.stages.export import export_model
-    from exporters.artifact import Recipe
     from exporters.onnx import ExportConfig
 
     artifact = export_model(
         context.workspace,
         name,
-        WeightsChoice(checkpoint, random_init, resize_pos_embed, offline, not context.quiet),
-        Recipe(numerics, resize),
+        weights,
+        recipe,
         ExportConfig(opset, batch, preprocess),
         force=force,
         progress=context.progress,

@@ -12,6 +12,7 @@ from clipdeploy.cli.calibrate import calibrate
 from clipdeploy.cli.completion import completion
 from clipdeploy.cli.config import config
 from clipdeploy.cli.demo import demo
+from clipdeploy.cli.deploy import deploy
 from clipdeploy.cli.doctor import doctor
 from clipdeploy.cli.export import export
 from clipdeploy.cli.inspect import inspect
@@ -53,6 +54,7 @@ for command in (
     inspect,
     package,
     doctor,
+    deploy,
     demo,
     config,
     completion,

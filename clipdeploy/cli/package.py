@@ -84,17 +84,17 @@ def _render_triton(made: TritonPackage) -> str:
         [
             f"{made.path}: version {made.version} {done}, {batches} at once",
             f"  server  {made.server or 'not known, see its Dockerfile'}",
-            f"  client  python {made.path / 'client.py'} IMAGE",
+            f"  client  -> python {made.path / 'client.py'} IMAGE",
         ]
     )
 
 
 def _render_cpp(made: CppPackage) -> str:
-    build = made.path / "build"
+    build, check = made.commands
     return "\n".join(
         [
             f"{made.path}: {'written' if made.changed else 'unchanged'}, for {made.runtime}",
-            f"  build   cmake -S {made.path} -B {build} && cmake --build {build}",
-            f"  check   ctest --test-dir {build} --output-on-failure",
+            f"  build   -> {build}",
+            f"  check   -> {check}",
         ]
     )

@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     from calibration.policy import Placement
     from calibration.qdq import QuantizeConfig
 
-__all__ = ["plan_config", "plan_options", "quantize", "quantize_config", "recipe_options"]
+__all__ = [
+    "plan_config",
+    "plan_options",
+    "quantize",
+    "quantize_config",
+    "quantize_options",
+    "recipe_options",
+]
 
 _PLAN_OPTIONS = (
     click.option(
@@ -88,6 +95,30 @@ def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def quantize_options(options: dict[str, Any]) -> QuantizeConfig:
+    """The values of :func:`recipe_options` but for the recipe file, as a configuration.
+
+    Raises:
+        UsageError: a recipe file beside options that it stands for.
+    """
+    from calibration.policy import Scope
+    from calibration.qdq import QuantizeConfig
+
+    plan = plan_config(options)
+    scope = Scope(
+        attention=options["quantize_attention"],
+        head=options["quantize_head"],
+        patch=options["quantize_patch"],
+    )
+    config = QuantizeConfig(options["exclude"], "fp16", plan, scope)
+    if options["recipe"] is not None and config != QuantizeConfig():
+        raise UsageError(
+            "--recipe beside options that say how to quantise",
+            hint="leave them out: the recipe holds them all",
+        )
+    return config
+
+
 def quantize_config(
     context: Context,
     model: str,
@@ -104,22 +135,8 @@ def quantize_config(
     """
     from dataclasses import replace
 
-    from calibration.policy import Scope
-    from calibration.qdq import QuantizeConfig
-
-    plan = plan_config(options)
-    scope = Scope(
-        attention=options["quantize_attention"],
-        head=options["quantize_head"],
-        patch=options["quantize_patch"],
-    )
-    config = QuantizeConfig(options["exclude"], "fp16", plan, scope)
+    config = quantize_options(options)
     if options["recipe"] is not None:
-        if config != QuantizeConfig():
-            raise UsageError(
-                "--recipe beside options that say how to quantise",
-                hint="leave them out: the recipe holds them all",
-            )
         config = _from_recipe(context, model, options["recipe"])
     return config if remainder is None else replace(config, remainder=remainder)
 

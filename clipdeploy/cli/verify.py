@@ -162,7 +162,7 @@ def run(
         name,
         data,
         config,
-        _scope(artifacts, options),
+        verify_scope(artifacts, options),
         cluster=cluster_or_none(options["ray"]),
         force=options["force"],
         note=context.note,
@@ -248,7 +248,8 @@ def _config(options: dict[str, Any]) -> VerifyConfig:
     )
 
 
-def _scope(artifacts: tuple[Path, ...], options: dict[str, Any]) -> VerifyScope:
+def verify_scope(artifacts: tuple[Path, ...], options: dict[str, Any]) -> VerifyScope:
+    """The options that say what is judged on which images, as a configuration."""
     from clipdeploy.stages.verify_setup import VerifyScope
     from clipdeploy.verification.baseline import Expected
 

@@ -63,17 +63,21 @@ def _describe(card: ModelCard) -> str:
 
 
 @click.group(invoke_without_command=True)
-@click.pass_context
-def zoo(ctx: click.Context) -> None:
+@stage_command
+def zoo(context: Context) -> None:
     """List the models; `zoo show NAME` tells more about one."""
-    if ctx.invoked_subcommand is None:
-        ctx.invoke(list_cards)
+    if click.get_current_context().invoked_subcommand is None:
+        _list(context)
 
 
 @zoo.command("list")
 @stage_command
 def list_cards(context: Context) -> None:
     """Every model: geometry, size, published accuracy."""
+    _list(context)
+
+
+def _list(context: Context) -> None:
     from clipdeploy.download import is_at_hand
     from clipdeploy.zoo import cards
     from exporters.artifact import settings_of

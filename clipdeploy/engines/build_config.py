@@ -28,6 +28,9 @@ class BuildConfig:
     targets of TensorRT-RTX, such as ("8.9",); Ampere and newer if empty.  ``hardware_compatible``
     and ``version_compatible`` loosen what a TensorRT engine is bound to; ``strip_weights`` leaves
     the weights out of the plan, to be refitted from the graph when it is loaded.
+
+    Raises:
+        UsageError: a profile out of order, or a number or capability that cannot be.
     """
 
     backend: Wanted = "auto"

@@ -118,7 +118,11 @@ class ZipPlace:
 
 
 class Reader:
-    """Reads files of a folder or archive; safe in several threads.  Close it after use."""
+    """Reads files of a folder or archive; safe in several threads.  Close it after use.
+
+    Raises:
+        DatasetError: the archive cannot be opened.
+    """
 
     def __init__(self, root: Path, places: dict[str, Place | None] | None = None) -> None:
         """``places`` may be left out for a folder, and where each read brings its own."""

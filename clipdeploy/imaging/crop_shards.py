@@ -110,7 +110,7 @@ class ShardWriter:
         return self._room >= size + ROW_BYTES
 
     def append(self, stamp: bytes, sha256: bytes, item: NDArray[Any] | None) -> Spot | None:
-        """Write an item and its row; with None only a row that says which content a file has.
+        """Write an item, of any shape, and its row; of None a row alone: which content a file has.
 
         Raises:
             OSError: the disk is full.

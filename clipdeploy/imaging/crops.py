@@ -81,6 +81,9 @@ class CropCache:
 
     Where room is needed the shards that were not used for longest go; what this run used stays.
     Runs at the same time may each pass the limit by one shard (an eighth of it, 256 MiB at most).
+
+    Raises:
+        UsageError: a limit below zero.
     """
 
     folder: Path

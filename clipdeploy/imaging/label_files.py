@@ -42,7 +42,11 @@ class LabelFile:
     beside: bool = False
 
     def lines(self) -> list[str]:
-        """Its lines, without the empty ones at the end."""
+        """Its lines, without the empty ones at the end.
+
+        Raises:
+            DatasetError: it is not UTF-8.
+        """
         try:
             return self.data.decode("utf-8-sig").rstrip().splitlines()
         except UnicodeDecodeError as error:
@@ -87,7 +91,11 @@ class Faults:
         self.lines.append(line)
 
     def refuse(self, hint: str) -> None:
-        """Raise a ``DatasetError`` if any line is bad."""
+        """Go on if no line is bad.
+
+        Raises:
+            DatasetError: the first bad line, and the numbers of some others.
+        """
         if not self.lines:
             return
         rest = [str(line) for line in self.lines[1:]]

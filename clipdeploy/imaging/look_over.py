@@ -22,13 +22,13 @@ from clipdeploy.imaging.survey import Reading
 from exporters.errors import DatasetError
 from exporters.progress import SILENT, Progress
 
-__all__ = ["look_over"]
+__all__ = ["file_sizes", "look_over"]
 
 # Most of the time goes into waiting for the disk.
 _THREADS = 4
 
 
-def _sizes(images: ImageFolder) -> list[int]:
+def file_sizes(images: ImageFolder) -> list[int]:
     """Bytes of every image; -1 where the file is gone."""
     if not images.root.is_dir():
         return [entry.place.size if entry.place else -1 for entry in images.entries]
@@ -58,7 +58,7 @@ def _look(images: ImageFolder, reader: Reader, entry: ImageEntry, *, whole: bool
 
 def look_over(images: ImageFolder, progress: Progress = SILENT) -> Reading:
     """What is unreadable at first sight, and what has the bytes of another image."""
-    sizes = _sizes(images)
+    sizes = file_sizes(images)
     often = Counter(sizes)
     reading, reader = Reading(), images.reader()
 

@@ -10,6 +10,7 @@ DIR/CMakeLists.txt         cmake -B build && cmake --build build && ctest --test
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from exporters.files import atomic_folder, file_errors, sha256_file
 from exporters.notebook import Renderable, Shown, facts
 from exporters.samples import Samples
 
-__all__ = ["CppPackage", "package_cpp", "sample_count"]
+__all__ = ["CppPackage", "check_replaceable", "package_cpp", "sample_count"]
 
 _SOURCES = ("main.cpp", "model.h", "onnxruntime_model.cpp", "tensorrt_model.cpp")
 _CMAKE = "CMakeLists.txt"
@@ -52,6 +53,15 @@ class CppPackage(Shown):
             ("made", "now" if self.changed else "before; nothing has changed since"),
         ]
         return facts([*rows, *(("note", note) for note in self.notes)])
+
+    @property
+    def commands(self) -> tuple[str, str]:
+        """What builds the program, and what holds it against the logits beside it."""
+        folder, build = (shlex.quote(str(path)) for path in (self.path, self.path / "build"))
+        return (
+            f"cmake -S {folder} -B {build} && cmake --build {build}",
+            f"ctest --test-dir {build} --output-on-failure",
+        )
 
 
 def sample_count(source: Packable) -> int:
@@ -83,7 +93,7 @@ def package_cpp(
         notes = ("no logits lie beside the images: Python's are to be had where the engine runs",)
     changed = not _is_there(source, model, files)
     if changed or force:
-        _check_replaceable(folder, force=force)
+        check_replaceable(folder, force=force)
         with atomic_folder(folder) as made, file_errors("copy", source.path):
             for name, data in files.items():
                 (made / name).write_bytes(data)
@@ -98,7 +108,12 @@ def _is_there(source: Packable, model: Path, files: Mapping[str, bytes]) -> bool
     return all(path.is_file() and path.read_bytes() == data for path, data in paths.items())
 
 
-def _check_replaceable(folder: Path, *, force: bool) -> None:
+def check_replaceable(folder: Path, *, force: bool) -> None:
+    """Whether a package may be written there; with ``force``, in the place of an older one.
+
+    Raises:
+        ArtifactError: something is there that is not to be lost.
+    """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     # Whatever is asked for, only a folder of this kind is ever removed.

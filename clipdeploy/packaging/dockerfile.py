@@ -7,7 +7,18 @@ from clipdeploy.packaging.artifact import Packable
 from clipdeploy.packaging.client import template
 from clipdeploy.packaging.servers import IMAGE, MATRIX, server_for
 
-__all__ = ["dockerfile"]
+__all__ = ["docker_commands", "dockerfile"]
+
+
+def docker_commands(name: str, folder: str, *, gpus: bool, known: bool) -> tuple[str, str]:
+    """What builds and starts the server of ``folder``; of an unknown release, it is to be named."""
+    tag = name.lower()
+    release = "" if known else "--build-arg TRITON=YY.MM "
+    ports = "-p 8000:8000 -p 8001:8001 -p 8002:8002"
+    return (
+        f"docker build {release}-t {tag} {folder}",
+        f"docker run --rm{' --gpus all' if gpus else ''} {ports} {tag}",
+    )
 
 
 def dockerfile(source: Packable, name: str) -> str:
@@ -24,13 +35,15 @@ def dockerfile(source: Packable, name: str) -> str:
     if release is None:
         reason += f"\n# clipdeploy knows no release with it; {MATRIX} lists all:"
         reason += "\n#     docker build --build-arg TRITON=YY.MM ..."
+    gpus = source.graph.precision != "int8-cpu"
+    build, run = docker_commands(name, ".", gpus=gpus, known=True)
     return template("Dockerfile").substitute(
         name=name,
-        tag=name.lower(),
+        build=build,
+        run=run,
         what=what,
         reason=f"{reason}\nARG TRITON{f'={release}' if release else ''}",
         image=IMAGE,
-        gpus="" if source.graph.precision == "int8-cpu" else " --gpus all",
         check=_same_tensorrt(engine) if engine else "",
         options=_server_options(engine),
     )

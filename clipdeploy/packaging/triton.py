@@ -29,7 +29,13 @@ from clipdeploy.packaging.triton_config import (
     triton_config,
 )
 from exporters.errors import ArtifactError
-from exporters.files import atomic_folder, file_errors, sha256_file, write_atomic
+from exporters.files import (
+    atomic_folder,
+    file_errors,
+    restore_folders,
+    sha256_file,
+    write_atomic,
+)
 from exporters.notebook import Renderable, Shown, facts
 from exporters.samples import Samples
 
@@ -89,6 +95,7 @@ def package_triton(
     check_batch(source, config)
     name = config.name or f"{source.graph.model}-{source.graph.precision}"
     folder = repository / name
+    restore_folders(folder)
     about = _about(source, name, config, samples)
     if versions := _versions(folder):
         _check_same_kind(folder, about)

@@ -30,6 +30,9 @@ class TritonConfig:
     largest batch; None is the engine's own, and 32 for a graph.  ``queue_delay`` are the
     microseconds that a request waits for others to share its batch: the default is a third of what
     a ViT-B in FP16 takes for one image on an A100 (1.5 ms).  ``instances`` run on each GPU.
+
+    Raises:
+        UsageError: a name that Triton does not take, or a number that is too small.
     """
 
     name: str | None = None

@@ -63,8 +63,10 @@ class Closing:
 def in_parts(
     run: Callable[[Images], Logits], images: Images, batches: tuple[int, int | None]
 ) -> Logits:
-    """Run at most the largest batch at once; a part below the smallest is filled up with its own
-    first image, whose logits are dropped."""
+    """Images (B, ...) -> logits (B, classes) float32, at most the largest batch at once.
+
+    A part below the smallest is filled up with its own first image, whose logits are dropped.
+    """
     smallest, largest = batches
     step = largest or max(len(images), 1)
     parts = []

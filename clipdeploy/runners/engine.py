@@ -104,7 +104,12 @@ def _refit(module: Any, plan: Plan, engine: trt.ICudaEngine) -> None:
 
 
 class Engine:
-    """See :class:`EngineRunner`, which adds the parts of larger batches."""
+    """See :class:`EngineRunner`, which adds the parts of larger batches.
+
+    Raises:
+        EngineError: there is no GPU, or the engine is not one of this machine.
+        ArtifactError: the engine's passport is missing or does not fit its bytes.
+    """
 
     def __init__(self, path: Path, *, trust: bool, cuda_graph: bool) -> None:
         plan = preflight(path, trust=trust)
@@ -227,7 +232,7 @@ class Engine:
         return logits
 
     def device_seconds(self, images: NDArray[Any]) -> float:
-        """Seconds between two CUDA events around one launch; the images are already there."""
+        """Seconds between two CUDA events around one launch on images (B, ...), already there."""
         batch = len(images)
         with torch.cuda.stream(self._stream):
             lane = self._lane(batch)

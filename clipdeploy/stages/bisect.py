@@ -36,6 +36,9 @@ class BisectConfig:
     """``images``: how many, None for up to 64; ``seed`` draws them; ``batch``: how many at once.
 
     ``threads``: ONNX Runtime's, 0 for its own choice.
+
+    Raises:
+        UsageError: no image or an empty batch.
     """
 
     images: int | None = None

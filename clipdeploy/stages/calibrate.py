@@ -30,13 +30,17 @@ from exporters.progress import SILENT, Progress
 from exporters.samples import Samples
 
 __all__ = [
+    "FEW_IMAGES",
     "CalibrateConfig",
     "CalibrationArtifact",
     "calibrate_model",
+    "choose_images",
     "is_calibrated",
     "merge_calibration",
 ]
 
+# Fewer give the ranges of these images rather than those of the data.
+FEW_IMAGES = 128
 _DEFAULT_IMAGES = 512
 # Of a cluster's shards: fewer are not worth the time that it takes to load a graph.
 _SHARD_IMAGES = 8
@@ -48,6 +52,9 @@ class CalibrateConfig:
 
     ``shard`` (i, n) observes only the i-th of n parts of them, for :func:`merge_calibration`.
     ``threads`` compute, 0 for ONNX Runtime's own choice.
+
+    Raises:
+        UsageError: there is no such shard.
     """
 
     images: int | None = None
@@ -90,7 +97,12 @@ def _calibration_images(
         yield CalibrationImage(crop.entry.name, crop.sha256, image)
 
 
-def _choose(data: Path, config: CalibrateConfig) -> ImageFolder:
+def choose_images(data: Path, config: CalibrateConfig) -> ImageFolder:
+    """The images of ``data`` that a calibration with this ``config`` observes.
+
+    Raises:
+        DatasetError: there are too few, or they are of one class.
+    """
     everything = open_images(data)
     folders = {entry.name.rpartition("/")[0] for entry in everything.entries}
     if len(folders) == 1 and "" not in folders and len(everything.entries) > 1:
@@ -128,7 +140,7 @@ def calibrate_model(
     if cluster is not None and config.shard:
         raise UsageError("a cluster cuts the shards itself", hint="leave out --shard or --ray")
     graph, passport = workspace.source(model)
-    chosen = _choose(data, config)
+    chosen = choose_images(data, config)
     path = keep or workspace.calibration(model, config.shard)
     wanted = _records(chosen)
     if not force and path.exists():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -33,6 +32,7 @@ from exporters.artifact import to_json
 from exporters.errors import UsageError
 from exporters.files import sha256_file
 from exporters.headers import GraphArtifact
+from exporters.leftovers import scratch_folder
 from exporters.progress import SILENT, Progress
 
 __all__ = ["SearchConfig", "SearchResult", "search_model"]
@@ -201,8 +201,8 @@ def search_model(
     check_enough(splits[0], config, "search")
     check_enough(splits[1], config, "confirm")
     search = _Search(workspace, model, splits, config, progress)
-    with tempfile.TemporaryDirectory() as temporary:
-        return _run(search, Path(temporary), data)
+    with scratch_folder() as temporary:
+        return _run(search, temporary, data)
 
 
 def _run(search: _Search, folder: Path, data: Path) -> SearchResult:

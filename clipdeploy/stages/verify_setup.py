@@ -27,7 +27,14 @@ from exporters.files import sha256_file
 from exporters.notebook import Renderable, Shown, facts
 from exporters.progress import Progress
 
-__all__ = ["Bench", "Judgement", "VerifyScope", "labelled_images", "set_up"]
+__all__ = [
+    "Bench",
+    "Judgement",
+    "VerifyScope",
+    "labelled_images",
+    "refuse_unreadable",
+    "set_up",
+]
 
 
 @dataclass(frozen=True)
@@ -131,14 +138,18 @@ def labelled_images(
     return images if scope.limit is None else select(images, scope.limit, seed=0)
 
 
-def _look_over(
+def refuse_unreadable(
     images: ImageFolder,
     note: Callable[[str], object],
     progress: Progress,
     *,
     skip_unreadable: bool,
 ) -> None:
-    """Better now than in the middle of a long run."""
+    """Look at every image's header: better now than in the middle of a long run.
+
+    Raises:
+        DatasetError: some cannot be read, unless ``skip_unreadable``.
+    """
     reading = look_over(images, progress)
     for problem in reading.problems():
         note(problem)
@@ -170,7 +181,7 @@ def set_up(
     else:
         targets = workspace_targets(workspace, model, graphs_only=scope.graphs_only)
     images = labelled_images(data, passport, scope, note)
-    _look_over(images, note, progress, skip_unreadable=config.skip_unreadable)
+    refuse_unreadable(images, note, progress, skip_unreadable=config.skip_unreadable)
     with progress.task(f"load {model} in PyTorch"):
         reference = reload_model(zoo.find(model), passport.weights, passport.recipe)
     # Nothing is judged on random weights, so that no image can flatter them.

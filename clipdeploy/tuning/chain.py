@@ -25,6 +25,9 @@ Tensor = NDArray[Any]
 class Chain:
     """Reference and candidate, switchable a part at a time; a session for each segment.
 
+    Images (B, ...) enter the first segment as the graphs take them, tokens (B, N, C) go from one to
+    the next, and logits (B, classes) leave the last.
+
     Raises:
         GraphError: the two do not have the same names.
         FileError: one cannot be read.
@@ -83,14 +86,22 @@ class Chain:
         return self.run(x, on, index + 1)[-1] if index + 1 < len(self.segments) else x
 
     def weight_shape(self, name: str) -> tuple[int, int]:
-        """(Cin, Cout) of a Linear."""
+        """(Cin, Cout) of a Linear.
+
+        Raises:
+            GraphError: its weight is no constant.
+        """
         weight = self.reference.constant(self.reference.need(f"{name}/MatMul").input[1])
         if weight is None:
             raise GraphError(f"{name} of {self.reference.name} has no constant weight")
         return int(weight.shape[0]), int(weight.shape[1])
 
     def single(self, name: str) -> tuple[OnnxSession, str]:
-        """A session of the Linear ``name`` alone, from its own input, and its switch's name."""
+        """A session of the Linear ``name`` alone, from its own input, and its switch's name.
+
+        Raises:
+            GraphError: the two graphs do not feed it the same tensor.
+        """
         tensor = find_tap(self.reference, name).tensor
         segment = Segment(name, tensor, (Part(name, name),))
         source = find_tap(self.candidate, name).tensor

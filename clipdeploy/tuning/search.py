@@ -25,6 +25,9 @@ class SearchConfig:
     count MACs and bytes, or measure on this CPU; ``batch``: images at once that costs are for.
     ``plan``: how Linears are quantised; other ranges and smoothing strengths are tried too where it
     does not do, unless ``fixed_plan``.
+
+    Raises:
+        UsageError: a drop, a budget or a cost model that cannot be.
     """
 
     max_drop: float = 1.0

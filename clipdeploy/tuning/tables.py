@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Group
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -53,10 +54,14 @@ def _parts(result: Bisection, drop: str) -> Table:
         if part.name.endswith(".rest") and part.name not in culprits:
             continue
         fact = linears.get(part.name)
-        facts = ("", "") if fact is None else (f"{fact.peak:.3g}", decibels(fact.weight_db))
+        facts = ("", "") if fact is None else (_peak(fact.peak), decibels(fact.weight_db))
         style = "bold red" if part.name in culprits else ""
         table.add_row(part.name, *_figures(part), *facts, style=style)
     return table
+
+
+def _peak(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def _figures(part: PartError) -> tuple[str, ...]:
@@ -95,7 +100,7 @@ def bisection_table(result: Bisection) -> Group:
 def _front(result: SearchResult) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("point", no_wrap=True)
-    _columns(table, ("Linears in INT8", "MACs", "cost", "drop", "dB", "within", "recipe"))
+    _columns(table, ("INT8", "MACs", "cost", "drop", "dB", "within", "recipe"))
     for point in result.points:
         if not (point.front or point.label):
             continue
@@ -125,8 +130,9 @@ def search_table(result: SearchResult) -> Group:
         f"searched on {result.search.n} images: {result.search.sentence}",
         f"fresh {result.confirm.n} images: {result.confirm.sentence}",
         f"cost: {result.costs.unit}, batch {result.costs.batch}; ranges by {result.plan.label}; "
-        f"{result.evaluations} combinations evaluated",
-        f"written: {result.artifact.path}, recipe {result.recipe}",
+        f"{result.evaluations} combination{'s' * (result.evaluations > 1)} evaluated",
+        f"written: {result.artifact.path}",
+        f"recipe: {result.recipe}",
     ]
     if not result.finished:
         lines.append("the budget ended the search early: run it again to go on")
@@ -134,7 +140,7 @@ def search_table(result: SearchResult) -> Group:
     return Group(
         Text(heading),
         Text(verdict, style="bold green" if result.confirmed else "bold red"),
-        *(Text(f"  {line}") for line in lines),
+        *(Padding(Text(line), (0, 0, 0, 2)) for line in lines),
         Text(""),
         _front(result),
         Text(""),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rich.console import Group
+from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -104,7 +105,8 @@ def figures_of(row: Row, result: Verification) -> tuple[str, ...]:
 
 def _table(result: Verification) -> Table:
     table = Table(box=None, pad_edge=False)
-    table.add_column("artifact", no_wrap=True)
+    # A name of any length: only its own column may give way.
+    table.add_column("artifact", overflow="fold")
     for title in COLUMNS:
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
@@ -128,6 +130,11 @@ def baseline_lines(result: Verification) -> list[str]:
     return [f"baseline {baseline.status}: {baseline.sentence}", *causes]
 
 
+def _indented(text: str, by: int = 2, style: str = "") -> Padding:
+    """A sentence that stays indented where it is wrapped."""
+    return Padding(Text(text, style), (0, 0, 0, by))
+
+
 def verification_table(result: Verification) -> Group:
     """Verdict first, then the baseline, a row an artifact, what each verdict rests on, oddities.
 
@@ -135,10 +142,10 @@ def verification_table(result: Verification) -> Group:
     """
     verdict = Text(verdict_line(result), style="bold")
     first, *causes = baseline_lines(result) or [""]
-    baseline = [Text(f"  {first}")] if first else []
-    baseline += [Text(f"    {cause}") for cause in causes]
+    baseline = [_indented(first)] if first else []
+    baseline += [_indented(cause, 4) for cause in causes]
     named = zip(artifact_names(result), result.rows, strict=True)
-    reasons = [Text(f"  {name}: {row.reason}") for name, row in named]
-    problems = [Text(f"  {problem}", style="yellow") for problem in result.problems]
-    top = (verdict, Text(heading(result)), *baseline, Text(""))
+    reasons = [_indented(f"{name}: {row.reason}") for name, row in named]
+    problems = [_indented(problem, style="yellow") for problem in result.problems]
+    top: tuple[RenderableType, ...] = (verdict, Text(heading(result)), *baseline, Text(""))
     return Group(*top, _table(result), Text(""), *reasons, *problems)

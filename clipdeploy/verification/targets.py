@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from clipdeploy.engines.passport import load_engine_passport, passport_path
+from clipdeploy.engines.passport import EnginePassport, load_engine_passport, passport_path
 from clipdeploy.runners import OnnxRunner, Runner, open_runner
 from clipdeploy.verification.results import Asked
 from clipdeploy.workspace import PRECISIONS, Workspace
@@ -94,20 +94,28 @@ def named_targets(paths: Sequence[Path], reference: Passport, *, trust: bool) ->
     """
     if len({path.resolve() for path in paths}) < len(paths):
         raise UsageError("an artifact is named twice", hint="name each one once")
-    return [_named(path, reference, trust=trust) for path in paths]
+    return [_named(path, paths, reference, trust=trust) for path in paths]
 
 
-def _named(path: Path, reference: Passport, *, trust: bool) -> Target:
+def _named(path: Path, paths: Sequence[Path], reference: Passport, *, trust: bool) -> Target:
     if path.suffix not in (".onnx", ".engine"):
         raise UsageError(f"{path} is neither .onnx nor .engine", hint="name a graph or an engine")
     if path.suffix == ".engine":
         if trust and not passport_path(path).exists():
             return Target(path, "engine", reference, vouched=False)
-        target = Target(path, "engine", load_engine_passport(path).graph)
+        passport = load_engine_passport(path)
+        target = Target(path, "engine", passport.graph, _scored_graph(path, passport, paths))
     else:
         target = _graph(path, reference)
     _check_same(path, target.passport, reference)
     return target
+
+
+def _scored_graph(engine: Path, passport: EnginePassport, paths: Sequence[Path]) -> Path | None:
+    """The graph that an engine was compiled from, if it is judged beside it."""
+    graph = engine.with_suffix(".onnx")
+    scored = graph in paths and passport.hashes.graph == sha256_file(graph)
+    return graph if scored else None
 
 
 def _graph(path: Path, reference: Passport) -> Target:

@@ -62,6 +62,9 @@ class VerifyConfig:
     ``cache`` are those of :func:`clipdeploy.imaging.iter_crops`; the cache keeps the reference's
     logits as well.  ``trust`` loads engines that no passport vouches for.  ``threads`` compute on
     the CPU, 0 for as many as PyTorch takes; shards can only be joined if they had as many.
+
+    Raises:
+        UsageError: a drop, a batch or a shard that cannot be, or a shard that is sequential.
     """
 
     max_drop: float = 1.0

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -182,3 +184,36 @@ def test_hub_errors_are_one_line(server: str, tmp_path: Path) -> None:
     assert len(said.strip().splitlines()) == 1
     said = export_from_hub("hf://timm/vit_demo", server, tmp_path, "--offline")
     assert "is in the cache, and downloads are off" in said
+
+
+def test_what_a_killed_download_left_is_removed_once_it_is_old(
+    card: zoo.ModelCard, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = cached_file(card)
+    kept.parent.mkdir(parents=True)
+    # Named as torch.hub names them: see the next test.
+    alive, dead = (kept.with_name(f"{kept.name}.{letter * 32}.partial") for letter in "ad")
+    other = kept.with_name(f"other.pth.{'d' * 32}.partial")
+    for unfinished in (alive, dead, other):
+        unfinished.write_bytes(b"half of it")
+    for unfinished in (dead, other):
+        os.utime(unfinished, (0, 0))
+    from_mirror(monkeypatch, server, "whole")
+    fetch(card, progress=False)
+    assert sorted(files_under(kept.parent)) == sorted([kept, alive, other])
+
+
+def test_torch_still_names_unfinished_downloads_so(
+    card: zoo.ModelCard, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    moved = shutil.move
+
+    def move(source: str, target: str) -> object:
+        seen.append(source)
+        return moved(source, target)
+
+    monkeypatch.setattr(shutil, "move", move)
+    from_mirror(monkeypatch, server, "whole")
+    path = fetch(card, progress=False)
+    assert [fnmatch(name, str(path) + download._UNFINISHED) for name in seen] == [True]

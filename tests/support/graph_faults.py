@@ -7,6 +7,7 @@ place.  Names are those of :mod:`clipdeploy.vit`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,17 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-__all__ = ["FP16_FAULTS", "FP32_FAULTS", "INT8_FAULTS", "REGRESSED", "Edit", "read", "write"]
+__all__ = [
+    "FP16_FAULTS",
+    "FP32_FAULTS",
+    "INT8_FAULTS",
+    "REGRESSED",
+    "Edit",
+    "read",
+    "ruin",
+    "turn_answers",
+    "write",
+]
 
 Edit = Callable[[ModelProto], None]
 _HEADS = 6
@@ -34,6 +45,21 @@ def write(model: ModelProto, name: str, array: NDArray[Any]) -> None:
     tensor = _tensor(model, name)
     kept = array.astype(numpy_helper.to_array(tensor).dtype)
     tensor.CopyFrom(numpy_helper.from_array(kept, name))
+
+
+def ruin(graph: Path, edit: Edit) -> None:
+    """Let a graph's file have the mistake; its passport stays."""
+    model = onnx.load(graph)
+    edit(model)
+    onnx.save(model, graph)
+
+
+def turn_answers(model: ModelProto) -> None:
+    """Every class is called by its neighbour's name, in a graph of any precision."""
+    weights = [w.name for w in model.graph.initializer if w.name.startswith("head.")]
+    for name in weights:
+        # (inputs, classes), and (classes,)
+        write(model, name, np.roll(read(model, name), 1, axis=-1))
 
 
 def _change(name: str, change: Callable[[NDArray[Any]], NDArray[Any]]) -> Edit:

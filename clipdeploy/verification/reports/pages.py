@@ -10,7 +10,7 @@ import math
 import re
 from typing import TYPE_CHECKING
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from clipdeploy.plots import inline_svg
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from clipdeploy.verification.reports import HeatMap
 
-__all__ = ["html_page", "markdown_page"]
+__all__ = ["drawn", "html_page", "markdown_page", "render"]
 
 _TEMPLATES = "verification/reports/templates"
 # What means something to Markdown inside a line or a cell of a table, in GitHub's flavour too.
@@ -34,14 +34,13 @@ def html_page(contents: Contents, thumbnails: Thumbnails, heat_map: HeatMap | No
     """One page with everything inside it."""
     error = drops = Markup()
     if contents.spreads:
-        error = _svg(draw_spreads(contents.spreads), "error")
+        error = drawn(draw_spreads(contents.spreads), "error")
     if contents.drops:
-        drops = _svg(draw_drops(contents.drops, contents.max_drop), "drops")
+        drops = drawn(draw_drops(contents.drops, contents.max_drop), "drops")
     # Drawn by this program, as the two others are; the page's policy runs nothing in any case.
     picture = Markup(heat_map.svg) if heat_map else Markup()
-    return _render(
+    return render(
         "report.html.jinja",
-        True,
         r=contents,
         thumbnails=thumbnails,
         error=error,
@@ -53,17 +52,20 @@ def html_page(contents: Contents, thumbnails: Thumbnails, heat_map: HeatMap | No
 
 def markdown_page(contents: Contents, heat_map: HeatMap | None = None) -> str:
     """The same texts in the same order; GitHub's flavour, for the tables."""
-    return _render("report.md.jinja", False, r=contents, heat_map=heat_map)
+    return render("report.md.jinja", html=False, r=contents, heat_map=heat_map)
 
 
-def _svg(figure: Figure, name: str) -> Markup:
+def drawn(figure: Figure, name: str) -> Markup:
+    """A figure inside a page; ``name`` keeps it apart from the page's others."""
     # matplotlib has escaped the texts; nothing else in it comes from outside.
     return Markup(inline_svg(figure, name))
 
 
-def _render(template: str, html: bool, **values: object) -> str:
+def render(template: str, folder: str = _TEMPLATES, *, html: bool = True, **values: object) -> str:
+    """A template of a ``folder`` of this package; it may extend and include a report's own."""
+    folders = dict.fromkeys((folder, _TEMPLATES))
     environment = Environment(
-        loader=PackageLoader("clipdeploy", _TEMPLATES),
+        loader=ChoiceLoader([PackageLoader("clipdeploy", each) for each in folders]),
         autoescape=html,
         finalize=None if html else _markdown,
         undefined=StrictUndefined,

@@ -24,22 +24,6 @@ from clipdeploy.workspace import Workspace
 
 CALIBRATION = str(zoo.demo_file("calibration.zip"))
 TEST = str(zoo.demo_file("test.zip"))
-COMMANDS = (
-    "zoo",
-    "export",
-    "calibrate",
-    "quantize",
-    "build-engine",
-    "verify",
-    "predict",
-    "benchmark",
-    "inspect",
-    "package",
-    "doctor",
-    "demo",
-    "config",
-    "completion",
-)
 
 
 def run(*words: str | Path) -> Result:
@@ -73,23 +57,6 @@ def digits(tmp_path: Path) -> Path:
 
 def nothing_left(folder: Path) -> bool:
     return not folder.exists() or not [path for path in folder.rglob("*") if path.is_file()]
-
-
-@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS), ("zoo", "show")])
-def test_help_imports_neither_torch_nor_tensorrt(command: tuple[str, ...]) -> None:
-    code = (
-        "import sys\n"
-        "from clipdeploy.cli.main import main\n"
-        "try:\n    main(sys.argv[1:], prog_name='clipdeploy')\n"
-        "finally:\n"
-        "    heavy = {'torch', 'tensorrt', 'tensorrt_rtx', 'onnx', 'onnxruntime', 'numpy'}\n"
-        "    print('HEAVY', sorted(heavy & sys.modules.keys()))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, check=True
-    )
-    assert "Usage: clipdeploy" in done.stdout
-    assert done.stdout.endswith("HEAVY []\n")
 
 
 def test_zoo_lists_every_card() -> None:

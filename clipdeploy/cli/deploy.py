@@ -1,0 +1,162 @@
+"""``clipdeploy deploy``: the whole pipeline in one command."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from clipdeploy.cli.build import backend_option
+from clipdeploy.cli.calibrate import images_option, seed_option
+from clipdeploy.cli.common import (
+    EXIT_VERIFICATION,
+    Context,
+    emit,
+    force_option,
+    model_option,
+    skip_unreadable_option,
+    stage_command,
+    threads_option,
+)
+from clipdeploy.cli.export import weights_choice, weights_options
+from clipdeploy.cli.params import setting_option
+from clipdeploy.cli.quantize import quantize_options, recipe_options
+from clipdeploy.cli.stage_display import StageDisplay
+from clipdeploy.cli.text import echo
+from clipdeploy.cli.verify import (
+    baseline_option,
+    labels_option,
+    layout_option,
+    max_drop_option,
+    verify_scope,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from clipdeploy.stages.deploy import DeployConfig, Deployment
+
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+
+
+@click.command()
+@model_option
+@click.option("--fp32", "precision", flag_value="fp32", help="Full precision.")
+@click.option("--fp16", "precision", flag_value="fp16", help="Half precision.")
+@click.option(
+    "--int8", "precision", flag_value="int8", default=True, help="INT8 Linears (the default)."
+)
+@setting_option(
+    "calibration",
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="Folder or zip of calibration images; none of them may be among --val.",
+)
+@setting_option(
+    "validation",
+    "--val",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Labelled images that judge: a folder, zip or tar.",
+)
+@max_drop_option
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="Judge on so many images, spread over the classes."
+)
+@click.option(
+    "--graphs-only",
+    is_flag=True,
+    help="Judge and package the ONNX graphs: for a machine that cannot run the engine.",
+)
+@baseline_option
+@layout_option
+@labels_option
+@weights_options
+@images_option
+@seed_option
+@recipe_options
+@backend_option
+@click.option("--no-benchmark", is_flag=True, help="Measure nothing, and build nothing to compare.")
+@click.option(
+    "--triton",
+    metavar="DIR",
+    type=_FOLDER,
+    help="Model repository of a Triton server.  [default: triton in the model's folder]",
+)
+@click.option("--cpp", metavar="DIR", type=_FOLDER, help="C++ program with a CMakeLists.txt.")
+@threads_option
+@skip_unreadable_option
+@force_option
+@stage_command
+def deploy(context: Context, model: str | None, **options: Any) -> int:
+    """Export, calibrate, quantise, build, verify, benchmark and package, in one go.
+
+    An interrupted run goes on where it stopped when the same command is given again. There is a
+    package only after a verdict that passed; otherwise the exit code is 3. The page that says what
+    was built, what it is worth and how to serve it lies in the model's folder: deployment.html.
+    """
+    config = _config(context, options)
+    name = context.model(model)
+    from clipdeploy.stages.deploy import deploy_model
+
+    with StageDisplay(quiet=context.quiet) as display:
+        result = deploy_model(
+            context.workspace,
+            name,
+            config,
+            force=options["force"],
+            watch=display,
+            note=display.note,
+            progress=display,
+        )
+    emit(context, result, lambda: _tables(result))
+    if not context.as_json:
+        echo("\n".join(_lines(result)))
+    return 0 if result else EXIT_VERIFICATION
+
+
+def _config(context: Context, options: dict[str, Any]) -> DeployConfig:
+    """The options as a configuration."""
+    from clipdeploy.engines.build_config import BuildConfig
+    from clipdeploy.stages.calibrate import CalibrateConfig
+    from clipdeploy.stages.deploy_config import SHORT_BENCHMARK, DeployConfig
+    from clipdeploy.verification.verifier import VerifyConfig
+
+    weights, recipe = weights_choice(context, options)
+    threads, skip = options["threads"], options["skip_unreadable"]
+    return DeployConfig(
+        val=options["val"],
+        precision=options["precision"],
+        calibration=options["calibration"],
+        weights=weights,
+        recipe=recipe,
+        calibrate=CalibrateConfig(options["images"], options["seed"], skip, threads=threads),
+        quantize=quantize_options(options),
+        quantize_recipe=options["recipe"],
+        build=BuildConfig(backend=options["backend"]),
+        verify=VerifyConfig(options["max_drop"], skip_unreadable=skip, threads=threads),
+        scope=verify_scope((), options | {"allow_leak": False}),
+        benchmark=None if options["no_benchmark"] else replace(SHORT_BENCHMARK, threads=threads),
+        triton=options["triton"],
+        cpp=options["cpp"],
+    )
+
+
+def _tables(result: Deployment) -> Group:
+    from rich.console import Group
+    from rich.text import Text
+
+    from clipdeploy.benchmark.table import benchmark_table
+    from clipdeploy.verification.table import verification_table
+
+    parts = [verification_table(result.verification)]
+    if result.benchmark:
+        parts.append(benchmark_table(result.benchmark))
+    return Group(*[line for part in parts for line in (part, Text(""))])
+
+
+def _lines(result: Deployment) -> list[str]:
+    open_points = ["Not proven:", *(f"  {point}" for point in result.open_points)]
+    return [*open_points, "", *result.packages_in_words, f"Summary: {result.page}"]

@@ -1,0 +1,116 @@
+"""All stages of a long run at once: a checklist on a terminal, a line a stage anywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
+
+    from clipdeploy.stages.stage_log import StageRun
+
+__all__ = ["StageDisplay"]
+
+# The thread that draws would take its share of the processor from what is measured.
+_MEASURED = ("benchmark",)
+
+
+class StageDisplay:
+    """A :class:`clipdeploy.stages.stage_log.StageWatch` and a progress, both on stderr.
+
+    What a stage is doing shows in its line, with a bar and the time left where its length is known.
+    While a benchmark measures, nothing is drawn.  A context manager: it leaves the checklist as it
+    stands at the end, also if that end is an error or Ctrl-C.
+    """
+
+    def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
+        from clipdeploy.cli.checklist import checklist
+
+        self._quiet = quiet
+        self._bars = None if quiet else checklist(console)
+        self._lines: dict[str, TaskID] = {}
+        self._now: str | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._now is not None:
+            self._show("interrupted" if kind is KeyboardInterrupt else "failed", "")
+            self._say(f"{self._now}: {'interrupted' if kind is KeyboardInterrupt else 'failed'}")
+        if self._bars is not None and self._lines:
+            self._bars.live.transient = False
+            self._bars.start()
+            self._bars.stop()
+
+    def planned(self, names: Sequence[str]) -> None:
+        """See :class:`clipdeploy.stages.stage_log.StageWatch`."""
+        if self._bars is None:
+            return
+        for name in names:
+            self._lines[name] = self._bars.add_task(
+                name, start=False, total=None, state="waiting", doing="", counted=False
+            )
+        self._bars.start()
+
+    def started(self, name: str) -> None:
+        """See :class:`clipdeploy.stages.stage_log.StageWatch`."""
+        self._now = name
+        self._say(f"{name} ...")
+        if self._bars is not None:
+            self._bars.start_task(self._lines[name])
+            self._show("running", "")
+            if name in _MEASURED:
+                # It stands again, whole, once there is nothing to disturb.
+                self._bars.live.transient = True
+                self._bars.stop()
+
+    def ended(self, run: StageRun) -> None:
+        """See :class:`clipdeploy.stages.stage_log.StageWatch`."""
+        self._now = run.name
+        said = f"done, {run.seconds:.1f} s" if run.state == "done" else run.state
+        self._say(f"{run.name}: {said}{f', {run.why}' if run.why else ''}")
+        self._show(run.state, run.why)
+        self._now = None
+        if self._bars is not None:
+            self._bars.stop_task(self._lines[run.name])
+            self._bars.start()
+
+    @contextmanager
+    def task(self, text: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        """See :class:`exporters.progress.Progress`."""
+        if self._bars is None or self._now is None:
+            yield lambda count: None
+            return
+        bars, line = self._bars, self._lines[self._now]
+        # Another total forgets the speed, which the time left comes from.
+        bars.update(line, total=0, completed=0)
+        bars.update(line, total=total or 1, completed=0, doing=text, counted=total is not None)
+        yield lambda count: bars.advance(line, count)
+        bars.update(line, doing="", counted=False)
+
+    def note(self, text: str) -> None:
+        """A line for the person at the terminal, above the checklist."""
+        if self._bars is None:
+            self._say(text)
+        else:
+            self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _show(self, state: str, doing: str) -> None:
+        if self._bars is not None and self._now is not None:
+            self._bars.update(self._lines[self._now], state=state, doing=doing, counted=False)
+
+    def _say(self, line: str) -> None:
+        if self._bars is None and not self._quiet:
+            click.echo(line, err=True)

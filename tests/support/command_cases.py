@@ -1,0 +1,115 @@
+"""Every command, with words that make it do its work on the demo model.
+
+A new command is tested in the terminal, in a pipe, with ``--json`` and with ``--quiet`` as soon as
+it has an entry in ``CASES``; a test fails until it has one.  A command may have several.
+"""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from clipdeploy import zoo
+from clipdeploy.workspace import Workspace
+
+__all__ = ["CASES", "Case", "every_command", "prepare", "runnable_commands"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """``words`` are typed in a folder made by :func:`prepare`; ``engine``: it takes TensorRT-RTX.
+
+    ``slow``: only in the full run of the tests.
+    """
+
+    words: str
+    engine: bool = False
+    slow: bool = False
+
+
+# Of each class; a search and its confirmation take half of them each.
+_FEW = 12
+_GRAPH = f"artifacts/{zoo.DEMO}/{zoo.DEMO}"
+_VERIFY = "verify --data test.zip --limit 40 --max-drop 30 --workers 0"
+_BENCHMARK = "benchmark --batch 1,8 --rounds 3 --warmup 0.01"
+CASES: dict[str, tuple[Case, ...]] = {
+    "zoo": (Case("zoo"),),
+    "zoo list": (Case("zoo list"),),
+    "zoo show": (Case("zoo show clip-vit-base-p16-384px"), Case("zoo show demo")),
+    "export": (Case("export"), Case("export --model demo --force", slow=True)),
+    "calibrate": (Case("calibrate --data calibration.zip --images 24"),),
+    "calibrate merge": (Case("calibrate merge"),),
+    "quantize": (
+        Case("quantize"),
+        Case("quantize --force", slow=True),
+        Case("quantize --cpu --quantize-attention", slow=True),
+    ),
+    "build-engine": (
+        Case("build-engine --fp16", engine=True),
+        Case("build-engine --int8", engine=True, slow=True),
+    ),
+    "verify run": (
+        Case(f"{_VERIFY} --graphs-only --report verdict.html"),
+        Case(f"{_VERIFY} {_GRAPH}.fp16.onnx foreign.onnx", slow=True),
+    ),
+    "verify merge": (Case("verify merge --max-drop 20"),),
+    "predict": (Case("predict digits --top 3"),),
+    "bisect": (Case("bisect --data test.zip --images 1"),),
+    "search": (Case("search --data few.zip --max-drop 15 --fixed-plan", slow=True),),
+    "benchmark": (
+        Case(_BENCHMARK),
+        Case(f"{_BENCHMARK} foreign.onnx {_GRAPH}.int8.onnx", slow=True),
+    ),
+    "inspect": (
+        Case(f"inspect {_GRAPH}.int8.onnx"),
+        Case(f"inspect {_GRAPH}.fp16.engine", engine=True),
+    ),
+    "package": (
+        Case("package --triton models"),
+        Case(f"package {_GRAPH}.int8.onnx --cpp program"),
+    ),
+    "doctor": (Case("doctor"),),
+    "demo": (Case("demo --workspace another", engine=True, slow=True),),
+}
+
+
+def every_command(
+    command: click.Command, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    """The command, and all below it, with the words that lead there."""
+    yield path, command
+    if isinstance(command, click.Group):
+        for name, below in command.commands.items():
+            yield from every_command(below, (*path, name))
+
+
+def runnable_commands(main: click.Command) -> set[str]:
+    """Those that do something themselves: no groups but such as take options of their own."""
+    return {
+        " ".join(path)
+        for path, command in every_command(main)
+        if not isinstance(command, click.Group) or command.invoke_without_command
+    }
+
+
+def prepare(made: Workspace, folder: Path) -> None:
+    """A folder with a copy of the workspace, as ``artifacts``, and images beside it."""
+    shutil.copytree(made.root, folder / "artifacts")
+    for name in ("calibration.zip", "test.zip"):
+        shutil.copy(zoo.demo_file(name), folder)
+    shutil.copy(made.graph(zoo.DEMO, "fp32"), folder / "foreign.onnx")
+    with (
+        zipfile.ZipFile(zoo.demo_file("test.zip")) as archive,
+        zipfile.ZipFile(folder / "few.zip", "w") as few,
+    ):
+        for digit in "0123456789":
+            names = sorted(name for name in archive.namelist() if name.startswith(f"{digit}/"))
+            for name in names[:_FEW]:
+                few.writestr(zipfile.ZipInfo(name), archive.read(name))
+            if digit in "37":
+                archive.extract(names[0], folder / "digits")

@@ -1,0 +1,40 @@
+"""What tests of a deployment share: quick choices, copies of digits, the hashes of a folder."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+from clipdeploy import zoo
+from clipdeploy.benchmark import BenchmarkConfig
+from clipdeploy.pipeline import DeployConfig, VerifyConfig, VerifyScope
+from exporters.files import sha256_file
+
+__all__ = ["CALIBRATION", "CONFIG", "QUICK", "TEST", "copied", "hashes"]
+
+CALIBRATION = zoo.demo_file("calibration.zip")
+TEST = zoo.demo_file("test.zip")
+# 64 images without a difference prove a drop below 5.7 points.
+CONFIG = DeployConfig(
+    val=TEST,
+    calibration=CALIBRATION,
+    verify=VerifyConfig(max_drop=6, workers=0),
+    scope=VerifyScope(limit=64, graphs_only=True),
+    benchmark=BenchmarkConfig(batches=(1,), seconds=None, rounds=3, warmup=0),
+)
+QUICK = replace(CONFIG, benchmark=None)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): sha256_file(path) for path in files}
+
+
+def copied(data: Path, folder: Path, count: int) -> Path:
+    """The first ``count`` images of each class."""
+    with zipfile.ZipFile(data) as archive:
+        for digit in range(10):
+            names = sorted(n for n in archive.namelist() if n.startswith(f"{digit}/"))
+            archive.extractall(folder, names[:count])
+    return folder
