@@ -17,6 +17,7 @@ import pytest
 from doc_pages import Block, Page
 from script_module import load_script
 
+from calibration.plan import PlanConfig
 from clipdeploy import pipeline, zoo
 from clipdeploy.cli.common import DefaultGroup
 from clipdeploy.cli.main import main
@@ -391,6 +392,20 @@ def test_the_layers_are_those_of_the_contract() -> None:
     indented = [b for b in Page.read(DOCS / "architecture.md").blocks() if not b.language]
     shown = [re.split(r"\s{2,}", line.strip())[0] for line in indented[0].text.splitlines()]
     assert [line for line in shown if line] == wanted
+
+
+def test_the_figure_and_the_table_of_int8_agree() -> None:
+    script = load_script("int8_figure")
+    (table,) = tables(Page.read(DOCS / "int8.md"))
+    rows = [re.split(r"\s{2,}", line.strip()) for line in table.strip().splitlines()[1:]]
+    assert [row[0] for row in rows] == list(script.STEPS)
+    picture = (DOCS / "images" / "int8.svg").read_text(encoding="utf-8")
+    drawn = re.findall(r">(\d+\.\d)</text>", picture)
+    for column in (1, 2):
+        column_of_table = [row[column] for row in rows]
+        assert "|".join(column_of_table) in "|".join(drawn)
+    # What it ends with is what a user gets.
+    assert list(script.STEPS.values())[-1] == PlanConfig()
 
 
 def test_pictures_are_small() -> None:

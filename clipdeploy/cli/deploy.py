@@ -41,7 +41,11 @@ if TYPE_CHECKING:
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
-@click.command()
+@click.command(
+    epilog="\b\n"
+    "clipdeploy deploy --model clip-vit-base-p16 --calibration IMAGES --val IMAGENET_VAL\n"
+    "clipdeploy deploy --fp16 --val IMAGENET_VAL --cpp classify",
+)
 @model_option
 @click.option("--fp32", "precision", flag_value="fp32", help="Full precision.")
 @click.option("--fp16", "precision", flag_value="fp16", help="Half precision.")

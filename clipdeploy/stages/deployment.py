@@ -7,6 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Group
+from rich.padding import Padding
+from rich.text import Text
+
 from clipdeploy.benchmark import Benchmark
 from clipdeploy.engines.builder import EngineArtifact
 from clipdeploy.packaging.cpp import CppPackage
@@ -18,6 +22,7 @@ from clipdeploy.verification.result import Verification
 from clipdeploy.verification.table import artifact_names
 from exporters.artifact import Precision
 from exporters.headers import GraphArtifact
+from exporters.notebook import Renderable, Shown
 
 __all__ = ["Deployment", "Packages", "commands_of", "open_points", "serve_commands"]
 
@@ -41,7 +46,7 @@ class Packages:
 
 
 @dataclass(frozen=True)
-class Deployment:
+class Deployment(Shown):
     """A precision of a model, built and judged; true only if the verdict passed.
 
     ``passed``: every artifact that was judged is equivalent, and only then there are packages.
@@ -67,6 +72,13 @@ class Deployment:
 
     def __bool__(self) -> bool:
         return self.passed
+
+    def __rich__(self) -> Renderable:
+        tables = [self.verification, *([self.benchmark] if self.benchmark else [])]
+        points = [Padding(Text(point), (0, 0, 0, 2)) for point in self.open_points]
+        lines = [Text(line) for line in (*self.packages_in_words, f"Summary: {self.page}")]
+        parts = [part for table in tables for part in (table, Text(""))]
+        return Group(*parts, Text("Not proven:"), *points, Text(""), *lines)
 
     @property
     def packages_in_words(self) -> tuple[str, ...]:

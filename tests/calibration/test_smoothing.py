@@ -1,17 +1,15 @@
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from script_module import load_script
 
 from calibration.distribution import Distribution
 from calibration.observers import ChannelObserver
@@ -29,7 +27,6 @@ from exporters.samples import Samples
 from exporters.session import OnnxSession
 
 HeldOut = tuple[NDArray[np.float32], NDArray[np.int64]]
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 PLAIN = PlanConfig("minmax", smooth=False, shift_gelu=False, clip_weights=False, correct_bias=False)
 # Logits of the demo reach 20; two float32 graphs of the same function differ by some 1e-5.
@@ -237,23 +234,6 @@ def test_folding_none_changes_nothing(source: Path) -> None:
     assert [value.const_value.numpy().tobytes() for value in values] == before
 
 
-def _script() -> ModuleType:
-    """The script as a module; it imports a neighbour by name."""
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        path = SCRIPTS / "make_outlier_variants.py"
-        spec = importlib.util.spec_from_file_location("make_outlier_variants", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(SCRIPTS))
-        sys.modules.pop("make_outlier_variants", None)
-
-
 @dataclass(frozen=True)
 class Outliers:
     """The demo's function with channel outliers: FP32 graph and table."""
@@ -264,7 +244,7 @@ class Outliers:
 
 @pytest.fixture(scope="module")
 def outliers(tmp_path_factory: pytest.TempPathFactory) -> Outliers:
-    script = _script()
+    script = load_script("make_outlier_variants")
     folder = tmp_path_factory.mktemp("outliers")
     tensors = load_file(zoo.demo_file("weights.safetensors"))
     save_file(script.add_channel_outliers(tensors, script.SEED), folder / "channels.safetensors")

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -10,13 +8,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from script_module import load_script
 from torch import Tensor
 
 from clipdeploy import zoo
 from clipdeploy.model import LoadedModel, WeightsChoice, load_model
 from exporters.artifact import Recipe
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 SEED = 1
 
 Tensors = dict[str, Tensor]
@@ -24,17 +22,7 @@ Tensors = dict[str, Tensor]
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = SCRIPTS / "make_outlier_variants.py"
-    spec = importlib.util.spec_from_file_location("make_outlier_variants", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPTS)
-        # A dataclass with postponed annotations looks its module up.
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
-    return module
+    return load_script("make_outlier_variants")
 
 
 @pytest.fixture(scope="module")

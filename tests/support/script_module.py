@@ -6,12 +6,13 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
 def load_script(name: str) -> ModuleType:
-    """``scripts/NAME.py``, read once."""
+    """``scripts/NAME.py``, read once; it finds the scripts beside it."""
     known = f"scripts.{name}"
     if known not in sys.modules:
         spec = importlib.util.spec_from_file_location(known, SCRIPTS / f"{name}.py")
@@ -19,6 +20,7 @@ def load_script(name: str) -> ModuleType:
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         # A dataclass with postponed annotations looks its module up.
-        sys.modules[known] = module
-        spec.loader.exec_module(module)
+        with mock.patch.object(sys, "path", [str(SCRIPTS), *sys.path]):
+            sys.modules[known] = module
+            spec.loader.exec_module(module)
     return sys.modules[known]
