@@ -26,10 +26,6 @@ def completion(ctx: click.Context, shell: str, as_json: bool) -> None:
     fish  clipdeploy completion fish > ~/.config/fish/completions/clipdeploy.fish
 
     It takes effect in the next shell. In zsh the line has to come after compinit.
-    \f
-
-    Raises:
-        UsageError: click has no completion for this shell.
     """
     import json
 
