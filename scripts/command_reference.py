@@ -74,7 +74,7 @@ def _cell(text: str) -> str:
 
 def _prose(text: str) -> str:
     r"""Help as Markdown: paragraphs; what follows a ``\b`` keeps its lines."""
-    blocks = re.split(r"\n\s*\n", inspect.cleandoc(text).replace("\f", ""))
+    blocks = re.split(r"\n\s*\n", inspect.cleandoc(text.partition("\f")[0]))
     return "\n\n".join(map(_block, blocks))
 
 

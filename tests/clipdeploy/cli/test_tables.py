@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console, RenderableType
 from rich.table import Table
 
+from calibration.plan import PlanConfig
 from clipdeploy import zoo
 from clipdeploy.cli.text import wrapped
 from clipdeploy.tuning.bisection import BROKEN_DB, BlockError, Measurement, PartError
@@ -95,7 +96,8 @@ def search() -> SearchResult:
     path = Path(f"artifacts/{LONGEST}/{LONGEST}.int8.onnx")
     costs = CostModel("macs", "FP16 MACs", 8, {})
     return SearchResult(
-        LONGEST, "data", points[0], tuple(linears), points, costs, "percentile", False, 1, judged,
+        LONGEST, "data", points[0], tuple(linears), points, costs, PlanConfig("percentile"),
+        False, 1, judged,
         judged, False, path.with_name("recipe.json"), cast(Any, SimpleNamespace(path=path)),
     )  # fmt: skip
 
