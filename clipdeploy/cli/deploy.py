@@ -55,6 +55,8 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @setting_option(
     "calibration",
     "--calibration",
+    # Asked for by _calibration: beside --fp16, a setting is no contradiction.
+    deferred=True,
     type=click.Path(path_type=Path),
     help="Folder or zip of calibration images; none of them may be among --val.",
 )
@@ -133,7 +135,7 @@ def _config(context: Context, options: dict[str, Any]) -> DeployConfig:
     return DeployConfig(
         val=options["val"],
         precision=options["precision"],
-        calibration=options["calibration"],
+        calibration=_calibration(context, options),
         weights=weights,
         recipe=recipe,
         calibrate=CalibrateConfig(options["images"], options["seed"], skip, threads=threads),
@@ -146,6 +148,14 @@ def _config(context: Context, options: dict[str, Any]) -> DeployConfig:
         triton=options["triton"],
         cpp=options["cpp"],
     )
+
+
+def _calibration(context: Context, options: dict[str, Any]) -> Path | None:
+    if options["calibration"] is not None or options["precision"] != "int8":
+        given: Path | None = options["calibration"]
+        return given
+    set_once = context.setting("calibration")
+    return None if set_once is None else Path(str(set_once))
 
 
 def _tables(result: Deployment) -> Group:

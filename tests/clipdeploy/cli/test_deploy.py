@@ -82,6 +82,17 @@ def test_an_engine_that_did_not_run_exits_with_three(artifacts: Path) -> None:
     assert not (artifacts / zoo.DEMO / "triton").exists()
 
 
+@pytest.mark.parametrize(("precision", "told"), [("--int8", True), ("--fp16", False)])
+def test_a_setting_calibrates_int8_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, told: bool
+) -> None:
+    monkeypatch.setenv("CLIPDEPLOY_CALIBRATION", str(CALIBRATION))
+    at = ("--model", "demo", "--workspace", tmp_path / "artifacts")
+    result = run("deploy", precision, "--val", tmp_path / "nothing", *at)
+    refused(result, 1, "does not exist", "--val")
+    assert (f"calibration: {CALIBRATION} (CLIPDEPLOY_CALIBRATION)" in result.stderr) is told
+
+
 @pytest.mark.parametrize(
     ("more", "code", "said"),
     [
