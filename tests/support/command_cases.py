@@ -24,12 +24,14 @@ __all__ = ["CASES", "Case", "every_command", "prepare", "runnable_commands"]
 class Case:
     """``words`` are typed in a folder made by :func:`prepare`; ``engine``: it takes TensorRT-RTX.
 
-    ``slow``: only in the full run of the tests.
+    ``slow``: only in the full run of the tests.  ``program``: it prints a shell's text, in lines as
+    long as they come, and knows no ``--quiet``.
     """
 
     words: str
     engine: bool = False
     slow: bool = False
+    program: bool = False
 
 
 # Of each class; a search and its confirmation take half of them each.
@@ -75,7 +77,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     ),
     "doctor": (Case("doctor"),),
     "config": (Case("config"),),
-    "completion": (Case("completion bash"),),
+    "completion": (Case("completion bash", program=True),),
     "deploy": (
         Case(
             "deploy --calibration calibration.zip --val test.zip --graphs-only --no-benchmark",
