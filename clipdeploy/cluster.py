@@ -42,7 +42,7 @@ _SHARDS_PER_SLOT = 4
 _RETRIES = 3
 _ANSWER_SECONDS = 5.0
 # Two for the answer, the others to start Python on a busy machine.
-_HEALTH_SECONDS = 20.0
+_HEALTH_SECONDS = 60.0
 _LOOK_SECONDS = 5.0
 _START = "`ray start --head` starts one and says its address; --ray local needs none"
 
