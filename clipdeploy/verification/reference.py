@@ -22,7 +22,7 @@ from exporters.samples import Samples
 
 __all__ = ["Reference"]
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Reference:
@@ -60,7 +60,7 @@ class Reference:
         if self._shelf is None:
             return self._runner(samples.pixels)
         # Neighbours in a batch may change the last bit of a product, so they are in the key.
-        batch = "".join(hashes)
+        batch = hashlib.sha256("".join(hashes).encode()).hexdigest()
         keys = [hashlib.sha256(f"{batch}/{i}".encode()).hexdigest() for i in range(len(hashes))]
         found = [self._shelf.get(key) for key in keys]
         known = [row for row in found if row is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tomllib
 import zipfile
 from pathlib import Path
@@ -136,8 +137,11 @@ def test_a_model_of_the_settings_contradicts_no_file(
     assert "--model beside files" in run(*words, "--model", "demo").stderr
 
 
-def test_a_verdict_says_which_settings_it_rests_on(demo_workspace: Workspace) -> None:
-    write(f'workspace = "{demo_workspace.root}"', f'validation = "{TEST}"', "max_drop = 30")
+def test_a_verdict_says_which_settings_it_rests_on(
+    demo_workspace: Workspace, tmp_path: Path
+) -> None:
+    shutil.copytree(demo_workspace.root, tmp_path / "copy")
+    write(f'workspace = "{tmp_path / "copy"}"', f'validation = "{TEST}"', "max_drop = 30")
     words = ("verify", "--model", "demo", "--limit", "20", "--json")
     result = run(*words)
     assert result.exit_code == 0, result.output
