@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from clipdeploy import zoo
+from clipdeploy.cli.settings import SETTINGS
 from clipdeploy.workspace import Workspace
 
 
@@ -29,3 +30,13 @@ def digits(tmp_path: Path) -> Path:
             names = sorted(n for n in archive.namelist() if n.startswith(f"{digit}/"))[:20]
             archive.extractall(tmp_path / "digits", names)
     return tmp_path / "digits"
+
+
+@pytest.fixture
+def cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, and nothing set."""
+    for setting in SETTINGS:
+        monkeypatch.delenv(setting.variable, raising=False)
+    monkeypatch.delenv("CLIPDEPLOY_CONFIG")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

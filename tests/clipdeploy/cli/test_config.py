@@ -17,22 +17,14 @@ from clipdeploy.cli.main import main
 from clipdeploy.cli.settings import CONFIG_FILE, SETTINGS, load_settings
 from clipdeploy.workspace import Workspace
 
+pytestmark = pytest.mark.usefixtures("cwd")
+
 CALIBRATION = str(zoo.demo_file("calibration.zip"))
 TEST = str(zoo.demo_file("test.zip"))
 
 
 def run(*words: str | Path) -> Result:
     return CliRunner().invoke(main, [str(word) for word in words])
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder, and nothing set."""
-    for setting in SETTINGS:
-        monkeypatch.delenv(setting.variable, raising=False)
-    monkeypatch.delenv("CLIPDEPLOY_CONFIG")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def write(*lines: str) -> None:
@@ -105,7 +97,7 @@ def test_what_is_most_likely_not_meant(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("config", "--quiet").stderr == ""
 
 
-def test_init_writes_a_template_and_never_overwrites(folder: Path) -> None:
+def test_init_writes_a_template_and_never_overwrites(cwd: Path) -> None:
     result = run("config", "--init")
     assert result.exit_code == 0, result.output
     assert Path(CONFIG_FILE).read_text(encoding="utf-8") == template()
@@ -115,7 +107,7 @@ def test_init_writes_a_template_and_never_overwrites(folder: Path) -> None:
     assert again.exit_code == 2
     assert "clipdeploy.toml is there already" in again.stderr
     assert Path(CONFIG_FILE).read_text(encoding="utf-8") == "max_drop = 0.5"
-    assert [path.name for path in folder.iterdir()] == [CONFIG_FILE]
+    assert [path.name for path in cwd.iterdir()] == [CONFIG_FILE]
 
 
 def test_every_line_of_the_template_can_be_uncommented() -> None:
@@ -167,9 +159,9 @@ def calibrated_on(artifacts: Path) -> list[str]:
     return sorted(image["sha256"] for image in table["images"])
 
 
-def test_a_setting_fills_a_gap_and_replaces_no_calibration(folder: Path, artifacts: Path) -> None:
+def test_a_setting_fills_a_gap_and_replaces_no_calibration(cwd: Path, artifacts: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
-    few_digits(CALIBRATION, folder / "digits")
+    few_digits(CALIBRATION, cwd / "digits")
     build = ("build-engine", "--int8", "--range", "minmax")
     without = run(*build, "--model", "demo")
     assert without.exit_code == 2
@@ -182,7 +174,7 @@ def test_a_setting_fills_a_gap_and_replaces_no_calibration(folder: Path, artifac
     assert "settings: --backend tensorrt-rtx (clipdeploy.toml)" in built.stderr
     first = calibrated_on(artifacts)
     assert len(first) == 30
-    few_digits(TEST, folder / "others")
+    few_digits(TEST, cwd / "others")
     write('model = "demo"', 'calibration = "others"')
     kept = run(*build)
     assert kept.exit_code == 0, kept.output
@@ -193,7 +185,7 @@ def test_a_setting_fills_a_gap_and_replaces_no_calibration(folder: Path, artifac
     assert not set(calibrated_on(artifacts)) & set(first)
 
 
-def test_calibrate_takes_the_setting_and_merge_ignores_it(folder: Path, artifacts: Path) -> None:
+def test_calibrate_takes_the_setting_and_merge_ignores_it(cwd: Path, artifacts: Path) -> None:
     write(f'calibration = "{CALIBRATION}"')
     shard = run("calibrate", "--shard", "1/1", "--images", "20", "--model", "demo")
     assert shard.exit_code == 0, shard.output
@@ -201,4 +193,4 @@ def test_calibrate_takes_the_setting_and_merge_ignores_it(folder: Path, artifact
     merged = run("calibrate", "merge", "--model", "demo")
     assert merged.exit_code == 0, merged.output
     assert "settings:" not in merged.stderr
-    assert artifacts == folder / "artifacts"
+    assert artifacts == cwd / "artifacts"

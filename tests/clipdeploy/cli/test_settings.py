@@ -27,6 +27,8 @@ from clipdeploy.cli.settings import (
 from clipdeploy.download import address
 from exporters.errors import FileError, UsageError
 
+pytestmark = pytest.mark.usefixtures("cwd")
+
 DOCUMENT = Path(__file__).parents[3] / "docs" / "configuration.md"
 
 
@@ -42,16 +44,6 @@ def refused(result: Result, code: int, *words: str) -> None:
     assert result.stderr.startswith("error: ")
     for word in words:
         assert word in result.stderr
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder, and nothing set."""
-    for setting in SETTINGS:
-        monkeypatch.delenv(setting.variable, raising=False)
-    monkeypatch.delenv("CLIPDEPLOY_CONFIG")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def write(*lines: str, to: Path = Path(CONFIG_FILE)) -> None:
@@ -245,20 +237,20 @@ def test_words_for_a_flag(text: str, no: str, monkeypatch: pytest.MonkeyPatch) -
         assert load_settings().given["offline"].value is value
 
 
-def test_a_file_that_cannot_be_read(folder: Path) -> None:
-    (folder / CONFIG_FILE).mkdir()
+def test_a_file_that_cannot_be_read(cwd: Path) -> None:
+    (cwd / CONFIG_FILE).mkdir()
     with pytest.raises(FileError, match=r"cannot read clipdeploy\.toml"):
         load_settings()
     refused(run("zoo", "list"), 1, "cannot read clipdeploy.toml")
 
 
-def test_a_file_that_is_not_utf8(folder: Path) -> None:
-    (folder / CONFIG_FILE).write_bytes(b'workspace = "\xff"')
+def test_a_file_that_is_not_utf8(cwd: Path) -> None:
+    (cwd / CONFIG_FILE).write_bytes(b'workspace = "\xff"')
     refused(run("zoo", "list"), 2, "clipdeploy.toml is no TOML")
 
 
-def test_a_byte_order_mark_of_an_editor_is_no_matter(folder: Path) -> None:
-    (folder / CONFIG_FILE).write_text("max_drop = 0.5", encoding="utf-8-sig")
+def test_a_byte_order_mark_of_an_editor_is_no_matter(cwd: Path) -> None:
+    (cwd / CONFIG_FILE).write_text("max_drop = 0.5", encoding="utf-8-sig")
     assert load_settings().given["max_drop"].value == 0.5
 
 
@@ -271,13 +263,11 @@ def test_help_and_completion_do_not_read_a_broken_file() -> None:
     refused(run("verify", "--data", "x", "--max-drop", "1"), 2, "is no TOML")
 
 
-def test_only_the_working_folder_is_looked_in(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_working_folder_is_looked_in(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write("max_drop = 0.5")
     assert load_settings().file == Path(CONFIG_FILE)
-    (folder / "below").mkdir()
-    monkeypatch.chdir(folder / "below")
+    (cwd / "below").mkdir()
+    monkeypatch.chdir(cwd / "below")
     assert load_settings().file is None
     monkeypatch.setenv("CLIPDEPLOY_CONFIG", "../clipdeploy.toml")
     found = load_settings().given["max_drop"]
@@ -285,13 +275,13 @@ def test_only_the_working_folder_is_looked_in(
 
 
 def test_relative_paths_start_at_the_file_or_at_the_working_folder(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    cwd: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = folder / "kept" / "settings.toml"
+    kept = cwd / "kept" / "settings.toml"
     write('workspace = "out"', 'validation = "/data/val"', 'calibration = "~/cal"', to=kept)
     monkeypatch.setenv("CLIPDEPLOY_CONFIG", str(kept))
     given = load_settings().given
-    assert given["workspace"].value == folder / "kept" / "out"
+    assert given["workspace"].value == cwd / "kept" / "out"
     assert given["validation"].value == Path("/data/val")
     assert given["calibration"].value == Path.home() / "cal"
     monkeypatch.setenv("CLIPDEPLOY_WORKSPACE", "out")
@@ -299,14 +289,14 @@ def test_relative_paths_start_at_the_file_or_at_the_working_folder(
 
 
 def test_the_library_sees_the_file_for_as_long_as_a_command_runs(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    cwd: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     card = zoo.find("clip-vit-base-p16")
     before = cache_folder(), address(card)
     write('cache = "kept"', 'mirror = "https://mirror.example/"', "offline = true")
     settings = load_settings()
     with settings.in_environment({}):
-        assert cache_folder() == folder / "kept"
+        assert cache_folder() == cwd / "kept"
         assert address(card) == f"https://mirror.example/{card.file}"
         assert os.environ["CLIPDEPLOY_OFFLINE"] == "1"
     assert (cache_folder(), address(card)) == before
@@ -315,7 +305,7 @@ def test_the_library_sees_the_file_for_as_long_as_a_command_runs(
         assert os.environ["CLIPDEPLOY_OFFLINE"] == "0"
     monkeypatch.setenv("CLIPDEPLOY_HOME", "other")
     with load_settings().in_environment({}):
-        assert cache_folder() == folder / "other"
+        assert cache_folder() == cwd / "other"
     assert os.environ["CLIPDEPLOY_HOME"] == "other"
 
 
