@@ -16,10 +16,10 @@ from clipdeploy.cli.settings import (
     CONFIG_VARIABLE,
     SETTINGS,
     Found,
-    Setting,
     Settings,
     Source,
     nearest,
+    setting_called,
     strangers,
 )
 from exporters.errors import UsageError
@@ -96,13 +96,9 @@ def _render(shown: Configuration) -> str:
 
 def _cells(row: ConfigRow) -> tuple[str, str, str]:
     if row.value is None:
-        return row.name, _setting(row).otherwise, row.origin
+        return row.name, setting_called(row.name).otherwise, row.origin
     text = str(row.value).lower() if isinstance(row.value, bool) else str(row.value)
     return row.name, text, row.origin
-
-
-def _setting(row: ConfigRow) -> Setting:
-    return next(setting for setting in SETTINGS if setting.name == row.name)
 
 
 def _doubts(settings: Settings) -> list[str]:

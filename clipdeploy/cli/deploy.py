@@ -24,7 +24,6 @@ from clipdeploy.cli.export import weights_choice, weights_options
 from clipdeploy.cli.params import setting_option
 from clipdeploy.cli.quantize import quantize_options, recipe_options
 from clipdeploy.cli.stage_display import StageDisplay
-from clipdeploy.cli.text import echo
 from clipdeploy.cli.verify import (
     baseline_option,
     labels_option,
@@ -34,9 +33,7 @@ from clipdeploy.cli.verify import (
 )
 
 if TYPE_CHECKING:
-    from rich.console import Group
-
-    from clipdeploy.stages.deploy import DeployConfig, Deployment
+    from clipdeploy.stages.deploy import DeployConfig
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 
@@ -117,9 +114,7 @@ def deploy(context: Context, model: str | None, **options: Any) -> int:
             note=display.note,
             progress=display,
         )
-    emit(context, result, lambda: _tables(result))
-    if not context.as_json:
-        echo("\n".join(_lines(result)))
+    emit(context, result, lambda: result)
     return 0 if result else EXIT_VERIFICATION
 
 
@@ -156,21 +151,3 @@ def _calibration(context: Context, options: dict[str, Any]) -> Path | None:
         return given
     set_once = context.setting("calibration")
     return None if set_once is None else Path(str(set_once))
-
-
-def _tables(result: Deployment) -> Group:
-    from rich.console import Group
-    from rich.text import Text
-
-    from clipdeploy.benchmark.table import benchmark_table
-    from clipdeploy.verification.table import verification_table
-
-    parts = [verification_table(result.verification)]
-    if result.benchmark:
-        parts.append(benchmark_table(result.benchmark))
-    return Group(*[line for part in parts for line in (part, Text(""))])
-
-
-def _lines(result: Deployment) -> list[str]:
-    open_points = ["Not proven:", *(f"  {point}" for point in result.open_points)]
-    return [*open_points, "", *result.packages_in_words, f"Summary: {result.page}"]

@@ -21,6 +21,7 @@ from exporters.errors import DatasetError
 
 __all__ = ["Crop", "Skipped", "iter_crops"]
 
+# Images whose bytes are looked at to guess those of all.
 _WEIGHED = 16
 
 

@@ -76,9 +76,11 @@ class Deployment(Shown):
     def __rich__(self) -> Renderable:
         tables = [self.verification, *([self.benchmark] if self.benchmark else [])]
         points = [Padding(Text(point), (0, 0, 0, 2)) for point in self.open_points]
-        lines = [Text(line) for line in (*self.packages_in_words, f"Summary: {self.page}")]
+        lines = [*self.packages_in_words, f"Summary: {self.page}"]
         parts = [part for table in tables for part in (table, Text(""))]
-        return Group(*parts, Text("Not proven:"), *points, Text(""), *lines)
+        # What is to be copied is never cut.
+        whole = [Text(line, no_wrap=True, overflow="ignore") for line in lines]
+        return Group(*parts, Text("Not proven:"), *points, Text(""), *whole)
 
     @property
     def packages_in_words(self) -> tuple[str, ...]:
@@ -88,7 +90,7 @@ class Deployment(Shown):
         return tuple(
             line
             for made in self.packages.made
-            for line in (f"Package: {made.path}", *(f"  {each}" for each in commands_of(made)))
+            for line in (f"Package: {made.path}", *(f"  -> {each}" for each in commands_of(made)))
         )
 
 
