@@ -76,7 +76,8 @@ def show(shown: RenderableType) -> None:
 
     console = Console()
     if console.is_terminal:
-        console.print(shown)
+        # What may not be wrapped, such as a command, goes over the edge rather than being cut there.
+        console.print(shown, crop=False)
         return
     text = io.StringIO()
     wide = None if os.environ.get("COLUMNS") else _ENDLESS
