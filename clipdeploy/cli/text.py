@@ -76,7 +76,7 @@ def show(shown: RenderableType) -> None:
 
     console = Console()
     if console.is_terminal:
-        # What may not be wrapped, such as a command, goes over the edge rather than being cut there.
+        # What is not to be wrapped, such as a command, goes over the edge and is not cut there.
         console.print(shown, crop=False)
         return
     text = io.StringIO()
