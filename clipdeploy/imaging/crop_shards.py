@@ -22,7 +22,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["NO_STAMP", "ROW_BYTES", "Row", "ShardWriter", "Spot", "read_rows", "remove", "size_of"]
+__all__ = [
+    "NO_STAMP",
+    "ROW_BYTES",
+    "Row",
+    "ShardReader",
+    "ShardWriter",
+    "Spot",
+    "read_rows",
+    "remove",
+    "size_of",
+]
 
 _MAGIC = 0x50435243
 _ROW = struct.Struct("<16s32sIII")
@@ -41,17 +51,32 @@ class Spot(NamedTuple):
     slot: int
     crc: int
 
-    def read(self, size: int) -> bytearray | None:
-        """The ``size`` bytes of the item, None if it is gone, cut short or damaged."""
-        data = bytearray(size)
+
+class ShardReader:
+    """An open ``.items`` file.  It is closed with its last reference: other threads may be reading.
+
+    A shard that is removed meanwhile can still be read.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        # Not there if it could not be opened.
+        if hasattr(self, "_file"):
+            os.close(self._file)
+
+    def read(self, spot: Spot, size: int) -> bytes | None:
+        """The ``size`` bytes of the item there, None if it is cut short or damaged."""
         # Not mapped into memory: a shard cut short under a mapping would kill the process.
         try:
-            with open(self.shard, "rb", buffering=0) as stream:
-                stream.seek(self.slot * size)
-                count = stream.readinto(data)
-        except OSError:  # another process removed it
+            data = os.pread(self._file, size, spot.slot * size)
+        except OSError:  # a broken disk, a network that is gone
             return None
-        return data if count == size and zlib.crc32(data) == self.crc else None
+        return data if len(data) == size and zlib.crc32(data) == spot.crc else None
 
 
 class Row(NamedTuple):

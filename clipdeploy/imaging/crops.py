@@ -29,6 +29,7 @@ from clipdeploy.imaging import preprocess
 from clipdeploy.imaging.crop_shards import (
     NO_STAMP,
     ROW_BYTES,
+    ShardReader,
     ShardWriter,
     Spot,
     read_rows,
@@ -45,6 +46,8 @@ T = TypeVar("T", bound=np.generic)
 _FORMAT = 1
 _LIMIT_BYTES = 32 << 30
 _SHARD_BYTES = 256 << 20
+# Shards that are open to be read, well below the 1024 files that a process may usually open.
+_MOST_OPEN = 64
 # A file changed less than this ago may change again within one tick of its file system's clock,
 # two seconds on FAT: its state does not stand for its content yet.
 _SETTLED_NS = 2_000_000_000
@@ -143,6 +146,7 @@ class Shelf(Generic[T]):
         self._hashes: dict[bytes, bytes] = {}
         self._spots: dict[bytes, Spot] = {}
         self._used: set[Path] = set()
+        self._open: dict[Path, ShardReader] = {}
         self._writer: ShardWriter | None = None
         for path in sorted(self._folder.glob("*.rows")):
             for row in read_rows(path):
@@ -166,16 +170,30 @@ class Shelf(Generic[T]):
         """The array with this key, None if it is not here or damaged."""
         key = bytes.fromhex(sha256)
         spot = self._spots.get(key)
-        data = spot.read(self._bytes) if spot else None
+        if spot is None:
+            return None
+        reader = self._reader(spot.shard)
+        data = reader.read(spot, self._bytes) if reader else None
         if data is None:
             self._spots.pop(key, None)
-        elif spot and spot.shard not in self._used:
-            self._used.add(spot.shard)
-            with suppress(OSError):  # a cache that may only be read is of use too
-                os.utime(spot.shard)
-        if data is None:
             return None
         return np.frombuffer(data, self._dtype).reshape(self._shape)
+
+    def _reader(self, shard: Path) -> ShardReader | None:
+        """The shard, opened once; None if it is gone."""
+        reader = self._open.get(shard)
+        if reader is None:
+            try:
+                reader = ShardReader(shard)
+            except OSError:  # another process removed it
+                return None
+            if len(self._open) >= _MOST_OPEN:
+                self._open.clear()
+            self._open[shard] = reader
+            self._used.add(shard)
+            with suppress(OSError):  # a cache that may only be read is of use too
+                os.utime(shard)
+        return reader
 
     def put(self, stamp: bytes, sha256: str, array: NDArray[T]) -> None:
         """Keep an array; where disk or cache are full it is not kept, and ``problem`` says so."""
@@ -205,7 +223,8 @@ class Shelf(Generic[T]):
         return self._writer
 
     def close(self) -> None:
-        """End the shard that was being written."""
+        """End the shard that was being written, and let go of those that were read."""
+        self._open.clear()
         if self._writer is not None:
             self._writer.close()
             self._writer = None

@@ -382,8 +382,31 @@ def test_another_process_may_empty_the_cache_under_a_run(folder: Path, cache: Cr
     got = [next(stream)]
     shutil.rmtree(cache.folder)
     got += list(stream)
-    assert 0 < reading.cached < 10 * COUNT
+    # A shard that is open can be read to its end.
+    assert 0 < reading.cached <= 10 * COUNT
     assert same(got, run(many, None)[0])
+
+
+def test_a_shard_that_is_gone_before_it_is_opened_has_no_crops(
+    folder: Path, cache: CropCache
+) -> None:
+    sha256 = run(folder, cache)[0][0].sha256
+    shelf, other = cache.open(SPEC), cache.open(SPEC)
+    assert other.get(sha256) is not None
+    shutil.rmtree(cache.folder)
+    assert shelf.get(sha256) is None
+    assert other.get(sha256) is not None
+
+
+def test_more_shards_than_may_be_open_are_read(folder: Path, cache: CropCache) -> None:
+    for entry in (images := open_images(folder)).entries:
+        run(ImageFolder(folder, (entry,)), cache)
+    assert len(cache.shards()) == COUNT
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clipdeploy.imaging.crops._MOST_OPEN", 2)
+        got, reading = run(images, cache)
+    assert reading.cached == COUNT
+    assert same(got, run(images, None)[0])
 
 
 def test_the_default_lies_in_the_home_of_clipdeploy(
