@@ -374,39 +374,62 @@ def test_two_processes_write_at_once_and_one_is_killed(folder: Path, cache: Crop
     assert same(got, run(folder, None)[0])
 
 
+@pytest.fixture
+def two_may_be_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Far fewer shards than there are."""
+    monkeypatch.setattr("clipdeploy.imaging.crops._MOST_OPEN", 2)
+
+
+def shard_each(folder: Path, cache: CropCache) -> ImageFolder:
+    """Keep every image of the folder in a shard of its own."""
+    images = open_images(folder)
+    for entry in images.entries:
+        run(ImageFolder(folder, (entry,)), cache)
+    assert len(cache.shards()) == COUNT
+    return images
+
+
+@pytest.mark.usefixtures("two_may_be_open")
 def test_another_process_may_empty_the_cache_under_a_run(folder: Path, cache: CropCache) -> None:
-    run(folder, cache)
+    many = ImageFolder(folder, shard_each(folder, cache).entries * 10)
     reading = Reading()
-    many = ImageFolder(folder, open_images(folder).entries * 10)
     stream = iter_crops(many, SPEC, workers=0, cache=cache, reading=reading)
     got = [next(stream)]
     shutil.rmtree(cache.folder)
     got += list(stream)
-    # A shard that is open can be read to its end.
-    assert 0 < reading.cached <= 10 * COUNT
+    assert 0 < reading.cached < 10 * COUNT
     assert same(got, run(many, None)[0])
 
 
-def test_a_shard_that_is_gone_before_it_is_opened_has_no_crops(
-    folder: Path, cache: CropCache
-) -> None:
-    sha256 = run(folder, cache)[0][0].sha256
-    shelf, other = cache.open(SPEC), cache.open(SPEC)
-    assert other.get(sha256) is not None
+def test_an_open_shard_outlives_its_name(folder: Path, cache: CropCache) -> None:
+    crop = run(folder, cache)[0][0]
+    shut, opened = cache.open(SPEC), cache.open(SPEC)
+    assert opened.get(crop.sha256) is not None
     shutil.rmtree(cache.folder)
-    assert shelf.get(sha256) is None
-    assert other.get(sha256) is not None
+    assert shut.get(crop.sha256) is None
+    pixels = opened.get(crop.sha256)
+    assert pixels is not None
+    assert np.array_equal(pixels, crop.pixels)
 
 
+@pytest.mark.usefixtures("two_may_be_open")
 def test_more_shards_than_may_be_open_are_read(folder: Path, cache: CropCache) -> None:
-    for entry in (images := open_images(folder)).entries:
-        run(ImageFolder(folder, (entry,)), cache)
-    assert len(cache.shards()) == COUNT
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clipdeploy.imaging.crops._MOST_OPEN", 2)
-        got, reading = run(images, cache)
+    images = shard_each(folder, cache)
+    got, reading = run(images, cache)
     assert reading.cached == COUNT
     assert same(got, run(images, None)[0])
+    shelf = cache.open(SPEC)
+    for crop in got:
+        assert shelf.get(crop.sha256) is not None
+        assert 1 <= open_shards() <= 2
+    shelf.close()
+    assert open_shards() == 0
+
+
+def open_shards() -> int:
+    """How many shards this process has open."""
+    links = Path("/proc/self/fd").iterdir()
+    return sum(os.path.realpath(link).endswith(".items") for link in links)
 
 
 def test_the_default_lies_in_the_home_of_clipdeploy(
