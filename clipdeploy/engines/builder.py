@@ -6,7 +6,6 @@ The graph decides every precision; the builder only compiles.  That is the one w
 
 from __future__ import annotations
 
-import hashlib
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from clipdeploy.device import driver, gpus
 from clipdeploy.engines.backends import choose_backend, targets_capabilities, tensorrt_module
 from clipdeploy.engines.build_config import BuildConfig, check_options
 from clipdeploy.engines.build_monitor import PERCENT
-from clipdeploy.engines.compiler import Compiled, Compiler
+from clipdeploy.engines.compiler import Compiler
 from clipdeploy.engines.inspector import ExecutedPrecision, executed_precision, parse_build_log
 from clipdeploy.engines.passport import (
     EnginePassport,
@@ -29,10 +28,11 @@ from clipdeploy.engines.passport import (
     platform_name,
     save_engine_passport,
 )
+from clipdeploy.engines.plan_writer import PlanFile
 from exporters.artifact import Passport, settings_of
 from exporters.blocks import asked_precision, tensor_types
 from exporters.errors import ArtifactError, EngineError, FileError
-from exporters.files import check_writable, file_errors, sha256_file, write_atomic
+from exporters.files import atomic_path, file_errors, sha256_file
 from exporters.headers import read_passport, read_skeleton
 from exporters.notebook import Renderable, Shown, facts
 from exporters.progress import SILENT, Progress
@@ -133,55 +133,51 @@ def build_engine(
     compiler = Compiler(choice.backend, tensorrt_module(choice.backend))
     check_options(choice.backend, compiler.module, config)
     wanted = _draft(passport, compiler, config)
-    # Hashes take as long as the disk and a core allow: they run beside the compiler, and what the
-    # compiler said is read while the plan is written.
-    with ThreadPoolExecutor(2) as beside:
+    # Hashing takes as long as the disk and a core allow: it goes on beside the compiler.
+    with ThreadPoolExecutor(1) as beside:
         graph_hash = beside.submit(sha256_file, graph)
         found = None if force else _unchanged(engine, wanted)
         if found is not None and found.hashes.graph == graph_hash.result():
             return EngineArtifact(engine, found, changed=False)
-        check_writable(engine)
         compiler.check_flags(config)
         skeleton = read_skeleton(graph)
         compiler.check_types(tensor_types(skeleton), wanted.capabilities)
         cache = compiler.timing_cache(config, cache_folder())
         what = f"build the {passport.precision} engine with {choice.backend} {compiler.version}"
         started = time.perf_counter()
-        with progress.task(f"{what} ({choice.reason})", PERCENT) as advance:
-            compiled = compiler.compile(graph, passport.input, config, cache, advance)
-        seconds = time.perf_counter() - started
-        precision = beside.submit(_compiled_precision, compiled)
+        with atomic_path(engine) as temporary:
+            with (
+                progress.task(f"{what} ({choice.reason})", PERCENT) as advance,
+                PlanFile(temporary) as plan,
+            ):
+                log = compiler.compile(graph, passport.input, config, cache, plan.write, advance)
+            seconds = time.perf_counter() - started
+            # What the compiler said is read while the disk is waited for.
+            compiled = beside.submit(_compiled_precision, log)
+            # The old passport goes first: an engine without one is never believed.
+            with file_errors("replace", passport_path(engine)):
+                passport_path(engine).unlink(missing_ok=True)
         hashes = replace(
             wanted.hashes,
-            plan=_write_plan(engine, compiled.plan, beside),
+            plan=plan.sha256(),
             graph=graph_hash.result(),
             timing_cache=sha256_file(cache) if cache and cache.exists() else None,
         )
     made = replace(
         wanted,
         hashes=hashes,
-        plan_bytes=compiled.plan.nbytes,
+        plan_bytes=plan.bytes,
         build_seconds=round(seconds, 3),
         asked=asked_precision(skeleton),
-        compiled=precision.result(),
+        compiled=compiled.result(),
     )
     save_engine_passport(made, engine)
     return EngineArtifact(engine, made, changed=True)
 
 
-def _compiled_precision(compiled: Compiled) -> ExecutedPrecision | None:
+def _compiled_precision(log: tuple[str, ...]) -> ExecutedPrecision | None:
     """What the compiler lists of the layers that it made; None where it lists none."""
     try:
-        return executed_precision(parse_build_log("\n".join(compiled.log)))
+        return executed_precision(parse_build_log("\n".join(log)))
     except EngineError:
         return None
-
-
-def _write_plan(engine: Path, plan: memoryview, beside: ThreadPoolExecutor) -> str:
-    """Put ``plan`` in the place of an older engine; its SHA-256."""
-    digest = beside.submit(lambda: hashlib.sha256(plan).hexdigest())
-    # The old passport goes first: an engine without one is never believed.
-    with file_errors("replace", passport_path(engine)):
-        passport_path(engine).unlink(missing_ok=True)
-    write_atomic(engine, plan)
-    return digest.result()

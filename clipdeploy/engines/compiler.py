@@ -6,7 +6,6 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from clipdeploy.device import gpus
 from clipdeploy.engines.backends import Backend, default_capabilities, hears, targets_capabilities
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.build_monitor import build_monitor
+from clipdeploy.engines.plan_writer import Piece, StreamingBuilder
 from clipdeploy.interrupts import interrupts
 from exporters.artifact import TensorSpec
 from exporters.errors import BuildError
@@ -26,7 +26,7 @@ from exporters.files import check_writable
 if TYPE_CHECKING:
     import tensorrt as trt
 
-__all__ = ["Compiled", "Compiler"]
+__all__ = ["Compiler"]
 
 # The smallest compute capability with matrix units for a type (NVIDIA's support matrix).
 _NEEDS = {"bf16": (8, 0), "fp8": (8, 9)}
@@ -70,14 +70,6 @@ def _silent_stderr() -> Iterator[None]:
         os.close(saved)
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """A plan, uint8 (bytes,), and the lines that the compiler said of it."""
-
-    plan: memoryview
-    log: tuple[str, ...]
-
-
 class Compiler:
     """``module`` is that of ``backend``, as ``backends.tensorrt_module`` gives it."""
 
@@ -104,7 +96,7 @@ class Compiler:
                 continue
             try:
                 with _silent_stderr():
-                    self.compile(_probe_graph(), _PROBE_INPUT, alone, None)
+                    self.compile(_probe_graph(), _PROBE_INPUT, alone, None, lambda piece: None)
             except BuildError as error:
                 where = "here" if gpus() else "on a machine without a GPU"
                 raise BuildError(
@@ -185,11 +177,13 @@ class Compiler:
         spec: TensorSpec,
         config: BuildConfig,
         cache: Path | None,
+        write: Callable[[Piece], object],
         advance: Callable[[int], None] = lambda percent: None,
-    ) -> Compiled:
-        """Compile ``graph``, whose input is ``spec``, to a plan.
+    ) -> tuple[str, ...]:
+        """Compile ``graph``, whose input is ``spec``; the lines that the compiler said of it.
 
-        ``advance`` is called with whole percents, 100 in all.
+        ``write`` is called with the plan, a piece at a time, and ``advance`` with whole percents,
+        100 in all.  What they raise cancels the build, and is raised again.
 
         Raises:
             BuildError: TensorRT refuses; the message is TensorRT's own first error.
@@ -202,12 +196,17 @@ class Compiler:
         )
         from polygraphy.exception import PolygraphyException
 
-        network = (
+        load = (
             NetworkFromOnnxBytes(graph, strongly_typed=True)
             if isinstance(graph, bytes)
             else NetworkFromOnnxPath(str(graph), strongly_typed=True)
         )
         stop: list[BaseException] = []
+
+        def network() -> tuple[Any, ...]:
+            builder, *rest = load()
+            return StreamingBuilder(self.module, builder, write, stop), *rest
+
         with interrupts(stop), hears() as heard, warnings.catch_warnings():
             # Polygraphy sets an empty timing cache also where it does nothing.
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -222,15 +221,14 @@ class Compiler:
                 network, config=create, save_timing_cache=str(cache) if cache else None
             )
             try:
-                # Not bytes(): that would hold the plan twice.
-                compiled = Compiled(memoryview(build()), tuple(heard.log))
+                build()
             except PolygraphyException as error:
                 if stop:
                     raise stop[0] from error
                 raise self._refusal(graph, heard.errors, error) from error
         if stop:
             raise stop[0]
-        return compiled
+        return tuple(heard.log)
 
     def _refusal(self, graph: Path | bytes, errors: Sequence[str], error: Exception) -> BuildError:
         name = graph if isinstance(graph, Path) else "the graph"

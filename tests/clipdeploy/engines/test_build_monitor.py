@@ -6,15 +6,14 @@ from collections.abc import Iterator
 from logging.handlers import BufferingHandler
 
 import pytest
+from compiling import SPEC, compiled_plan, ignore
 
 from clipdeploy import zoo
 from clipdeploy.engines import backends
-from clipdeploy.engines.backends import tensorrt_module
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.build_monitor import PERCENT, Phases, build_monitor
 from clipdeploy.engines.compiler import Compiler
 from clipdeploy.workspace import Workspace
-from exporters.artifact import TensorSpec
 
 
 def test_a_phase_divides_the_step_of_its_parent() -> None:
@@ -45,12 +44,6 @@ def test_a_phase_of_no_steps_is_done_when_it_ends() -> None:
     assert phases.finish("build") == 1.0
 
 
-@pytest.fixture
-def compiler() -> Compiler:
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
-    return Compiler("tensorrt-rtx", tensorrt_module("tensorrt-rtx"))
-
-
 class Watch:
     """Counts percents, and may be interrupted."""
 
@@ -64,13 +57,10 @@ class Watch:
             raise KeyboardInterrupt
 
 
-SPEC = TensorSpec("image", "float32", ("batch", 3, 32, 32))
-
-
 def test_a_real_build_reports_its_percents(compiler: Compiler, demo_workspace: Workspace) -> None:
     watch = Watch()
     graph = demo_workspace.graph(zoo.DEMO, "fp16")
-    assert compiler.compile(graph, SPEC, BuildConfig(), None, watch)
+    assert compiler.compile(graph, SPEC, BuildConfig(), None, ignore, watch)
     assert len(watch.shown) > 5
     assert all(count > 0 for count in watch.shown)
     assert 90 <= sum(watch.shown) <= PERCENT
@@ -80,7 +70,7 @@ def test_ctrl_c_cancels_a_real_build(compiler: Compiler, demo_workspace: Workspa
     watch = Watch(stop_at=10)
     graph = demo_workspace.graph(zoo.DEMO, "fp16")
     with pytest.raises(KeyboardInterrupt):
-        compiler.compile(graph, SPEC, BuildConfig(), None, watch)
+        compiler.compile(graph, SPEC, BuildConfig(), None, ignore, watch)
     # Cancelled at the next step, not run to the end and then thrown away.
     assert sum(watch.shown) < 50
 
@@ -91,10 +81,10 @@ def test_levels_of_optimization_change_no_engine_of_rtx(
     """Why --optimization-level is refused there; another batch does change the engine."""
     graph = demo_workspace.graph(zoo.DEMO, "int8")
     configs = [BuildConfig(optimization_level=level) for level in (0, 5)]
-    low, high = (bytes(compiler.compile(graph, SPEC, config, None).plan) for config in configs)
+    low, high = (compiled_plan(compiler, graph, config) for config in configs)
     other = BuildConfig(profiles=((1, 8, 16),))
     assert low == high
-    assert low != bytes(compiler.compile(graph, SPEC, other, None).plan)
+    assert low != compiled_plan(compiler, graph, other)
 
 
 def test_an_exception_never_leaves_the_monitor(compiler: Compiler) -> None:
@@ -128,8 +118,9 @@ def test_ctrl_c_inside_the_logger_is_not_swallowed(
     severities = _CtrlC(backends._SMALL_TALK)
     monkeypatch.setattr(backends, "_SMALL_TALK", severities)
     watch = Watch()
+    graph = demo_workspace.graph(zoo.DEMO, "fp16")
     with pytest.raises(KeyboardInterrupt):
-        compiler.compile(demo_workspace.graph(zoo.DEMO, "fp16"), SPEC, BuildConfig(), None, watch)
+        compiler.compile(graph, SPEC, BuildConfig(), None, ignore, watch)
     assert severities.pressed
     # Cancelled, and not told after a whole build.
     assert sum(watch.shown) < 50

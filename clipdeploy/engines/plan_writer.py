@@ -1,0 +1,126 @@
+"""A plan on its way into its file: in the pieces in which TensorRT serialises it, and hashed.
+
+Where a flavour can (TensorRT-RTX, TensorRT 10.13), it hands the plan over while it serialises, in
+pieces of up to 64 MiB.  Nobody then holds the plan whole, and it is written and hashed meanwhile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+__all__ = ["Piece", "PlanFile", "StreamingBuilder", "plan_writer"]
+
+# uint8 (bytes,); of a plan in one piece it is TensorRT's memory, which nobody copies.
+Piece = bytes | memoryview
+
+
+class PlanFile:
+    """What is written into the file at ``path``, which is there and empty; its size and SHA-256.
+
+    A thread of its own hashes a piece while the next one is made.
+
+    Raises:
+        OSError: no space, or another reason of the file system's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._stream = path.open("r+b")
+        self._digest = hashlib.sha256()
+        self._hashing = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+        self.bytes = 0
+
+    def write(self, piece: Piece) -> None:
+        """Append ``piece``."""
+        if self._last is not None:
+            # No more than one waits: a plan is larger than what may be held of it.
+            self._last.result()
+        self._last = self._hashing.submit(self._digest.update, piece)
+        self._stream.write(piece)
+        self.bytes += len(piece)
+
+    def sha256(self) -> str:
+        """The hex SHA-256 of all that was written."""
+        if self._last is not None:
+            self._last.result()
+        return self._digest.hexdigest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._hashing.shutdown()
+        self._stream.close()
+
+
+def plan_writer(
+    module: ModuleType, write: Callable[[Piece], object], stop: list[BaseException]
+) -> trt.IStreamWriter:
+    """A writer that hands each piece to ``write``.
+
+    TensorRT calls it from C++ code, which no exception must reach: it is put into ``stop`` and the
+    build ended, for the caller to raise.
+    """
+    base: type[trt.IStreamWriter] = module.IStreamWriter
+
+    class Writer(base):  # type: ignore[misc] # the class is that of the flavour
+        def __init__(self) -> None:
+            base.__init__(self)
+
+        def write(self, data: bytes) -> int:
+            try:
+                if not stop:
+                    write(data)
+            except BaseException as error:  # Ctrl-C too: see the docstring
+                stop.append(error)
+            return 0 if stop else len(data)
+
+    return Writer()
+
+
+class StreamingBuilder:
+    """A builder whose ``build_serialized_network`` gives the plan to ``write``.
+
+    Polygraphy calls that method, and keeps the timing cache after it.
+    """
+
+    def __init__(
+        self,
+        module: ModuleType,
+        builder: trt.Builder,
+        write: Callable[[Piece], object],
+        stop: list[BaseException],
+    ) -> None:
+        self._module = module
+        self._builder = builder
+        self._write = write
+        self._stop = stop
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._builder, name)
+
+    def build_serialized_network(self, network: Any, config: Any) -> bool:
+        """Whether there is a plan, all of it written."""
+        builder: trt.Builder = self._builder
+        if hasattr(builder, "build_serialized_network_to_stream"):
+            writer = plan_writer(self._module, self._write, self._stop)
+            return bool(builder.build_serialized_network_to_stream(network, config, writer))
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            return False
+        # Not bytes(): that would hold the plan twice.
+        self._write(memoryview(plan))
+        return True
