@@ -18,11 +18,12 @@ from clipdeploy.engines.passport import (
     read_engine_passport,
 )
 from exporters.artifact import Passport
-from exporters.blocks import BlockPrecision, asked_precision
+from exporters.blocks import BlockPrecision
 from exporters.errors import ArtifactError, EngineError, UsageError
 from exporters.files import sha256_file
 from exporters.headers import read_passport, read_skeleton
 from exporters.notebook import Renderable, Shown
+from exporters.products import asked_precision
 
 __all__ = ["Inspection", "inspect_file"]
 

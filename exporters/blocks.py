@@ -1,11 +1,7 @@
-"""What an ONNX graph asks for: the precision of every matrix product, a block at a time.
+"""In which precision the matrix products of a network run, a block at a time.
 
-    x ── Q ── DQ ──┐
-                   MatMul        int8, since both of its operands are dequantised int8
-    W int8 ── DQ ──┘
-
-A strongly typed compiler takes the rest from the types of the tensors.  What the engine then really
-does may differ; :mod:`clipdeploy.engines.inspector` tells that in the same terms.
+:mod:`exporters.products` tells it of an ONNX graph, :mod:`clipdeploy.engines.inspector` of an
+engine.
 """
 
 from __future__ import annotations
@@ -14,46 +10,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto
-
-__all__ = [
-    "UNKNOWN",
-    "BlockPrecision",
-    "Product",
-    "asked_precision",
-    "block_of",
-    "by_block",
-    "find_products",
-    "tensor_types",
-]
+__all__ = ["UNKNOWN", "BlockPrecision", "Product", "block_of", "by_block"]
 
 UNKNOWN = "unknown"
 
-# The operators, and where their two operands stand among the inputs.
-_PRODUCTS = {
-    "MatMul": (0, 1),
-    "Gemm": (0, 1),
-    "Conv": (0, 1),
-    "Einsum": (0, 1),
-    "MatMulInteger": (0, 1),
-    "ConvInteger": (0, 1),
-    "QLinearMatMul": (0, 3),
-    "QLinearConv": (0, 3),
-}
-# TensorRT moves these across a DequantizeLinear, so that the product still reads integers.
-_LAYOUT = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
-_NAMES: dict[int, str] = {
-    TensorProto.FLOAT: "fp32",
-    TensorProto.FLOAT16: "fp16",
-    TensorProto.BFLOAT16: "bf16",
-    TensorProto.DOUBLE: "fp64",
-    TensorProto.FLOAT8E4M3FN: "fp8",
-    TensorProto.FLOAT8E5M2: "fp8",
-    TensorProto.FLOAT4E2M1: "fp4",
-    TensorProto.INT8: "int8",
-    # ONNX Runtime's CPU kernels take uint8 activations with int8 weights: both are INT8 products.
-    TensorProto.UINT8: "int8",
-}
 _BLOCK = re.compile(r"^blocks[._](\d+)(?=[._/]|$)")
 
 
@@ -102,84 +62,3 @@ def by_block(products: Iterable[Product]) -> tuple[BlockPrecision, ...]:
         counts = block.attention if product.attention else block.gemms
         counts[product.precision] = counts.get(product.precision, 0) + 1
     return tuple(blocks.values())
-
-
-def _name(kind: int) -> str | None:
-    if kind == TensorProto.UNDEFINED:
-        return None
-    return _NAMES.get(kind, str(TensorProto.DataType.Name(kind)).lower())
-
-
-class _Graph:
-    """What is known of the tensors of a graph, by name."""
-
-    def __init__(self, graph: GraphProto) -> None:
-        typed = (*graph.input, *graph.value_info, *graph.output)
-        self._types = {value.name: value.type.tensor_type.elem_type for value in typed}
-        self._types |= {weight.name: weight.data_type for weight in graph.initializer}
-        self._producers = {name: node for node in graph.node for name in node.output}
-        # Everything that does not depend on the graph's inputs.
-        self.constants = {weight.name for weight in graph.initializer}
-        for node in graph.node:
-            if all(not name or name in self.constants for name in node.input):
-                self.constants.update(node.output)
-
-    def _type(self, name: str) -> str | None:
-        """Its precision, None if nothing says it."""
-        return _name(self._types.get(name, TensorProto.UNDEFINED))
-
-    def types(self) -> set[str]:
-        """The precision of every tensor that says it."""
-        return {_name(kind) or UNKNOWN for kind in self._types.values()} - {UNKNOWN}
-
-    def _dequantised(self, node: NodeProto) -> str:
-        # The zero point has the type of the integers, and as a constant it always says so.
-        kinds = [self._type(name) for name in node.input[::2] if name]
-        return next((kind for kind in kinds if kind is not None), UNKNOWN)
-
-    def _stored(self, name: str) -> str | None:
-        """The type of the integers behind a tensor if it is dequantised; None otherwise."""
-        while (node := self._producers.get(name)) is not None:
-            if node.op_type == "DequantizeLinear":
-                return self._dequantised(node)
-            if node.op_type not in _LAYOUT:
-                return None
-            name = node.input[0]
-        return None
-
-    def precision(self, operands: list[str]) -> str:
-        """What a product of these tensors runs in."""
-        stored = {self._stored(name) for name in operands}
-        # The operators want one type of both operands: one of them speaks for the other.
-        found = {self._type(name) for name in operands} if None in stored else stored
-        kinds = found - {None}
-        return kinds.pop() or UNKNOWN if len(kinds) == 1 else UNKNOWN
-
-
-def find_products(model: ModelProto) -> list[Product]:
-    """Every matrix product of ``model``, in the order of the graph; weights need no values."""
-    graph = _Graph(model.graph)
-    found = []
-    for node in model.graph.node:
-        places = _PRODUCTS.get(node.op_type, ())
-        operands = [node.input[i] for i in places if i < len(node.input) and node.input[i]]
-        if len(operands) < 2:
-            continue
-        attention = not any(name in graph.constants for name in operands)
-        precision = graph.precision(operands)
-        found.append(Product(node.name, block_of(node.name), attention, precision))
-    return found
-
-
-def tensor_types(model: ModelProto) -> set[str]:
-    """Every type that a tensor of ``model`` has, by the names of :class:`BlockPrecision`."""
-    return _Graph(model.graph).types()
-
-
-def asked_precision(model: ModelProto) -> tuple[BlockPrecision, ...]:
-    """What ``model`` asks a compiler for, a block at a time, in the order of the network.
-
-    A product is int8 only if both of its operands come from DequantizeLinear; otherwise it runs in
-    the type of its operands.  Blocks are told by the names of nodes, see :func:`block_of`.
-    """
-    return by_block(find_products(model))

@@ -1,24 +1,26 @@
 """An ONNX file without the bytes of its weights: its nodes, and the passport inside it.
 
 A ViT-B is 350 MB of weights around 60 kB of graph.  The file is mapped into memory and walked field
-by field (protobuf.dev, "Encoding"), and the fields that hold weights are never touched.
+by field (protobuf.dev, "Encoding"), and the fields that hold weights are never touched.  The
+passport takes no more than that: onnx is imported where somebody asks for the nodes.
 """
 
 from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-
-import onnx
-from google.protobuf.message import DecodeError
-from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+from typing import TYPE_CHECKING
 
 from exporters.artifact import PASSPORT_KEY, Passport, from_json
 from exporters.errors import ArtifactError, FileError, GraphError
 from exporters.files import file_errors, sha256_file
 from exporters.notebook import Renderable, Shown, facts
+
+if TYPE_CHECKING:
+    import onnx
 
 __all__ = [
     "GraphArtifact",
@@ -29,8 +31,12 @@ __all__ = [
     "weight_files",
 ]
 
-# ModelProto.graph, GraphProto.initializer, TensorProto.raw_data: field numbers of onnx.proto3.
-_WEIGHTS = (7, 5, 9)
+# Field numbers of onnx.proto3: of ModelProto, GraphProto, and of an entry of metadata_props.
+_GRAPH, _METADATA = 7, 14
+_NODE = 1
+_KEY, _VALUE = 1, 2
+# ModelProto.graph, GraphProto.initializer, TensorProto.raw_data.
+_WEIGHTS = (_GRAPH, 5, 9)
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 # Shapes, scales and other constants that say something about the graph stay.
 _SMALL = 4096
@@ -84,9 +90,9 @@ def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int,
         elif kind in (_FIXED32, _FIXED64):
             payload, at = at, at + (4 if kind == _FIXED32 else 8)
         else:
-            raise DecodeError(f"wire type {kind}")
+            raise ValueError(f"wire type {kind}")
         if at > end:
-            raise DecodeError("cut short")
+            raise ValueError("cut short")
         yield key >> 3, start, payload, at
 
 
@@ -109,13 +115,22 @@ def _lean(data: mmap.mmap, at: int, end: int, path: tuple[int, ...]) -> bytes:
     return b"".join(pieces)
 
 
-def read_skeleton(path: Path) -> onnx.ModelProto:
-    """Read an ONNX file; the initializers keep their names, types and shapes, not their values.
+def _messages(data: mmap.mmap, at: int, end: int, wanted: int) -> Iterator[tuple[int, int]]:
+    """Start and end of each field ``wanted`` of the message between ``at`` and ``end``."""
+    for number, _, payload, stop in _fields(data, at, end):
+        if number == wanted:
+            yield payload, stop
 
-    Raises:
-        FileError: the file cannot be opened.
-        GraphError: it is no ONNX file, or is cut short.
-    """
+
+def _text(data: mmap.mmap, at: int, end: int, wanted: int) -> str:
+    """The string ``wanted`` of the message between ``at`` and ``end``, empty if it is not there."""
+    found = [data[start:stop] for start, stop in _messages(data, at, end, wanted)]
+    return found[-1].decode() if found else ""
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[mmap.mmap]:
+    """The bytes of an ONNX file; the block may find that they are none."""
     broken = GraphError(
         f"{path} is no readable ONNX graph",
         hint="it is cut short or of another kind: export it again",
@@ -125,11 +140,28 @@ def read_skeleton(path: Path) -> onnx.ModelProto:
             raise broken
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                lean = _lean(data, 0, len(data), _WEIGHTS)
-                model: onnx.ModelProto = onnx.ModelProto.FromString(lean)
-                return model
-            except (DecodeError, IndexError) as error:
+                yield data
+            except (IndexError, ValueError) as error:
                 raise broken from error
+
+
+def read_skeleton(path: Path) -> onnx.ModelProto:
+    """Read an ONNX file; the initializers keep their names, types and shapes, not their values.
+
+    Raises:
+        FileError: the file cannot be opened.
+        GraphError: it is no ONNX file, or is cut short.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    with _mapped(path) as data:
+        lean = _lean(data, 0, len(data), _WEIGHTS)
+        try:
+            model: onnx.ModelProto = onnx.ModelProto.FromString(lean)
+        except DecodeError as error:
+            raise ValueError(str(error)) from error
+    return model
 
 
 def weight_files(path: Path) -> tuple[Path, ...]:
@@ -138,6 +170,8 @@ def weight_files(path: Path) -> tuple[Path, ...]:
     Raises:
         FileError, GraphError: the file cannot be read, or names a file that is not beside it.
     """
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
     graph = read_skeleton(path).graph
     constants = (attribute.t for node in graph.node for attribute in node.attribute)
     names = {
@@ -171,7 +205,7 @@ def has_passport(path: Path) -> bool:
         FileError: the file cannot be opened.
         GraphError: it is no ONNX file.
     """
-    return any(entry.key == PASSPORT_KEY for entry in read_skeleton(path).metadata_props)
+    return _header(path)[0] is not None
 
 
 def read_passport(path: Path) -> Passport:
@@ -184,16 +218,26 @@ def read_passport(path: Path) -> Passport:
     return _read_header(path)[0]
 
 
+def _header(path: Path) -> tuple[str | None, int]:
+    """The passport as text, None if there is none, and the number of nodes."""
+    with _mapped(path) as data:
+        whole = 0, len(data)
+        entries = {
+            _text(data, *entry, _KEY): _text(data, *entry, _VALUE)
+            for entry in _messages(data, *whole, _METADATA)
+        }
+        graphs = _messages(data, *whole, _GRAPH)
+        nodes = sum(1 for graph in graphs for _ in _messages(data, *graph, _NODE))
+    return entries.get(PASSPORT_KEY), nodes
+
+
 def _read_header(path: Path) -> tuple[Passport, int]:
     try:
-        proto = read_skeleton(path)
+        text, nodes = _header(path)
     except GraphError as error:
         raise ArtifactError(error.message, hint=error.hint) from error
-    for entry in proto.metadata_props:
-        if entry.key == PASSPORT_KEY:
-            return from_json(entry.value, Passport, f"the passport of {path}"), len(
-                proto.graph.node
-            )
-    raise ArtifactError(
-        f"{path} has no passport: clipdeploy did not write it", hint="export it with clipdeploy"
-    )
+    if text is None:
+        raise ArtifactError(
+            f"{path} has no passport: clipdeploy did not write it", hint="export it with clipdeploy"
+        )
+    return from_json(text, Passport, f"the passport of {path}"), nodes

@@ -8,9 +8,9 @@ from pathlib import Path
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from exporters.artifact import TensorSpec
-from exporters.blocks import tensor_types
 from exporters.errors import GraphError
 from exporters.headers import read_skeleton
+from exporters.products import tensor_types
 
 __all__ = ["classifier_signature", "stores_float16"]
 

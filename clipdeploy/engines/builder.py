@@ -7,7 +7,9 @@ The graph decides every precision; the builder only compiles.  That is the one w
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,12 @@ from clipdeploy.engines.passport import (
     load_engine_passport,
     passport_path,
     platform_name,
+    read_engine_passport,
     save_engine_passport,
 )
 from clipdeploy.engines.plan_writer import PlanFile
 from exporters.artifact import Passport, settings_of
-from exporters.blocks import asked_precision, tensor_types
+from exporters.blocks import BlockPrecision
 from exporters.errors import ArtifactError, EngineError, FileError
 from exporters.files import atomic_path, file_errors, sha256_file
 from exporters.headers import read_passport, read_skeleton
@@ -38,6 +41,12 @@ from exporters.notebook import Renderable, Shown, facts
 from exporters.progress import SILENT, Progress
 
 __all__ = ["EngineArtifact", "build_engine"]
+
+# With the graph, all that decides what an engine is.
+_DECIDES = ("backend", "backend_version", "profiles", "capabilities", "settings")
+
+# Percents of a build, of which TensorRT-RTX reports four fifths before it compiles.
+_SILENT_FROM = 75
 
 
 @dataclass(frozen=True)
@@ -62,17 +71,20 @@ class EngineArtifact(Shown):
         return facts([*rows, *(("NOT AS ASKED", text) for text in made.fallbacks)])
 
 
-def _unchanged(engine: Path, wanted: EnginePassport) -> EnginePassport | None:
-    """The passport of the engine that lies there, if all but its graph is as ``wanted``."""
+def _unchanged(graph: Path, engine: Path, wanted: EnginePassport) -> EnginePassport | None:
+    """The passport of the engine that lies there, if it is the one that is ``wanted``."""
     try:
-        found = load_engine_passport(engine)
+        found = read_engine_passport(engine)
+        if not engine.exists() or any(
+            getattr(found, name) != getattr(wanted, name) for name in _DECIDES
+        ):
+            return None
+        with ThreadPoolExecutor(1) as beside:
+            graph_hash = beside.submit(sha256_file, graph)
+            found = load_engine_passport(engine)
+            return found if found.hashes.graph == graph_hash.result() else None
     except (ArtifactError, FileError):
         return None
-    same = all(
-        getattr(found, name) == getattr(wanted, name)
-        for name in ("backend", "backend_version", "profiles", "capabilities", "settings")
-    )
-    return found if same else None
 
 
 def _settings(config: BuildConfig) -> dict[str, Any]:
@@ -111,6 +123,17 @@ def _draft(passport: Passport, compiler: Compiler, config: BuildConfig) -> Engin
     )
 
 
+@contextmanager
+def _new_engine(engine: Path) -> Iterator[PlanFile]:
+    """The file of a plan, which takes the place of an older engine once the block ends well."""
+    with atomic_path(engine) as temporary:
+        with PlanFile(temporary) as plan:
+            yield plan
+        # The old passport goes first: an engine without one is never believed.
+        with file_errors("replace", passport_path(engine)):
+            passport_path(engine).unlink(missing_ok=True)
+
+
 def build_engine(
     graph: Path,
     engine: Path,
@@ -133,33 +156,27 @@ def build_engine(
     compiler = Compiler(choice.backend, tensorrt_module(choice.backend))
     check_options(choice.backend, compiler.module, config)
     wanted = _draft(passport, compiler, config)
-    # Hashing takes as long as the disk and a core allow: it goes on beside the compiler.
+    if not force and (found := _unchanged(graph, engine, wanted)) is not None:
+        return EngineArtifact(engine, found, changed=False)
+    compiler.check_flags(config)
+    cache = compiler.timing_cache(config, cache_folder())
     with ThreadPoolExecutor(1) as beside:
         graph_hash = beside.submit(sha256_file, graph)
-        found = None if force else _unchanged(engine, wanted)
-        if found is not None and found.hashes.graph == graph_hash.result():
-            return EngineArtifact(engine, found, changed=False)
-        compiler.check_flags(config)
-        skeleton = read_skeleton(graph)
-        compiler.check_types(tensor_types(skeleton), wanted.capabilities)
-        cache = compiler.timing_cache(config, cache_folder())
         what = f"build the {passport.precision} engine with {choice.backend} {compiler.version}"
         started = time.perf_counter()
-        with atomic_path(engine) as temporary:
-            with (
-                progress.task(f"{what} ({choice.reason})", PERCENT) as advance,
-                PlanFile(temporary) as plan,
-            ):
-                log = compiler.compile(graph, passport.input, config, cache, plan.write, advance)
-            seconds = time.perf_counter() - started
-            # What the compiler said is read while the disk is waited for.
+        with _new_engine(engine) as plan:
+            with progress.task(f"{what} ({choice.reason})", PERCENT) as advance:
+                asked = _Later(beside, lambda: _asked(graph))
+                log = compiler.compile(
+                    *(graph, passport.input, config, cache), plan.write, asked.watching(advance)
+                )
+            # While the disk is waited for.
             compiled = beside.submit(_compiled_precision, log)
-            # The old passport goes first: an engine without one is never believed.
-            with file_errors("replace", passport_path(engine)):
-                passport_path(engine).unlink(missing_ok=True)
+            plan_hash = plan.sha256()
+        seconds = time.perf_counter() - started
         hashes = replace(
             wanted.hashes,
-            plan=plan.sha256(),
+            plan=plan_hash,
             graph=graph_hash.result(),
             timing_cache=sha256_file(cache) if cache and cache.exists() else None,
         )
@@ -168,11 +185,50 @@ def build_engine(
         hashes=hashes,
         plan_bytes=plan.bytes,
         build_seconds=round(seconds, 3),
-        asked=asked_precision(skeleton),
+        asked=asked.result(),
         compiled=compiled.result(),
     )
     save_engine_passport(made, engine)
     return EngineArtifact(engine, made, changed=True)
+
+
+class _Later:
+    """Work that waits until TensorRT has little more to say.
+
+    At the beginning it tells Python of every layer, and Python code beside it would hold it up by
+    as long as it takes itself; then it compiles for a second or more, and is silent.
+    """
+
+    def __init__(
+        self, beside: ThreadPoolExecutor, work: Callable[[], tuple[BlockPrecision, ...]]
+    ) -> None:
+        self._beside = beside
+        self._work = work
+        self._future: Future[tuple[BlockPrecision, ...]] | None = None
+        self._percents = 0
+
+    def watching(self, advance: Callable[[int], None]) -> Callable[[int], None]:
+        """``advance``, which also starts the work when most percents are done."""
+
+        def step(count: int) -> None:
+            self._percents += count
+            if self._future is None and self._percents >= _SILENT_FROM:
+                self._future = self._beside.submit(self._work)
+            advance(count)
+
+        return step
+
+    def result(self) -> tuple[BlockPrecision, ...]:
+        """What the work returned or raised."""
+        return self._work() if self._future is None else self._future.result()
+
+
+def _asked(graph: Path) -> tuple[BlockPrecision, ...]:
+    """What ``graph`` asks a compiler for."""
+    # Here, since every build would wait for onnx.
+    from exporters.products import asked_precision
+
+    return asked_precision(read_skeleton(graph))
 
 
 def _compiled_precision(log: tuple[str, ...]) -> ExecutedPrecision | None:

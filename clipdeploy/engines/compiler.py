@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import onnx
 
 from clipdeploy.device import gpus
 from clipdeploy.engines.backends import Backend, default_capabilities, hears, targets_capabilities
@@ -29,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Compiler"]
 
 # The smallest compute capability with matrix units for a type (NVIDIA's support matrix).
-_NEEDS = {"bf16": (8, 0), "fp8": (8, 9)}
+_NEEDS = {"BF16": (8, 0), "FP8": (8, 9)}
 _HARDWARE = {"ampere-plus": "AMPERE_PLUS", "same-capability": "SAME_COMPUTE_CAPABILITY"}
 _PROBED = {
     "--strip-weights": BuildConfig(strip_weights=True),
@@ -40,6 +37,9 @@ _PROBE_INPUT = TensorSpec("image", "float32", ("batch", 16, 16))
 
 def _probe_graph() -> bytes:
     """One Linear with a softmax behind it: the smallest graph that has weights and a GEMM."""
+    import numpy as np
+    import onnx
+
     helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
     weight = onnx.numpy_helper.from_array(np.ones((16, 16), np.float32), "weight")
     nodes = [
@@ -104,17 +104,21 @@ class Compiler:
                     hint=f"leave it out, or build with --backend tensorrt on a GPU; {error.hint}",
                 ) from error
 
-    def check_types(self, types: Collection[str], capabilities: Sequence[str]) -> None:
-        """Refuse a type of tensor that a target has no units for.
+    def _check_types(self, network: trt.INetworkDefinition, capabilities: Sequence[str]) -> None:
+        """Refuse a type of tensor that a target has no units for, such as FP8 on Ampere.
 
         Raises:
-            BuildError: such as FP8 on Ampere.
+            BuildError: the network has one.
         """
-        for kind in sorted(_NEEDS.keys() & set(types)):
+        types = set()
+        for index in range(network.num_layers):
+            layer: trt.ILayer = network.get_layer(index)
+            types |= {layer.get_output_type(output).name for output in range(layer.num_outputs)}
+        for kind in sorted(_NEEDS.keys() & types):
             for capability in capabilities:
                 if tuple(int(part) for part in capability.split(".")) < _NEEDS[kind]:
                     raise BuildError(
-                        f"the graph asks for {kind}, which SM {capability} cannot compute",
+                        f"the graph asks for {kind.lower()}, which SM {capability} cannot compute",
                         hint="build --fp16 or --int8, or for SM {}.{} and newer".format(
                             *_NEEDS[kind]
                         ),
@@ -186,7 +190,8 @@ class Compiler:
         100 in all.  What they raise cancels the build, and is raised again.
 
         Raises:
-            BuildError: TensorRT refuses; the message is TensorRT's own first error.
+            BuildError: TensorRT refuses, and the message is its own first error; or the graph has
+                tensors of a type that a target cannot compute with.
             KeyboardInterrupt: Ctrl-C; the build was cancelled.
         """
         from polygraphy.backend.trt import (
@@ -204,8 +209,9 @@ class Compiler:
         stop: list[BaseException] = []
 
         def network() -> tuple[Any, ...]:
-            builder, *rest = load()
-            return StreamingBuilder(self.module, builder, write, stop), *rest
+            builder, definition, *rest = load()
+            self._check_types(definition, self.capabilities(config.compute_capability))
+            return StreamingBuilder(self.module, builder, write, stop), definition, *rest
 
         with interrupts(stop), hears() as heard, warnings.catch_warnings():
             # Polygraphy sets an empty timing cache also where it does nothing.

@@ -80,7 +80,7 @@ _LINE = re.compile(
     r", Outputs: \[(?P<Outputs>| \{.*?\})\](?=, [A-Z]|$)(?P<rest>.*)$",
     re.MULTILINE,
 )
-_LINE_HEADER = re.compile(r"^.*\bLayers:\s*$", re.MULTILINE)
+_LINE_HEADER = re.compile(r"\bLayers:\s*$", re.MULTILINE)
 _LINE_TENSOR = re.compile(
     r"\{ Name: (?P<Name>.*?), (?:Location: \w+, )?Dimensions: \[(?P<Dimensions>[-\d,]*)\]"
     r".*?\b(?:Format/)?Datatype: (?P<Datatype>[^,}]*)"

@@ -7,6 +7,7 @@ pieces of up to 64 MiB.  Nobody then holds the plan whole, and it is written and
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -25,32 +26,31 @@ Piece = bytes | memoryview
 class PlanFile:
     """What is written into the file at ``path``, which is there and empty; its size and SHA-256.
 
-    A thread of its own hashes a piece while the next one is made.
-
     Raises:
         OSError: no space, or another reason of the file system's.
     """
 
     def __init__(self, path: Path) -> None:
         self._stream = path.open("r+b")
+        self._beside = ThreadPoolExecutor(2)
+        self._synced: list[Future[None]] = []
         self._digest = hashlib.sha256()
-        self._hashing = ThreadPoolExecutor(1)
-        self._last: Future[None] | None = None
         self.bytes = 0
 
     def write(self, piece: Piece) -> None:
         """Append ``piece``."""
-        if self._last is not None:
-            # No more than one waits: a plan is larger than what may be held of it.
-            self._last.result()
-        self._last = self._hashing.submit(self._digest.update, piece)
+        hashed = self._beside.submit(self._digest.update, piece)
         self._stream.write(piece)
+        self._stream.flush()
         self.bytes += len(piece)
+        hashed.result()
+        # Else the whole plan would wait for the disk at the end.
+        self._synced.append(self._beside.submit(os.fsync, self._stream.fileno()))
 
     def sha256(self) -> str:
-        """The hex SHA-256 of all that was written."""
-        if self._last is not None:
-            self._last.result()
+        """The hex SHA-256 of all that was written, once that is on the disk."""
+        for each in self._synced:
+            each.result()
         return self._digest.hexdigest()
 
     def __enter__(self) -> Self:
@@ -62,7 +62,7 @@ class PlanFile:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._hashing.shutdown()
+        self._beside.shutdown()
         self._stream.close()
 
 

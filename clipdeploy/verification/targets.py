@@ -13,10 +13,10 @@ from clipdeploy.runners import OnnxRunner, Runner, open_runner
 from clipdeploy.verification.results import Asked
 from clipdeploy.workspace import PRECISIONS, Workspace
 from exporters.artifact import Passport, Precision
-from exporters.blocks import find_products
 from exporters.errors import ArtifactError, EngineError, UsageError
 from exporters.files import sha256_file
 from exporters.headers import has_passport, read_passport, read_skeleton, weight_files
+from exporters.products import find_products
 from exporters.signature import classifier_signature
 
 __all__ = ["Target", "named_targets", "open_target", "workspace_targets"]

@@ -12,7 +12,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from exporters.notebook import Renderable, Shown, facts, to_html
+from exporters.notebook import Renderable, Shown, facts
+from exporters.notebook_html import to_html
 
 HOSTILE = '<script>alert("x")</script> & [bold]model[/bold]'
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +18,14 @@ from clipdeploy import zoo
 from clipdeploy.device import gpus
 from clipdeploy.engines.backends import choose_backend
 from clipdeploy.engines.build_config import BuildConfig
-from clipdeploy.engines.builder import build_engine
+from clipdeploy.engines.builder import _Later, build_engine
 from clipdeploy.engines.passport import load_engine_passport, passport_path
+from clipdeploy.engines.plan_writer import Piece, PlanFile
 from clipdeploy.runners.engine import EngineRunner
 from clipdeploy.workspace import Workspace
 from exporters.artifact import Precision
-from exporters.errors import ArtifactError, BuildError, EngineError, UsageError
+from exporters.blocks import BlockPrecision
+from exporters.errors import ArtifactError, BuildError, EngineError, FileError, UsageError
 from exporters.files import sha256_file
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
@@ -75,6 +83,62 @@ def test_a_graph_that_tensorrt_refuses_leaves_no_engine(
     with pytest.raises(BuildError, match=r"tensorrt-rtx cannot compile .*broken\.onnx"):
         build_engine(graph, tmp_path / "broken.engine")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.onnx"]
+
+
+def test_a_passport_without_its_engine_is_no_engine(
+    engines: Path, demo_workspace: Workspace, tmp_path: Path
+) -> None:
+    engine = tmp_path / "int8.engine"
+    shutil.copy(passport_path(engines / "int8.engine"), passport_path(engine))
+    assert build_engine(demo_workspace.graph(zoo.DEMO, "int8"), engine).changed
+    assert load_engine_passport(engine).plan_bytes == engine.stat().st_size
+
+
+def test_a_failed_build_leaves_the_engine_that_was_there(
+    engines: Path, demo_workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tmp_path / "int8.engine"
+    for path in (engine, passport_path(engine)):
+        shutil.copy((engines / "int8.engine").with_name(path.name), path)
+    before = load_engine_passport(engine)
+
+    def full(self: PlanFile, piece: Piece) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(PlanFile, "write", full)
+    with pytest.raises(FileError, match=r"cannot write .*int8\.engine: No space left"):
+        build_engine(demo_workspace.graph(zoo.DEMO, "int8"), engine, force=True)
+    assert load_engine_passport(engine) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["int8.engine", "int8.engine.json"]
+
+
+def test_the_way_to_the_compiler_is_short() -> None:
+    """What takes a tenth of a second to import comes when TensorRT compiles, or not at all."""
+    heavy = ["numpy", "onnx", "rich", "torch"]
+    code = (
+        f"import sys, clipdeploy.engines.builder; print([m for m in {heavy} if m in sys.modules])"
+    )
+    words = [sys.executable, "-c", code]
+    assert subprocess.run(words, check=True, capture_output=True, text=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("counts", [[], [50], [50, 25, 25], [1] * 100])
+def test_later_work_is_done_once_however_far_the_build_came(counts: list[int]) -> None:
+    done: list[int] = []
+    shown: list[int] = []
+
+    def work() -> tuple[BlockPrecision, ...]:
+        done.append(1)
+        return (BlockPrecision("head"),)
+
+    with ThreadPoolExecutor(1) as beside:
+        later = _Later(beside, work)
+        step = later.watching(shown.append)
+        for count in counts:
+            step(count)
+        assert later.result() == (BlockPrecision("head"),)
+    assert done == [1]
+    assert shown == counts
 
 
 @pytest.mark.parametrize("profile", [(0, 1, 2), (2, 1, 4), (1, 8, 4)])

@@ -26,8 +26,9 @@ from clipdeploy.engines.inspector import (
     parse_engine_information,
 )
 from clipdeploy.workspace import Workspace
-from exporters.blocks import BlockPrecision, asked_precision
+from exporters.blocks import BlockPrecision
 from exporters.errors import EngineError
+from exporters.products import asked_precision
 
 Layer = dict[str, Any]
 Record = Callable[[Path], str]
