@@ -1,7 +1,7 @@
 """A plan on its way into its file: in the pieces in which TensorRT serialises it, and hashed.
 
 Where a flavour can (TensorRT-RTX, TensorRT 10.13), it hands the plan over while it serialises, in
-pieces of up to 64 MiB.  Nobody then holds the plan whole, and it is written and hashed meanwhile.
+pieces of up to 64 MiB, and nobody holds the plan whole.
 """
 
 from __future__ import annotations

@@ -208,6 +208,7 @@ for number, crop in enumerate(iter_crops(images, spec, workers=2)):
 """
 
 
+@pytest.mark.usefixtures("python_hears_ctrl_c")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_run_leaves_no_process_and_no_memory(
     folder: Path, how: signal.Signals
