@@ -45,7 +45,7 @@ __all__ = ["EngineArtifact", "build_engine"]
 # With the graph, all that decides what an engine is.
 _DECIDES = ("backend", "backend_version", "profiles", "capabilities", "settings")
 
-# Percents of a build, of which TensorRT-RTX reports four fifths before it compiles.
+# Percents of a build, by when TensorRT-RTX has said most of what it has to say (tested).
 _SILENT_FROM = 75
 
 
@@ -71,18 +71,12 @@ class EngineArtifact(Shown):
         return facts([*rows, *(("NOT AS ASKED", text) for text in made.fallbacks)])
 
 
-def _unchanged(graph: Path, engine: Path, wanted: EnginePassport) -> EnginePassport | None:
-    """The passport of the engine that lies there, if it is the one that is ``wanted``."""
+def _unchanged(engine: Path, wanted: EnginePassport) -> EnginePassport | None:
+    """The passport of the engine that lies there, if all but its graph is as ``wanted``."""
     try:
         found = read_engine_passport(engine)
-        if not engine.exists() or any(
-            getattr(found, name) != getattr(wanted, name) for name in _DECIDES
-        ):
-            return None
-        with ThreadPoolExecutor(1) as beside:
-            graph_hash = beside.submit(sha256_file, graph)
-            found = load_engine_passport(engine)
-            return found if found.hashes.graph == graph_hash.result() else None
+        same = all(getattr(found, name) == getattr(wanted, name) for name in _DECIDES)
+        return load_engine_passport(engine) if same else None
     except (ArtifactError, FileError):
         return None
 
@@ -127,8 +121,8 @@ def _draft(passport: Passport, compiler: Compiler, config: BuildConfig) -> Engin
 def _new_engine(engine: Path) -> Iterator[PlanFile]:
     """The file of a plan, which takes the place of an older engine once the block ends well."""
     with atomic_path(engine) as temporary:
-        with PlanFile(temporary) as plan:
-            yield plan
+        with temporary.open("r+b") as stream, ThreadPoolExecutor(2) as beside:
+            yield PlanFile(stream, beside)
         # The old passport goes first: an engine without one is never believed.
         with file_errors("replace", passport_path(engine)):
             passport_path(engine).unlink(missing_ok=True)
@@ -156,12 +150,13 @@ def build_engine(
     compiler = Compiler(choice.backend, tensorrt_module(choice.backend))
     check_options(choice.backend, compiler.module, config)
     wanted = _draft(passport, compiler, config)
-    if not force and (found := _unchanged(graph, engine, wanted)) is not None:
-        return EngineArtifact(engine, found, changed=False)
-    compiler.check_flags(config)
-    cache = compiler.timing_cache(config, cache_folder())
     with ThreadPoolExecutor(1) as beside:
         graph_hash = beside.submit(sha256_file, graph)
+        found = None if force else _unchanged(engine, wanted)
+        if found is not None and found.hashes.graph == graph_hash.result():
+            return EngineArtifact(engine, found, changed=False)
+        compiler.check_flags(config)
+        cache = compiler.timing_cache(config, cache_folder())
         what = f"build the {passport.precision} engine with {choice.backend} {compiler.version}"
         started = time.perf_counter()
         with _new_engine(engine) as plan:

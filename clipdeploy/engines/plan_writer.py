@@ -10,9 +10,8 @@ import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -24,15 +23,17 @@ Piece = bytes | memoryview
 
 
 class PlanFile:
-    """What is written into the file at ``path``, which is there and empty; its size and SHA-256.
+    """What is written into ``stream``, a file; its size and SHA-256.
+
+    ``beside`` hashes a piece while it is written, and sees it to the disk afterwards.
 
     Raises:
         OSError: no space, or another reason of the file system's.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._stream = path.open("r+b")
-        self._beside = ThreadPoolExecutor(2)
+    def __init__(self, stream: BinaryIO, beside: ThreadPoolExecutor) -> None:
+        self._stream = stream
+        self._beside = beside
         self._synced: list[Future[None]] = []
         self._digest = hashlib.sha256()
         self.bytes = 0
@@ -52,18 +53,6 @@ class PlanFile:
         for each in self._synced:
             each.result()
         return self._digest.hexdigest()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._beside.shutdown()
-        self._stream.close()
 
 
 def plan_writer(

@@ -12,8 +12,9 @@ fsync and passport, and ``polygraphy convert``, which has none of these.  (The c
 Both find the graph in the page cache, no bytes of an earlier build waiting to be written, no
 engine under the name that they write, in the graph's folder, and a machine that rested for 3
 seconds: by then a virtual machine has given its idle memory back to its host.  Right after another
-build, getting it again costs up to a second or nothing, by chance.  They go in pairs, the first of
-a pair in turn.
+build it is chance how much of it has to be fetched again.  They go in pairs, the first of a pair in
+turn.
+
 Ratios are clipdeploy's to Polygraphy's, the median over the pairs, so that a load that comes and
 goes meets both: below 1.00 clipdeploy needs less.  Beside the seconds on the clock stand those on
 the processor, in user and system code of all threads: they say what the clock will show where other
@@ -46,6 +47,8 @@ build_engine(Path(sys.argv[1]), Path(sys.argv[2]))
 """
 FIGURES = ("seconds", "cpu", "megabytes")
 BIN = Path(sys.executable).parent
+# Before every build; see above.
+REST_SECONDS = 3
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,6 @@ class Run:
     cpu: float
     megabytes: float
     bytes: int
-
-
-REST_SECONDS = 3
 
 
 # clipdeploy's and Polygraphy's build, one right after the other.

@@ -20,6 +20,7 @@ from clipdeploy.runners import OnnxRunner
 from clipdeploy.vit import ViTConfig
 from clipdeploy.workspace import Workspace
 from exporters.artifact import Precision
+from exporters.files import sha256_file
 from exporters.onnx import ExportConfig
 
 pytestmark = pytest.mark.slow
@@ -111,3 +112,5 @@ def test_tensorrt_builds_every_geometry_in_every_precision(alias: str, tmp_path:
         engine = build_model(workspace, name, precision, data=data, calibrate=few)
         # An engine holds the weights, 86 M of them.
         assert engine.passport.plan_bytes > 86e6 * size
+        # Written in several pieces.
+        assert engine.passport.hashes.plan == sha256_file(engine.path)

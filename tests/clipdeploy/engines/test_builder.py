@@ -13,12 +13,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from compiling import SPEC, ignore
 
 from clipdeploy import zoo
 from clipdeploy.device import gpus
+from clipdeploy.engines import backends
 from clipdeploy.engines.backends import choose_backend
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.builder import _Later, build_engine
+from clipdeploy.engines.compiler import Compiler
 from clipdeploy.engines.passport import load_engine_passport, passport_path
 from clipdeploy.engines.plan_writer import Piece, PlanFile
 from clipdeploy.runners.engine import EngineRunner
@@ -120,6 +123,27 @@ def test_the_way_to_the_compiler_is_short() -> None:
     )
     words = [sys.executable, "-c", code]
     assert subprocess.run(words, check=True, capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_most_is_said_when_later_work_starts(
+    compiler: Compiler, demo_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = backends.Heard([], [])
+    said: list[int] = []
+    monkeypatch.setattr(backends, "Heard", lambda log, errors: heard)
+
+    def work() -> tuple[BlockPrecision, ...]:
+        said.append(len(heard.log))
+        return ()
+
+    with ThreadPoolExecutor(1) as beside:
+        later = _Later(beside, work)
+        graph = demo_workspace.graph(zoo.DEMO, "int8")
+        step = later.watching(lambda count: None)
+        compiler.compile(graph, SPEC, BuildConfig(), None, ignore, step)
+    # Measured: all but a few lines; the layers' own list, one line, comes at the end.
+    assert said
+    assert said[0] > 0.9 * len(heard.log)
 
 
 @pytest.mark.parametrize("counts", [[], [50], [50, 25, 25], [1] * 100])

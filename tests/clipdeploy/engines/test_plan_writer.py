@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def graph(demo_workspace: Workspace) -> Path:
 
 
 class OldBuilder:
-    """A builder without streams, as TensorRT 10.12 has it."""
+    """A builder without streams, as an older TensorRT may have it."""
 
     def __init__(self, builder: Any) -> None:
         self._builder = builder
@@ -48,7 +49,8 @@ def no_streams(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_file_its_size_and_its_hash(pieces: list[Piece], tmp_path: Path) -> None:
     path = tmp_path / "engine"
     path.touch()
-    with PlanFile(path) as plan:
+    with path.open("r+b") as stream, ThreadPoolExecutor(2) as beside:
+        plan = PlanFile(stream, beside)
         for piece in pieces:
             plan.write(piece)
     data = b"".join(pieces)
@@ -106,10 +108,22 @@ def test_no_plan_is_none_without_streams_as_well(compiler: Compiler) -> None:
 
 def test_an_exception_never_leaves_the_writer(compiler: Compiler) -> None:
     stop: list[BaseException] = []
+
+    def fail(piece: Piece) -> None:
+        raise OSError("the disk is gone")
+
+    writer = plan_writer(compiler.module, fail, stop)
+    assert writer.write(b"plan") == 0  # type: ignore[call-arg, arg-type]
+    assert isinstance(stop[0], OSError)
+
+
+def test_nothing_more_is_written_once_the_monitor_has_stopped_the_build(
+    compiler: Compiler,
+) -> None:
+    stop: list[BaseException] = []
     written: list[Piece] = []
     writer = plan_writer(compiler.module, written.append, stop)
     assert writer.write(b"plan") == 4  # type: ignore[call-arg, arg-type]
     stop.append(KeyboardInterrupt())
-    # Stopped by the monitor or the logger: nothing more is written.
     assert writer.write(b"more") == 0  # type: ignore[call-arg, arg-type]
     assert written == [b"plan"]
