@@ -47,11 +47,21 @@ COUNTED_TOKENS = 5
 
 @dataclass(frozen=True)
 class CalibrationImage:
-    """One image as the graph takes it, (1, ...), its name and the SHA-256 of its file."""
+    """One image as the graph takes it, (1, ...), its name and the SHA-256 of its file.
+
+    ``pixels`` and ``thumbnail``: see :class:`CalibrationImageRecord`.
+    """
 
     name: str
     sha256: str
     input: NDArray[Any]
+    pixels: str = ""
+    thumbnail: bytes = b""
+
+    @property
+    def record(self) -> CalibrationImageRecord:
+        """What a table keeps of it."""
+        return CalibrationImageRecord(self.name, self.sha256, self.pixels, self.thumbnail)
 
 
 @dataclass(frozen=True)
@@ -210,7 +220,7 @@ def collect(
         advance(len(records))
         for image in images(frozenset(records)):
             collector.add(image)
-            records.add(CalibrationImageRecord(image.name, image.sha256))
+            records.add(image.record)
             advance(1)
             if config.partial is not None and time.monotonic() - saved > config.every:
                 save_table(table(), config.partial)

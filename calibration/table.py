@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -27,15 +27,29 @@ from exporters.notebook import Renderable, Shown
 __all__ = ["CalibrationImageRecord", "CalibrationTable", "load_table", "merge_tables", "save_table"]
 
 
-_SCHEMA = 2
+_SCHEMA = 3
+# Tables before this schema hold nothing of an image's decoded pixels.
+_SCHEMA_WITH_PIXELS = 3
 
 
 @dataclass(frozen=True)
 class CalibrationImageRecord:
-    """An image that was used: its path inside the data folder, and the SHA-256 of its bytes."""
+    """An image that was used: its path inside the data folder, and the SHA-256 of its bytes.
+
+    ``pixels`` and ``thumbnail`` are the hash in hex and the 8 x 8 grey means of its decoded crop,
+    see :mod:`clipdeploy.imaging.fingerprints`; empty if they are unknown.  Records are the same if
+    name and bytes are: which images there are is known before they are decoded.
+    """
 
     name: str
     sha256: str
+    pixels: str = field(default="", compare=False)
+    thumbnail: bytes = field(default=b"", compare=False)
+
+    @property
+    def decoded(self) -> bool:
+        """Whether the decoded pixels are known."""
+        return bool(self.pixels)
 
 
 @dataclass(frozen=True)
@@ -128,7 +142,16 @@ def unpack(packed: PackedStatistics) -> ChannelStatistics:
 
 
 def _seal(table: CalibrationTable) -> str:
-    return hashlib.sha256(msgspec.json.encode(replace(table, seal=""))).hexdigest()
+    content = replace(table, seal="")
+    if table.schema >= _SCHEMA_WITH_PIXELS:
+        return hashlib.sha256(msgspec.json.encode(content)).hexdigest()
+    # As it was sealed, without fields that there were not yet: whatever is in them breaks the seal.
+    built = msgspec.to_builtins(content)
+    for image in built["images"]:
+        for name in ("pixels", "thumbnail"):
+            if not image.get(name):
+                image.pop(name, None)
+    return hashlib.sha256(msgspec.json.encode(built)).hexdigest()
 
 
 def merge_tables(parts: Sequence[CalibrationTable]) -> CalibrationTable:
@@ -165,6 +188,7 @@ def merge_tables(parts: Sequence[CalibrationTable]) -> CalibrationTable:
         statistics={name: pack(found) for name, found in merged.items()},
         shard=None,
         seal="",
+        schema=_SCHEMA,
     )
 
 

@@ -57,6 +57,7 @@ from clipdeploy.tuning.result import Bisection
 from clipdeploy.tuning.search import SearchConfig, SearchResult
 from clipdeploy.verification.baseline import Expected
 from clipdeploy.verification.result import Verification
+from clipdeploy.verification.verdicts import Limits
 from clipdeploy.verification.verifier import VerifyConfig
 from clipdeploy.workspace import Workspace
 from exporters.artifact import Recipe
@@ -85,6 +86,7 @@ __all__ = [
     "GraphArtifact",
     "Inspection",
     "Judgement",
+    "Limits",
     "PlanConfig",
     "Predictions",
     "QuantizeConfig",

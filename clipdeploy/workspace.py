@@ -29,10 +29,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from clipdeploy.passports import checked_passport
 from exporters.artifact import Passport, Precision, from_json, to_json
-from exporters.errors import UsageError
+from exporters.errors import ArtifactError, UsageError
 from exporters.files import file_errors, write_atomic
-from exporters.headers import read_passport
 
 __all__ = ["PRECISIONS", "Workspace"]
 
@@ -107,7 +107,8 @@ class Workspace:
 
         Raises:
             UsageError: the model has not been exported here.
-            ArtifactError, FileError: the graph cannot be read.
+            ArtifactError, GraphError, FileError: the graph cannot be read, is of another model, or
+                is not what its passport says, see :mod:`clipdeploy.passports`.
         """
         path = self.graph(model, "fp32")
         if not path.exists():
@@ -115,7 +116,13 @@ class Workspace:
                 f"{model} has not been exported in {self.root}",
                 hint=f"clipdeploy export --model {model}",
             )
-        return path, read_passport(path)
+        passport = checked_passport(path, model=model).graph
+        if passport.precision != "fp32":
+            raise ArtifactError(
+                f"{path} is of another precision than its place: it is {passport.precision}",
+                hint=f"make it again: clipdeploy export --model {model} --force",
+            )
+        return path, passport
 
     @property
     def _state(self) -> Path:

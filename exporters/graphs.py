@@ -13,6 +13,7 @@ from exporters.artifact import PASSPORT_KEY, Passport, to_json
 from exporters.errors import GraphError
 from exporters.files import atomic_path, file_errors, sha256_file
 from exporters.headers import GraphArtifact
+from exporters.typed_graphs import dense
 
 __all__ = [
     "load_graph",
@@ -34,6 +35,7 @@ def structure(model: ir.Model) -> onnx.ModelProto:
         for domain, version in model.graph.opset_imports.items()
     )
     onnx.helper.set_model_props(proto, dict(model.metadata_props))
+    proto.functions.extend(ir.to_proto(function) for function in model.functions.values())
     graph = proto.graph
     graph.name = model.graph.name or "graph"
     graph.node.extend(ir.to_proto(node) for node in model.graph)
@@ -106,12 +108,17 @@ def save_graph(
     )
 
 
-def load_graph(path: Path) -> ir.Model:
+def load_graph(
+    path: Path, prepare: Callable[[onnx.ModelProto], onnx.ModelProto] = dense
+) -> ir.Model:
     """Read an ONNX file, and its weights where they lie in a file beside it.
+
+    ``prepare`` may change the graph before it is taken apart, see :mod:`exporters.typed_graphs`;
+    weights in a file beside have no values there.
 
     Raises:
         FileError: a file cannot be opened.
-        GraphError: it is no ONNX file.
+        GraphError: it is no ONNX file, or ``prepare`` refuses it.
     """
     with file_errors("read", path):
         data = path.read_bytes()
@@ -120,12 +127,27 @@ def load_graph(path: Path) -> ir.Model:
         hint="it is cut short or of another kind: export it again",
     )
     try:
-        model: ir.Model = ir.from_proto(onnx.ModelProto.FromString(data))
-    except (DecodeError, ir.serde.SerdeError, ValueError, KeyError) as error:
+        proto = onnx.ModelProto.FromString(data)
+        del data
+        model: ir.Model = ir.from_proto(prepare(proto))
+    except (DecodeError, ir.serde.SerdeError, ValueError, KeyError, NotImplementedError) as error:
         raise broken from error
     if not model.graph.outputs:
         raise broken
     # Weights in a file beside it: what is written from here holds its own.
-    ir.external_data.set_base_dir(model.graph, path.parent)
     with file_errors("read the weights of", path):
+        for graph in (model.graph, *(function.graph for function in model.functions.values())):
+            ir.external_data.set_base_dir(graph, path.parent)
+            for node in graph.all_nodes():
+                _load_constants(node)
         return ir.external_data.load_to_model(model)
+
+
+def _load_constants(node: ir.Node) -> None:
+    for name, attribute in list(node.attributes.items()):
+        if attribute.is_ref() or attribute.type != ir.AttributeType.TENSOR:
+            continue
+        tensor = attribute.as_tensor()
+        if isinstance(tensor, ir.ExternalTensor):
+            loaded = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
+            node.attributes[name] = ir.AttrTensor(name, loaded)

@@ -172,11 +172,11 @@ def weight_files(path: Path) -> tuple[Path, ...]:
     """
     from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
-    graph = read_skeleton(path).graph
-    constants = (attribute.t for node in graph.node for attribute in node.attribute)
+    from exporters.nested import all_tensors
+
     names = {
         ExternalDataInfo(tensor).location
-        for tensor in (*graph.initializer, *constants)
+        for tensor in all_tensors(read_skeleton(path))
         if uses_external_data(tensor)
     }
     for name in names:

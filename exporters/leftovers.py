@@ -18,21 +18,35 @@ from pathlib import Path
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["claimed", "is_abandoned", "remove_leftovers", "scratch_folder"]
+__all__ = [
+    "HeldError",
+    "RemovedError",
+    "claimed",
+    "is_abandoned",
+    "remove_leftovers",
+    "scratch_folder",
+    "try_lock",
+]
 
 # No name that a person would give: what is called so and held by nobody is removed.
 _SCRATCH = (".clipdeploy-scratch-", ".part")
 
 
-class _TakenError(Exception):
-    """Another process holds it, or has removed it."""
+class HeldError(Exception):
+    """Somebody else holds it."""
 
 
-def _lock(path: Path) -> int | None:
+class RemovedError(HeldError):
+    """It is not there, or no longer the same file: its last holder has removed it."""
+
+
+def try_lock(path: Path) -> int | None:
     """A descriptor that holds ``path`` until it is closed; None where there are no locks.
 
+    Two of them exclude each other in one process as well.
+
     Raises:
-        _TakenError: another process was first.
+        HeldError: somebody else was first, or (RemovedError) has removed it.
     """
     if sys.platform == "win32":
         return None
@@ -41,16 +55,19 @@ def _lock(path: Path) -> int | None:
     try:
         descriptor = os.open(path, mode)
     except FileNotFoundError:
-        raise _TakenError from None
+        raise RemovedError from None
     except OSError:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(os.stat(path), os.fstat(descriptor)):
-            raise _TakenError
-    except (BlockingIOError, FileNotFoundError, _TakenError):
+            raise RemovedError
+    except BlockingIOError:
         os.close(descriptor)
-        raise _TakenError from None
+        raise HeldError from None
+    except (FileNotFoundError, RemovedError):
+        os.close(descriptor)
+        raise RemovedError from None
     except OSError:
         os.close(descriptor)
         return None
@@ -63,9 +80,9 @@ def claimed(make: Callable[[], Path]) -> Iterator[Path]:
     while True:
         path = make()
         try:
-            descriptor = _lock(path)
+            descriptor = try_lock(path)
             break
-        except _TakenError:  # between the two somebody took it for a leftover
+        except HeldError:  # between the two somebody took it for a leftover
             continue
     try:
         yield path
@@ -77,8 +94,8 @@ def claimed(make: Callable[[], Path]) -> Iterator[Path]:
 def is_abandoned(path: Path) -> bool:
     """Whether ``path`` is there and nobody holds it; False where that cannot be told."""
     try:
-        descriptor = _lock(path)
-    except _TakenError:
+        descriptor = try_lock(path)
+    except HeldError:
         return False
     if descriptor is None:
         return False
@@ -90,8 +107,8 @@ def remove_leftovers(folder: Path, pattern: str) -> None:
     """Remove the files and folders in ``folder`` that match ``pattern`` and that nobody holds."""
     for path in folder.glob(pattern):
         try:
-            descriptor = _lock(path)
-        except _TakenError:
+            descriptor = try_lock(path)
+        except HeldError:
             continue
         if descriptor is None:
             continue

@@ -10,6 +10,10 @@ ruined on a GPU scores perfectly there.  Two instruments see through it:
   graph in which a tensor overflows there.  That is what TensorRT's kernels do at worst: they
   accumulate in float32 and store halves.  :func:`stored_session` runs the same rewritten graph on
   as many images as one likes.
+
+All of them look into local functions.  :func:`stored_session` also rewrites the graphs inside If,
+Loop, Scan and SequenceMap, see :mod:`exporters.storage`; the other two, whose graphs come from
+clipdeploy and have none, refuse them.
 """
 
 from __future__ import annotations
@@ -21,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.passes.common import ShapeInferencePass
 
 from exporters.errors import GraphError
 from exporters.files import file_errors
@@ -29,13 +32,15 @@ from exporters.graphs import load_graph, write_model
 from exporters.leftovers import scratch_folder
 from exporters.passes.fp16 import FP16_MAX
 from exporters.session import OnnxSession
+from exporters.storage import refuse_nested, store_float16
+from exporters.typed_graphs import flat
 
 __all__ = ["NEAR_LIMIT", "check_storage", "largest_values", "near_limit", "stored_session"]
 
 # Images that were not looked at may go further than those that were: leave a factor of two.
 NEAR_LIMIT = FP16_MAX / 2
 
-_WIDE, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+_WIDE = ir.DataType.FLOAT
 _TAP = "largest/"
 
 
@@ -79,11 +84,12 @@ def largest_values(
     """Logits (B, classes) of a float32 graph, and max |x| of each of its tensors by name.
 
     Raises:
-        GraphError, FileError: the graph cannot be read or run.
+        GraphError, FileError: the graph cannot be read or run, or has others inside.
     """
 
     def tapped() -> ir.Model:
-        model = load_graph(source)
+        model = load_graph(source, flat)
+        refuse_nested(model, "the search for overflow")
         _tap(model, [v for node in list(model.graph) for v in node.outputs if v.dtype == _WIDE])
         return model
 
@@ -95,84 +101,17 @@ def near_limit(peaks: dict[str, float]) -> tuple[str, ...]:
     return tuple(name for name, peak in peaks.items() if not peak < NEAR_LIMIT)
 
 
-def _widen_initializers(graph: ir.Graph) -> None:
-    for value in graph.initializers.values():
-        tensor = value.const_value
-        if value.dtype == _HALF and tensor is not None:
-            value.const_value = ir.Tensor(tensor.numpy().astype(np.float32), name=value.name)
-            value.dtype = _WIDE
-
-
-def _store(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
-    """Pass ``value``, an output of ``node``, through float16; what its readers now read."""
-    readers = [(user, index) for user, index in value.uses()]
-    was_cast = node.op_type == "Cast"
-    steps = [] if was_cast else [ir.node("Cast", [value], {"to": int(_HALF)})]
-    half = value if was_cast else steps[0].outputs[0]
-    wide = ir.node("Cast", [half], {"to": int(_WIDE)})
-    steps.append(wide)
-    half.dtype = _HALF
-    if not was_cast:
-        half.name = f"{value.name}/half"
-        value.dtype = _WIDE
-    stored = wide.outputs[0]
-    stored.name, stored.shape = f"{value.name}/stored", value.shape
-    stored.type = ir.TensorType(_WIDE)
-    graph.insert_after(node, steps)
-    for user, index in readers:
-        user.replace_input_with(index, stored)
-    for index, output in enumerate(graph.outputs):
-        if output is value:
-            graph.outputs[index] = stored
-    return stored
-
-
-def _check_types(model: ir.Model) -> None:
-    """Make sure that the type of every tensor is known: what is not seen cannot be stored.
-
-    Raises:
-        GraphError: it is not, and cannot be inferred.
-    """
-
-    def unknown() -> list[str]:
-        outputs = (value for node in model.graph for value in node.outputs if value.name)
-        return [str(value.name) for value in outputs if value.dtype is None]
-
-    if unknown():
-        ShapeInferencePass()(model)
-    if names := unknown():
-        raise GraphError(
-            f"the type of {names[0]} is unknown, and so whether it is float16",
-            hint="save the graph with the types of its inner tensors (value_info)",
-        )
-
-
-def _as_stored(model: ir.Model) -> list[ir.Value]:
-    """Make ``model`` compute in float32 and store float16, in place; every stored value."""
-    _check_types(model)
-    graph = model.graph
-    _widen_initializers(graph)
-    for value in graph.inputs:
-        if value.dtype == _HALF:
-            value.dtype = _WIDE
-    return [
-        _store(graph, node, value)
-        for node in list(graph)
-        for value in list(node.outputs)
-        if value.dtype == _HALF
-    ]
-
-
 def stored_session(path: Path, *, threads: int = 0) -> OnnxSession:
     """A float16 graph with every tensor stored as float16; its floating-point input is float32.
 
     Raises:
-        GraphError, FileError: the graph cannot be read or loaded.
+        GraphError, FileError: the graph cannot be read or loaded, or a tensor of it cannot be
+            stored as float16: its type is unknown, or its operator cannot be rewritten.
     """
 
     def stored() -> ir.Model:
-        model = load_graph(path)
-        _as_stored(model)
+        model = load_graph(path, flat)
+        store_float16(model)
         return model
 
     return _open(stored, lean=False, threads=threads)
@@ -187,12 +126,14 @@ def check_storage(
     logits of them; ``None`` is returned where the two are equal.
 
     Raises:
-        GraphError: a tensor overflows; its name and the largest tensor before it are told.
+        GraphError: a tensor overflows; its name and the largest tensor before it are told.  Or
+            the graph has others inside.
     """
 
     def tapped() -> ir.Model:
-        model = load_graph(path)
-        _tap(model, _as_stored(model))
+        model = load_graph(path, flat)
+        refuse_nested(model, "the search for overflow")
+        _tap(model, store_float16(model))
         return model
 
     wide = images.astype(np.float32) if images.dtype == np.float16 else images

@@ -11,6 +11,7 @@ from exporters.artifact import Passport
 from exporters.checks import check_structure
 from exporters.errors import GraphError
 from exporters.files import sha256_file
+from exporters.functions import inlined
 from exporters.graphs import load_graph, save_graph
 from exporters.headers import GraphArtifact, read_passport
 from exporters.overflow import check_storage, largest_values, near_limit
@@ -35,7 +36,8 @@ def half_precision(model: ir.Model, config: Fp16Config = Fp16Config()) -> None:
     """Convert ``model`` to float16 in place; see :mod:`exporters.passes.fp16`.
 
     Raises:
-        GraphError: a weight lies beyond float16's range, or ``keep`` names no tensor of the graph.
+        GraphError: a weight lies beyond float16's range, ``keep`` names no tensor of the graph, or
+            the graph has local functions, or others inside.
     """
     known = {value.name for node in model.graph for value in (*node.inputs, *node.outputs) if value}
     if unknown := [name for name in config.keep if name not in known]:
@@ -75,7 +77,7 @@ def convert_to_fp16(
     images = samples.feed(passport.input)
     reference, peaks = largest_values(source, images)
     config = replace(config, keep=tuple(dict.fromkeys((*config.keep, *near_limit(peaks)))))
-    model = load_graph(source)
+    model = load_graph(source, inlined)
     half_precision(model, config)
     passport = replace(
         io_passport(passport, config),

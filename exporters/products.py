@@ -6,13 +6,22 @@
 
 A strongly typed compiler takes the rest from the types of the tensors.  What the engine then really
 does may differ; :mod:`clipdeploy.engines.inspector` tells that in the same terms.
+
+Products inside local functions, If, Loop and Scan count like all others, those of a function once
+for each call; see :mod:`exporters.typed_graphs`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from exporters.blocks import UNKNOWN, BlockPrecision, Product, block_of, by_block
+from exporters.errors import GraphError
+from exporters.functions import inlined
+from exporters.nested import captured, element_type, is_nested, subgraphs
+from exporters.typed_graphs import element_types, flat
 
 __all__ = ["asked_precision", "find_products", "tensor_types"]
 
@@ -50,26 +59,26 @@ def _name(kind: int) -> str | None:
 
 
 class _Graph:
-    """What is known of the tensors of a graph, by name."""
+    """What is known of the tensors of a graph, by name; those of ``outer`` are seen from inside."""
 
-    def __init__(self, graph: GraphProto) -> None:
+    def __init__(self, graph: GraphProto, outer: _Graph | None = None) -> None:
         typed = (*graph.input, *graph.value_info, *graph.output)
-        self._types = {value.name: value.type.tensor_type.elem_type for value in typed}
+        self._types: dict[str, int] = dict(outer._types) if outer else {}
+        self._types |= {value.name: element_type(value.type) for value in typed}
         self._types |= {weight.name: weight.data_type for weight in graph.initializer}
-        self._producers = {name: node for node in graph.node for name in node.output}
+        self._producers: dict[str, NodeProto] = dict(outer._producers) if outer else {}
+        self._producers |= {name: node for node in graph.node for name in node.output}
         # Everything that does not depend on the graph's inputs.
-        self.constants = {weight.name for weight in graph.initializer}
+        self.constants: set[str] = set(outer.constants) if outer else set()
+        self.constants |= {weight.name for weight in graph.initializer}
         for node in graph.node:
-            if all(not name or name in self.constants for name in node.input):
+            read = {*node.input, *captured(node)} - {""}
+            if read <= self.constants:
                 self.constants.update(node.output)
 
     def _type(self, name: str) -> str | None:
         """Its precision, None if nothing says it."""
         return _name(self._types.get(name, TensorProto.UNDEFINED))
-
-    def types(self) -> set[str]:
-        """The precision of every tensor that says it."""
-        return {_name(kind) or UNKNOWN for kind in self._types.values()} - {UNKNOWN}
 
     def _dequantised(self, node: NodeProto) -> str:
         # The zero point has the type of the integers, and as a constant it always says so.
@@ -96,23 +105,51 @@ class _Graph:
 
 
 def find_products(model: ModelProto) -> list[Product]:
-    """Every matrix product of ``model``, in the order of the graph; weights need no values."""
-    graph = _Graph(model.graph)
-    found = []
-    for node in model.graph.node:
+    """Every matrix product of ``model``, in the order of the graph; weights need no values.
+
+    Raises:
+        GraphError: local functions that cannot be read.
+    """
+    if is_nested(model):
+        # A function's tensors have no types of their own, and a branch's seldom say theirs.
+        model = _typed(model)
+    return list(_products(model.graph, None))
+
+
+def _typed(model: ModelProto) -> ModelProto:
+    copy = ModelProto()
+    copy.CopyFrom(inlined(model, any_opset=True))
+    try:
+        return flat(copy)
+    except GraphError:
+        # The types contradict each other, which is for those to say who run the graph.
+        return copy
+
+
+def _products(graph: GraphProto, outer: _Graph | None) -> Iterator[Product]:
+    known = _Graph(graph, outer)
+    for node in graph.node:
+        for inner in subgraphs(node):
+            yield from _products(inner, known)
         places = _PRODUCTS.get(node.op_type, ())
         operands = [node.input[i] for i in places if i < len(node.input) and node.input[i]]
         if len(operands) < 2:
             continue
-        attention = not any(name in graph.constants for name in operands)
-        precision = graph.precision(operands)
-        found.append(Product(node.name, block_of(node.name), attention, precision))
-    return found
+        attention = not any(name in known.constants for name in operands)
+        precision = known.precision(operands)
+        yield Product(node.name, block_of(node.name), attention, precision)
 
 
 def tensor_types(model: ModelProto) -> set[str]:
-    """Every type that a tensor of ``model`` has, by the names of :class:`BlockPrecision`."""
-    return _Graph(model.graph).types()
+    """Every type that a tensor of ``model`` has, by the names of :class:`BlockPrecision`.
+
+    Tensors inside local functions, If, Loop and Scan count, and so do tensors whose type is not
+    written down but follows from their operator's.
+
+    Raises:
+        GraphError: local functions that cannot be read.
+    """
+    return {_name(kind) or UNKNOWN for kind in element_types(model)}
 
 
 def asked_precision(model: ModelProto) -> tuple[BlockPrecision, ...]:

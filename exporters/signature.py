@@ -12,7 +12,7 @@ from exporters.errors import GraphError
 from exporters.headers import read_skeleton
 from exporters.products import tensor_types
 
-__all__ = ["classifier_signature", "stores_float16"]
+__all__ = ["classifier_signature", "stored_types", "stores_float16"]
 
 _IMAGE_TYPES = ("float32", "float16", "uint8")
 
@@ -74,9 +74,18 @@ def classifier_signature(path: Path, size: int, classes: int) -> tuple[TensorSpe
 
 
 def stores_float16(source: Path | ModelProto) -> bool:
-    """Whether any tensor of a graph is float16.
+    """Whether any tensor of a graph is float16, also inside local functions, If, Loop and Scan.
 
     Raises:
         FileError, GraphError: the graph cannot be read.
     """
-    return "fp16" in tensor_types(read_skeleton(source) if isinstance(source, Path) else source)
+    return "fp16" in stored_types(source)
+
+
+def stored_types(source: Path | ModelProto) -> set[str]:
+    """The types of a graph's tensors, see :func:`exporters.products.tensor_types`.
+
+    Raises:
+        FileError, GraphError: the graph cannot be read.
+    """
+    return tensor_types(read_skeleton(source) if isinstance(source, Path) else source)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from clipdeploy.benchmark.rounds import Contender, random_images
 from clipdeploy.engines.passport import read_engine_passport
+from clipdeploy.passports import check_made_from, checked_passport, is_vouched
 from clipdeploy.runners import Runner
 from clipdeploy.workspace import PRECISIONS, Workspace
+from exporters.artifact import Passport
 from exporters.errors import ArtifactError, ClipdeployError, EngineError
-from exporters.files import sha256_file
 from exporters.headers import read_passport
 
 __all__ = ["ENGINE", "GRAPH", "NotRun", "line_up", "models_of", "short_labels", "workspace_files"]
@@ -57,38 +58,45 @@ def models_of(paths: Sequence[Path]) -> str:
     return ", ".join(dict.fromkeys(found))
 
 
-def _refusal(path: Path, parent: Path) -> str:
-    """Why ``path`` does not count as made from ``parent``; empty if it does."""
+def _refusal(path: Path, reference: Passport) -> str:
+    """Why ``path`` does not count as made from its neighbours; empty if it does."""
     try:
-        if path.suffix == ENGINE:
-            made_from: str | None = read_engine_passport(path).hashes.graph
-        else:
-            made_from = read_passport(path).parents.get("source_graph")
-        if not parent.exists() or made_from != sha256_file(parent):
-            return f"it was not made from the {parent.name} that lies beside it"
+        # The runner compares the engine's bytes when it loads them.
+        engine = checked_passport(path, reference, plan=False).engine
+        if engine is not None:
+            check_made_from(path, engine.hashes.graph, path.with_suffix(GRAPH))
     except ClipdeployError as error:
         return error.message
     return ""
 
 
+def _check_named(path: Path) -> None:
+    """Compare a passport with its card and its own file, whatever lies beside it.
+
+    What has no file or no passport is left to whoever opens it.
+    """
+    if path.is_file() and is_vouched(path):
+        checked_passport(path, plan=False, neighbours=False)
+
+
 def workspace_files(
     workspace: Workspace, model: str, *, trust: bool
 ) -> tuple[list[Path], dict[Path, str]]:
-    """Every graph and engine of a model, and why some are refused: they are not of their parents.
+    """Every graph and engine of a model, and why some are refused: see ``clipdeploy.passports``.
 
     ``trust`` takes engines as they are.
 
     Raises:
         UsageError: the model has not been exported in the workspace.
+        ArtifactError, GraphError, FileError: its FP32 graph cannot be read, or is not what its
+            passport says.
     """
-    source, _ = workspace.source(model)
+    source, reference = workspace.source(model)
     graphs = [workspace.graph(model, precision) for precision in (*PRECISIONS, "int8-cpu")]
     engines = [workspace.engine(model, precision) for precision in PRECISIONS]
-    parents = {graph: source for graph in graphs if graph != source}
-    if not trust:
-        parents |= {engine: engine.with_suffix(GRAPH) for engine in engines}
     found = [path for path in (*graphs, *engines) if path.exists()]
-    reasons = {path: _refusal(path, parents[path]) for path in found if path in parents}
+    taken = {source, *(engines if trust else ())}
+    reasons = {path: _refusal(path, reference) for path in found if path not in taken}
     return found, {path: reason for path, reason in reasons.items() if reason}
 
 
@@ -118,6 +126,7 @@ def line_up(
         try:
             if path in refused:
                 raise ArtifactError(refused[path])
+            _check_named(path)
             runner = open_one(path)
         except ClipdeployError as error:
             not_run.append(NotRun(str(path), label, None, error.message))

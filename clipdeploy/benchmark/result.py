@@ -87,7 +87,7 @@ class Benchmark(Shown):
     """The result, true if anything was measured.
 
     ``baseline`` is the label that speedups are relative to: the first artifact that ran, empty if
-    none did.
+    none did.  ``notes`` are sentences that explain figures which would mislead by themselves.
     """
 
     model: str
@@ -97,6 +97,7 @@ class Benchmark(Shown):
     rows: tuple[BenchmarkRow, ...]
     not_run: tuple[NotRun, ...]
     environment: Environment
+    notes: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.rows)

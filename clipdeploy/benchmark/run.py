@@ -15,7 +15,10 @@ from clipdeploy.benchmark.rounds import Clock, Contender, measure
 from clipdeploy.runners import open_runner
 from clipdeploy.workspace import Workspace
 from exporters.errors import ClipdeployError, FileError, UsageError
+from exporters.headers import read_skeleton
+from exporters.products import find_products
 from exporters.progress import SILENT, Progress
+from exporters.signature import stores_float16
 
 __all__ = ["benchmark_artifacts", "benchmark_model", "warm_up"]
 
@@ -51,6 +54,26 @@ def warm_up(
 
 def _on_cpu(contender: Contender) -> bool:
     return "(CPU)" in contender.runner.name
+
+
+def _is_mixed(graph: Path) -> bool:
+    """Whether a graph has INT8 products and FP16 tensors, as TensorRT takes them."""
+    skeleton = read_skeleton(graph)
+    int8 = any(product.precision == "int8" for product in find_products(skeleton))
+    return int8 and stores_float16(skeleton)
+
+
+def _notes(contenders: Sequence[Contender]) -> tuple[str, ...]:
+    """Why an INT8 graph for TensorRT is slow on a CPU, where one was measured there."""
+    graphs = {each.label: each.path for each in contenders if _on_cpu(each)}
+    mixed = [label for label, path in graphs.items() if _is_mixed(path)]
+    if not mixed:
+        return ()
+    return (
+        f"{', '.join(mixed)}: INT8 with FP16 around it is for TensorRT; ONNX Runtime has no "
+        "integer kernel for it on a CPU: it dequantises, computes in FP32 and casts from and to "
+        "FP16 between; `clipdeploy quantize --cpu` makes the INT8 graph for a CPU",
+    )
 
 
 def _announce(
@@ -109,6 +132,7 @@ def _benchmark(
         rows=summary_rows(contenders),
         not_run=tuple(not_run),
         environment=read_environment(before, after, on_gpu=on_gpu, load=load),
+        notes=_notes(contenders),
     )
 
 

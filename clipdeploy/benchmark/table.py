@@ -31,6 +31,13 @@ def _figure(estimate: Estimate | None) -> str:
     return f"{estimate.value:#.4g}" if estimate.value < 999.95 else f"{estimate.value:.0f}"
 
 
+def _rate(estimate: Estimate) -> str:
+    """Three digits, or all that stand before the point."""
+    return (
+        f"{estimate.value:#.3g}".rstrip(".") if estimate.value < 999.5 else f"{estimate.value:.0f}"
+    )
+
+
 def _margin(estimate: Estimate | None) -> str:
     share = None if estimate is None else estimate.margin
     if share is None:
@@ -46,7 +53,7 @@ def _cells(row: BenchmarkRow, baseline: str, *, device: bool) -> list[str]:
     speedup = [f"{row.speedup.value:.2f}" if row.speedup else "-", _margin(row.speedup)]
     if row.label == baseline:
         speedup = ["1", ""]
-    return [*times, f"{row.images_per_second.value:.0f}", *speedup]
+    return [*times, _rate(row.images_per_second), *speedup]
 
 
 def _has_device(result: Benchmark) -> bool:
@@ -82,7 +89,7 @@ def _table(result: Benchmark) -> Table:
 
 
 def footnotes(result: Benchmark) -> list[str]:
-    """What the figures are, what ran the artifacts, and how far the clocks can be trusted."""
+    """What the figures are, what ran the artifacts, why one is slow, how far clocks are trusted."""
     lines = [
         f"{result.rounds} rounds; ±% is the 95 % interval, - where the rounds are too few for it",
         f"speedup: latency of {result.baseline} over this one's, of the same round",
@@ -93,7 +100,7 @@ def footnotes(result: Benchmark) -> list[str]:
         if row.label not in labels:
             labels.append(row.label)
     lines += [f"{', '.join(labels)}: {runner}" for runner, labels in by_runner.items()]
-    return [*lines, result.environment.note]
+    return [*lines, *result.notes, result.environment.note]
 
 
 def _indented(text: Text) -> Padding:

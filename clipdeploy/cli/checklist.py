@@ -74,7 +74,7 @@ class _Roomy:
         self._shown = shown
 
     def __rich_console__(self, console: Console, options: object) -> Iterator[RenderableType]:
-        yield Constrain(self._shown, console.width - _ROOM)
+        yield Constrain(self._shown, max(1, console.width - _ROOM))
 
 
 def checklist(console: Console | None = None) -> Progress | None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from clipdeploy.cli.params import (
     setting_option,
     typed_values,
 )
+from clipdeploy.cli.streams import made_more_than_output
 from clipdeploy.cli.text import echo, show
 from exporters.errors import ClipdeployError, UsageError
 from exporters.progress import SILENT
@@ -56,6 +56,8 @@ __all__ = [
 
 EXIT_VERIFICATION = 3
 EXIT_INTERRUPTED = 130
+# Beside these, a command that gives a verdict makes more than its output.
+_MAKES_FILES = frozenset({"export", "calibrate", "quantize", "build-engine", "bisect", "package"})
 # Columns of a bar, of a spinner with a time, and of all that stands beside a task's text.
 _BAR = 30
 _TIME = 12
@@ -208,15 +210,13 @@ def stage_command(function: F) -> F:
             with context.settings.in_environment(typed_values(ctx)):
                 _tell_settings(context, ctx)
                 status = function(context, *args, **options)
+                if status is not None or ctx.find_root().invoked_subcommand in _MAKES_FILES:
+                    made_more_than_output()
         except ClipdeployError as error:
             status = _fail(error, debug=debug)
         except KeyboardInterrupt:
             click.echo("interrupted; run the same command again to go on", err=True)
             status = EXIT_INTERRUPTED
-        except BrokenPipeError:
-            # The reader of our output has gone, as with `| head`: nothing is left to say.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            status = 0
         if status:
             sys.exit(status)
 
@@ -228,7 +228,8 @@ def emit(context: Context, result: object, render: Callable[[], RenderableType])
     if context.as_json:
         from exporters.artifact import to_json
 
-        click.echo(to_json(result).decode())
+        # As bytes: JSON is UTF-8, whatever the terminal's encoding is.
+        click.echo(to_json(result))
         return
     show(render())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from clipdeploy import __version__
@@ -9,6 +11,7 @@ from clipdeploy.cli.benchmark import benchmark
 from clipdeploy.cli.bisect import bisect
 from clipdeploy.cli.build import build_engine
 from clipdeploy.cli.calibrate import calibrate
+from clipdeploy.cli.common import EXIT_INTERRUPTED
 from clipdeploy.cli.completion import completion
 from clipdeploy.cli.config import config
 from clipdeploy.cli.demo import demo
@@ -20,13 +23,36 @@ from clipdeploy.cli.package import package
 from clipdeploy.cli.predict import predict
 from clipdeploy.cli.quantize import quantize
 from clipdeploy.cli.search import search
+from clipdeploy.cli.streams import closing_code, drop_impossible_sizes, guard_streams
 from clipdeploy.cli.verify import verify
 from clipdeploy.cli.zoo import zoo
 
 __all__ = ["main"]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Program(click.Group):
+    """The program: its exit code is the command's, whatever happens to the output."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """See :class:`click.Command`."""
+        guard_streams()
+        drop_impossible_sizes()
+        try:
+            return super().main(*args, **extra)
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            raise SystemExit(closing_code(code)) from None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """See :class:`click.Command`; a Ctrl-C outside a stage is 130 as well."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(EXIT_INTERRUPTED)
+
+
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
     """CLIP-pretrained ViT classifiers from a PyTorch checkpoint to a proven TensorRT engine.

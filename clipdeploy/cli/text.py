@@ -17,8 +17,9 @@ __all__ = ["COMMAND", "echo", "show", "wrapped"]
 
 # What stands behind this arrow is to be copied into a shell, and never cut.
 COMMAND = "-> "
-# Columns: more than any line has.
+# Columns: more than any line has; of a terminal that does not say.
 _ENDLESS = 10_000
+_USUAL = 80
 # Up to where the text begins: indentation, and a label or two before a gap.
 _LABELS = re.compile(r" *(?:\S(?:\S| \S){0,23} {2,})*")
 
@@ -30,7 +31,10 @@ def _columns(stream: TextIO) -> int | None:
     named = os.environ.get("COLUMNS", "")
     if named.isdecimal() and int(named) > 0:
         return int(named)
-    return os.get_terminal_size(stream.fileno()).columns or 80
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or _USUAL
+    except OSError:  # it was closed a moment ago
+        return _USUAL
 
 
 def wrapped(text: str, columns: int) -> str:

@@ -41,6 +41,11 @@ max_drop_option = setting_option(
     type=float,
     help="Percentage points of top-1 that an artifact may lose.",
 )
+max_drop_top5_option = click.option(
+    "--max-drop-top5",
+    type=float,
+    help="Percentage points of top-5 that an artifact may lose (default: top-5 is not judged).",
+)
 baseline_option = click.option(
     "--baseline",
     default="card",
@@ -53,11 +58,9 @@ layout_option = click.option(
     type=click.Choice(["auto", "folders", "list", "devkit", "solution", "none"]),
     default="auto",
     show_default=True,
-    help="Where the classes stand: folders, NAME CLASS list, ILSVRC devkit, Kaggle's CSV.",
+    help="How labels are stored: folders, NAME CLASS list, ILSVRC devkit, Kaggle's CSV.",
 )
-labels_option = click.option(
-    "--labels", type=click.Path(path_type=Path), help="The file they stand in."
-)
+labels_option = click.option("--labels", type=click.Path(path_type=Path), help="Label file.")
 report_option = click.option(
     "--report",
     "reports",
@@ -69,12 +72,11 @@ _OPTIONS = (
     model_option,
     data_option("Labelled images: a folder, zip or tar; see --layout.", "validation"),
     max_drop_option,
+    max_drop_top5_option,
     click.option(
         "--limit", type=click.IntRange(min=1), help="Only so many images, spread over the classes."
     ),
-    click.option(
-        "--sequential", is_flag=True, help="Images in random order; stop once every verdict is out."
-    ),
+    click.option("--sequential", is_flag=True, help="Stop as soon as every verdict is known."),
     click.option(
         "--graphs-only", is_flag=True, help="Judge the ONNX graphs and leave the engines out."
     ),
@@ -102,7 +104,7 @@ _OPTIONS = (
         "--cache-size",
         type=float,
         metavar="GB",
-        help="Most of them; 34 GB if left out.",
+        help="Maximum size of the crop cache in GB; 0 keeps nothing (default 34).",
     ),
     report_option,
     shard_option("verify merge"),
@@ -175,12 +177,13 @@ def run(
 @click.argument("shards", nargs=-1, type=click.Path(path_type=Path))
 @model_option
 @max_drop_option
+@max_drop_top5_option
 @baseline_option
 @report_option
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
-    help="The images, where they are no longer where the first shard had them.",
+    help="The images, if not where the first shard found them; they are compared with the records.",
 )
 @layout_option
 @labels_option
@@ -190,6 +193,7 @@ def merge(
     shards: tuple[Path, ...],
     model: str | None,
     max_drop: float,
+    max_drop_top5: float | None,
     baseline: str,
     reports: tuple[Path, ...],
     data: Path | None,
@@ -198,19 +202,21 @@ def merge(
 ) -> int:
     """Join the shards of `verify --shard` to the verdict of one run.
 
-    Takes the given files, or all shards of the workspace.
+    Takes the given files, or all shards of the workspace, and removes them once they are joined.
+    Artifacts and images have to be the files that the shards judged.
     """
     _check_reports(reports, None)
     name = context.model(model)
     from clipdeploy.stages.merge import merge_verification
     from clipdeploy.stages.verify_setup import VerifyScope
     from clipdeploy.verification.baseline import Expected
+    from clipdeploy.verification.verdicts import Limits
 
     scope = VerifyScope(layout=layout, labels=labels, expected=Expected.parse(baseline))
     result = merge_verification(
         context.workspace,
         name,
-        max_drop,
+        Limits(max_drop, max_drop_top5),
         scope,
         shards,
         data=data,
@@ -237,6 +243,7 @@ def _config(options: dict[str, Any]) -> VerifyConfig:
     cache = CropCache.default() if size is None else CropCache.default(int(size * 1e9))
     return VerifyConfig(
         max_drop=options["max_drop"],
+        max_drop_top5=options["max_drop_top5"],
         batch=options["batch"],
         skip_unreadable=options["skip_unreadable"],
         workers=options["workers"],
@@ -282,4 +289,6 @@ def _tell(context: Context, result: Judgement, reports: tuple[Path, ...], data: 
         context.note(f"images with another answer than PyTorch's: {result.disagreements}")
     for path in reports:
         context.note(f"report: {path}")
+    if any(row.kind == "engine" and row.verdict == "not executed" for row in verification.rows):
+        context.note("engines were not executed here; --graphs-only judges the graphs alone")
     return 0 if verification else EXIT_VERIFICATION

@@ -1,10 +1,11 @@
 """The files of the crop cache: shards that one process appends to and any process reads.
 
     NAME.items    item 0, item 1, ...    of one size: a crop, uint8 (S, S, 3), or float32 logits
-    NAME.rows     64 bytes each:  stamp 16 | sha256 32 | slot | CRC-32 of the item | magic | CRC-32
+    NAME.rows     140 bytes each: stamp 16 | sha256 32 | XXH3-128 of the item 16 | note 64
+                                  | slot | magic | CRC-32 of all of these
 
 An item is written before its row, so that a killed run leaves a shorter shard.  A row that is
-damaged or cut short is no row, an item whose CRC-32 is not its row's is no item.
+damaged or cut short is no row, an item whose XXH3-128 is not its row's is no item.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ import os
 import struct
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 __all__ = [
+    "NO_NOTE",
     "NO_STAMP",
     "ROW_BYTES",
     "Row",
@@ -34,22 +37,26 @@ __all__ = [
     "size_of",
 ]
 
-_MAGIC = 0x50435243
-_ROW = struct.Struct("<16s32sIII")
+_MAGIC = 0x50435244
+_NOTE_BYTES = 64
+_ROW = struct.Struct(f"<16s32s16s{_NOTE_BYTES}sII")
 _CRC = struct.Struct("<I")
 ROW_BYTES = _ROW.size + _CRC.size
 NO_STAMP = bytes(16)
+NO_NOTE = bytes(_NOTE_BYTES)
+_NO_DIGEST = bytes(16)
 # The slot of a row that only says which content a file has.
 _NO_ITEM = 0xFFFFFFFF
 _COUNTER = itertools.count()
 
 
 class Spot(NamedTuple):
-    """Where an item lies: its ``.items`` file, its number in it, and its CRC-32."""
+    """Where an item lies: its ``.items`` file and its number in it; its XXH3-128 and its note."""
 
     shard: Path
     slot: int
-    crc: int
+    digest: bytes
+    note: bytes
 
 
 class ShardReader:
@@ -69,14 +76,29 @@ class ShardReader:
         if hasattr(self, "_file"):
             os.close(self._file)
 
-    def read(self, spot: Spot, size: int) -> bytes | None:
-        """The ``size`` bytes of the item there, None if it is cut short or damaged."""
+    def read(self, spots: Sequence[Spot], into: NDArray[Any]) -> list[bool]:
+        """Read n items that follow each other into ``into``, C-contiguous (n, ...).
+
+        Which of them are whole and undamaged; in place of the others lie any bytes.
+        """
         # Not mapped into memory: a shard cut short under a mapping would kill the process.
+        size = into.nbytes // len(spots)
         try:
-            data = os.pread(self._file, size, spot.slot * size)
+            got = _pread_into(self._file, into.data.cast("B"), spots[0].slot * size)
         except OSError:  # a broken disk, a network that is gone
-            return None
-        return data if len(data) == size and zlib.crc32(data) == spot.crc else None
+            got = 0
+        return [
+            (number + 1) * size <= got and xxhash.xxh3_128_digest(item.data) == spot.digest
+            for number, (spot, item) in enumerate(zip(spots, into, strict=True))
+        ]
+
+
+def _pread_into(file: int, into: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(file, [into], offset)
+    data = os.pread(file, len(into), offset)
+    into[: len(data)] = data
+    return len(data)
 
 
 class Row(NamedTuple):
@@ -96,9 +118,10 @@ def read_rows(path: Path) -> Iterator[Row]:
     items = path.with_suffix(".items")
     for start in range(0, len(data) - ROW_BYTES + 1, ROW_BYTES):
         row = data[start : start + _ROW.size]
-        stamp, sha256, slot, crc, magic = _ROW.unpack(row)
+        stamp, sha256, digest, note, slot, magic = _ROW.unpack(row)
         if magic == _MAGIC and _CRC.unpack_from(data, start + _ROW.size)[0] == zlib.crc32(row):
-            yield Row(stamp, sha256, None if slot == _NO_ITEM else Spot(items, slot, crc))
+            spot = None if slot == _NO_ITEM else Spot(items, slot, digest, note)
+            yield Row(stamp, sha256, spot)
 
 
 def size_of(items: Path) -> int:
@@ -134,24 +157,36 @@ class ShardWriter:
         """Whether one more item of ``size`` bytes fits."""
         return self._room >= size + ROW_BYTES
 
-    def append(self, stamp: bytes, sha256: bytes, item: NDArray[Any] | None) -> Spot | None:
-        """Write an item, of any shape, and its row; of None a row alone: which content a file has.
+    def append(self, stamp: bytes, sha256: bytes, item: NDArray[Any], note: bytes) -> Spot:
+        """Write an item, of any shape, with its row.
 
         Raises:
             OSError: the disk is full.
         """
-        slot, crc = _NO_ITEM, 0
-        if item is not None:
-            data = np.ascontiguousarray(item).data.cast("B")
-            slot, crc = self._count, zlib.crc32(data)
-            if self._items.write(data) != data.nbytes:
-                raise OSError("the disk is full")
-            self._count += 1
-            self._room -= data.nbytes
-        row = _ROW.pack(stamp, sha256, slot, crc, _MAGIC)
-        self._rows.write(row + _CRC.pack(zlib.crc32(row)))
+        data = np.ascontiguousarray(item).data.cast("B")
+        if self._items.write(data) != data.nbytes:
+            raise OSError("the disk is full")
+        spot = Spot(self.path, self._count, xxhash.xxh3_128_digest(data), note)
+        self._count += 1
+        self._room -= data.nbytes
+        self._write_row(stamp, sha256, spot.digest, note, spot.slot)
+        return spot
+
+    def append_stamp(self, stamp: bytes, sha256: bytes) -> None:
+        """Write a row alone: which content a file has.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        self._write_row(stamp, sha256, _NO_DIGEST, NO_NOTE, _NO_ITEM)
+
+    def _write_row(
+        self, stamp: bytes, sha256: bytes, digest: bytes, note: bytes, slot: int
+    ) -> None:
+        row = _ROW.pack(stamp, sha256, digest, note, slot, _MAGIC)
+        if self._rows.write(row + _CRC.pack(zlib.crc32(row))) != ROW_BYTES:
+            raise OSError("the disk is full")
         self._room -= ROW_BYTES
-        return None if item is None else Spot(self.path, slot, crc)
 
     def close(self) -> None:
         """Close both files."""

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from clipdeploy.imaging.archives import Place, Reader
 from clipdeploy.imaging.crops import CropCache, CropShelf
+from clipdeploy.imaging.fingerprints import Fingerprint, fingerprint
 from clipdeploy.imaging.preprocess import crop_image, decode
 from exporters.artifact import Preprocess
 from exporters.errors import DatasetError
@@ -30,10 +31,11 @@ _THREADS = 4
 
 
 class Loaded(NamedTuple):
-    """A decoded image: the hex SHA-256 of its file's bytes, and uint8 (S, S, 3)."""
+    """A decoded image: the hex SHA-256 of its file's bytes, uint8 (S, S, 3), its fingerprint."""
 
     sha256: str
     pixels: NDArray[np.uint8]
+    fingerprint: Fingerprint
 
 
 class Failure(NamedTuple):
@@ -61,7 +63,10 @@ class Loader(Protocol):
     capacity: int
 
     def submit(self, name: str, place: Place | None) -> None:
-        """Have an image decoded."""
+        """Have an image decoded; after several, :meth:`send` has them started."""
+
+    def send(self) -> None:
+        """Start what was submitted."""
 
     def result(self) -> Loaded | Failure:
         """The oldest image submitted; waits for it."""
@@ -86,11 +91,11 @@ class Decoder:
         try:
             data = self._reader.read(name, place)
             sha256 = hashlib.sha256(data).hexdigest()
-            pixels = self._shelf.get(sha256) if self._shelf else None
-            if pixels is None:
-                image = decode(data, where, exif_orientation=spec.exif_orientation)
-                pixels = crop_image(image, spec)
-            return Loaded(sha256, pixels)
+            if self._shelf and (found := self._shelf.find(sha256)):
+                return Loaded(sha256, *found)
+            image = decode(data, where, exif_orientation=spec.exif_orientation)
+            pixels = crop_image(image, spec)
+            return Loaded(sha256, pixels, fingerprint(pixels))
         except DatasetError as error:
             return Failure(error.message, error.hint)
         except MemoryError:
@@ -117,6 +122,9 @@ class ThreadLoader:
     def submit(self, name: str, place: Place | None) -> None:
         """Have an image decoded."""
         self._pending.append(self._pool.submit(self._decoder.load, name, place))
+
+    def send(self) -> None:
+        """Nothing to do: each image is started as it is submitted."""
 
     def result(self) -> Loaded | Failure:
         """The oldest image submitted; waits for it."""

@@ -1,8 +1,8 @@
 """Decode images ahead of the consumer, in processes where there are many.
 
     this process                             a worker
-    task (slot, name, place)   -- pipe -->   read, SHA-256, decode, resize, crop -> slot
-    copy the slot, free it     <-- pipe --   SHA-256, or what is wrong with the image
+    tasks (slot, name, place)  -- pipe -->   read, SHA-256, decode, resize, crop -> slot
+    copy the slot, free it     <-- pipe --   hashes and thumbnail, or what is wrong with the image
 
 The slots, uint8 (S, S, 3) each, lie in one anonymous memory file that the workers inherit.  It has
 no name: the kernel frees it with the last process, however that ends, and the size of a container's
@@ -18,8 +18,10 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import selectors
+import pickle
+import select
 import signal
+import struct
 import subprocess
 import sys
 import traceback
@@ -43,6 +45,7 @@ from clipdeploy.imaging.decoding import (
     ThreadLoader,
     usable_cores,
 )
+from clipdeploy.imaging.fingerprints import Fingerprint
 from exporters.errors import DatasetError
 
 __all__ = ["ProcessLoader", "open_loader", "serve"]
@@ -54,6 +57,7 @@ _FEW_BYTES = 20e6
 # never waits to be heard, and so the parent may wait for a worker to take a task.
 _QUEUE = 24
 _TEXT_BYTES = 1200
+_PIPE_BYTES = 64 << 10
 _SLOT_BYTES = 96 << 20
 _NICE = 10
 # Tasks a worker has before another one is started: few images start few workers.
@@ -86,7 +90,19 @@ class _Crash(NamedTuple):
     text: str
 
 
-Answer = str | Failure | _Crash
+class _Decoded(NamedTuple):
+    """What is to be known of a crop beside its pixels."""
+
+    sha256: str
+    fingerprint: Fingerprint
+
+
+Answer = _Decoded | Failure | _Crash
+# A pickled answer's length, before it: one read takes as many answers as there are.
+_LENGTH = struct.Struct("<I")
+
+
+_Task = tuple[int, str, Place | None]
 
 
 @dataclass
@@ -103,6 +119,35 @@ class _Worker:
     answers: Connection
     # Oldest first, as they are worked on.
     jobs: deque[_Job] = field(default_factory=deque)
+    unsent: list[_Task] = field(default_factory=list)
+    received: bytearray = field(default_factory=bytearray)
+
+    def send(self) -> bool:
+        """Hand over what there is to do; False if the worker is gone."""
+        tasks, self.unsent = self.unsent, []
+        if not tasks:
+            return True
+        try:
+            # As Connection.send() does it, without the reducers that only multiprocessing needs.
+            self.tasks.send_bytes(pickle.dumps(tasks))
+        except BrokenPipeError:
+            return False
+        return True
+
+    def collect(self) -> bool:
+        """Take the answers that are in the pipe, or wait for one; False if it is closed."""
+        data = os.read(self.answers.fileno(), _PIPE_BYTES)
+        received, at = self.received, 0
+        received += data
+        while len(received) - at >= _LENGTH.size:
+            end = at + _LENGTH.size + _LENGTH.unpack_from(received, at)[0]
+            if end > len(received):
+                break
+            answer: Answer = pickle.loads(received[at + _LENGTH.size : end])
+            self.jobs.popleft().answer = answer
+            at = end
+        del received[:at]
+        return bool(data)
 
     def stop(self) -> None:
         # It holds nothing that needs care: it only reads files.
@@ -152,15 +197,16 @@ class ProcessLoader:
         self._source = source
         self._limit = workers
         self._workers: list[_Worker] = []
-        self._selector = selectors.DefaultSelector()
-        self._jobs: deque[_Job] = deque()
+        self._of_pipe: dict[int, _Worker] = {}
+        self._poll = select.poll()
+        self._jobs: deque[tuple[_Job, _Worker]] = deque()
         self._free = list(range(self.capacity))
         self._memory = os.memfd_create("clipdeploy-crops")
         os.ftruncate(self._memory, self.capacity * one)
         self._slots = _slots(self._memory, size)
 
     def submit(self, name: str, place: Place | None) -> None:
-        """Have an image decoded.
+        """Have an image decoded, from the next :meth:`send` or :meth:`result` on.
 
         Raises:
             DatasetError: a worker could not be started, or died.
@@ -168,18 +214,27 @@ class ProcessLoader:
         job = _Job(name, self._free.pop())
         worker = self._choose()
         worker.jobs.append(job)
-        self._jobs.append(job)
-        try:
-            worker.tasks.send((job.slot, name, place))
-        except BrokenPipeError:
-            raise self._death(worker) from None
+        self._jobs.append((job, worker))
+        worker.unsent.append((job.slot, name, place))
+
+    def send(self) -> None:
+        """Hand the workers what was submitted.
+
+        Raises:
+            DatasetError: a worker died.
+        """
+        for worker in self._workers:
+            if not worker.send():
+                raise self._death(worker)
 
     def _choose(self) -> _Worker:
         worker = min(self._workers, key=lambda worker: len(worker.jobs), default=None)
         if len(self._workers) < self._limit and (worker is None or len(worker.jobs) >= _BUSY):
+            self.send()  # they decode while another one is started
             worker = _start(self._source, self._memory)
             self._workers.append(worker)
-            self._selector.register(worker.answers, selectors.EVENT_READ, worker)
+            self._of_pipe[worker.answers.fileno()] = worker
+            self._poll.register(worker.answers, select.POLLIN)
         assert worker is not None  # the limit is one at least
         return worker
 
@@ -189,31 +244,32 @@ class ProcessLoader:
         Raises:
             DatasetError: a worker died; the image it was on is named.
         """
-        self._collect(timeout=0)
-        job = self._jobs.popleft()
-        while job.answer is None:
-            self._collect(timeout=None)
+        self.send()
+        job, worker = self._jobs.popleft()
+        if job.answer is None:
+            self._wait(job, worker)
         self._free.append(job.slot)
         if isinstance(job.answer, _Crash):
             raise RuntimeError(f"a worker failed on {job.name}: {job.answer.text}")
         if isinstance(job.answer, Failure):
             return job.answer
-        return Loaded(job.answer, self._slots[job.slot].copy())
+        assert job.answer is not None  # it was waited for
+        sha256, found = job.answer
+        return Loaded(sha256, self._slots[job.slot].copy(), found)
 
-    def _collect(self, timeout: float | None) -> None:
-        for key, _ in self._selector.select(timeout):
-            worker: _Worker = key.data
-            try:
-                answer: Answer = worker.answers.recv()
-            except (EOFError, OSError):
-                raise self._death(worker) from None
-            worker.jobs.popleft().answer = answer
+    def _wait(self, job: _Job, worker: _Worker) -> None:
+        """Wait for the worker that has the job; other workers do not wake this thread."""
+        while job.answer is None:
+            if not worker.collect():
+                raise self._death(worker)
+        # The next job goes to whoever has the fewest left.
+        for pipe, _ in self._poll.poll(0):
+            if not self._of_pipe[pipe].collect():
+                raise self._death(self._of_pipe[pipe])
 
     def _death(self, worker: _Worker) -> DatasetError:
-        with suppress(EOFError, OSError):  # what it finished before it died
-            while worker.jobs:
-                worker.answers.recv()
-                worker.jobs.popleft()
+        while worker.collect():  # what it finished before it died
+            pass
         code = worker.process.wait()
         how = f"ended with exit code {code}"
         if code < 0:
@@ -229,7 +285,6 @@ class ProcessLoader:
         for worker in self._workers:
             worker.stop()
         self._workers.clear()
-        self._selector.close()
         del self._slots
         os.close(self._memory)
 
@@ -250,8 +305,10 @@ def serve(task_end: int, answer_end: int, memory: int) -> None:
         slots = _slots(memory, source.spec.size)
         decoder = Decoder(source, source.cache.open(source.spec) if source.cache else None)
         while True:
-            slot, name, place = tasks.recv()
-            answers.send(_answer(decoder, slots[slot], name, place))
+            batch: list[_Task] = pickle.loads(tasks.recv_bytes())
+            for slot, name, place in batch:
+                answer = pickle.dumps(_answer(decoder, slots[slot], name, place))
+                _write(answers.fileno(), _LENGTH.pack(len(answer)) + answer)
 
 
 def _answer(decoder: Decoder, slot: NDArray[np.uint8], name: str, place: Place | None) -> Answer:
@@ -262,7 +319,12 @@ def _answer(decoder: Decoder, slot: NDArray[np.uint8], name: str, place: Place |
     if isinstance(loaded, Failure):
         return Failure(_end_of(loaded.message), _end_of(loaded.hint))
     slot[:] = loaded.pixels
-    return loaded.sha256
+    return _Decoded(loaded.sha256, loaded.fingerprint)
+
+
+def _write(pipe: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(pipe, data) :]
 
 
 def _end_of(text: str) -> str:

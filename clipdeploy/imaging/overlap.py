@@ -1,6 +1,7 @@
 """Images that two folders share, by their bytes.
 
-Only files of one size can be the same, so that of a large folder a few are read.
+Only files of one size can be the same, so that of a large folder a few are read.  An image that was
+saved again is found once it is decoded, see :mod:`clipdeploy.imaging.fingerprints`.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from clipdeploy.imaging.crops import CropCache, CropShelf, Stamps
 from clipdeploy.imaging.decoding import Failure, Loaded, Loader, Source
+from clipdeploy.imaging.fingerprints import Fingerprint
 from clipdeploy.imaging.images import ImageEntry, ImageFolder
 from clipdeploy.imaging.loader import open_loader
 from clipdeploy.imaging.survey import Reading
@@ -27,11 +29,15 @@ _WEIGHED = 16
 
 @dataclass(frozen=True)
 class Crop:
-    """A decoded image: uint8 (S, S, 3), and the SHA-256 of the file's bytes."""
+    """A decoded image: the hex SHA-256 of its file's bytes, uint8 (S, S, 3), its fingerprint.
+
+    Pixels from the cache are a part of a larger array: copy those that are to be kept for long.
+    """
 
     entry: ImageEntry
     sha256: str
     pixels: NDArray[np.uint8]
+    fingerprint: Fingerprint
 
 
 @dataclass
@@ -100,18 +106,17 @@ def _bytes_of(root: Path, entry: ImageEntry) -> int:
 def _decode_ahead(
     images: ImageFolder, loader: Loader, shelf: CropShelf | None, notes: Reading
 ) -> Iterator[tuple[ImageEntry, Loaded | Failure]]:
-    stamps = Stamps(images.root)
-    entries = iter(images.entries)
+    looked_up = _looked_up(images, shelf)
     pending: deque[tuple[ImageEntry, bytes, Loaded | None]] = deque()
+    # Several are submitted at once: a message to a worker costs more than what is in it.
+    step = max(1, loader.capacity // 4)
     while True:
-        while len(pending) < loader.capacity and (entry := next(entries, None)) is not None:
-            stamp, cached = b"", None
-            if shelf is not None:
-                stamp = stamps.of(entry.name)
-                cached = _cached(shelf, stamp)
-            if cached is None:
-                loader.submit(entry.name, entry.place)
-            pending.append((entry, stamp, cached))
+        if len(pending) <= loader.capacity - step:
+            for found in islice(looked_up, loader.capacity - len(pending)):
+                if found[2] is None:
+                    loader.submit(found[0].name, found[0].place)
+                pending.append(found)
+            loader.send()
         if not pending:
             return
         entry, stamp, cached = pending.popleft()
@@ -119,11 +124,22 @@ def _decode_ahead(
         if cached is not None:
             notes.cached += 1
         elif shelf is not None and isinstance(result, Loaded):
-            shelf.put(stamp, *result)
+            shelf.keep(stamp, *result)
         yield entry, result
 
 
-def _cached(shelf: CropShelf, stamp: bytes) -> Loaded | None:
-    sha256 = shelf.hash_of(stamp)
-    pixels = shelf.get(sha256) if sha256 else None
-    return None if sha256 is None or pixels is None else Loaded(sha256, pixels)
+def _looked_up(
+    images: ImageFolder, shelf: CropShelf | None
+) -> Iterator[tuple[ImageEntry, bytes, Loaded | None]]:
+    """Every image, the stamp of its file and its crop, if the cache has it."""
+    if shelf is None:
+        yield from ((entry, b"", None) for entry in images.entries)
+        return
+    stamps = Stamps(images.root)
+    for start in range(0, len(images.entries), shelf.together):
+        entries = images.entries[start : start + shelf.together]
+        states = [stamps.of(entry.name) for entry in entries]
+        hashes = [shelf.hash_of(stamp) for stamp in states]
+        crops = shelf.find_all(hashes)
+        for entry, stamp, sha256, found in zip(entries, states, hashes, crops, strict=True):
+            yield entry, stamp, Loaded(sha256, *found) if sha256 and found else None

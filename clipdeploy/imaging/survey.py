@@ -38,7 +38,7 @@ class Reading:
     """What reading the images brought to light; pass it to ``iter_crops``.
 
     ``read``: images read, unreadable ones included; ``cached``: how many crops the cache had;
-    ``cache_problem``: why it keeps no more, empty if it does.
+    ``cache_problem``: a sentence on why it keeps no more or none, empty if it does.
     """
 
     read: int = 0

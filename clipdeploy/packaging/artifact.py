@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipdeploy import zoo
-from clipdeploy.engines.passport import EnginePassport, load_engine_passport
+from clipdeploy.engines.passport import EnginePassport
+from clipdeploy.passports import checked_passport
 from exporters.artifact import Passport, to_json
-from exporters.errors import UsageError
 from exporters.files import sha256_file
-from exporters.headers import read_passport
 
 __all__ = ["Packable", "labels", "open_packable"]
 
@@ -37,18 +36,16 @@ class Packable:
 
 
 def open_packable(path: Path) -> Packable:
-    """Read a file's passport and hold it against the file's bytes.
+    """Read a file's passport and compare it with the file and its card.
 
     Raises:
-        FileError, GraphError, ArtifactError: it cannot be read, or is not what its passport says.
+        FileError, GraphError, ArtifactError: it cannot be read, or is not what its passport says,
+            see :mod:`clipdeploy.passports`.
         UsageError: neither a graph nor an engine.
     """
-    if path.suffix == ".onnx":
-        return Packable(path, sha256_file(path), read_passport(path), None)
-    if path.suffix == ".engine":
-        engine = load_engine_passport(path)
-        return Packable(path, engine.hashes.plan, engine.graph, engine)
-    raise UsageError(f"{path} is neither .onnx nor .engine", hint="name a graph or an engine")
+    found = checked_passport(path)
+    sha256 = found.engine.hashes.plan if found.engine else sha256_file(path)
+    return Packable(path, sha256, found.graph, found.engine)
 
 
 def labels(passport: Passport) -> tuple[str, ...]:

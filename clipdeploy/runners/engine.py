@@ -7,6 +7,7 @@ output memory in every run.  PyTorch's CUDA allocator, streams and graphs are us
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,10 +124,10 @@ class Engine:
         self._cuda_graph = cuda_graph
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self.input, self.output = self._tensors()
-        self._profiles = self._read_profiles()
+        self.profiles = self._read_profiles()
         self.batches = (
-            min(low for low, _, _ in self._profiles),
-            max(high for _, _, high in self._profiles),
+            min(low for low, _, _ in self.profiles),
+            max(high for _, _, high in self.profiles),
         )
         gpu = torch.cuda.get_device_name()
         self.name = f"{_backend(plan)} {self._module.__version__} on {gpu}"
@@ -175,18 +176,19 @@ class Engine:
         """The profile that takes ``batch`` and was tuned nearest to it."""
         fitting = [
             (abs(best - batch), index)
-            for index, (low, best, high) in enumerate(self._profiles)
+            for index, (low, best, high) in enumerate(self.profiles)
             if low <= batch <= high
         ]
         if not fitting:
             raise EngineError(
-                f"no batch profile of the engine takes {batch} images: {list(self._profiles)}",
+                f"no batch profile of the engine takes {batch} images: {list(self.profiles)}",
                 hint="build it with --profile MIN,OPT,MAX around this batch",
             )
         return min(fitting)[1]
 
-    def _lane(self, batch: int) -> _Lane:
-        profile = self._profile_of(batch)
+    def _lane(self, batch: int, profile: int | None = None) -> _Lane:
+        if profile is None:
+            profile = self._profile_of(batch)
         # A recorded graph keeps its shapes: it needs a context to itself.
         key = (profile, batch if self._cuda_graph else 0)
         if key not in self._lanes:
@@ -218,11 +220,11 @@ class Engine:
         elif not lane.context.execute_async_v3(self._stream.cuda_stream):
             raise EngineError("TensorRT failed while it ran the engine")
 
-    def run(self, images: NDArray[Any]) -> NDArray[np.float32]:
-        """Images (B, ...) within one profile -> logits (B, classes)."""
+    def run(self, images: NDArray[Any], profile: int | None = None) -> NDArray[np.float32]:
+        """Images (B, ...) within one profile, the best one if None -> logits (B, classes)."""
         batch = len(images)
         with torch.cuda.stream(self._stream):
-            lane = self._lane(batch)
+            lane = self._lane(batch, profile)
             self._host_in[:batch].copy_(torch.from_numpy(images))
             self._in[:batch].copy_(self._host_in[:batch], non_blocking=True)
             self._launch(lane)
@@ -266,10 +268,17 @@ class EngineRunner(Closing):
         self._loaded = Engine(engine, trust=trust, cuda_graph=cuda_graph)
         self.name, self.input = self._loaded.name, self._loaded.input
         self.batches: tuple[int, int | None] = self._loaded.batches
+        self.profiles = self._loaded.profiles
 
     def __call__(self, images: Images) -> Logits:
         """See :class:`Runner`."""
         return in_parts(self._loaded.run, images, self.batches)
+
+    def run_in(self, profile: int, images: Images) -> Logits:
+        """See :class:`Runner`."""
+        smallest, _, largest = self.profiles[profile]
+        run = partial(self._loaded.run, profile=profile)
+        return in_parts(run, images, (smallest, largest))
 
     def device_seconds(self, images: Images) -> float | None:
         """See :class:`Runner`; between two CUDA events around the launch."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from exporters.errors import EngineError, GraphError
 from exporters.headers import read_passport
 from exporters.overflow import stored_session
 from exporters.session import CPU, CUDA, OnnxSession, available_providers
-from exporters.signature import stores_float16
+from exporters.signature import stored_types
 
 __all__ = ["OnnxRunner", "Provider"]
 
@@ -27,8 +28,10 @@ class OnnxRunner(Closing):
     The CPU computes float16 in float32, which hides overflow and rounding.  ``as_stored`` runs a
     graph with float16 tensors there so that each of them really passes through float16, see
     :mod:`exporters.overflow`; it makes no difference to other graphs.  ``emulates_float16`` is True
-    where float16 is computed in float32 all the same.  ``passport`` describes a graph that has
-    none inside.
+    where float16 is computed in float32 all the same, and ``emulation`` says why; a graph with
+    bfloat16 counts among them, because the CPU has few kernels that store it.  float8 is exact on
+    the CPU: only casts and QuantizeLinear make it, and they round as its definition says.
+    ``passport`` describes a graph that has none inside.
 
     Raises:
         EngineError: CUDA was asked for and is not to be had.
@@ -46,10 +49,10 @@ class OnnxRunner(Closing):
     ) -> None:
         passport = passport or read_passport(graph)
         provider_name = _provider(provider)
-        halves = provider_name == CPU and stores_float16(graph)
-        session = _stored(graph, threads) if as_stored and halves else None
+        kinds = stored_types(graph) if provider_name == CPU else set()
+        session, self.emulation = _as_stored(graph, threads, kinds, wanted=as_stored)
         self._widen = session is not None and passport.input.dtype == "float16"
-        self.emulates_float16 = halves and session is None
+        self.emulates_float16 = bool(self.emulation)
         self._session = session or OnnxSession(
             graph,
             providers=(provider_name,),
@@ -70,12 +73,23 @@ class OnnxRunner(Closing):
         return in_parts(lambda part: self._session.run(part)[0], taken, self.batches)
 
 
-def _stored(graph: Path, threads: int) -> OnnxSession | None:
-    """None for a foreign graph that cannot be rewritten: it is then emulated, and says so."""
+def _as_stored(
+    graph: Path, threads: int, kinds: Collection[str], *, wanted: bool
+) -> tuple[OnnxSession | None, str]:
+    """A session that stores float16, if there is any and it can; why float16 is emulated, if so.
+
+    A foreign graph that cannot be rewritten runs all the same, and says so.
+    """
+    if "bf16" in kinds:
+        return None, "bfloat16 is not computed on the CPU as a GPU does"
+    if "fp16" not in kinds:
+        return None, ""
+    if not wanted:
+        return None, "nobody asked for float16 as stored"
     try:
-        return stored_session(graph, threads=threads)
-    except GraphError:
-        return None
+        return stored_session(graph, threads=threads), ""
+    except GraphError as error:
+        return None, error.message
 
 
 def _provider(wanted: Provider) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from clipdeploy.imaging import Crop, ImageFolder, iter_crops, open_images, select
+from clipdeploy.passports import checked_passport, is_vouched
 from clipdeploy.plots import inline_svg
 from clipdeploy.tuning.bisection import Batch, measure
 from clipdeploy.tuning.chain import Chain
@@ -19,9 +20,8 @@ from clipdeploy.tuning.result import Bisection
 from clipdeploy.verification.reports import HeatMap
 from clipdeploy.workspace import Workspace
 from exporters.artifact import Passport, to_json
-from exporters.errors import ArtifactError, UsageError
+from exporters.errors import UsageError
 from exporters.files import sha256_file, write_atomic
-from exporters.headers import read_passport
 from exporters.progress import SILENT, Progress
 from exporters.samples import Samples
 from exporters.taps import InputMeter, find_tap
@@ -73,18 +73,10 @@ def _candidate_passport(candidate: Path, reference: Passport) -> Passport | None
     """The candidate's passport, None if it has lost it.
 
     Raises:
-        ArtifactError: it is of another model or of other weights.
+        ArtifactError, GraphError: it cannot be read, or says something else than the reference or
+            the graph itself.
     """
-    try:
-        found = read_passport(candidate)
-    except ArtifactError:
-        return None
-    if found.weights.identity != reference.weights.identity:
-        raise ArtifactError(
-            f"{candidate} was made from other weights than the FP32 graph",
-            hint="name a graph that was made in this workspace, or export its model here",
-        )
-    return found
+    return checked_passport(candidate, reference).graph if is_vouched(candidate) else None
 
 
 def bisect_model(

@@ -94,7 +94,7 @@ def _calibration_images(
     spec = passport.preprocess
     for crop in iter_crops(images, spec, skipped=skipped):
         image = Samples(crop.pixels[None], spec).as_input(passport.input)
-        yield CalibrationImage(crop.entry.name, crop.sha256, image)
+        yield CalibrationImage(crop.entry.name, crop.sha256, image, *crop.fingerprint)
 
 
 def choose_images(data: Path, config: CalibrateConfig) -> ImageFolder:
@@ -145,7 +145,7 @@ def calibrate_model(
     wanted = _records(chosen)
     if not force and path.exists():
         table = load_table(path)
-        if table.source_graph == sha256_file(graph) and table.images == wanted:
+        if table.source_graph == sha256_file(graph) and _has_all(table, wanted):
             return CalibrationArtifact(path, table, (), changed=False)
     if cluster is not None:
         job = _cluster_job(workspace, model, data, config, len(chosen.entries))
@@ -229,6 +229,11 @@ def merge_calibration(
         )
     path = workspace.calibration(model)
     return CalibrationArtifact(path, save_table(table, path), (), changed=True)
+
+
+def _has_all(table: CalibrationTable, wanted: Sequence[CalibrationImageRecord]) -> bool:
+    """Whether a table is of these images, and knows their pixels, by which copies are found."""
+    return table.images == wanted and all(image.decoded for image in table.images)
 
 
 def _records(images: ImageFolder) -> tuple[CalibrationImageRecord, ...]:

@@ -7,17 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from clipdeploy import zoo
+from clipdeploy.imaging import open_images
 from clipdeploy.model import reload_model
+from clipdeploy.stages.on_disk import check_against_disk, check_artifacts
 from clipdeploy.stages.verify_setup import Judgement, VerifyScope, labelled_images
 from clipdeploy.verification.diagnosis import diagnose
 from clipdeploy.verification.disagreements import disagreements_csv
 from clipdeploy.verification.reports import Evidence
 from clipdeploy.verification.result import Baseline, Verification
 from clipdeploy.verification.results import Results, merge_results, read_results, save_results
-from clipdeploy.verification.verdicts import judge_results
+from clipdeploy.verification.verdicts import Limits, judge_results
 from clipdeploy.workspace import Workspace
-from exporters.errors import ArtifactError, ClipdeployError
-from exporters.files import write_atomic
+from exporters.errors import ArtifactError, ClipdeployError, DatasetError
+from exporters.files import file_errors, write_atomic
+from exporters.locks import sole_writer
 from exporters.progress import SILENT, Progress
 
 __all__ = ["merge_verification"]
@@ -26,7 +29,7 @@ __all__ = ["merge_verification"]
 def merge_verification(
     workspace: Workspace,
     model: str,
-    max_drop: float = 1.0,
+    limits: Limits = Limits(),
     scope: VerifyScope = VerifyScope(),
     parts: Sequence[Path] = (),
     *,
@@ -36,11 +39,14 @@ def merge_verification(
 ) -> Judgement:
     """Shards -> the verdict of one run; without ``parts``, all shards of the workspace.
 
-    ``data`` is only needed where the baseline failed and its cause is looked for, and the images
-    are not where the first shard found them.
+    The artifacts have to be the files that the shards judged, and every image the file that its
+    record is of.  ``data`` is where the images are, if not where the first shard found them;
+    without them the result says that they were not compared.  Shards are removed once they are
+    joined.
 
     Raises:
-        ClipdeployError: a shard is missing, damaged, or of another run.
+        ClipdeployError: a shard is missing, damaged, or of another run, or an artifact or an image
+            has changed since.
     """
     found = parts or sorted(workspace.folder(model).glob("verification.*-of-*.jsonl"))
     results = merge_results([read_results(path) for path in found])
@@ -49,9 +55,15 @@ def merge_verification(
             f"the shards are of {results.question.model}, not of {model}",
             hint=f"pass --model {results.question.model}",
         )
+    missing = _compare_with_disk(results, data or Path(results.data), progress)
     kept = workspace.verification(model)
-    save_results(kept, results)
-    result = judge_results(results, max_drop, scope.expected)
+    with sole_writer(kept, "clipdeploy verify merge"):
+        save_results(kept, results)
+    for path in found:
+        with file_errors("remove", path):
+            path.unlink()
+    result = judge_results(results, limits, scope.expected)
+    result = replace(result, problems=(*result.problems, *missing))
     if not result.baseline:
         result = replace(
             result,
@@ -62,6 +74,21 @@ def merge_verification(
     different = workspace.disagreements(model)
     write_atomic(different, disagreements_csv(results))
     return Judgement(result, kept, different, Evidence(results))
+
+
+def _compare_with_disk(results: Results, data: Path, progress: Progress) -> tuple[str, ...]:
+    """Hold the records against the files; a sentence if the images are not there.
+
+    Raises:
+        ArtifactError, DatasetError, FileError: an artifact or an image has changed.
+    """
+    check_artifacts(results)
+    try:
+        images = open_images(data, layout="none")
+    except DatasetError as error:
+        return (f"the images were not compared with the records: {error.message}",)
+    check_against_disk(results, images, progress)
+    return ()
 
 
 def _diagnose_merged(

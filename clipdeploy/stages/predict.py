@@ -14,16 +14,15 @@ from rich.text import Text
 
 from clipdeploy import zoo
 from clipdeploy.device import gpus
-from clipdeploy.engines.passport import read_engine_passport
 from clipdeploy.imaging import open_images
 from clipdeploy.imaging.preprocess import crop_image, decode
+from clipdeploy.passports import checked_passport
 from clipdeploy.runners import Runner, open_runner
 from clipdeploy.verification.targets import Target, named_targets
 from clipdeploy.workspace import PRECISIONS, Workspace
 from exporters.artifact import Passport
 from exporters.errors import EngineError, UsageError
 from exporters.files import file_errors
-from exporters.headers import read_passport
 from exporters.notebook import Renderable, Shown
 from exporters.progress import SILENT, Progress
 from exporters.samples import Samples
@@ -88,15 +87,8 @@ def _target(workspace: Workspace, model: str | None, artifact: Path | None) -> T
         return named_targets([artifact or _default(workspace, model)], reference, trust=False)[0]
     if artifact is None:
         raise UsageError("neither a model nor an artifact", hint="name one of them")
-    engine = artifact.suffix == ".engine"
-    passport = read_engine_passport(artifact).graph if engine else _graph_passport(artifact)
-    return named_targets([artifact], passport, trust=False)[0]
-
-
-def _graph_passport(path: Path) -> Passport:
-    if path.suffix != ".onnx":
-        raise UsageError(f"{path} is neither .onnx nor .engine", hint="name a graph or an engine")
-    return read_passport(path)
+    found = checked_passport(artifact)
+    return Target(artifact, "engine" if found.engine else "graph", found.graph)
 
 
 def _files(paths: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
@@ -132,12 +124,15 @@ def _crops(
         yield names, Samples(np.stack(crops), spec)
 
 
-def _words(passport: Passport) -> list[tuple[str, str]]:
+def _words(target: Target) -> list[tuple[str, str]]:
     """Folder name and word of every class, the number where nobody named it."""
+    passport = target.passport
+    # Without a passport nothing says that the weights are those that the names belong to.
+    stated = passport.class_names if target.vouched else ()
     known = zoo.class_names(zoo.find(passport.model))
-    if tuple(name for name, _ in known) == passport.class_names:
+    if tuple(name for name, _ in known) == stated:
         return list(known)
-    names = passport.class_names or [str(i) for i in range(passport.classes)]
+    names = stated or [str(i) for i in range(passport.classes)]
     return [(name, name) for name in names]
 
 
@@ -153,7 +148,7 @@ def _guesses(
 def _predictions(
     runner: Runner, target: Target, files: Iterator[tuple[str, bytes]], top: int
 ) -> Iterator[Prediction]:
-    words = _words(target.passport)
+    words = _words(target)
     for names, samples in _crops(files, target.passport):
         for name, logits in zip(names, runner(samples.as_input(runner.input)), strict=True):
             if not np.isfinite(logits).all():
@@ -176,7 +171,8 @@ def predict_images(
     """The ``top`` classes of image files, or of all images in folders and archives.
 
     ``model`` may be left out where ``artifact``, a graph or an engine, says what it is of; without
-    an ``artifact`` the fastest one of the model that runs here is taken.
+    an ``artifact`` the fastest one of the model that runs here is taken.  Classes of a graph
+    without a passport are numbers: nothing says that the model's names are theirs.
 
     Raises:
         ClipdeployError: see :mod:`exporters.errors`; an image that cannot be read is one.

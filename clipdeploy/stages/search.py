@@ -26,6 +26,7 @@ from clipdeploy.tuning.pareto import Candidate, Evaluation, pareto_front
 from clipdeploy.tuning.search import SearchConfig, SearchResult
 from clipdeploy.tuning.splits import Split, check_splits
 from clipdeploy.tuning.state import load_state, save_state
+from clipdeploy.verification.leaks import read_calibrated
 from clipdeploy.verification.paired import judge_drop
 from clipdeploy.workspace import Workspace
 from exporters.artifact import to_json
@@ -33,6 +34,7 @@ from exporters.errors import UsageError
 from exporters.files import sha256_file
 from exporters.headers import GraphArtifact
 from exporters.leftovers import scratch_folder
+from exporters.locks import sole_writer
 from exporters.progress import SILENT, Progress
 
 __all__ = ["SearchConfig", "SearchResult", "search_model"]
@@ -66,7 +68,8 @@ class _Search:
         minutes = config.budget
         self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
         spec = self.passport.preprocess
-        self.images = list(labelled_batches(self.search, spec, config.batch))
+        self.calibrated = read_calibrated(self.calibration)
+        self.images = list(labelled_batches(self.search, spec, config.batch, self.calibrated))
 
     def _key(self) -> str:
         """Everything that a figure in the state depends on."""
@@ -200,8 +203,9 @@ def search_model(
     check_splits(*splits, frozenset(record.sha256 for record in table.images))
     check_enough(splits[0], config, "search")
     check_enough(splits[1], config, "confirm")
-    search = _Search(workspace, model, splits, config, progress)
-    with scratch_folder() as temporary:
+    state = workspace.search(model) / "state.json"
+    with sole_writer(state, "clipdeploy search"), scratch_folder() as temporary:
+        search = _Search(workspace, model, splits, config, progress)
         return _run(search, temporary, data)
 
 
@@ -224,7 +228,8 @@ def _run(search: _Search, folder: Path, data: Path) -> SearchResult:
     judged = judge_drop(measured.lost, measured.gained, measured.images, search.config.max_drop)
     with search.progress.task("confirm"):
         spec = search.passport.preprocess
-        images = labelled_batches(search.confirm, spec, search.config.batch)
+        batch = search.config.batch
+        images = labelled_batches(search.confirm, spec, batch, search.calibrated)
         fresh = _score(search, artifact.path, images)
     confirmed = judge_drop(fresh.lost, fresh.gained, fresh.images, search.config.max_drop)
     point = next(p for p in points if frozenset(p.int8) == chosen)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from clipdeploy.cluster import ClusterConfig, Shard, ShardJob, shards_on_cluster
 from clipdeploy.imaging import select
+from clipdeploy.stages.on_disk import check_against_disk
 from clipdeploy.stages.verify_setup import Bench, Judgement, VerifyScope, set_up
 from clipdeploy.verification.baseline import is_hopeless
 from clipdeploy.verification.disagreements import disagreements_csv
@@ -25,6 +26,7 @@ from clipdeploy.verification.verifier import VerifyConfig, run_verification
 from clipdeploy.workspace import Workspace
 from exporters.errors import UsageError
 from exporters.files import write_atomic
+from exporters.locks import sole_writer
 from exporters.progress import SILENT, Progress
 
 __all__ = ["verify_model"]
@@ -48,7 +50,7 @@ def _first_look(
         (),
         sample,
         alone,
-        seen=bench.seen,
+        calibrated=bench.calibrated,
         allow_leak=True,
         progress=progress,
     )
@@ -91,18 +93,20 @@ def verify_model(
     if config.shard is None and (hopeless := _first_look(bench, config, scope, progress)):
         note("PyTorch itself misses its accuracy on a sample of the images: not going on")
         hopeless = replace(hopeless, question=_asking(hopeless, bench))
-        verdict = bench.judge(hopeless, config.max_drop, scope, progress)
+        verdict = bench.judge(hopeless, config.limits, scope, progress)
         return Judgement(verdict, None, evidence=Evidence(hopeless, bench.images))
     if cluster is not None:
         job = _cluster_job(workspace, model, data, config, scope, len(bench.images.entries))
         with shards_on_cluster(cluster, job, force=force, progress=progress) as parts:
             results = merge_results([read_results(part) for part in parts])
-            save_results(kept, results)
+            check_against_disk(results, bench.images, progress)
+            with sole_writer(kept, "clipdeploy verify"):
+                save_results(kept, results)
     else:
         results = bench.run(config, scope, kept, progress, force)
     if config.shard is not None:
         return Judgement(None, kept)
-    verification = bench.judge(results, config.max_drop, scope, progress)
+    verification = bench.judge(results, config.limits, scope, progress)
     different = workspace.disagreements(model)
     write_atomic(different, disagreements_csv(results))
     return Judgement(verification, kept, different, Evidence(results, bench.images))

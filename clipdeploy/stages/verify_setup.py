@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from calibration.table import load_table
 from clipdeploy import zoo
 from clipdeploy.imaging import ImageFolder, look_over, open_images, select, survey
 from clipdeploy.imaging.layouts import LayoutName
@@ -14,16 +13,16 @@ from clipdeploy.imaging.survey import Few
 from clipdeploy.model import LoadedModel, reload_model
 from clipdeploy.verification.baseline import Expected
 from clipdeploy.verification.diagnosis import diagnose
+from clipdeploy.verification.leaks import Calibrated, calibration_of, read_calibrated
 from clipdeploy.verification.reports import Evidence
 from clipdeploy.verification.result import Verification
 from clipdeploy.verification.results import Results
 from clipdeploy.verification.targets import Target, named_targets, workspace_targets
-from clipdeploy.verification.verdicts import judge_results
+from clipdeploy.verification.verdicts import Limits, judge_results
 from clipdeploy.verification.verifier import VerifyConfig, run_verification
 from clipdeploy.workspace import Workspace
 from exporters.artifact import Passport
 from exporters.errors import ArtifactError, DatasetError
-from exporters.files import sha256_file
 from exporters.notebook import Renderable, Shown, facts
 from exporters.progress import Progress
 
@@ -59,7 +58,8 @@ class VerifyScope:
 class Judgement(Shown):
     """A verification, and the files that hold its records: None where nothing was kept.
 
-    A shard alone has no ``verification``.  ``evidence`` is what a report shows beside it.
+    A shard alone has no ``verification``, and so is not true: nothing is proven yet.  ``evidence``
+    is what a report shows beside it.
     """
 
     verification: Verification | None
@@ -68,7 +68,7 @@ class Judgement(Shown):
     evidence: Evidence | None = None
 
     def __bool__(self) -> bool:
-        return self.verification is None or bool(self.verification)
+        return self.verification is not None and bool(self.verification)
 
     def __rich__(self) -> Renderable:
         return self.verification or facts([("records of a shard", str(self.results))])
@@ -82,7 +82,7 @@ class Bench:
     passport: Passport
     targets: tuple[Target, ...]
     images: ImageFolder
-    seen: frozenset[str] | None
+    calibrated: Calibrated
 
     def run(
         self, config: VerifyConfig, scope: VerifyScope, keep: Path, progress: Progress, force: bool
@@ -94,7 +94,7 @@ class Bench:
             self.targets,
             self.images,
             config,
-            seen=self.seen,
+            calibrated=self.calibrated,
             allow_leak=scope.allow_leak,
             keep=keep,
             force=force,
@@ -102,10 +102,10 @@ class Bench:
         )
 
     def judge(
-        self, results: Results, max_drop: float, scope: VerifyScope, progress: Progress
+        self, results: Results, limits: Limits, scope: VerifyScope, progress: Progress
     ) -> Verification:
         """The verdicts, with the cause looked for if the baseline failed."""
-        result = judge_results(results, max_drop, scope.expected)
+        result = judge_results(results, limits, scope.expected)
         if result.baseline:
             return result
         explained = diagnose(
@@ -184,26 +184,24 @@ def set_up(
     refuse_unreadable(images, note, progress, skip_unreadable=config.skip_unreadable)
     with progress.task(f"load {model} in PyTorch"):
         reference = reload_model(zoo.find(model), passport.weights, passport.recipe)
+    calibrated = read_calibrated(workspace.calibration(model))
+    unknown = [
+        target.path
+        for target in targets
+        if target.vouched and calibration_of(target, calibrated) is None
+    ]
     # Nothing is judged on random weights, so that no image can flatter them.
-    random_weights = passport.weights.kind == "random"
-    seen = frozenset() if random_weights else _calibrated_on(workspace, model, targets)
-    if seen is None and not scope.allow_leak:
+    if unknown and passport.weights.kind != "random" and not scope.allow_leak:
         raise ArtifactError(
-            f"{workspace.calibration(model)} is not the calibration that the INT8 artifacts were "
-            "made with, so that nobody can tell whether --data holds calibration images",
+            f"{workspace.calibration(model)} is not the calibration that {unknown[0].name} was "
+            "made with, so that it is unknown whether --data holds calibration images",
             hint="build them again with build-engine --int8, or pass --allow-leak",
         )
-    return Bench(reference, passport, tuple(targets), images, seen)
-
-
-def _calibrated_on(
-    workspace: Workspace, model: str, targets: Sequence[Target]
-) -> frozenset[str] | None:
-    """SHA-256 of every image that an INT8 target was calibrated on; None if nobody can tell."""
-    wanted = {target.passport.parents.get("calibration", "") for target in targets} - {""}
-    path = workspace.calibration(model)
-    if not wanted:
-        return frozenset()
-    if not path.exists() or wanted != {sha256_file(path)}:
-        return None
-    return frozenset(record.sha256 for record in load_table(path).images)
+    if config.cache is not None and (problem := config.cache.problem(passport.preprocess)):
+        note(problem)
+    if not calibrated.decoded:
+        note(
+            f"{workspace.calibration(model)} is of an older clipdeploy: calibration images that "
+            "were saved again in another format are not recognised"
+        )
+    return Bench(reference, passport, tuple(targets), images, calibrated)

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from clipdeploy.imaging import Crop, ImageFolder, iter_crops, open_images
 from clipdeploy.tuning.search import SearchConfig
 from clipdeploy.tuning.splits import Split, hash_images, split_images
+from clipdeploy.verification.batches import mixed
+from clipdeploy.verification.leaks import Calibrated, refuse_leaks
 from clipdeploy.verification.paired import images_needed, judge_drop
 from exporters.artifact import Passport, Preprocess
 from exporters.errors import DatasetError, UsageError
@@ -73,14 +75,17 @@ def check_enough(split: Split, config: SearchConfig, what: str) -> None:
         )
 
 
-def labelled_batches(split: Split, spec: Preprocess, batch: int) -> Iterator[Labelled]:
-    """Decoded images and their labels (B,), ``batch`` at once.
+def labelled_batches(
+    split: Split, spec: Preprocess, batch: int, calibrated: Calibrated = Calibrated()
+) -> Iterator[Labelled]:
+    """Decoded images, their classes mixed, and their labels (B,), ``batch`` at once.
 
     Raises:
-        DatasetError: an image cannot be read.
+        DatasetError: an image cannot be read, or has the pixels of one of ``calibrated``.
     """
     crops = []
-    for crop in iter_crops(split.images, spec):
+    for crop in iter_crops(mixed(split.images), spec):
+        refuse_leaks([crop], calibrated.leaks([crop]))
         crops.append(crop)
         if len(crops) == batch:
             yield _labelled(crops, spec)

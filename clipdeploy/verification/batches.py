@@ -6,27 +6,36 @@ import hashlib
 from collections import defaultdict, deque
 from collections.abc import Collection, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 
 from clipdeploy.imaging import Crop, CropCache, ImageFolder, Reading, Skipped, iter_crops
+from clipdeploy.imaging.archives import ZipPlace
 from clipdeploy.imaging.crop_shards import NO_STAMP
 from clipdeploy.imaging.crops import Stamps
+from clipdeploy.imaging.look_over import file_sizes
 from exporters.artifact import Preprocess
-from exporters.samples import Samples
+from exporters.errors import DatasetError
+from exporters.samples import Samples, stack_crops
 
 __all__ = [
     "DecodedBatch",
     "decoded_batches",
+    "digest_of_contents",
     "digest_of_entries",
     "digest_of_files",
+    "mixed",
     "prefetched",
-    "shuffled",
 ]
 
 T = TypeVar("T")
+
+_ORDER_SEED = 0
+# Files whose bytes go into the digest of contents; the sizes of all the others do.
+_SAMPLED = 64
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class DecodedBatch:
 
     def samples(self, spec: Preprocess) -> Samples:
         """The crops as input; there has to be one."""
-        return Samples(np.stack([crop.pixels for crop in self.crops]), spec)
+        return Samples(stack_crops([crop.pixels for crop in self.crops]), spec)
 
 
 def prefetched(items: Generator[T], depth: int = 2) -> Iterator[T]:
@@ -58,9 +67,9 @@ def prefetched(items: Generator[T], depth: int = 2) -> Iterator[T]:
         items.close()
 
 
-def shuffled(images: ImageFolder, seed: int) -> ImageFolder:
-    """The same images in a random order."""
-    order = np.random.default_rng(seed).permutation(len(images.entries))
+def mixed(images: ImageFolder) -> ImageFolder:
+    """The same images in the order in which they are verified: random, and always the same."""
+    order = np.random.default_rng(_ORDER_SEED).permutation(len(images.entries))
     return ImageFolder(images.root, tuple(images.entries[i] for i in order), images.origin)
 
 
@@ -69,6 +78,28 @@ def digest_of_entries(images: ImageFolder) -> str:
     digest = hashlib.sha256()
     for entry in images.entries:
         digest.update(repr((entry.name, entry.label)).encode())
+    return digest.hexdigest()
+
+
+def digest_of_contents(images: ImageFolder) -> str:
+    """SHA-256 of all files' sizes (and CRC-32, in a zip) and of the bytes of 64 of them.
+
+    It is the same wherever the files lie, and tells sets of images with the same names apart
+    without reading them all.  The 64 are spread over the list.
+    """
+    digest = hashlib.sha256()
+    for entry, size in zip(images.entries, file_sizes(images), strict=True):
+        crc = entry.place.crc if isinstance(entry.place, ZipPlace) else 0
+        digest.update(repr((entry.name, size, crc)).encode())
+    reader = images.reader()
+    try:
+        step = max(1, len(images.entries) // _SAMPLED)
+        for entry in images.entries[::step]:
+            with suppress(DatasetError):  # an unreadable file has the size that is known
+                data = reader.read(entry.name, entry.place)
+                digest.update(hashlib.sha256(data).digest())
+    finally:
+        reader.close()
     return digest.hexdigest()
 
 

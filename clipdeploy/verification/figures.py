@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipdeploy.verification.paired import Interval, wilson_interval
-from clipdeploy.verification.records import Answer, ImageRecord, measure_images
+from clipdeploy.verification.records import Answer, ImageId, ImageRecord, Leak, measure_images
 
 __all__ = ["Accuracy", "Fidelity", "FidelityMeter", "accuracy_of", "fidelity_of"]
 
@@ -41,7 +41,7 @@ class Fidelity:
     where they are equal.  With a logit that is NaN or infinite ``finite`` is False and these four
     are of the other images.  ``agreement`` is percent of images with the same first answer;
     ``lost`` and ``gained`` count the images that only the reference, or only the artifact, gets
-    right.
+    right; ``lost_top5`` and ``gained_top5`` the same for a label among the first five answers.
     """
 
     images: int
@@ -54,6 +54,8 @@ class Fidelity:
     accuracy: Accuracy | None
     lost: int = 0
     gained: int = 0
+    lost_top5: int = 0
+    gained_top5: int = 0
 
     @property
     def drop(self) -> float | None:
@@ -98,6 +100,8 @@ def fidelity_of(
         accuracy=accuracy_of(ours) if labelled else None,
         lost=sum(a.right() and not b.right() for a, b in pairs),
         gained=sum(b.right() and not a.right() for a, b in pairs),
+        lost_top5=sum(a.right(5) and not b.right(5) for a, b in pairs),
+        gained_top5=sum(b.right(5) and not a.right(5) for a, b in pairs),
     )
 
 
@@ -117,8 +121,9 @@ class FidelityMeter:
         """One batch: logits and reference (B, K) float32, labels (B,) or None."""
         count, self._classes = logits.shape
         classes = [None] * count if labels is None else labels.tolist()
-        nameless = [("", "")] * count
-        self._records += measure_images(nameless, classes, [False] * count, reference, [logits])
+        no_leak: list[Leak] = [""] * count
+        nameless = [ImageId("", "", "", b"")] * count
+        self._records += measure_images(nameless, classes, no_leak, reference, [logits])
 
     def result(self) -> Fidelity:
         """The figures over everything added, one image at least."""

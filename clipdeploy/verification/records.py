@@ -7,14 +7,17 @@ are the same records.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Answer", "ImageRecord", "Outcome", "measure_images"]
+__all__ = ["Answer", "ImageId", "ImageRecord", "Leak", "Outcome", "measure_images"]
 
 _KEPT_ANSWERS = 5
+
+Leak = Literal["", "near", "same"]
 
 Logits = NDArray[np.float32]
 
@@ -60,20 +63,43 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True, gc=False):
         return self.noise is not None
 
 
-class ImageRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One image: its file's SHA-256 in hex, its class, and what everybody made of it.
+class ImageId(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Which image: its name, the SHA-256 of its file in hex, and its decoded crop's fingerprint.
 
-    ``leaked`` says that an artifact was calibrated on it; ``signal`` is the sum of the reference's
-    squared logits; ``outcomes`` are in the order of the artifacts.
+    ``pixels`` is the hash of the decoded crop in hex, ``thumbnail`` its 64 grey means, see
+    :mod:`clipdeploy.imaging.fingerprints`.
     """
 
     name: str
     sha256: str
+    pixels: str
+    thumbnail: bytes
+
+
+class ImageRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One image: which, its class, and each classifier's answer.
+
+    ``leak`` is ``same`` if an artifact was calibrated on this image, ``near`` if on one that looks
+    nearly the same, else empty; ``signal`` is the sum of the reference's squared logits;
+    ``outcomes`` are in the order of the artifacts.
+    """
+
+    image: ImageId
     label: int | None
-    leaked: bool
+    leak: Leak
     signal: float
     reference: Answer
     outcomes: tuple[Outcome, ...]
+
+    @property
+    def name(self) -> str:
+        """The image's path inside its folder or archive."""
+        return self.image.name
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of the image's file in hex."""
+        return self.image.sha256
 
 
 def _answers(logits: Logits, labels: Sequence[int | None]) -> list[Answer]:
@@ -110,18 +136,18 @@ def _outcomes(logits: Logits, reference: Logits, answers: Sequence[Answer]) -> l
 
 
 def measure_images(
-    names: Sequence[tuple[str, str]],
+    images: Sequence[ImageId],
     labels: Sequence[int | None],
-    leaked: Sequence[bool],
+    leaks: Sequence[Leak],
     reference: Logits,
     artifacts: Sequence[Logits],
 ) -> list[ImageRecord]:
     """The records of one batch of B images.
 
     Args:
-        names: B pairs of name and SHA-256.
+        images: B images.
         labels: B classes, None for an image without one.
-        leaked: B, whether an artifact was calibrated on the image.
+        leaks: B, whether an artifact was calibrated on the image.
         reference: (B, K) float32.
         artifacts: (B, K) float32 of each artifact.
     """
@@ -129,8 +155,8 @@ def measure_images(
         signal = np.nan_to_num((reference.astype(np.float64) ** 2).sum(axis=1))
     by_artifact = [_outcomes(each, reference, _answers(each, labels)) for each in artifacts]
     return [
-        ImageRecord(name, sha256, label, leak, float(power), answer, tuple(outcomes))
-        for (name, sha256), label, leak, power, answer, *outcomes in zip(
-            names, labels, leaked, signal, _answers(reference, labels), *by_artifact, strict=True
+        ImageRecord(image, label, leak, float(power), answer, tuple(outcomes))
+        for image, label, leak, power, answer, *outcomes in zip(
+            images, labels, leaks, signal, _answers(reference, labels), *by_artifact, strict=True
         )
     ]

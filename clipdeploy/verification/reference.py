@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
+import torch
+import xxhash
 from numpy.typing import NDArray
 
-from clipdeploy import vit
 from clipdeploy.engines.passport import library_versions
 from clipdeploy.imaging import CropCache
 from clipdeploy.imaging.crop_shards import NO_STAMP
 from clipdeploy.imaging.crops import Shelf
+from clipdeploy.imaging.keys import digest_of, pixels_key, sources
 from clipdeploy.model import LoadedModel
 from clipdeploy.runners.torch import TorchRunner
 from exporters.artifact import Preprocess, settings_of
@@ -22,14 +22,25 @@ from exporters.samples import Samples
 
 __all__ = ["Reference"]
 
-_FORMAT = 2
+_FORMAT = 3
+# Our own code from a crop and a checkpoint to logits.
+_DECIDES_LOGITS = (
+    "clipdeploy.checkpoints",
+    "clipdeploy.model",
+    "clipdeploy.runners.torch",
+    "clipdeploy.vit",
+    "exporters.preprocess_graph",
+    "exporters.samples",
+)
 
 
 class Reference:
     """PyTorch's logits of a batch; with a ``cache`` each batch is computed once.
 
-    Logits are found by what decides them to the last bit: weights, recipe, preprocessing, device,
-    threads, PyTorch's version, and the content of all images of the batch.
+    Logits are found by what decides them to the last bit: everything that decides pixels (see
+    :func:`clipdeploy.imaging.keys.pixels_key`), mean and std, weights, recipe, the code that makes
+    logits of crops, device, threads, PyTorch's version, and the files and crops of the batch.
+    ``cache_problem`` says in a sentence why no further logits are kept; empty if they are.
     """
 
     def __init__(
@@ -45,27 +56,36 @@ class Reference:
     def _shelf_name(self, model: LoadedModel, spec: Preprocess) -> str:
         decides = {
             "format": _FORMAT,
+            "pixels": pixels_key(spec),
             "weights": model.weights.identity,
             "recipe": settings_of(model.recipe),
             "preprocess": settings_of(spec),
-            "code": hashlib.sha256(Path(vit.__file__).read_bytes()).hexdigest(),
+            "config": settings_of(model.module.config),
+            "code": sources(_DECIDES_LOGITS),
             "runner": self.name,
             "threads": self._runner.threads,
             "torch": library_versions().get("torch"),
+            # Which of PyTorch's kernels a processor gets decides the last bits.
+            "processor": torch.backends.cpu.get_cpu_capability(),
         }
-        return "logits-" + hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
+        return f"logits-{digest_of(decides)}"
+
+    @property
+    def cache_problem(self) -> str:
+        """Why no further logits are kept, as a sentence; empty if they are."""
+        return self._shelf.problem if self._shelf is not None else ""
 
     def __call__(self, hashes: Sequence[str], samples: Samples) -> NDArray[np.float32]:
-        """Logits (B, K) of B images with these SHA-256 in hex."""
+        """Logits (B, K) of B images: the hex SHA-256 of their files, and their crops."""
         if self._shelf is None:
             return self._runner(samples.pixels)
         # Neighbours in a batch may change the last bit of a product, so they are in the key.
-        batch = hashlib.sha256("".join(hashes).encode()).hexdigest()
+        pixels = xxhash.xxh3_128_hexdigest(np.ascontiguousarray(samples.crops).data)
+        batch = hashlib.sha256("".join((pixels, *hashes)).encode()).hexdigest()
         keys = [hashlib.sha256(f"{batch}/{i}".encode()).hexdigest() for i in range(len(hashes))]
-        found = [self._shelf.get(key) for key in keys]
-        known = [row for row in found if row is not None]
-        if len(known) == len(keys):
-            return np.stack(known)
+        known, places = self._shelf.read(keys)
+        if all(places):
+            return known
         logits = self._runner(samples.pixels)
         for key, row in zip(keys, logits, strict=True):
             self._shelf.put(NO_STAMP, key, row)

@@ -7,10 +7,12 @@ from typing import Literal
 
 from clipdeploy.verification.figures import Accuracy, Fidelity
 from clipdeploy.verification.paired import DropJudgement, Interval
+from clipdeploy.verification.repeatability import Repeatability
 from exporters.notebook import Renderable, Shown
 
 __all__ = [
     "Baseline",
+    "BaselineStatus",
     "Cause",
     "Disagreement",
     "Row",
@@ -18,9 +20,12 @@ __all__ = [
     "Verification",
 ]
 
-VERIFICATION_SCHEMA = 1
+VERIFICATION_SCHEMA = 2
 
 Verdict = Literal["equivalent", "regressed", "undecided", "not judged", "not executed"]
+BaselineStatus = Literal[
+    "confirmed", "unconfirmed", "missed", "implausible", "unpublished", "skipped"
+]
 
 
 @dataclass(frozen=True)
@@ -41,20 +46,24 @@ class Cause:
 class Baseline:
     """Whether PyTorch itself is as accurate as it is to be on these images.
 
-    ``confirmed``: the ``published`` top-1 and top-5 lie within the intervals of what was found;
-    ``missed``: one of them does not; ``implausible``: PyTorch is no better than guessing;
-    ``unpublished``: nothing to compare with; ``skipped``: the user asked for no comparison.  Only
-    after the second and third no artifact is judged.  ``causes`` are the usual ones, tried out, the
-    likeliest first.
+    ``confirmed``: the ``published`` top-1 and top-5 lie within the intervals of what was found, and
+    there are images enough for that to mean something; ``unconfirmed``: they are too few, or the
+    whole validation set gives slightly other figures; ``missed``: a published figure lies outside;
+    ``implausible``: PyTorch is no better than guessing; ``unpublished``: nothing to compare with;
+    ``skipped``: the user asked for no comparison.  Only after ``missed`` and ``implausible`` no
+    artifact is judged.  ``excludes`` is by how many points of top-1 a reference has to be worse for
+    this check to notice it 19 times in 20, None if it never would or nothing was compared.
+    ``causes`` are the usual ones, tried out, the likeliest first.
     """
 
-    status: Literal["confirmed", "missed", "implausible", "unpublished", "skipped"]
+    status: BaselineStatus
     sentence: str
     published_top1: float | None = None
     published_top5: float | None = None
     top1_interval: Interval | None = None
     top5_interval: Interval | None = None
     causes: tuple[Cause, ...] = ()
+    excludes: float | None = None
 
     def __bool__(self) -> bool:
         return self.status not in ("missed", "implausible")
@@ -79,8 +88,11 @@ class Disagreement:
 class Row:
     """One artifact's figures and verdict; ``reason`` is a sentence for every verdict.
 
-    ``vouched`` is False for a graph without a passport; ``disagreements`` counts images with
-    another first answer than PyTorch's, ``worst`` are those with the largest difference of logits.
+    ``vouched`` is False for a graph without a passport; ``drop`` is of top-1, ``drop_top5`` of
+    top-5.  ``repeats`` says whether it answered alike when it was asked again; ``calibrated`` is
+    False for an artifact that no image was calibrated on, None if that is unknown.
+    ``disagreements`` counts images with another first answer than PyTorch's, ``worst`` are those
+    with the largest difference of logits.
     """
 
     artifact: str
@@ -92,6 +104,9 @@ class Row:
     reason: str
     fidelity: Fidelity | None
     drop: DropJudgement | None
+    drop_top5: DropJudgement | None
+    repeats: Repeatability | None
+    calibrated: bool | None
     disagreements: int
     worst: tuple[Disagreement, ...]
 
@@ -100,26 +115,35 @@ class Row:
 class Verification(Shown):
     """The result: ``passed`` only if every row is equivalent; use it as a truth value.
 
-    ``images`` were judged, of ``listed``; ``problems`` has a sentence for each thing that is odd
-    about them; ``leaked`` counts those that an artifact was calibrated on, None if nobody can
-    tell; ``reference`` is PyTorch's accuracy, None without labels and for random weights.
+    ``images`` different ones were judged, of ``listed``: ``copies`` more have the decoded pixels of
+    one of these and count once with it, and of ``images`` themselves ``near_copies`` look nearly
+    like another.  ``problems`` has a sentence for each thing that is odd about them; ``leaked``
+    counts those that an artifact was calibrated on, ``near_leaked`` those that look nearly like
+    one, both None if that is unknown.  ``reference`` is PyTorch's accuracy, None without labels and
+    for random weights.  ``left_out`` are engines of judged graphs that were not judged themselves.
+    ``max_drop_top5`` is None if top-5 was not judged.
     """
 
     model: str
     data: str
     images: int
     listed: int
+    copies: int
+    near_copies: int
     labelled: bool
     skipped: tuple[str, ...]
     problems: tuple[str, ...]
     leaked: int | None
+    near_leaked: int | None
     random_weights: bool
     class_names: tuple[str, ...]
     max_drop: float
+    max_drop_top5: float | None
     sequential: bool
     baseline: Baseline
     reference: Accuracy | None
     rows: tuple[Row, ...]
+    left_out: tuple[str, ...]
     passed: bool
     schema: int = VERIFICATION_SCHEMA
 

@@ -1,24 +1,29 @@
-"""The results file: what was asked, then a line a batch of images.
+"""The results file: what was asked, then a line a batch of images, each with its checksum.
 
-    {"question": ...}                                   what decides the records, and nothing else
-    {"batch": 0, "records": [...], "unreadable": [...]}
-    {"batch": 1, ...}
+    {"sum": ..., "line": {"question": ...}}                       what decides the records
+    {"sum": ..., "line": {"batch": 0, "records": [...], ...}}
+    {"sum": ..., "line": {"batch": 1, ...}}
 
-A run appends a line as soon as a batch is done, so that a killed one goes on; a last line that was
-cut short is no line.  Batches are cut from the whole list of images, and a shard takes every n-th:
-an image meets the same neighbours in every run, and its logits are the same to the last bit.
-Verdicts are made from the records afterwards: another ``--max-drop`` needs no new run.
+``sum`` is a hash of its own line and of the sum before it: a line that was edited, moved, repeated
+or left out in the middle is found.  A run appends a line as soon as a batch is done, so that a
+killed one goes on; a last line that was cut short is no line.  Batches are cut from the whole list
+of images, and a shard takes every n-th: an image meets the same neighbours in every run, and its
+logits are the same to the last bit.  Verdicts are made from the records afterwards: another
+``--max-drop`` needs no new run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 
 from clipdeploy.verification.records import ImageRecord
+from clipdeploy.verification.repeats import Repeat
 from exporters.artifact import Preprocess, Recipe
 from exporters.errors import ArtifactError
 from exporters.files import file_errors, write_atomic
@@ -31,11 +36,10 @@ __all__ = [
     "ResultsWriter",
     "merge_results",
     "read_results",
-    "resume_results",
     "save_results",
 ]
 
-RESULTS_SCHEMA = 1
+RESULTS_SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,10 @@ class Asked:
     """An artifact under judgement.
 
     ``runner`` computed its logits, empty if nothing could: then ``why_not`` says why.  ``vouched``
-    is False for a file without a passport, ``emulated`` True where float16 was computed in float32.
+    is False for a file without a passport, ``emulated`` True where half precision was computed in
+    float32, of which ``why_not`` says why as well.
+    ``calibration`` is the SHA-256 of the table that it was calibrated with, empty if with none,
+    None if that is unknown.
     """
 
     artifact: str
@@ -54,15 +61,17 @@ class Asked:
     why_not: str = ""
     vouched: bool = True
     emulated: bool = False
+    calibration: str | None = ""
 
 
 @dataclass(frozen=True)
 class Question:
     """All that decides the records; only results of the same question can be joined.
 
-    ``entries`` is the SHA-256 of the images' names and classes in their order, ``problems`` what
-    listing them showed, ``calibrated`` the SHA-256 of the calibration images' hashes, empty if
-    nobody knows them.  ``sequential`` is the largest drop at which the run stops early.
+    ``decoder`` is the key of all that decides pixels, ``entries`` the SHA-256 of the images' names
+    and classes in their order, ``contents`` that of all files' sizes and of some files' bytes;
+    ``problems`` is what listing them showed, ``calibrated`` the SHA-256 of the calibration images'
+    hashes, empty without any.  ``sequential`` is the largest drop at which the run stops early.
     ``threads`` decides the last bits: sums are cut into as many parts.
     """
 
@@ -71,6 +80,7 @@ class Question:
     random_weights: bool
     recipe: Recipe
     preprocess: Preprocess
+    decoder: str
     reference: str
     classes: int
     class_names: tuple[str, ...]
@@ -78,8 +88,9 @@ class Question:
     images: int
     labelled: bool
     entries: str
+    contents: str
     problems: tuple[str, ...]
-    calibrated: str | None
+    calibrated: str
     batch: int
     sequential: float | None
     threads: int
@@ -91,14 +102,27 @@ class Question:
         """How many batches all images make."""
         return -(-self.images // self.batch)
 
+    def size(self, number: int) -> int:
+        """How many images batch ``number`` has."""
+        return min(self.batch, self.images - number * self.batch)
+
+    @property
+    def ran(self) -> tuple[Asked, ...]:
+        """The artifacts that something could run, in the order of every record's outcomes."""
+        return tuple(asked for asked in self.artifacts if asked.runner)
+
 
 @dataclass(frozen=True)
 class BatchResult:
-    """The records of one batch, in the order of its images, and what could not be read of it."""
+    """The records of one batch, in the order of its images, and what could not be read of it.
+
+    ``repeats`` are the calls that were made again, of each artifact that ran.
+    """
 
     batch: int
     records: tuple[ImageRecord, ...]
     unreadable: tuple[str, ...] = ()
+    repeats: tuple[tuple[Repeat, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,14 +160,47 @@ class Results:
         """The numbers of the batches that are here."""
         return frozenset(batch.batch for batch in self.batches)
 
+    def repeats(self, lane: int) -> list[Repeat]:
+        """The calls that were made again, of the artifact with this number."""
+        return [repeat for batch in self.batches for repeat in batch.repeats[lane]]
+
     @property
     def header(self) -> _Header:
         """The first line of the file."""
         return _Header(self.question, self.data, self.stamps, self.shard)
 
 
-def _line(value: object) -> bytes:
-    return msgspec.json.encode(value) + b"\n"
+class _Line(msgspec.Struct):
+    sum: str
+    line: msgspec.Raw
+
+
+class _Chain:
+    """Lines with their checksums, each of which covers the lines before it."""
+
+    def __init__(self) -> None:
+        self._last = b""
+
+    def _sum(self, line: bytes) -> str:
+        found = hashlib.blake2b(line, key=self._last, digest_size=16)
+        self._last = found.digest()
+        return found.hexdigest()
+
+    def write(self, value: object) -> bytes:
+        """The next line, with its line break."""
+        line = msgspec.json.encode(value)
+        return msgspec.json.encode(_Line(self._sum(line), msgspec.Raw(line))) + b"\n"
+
+    def read(self, data: bytes) -> bytes:
+        """The value of the next line, as JSON.
+
+        Raises:
+            msgspec.MsgspecError: it is no line, or not what its checksum is of.
+        """
+        line = msgspec.json.decode(data, type=_Line)
+        if self._sum(bytes(line.line)) != line.sum:
+            raise msgspec.ValidationError("a line does not match its checksum: it was changed")
+        return bytes(line.line)
 
 
 class ResultsWriter:
@@ -156,14 +213,14 @@ class ResultsWriter:
     def __init__(self, path: Path, known: Results) -> None:
         """The file is written anew with what is ``known``, so that no broken line stays in it."""
         self._path = path
-        save_results(path, known)
+        self._chain = save_results(path, known)
         with file_errors("write", path):
             self._stream = path.open("ab")
 
     def append(self, batch: BatchResult) -> None:
         """Add a batch; a reader that comes after sees it."""
         with file_errors("write", self._path):
-            self._stream.write(_line(batch))
+            self._stream.write(self._chain.write(batch))
             self._stream.flush()
 
     def close(self) -> None:
@@ -172,14 +229,15 @@ class ResultsWriter:
             self._stream.close()
 
 
-def save_results(path: Path, results: Results) -> None:
-    """Write results as a whole.
+def save_results(path: Path, results: Results) -> _Chain:
+    """Write results as a whole; the chain that the next line goes on with.
 
     Raises:
         FileError: no permission, no space.
     """
-    lines = (_line(value) for value in (results.header, *results.batches))
-    write_atomic(path, b"".join(lines))
+    chain = _Chain()
+    write_atomic(path, b"".join(map(chain.write, (results.header, *results.batches))))
+    return chain
 
 
 def read_results(path: Path) -> Results:
@@ -187,39 +245,54 @@ def read_results(path: Path) -> Results:
 
     Raises:
         FileError: it cannot be opened.
-        ArtifactError: it is no results file, is damaged, or of a newer clipdeploy.
+        ArtifactError: it is no results file, is damaged or edited, or of another clipdeploy.
     """
     with file_errors("read", path):
         first, *lines = path.read_bytes().split(b"\n")
+    chain = _Chain()
     try:
-        header = msgspec.json.decode(first, type=_Header)
+        header = msgspec.json.decode(chain.read(first), type=_Header)
         if header.question.schema > RESULTS_SCHEMA:
             raise ArtifactError(
                 f"{path} was written by a newer clipdeploy", hint="upgrade, or verify again"
             )
         # What follows the last line break is nothing, or a line that was cut short.
         decoder = msgspec.json.Decoder(BatchResult)
-        batches = [decoder.decode(line) for line in lines[:-1]]
+        batches = [decoder.decode(chain.read(line)) for line in lines[:-1]]
     except msgspec.MsgspecError as error:
         raise ArtifactError(
             f"{path} holds no results that can be read: {error}", hint="verify again"
         ) from error
     batches.sort(key=lambda batch: batch.batch)
-    return Results(header.question, header.data, tuple(batches), header.stamps, header.shard)
+    found = Results(header.question, header.data, tuple(batches), header.stamps, header.shard)
+    if problem := _impossible(found):
+        raise ArtifactError(f"{path} holds results that cannot be: {problem}", hint="verify again")
+    return found
 
 
-def resume_results(paths: Iterable[Path], wanted: Results) -> Results:
-    """What an earlier run left of the same question on unchanged files, else ``wanted`` itself."""
-    for path in paths:
-        if not path.exists() or not wanted.stamps:
-            continue
-        try:
-            found = read_results(path)
-        except ArtifactError:
-            continue
-        if found.header == wanted.header:
-            return found
-    return wanted
+def _impossible(results: Results) -> str:
+    """Why these cannot be results of their question; empty if they can."""
+    question, lanes = results.question, len(results.question.ran)
+    numbers = Counter(batch.batch for batch in results.batches)
+    names = Counter(
+        name
+        for batch in results.batches
+        for name in (*(record.name for record in batch.records), *batch.unreadable)
+    )
+    for number, count in numbers.items():
+        if count > 1 or not 0 <= number < question.batches:
+            return f"batch {number} is there {count} times, of {question.batches} batches"
+    for batch in results.batches:
+        images = len(batch.records) + len(batch.unreadable)
+        if images != question.size(batch.batch):
+            return f"batch {batch.batch} has {images} images, not {question.size(batch.batch)}"
+        if any(len(record.outcomes) != lanes for record in batch.records):
+            return f"batch {batch.batch} has outcomes of other artifacts than {lanes}"
+        if len(batch.repeats) != lanes:
+            return f"batch {batch.batch} was not asked again of all {lanes} artifacts"
+    if names and (worst := names.most_common(1)[0])[1] > 1:
+        return f"{worst[0]} is there {worst[1]} times"
+    return ""
 
 
 def merge_results(parts: Sequence[Results]) -> Results:
@@ -256,7 +329,12 @@ def merge_results(parts: Sequence[Results]) -> Results:
     ordered = tuple(batches[number] for number in sorted(batches))
     # Of files that stood still all the while, the joined results are those of one run.
     stamps = first.stamps if all(part.stamps == first.stamps for part in parts) else ""
-    return replace(first, batches=ordered, shard=None, stamps=stamps)
+    merged = replace(first, batches=ordered, shard=None, stamps=stamps)
+    if problem := _impossible(merged):
+        raise ArtifactError(
+            f"the shards are not of one run: {problem}", hint="verify these shards again"
+        )
+    return merged
 
 
 def _difference(one: Question, other: Question) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -34,24 +36,58 @@ _SHOWN_CAUSES = 3
 
 
 def verdict_line(result: Verification) -> str:
-    """The verdict in one sentence."""
+    """The verdict in one sentence: what was judged, and what was not."""
+    line = _verdict(result)
+    if not result.left_out:
+        return line
+    return f"{line}; {_counted(len(result.left_out), 'engine')} not executed and not judged"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _verdict(result: Verification) -> str:
     if result.passed:
-        return f"EQUIVALENT: no artifact loses more than {result.max_drop:.2f} points of top-1"
+        kinds = [row.kind for row in result.rows]
+        judged = [_counted(kinds.count(kind), kind) for kind in dict.fromkeys(kinds)]
+        top5 = result.max_drop_top5
+        return (
+            f"EQUIVALENT: {' and '.join(judged)} "
+            f"{'loses' if len(kinds) == 1 else 'lose'} no more than {result.max_drop:.2f} points "
+            f"of top-1{f' and {top5:.2f} of top-5' if top5 is not None else ''}"
+        )
     named = zip(artifact_names(result), result.rows, strict=True)
     names = {name: row for name, row in named if row.verdict != "equivalent"}
     bad = names.values()
-    if any(row.verdict == "regressed" for row in bad):
-        regressed = (name for name, row in names.items() if row.verdict == "regressed")
+    if regressed := [name for name, row in names.items() if row.verdict == "regressed"]:
         return f"REGRESSED: {', '.join(regressed)}"
+    unsteady = [
+        name for name, row in names.items() if row.repeats is not None and not row.repeats.steady
+    ]
+    if unsteady:
+        return f"NOT JUDGED: {', '.join(unsteady)} {_do(unsteady)} not repeat"
     if not result.baseline:
         return f"NOT JUDGED: {result.baseline.sentence}"
     if result.random_weights:
         return "NOT JUDGED: random weights have no accuracy; the logits are compared, no more"
     if any(row.verdict == "undecided" for row in bad):
-        needed = max((row.drop.images_needed or 0 for row in bad if row.drop), default=0)
-        more = f": about {needed:,} images would tell" if needed else ""
-        return f"UNDECIDED{more}"
+        return f"UNDECIDED{_advice(result)}"
     return f"NOT PROVEN: {', '.join(f'{name} {row.verdict}' for name, row in names.items())}"
+
+
+def _do(names: Sequence[str]) -> str:
+    return "does" if len(names) == 1 else "do"
+
+
+def _advice(result: Verification) -> str:
+    """How many images may decide; after a look at a fixed number, by a test that allows looks."""
+    judged = [row.drop for row in result.rows if row.drop and row.verdict == "undecided"]
+    needed = max((drop.images_needed or 0 for drop in judged), default=0)
+    if not needed:
+        return ""
+    again = "" if result.sequential else " with --sequential"
+    return f": about {needed:,} images{again} would decide"
 
 
 def artifact_names(result: Verification) -> tuple[str, ...]:
@@ -78,11 +114,12 @@ def heading(result: Verification) -> str:
     """Which model on which images."""
     leaked = f", {result.leaked} of them used for calibration" if result.leaked else ""
     if result.leaked is None:
-        leaked = ", nobody knows how many of them used for calibration"
+        leaked = ", unknown how many of them used for calibration"
+    copies = f", {result.copies:,} more are copies of these" if result.copies else ""
     stopped = ""
-    if result.sequential and result.images + len(result.skipped) < result.listed:
+    if result.sequential and result.images + result.copies + len(result.skipped) < result.listed:
         stopped = f" (stopped early, of {result.listed:,})"
-    return f"{result.model} on {result.images:,} images of {result.data}{stopped}{leaked}"
+    return f"{result.model} on {result.images:,} images of {result.data}{copies}{stopped}{leaked}"
 
 
 def figures_of(row: Row, result: Verification) -> tuple[str, ...]:
@@ -145,7 +182,11 @@ def verification_table(result: Verification) -> Group:
     baseline = [_indented(first)] if first else []
     baseline += [_indented(cause, 4) for cause in causes]
     named = zip(artifact_names(result), result.rows, strict=True)
-    reasons = [_indented(f"{name}: {row.reason}") for name, row in named]
+    reasons = []
+    for name, row in named:
+        reasons.append(_indented(f"{name}: {row.reason}"))
+        if row.repeats:
+            reasons.append(_indented(row.repeats.sentence, 4))
     problems = [_indented(problem, style="yellow") for problem in result.problems]
     top: tuple[RenderableType, ...] = (verdict, Text(heading(result)), *baseline, Text(""))
     return Group(*top, _table(result), Text(""), *reasons, *problems)

@@ -8,18 +8,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from clipdeploy.engines.passport import EnginePassport, load_engine_passport, passport_path
+from clipdeploy.engines.passport import EnginePassport
+from clipdeploy.passports import check_made_from, checked_passport, is_vouched
 from clipdeploy.runners import OnnxRunner, Runner, open_runner
 from clipdeploy.verification.results import Asked
 from clipdeploy.workspace import PRECISIONS, Workspace
 from exporters.artifact import Passport, Precision
-from exporters.errors import ArtifactError, EngineError, UsageError
+from exporters.errors import EngineError, UsageError
 from exporters.files import sha256_file
-from exporters.headers import has_passport, read_passport, read_skeleton, weight_files
+from exporters.headers import read_skeleton, weight_files
 from exporters.products import find_products
 from exporters.signature import classifier_signature
 
-__all__ = ["Target", "named_targets", "open_target", "workspace_targets"]
+__all__ = ["Target", "digest_of_artifact", "named_targets", "open_target", "workspace_targets"]
 
 
 @dataclass(frozen=True)
@@ -42,35 +43,24 @@ class Target:
         return self.passport.precision
 
 
-def _stale(path: Path, parent: Path) -> ArtifactError:
-    return ArtifactError(
-        f"{path} was not made from the {parent.name} that lies beside it",
-        hint="build it again with build-engine",
-    )
-
-
 def _graphs(workspace: Workspace, model: str) -> Iterator[Target]:
-    source, _ = workspace.source(model)
-    source_hash = sha256_file(source)
+    _, reference = workspace.source(model)
     for precision in (*PRECISIONS, "int8-cpu"):
         graph = workspace.graph(model, precision)
-        if not graph.exists():
-            continue
-        passport = read_passport(graph)
-        if graph != source and passport.parents.get("source_graph") != source_hash:
-            raise _stale(graph, source)
-        yield Target(graph, "graph", passport)
+        if graph.exists():
+            yield Target(graph, "graph", checked_passport(graph, reference).graph)
 
 
 def _engines(workspace: Workspace, model: str) -> Iterator[Target]:
+    _, reference = workspace.source(model)
     for precision in PRECISIONS:
         graph, engine = workspace.graph(model, precision), workspace.engine(model, precision)
         if not engine.exists():
             continue
-        passport = load_engine_passport(engine)
-        if not graph.exists() or passport.hashes.graph != sha256_file(graph):
-            raise _stale(engine, graph)
-        yield Target(engine, "engine", passport.graph, graph)
+        found = checked_passport(engine, reference).engine
+        assert found is not None
+        check_made_from(engine, found.hashes.graph, graph)
+        yield Target(engine, "engine", found.graph, graph)
 
 
 def workspace_targets(workspace: Workspace, model: str, *, graphs_only: bool) -> list[Target]:
@@ -78,7 +68,8 @@ def workspace_targets(workspace: Workspace, model: str, *, graphs_only: bool) ->
 
     Raises:
         UsageError: the model has not been exported.
-        ArtifactError, FileError: an artifact is damaged, or was not made from its neighbour.
+        ArtifactError, GraphError, FileError: an artifact is damaged, was not made from its
+            neighbour, or is not what its passport says, see :mod:`clipdeploy.passports`.
     """
     found = list(_graphs(workspace, model))
     return found if graphs_only else [*found, *_engines(workspace, model)]
@@ -89,8 +80,8 @@ def named_targets(paths: Sequence[Path], reference: Passport, *, trust: bool) ->
 
     Raises:
         UsageError: a file that is neither ``.onnx`` nor ``.engine``, or the same one twice.
-        ArtifactError, GraphError, FileError: a file of another model or other weights, or one that
-            cannot be read.
+        ArtifactError, GraphError, FileError: a file that is not of the reference or not what its
+            passport says, see :mod:`clipdeploy.passports`, or one that cannot be read.
     """
     if len({path.resolve() for path in paths}) < len(paths):
         raise UsageError("an artifact is named twice", hint="name each one once")
@@ -100,15 +91,16 @@ def named_targets(paths: Sequence[Path], reference: Passport, *, trust: bool) ->
 def _named(path: Path, paths: Sequence[Path], reference: Passport, *, trust: bool) -> Target:
     if path.suffix not in (".onnx", ".engine"):
         raise UsageError(f"{path} is neither .onnx nor .engine", hint="name a graph or an engine")
-    if path.suffix == ".engine":
-        if trust and not passport_path(path).exists():
+    # A passport that is damaged or of a newer clipdeploy is refused, not passed over.
+    if not is_vouched(path):
+        if path.suffix == ".onnx":
+            return _foreign_graph(path, reference)
+        if trust:
             return Target(path, "engine", reference, vouched=False)
-        passport = load_engine_passport(path)
-        target = Target(path, "engine", passport.graph, _scored_graph(path, passport, paths))
-    else:
-        target = _graph(path, reference)
-    _check_same(path, target.passport, reference)
-    return target
+    checked = checked_passport(path, reference)
+    if checked.engine is None:
+        return Target(path, "graph", checked.graph)
+    return Target(path, "engine", checked.graph, _scored_graph(path, checked.engine, paths))
 
 
 def _scored_graph(engine: Path, passport: EnginePassport, paths: Sequence[Path]) -> Path | None:
@@ -118,39 +110,20 @@ def _scored_graph(engine: Path, passport: EnginePassport, paths: Sequence[Path])
     return graph if scored else None
 
 
-def _graph(path: Path, reference: Passport) -> Target:
-    # A passport that is damaged or of a newer clipdeploy is refused, not passed over.
-    if has_passport(path):
-        return Target(path, "graph", read_passport(path))
+def _foreign_graph(path: Path, reference: Passport) -> Target:
     image, logits = classifier_signature(path, reference.preprocess.size, reference.classes)
     foreign = replace(reference, precision=_precision(path), input=image, output=logits)
     return Target(path, "graph", foreign, vouched=False)
 
 
 def _precision(path: Path) -> Precision:
-    """What most of a graph's matrix products run in."""
+    """What most of a graph's matrix products run in; FP32 if in none of the known precisions."""
     products = [product.precision for product in find_products(read_skeleton(path))]
     known: tuple[Precision, ...] = ("int8", "fp16", "fp32")
-    return max(known, key=products.count)
+    return max(known, key=products.count) if set(known) & set(products) else "fp32"
 
 
-def _check_same(path: Path, passport: Passport, reference: Passport) -> None:
-    pairs = {
-        "model": (passport.model, reference.model),
-        "weights": (passport.weights.identity, reference.weights.identity),
-        "numerics": (passport.recipe.numerics, reference.recipe.numerics),
-        "preprocessing": (passport.preprocess, reference.preprocess),
-        "classes": (passport.class_names, reference.class_names),
-    }
-    for what, (found, wanted) in pairs.items():
-        if found != wanted:
-            raise ArtifactError(
-                f"{path} is of another {what} than the reference: {found}, not {wanted}",
-                hint="name its --model, or export and build it again",
-            )
-
-
-def _digest(path: Path) -> str:
+def digest_of_artifact(path: Path) -> str:
     """SHA-256 of a file; of a graph with weights in files of their own, of all these digests."""
     hashes = [sha256_file(path)]
     if path.suffix == ".onnx":
@@ -173,7 +146,7 @@ def open_target(
         artifact=str(target.path),
         kind=target.kind,
         precision=target.precision,
-        sha256=_digest(target.path),
+        sha256=digest_of_artifact(target.path),
         runner="",
         vouched=target.vouched,
     )
@@ -185,5 +158,6 @@ def open_target(
     except EngineError as error:
         stand_in = f"; {target.stand_in.name} was scored in its place" if target.stand_in else ""
         return None, replace(asked, why_not=f"{error.message}{stand_in}")
-    emulated = isinstance(runner, OnnxRunner) and runner.emulates_float16
-    return runner, replace(asked, runner=runner.name, emulated=emulated)
+    why_not = runner.emulation if isinstance(runner, OnnxRunner) else ""
+    asked = replace(asked, runner=runner.name, emulated=bool(why_not), why_not=why_not)
+    return runner, asked

@@ -2,19 +2,32 @@
 
 a logit is NaN or infinite                    regressed
 the artifact did not run                      not executed
+asked again it answers otherwise              not judged
 random weights, no labels                     not judged
 float16 was only emulated                     not judged
 PyTorch itself misses its accuracy            not judged
 otherwise the interval of the paired drop:    equivalent, regressed, undecided
+
+An image counts once, however many copies of it there are.  ``equivalent`` needs more than the
+interval: it must hold without the images that look nearly like another one as well, and a fault
+that spoils whole calls must be excluded down to the drop that is allowed.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
 from clipdeploy.imaging import Reading
 from clipdeploy.verification.baseline import Expected, check_baseline
 from clipdeploy.verification.disagreements import disagreements_of
+from clipdeploy.verification.distinct import Distinct, distinct_records
 from clipdeploy.verification.figures import Fidelity, accuracy_of, fidelity_of
 from clipdeploy.verification.paired import DropJudgement, judge_drop
+from clipdeploy.verification.records import ImageRecord
+from clipdeploy.verification.repeatability import Repeatability, repeatability_of
 from clipdeploy.verification.result import (
     Baseline,
     Row,
@@ -22,93 +35,234 @@ from clipdeploy.verification.result import (
     Verification,
 )
 from clipdeploy.verification.results import Asked, Question, Results
-from exporters.errors import DatasetError
+from exporters.errors import DatasetError, UsageError
 
-__all__ = ["judge", "judge_results"]
+__all__ = ["Limits", "judge_results"]
 
 _WORST = 12
+# The worse of two verdicts on one artifact.
+_RANK: tuple[Verdict, ...] = ("equivalent", "undecided", "regressed")
 
 
-def judge(
+@dataclass(frozen=True)
+class Limits:
+    """Percentage points that an artifact may lose, of top-1 and, unless None, of top-5.
+
+    Raises:
+        UsageError: outside 0 to 100.
+    """
+
+    top1: float = 1.0
+    top5: float | None = None
+
+    def __post_init__(self) -> None:
+        for option, value in (("--max-drop", self.top1), ("--max-drop-top5", self.top5)):
+            if value is not None and not 0 <= value <= 100:
+                raise UsageError(f"a largest drop of {value} points", hint=f"{option} is 0 to 100")
+
+
+@dataclass(frozen=True)
+class _Drops:
+    """The drops of one artifact, and the verdict on them."""
+
+    top1: DropJudgement
+    top5: DropJudgement
+    verdict: Verdict
+    reason: str
+
+
+def _judged(lost: int, gained: int, images: int, limit: float, question: Question) -> DropJudgement:
+    anytime = question.sequential is not None
+    return judge_drop(lost, gained, images, limit, anytime=anytime)
+
+
+def _drops(
+    fidelity: Fidelity, unlike: Fidelity, repeats: Repeatability, question: Question, limits: Limits
+) -> _Drops:
+    top1 = _judged(fidelity.lost, fidelity.gained, fidelity.images, limits.top1, question)
+    limit5 = limits.top1 if limits.top5 is None else limits.top5
+    counts5 = (fidelity.lost_top5, fidelity.gained_top5)
+    top5 = _judged(*counts5, fidelity.images, limit5, question)
+    verdict, reason = top1.verdict, top1.sentence
+    if limits.top5 is not None:
+        reason = f"top-1: {top1.sentence}; top-5: {top5.sentence}"
+        verdict = max(top1.verdict, top5.verdict, key=_RANK.index)
+    elif top5.interval.low > 0 >= top1.interval.low:
+        reason += (
+            f"; top-5 is proven to drop, by {top5.interval.low:.2f} to {top5.interval.high:.2f} "
+            "points: --max-drop-top5 judges it"
+        )
+    if verdict == "equivalent":
+        again = _judged(unlike.lost, unlike.gained, unlike.images, limits.top1, question)
+        if again.verdict != "equivalent":
+            verdict = "undecided"
+            reason += f"; but only {unlike.images:,} images do not look like another: "
+            reason += again.sentence
+        allowed = min(limits.top1, limit5) if limits.top5 is not None else limits.top1
+        if repeats.excluded > allowed:
+            verdict = "undecided"
+            reason += (
+                f"; but of {repeats.calls:,} different calls {repeats.excluded:.2g} % could be "
+                "spoilt unseen: more images make more calls"
+            )
+    return _Drops(top1, top5, verdict, reason)
+
+
+def _judge(
     fidelity: Fidelity,
+    drops: _Drops | None,
+    repeats: Repeatability,
     question: Question,
     asked: Asked,
     baseline: Baseline,
-    max_drop: float,
-) -> tuple[Verdict, str, DropJudgement | None]:
-    """The verdict on figures, the sentence that explains it, and what it rests on."""
+) -> tuple[Verdict, str]:
+    """The verdict on an artifact that ran, and the sentence that explains it."""
     if not fidelity.finite:
-        return "regressed", "logits are NaN or infinite", None
+        return "regressed", "logits are NaN or infinite"
+    if not repeats:
+        return "not judged", repeats.sentence
     if question.random_weights:
-        return "not judged", "random weights: logits only, accuracy means nothing", None
-    if not question.labelled:
-        return "not judged", "images without labels: logits only", None
+        return "not judged", "random weights: logits only, accuracy means nothing"
+    if drops is None:
+        return "not judged", "images without labels: logits only"
     if asked.emulated:
-        return "not judged", "float16 was computed in float32, which hides overflow", None
-    drop = judge_drop(
-        fidelity.lost,
-        fidelity.gained,
-        fidelity.images,
-        max_drop,
-        anytime=question.sequential is not None,
-    )
+        why = f": {asked.why_not}" if asked.why_not else ""
+        return "not judged", f"float16 was computed in float32, which hides overflow{why}"
     if not baseline:
-        return "not judged", f"the baseline failed: {baseline.sentence}", drop
+        return "not judged", f"the baseline failed: {baseline.sentence}"
     foreign = "" if asked.vouched else "; no passport vouches for this file"
-    return drop.verdict, drop.sentence + foreign, drop
+    return drops.verdict, drops.reason + foreign
 
 
-def _row(asked: Asked, lane: int, results: Results, baseline: Baseline, max_drop: float) -> Row:
-    what = (asked.artifact, asked.kind, asked.precision, asked.runner, asked.vouched)
+def _row(
+    asked: Asked,
+    lane: int,
+    results: Results,
+    found: Distinct,
+    baseline: Baseline,
+    limits: Limits,
+) -> Row:
+    question = results.question
+    calibrated = None if asked.calibration is None else bool(asked.calibration)
+    row = Row(
+        artifact=asked.artifact,
+        kind=asked.kind,
+        precision=asked.precision,
+        runner=asked.runner,
+        vouched=asked.vouched,
+        verdict="not executed",
+        reason=asked.why_not,
+        fidelity=None,
+        drop=None,
+        drop_top5=None,
+        repeats=None,
+        calibrated=calibrated,
+        disagreements=0,
+        worst=(),
+    )
     if not asked.runner:
-        return Row(*what, "not executed", asked.why_not, None, None, 0, ())
-    question, records = results.question, results.records
-    fidelity = fidelity_of(records, lane, question.classes, labelled=question.labelled)
-    verdict, reason, drop = judge(fidelity, question, asked, baseline, max_drop)
-    different = disagreements_of(records, lane)
-    return Row(*what, verdict, reason, fidelity, drop, len(different), tuple(different[:_WORST]))
+        return row
+
+    def figures(records: Sequence[ImageRecord]) -> Fidelity:
+        return fidelity_of(records, lane, question.classes, labelled=question.labelled)
+
+    fidelity, repeats = figures(found.records), repeatability_of(results, lane, asked)
+    drops = None
+    if question.labelled and not question.random_weights and fidelity.finite:
+        drops = _drops(fidelity, figures(found.unlike), repeats, question, limits)
+    verdict, reason = _judge(fidelity, drops, repeats, question, asked, baseline)
+    different = disagreements_of(found.records, lane)
+    return replace(
+        row,
+        verdict=verdict,
+        reason=reason,
+        fidelity=fidelity,
+        drop=drops.top1 if drops else None,
+        drop_top5=drops.top5 if drops else None,
+        repeats=repeats,
+        disagreements=len(different),
+        worst=tuple(different[:_WORST]),
+    )
 
 
 def judge_results(
-    results: Results, max_drop: float, expected: Expected = Expected()
+    results: Results,
+    limits: float | Limits,
+    expected: Expected = Expected(),
 ) -> Verification:
-    """The verdict on every artifact of a finished run.
+    """The verdict on every artifact of a finished run; ``limits`` as a number are of top-1.
 
     Raises:
         DatasetError: not one image could be read.
-        UsageError: ``max_drop`` is outside 0 to 100.
+        UsageError: a limit is outside 0 to 100.
     """
+    limits = limits if isinstance(limits, Limits) else Limits(limits)
     question, records = results.question, results.records
     if not records:
         raise DatasetError(
             f"not one image of {results.data} could be read", hint="look at one of them"
         )
+    found = distinct_records(records)
     judged = question.labelled and not question.random_weights
-    answers = [record.reference for record in records]
-    accuracy = accuracy_of(answers) if judged else None
-    baseline = check_baseline(answers, question, expected)
+    # What was published of a whole set is of all its files, copies included.
+    baseline = check_baseline(
+        [record.reference for record in records],
+        question,
+        expected,
+        per_class=tuple(Counter(record.label for record in records).values()),
+        different=[record.reference for record in found.records],
+    )
     rows, lane = [], 0
     for asked in question.artifacts:
-        rows.append(_row(asked, lane, results, baseline, max_drop))
+        rows.append(_row(asked, lane, results, found, baseline, limits))
         lane += bool(asked.runner)
+    unknown = any(asked.calibration is None for asked in question.artifacts)
+    matters = any(asked.calibration for asked in question.artifacts)
+    leaks = [record.leak for record in records] if matters else []
     return Verification(
         model=question.model,
         data=results.data,
-        images=len(records),
+        images=len(found.records),
         listed=question.images,
+        copies=found.copies,
+        near_copies=found.near_copies,
         labelled=question.labelled,
-        skipped=results.unreadable,
-        problems=(*question.problems, *_found_by_reading(results)),
-        leaked=None if question.calibrated is None else sum(r.leaked for r in records),
+        skipped=tuple(sorted(results.unreadable)),
+        problems=(*question.problems, *_found_by_reading(results), *_about_copies(found, leaks)),
+        leaked=None if unknown else leaks.count("same"),
+        near_leaked=None if unknown else leaks.count("near"),
         random_weights=question.random_weights,
         class_names=question.class_names,
-        max_drop=max_drop,
+        max_drop=limits.top1,
+        max_drop_top5=limits.top5,
         sequential=question.sequential is not None,
         baseline=baseline,
-        reference=accuracy,
+        reference=accuracy_of([r.reference for r in found.records]) if judged else None,
         rows=tuple(rows),
+        left_out=_left_out(question),
         passed=bool(rows) and all(row.verdict == "equivalent" for row in rows),
     )
+
+
+def _left_out(question: Question) -> tuple[str, ...]:
+    """The engines of judged graphs that are there and were not judged."""
+    judged = {Path(asked.artifact) for asked in question.artifacts}
+    engines = [path.with_suffix(".engine") for path in sorted(judged) if path.suffix == ".onnx"]
+    return tuple(str(path) for path in engines if path not in judged and path.exists())
+
+
+def _about_copies(found: Distinct, leaks: Sequence[str]) -> tuple[str, ...]:
+    """What decoding the images showed of copies among them and of calibration images."""
+    sentences = []
+    if found.copies:
+        sentences.append(
+            f"{found.copies:,} images have the pixels of another one, with which they count once"
+        )
+    if found.near_copies:
+        sentences.append(f"{found.near_copies:,} images look nearly like another one")
+    if near := leaks.count("near"):
+        sentences.append(f"{near:,} images look nearly like one that an artifact was calibrated on")
+    return tuple(sentences)
 
 
 def _found_by_reading(results: Results) -> tuple[str, ...]:

@@ -1,64 +1,71 @@
 """Run the reference and artifacts over the same images and keep a record of each image.
 
-    images -> batches -> crops ─┬─ PyTorch, or its logits from the cache ─┬─ records -> file
-                                └─ every artifact's runner ───────────────┘
+    images, mixed -> batches -> crops ─┬─ PyTorch, or its logits from the cache ─┬─ records -> file
+                                       └─ every artifact's runner, part of it ───┘
+                                          again: alone, at other sizes, in each profile
 
+Images come in a fixed random order: neighbours in a batch are of different classes, so that an
+artifact which takes one image's answer for another's is found out.
 :mod:`clipdeploy.verification.verdicts` makes the verdicts from the records.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Collection, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from clipdeploy.engines.passport import library_versions
-from clipdeploy.imaging import Crop, CropCache, ImageFolder, Reading, survey
+from clipdeploy.imaging import CropCache, ImageFolder, Reading, survey
+from clipdeploy.imaging.crops import pixels_key
 from clipdeploy.model import LoadedModel
 from clipdeploy.runners import Runner
 from clipdeploy.verification.batches import (
     DecodedBatch,
     decoded_batches,
+    digest_of_contents,
     digest_of_entries,
     digest_of_files,
+    mixed,
     prefetched,
-    shuffled,
 )
-from clipdeploy.verification.paired import SequentialDrop
-from clipdeploy.verification.records import ImageRecord, measure_images
+from clipdeploy.verification.early_stop import EarlyStop
+from clipdeploy.verification.kept import KeptRecords, read_kept
+from clipdeploy.verification.leaks import Calibrated, calibration_of, refuse_leaks
+from clipdeploy.verification.records import ImageId, Leak, Logits, measure_images
 from clipdeploy.verification.reference import Reference
+from clipdeploy.verification.repeats import Repeat, RepeatPlan, ask_again
 from clipdeploy.verification.results import (
+    Asked,
     BatchResult,
     Question,
     Results,
     ResultsWriter,
-    resume_results,
+    save_results,
 )
 from clipdeploy.verification.targets import Target, open_target
+from clipdeploy.verification.verdicts import Limits
 from exporters.artifact import Passport
-from exporters.errors import ArtifactError, DatasetError, UsageError
+from exporters.errors import ArtifactError, UsageError
+from exporters.locks import sole_writer
 from exporters.progress import SILENT, Progress
 from exporters.samples import Samples
 
 __all__ = ["VerifyConfig", "run_verification"]
-
-# The order of a sequential run is this seed's: the same in every run.
-_SEQUENCE_SEED = 0
 
 
 @dataclass(frozen=True)
 class VerifyConfig:
     """How images are run, and when a drop is too large.
 
-    ``max_drop``: percentage points of top-1 that an artifact may lose.  ``shard`` (i, n) runs only
+    ``max_drop``: percentage points of top-1 that an artifact may lose, ``max_drop_top5`` of top-5,
+    None to leave top-5 out of the verdict.  ``shard`` (i, n) runs only
     the i-th of n parts, for :func:`clipdeploy.stages.merge.merge_verification`.  ``sequential``
-    takes the images in random order and stops as soon as every verdict is out.  ``workers`` and
+    stops as soon as every verdict is known.  ``workers`` and
     ``cache`` are those of :func:`clipdeploy.imaging.iter_crops`; the cache keeps the reference's
     logits as well.  ``trust`` loads engines that no passport vouches for.  ``threads`` compute on
     the CPU, 0 for as many as PyTorch takes; shards can only be joined if they had as many.
@@ -68,6 +75,7 @@ class VerifyConfig:
     """
 
     max_drop: float = 1.0
+    max_drop_top5: float | None = None
     batch: int = 16
     skip_unreadable: bool = False
     workers: int | None = None
@@ -78,10 +86,7 @@ class VerifyConfig:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_drop <= 100:
-            raise UsageError(
-                f"a largest drop of {self.max_drop} points", hint="--max-drop is 0 to 100"
-            )
+        Limits(self.max_drop, self.max_drop_top5)
         if self.batch < 1:
             raise UsageError(f"a batch of {self.batch} images", hint="1 or more")
         if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
@@ -94,6 +99,20 @@ class VerifyConfig:
                 hint="leave out --sequential or --shard",
             )
 
+    @property
+    def limits(self) -> Limits:
+        """The drops that are allowed."""
+        return Limits(self.max_drop, self.max_drop_top5)
+
+
+@dataclass(frozen=True)
+class _Lane:
+    """An artifact that something can run, and how it is called in the question."""
+
+    target: Target
+    asked: Asked
+    runner: Runner
+
 
 @dataclass(frozen=True)
 class _Opened:
@@ -101,56 +120,62 @@ class _Opened:
 
     question: Question
     reference: Reference
-    lanes: tuple[tuple[Target, Runner], ...]
-    seen: frozenset[str]
+    lanes: tuple[_Lane, ...]
+    calibrated: Calibrated
+    allow_leak: bool
 
     def prepare(self, batch: DecodedBatch) -> Samples | None:
-        """The input of a batch, normalised where anybody will want it so."""
+        """The input of a batch, normalised if any artifact takes it so."""
         if not batch.crops:
             return None
         samples = batch.samples(self.question.preprocess)
-        if any(target.passport.input.dtype != "uint8" for target, _ in self.lanes):
+        if any(lane.target.passport.input.dtype != "uint8" for lane in self.lanes):
             _ = samples.pixels
         return samples
 
+    def _leaks(self, batch: DecodedBatch) -> list[Leak]:
+        leaks = self.calibrated.leaks(batch.crops)
+        if not self.allow_leak:
+            refuse_leaks(batch.crops, leaks)
+        return leaks
+
     def record(
-        self, batch: DecodedBatch, samples: Samples | None, *, allow_leak: bool
+        self, batch: DecodedBatch, samples: Samples | None, artifacts: Collection[Asked]
     ) -> BatchResult:
-        """What everybody makes of a batch."""
+        """A batch's records of these ``artifacts``, and what they answered when asked again."""
+        lanes = [lane for lane in self.lanes if lane.asked in artifacts]
         crops = batch.crops
         if samples is None:
-            return BatchResult(batch.number, (), batch.unreadable)
-        leaked = [crop.sha256 in self.seen for crop in crops]
-        if any(leaked) and not allow_leak:
-            _refuse_leak(crops[leaked.index(True)])
+            return BatchResult(batch.number, (), batch.unreadable, ((),) * len(lanes))
+        leaks = self._leaks(batch)
+        reference = self.reference([crop.sha256 for crop in crops], samples)
+        asked = [self._ask(lane, batch.number, samples, reference) for lane in lanes]
         records = measure_images(
-            [(crop.entry.name, crop.sha256) for crop in crops],
+            [ImageId(crop.entry.name, crop.sha256, *crop.fingerprint) for crop in crops],
             [crop.entry.label for crop in crops] if self.question.labelled else [None] * len(crops),
-            leaked,
-            self.reference([crop.sha256 for crop in crops], samples),
-            self._logits(samples, len(crops)),
+            leaks,
+            reference,
+            [logits for logits, _ in asked],
         )
-        return BatchResult(batch.number, tuple(records), batch.unreadable)
+        repeats = tuple(found for _, found in asked)
+        return BatchResult(batch.number, tuple(records), batch.unreadable, repeats)
 
-    def _logits(self, samples: Samples, count: int) -> list[np.ndarray[Any, Any]]:
-        shape = (count, self.question.classes)
-        found = []
-        for target, runner in self.lanes:
-            logits = runner(samples.as_input(target.passport.input))
-            if logits.shape != shape:
-                raise ArtifactError(
-                    f"{target.path} gave logits of shape {logits.shape}, not {shape}",
-                    hint="it is no classifier of this model: build it again",
-                )
-            found.append(logits)
-        return found
-
-
-def _refuse_leak(crop: Crop) -> None:
-    raise DatasetError(
-        f"{crop.entry.name} was used for calibration: it cannot judge the result",
-        hint="verify with other images, or pass --allow-leak to count and show them",
-    )
+    def _ask(
+        self, lane: _Lane, number: int, samples: Samples, reference: Logits
+    ) -> tuple[Logits, tuple[Repeat, ...]]:
+        """An artifact's logits of a batch, and the calls that were made again."""
+        images = samples.as_input(lane.target.passport.input)
+        # A copy: a runner may use the same memory for its next answer.
+        logits, wanted = np.array(lane.runner(images)), (len(images), self.question.classes)
+        if logits.shape != wanted:
+            raise ArtifactError(
+                f"{lane.target.path} gave logits of shape {logits.shape}, not {wanted}",
+                hint="it is no classifier of this model: build it again",
+            )
+        plan = RepeatPlan(self.question.batches, self.question.batch)
+        calls = plan.calls(number, len(images), lane.runner)
+        name = str(lane.target.path)
+        return logits, ask_again(lane.runner, name, images, logits, reference, calls)
 
 
 def _question(
@@ -158,17 +183,15 @@ def _question(
     passport: Passport,
     images: ImageFolder,
     config: VerifyConfig,
-    seen: frozenset[str] | None,
+    calibrated: Calibrated,
 ) -> Question:
-    calibrated = None
-    if seen is not None:
-        calibrated = hashlib.sha256("".join(sorted(seen)).encode()).hexdigest()
     return Question(
         model=model.card.name,
         weights=model.weights.identity,
         random_weights=model.weights.kind == "random",
         recipe=model.recipe,
         preprocess=passport.preprocess,
+        decoder=pixels_key(passport.preprocess),
         reference="",
         classes=passport.classes,
         class_names=passport.class_names,
@@ -176,8 +199,9 @@ def _question(
         images=len(images.entries),
         labelled=images.labelled,
         entries=digest_of_entries(images),
+        contents=digest_of_contents(images),
         problems=survey(images).problems(),
-        calibrated=calibrated,
+        calibrated=calibrated.digest,
         batch=config.batch,
         sequential=config.max_drop if config.sequential else None,
         threads=config.threads or torch.get_num_threads(),
@@ -190,38 +214,24 @@ def _open(
     targets: Sequence[Target],
     question: Question,
     config: VerifyConfig,
-    seen: frozenset[str] | None,
+    calibrated: Calibrated,
+    allow_leak: bool,
     stack: ExitStack,
 ) -> _Opened:
     lanes, artifacts = [], []
     for target in targets:
         runner, asked = open_target(target, trust=config.trust, threads=question.threads)
+        asked = replace(asked, calibration=calibration_of(target, calibrated))
         artifacts.append(asked)
         if runner is not None:
             stack.callback(runner.close)
-            lanes.append((target, runner))
+            lanes.append(_Lane(target, asked, runner))
     reference = Reference(model, question.preprocess, config.cache, question.threads)
     stack.callback(reference.close)
-    # What a foreign INT8 graph was calibrated on is anybody's guess.
-    if any(target.precision.startswith("int8") and not target.vouched for target in targets):
-        question = replace(question, calibrated=None)
     asked_for = replace(question, artifacts=tuple(artifacts), reference=reference.name)
-    return _Opened(asked_for, reference, tuple(lanes), seen or frozenset())
-
-
-class _EarlyStop:
-    """Whether a sequential run has every verdict that it can have."""
-
-    def __init__(self, artifacts: int, max_drop: float) -> None:
-        self._drops = [SequentialDrop(max_drop) for _ in range(artifacts)]
-
-    def add(self, records: Sequence[ImageRecord]) -> bool:
-        """One batch; True as soon as the verdict on every artifact is out."""
-        right = np.asarray([record.reference.right() for record in records], bool)
-        for number, drop in enumerate(self._drops):
-            ours = [record.outcomes[number].answer.right() for record in records]
-            drop.add(right, np.asarray(ours, bool))
-        return bool(self._drops) and all(drop.verdict() != "undecided" for drop in self._drops)
+    # An image flatters only what was calibrated on it, and no accuracy comes of random weights.
+    harmless = question.random_weights or not any(asked.calibration for asked in artifacts)
+    return _Opened(asked_for, reference, tuple(lanes), calibrated, allow_leak or harmless)
 
 
 def run_verification(
@@ -231,62 +241,48 @@ def run_verification(
     images: ImageFolder,
     config: VerifyConfig = VerifyConfig(),
     *,
-    seen: frozenset[str] | None = frozenset(),
+    calibrated: Calibrated = Calibrated(),
     allow_leak: bool = False,
     keep: Path | None = None,
     force: bool = False,
     reading: Reading | None = None,
     progress: Progress = SILENT,
 ) -> Results:
-    """Records of all ``images``, or of one shard of them.
+    """Records of all ``images``, or of one shard of them, in a fixed random order.
 
     Args:
         model: the reference.
         passport: the reference's graph's; it says how images become its input.
-        seen: SHA-256 of the images that an artifact was calibrated on, None if nobody knows them.
+        calibrated: the images that artifacts were calibrated on.
         allow_leak: count those instead of refusing them.
         keep: where the results are kept.  A run that was killed, or has already been done, is gone
-            on with there, unless ``force``.
+            on with there, unless ``force``; so is one of other artifacts, as far as they are the
+            same.
 
     Raises:
-        DatasetError: an image that cannot be read, unless ``skip_unreadable``, or one of ``seen``.
+        DatasetError: an image that cannot be read, unless ``skip_unreadable``, or one that an
+            artifact was calibrated on.
         GraphError, ArtifactError: a graph that cannot be loaded or is not what it says.
-        FileError: the results cannot be kept.
+        FileError: the results cannot be kept, or another run is keeping its own there.
         UsageError: ``sequential`` on images without labels.
     """
-    if config.sequential:
-        if not images.labelled:
-            raise UsageError(
-                "without labels no verdict comes out, early or late", hint="leave out --sequential"
-            )
-        images = shuffled(images, _SEQUENCE_SEED)
-    question = _question(model, passport, images, config, seen)
+    if config.sequential and not images.labelled:
+        raise UsageError(
+            "without labels no verdict comes out, early or late", hint="leave out --sequential"
+        )
+    images = mixed(images)
+    question = _question(model, passport, images, config, calibrated)
     with ExitStack() as stack:
-        opened = _open(model, targets, question, config, seen, stack)
+        stack.enter_context(sole_writer(keep, "clipdeploy verify") if keep else nullcontext())
+        opened = _open(model, targets, question, config, calibrated, allow_leak, stack)
         stamps = digest_of_files(images) if keep else ""
         wanted = Results(opened.question, str(images.root), (), stamps, config.shard)
         partial = keep.with_name(f"{keep.name}.partial") if keep else None
-        known = wanted
+        known = KeptRecords(wanted)
         if keep and partial and not force:
-            known = resume_results((keep, partial), wanted)
-        fresh = _Run(opened, images, config, allow_leak, reading).batches(known, progress)
-        if keep is None or partial is None:
-            return replace(known, batches=(*known.batches, *fresh))
-        return _keep(keep, partial, known, fresh)
-
-
-def _keep(keep: Path, partial: Path, known: Results, fresh: Iterator[BatchResult]) -> Results:
-    first = next(fresh, None)
-    if first is None:
-        return known
-    added = [first]
-    with closing(ResultsWriter(partial, known)) as writer:
-        writer.append(first)
-        for batch in fresh:
-            writer.append(batch)
-            added.append(batch)
-    partial.replace(keep)
-    return replace(known, batches=(*known.batches, *added))
+            known = read_kept((keep, partial), wanted, images)
+        run = _Run(opened, images, config, reading, known)
+        return run.finish(progress, keep, partial)
 
 
 @dataclass(frozen=True)
@@ -294,37 +290,72 @@ class _Run:
     opened: _Opened
     images: ImageFolder
     config: VerifyConfig
-    allow_leak: bool
     reading: Reading | None
+    known: KeptRecords
 
     def _numbers(self) -> range:
         first, step = self.config.shard or (1, 1)
         return range(first - 1, self.opened.question.batches, step)
 
-    def _stopper(self) -> _EarlyStop | None:
-        if not self.config.sequential:
-            return None
-        return _EarlyStop(len(self.opened.lanes), self.config.max_drop)
-
-    def batches(self, known: Results, progress: Progress) -> Iterator[BatchResult]:
-        """The batches that are not known yet, as they get done."""
+    def finish(self, progress: Progress, keep: Path | None, partial: Path | None) -> Results:
+        """The whole run; what is not known yet is computed, and kept in ``keep``."""
+        known = self.known.results(self._numbers())
         stop = self._stopper()
-        if stop and any(stop.add(batch.records) for batch in known.batches):
-            return
+        if stop:
+            for count, batch in enumerate(known.batches, 1):
+                if stop(batch):
+                    return replace(known, batches=known.batches[:count])
         left = frozenset(self._numbers()) - known.done
         if not left:
-            return
-        total = sum(self._size(number) for number in left)
+            return known
+        fresh = self._fresh(left, stop, progress)
+        first = next(fresh)
+        if keep is None or partial is None:
+            return _joined(known, [first, *fresh])
+        added = [first]
+        with closing(ResultsWriter(partial, known)) as writer:
+            writer.append(first)
+            for batch in fresh:
+                writer.append(batch)
+                added.append(batch)
+        found = _joined(known, added)
+        both = self.known.with_others(found)
+        if both is not found or known.batches:
+            # In the order of the images, and with the artifacts that were not asked for this time.
+            save_results(partial, both)
+        partial.replace(keep)
+        return found
+
+    def _stopper(self) -> Callable[[BatchResult], bool] | None:
+        if not self.config.sequential:
+            return None
+        nothing = Results(self.opened.question, str(self.images.root), ())
+        return EarlyStop(nothing, self.config.limits).add
+
+    def _fresh(
+        self,
+        left: Collection[int],
+        stop: Callable[[BatchResult], bool] | None,
+        progress: Progress,
+    ) -> Iterator[BatchResult]:
+        """The batches that are not known yet, as they get done."""
+        question = self.opened.question
+        total = sum(question.size(number) for number in left)
         with progress.task("verify", total) as advance:
             for batch, samples in prefetched(self._prepared(left)):
-                result = self.opened.record(batch, samples, allow_leak=self.allow_leak)
-                yield result
-                advance(self._size(batch.number))
-                if stop and stop.add(result.records):
+                yield (result := self._result(batch, samples))
+                advance(question.size(batch.number))
+                if stop and stop(result):
                     return
 
-    def _size(self, number: int) -> int:
-        return min(self.config.batch, len(self.images.entries) - number * self.config.batch)
+    def _result(self, batch: DecodedBatch, samples: Samples | None) -> BatchResult:
+        """A batch; of artifacts that are known only the others are run."""
+        asked = self.known.missing(batch.number)
+        result = self.known.completed(self.opened.record(batch, samples, asked), asked)
+        if result is None:
+            # The same images were answered otherwise by the reference: nothing known is of use.
+            return self.opened.record(batch, samples, self.opened.question.ran)
+        return result
 
     def _prepared(self, numbers: Collection[int]) -> Generator[tuple[DecodedBatch, Samples | None]]:
         for batch in decoded_batches(
@@ -338,3 +369,8 @@ class _Run:
             reading=self.reading,
         ):
             yield batch, self.opened.prepare(batch)
+
+
+def _joined(known: Results, fresh: Sequence[BatchResult]) -> Results:
+    batches = sorted((*known.batches, *fresh), key=lambda batch: batch.batch)
+    return replace(known, batches=tuple(batches))

@@ -6,6 +6,9 @@ between Casts, when one of its tensors is named in ``keep``: a tensor whose valu
 float16's largest, 65504.  LayerNormalization stays one node, whose kernels accumulate in float32
 (``stash_type`` 1); decomposed, its x ** 2 overflows on a ViT's residual stream.
 
+A graph with local functions, or with an If or Loop, is refused: the tensors inside would stay
+float32 without being named.
+
 A Q/DQ graph goes through the same pass: QuantizeLinear and DequantizeLinear take their type from
 their scale (ONNX operators, opset 19 and later), which is converted like any other constant.
 """
@@ -18,6 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from exporters.errors import GraphError
+from exporters.storage import refuse_nested
 
 __all__ = ["FP16_MAX", "ToFloat16"]
 
@@ -36,6 +40,7 @@ class ToFloat16(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Change ``model`` in place; see the module's docstring."""
+        refuse_nested(model, "the conversion to float16")
         graph = model.graph
         self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         nodes = list(graph)

@@ -2,6 +2,10 @@
 
     PYTHONPATH=. python scripts/bench/int8.py [--model clip-vit-base-p16] [--images 32]
 
+clipdeploy makes two INT8 graphs: "quantize --cpu", whose other operators stay FP32, for the
+integer kernels of ONNX Runtime; and the default one, for TensorRT, whose other operators are FP16.
+No peer writes the latter, and on a CPU it is slower than FP32 (see docs/int8.md).
+
 Every peer makes its INT8 graph from the same FP32 graph and the same images in a process of its
 own (see calibrate.py).  On other images than those, the logits are compared with the FP32 graph's:
 
@@ -28,6 +32,7 @@ import onnxruntime as ort
 from calibrate import (
     EXPORT,
     MAKERS,
+    OURS,
     Failure,
     Job,
     Maker,
@@ -62,8 +67,19 @@ def _dynamic(job: Job) -> None:
     quantize_dynamic(str(job.graph), str(job.target))
 
 
+def _default(job: Job) -> None:
+    """What ``clipdeploy calibrate`` and ``clipdeploy quantize`` do."""
+    from clipdeploy.pipeline import CalibrateConfig, calibrate_model, quantize_model
+
+    calibrate_model(job.workspace, job.model, job.photos, CalibrateConfig(images=job.images))
+    result = quantize_model(job.workspace, job.model, force=True)
+    result.artifact.path.replace(job.target)
+
+
 ALL: dict[str, Maker] = {
-    **MAKERS,
+    f"{OURS} quantize --cpu": MAKERS[OURS],
+    f"{OURS} quantize": _default,
+    **{name: make for name, make in MAKERS.items() if name != OURS},
     "quantize_static defaults": _static_defaults,
     "quantize_dynamic": _dynamic,
 }

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,7 @@ class KilledError(Exception):
 
 
 def _records(images: Images) -> tuple[CalibrationImageRecord, ...]:
+    """What is known before the images are decoded."""
     return tuple(CalibrationImageRecord(image.name, image.sha256) for image in images)
 
 
@@ -85,7 +86,13 @@ def graph(source: Path) -> Path:
 def many(held_out: tuple[NDArray[np.float32], NDArray[np.int64]]) -> Images:
     """Thirty-five images: a flush of the observers and some."""
     return [
-        CalibrationImage(f"{i:02}.png", hashlib.sha256(pixels.tobytes()).hexdigest(), pixels[None])
+        CalibrationImage(
+            f"{i:02}.png",
+            hashlib.sha256(pixels.tobytes()).hexdigest(),
+            pixels[None],
+            hashlib.md5(pixels.tobytes()).hexdigest(),
+            bytes([i]) * 64,
+        )
         for i, pixels in enumerate(held_out[0][:35])
     ]
 
@@ -242,6 +249,8 @@ def test_killed_and_resumed_is_the_unbroken_run(
     assert log == [sum(kills)]
     assert found == whole
     assert _file(found, tmp_path / "a.json") == _file(whole, tmp_path / "b.json")
+    assert [astuple(image) for image in found.images] == [astuple(image.record) for image in many]
+    assert all(image.decoded for image in found.images)
 
 
 @pytest.mark.parametrize("seed", [0])

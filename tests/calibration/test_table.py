@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def _table() -> CalibrationTable:
         source_graph="ab" * 32,
         preprocess=Preprocess(16, CLIP_MEAN, CLIP_STD),
         images=(
-            CalibrationImageRecord("a/été.png", "cd" * 32),
+            CalibrationImageRecord("a/été.png", "cd" * 32, "ab" * 16, bytes(range(64))),
             CalibrationImageRecord("b.png", "ef" * 32),
         ),
         statistics={f"blocks.{i}.mlp.fc1": pack(_statistics(i)) for i in range(3)},
@@ -83,6 +84,8 @@ def test_statistics_survive_packing_bit_for_bit() -> None:
 def test_table_survives_the_file_bit_for_bit(saved: Path) -> None:
     table = load_table(saved)
     assert replace(table, seal="") == _table()
+    assert [astuple(image) for image in table.images] == [astuple(i) for i in _table().images]
+    assert [image.decoded for image in table.images] == [True, False]
     for i in range(3):
         assert _equal(table.of(f"blocks.{i}.mlp.fc1"), _statistics(i))
 
@@ -93,9 +96,67 @@ def test_saving_again_writes_the_same_bytes(saved: Path, tmp_path: Path) -> None
     assert again.read_bytes() == saved.read_bytes()
 
 
+def test_images_are_the_same_by_name_and_bytes_whatever_is_known_of_their_pixels() -> None:
+    known, unknown = _table().images[0], CalibrationImageRecord("a/été.png", "cd" * 32)
+    assert known == unknown
+    assert len({known, unknown}) == 1
+    assert known != replace(known, sha256="00" * 32)
+
+
+def _as_schema_2(path: Path) -> dict[str, Any]:
+    """A table as it was written and sealed before images had pixels."""
+    raw: dict[str, Any] = json.loads(path.read_bytes())
+    raw["schema"], raw["seal"] = 2, ""
+    for image in raw["images"]:
+        del image["pixels"], image["thumbnail"]
+    compact = json.dumps(raw, separators=(",", ":"), ensure_ascii=False)
+    raw["seal"] = hashlib.sha256(compact.encode()).hexdigest()
+    return raw
+
+
+def test_an_old_table_is_read_and_knows_no_pixels(saved: Path, tmp_path: Path) -> None:
+    raw = _as_schema_2(saved)
+    old = load_table(_write(tmp_path / "old.json", raw))
+    assert old.schema == 2
+    assert old.images == _table().images
+    assert not any(image.decoded for image in old.images)
+    assert save_table(old, tmp_path / "again.json").seal == raw["seal"]
+    assert load_table(tmp_path / "again.json") == old
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda raw: raw["images"][0].update(pixels="00" * 16),
+        lambda raw: raw["images"][1].update(thumbnail="AAAA"),
+        lambda raw: raw["images"][1].update(sha256="00" * 32),
+        lambda raw: raw.update(schema=3),
+        lambda raw: raw.update(schema=1),
+    ],
+)
+def test_an_old_table_that_was_edited_is_refused(
+    saved: Path, tmp_path: Path, edit: Callable[[dict[str, Any]], None]
+) -> None:
+    raw = _as_schema_2(saved)
+    edit(raw)
+    with pytest.raises(ArtifactError, match="does not match its own seal"):
+        load_table(_write(tmp_path / "edited.json", raw))
+
+
+def test_an_old_shard_and_a_new_one_merge_to_a_table_that_survives_the_file(tmp_path: Path) -> None:
+    new, old = _shard(1, 2), replace(_shard(2, 2), schema=2)
+    known = tuple(replace(image, pixels="ab" * 16, thumbnail=bytes(64)) for image in new.images)
+    for parts in ([replace(new, images=known), old], [old, replace(new, images=known)]):
+        save_table(merge_tables(parts), tmp_path / "merged.json")
+        merged = load_table(tmp_path / "merged.json")
+        assert [image.decoded for image in merged.images] == [True, True, False, False]
+
+
 def test_demo_table_is_whole(demo_workspace: Workspace) -> None:
     table = load_table(demo_workspace.calibration(zoo.DEMO))
     assert len(table.images) == 200
+    assert len({image.pixels for image in table.images}) == 200
+    assert {len(image.thumbnail) for image in table.images} == {64}
     assert [record.name for record in table.images] == sorted(r.name for r in table.images)
     assert len(table.statistics) == 31
 
@@ -111,6 +172,14 @@ def _edit_amax(raw: dict[str, Any]) -> None:
 
 def _edit_hash(raw: dict[str, Any]) -> None:
     raw["images"][0]["sha256"] = "00" * 32
+
+
+def _edit_pixels(raw: dict[str, Any]) -> None:
+    raw["images"][0]["pixels"] = "00" * 16
+
+
+def _edit_thumbnail(raw: dict[str, Any]) -> None:
+    raw["images"][0]["thumbnail"] = ""
 
 
 def _edit_mean(raw: dict[str, Any]) -> None:
@@ -143,6 +212,8 @@ def _edit_model(raw: dict[str, Any]) -> None:
         _edit_extremes,
         _edit_amax,
         _edit_hash,
+        _edit_pixels,
+        _edit_thumbnail,
         _edit_mean,
         _edit_seal,
         _edit_model,
@@ -172,7 +243,7 @@ def test_truncated_table_is_refused(saved: Path, fraction: float) -> None:
 
 def test_newer_table_is_refused(saved: Path) -> None:
     raw = json.loads(saved.read_text(encoding="utf-8"))
-    raw["schema"] = 3
+    raw["schema"] = 4
     with pytest.raises(ArtifactError, match="written by a newer clipdeploy"):
         load_table(_write(saved, raw))
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -9,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from rich.console import Console
 
+from calibration.qdq import QuantizeConfig
 from clipdeploy import zoo
 from clipdeploy.benchmark import (
     Benchmark,
@@ -26,9 +30,9 @@ from clipdeploy.benchmark.plot import draw_benchmark
 from clipdeploy.benchmark.result import summary_rows
 from clipdeploy.benchmark.rounds import Contender, measure, random_images
 from clipdeploy.benchmark.run import warm_up
-from clipdeploy.benchmark.table import benchmark_table
+from clipdeploy.benchmark.table import benchmark_table, footnotes, table_rows, table_titles
 from clipdeploy.device import gpus
-from clipdeploy.pipeline import export_model
+from clipdeploy.pipeline import export_model, quantize_model
 from clipdeploy.plots import save_plot
 from clipdeploy.runners import Runner
 from clipdeploy.runners.base import Closing
@@ -423,6 +427,68 @@ def test_the_table_fits_a_terminal() -> None:
     assert "int8.engine, batch 64: not possible: the engine takes 1 to 32" in text
     assert "SM clock 1980 MHz at the first round, 1755 MHz after the last" in text
     assert "GPU p50" not in shown(replace(sample(), rows=sample().rows[-3:]))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (1 / 0.004722, "0.00472"),
+        (1 / 0.4722, "0.472"),
+        (1 / 4.722, "4.72"),
+        (0.1, "10.0"),
+        (1 / 47.22, "47.2"),
+        # Rounded to three digits it is one more before the point.
+        (1 / 99.96, "100"),
+        (1 / 472.2, "472"),
+        (1 / 999.7, "1000"),
+        (1 / 47222, "47222"),
+    ],
+)
+def test_a_low_throughput_keeps_its_digits(seconds: float, said: str) -> None:
+    clock = Clockwork()
+    contenders = lined_up([Worker("a.onnx", clock, seconds)], (1,))
+    measure(contenders, seconds=None, rounds=6, clock=clock)
+    result = replace(sample(), rows=summary_rows(contenders))
+    rate = table_titles(result).index("img/s")
+    assert [row[rate] for row in table_rows(result)] == [said]
+
+
+def test_an_int8_graph_for_tensorrt_is_explained_on_a_cpu(
+    demo_workspace: Workspace, tmp_path: Path
+) -> None:
+    shutil.copytree(demo_workspace.root, tmp_path / "artifacts")
+    workspace = Workspace(tmp_path / "artifacts")
+    quantize_model(workspace, zoo.DEMO, QuantizeConfig(remainder="fp32"))
+    config = replace(QUICK, provider="cpu")
+    result = benchmark_model(workspace, zoo.DEMO, config)
+    assert {row.label for row in result.rows} >= {"fp16.onnx", "int8.onnx", "int8-cpu.onnx"}
+    [note] = result.notes
+    assert note.startswith("int8.onnx: INT8 with FP16 around it is for TensorRT")
+    assert "`clipdeploy quantize --cpu`" in note
+    assert json.loads(to_json(result))["notes"] == [note]
+    assert note in footnotes(result)
+    assert "INT8 with FP16 around it" in shown(result)
+    # The reason: of that graph no Linear runs in int8 here, of the other one all 24 do.
+    kernels = {
+        precision: optimised_kernels(workspace.graph(zoo.DEMO, precision), tmp_path)
+        for precision in ("int8", "int8-cpu")
+    }
+    assert kernels["int8"]["MatMulIntegerToFloat"] == 0
+    assert kernels["int8"]["Cast"] > 0
+    assert kernels["int8-cpu"]["MatMulIntegerToFloat"] == 24
+    others = [workspace.graph(zoo.DEMO, precision) for precision in ("fp32", "fp16", "int8-cpu")]
+    assert benchmark_artifacts(others, config).notes == ()
+
+
+def optimised_kernels(graph: Path, folder: Path) -> Counter[str]:
+    """How often ONNX Runtime's CPU provider runs each operator, once it has fused them."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    # It warns that such a file is for this machine.
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    nodes = onnx.load(folder / "optimised.onnx").graph.node
+    return Counter(node.op_type for node in nodes)
 
 
 def test_brackets_in_a_name_are_no_markup() -> None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from clipdeploy import zoo
 from clipdeploy.workspace import Workspace
 from exporters.errors import ArtifactError, UsageError
 
@@ -30,3 +32,17 @@ def test_looking_makes_nothing(tmp_path: Path) -> None:
     assert workspace.engine("m", "fp16").name == "m.fp16.engine"
     assert workspace.calibration("m").parent == workspace.folder("m")
     assert not workspace.root.exists()
+
+
+def test_a_source_of_another_model_or_precision_is_refused(
+    demo_workspace: Workspace, tmp_path: Path
+) -> None:
+    workspace, other = Workspace(tmp_path), zoo.find("clip-vit-base-p16").name
+    assert demo_workspace.source(zoo.DEMO)[1].model == zoo.DEMO
+    for precision, model, what in (("fp32", other, "model"), ("fp16", zoo.DEMO, "precision")):
+        place = workspace.graph(model, "fp32")
+        place.parent.mkdir()
+        shutil.copy(demo_workspace.graph(zoo.DEMO, precision), place)  # type: ignore[arg-type]
+        with pytest.raises(ArtifactError, match=f"is of another {what} than its place") as caught:
+            workspace.source(model)
+        assert f"clipdeploy export --model {model} --force" in caught.value.hint

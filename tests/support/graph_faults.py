@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import onnx
+from graph_edits import Edit, add_weight, read, redirect, write
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, helper
 
 __all__ = [
     "FP16_FAULTS",
@@ -27,24 +28,7 @@ __all__ = [
     "write",
 ]
 
-Edit = Callable[[ModelProto], None]
 _HEADS = 6
-
-
-def _tensor(model: ModelProto, name: str) -> onnx.TensorProto:
-    return next(weight for weight in model.graph.initializer if weight.name == name)
-
-
-def read(model: ModelProto, name: str) -> NDArray[Any]:
-    """The values of an initializer, free to change."""
-    return numpy_helper.to_array(_tensor(model, name)).copy()
-
-
-def write(model: ModelProto, name: str, array: NDArray[Any]) -> None:
-    """Give an initializer other values of the same type."""
-    tensor = _tensor(model, name)
-    kept = array.astype(numpy_helper.to_array(tensor).dtype)
-    tensor.CopyFrom(numpy_helper.from_array(kept, name))
 
 
 def ruin(graph: Path, edit: Edit) -> None:
@@ -70,25 +54,12 @@ def _node(model: ModelProto, name: str) -> NodeProto:
     return next(node for node in model.graph.node if node.name == name)
 
 
-def _redirect(model: ModelProto, old: str, new: str) -> None:
-    """Let every reader of the tensor ``old`` read ``new``."""
-    for node in model.graph.node:
-        for index, name in enumerate(node.input):
-            if name == old:
-                node.input[index] = new
-
-
 def _insert_after(model: ModelProto, value: str, steps: Sequence[NodeProto]) -> None:
     """Put ``steps``, of which the last gives ``VALUE/changed``, behind the tensor ``value``."""
-    _redirect(model, value, f"{value}/changed")
+    redirect(model, value, f"{value}/changed")
     at = next(i for i, node in enumerate(model.graph.node) if value in node.output)
     for step in reversed(steps):
         model.graph.node.insert(at + 1, step)
-
-
-def _add_weight(model: ModelProto, name: str, array: NDArray[Any]) -> str:
-    model.graph.initializer.append(numpy_helper.from_array(array, name))
-    return name
 
 
 def _attribute(op_type: str, key: str, value: object) -> Edit:
@@ -137,20 +108,20 @@ def _double_one_head(qkv: NDArray[Any]) -> NDArray[Any]:
 
 
 def _skip_block(model: ModelProto) -> None:
-    _redirect(model, "blocks.3/Add_1", "blocks.2/Add_1")
+    redirect(model, "blocks.3/Add_1", "blocks.2/Add_1")
 
 
 def _skip_norm_pre(model: ModelProto) -> None:
-    _redirect(model, "norm_pre", "vit/Add")
+    redirect(model, "norm_pre", "vit/Add")
 
 
 def _drop_residual(model: ModelProto) -> None:
-    _redirect(model, "blocks.3/Add", "blocks.3.attn.proj")
+    redirect(model, "blocks.3/Add", "blocks.3.attn.proj")
 
 
 def _token_of_a_neighbour(model: ModelProto) -> None:
     ends = (("starts", [-1]), ("ends", [np.iinfo(np.int64).min]), ("axes", [0]), ("steps", [-1]))
-    names = [_add_weight(model, f"turn/{key}", np.asarray(value)) for key, value in ends]
+    names = [add_weight(model, f"turn/{key}", np.asarray(value)) for key, value in ends]
     turn = helper.make_node("Slice", ["vit/Gather", *names], ["vit/Gather/changed"], name="turn")
     _insert_after(model, "vit/Gather", [turn])
 
@@ -183,7 +154,7 @@ def _flip_bit(array: NDArray[Any]) -> NDArray[Any]:
 
 
 def _quick_gelu(model: ModelProto) -> None:
-    factor = _add_weight(model, "quick/factor", np.float32(1.702).reshape(()))
+    factor = add_weight(model, "quick/factor", np.float32(1.702).reshape(()))
     for node in [node for node in model.graph.node if node.op_type == "Gelu"]:
         source, result = node.input[0], node.output[0]
         steps = [
@@ -209,7 +180,7 @@ def _there_and_back(value: str, factor: float) -> Edit:
 
     def edit(model: ModelProto) -> None:
         names = [f"{value}/far", f"{value}/changed"]
-        by = _add_weight(model, f"{value}/by", np.float16(factor).reshape(()))
+        by = add_weight(model, f"{value}/by", np.float16(factor).reshape(()))
         far = helper.make_node("Mul", [value, by], [names[0]], name=names[0])
         back = helper.make_node("Div", [names[0], by], [names[1]], name=names[1])
         _insert_after(model, value, [far, back])
@@ -226,7 +197,7 @@ def _one_side(
 ) -> None:
     """QuantizeLinear keeps its constant, DequantizeLinear gets another one."""
     array = read(model, f"blocks.2.mlp.fc1.{suffix}")
-    name = _add_weight(model, f"other/{suffix}", change(array).astype(array.dtype).reshape(()))
+    name = add_weight(model, f"other/{suffix}", change(array).astype(array.dtype).reshape(()))
     dequantise = _node(model, "blocks.2.mlp.fc1/DQ")
     dequantise.input[1 if "scale" in suffix else 2] = name
 

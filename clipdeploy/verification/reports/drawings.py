@@ -85,7 +85,9 @@ def _box(axes: Axes, place: int, percentiles: Sequence[float]) -> None:
 
 def draw_drops(drops: Mapping[str, tuple[DropJudgement, Tone]], max_drop: float) -> Figure:
     """The interval of each artifact's drop, in the colour of its tone, beside the limit."""
-    figure, axes = _axes(list(drops), "drop of top-1 (points), less is better")
+    levels = {drop.confidence for drop, _ in drops.values()}
+    level = f"{100 * levels.pop():g} % interval" if len(levels) == 1 else "interval"
+    figure, axes = _axes(list(drops), f"drop of top-1 (points) and its {level}, less is better")
     axes.axvline(0, color="0.6", linewidth=1)
     axes.axvline(max_drop, color=_INK, linewidth=1.4, linestyle=(0, (4, 3)))
     for place, (drop, tone) in enumerate(drops.values()):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 
 from clipdeploy.verification.results import Question, Results
 
 __all__ = ["provenance"]
-
-_NOTHING = hashlib.sha256(b"").hexdigest()
 
 
 def provenance(results: Results) -> tuple[tuple[str, str], ...]:
@@ -27,8 +24,8 @@ def _files(results: Results) -> Iterator[tuple[str, str]]:
         yield f"{asked.precision} {asked.kind}", f"{asked.artifact}{hashed}"
     yield "images", f"{results.data}, {question.images:,} of them"
     yield "names and classes", _hash(question.entries)
-    if question.calibrated is not None:
-        yield "calibration images", _hash(question.calibrated, empty="none")
+    yield "sizes and samples", _hash(question.contents)
+    yield "calibration images", _hash(question.calibrated) if question.calibrated else "none"
 
 
 def _choices(question: Question) -> Iterator[tuple[str, str]]:
@@ -50,7 +47,5 @@ def _channels(values: tuple[float, float, float]) -> str:
     return "/".join(f"{value:g}" for value in values)
 
 
-def _hash(text: str, empty: str = "") -> str:
-    if text == _NOTHING:
-        return empty
+def _hash(text: str) -> str:
     return text if text.startswith("random:") else f"SHA-256 {text}"

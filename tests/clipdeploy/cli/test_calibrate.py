@@ -10,14 +10,19 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
+from calibration.table import CalibrationImageRecord, load_table, save_table
 from clipdeploy import zoo
 from clipdeploy.cli.main import main
+from clipdeploy.imaging import iter_crops, open_images
+from clipdeploy.imaging.fingerprints import fingerprint
 from clipdeploy.workspace import Workspace
+from exporters.artifact import Recipe
 
 CALIBRATION = str(zoo.demo_file("calibration.zip"))
 TEST = str(zoo.demo_file("test.zip"))
@@ -101,6 +106,31 @@ def test_shards_merged_equal_one_run(artifacts: Path) -> None:
     assert calibrate(artifacts, "--shard", "2/3").exit_code == 0
     merged = run("calibrate", "merge", "--workspace", artifacts, "--model", "demo")
     assert merged.exit_code == 0, merged.output
+    assert table(artifacts).read_bytes() == whole
+
+
+def test_the_table_knows_the_pixels_of_its_images(artifacts: Path) -> None:
+    assert calibrate(artifacts, "--images", "12").exit_code == 0
+    spec = zoo.find(zoo.DEMO).preprocess(Recipe())
+    wanted = {
+        crop.entry.name: (crop.sha256, *fingerprint(crop.pixels))
+        for crop in iter_crops(open_images(Path(CALIBRATION)), spec, workers=0)
+    }
+    images = load_table(table(artifacts)).images
+    assert len({image.pixels for image in images}) == 12
+    for image in images:
+        assert (image.sha256, image.pixels, image.thumbnail) == wanted[image.name]
+
+
+def test_a_table_without_pixels_is_made_again(artifacts: Path) -> None:
+    assert calibrate(artifacts, "--images", "12").exit_code == 0
+    whole = table(artifacts).read_bytes()
+    assert "(unchanged)" in calibrate(artifacts, "--images", "12").output
+    found = load_table(table(artifacts))
+    bare = tuple(CalibrationImageRecord(image.name, image.sha256) for image in found.images)
+    save_table(replace(found, images=bare, schema=2), table(artifacts))
+    assert load_table(table(artifacts)).images == found.images
+    assert "(unchanged)" not in calibrate(artifacts, "--images", "12").output
     assert table(artifacts).read_bytes() == whole
 
 

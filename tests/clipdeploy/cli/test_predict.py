@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,10 @@ from onnx import numpy_helper
 
 from clipdeploy import zoo
 from clipdeploy.cli.main import main
+from clipdeploy.stages import predict as stage
+from clipdeploy.verification.targets import Target
 from clipdeploy.workspace import Workspace
+from exporters.headers import read_passport
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +75,16 @@ def test_without_an_artifact_the_model_says_which(demo_workspace: Workspace, dig
     assert f"{zoo.DEMO}.fp32.onnx on ONNX Runtime" in result.stderr
     assert str(image) in result.stdout.replace("\n", "")
     assert result.stdout.count("%") == 2
+
+
+def test_classes_have_names_only_where_a_passport_states_them(demo_workspace: Workspace) -> None:
+    graph = demo_workspace.graph(zoo.DEMO, "fp32")
+    card = zoo.find("clip-vit-base-p16")
+    names = tuple(name for name, _ in zoo.class_names(card))
+    passport = replace(read_passport(graph), model=card.name, classes=len(names), class_names=names)
+    known = Target(graph, "graph", passport)
+    assert stage._words(known)[0] == ("n01440764", "tench, Tinca tinca")
+    assert stage._words(replace(known, vouched=False))[0] == ("0", "0")
 
 
 def test_bad_input(demo_workspace: Workspace, tmp_path: Path) -> None:

@@ -230,7 +230,8 @@ def test_an_artifact_of_another_model(artifacts: Path, tmp_path: Path) -> None:
 
 
 def test_the_baseline_option(artifacts: Path) -> None:
-    assert good(verify(artifacts, *FEW, "--json"))["baseline"]["status"] == "confirmed"
+    # 64 images are too few to exclude much.
+    assert good(verify(artifacts, *FEW, "--json"))["baseline"]["status"] == "unconfirmed"
     assert good(verify(artifacts, *FEW, "--json", "--baseline", "98,100"))
     missed = verify(artifacts, *FEW, "--baseline", "80")
     assert missed.exit_code == 3

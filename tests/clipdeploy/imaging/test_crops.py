@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pixel_changes import PIXEL_CHANGES, change_pixels
 
 from clipdeploy import zoo
 from clipdeploy.imaging import (
@@ -27,7 +28,8 @@ from clipdeploy.imaging import (
     open_images,
 )
 from clipdeploy.imaging.crop_shards import ROW_BYTES
-from clipdeploy.imaging.crops import CropCache
+from clipdeploy.imaging.crops import CropCache, pixels_key
+from clipdeploy.imaging.fingerprints import fingerprint
 from exporters.artifact import Recipe
 from exporters.errors import UsageError
 
@@ -73,7 +75,8 @@ def run(
 
 def same(one: list[Crop], two: list[Crop]) -> bool:
     return len(one) == len(two) and all(
-        (a.entry, a.sha256) == (b.entry, b.sha256) and np.array_equal(a.pixels, b.pixels)
+        (a.entry, a.sha256, a.fingerprint) == (b.entry, b.sha256, b.fingerprint)
+        and np.array_equal(a.pixels, b.pixels)
         for a, b in zip(one, two, strict=True)
     )
 
@@ -171,9 +174,7 @@ def test_a_file_that_was_changed_just_now_is_not_trusted_by_its_state(
     assert same(first, second)
 
 
-def test_each_preprocessing_has_its_own_crops(
-    folder: Path, cache: CropCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_preprocessing_has_its_own_crops(folder: Path, cache: CropCache) -> None:
     run(folder, cache)
     with_other_means = replace(SPEC, mean=(0.0, 0.0, 0.0))
     assert len(cache.open(with_other_means)) == COUNT  # they do not change a crop
@@ -184,18 +185,40 @@ def test_each_preprocessing_has_its_own_crops(
         replace(SPEC, exif_orientation=False),
     ):
         assert len(cache.open(other)) == 0
-    monkeypatch.setattr(crops, "pillow_version", "0.0.0")
-    assert len(cache.open(SPEC)) == 0
 
 
-def test_a_change_of_the_preprocessing_code_empties_the_shelf(
-    folder: Path, cache: CropCache, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("changed", PIXEL_CHANGES)
+def test_nothing_is_served_that_another_decoder_made(
+    folder: Path,
+    cache: CropCache,
+    changed: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    run(folder, cache)
-    edited = tmp_path / "preprocess.py"
-    edited.write_bytes(Path(crops.preprocess.__file__).read_bytes() + b"#")
-    monkeypatch.setattr(crops.preprocess, "__file__", str(edited))
-    assert len(cache.open(SPEC)) == 0
+    _, reading = run(folder, cache)
+    key = pixels_key(SPEC)
+    change_pixels(changed, monkeypatch, tmp_path)
+    assert pixels_key(SPEC) != key
+    assert run(folder, cache)[1].cached == reading.cached == 0
+    monkeypatch.undo()
+    monkeypatch.setattr(crops, "_SETTLED_NS", 0)
+    # As before again: what was made so is served.
+    assert pixels_key(SPEC) == key
+    assert run(folder, cache)[1].cached == COUNT
+
+
+def test_every_module_between_bytes_and_crop_is_in_the_key() -> None:
+    """Whatever of ours a worker has loaded decides pixels, or is named here because it does not."""
+    listed = "import sys, clipdeploy.imaging.loader; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", listed], capture_output=True, text=True, check=True
+    ).stdout.split()
+    ours = {name for name in loaded if name.startswith("clipdeploy.imaging.")}
+    keeping = {"crop_shards", "crops", "keys", "stream", "survey"}
+    listing = {"images", "label_files", "labels", "layouts", "listing", "look_over"}
+    assert ours - {f"clipdeploy.imaging.{name}" for name in keeping | listing} == {
+        name for name in PIXEL_CHANGES if name.startswith("clipdeploy.")
+    }
 
 
 def shard(cache: CropCache) -> Path:
@@ -220,7 +243,7 @@ def test_a_damaged_crop_is_decoded_again_and_kept_again(folder: Path, cache: Cro
     assert same(plain, third)
 
 
-@pytest.mark.parametrize("offset", [0, 20, 50, 54, 58, 62])
+@pytest.mark.parametrize("offset", [0, 20, 50, 70, 130, 134, 138])
 def test_a_damaged_row_is_no_row(folder: Path, cache: CropCache, offset: int) -> None:
     plain, _ = run(folder, cache)
     flip(shard(cache).with_suffix(".rows"), 7 * ROW_BYTES + offset)
@@ -240,6 +263,32 @@ def test_a_shard_cut_short_has_fewer_crops_and_no_wrong_ones(
     second, reading = run(folder, cache)
     assert reading.cached == int(COUNT * keep)
     assert same(plain, second)
+
+
+@pytest.mark.parametrize("read_bytes", [CROP_BYTES, 4 * CROP_BYTES, 1 << 20])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_crops_read_together_in_any_order_are_each_their_own(
+    folder: Path,
+    cache: CropCache,
+    read_bytes: int,
+    workers: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Kept in two shards, some damaged or not kept at all, asked for in other orders."""
+    monkeypatch.setattr(crops, "_READ_BYTES", read_bytes)
+    images = open_images(folder)
+    run(ImageFolder(folder, images.entries[1:7]), cache)
+    run(ImageFolder(folder, images.entries[7:]), cache)
+    flip(cache.shards()[0], 2 * CROP_BYTES + 1000)
+    kept = CropCache(cache.folder, cache.limit_bytes)
+    for seed in range(3):
+        order = np.random.default_rng(seed).permutation(COUNT)
+        mixed = ImageFolder(folder, tuple(images.entries[at] for at in order))
+        wanted, _ = run(mixed, None)
+        got, reading = run(mixed, kept, workers)
+        assert same(wanted, got)
+        # The first of these runs decodes what was missing and damaged, and keeps it.
+        assert reading.cached == (COUNT - 2 if seed == 0 else COUNT)
 
 
 def test_rows_of_another_shard_give_no_wrong_pixels(folder: Path, cache: CropCache) -> None:
@@ -288,16 +337,63 @@ def test_a_cache_with_no_room_keeps_nothing(folder: Path, tmp_path: Path, limit:
     got, reading = run(folder, cache)
     assert same(got, run(folder, None)[0])
     assert cache.size() == 0
-    assert "is full" in reading.cache_problem
+    assert reading.cache_problem == cache.problem(SPEC)
+    assert f"nothing is cached: the cache's limit is {limit} bytes" in reading.cache_problem
     with pytest.raises(UsageError, match="-1 bytes"):
         CropCache(tmp_path, -1)
 
 
 def test_a_cache_that_cannot_be_written_is_told_and_no_error(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "crops").write_text("a file in its place")
-    got, reading = run(folder, CropCache(tmp_path / "crops"))
+    cache = CropCache(tmp_path / "crops" / "deeper")
+    got, reading = run(folder, cache)
     assert same(got, run(folder, None)[0])
     assert "cannot be written" in reading.cache_problem
+    assert cache.problem(SPEC) == f"nothing is cached: {tmp_path / 'crops'} is no folder"
+
+
+def test_what_a_limit_of_zero_does_not_keep_it_does_not_serve(
+    folder: Path, cache: CropCache
+) -> None:
+    run(folder, cache)
+    _, reading = run(folder, replace(cache, limit_bytes=0))
+    assert reading.cached == 0
+    assert reading.cache_problem == "nothing is cached: the cache's limit is 0 bytes"
+
+
+def test_a_problem_is_known_before_the_run_and_only_if_there_is_one(
+    folder: Path, cache: CropCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cache.problem(SPEC) == ""
+    assert not cache.folder.exists()
+    assert run(folder, cache)[1].cache_problem == cache.problem(SPEC) == ""
+    one = CROP_BYTES + ROW_BYTES
+    assert replace(cache, limit_bytes=one).problem(SPEC) == ""
+    assert f"one crop takes {one}" in replace(cache, limit_bytes=one - 1).problem(SPEC)
+    # The kernel lets root write anywhere, so that a real folder without permission is no example.
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        assert cache.problem(SPEC) == f"nothing is cached: {cache.folder} cannot be written"
+    with monkeypatch.context() as patch:
+        usage = shutil.disk_usage(cache.folder)._replace(free=CROP_BYTES)
+        patch.setattr(shutil, "disk_usage", lambda _: usage)
+        assert f"has {CROP_BYTES} bytes left" in cache.problem(SPEC)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_crop_has_the_fingerprint_of_its_pixels_wherever_it_comes_from(
+    folder: Path, cache: CropCache, workers: int
+) -> None:
+    """Decoded, from the cache by its file's state, and from the cache by its file's bytes."""
+    decoded, _ = run(folder, cache, workers)
+    cached, reading = run(folder, cache, workers)
+    assert reading.cached == COUNT
+    moved = shutil.copytree(folder, folder.parent / "moved")
+    by_bytes, reading = run(moved, cache, workers)
+    assert reading.cached == 0
+    for crop in decoded + cached + by_bytes:
+        assert crop.fingerprint == fingerprint(crop.pixels)
+    assert len({crop.fingerprint for crop in decoded}) == COUNT
 
 
 def test_a_full_disk_is_told_and_no_error(folder: Path, cache: CropCache) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import signal
@@ -16,7 +17,8 @@ from PIL import Image
 
 from clipdeploy import zoo
 from clipdeploy.imaging import Crop, ImageEntry, ImageFolder, Skipped, iter_crops, open_images
-from clipdeploy.imaging.decoding import Source, usable_cores
+from clipdeploy.imaging.decoding import Loaded, Source, usable_cores
+from clipdeploy.imaging.fingerprints import fingerprint
 from clipdeploy.imaging.loader import ProcessLoader
 from exporters.artifact import Recipe
 from exporters.errors import DatasetError
@@ -76,7 +78,8 @@ def wait_until(done: Callable[[], bool], what: str) -> None:
 
 def same(one: list[Crop], two: list[Crop]) -> bool:
     return len(one) == len(two) and all(
-        (a.entry, a.sha256) == (b.entry, b.sha256) and np.array_equal(a.pixels, b.pixels)
+        (a.entry, a.sha256, a.fingerprint) == (b.entry, b.sha256, b.fingerprint)
+        and np.array_equal(a.pixels, b.pixels)
         for a, b in zip(one, two, strict=True)
     )
 
@@ -101,6 +104,24 @@ def test_crops_are_the_consumers_own(folder: Path) -> None:
     kept = [(crop.pixels, crop.pixels.copy()) for crop in iter_crops(many, SPEC, workers=1)]
     assert len(kept) > ProcessLoader(Source(folder, SPEC), 1).capacity
     assert all(np.array_equal(pixels, copy) for pixels, copy in kept)
+
+
+def test_what_is_submitted_is_decoded_before_anybody_asks_for_it(folder: Path) -> None:
+    """Crops from the cache may come before it: the consumer asks for those first."""
+    loader = ProcessLoader(Source(folder, SPEC), 1)
+    try:
+        loader.submit("00.jpg", None)
+        loader.submit("01.jpg", None)
+        loader.send()
+        (worker,) = loader._workers
+        wait_until(lambda: worker.answers.poll(), "an answer")
+        for name in ("00.jpg", "01.jpg"):
+            result = loader.result()
+            assert isinstance(result, Loaded)
+            assert result.sha256 == hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            assert result.fingerprint == fingerprint(result.pixels)
+    finally:
+        loader.close()
 
 
 def test_unreadable_images_are_told_as_in_this_process(folder: Path) -> None:

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
+from scipy import stats
 
-from clipdeploy.verification.baseline import Expected, check_baseline, is_hopeless
+from clipdeploy import zoo
+from clipdeploy.verification.baseline import (
+    CONFIRMING,
+    Expected,
+    check_baseline,
+    excluded_deficit,
+    is_hopeless,
+    passing_hits,
+)
 from clipdeploy.verification.records import Answer, ImageRecord
 from clipdeploy.verification.results import Question, Results
+from exporters.artifact import Recipe
 from exporters.errors import UsageError
 
 Make = Callable[..., Results]
@@ -43,9 +54,190 @@ def test_the_cards_accuracy(wrong: int, status: str, question: Question, answers
     assert baseline.top1_interval.low <= 100 - wrong / 5 <= baseline.top1_interval.high
 
 
-def test_few_images_miss_nothing(question: Question, answers: Answers) -> None:
-    """2 of 100 wrong: 99.4 % is well within what so few images can say."""
-    assert check_baseline(answers(100, 2), question).status == "confirmed"
+@pytest.mark.parametrize(("count", "wrong"), [(1, 0), (2, 0), (10, 0), (64, 0), (100, 2)])
+def test_few_images_miss_nothing_and_confirm_nothing(
+    count: int, wrong: int, question: Question, answers: Answers
+) -> None:
+    """99.4 % is well within what so few images can say; so would be 90 %."""
+    baseline = check_baseline(answers(count, wrong), question)
+    assert (baseline.status, bool(baseline)) == ("unconfirmed", True)
+    assert baseline.excludes is not None
+    assert baseline.excludes > CONFIRMING
+    assert "too few images to confirm it: only a reference" in baseline.sentence
+    assert f"of {count} image{'s'[: count > 1]} (99 % interval " in baseline.sentence
+
+
+@pytest.mark.parametrize("count", [120, 130, 500])
+def test_enough_images_confirm_and_say_what_they_exclude(
+    count: int, question: Question, answers: Answers
+) -> None:
+    baseline = check_baseline(answers(count, 1), question)
+    assert baseline.status == "confirmed"
+    assert baseline.excludes == excluded_deficit(99.4, count)
+    assert baseline.excludes is not None
+    # Rounded up to a tenth of a point.
+    shown = f"{baseline.excludes + 0.05:.1f}"
+    assert f"a reference {shown} points worse would have been noticed" in baseline.sentence
+
+
+@pytest.mark.parametrize("count", [1, 10, 130, 500, 5000])
+@pytest.mark.parametrize("published", [100.0, 99.4, 86.02, 50.0, 0.0])
+def test_what_is_excluded_is_what_the_check_calls_missed(count: int, published: float) -> None:
+    fewest, most = passing_hits(published, count)
+    excludes = excluded_deficit(published, count)
+    if excludes is None:
+        assert fewest == 0
+        return
+    share = (published - excludes) / 100
+    # Exactly 95 %, by SciPy's binomial; 1e-10 of bisection in the share times up to 5000 images.
+    assert stats.binom.cdf(fewest - 1, count, share) == pytest.approx(0.95, abs=1e-6)
+    assert fewest <= most + 1
+    # A hundredth of a point less is not noticed so surely.
+    assert stats.binom.cdf(fewest - 1, count, share + 1e-4) < 0.95
+
+
+def test_passing_is_what_the_check_lets_pass(question: Question, answers: Answers) -> None:
+    for published in (99.4, 86.02, 60.0):
+        fewest, most = passing_hits(published, 60)
+        for hits in range(20, 61):
+            baseline = check_baseline(answers(60, 60 - hits), question, Expected("user", published))
+            assert bool(baseline) == (fewest <= hits <= most), (published, hits)
+
+
+def test_nothing_can_be_excluded_by_one_image_or_below_nothing(
+    question: Question, answers: Answers
+) -> None:
+    assert excluded_deficit(86.02, 1) is None
+    assert excluded_deficit(0.0, 50_000) is None
+    baseline = check_baseline(answers(1, 0), question, Expected("user", 86.02))
+    assert (baseline.status, baseline.excludes) == ("unconfirmed", None)
+    assert "could not have been noticed at all" in baseline.sentence
+
+
+def test_one_image_of_each_imagenet_class_is_enough_for_every_card_and_half_is_not() -> None:
+    for card in zoo.cards():
+        if card.classes == 1000 and card.top1 is not None:
+            enough, half = (excluded_deficit(card.top1, n) for n in (1000, 500))
+            assert enough is not None
+            assert half is not None
+            assert enough <= CONFIRMING < half
+
+
+def test_copies_of_an_image_confirm_nothing(question: Question, answers: Answers) -> None:
+    copied = answers(1, 0) * 600
+    # So many images would: that they are one has to be said.
+    assert check_baseline(copied, question).status == "confirmed"
+    baseline = check_baseline(copied, question, different=copied[:1])
+    assert baseline.status == "unconfirmed"
+    assert "of 1 image (" in baseline.sentence
+
+
+CARD = "clip-vit-base-p16"
+FIFTY = (50,) * 1000
+
+
+@pytest.fixture
+def imagenet(made: Make) -> Question:
+    card = zoo.find(CARD)
+    names = tuple(name for name, _ in zoo.class_names(card))
+    return made([], model=card.name, images=50_000, classes=1000, class_names=names).question
+
+
+def whole(top1: float, top5: float = 97.76, count: int = 50_000) -> list[Answer]:
+    """Answers with these accuracies in percent."""
+    first, five = round(count * top1 / 100), round(count * top5 / 100)
+    ranks = [0] * first + [1] * (five - first) + [5] * (count - five)
+    return [Answer((0, 1, 2, 3, 4), rank) for rank in ranks]
+
+
+# The card says 86.02 and 97.76.
+@pytest.mark.parametrize(
+    ("top1", "top5", "status"),
+    [
+        (86.02, 97.76, "confirmed"),
+        (86.024, 97.756, "confirmed"),
+        (86.026, 97.76, "unconfirmed"),
+        (86.02, 97.752, "unconfirmed"),
+        (85.94, 97.76, "unconfirmed"),
+        (86.12, 97.76, "unconfirmed"),
+        (85.918, 97.76, "missed"),
+        (86.122, 97.76, "missed"),
+        (85.72, 97.76, "missed"),
+        (86.02, 97.64, "missed"),
+        (0.1, 0.5, "implausible"),
+    ],
+)
+def test_on_the_whole_set_only_rounding_is_left(
+    top1: float, top5: float, status: str, imagenet: Question
+) -> None:
+    baseline = check_baseline(whole(top1, top5), imagenet, per_class=FIFTY)
+    assert baseline.status == status
+    if status == "implausible":
+        return
+    assert baseline.excludes == pytest.approx(0.1)
+    gap = max(abs(top1 - 86.02), abs(top5 - 97.76))
+    said = {
+        "confirmed": "the same as rounded",
+        "unconfirmed": f"{gap:.3f} points apart: other versions of decoder and kernels",
+        "missed": f"{gap:.3f} points apart, which no chance explains",
+    }
+    assert said[status] in baseline.sentence
+
+
+def test_anything_less_than_the_whole_set_is_a_sample(imagenet: Question) -> None:
+    """0.3 points too low: what the whole set finds, a sample of as many images lets pass."""
+    low = whole(85.72)
+    assert check_baseline(low, imagenet, per_class=FIFTY).status == "missed"
+    uneven = (49, 51, *FIFTY[2:])
+    timm = replace(imagenet, recipe=Recipe(resize="timm"))
+    fewer = replace(imagenet, images=50_001)
+    for question, per_class, expected in (
+        (imagenet, (), Expected()),
+        (imagenet, uneven, Expected()),
+        (imagenet, FIFTY[:-1], Expected()),
+        (imagenet, FIFTY, Expected("user", 86.02, 97.76)),
+        # Another crop than the published one, and an image that could not be read.
+        (timm, FIFTY, Expected()),
+        (fewer, FIFTY, Expected()),
+    ):
+        baseline = check_baseline(low, question, expected, per_class=per_class)
+        assert baseline.status == "confirmed"
+        assert "a reference 0.7 points worse would have been noticed" in baseline.sentence
+
+
+def test_copies_count_on_the_whole_set_as_they_were_published(imagenet: Question) -> None:
+    answers = whole(86.02)
+    baseline = check_baseline(answers, imagenet, per_class=FIFTY, different=answers[:-9])
+    assert baseline.status == "confirmed"
+    assert "whole validation set" in baseline.sentence
+
+
+@pytest.mark.parametrize(
+    ("classes", "count", "wrong", "status"),
+    [
+        # No number of right answers tells so few images of two classes from guessing.
+        (2, 1, 0, "unconfirmed"),
+        (2, 1, 1, "unconfirmed"),
+        (2, 6, 0, "unconfirmed"),
+        (2, 20, 5, "unconfirmed"),
+        (2, 20, 0, "unpublished"),
+        (2, 500, 250, "implausible"),
+        (2, 500, 100, "unpublished"),
+        (1000, 1, 1, "unconfirmed"),
+        (1000, 50, 50, "implausible"),
+    ],
+)
+def test_too_few_images_are_not_called_guessing(
+    classes: int, count: int, wrong: int, status: str, made: Make, answers: Answers
+) -> None:
+    names = tuple(f"class {number}" for number in range(classes))
+    question = made([], classes=classes, class_names=names).question
+    for expected in (Expected(), Expected("none")):
+        baseline = check_baseline(answers(count, wrong), question, expected)
+        skipped = status == "unpublished" and expected.source == "none"
+        assert baseline.status == ("skipped" if skipped else status)
+        assert bool(baseline) == (status != "implausible")
+        assert ("guessing" in baseline.sentence) == (status in ("unconfirmed", "implausible"))
 
 
 def test_too_good_is_a_miss_too(question: Question, answers: Answers) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import time
@@ -13,12 +14,14 @@ import pytest
 
 from clipdeploy import zoo
 from clipdeploy.imaging import ImageFolder, Reading, open_images, select
+from clipdeploy.imaging.archives import ZipPlace
 from clipdeploy.verification.batches import (
     DecodedBatch,
     decoded_batches,
+    digest_of_contents,
     digest_of_entries,
     digest_of_files,
-    shuffled,
+    mixed,
 )
 from exporters.artifact import CLIP_MEAN, CLIP_STD, Preprocess
 from exporters.errors import DatasetError
@@ -107,14 +110,18 @@ def test_what_reading_showed_is_noted(images: ImageFolder, folder: Path) -> None
     assert len(reading.duplicates) == 1
 
 
-def test_shuffled_is_seeded_and_loses_nothing(images: ImageFolder) -> None:
-    one, again, other = shuffled(images, 0), shuffled(images, 0), shuffled(images, 1)
-    assert one == again
-    assert one.entries != other.entries
+def test_the_order_is_always_the_same_mixes_classes_and_loses_nothing(images: ImageFolder) -> None:
+    one = mixed(images)
+    assert one == mixed(images)
     assert one.entries != images.entries
     assert set(one.entries) == set(images.entries)
-    labels = [entry.label for entry in one.entries]
-    assert labels != sorted(label for label in labels if label is not None)
+    # In the order of their names seven of ten batches are of two classes at most.
+    for start in range(0, 28, SIZE):
+        assert len({entry.label for entry in one.entries[start : start + SIZE]}) >= 4
+    everything = mixed(open_images(zoo.demo_file("test.zip"), tuple("0123456789"))).entries
+    neighbours = sum(a.label == b.label for a, b in itertools.pairwise(everything))
+    # A tenth by chance, within four standard deviations; sorted by class it is 98 %.
+    assert abs(neighbours / 499 - 0.1) < 4 * (0.09 / 499) ** 0.5
     # Batches follow the order that they are given.
     assert [crop.entry.name for batch in batches(one) for crop in batch.crops] == [
         entry.name for entry in one.entries
@@ -133,6 +140,28 @@ def test_the_digest_of_entries(images: ImageFolder) -> None:
         (replace(first, label=None), *rest),
     ):
         assert digest_of_entries(ImageFolder(images.root, entries)) != digest
+
+
+def test_the_digest_of_contents(images: ImageFolder, folder: Path) -> None:
+    digest = digest_of_contents(images)
+    elsewhere = folder.rename(folder.with_name("moved"))
+    moved = ImageFolder(elsewhere, images.entries)
+    assert digest_of_contents(moved) == digest
+    path = elsewhere / images.entries[11].name
+    data = path.read_bytes()
+    for other in (data + b"x", data[:-1] + bytes([data[-1] ^ 1])):
+        path.write_bytes(other)
+        assert digest_of_contents(moved) != digest
+    path.unlink()
+    assert digest_of_contents(moved) != digest
+    # A zip has a CRC-32 of every member: those that are not sampled show as well.
+    archive = open_images(zoo.demo_file("test.zip"), tuple("0123456789"))
+    unsampled = archive.entries[3]
+    assert isinstance(unsampled.place, ZipPlace)
+    place = replace(unsampled.place, crc=unsampled.place.crc ^ 1)
+    entries = (*archive.entries[:3], replace(unsampled, place=place), *archive.entries[4:])
+    changed = ImageFolder(archive.root, entries)
+    assert digest_of_contents(changed) != digest_of_contents(archive)
 
 
 def test_the_digest_of_files(

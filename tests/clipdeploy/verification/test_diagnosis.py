@@ -23,7 +23,7 @@ from clipdeploy.imaging import ImageFolder, open_images
 from clipdeploy.model import LoadedModel, WeightsChoice, load_model
 from clipdeploy.verification.baseline import check_baseline
 from clipdeploy.verification.diagnosis import diagnose
-from clipdeploy.verification.records import Answer, ImageRecord
+from clipdeploy.verification.records import Answer, ImageId, ImageRecord
 from clipdeploy.verification.result import Baseline
 from clipdeploy.verification.verifier import VerifyConfig, run_verification
 from clipdeploy.vit import VisionTransformer, ViTConfig
@@ -119,7 +119,14 @@ def records(labels: Sequence[int], truth: Sequence[int], classes: int) -> list[I
         top = tuple((answer + i) % classes for i in range(5))
         rank = top.index(label) if label in top else 5
         found.append(
-            ImageRecord(f"{number}.png", f"{number:064x}", label, False, 1.0, Answer(top, rank), ())
+            ImageRecord(
+                ImageId(f"{number}.png", f"{number:064x}", "", b""),
+                label,
+                "",
+                1.0,
+                Answer(top, rank),
+                (),
+            )
         )
     return found
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from clipdeploy.verification.figures import FidelityMeter, accuracy_of, fidelity_of
 from clipdeploy.verification.paired import Interval, wilson_interval
-from clipdeploy.verification.records import Answer, ImageRecord, measure_images
+from clipdeploy.verification.records import Answer, ImageId, ImageRecord, measure_images
 
 Array = NDArray[np.float32]
 
@@ -17,8 +17,8 @@ def records(
     logits: Array, reference: Array, labels: Sequence[int | None] | None = None
 ) -> list[ImageRecord]:
     count = len(reference)
-    names = [(f"{i}.png", f"{i:064x}") for i in range(count)]
-    return measure_images(names, labels or [None] * count, [False] * count, reference, [logits])
+    names = [ImageId(f"{i}.png", f"{i:064x}", "", b"") for i in range(count)]
+    return measure_images(names, labels or [None] * count, [""] * count, reference, [logits])
 
 
 def hits(logits: Array, labels: Sequence[int], k: int) -> list[bool]:

@@ -7,13 +7,13 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from clipdeploy import zoo
 from clipdeploy.imaging import ImageFolder, open_images, select
 from clipdeploy.model import LoadedModel
-from clipdeploy.verification.batches import shuffled
 from clipdeploy.verification.records import ImageRecord
 from clipdeploy.verification.result import Verification
 from clipdeploy.verification.targets import Target
@@ -102,7 +102,7 @@ def test_decoded_and_kept_without_loss(
     assert not {r.sha256 for r in records} & {r.sha256 for r in plain[1]}
 
 
-@pytest.mark.parametrize("batch", [1, 7, 40])
+@pytest.mark.parametrize("batch", [1, 7, 40, 50, 500])
 def test_another_batch_size(batch: int, folder: Path, plain: Judged, judge: Judge) -> None:
     result, records = judge(open_images(folder, CLASSES), batch)
     assert [r.reference.top for r in records] == [r.reference.top for r in plain[1]]
@@ -114,8 +114,83 @@ def test_another_batch_size(batch: int, folder: Path, plain: Judged, judge: Judg
     assert ours.accuracy == theirs.accuracy
 
 
+def copied(folder: Path, root: Path, change: Callable[[Path], Path]) -> Path:
+    """The files under other names: ``change`` takes the path inside of the folder."""
+    for file in folder.rglob("*.jpg"):
+        path = root / change(file.relative_to(folder))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(file.read_bytes())
+    return root
+
+
+NAMES: dict[str, Callable[[Path], Path]] = {
+    "in folders below the class": lambda path: path.parent / "a" / path.stem[-1] / path.name,
+    "with spaces and umlauts": lambda path: path.with_name(f"ein Bild, schön {path.name}"),
+    "in upper case": lambda path: path.with_name(path.name.upper()),
+    "in reverse order": lambda path: path.with_name(f"{path.stem[::-1]}.jpg"),
+    "ending in jpeg": lambda path: path.with_suffix(".jpeg"),
+}
+
+
+@pytest.mark.parametrize("how", NAMES)
+def test_under_other_names(
+    how: str, folder: Path, plain: Judged, judge: Judge, tmp_path: Path
+) -> None:
+    root = copied(folder, tmp_path / "names", NAMES[how])
+    result, records = judge(open_images(root, CLASSES))
+    assert {r.sha256 for r in records} == {r.sha256 for r in plain[1]}
+    assert result.reference == plain[0].reference
+
+
+def test_in_one_folder_with_a_label_file(
+    folder: Path, plain: Judged, judge: Judge, tmp_path: Path
+) -> None:
+    lines = []
+    for number, file in enumerate(sorted(folder.rglob("*.jpg"))):
+        (tmp_path / f"{number:03}.jpg").symlink_to(file)
+        lines.append(f"{number:03}.jpg {file.parent.name}\n")
+    (tmp_path / "val.txt").write_text("".join(lines))
+    result, _ = judge(open_images(tmp_path, CLASSES))
+    assert result.reference == plain[0].reference
+
+
+def test_in_grey(folder: Path, judge: Judge, tmp_path: Path) -> None:
+    """The digits are grey: one channel says what three do."""
+    for file in folder.rglob("*.jpg"):
+        path = (tmp_path / file.relative_to(folder)).with_suffix(".png")
+        path.parent.mkdir(exist_ok=True)
+        Image.open(file).convert("L").save(path)
+    judge(open_images(tmp_path, CLASSES))
+
+
+def test_with_a_channel_for_opacity(
+    folder: Path, plain: Judged, judge: Judge, tmp_path: Path
+) -> None:
+    """All pixels are opaque, so that nothing shines through."""
+    for file in folder.rglob("*.jpg"):
+        path = (tmp_path / file.relative_to(folder)).with_suffix(".png")
+        path.parent.mkdir(exist_ok=True)
+        Image.open(file).convert("RGBA").save(path)
+    result, _ = judge(open_images(tmp_path, CLASSES))
+    assert result.reference == plain[0].reference
+
+
+def test_more_of_one_class_than_of_the_others(judge: Judge) -> None:
+    images = open_images(zoo.demo_file("test.zip"), CLASSES)
+    many = [entry for entry in images.entries if entry.label == 3][:30]
+    few = [entry for entry in images.entries if entry.label in (0, 8)][::8]
+    judge(ImageFolder(images.root, (*many, *few), images.origin))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_other_images_of_the_same_set(seed: int, judge: Judge) -> None:
+    judge(select(open_images(zoo.demo_file("test.zip"), CLASSES), 45, seed=seed))
+
+
 def test_another_order_of_the_images(folder: Path, plain: Judged, judge: Judge) -> None:
-    result, records = judge(shuffled(open_images(folder, CLASSES), 3))
+    images = open_images(folder, CLASSES)
+    entries = tuple(images.entries[i] for i in np.random.default_rng(3).permutation(40))
+    result, records = judge(ImageFolder(images.root, entries, images.origin))
     by_name = {r.name: r for r in plain[1]}
     assert all(r.reference.top == by_name[r.name].reference.top for r in records)
     assert result.reference == plain[0].reference

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from clipdeploy.verification.records import Answer, ImageRecord, measure_images
+from clipdeploy.verification.records import Answer, ImageId, ImageRecord, measure_images
 
 REFERENCE = np.random.default_rng(0).normal(0, 3, (6, 10)).astype(np.float32)
 LABELS = REFERENCE.argmax(axis=1).tolist()
-NAMES = [(f"{i}.png", f"{i:064x}") for i in range(6)]
+NAMES = [ImageId(f"{i}.png", f"{i:064x}", f"{i:032x}", bytes(range(i, i + 64))) for i in range(6)]
 
 
 def measured(
@@ -21,7 +21,7 @@ def measured(
 ) -> list[ImageRecord]:
     count = len(reference)
     given = labels if labels is not None else LABELS[:count]
-    return measure_images(NAMES[:count], given, [False] * count, reference, [artifact])
+    return measure_images(NAMES[:count], given, [""] * count, reference, [artifact])
 
 
 def test_figures_are_numpys() -> None:
@@ -109,7 +109,7 @@ def test_a_record_is_of_its_image_alone() -> None:
     together = measured(artifact)
     for index in range(6):
         one = slice(index, index + 1)
-        alone = measure_images(NAMES[one], LABELS[one], [False], REFERENCE[one], [artifact[one]])
+        alone = measure_images(NAMES[one], LABELS[one], [""], REFERENCE[one], [artifact[one]])
         assert alone == [together[index]]
 
 

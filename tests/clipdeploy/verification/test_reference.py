@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from pixel_changes import PIXEL_CHANGES, change_pixels, change_source
 
 from clipdeploy import zoo
 from clipdeploy.imaging import Crop, CropCache, iter_crops, open_images, select
 from clipdeploy.model import LoadedModel
 from clipdeploy.runners.torch import TorchRunner
+from clipdeploy.verification import reference
 from clipdeploy.verification.reference import Reference
 from exporters.artifact import IMAGENET_MEAN, Preprocess
 from exporters.samples import Samples
@@ -53,8 +55,8 @@ def logits(
     model: LoadedModel, spec: Preprocess, cache: CropCache | None, crops: list[Crop]
 ) -> NDArray[np.float32]:
     samples = Samples(np.stack([crop.pixels for crop in crops]), spec)
-    with closing(Reference(model, spec, cache)) as reference:
-        return reference([crop.sha256 for crop in crops], samples)
+    with closing(Reference(model, spec, cache)) as judge:
+        return judge([crop.sha256 for crop in crops], samples)
 
 
 def test_a_hit_is_bit_identical_and_computes_nothing(
@@ -118,6 +120,60 @@ def test_whatever_decides_the_logits_is_in_the_key(
     assert len(computed) == before + 1
 
 
+LOGIT_CHANGES = (
+    "clipdeploy.checkpoints",
+    "clipdeploy.model",
+    "clipdeploy.runners.torch",
+    "clipdeploy.vit",
+    "exporters.preprocess_graph",
+    "exporters.samples",
+)
+
+
+@pytest.mark.parametrize("changed", [*PIXEL_CHANGES, *LOGIT_CHANGES, "PyTorch", "processor"])
+def test_no_logits_are_served_that_other_code_or_another_decoder_made(
+    changed: str,
+    demo_model: LoadedModel,
+    spec: Preprocess,
+    cache: CropCache,
+    crops: list[Crop],
+    computed: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    logits(demo_model, spec, cache, crops)
+    logits(demo_model, spec, cache, crops)
+    assert computed == [12]
+    with monkeypatch.context() as patch:
+        if changed in LOGIT_CHANGES:
+            change_source(changed, patch, tmp_path)
+        elif changed == "PyTorch":
+            patch.setattr(reference, "library_versions", lambda: {"torch": "0.0.0"})
+        elif changed == "processor":
+            patch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "DEFAULT")
+        else:
+            change_pixels(changed, patch, tmp_path)
+        logits(demo_model, spec, cache, crops)
+        assert computed == [12, 12]
+    logits(demo_model, spec, cache, crops)
+    assert computed == [12, 12]
+
+
+def test_other_pixels_of_the_same_files_are_another_key(
+    demo_model: LoadedModel,
+    spec: Preprocess,
+    cache: CropCache,
+    crops: list[Crop],
+    computed: list[int],
+) -> None:
+    """A decoder that was built anew may have its old version."""
+    before = logits(demo_model, spec, cache, crops)
+    darker = [replace(crop, pixels=crop.pixels // 2) for crop in crops]
+    after = logits(demo_model, spec, cache, darker)
+    assert computed == [12, 12]
+    assert after.tobytes() == logits(demo_model, spec, None, darker).tobytes() != before.tobytes()
+
+
 def items(cache: CropCache) -> list[Path]:
     return sorted(cache.folder.glob("logits-*/*.items"))
 
@@ -155,3 +211,20 @@ def test_a_cache_with_no_room_is_no_error(
     none = CropCache(tmp_path / "none", 0)
     assert (logits(demo_model, spec, none, crops) == logits(demo_model, spec, None, crops)).all()
     assert not items(none)
+
+
+def test_it_says_why_no_logits_are_kept(
+    demo_model: LoadedModel, spec: Preprocess, cache: CropCache, tmp_path: Path, crops: list[Crop]
+) -> None:
+    for kept, problem in (
+        (None, ""),
+        (cache, ""),
+        (CropCache(tmp_path / "none", 0), "nothing is cached: the cache's limit is 0 bytes"),
+    ):
+        with closing(Reference(demo_model, spec, kept)) as judge:
+            assert judge.cache_problem == problem
+    (tmp_path / "file").write_text("in its place")
+    samples = Samples(np.stack([crop.pixels for crop in crops]), spec)
+    with closing(Reference(demo_model, spec, CropCache(tmp_path / "file" / "in"))) as judge:
+        judge([crop.sha256 for crop in crops], samples)
+        assert "cannot be written" in judge.cache_problem

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +12,13 @@ import pytest
 
 from clipdeploy.verification.records import ImageRecord
 from clipdeploy.verification.results import (
-    BatchResult,
     Results,
     ResultsWriter,
     merge_results,
     read_results,
-    resume_results,
     save_results,
 )
+from exporters.artifact import CLIP_MEAN, CLIP_STD, Preprocess
 from exporters.errors import ArtifactError, FileError
 
 Make = Callable[..., Results]
@@ -41,7 +40,8 @@ def test_a_file_gives_back_what_was_written(whole: Results, tmp_path: Path) -> N
     path = tmp_path / "results.jsonl"
     save_results(path, whole)
     assert read_results(path) == whole
-    unreadable = replace(whole.batches[0], unreadable=("0/broken.png",))
+    first = whole.batches[0]
+    unreadable = replace(first, records=first.records[1:], unreadable=("0/broken.png",))
     odd = replace(whole, batches=(unreadable, *whole.batches[1:]), shard=(1, 1))
     save_results(path, odd)
     assert read_results(path) == odd
@@ -114,40 +114,83 @@ def test_a_newer_schema_is_told(whole: Results, tmp_path: Path) -> None:
     assert "upgrade" in caught.value.hint
 
 
-def test_a_run_goes_on_only_from_its_own_results(whole: Results, tmp_path: Path) -> None:
-    kept, partial = tmp_path / "results.jsonl", tmp_path / "results.jsonl.partial"
-    half = replace(whole, batches=whole.batches[:2])
-    wanted = replace(whole, batches=())
-    paths = (kept, partial)
-    assert resume_results(paths, wanted) == wanted
-    save_results(partial, half)
-    assert resume_results(paths, wanted) == half
-    save_results(kept, whole)
-    assert resume_results(paths, wanted) == whole
-    # Another question, other files, another shard: nothing of it is taken.
-    question = whole.question
-    (graph,) = question.artifacts
-    for other in (
-        replace(wanted, question=replace(question, batch=8)),
-        replace(wanted, question=replace(question, artifacts=(replace(graph, sha256="0"),))),
-        replace(wanted, question=replace(question, versions={"torch": "3"})),
-        replace(wanted, question=replace(question, entries="0")),
-        replace(wanted, stamps="0"),
-        replace(wanted, shard=(1, 2)),
-        replace(wanted, data="elsewhere"),
-    ):
-        assert resume_results(paths, other) == other
-    # Files that were changed just now have no stamps: nobody can tell.
-    unsure = replace(wanted, stamps="")
-    save_results(kept, replace(whole, stamps=""))
-    assert resume_results(paths, unsure) == unsure
+def lines_of(path: Path) -> list[bytes]:
+    return path.read_bytes().split(b"\n")[:-1]
 
 
-def test_damaged_results_are_done_again(whole: Results, tmp_path: Path) -> None:
-    kept, partial = tmp_path / "results.jsonl", tmp_path / "results.jsonl.partial"
-    kept.write_bytes(b"damaged")
-    save_results(partial, whole)
-    assert resume_results((kept, partial), replace(whole, batches=())) == whole
+def put_lines(path: Path, lines: Sequence[bytes]) -> None:
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+
+
+def edited_header(lines: list[bytes]) -> list[bytes]:
+    return [lines[0].replace(b"a" * 64, b"0" * 64), *lines[1:]]
+
+
+def edited_answer(lines: list[bytes]) -> list[bytes]:
+    """One of the reference's answers is said to be right."""
+    return [*lines[:3], lines[3].replace(b"1],[[[", b"0],[[[", 1), *lines[4:]]
+
+
+def other_run(lines: list[bytes]) -> list[bytes]:
+    """A line with a valid checksum, but of a file with another first line."""
+    return [lines[0].replace(b"digits", b"others"), *lines[1:]]
+
+
+EDITS: dict[str, Callable[[list[bytes]], list[bytes]]] = {
+    "a line repeated": lambda lines: [*lines, lines[1]],
+    "a line repeated at once": lambda lines: [*lines[:2], lines[1], *lines[2:]],
+    "all lines repeated": lambda lines: [lines[0], *lines[1:], *lines[1:]],
+    "a line left out": lambda lines: [*lines[:2], *lines[3:]],
+    "two lines exchanged": lambda lines: [lines[0], lines[2], lines[1], *lines[3:]],
+    "another artifact's hash in the header": edited_header,
+    "other images in the header": other_run,
+    "one digit of a figure": lambda lines: [*lines[:2], lines[2].replace(b"0.4", b"0.3", 1)],
+    "one answer": lambda lines: [*lines[:2], lines[2].replace(b"[[4,5", b"[[5,4", 1)],
+    "a checksum": lambda lines: [*lines[:2], lines[2][:10] + b"0" + lines[2][11:]],
+    "two headers": lambda lines: [lines[0], *lines],
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edited_file_is_refused(name: str, whole: Results, tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    save_results(path, whole)
+    lines = lines_of(path)
+    changed = EDITS[name](lines)
+    assert changed != lines
+    put_lines(path, changed)
+    with pytest.raises(ArtifactError, match="holds no results that can be read"):
+        read_results(path)
+
+
+IMPOSSIBLE: dict[str, Callable[[Results], Results]] = {
+    "a batch twice": lambda r: replace(r, batches=(*r.batches, r.batches[0])),
+    "a batch too many": lambda r: replace(r, batches=(*r.batches, replace(r.batches[0], batch=4))),
+    "more images than a batch has": lambda r: replace(
+        r, batches=(replace(r.batches[0], records=r.batches[0].records * 2), *r.batches[1:])
+    ),
+    "fewer images than a batch has": lambda r: replace(
+        r, batches=(replace(r.batches[0], records=r.batches[0].records[:-1]), *r.batches[1:])
+    ),
+    "an image twice": lambda r: replace(
+        r, batches=(r.batches[0], replace(r.batches[0], batch=1), *r.batches[2:])
+    ),
+    "an artifact without outcomes": lambda r: replace(
+        r, question=replace(r.question, artifacts=r.question.artifacts * 2)
+    ),
+    "nothing asked again": lambda r: replace(
+        r, batches=tuple(replace(batch, repeats=()) for batch in r.batches)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_results_that_cannot_be_are_refused(name: str, whole: Results, tmp_path: Path) -> None:
+    """Their checksums are right: a program wrote them so."""
+    path = tmp_path / "results.jsonl"
+    save_results(path, IMPOSSIBLE[name](whole))
+    with pytest.raises(ArtifactError, match="holds results that cannot be"):
+        read_results(path)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
@@ -172,7 +215,7 @@ def test_what_cannot_be_merged(whole: Results) -> None:
     with pytest.raises(ArtifactError, match="1 of 4 batches are missing"):
         merge_results([replace(first, batches=first.batches[:1]), second, third])
     batch = second.batches[0]
-    other = BatchResult(batch.batch, batch.records[::-1])
+    other = replace(batch, records=batch.records[::-1])
     with pytest.raises(ArtifactError, match=r"two shards differ on batch 1"):
         merge_results([first, second, third, replace(second, batches=(other,))])
 
@@ -186,7 +229,10 @@ def test_what_cannot_be_merged(whole: Results) -> None:
         ("threads", 7),
         ("artifacts", ()),
         ("versions", {"torch": "3"}),
-        ("calibrated", None),
+        ("calibrated", "0"),
+        ("contents", "0"),
+        ("decoder", "0"),
+        ("preprocess", Preprocess(32, CLIP_STD, CLIP_MEAN)),
         ("labelled", False),
     ],
 )

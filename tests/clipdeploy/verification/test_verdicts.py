@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+from made_results import again
 
 from clipdeploy.verification.baseline import Expected
 from clipdeploy.verification.disagreements import disagreements_of
 from clipdeploy.verification.records import ImageRecord
+from clipdeploy.verification.repeats import Repeat
 from clipdeploy.verification.result import Verification
 from clipdeploy.verification.results import Results
-from clipdeploy.verification.verdicts import judge_results
+from clipdeploy.verification.table import verdict_line
+from clipdeploy.verification.verdicts import Limits, judge_results
 from exporters.errors import DatasetError, UsageError
 
 Make = Callable[..., Results]
@@ -159,11 +164,151 @@ def test_images_that_are_there_twice_are_told(made: Make, one: One) -> None:
     assert result.problems == (
         "odd",
         "1 images have the bytes of another one: 9/twin.png is 0/0.png",
+        "1 images have the pixels of another one, with which they count once",
     )
 
 
+def of_image(record: ImageRecord, **changes: Any) -> ImageRecord:
+    """The record, of an image of which something else is said."""
+    image = msgspec.structs.replace(record.image, **changes)
+    return msgspec.structs.replace(record, image=image)
+
+
 def replace_name(record: ImageRecord, name: str) -> ImageRecord:
-    return ImageRecord(name, *(getattr(record, f) for f in record.__struct_fields__[1:]))
+    return of_image(record, name=name)
+
+
+@pytest.mark.parametrize("saved_again", [False, True])
+def test_ten_images_copied_fifty_times_are_ten(saved_again: bool, made: Make, one: One) -> None:
+    """By their bytes, or by their pixels in files of other bytes."""
+    records = []
+    for number in range(COUNT):
+        copy = replace_name(one(number % 10), f"{number}.png")
+        records.append(of_image(copy, sha256=f"{number:064x}") if saved_again else copy)
+    result = judge_results(made(records), 1.0, Expected("none"))
+    assert (result.images, result.copies, result.listed) == (10, 490, COUNT)
+    assert verdict(result) == "undecided"
+    assert any("490 images have the pixels of another one" in each for each in result.problems)
+    drop = result.rows[0].drop
+    assert drop is not None
+    assert drop.n == 10
+    # The other way round: as many different images are enough.
+    assert verdict(judge_results(made([one(i) for i in range(COUNT)]), 1.0)) == "equivalent"
+
+
+def test_near_copies_prove_nothing_by_themselves(made: Make, one: One) -> None:
+    """Saved again with loss: their pixels and answers are their own, their thumbnails are not."""
+    records = []
+    for number in range(COUNT):
+        thumbnail = bytearray(one(number % 10).image.thumbnail)
+        thumbnail[number % 64] ^= 1
+        records.append(of_image(one(number), thumbnail=bytes(thumbnail)))
+    result = judge_results(made(records), 1.0, Expected("none"))
+    assert (result.images, result.copies, result.near_copies) == (COUNT, 0, 490)
+    assert verdict(result) == "undecided"
+    assert "only 10 images do not look like another" in result.rows[0].reason
+    # A few of them take nothing away.
+    few = [*records[:30], *(one(i) for i in range(30, COUNT))]
+    result = judge_results(made(few), 1.0, Expected("none"))
+    assert result.near_copies == 20
+    assert verdict(result) == "equivalent"
+    assert any("20 images look nearly like another one" in each for each in result.problems)
+
+
+def with_repeats(results: Results, repeats: tuple[Repeat, ...]) -> Results:
+    """The same results, asked again in other calls in the first batch, and in none later."""
+    first, *rest = results.batches
+    batches = [replace(first, repeats=(repeats,)), *(replace(b, repeats=((),)) for b in rest)]
+    return replace(results, batches=tuple(batches))
+
+
+def test_what_does_not_repeat_has_no_verdict(made: Make, one: One) -> None:
+    results = made([one(i) for i in range(COUNT)])
+    odd = again(1, kind="mixed", size=8, rows=8, signal=800.0, noise=80.0, worst=0.5)
+    result = judge_results(with_repeats(results, (*again(500), *odd)), 100.0)
+    assert verdict(result) == "not judged"
+    reason = result.rows[0].reason
+    assert reason.startswith("does not repeat: asked 8 at once in another order")
+    assert verdict_line(result) == "NOT JUDGED: fp32 graph does not repeat"
+    repeats = result.rows[0].repeats
+    assert repeats is not None
+    assert not repeats
+    assert repeats.worst_db == pytest.approx(3.01, abs=0.01)
+    # Neither missing labels nor random weights take its place.
+    for changes in ({"labelled": False}, {"random_weights": True}):
+        spoilt = replace(results, question=replace(results.question, **changes))
+        found = judge_results(with_repeats(spoilt, odd), 100.0)
+        assert found.rows[0].reason.startswith("does not repeat")
+    # A logit that is no number in one of two calls.
+    broken = again(1, noise=None, worst=None)
+    found = judge_results(with_repeats(results, (*again(500), *broken)), 100.0)
+    assert verdict(found) == "not judged"
+    assert "NaN or infinite" in found.rows[0].reason
+
+
+def test_too_few_calls_do_not_exclude_faults_of_whole_calls(made: Make, one: One) -> None:
+    results = made([one(i) for i in range(COUNT)])
+    # 32 batches and 300 calls more: (1 - 0.011)^332 = 0.025.
+    result = judge_results(with_repeats(results, again(300)), 1.0)
+    assert verdict(result) == "undecided"
+    assert "of 332 different calls 1.1 % could be spoilt unseen" in result.rows[0].reason
+    assert verdict(judge_results(with_repeats(results, again(300)), 1.2)) == "equivalent"
+    assert verdict(judge_results(with_repeats(results, again(400)), 1.0)) == "equivalent"
+
+
+def test_top5_is_judged_where_a_limit_is_given(made: Make, one: One) -> None:
+    """The artifact loses 20 labels from its first five answers, of images it is wrong about."""
+    records = []
+    for number in range(COUNT):
+        wrong = number < 20
+        record = one(number, reference=not wrong, artifacts=(not wrong,))
+        if wrong:
+            (outcome,) = record.outcomes
+            answer = msgspec.structs.replace(outcome.answer, rank=7)
+            outcome = msgspec.structs.replace(outcome, answer=answer)
+            record = msgspec.structs.replace(record, outcomes=(outcome,))
+        records.append(record)
+    results, none = made(records), Expected("none")
+    result = judge_results(results, 1.0, none)
+    assert verdict(result) == "equivalent"
+    assert "top-5 is proven to drop, by 2.41 to 6.10 points" in result.rows[0].reason
+    found = result.rows[0].drop_top5
+    assert found is not None
+    assert (found.b, found.c, found.drop) == (20, 0, 4.0)
+    for limit, expected in ((1.0, "regressed"), (4.0, "undecided"), (7.0, "equivalent")):
+        judged = judge_results(results, Limits(1.0, limit), none)
+        assert verdict(judged) == expected
+        assert judged.max_drop_top5 == limit
+        assert "top-5: drop +4.00 points" in judged.rows[0].reason
+    with pytest.raises(UsageError, match=r"largest drop of -1 points \(--max-drop-top5"):
+        Limits(1.0, -1)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "leaked", "near"), [("", 0, 0), ("a" * 64, 2, 1), (None, None, None)]
+)
+def test_leaks_count_for_what_was_calibrated(
+    calibration: str | None, leaked: int | None, near: int | None, made: Make, one: One
+) -> None:
+    leaks = {3: "same", 5: "same", 8: "near"}
+    records = [msgspec.structs.replace(one(i), leak=leaks.get(i, "")) for i in range(COUNT)]
+    result = judge_results(asked(made(records), calibration=calibration), 1.0)
+    assert (result.leaked, result.near_leaked) == (leaked, near)
+    assert result.rows[0].calibrated == (None if calibration is None else bool(calibration))
+    assert any("1 images look nearly like one" in each for each in result.problems) == bool(near)
+
+
+def test_engines_that_were_not_judged_are_in_the_headline(
+    made: Make, one: One, tmp_path: Path
+) -> None:
+    graph = tmp_path / "model.int8.onnx"
+    results = asked(made([one(i) for i in range(COUNT)]), artifact=str(graph))
+    line = "EQUIVALENT: 1 graph loses no more than 1.00 points of top-1"
+    assert verdict_line(judge_results(results, 1.0)) == line
+    graph.with_suffix(".engine").write_bytes(b"")
+    result = judge_results(results, 1.0)
+    assert result.left_out == (str(graph.with_suffix(".engine")),)
+    assert verdict_line(result) == f"{line}; 1 engine not executed and not judged"
 
 
 def test_disagreements_come_with_the_largest_difference_first(made: Make, one: One) -> None:

@@ -1,0 +1,211 @@
+"""Does an artifact answer the same image alike in every call?
+
+The interval of a drop takes the images' errors as independent, and what is measured in batches of
+one size as true for all.  Neither holds for a graph that mixes the rows of a batch, that is wrong
+at one batch size, in one profile of an engine, at random, or for a whole batch at once.  So a part
+of every run is asked again, within the same run:
+
+    again       the batch itself, as it was
+    alone       images one by one
+    mixed       images of the batch with other neighbours: by twos, and at every batch size
+    profile     the same in each profile of an engine, at its smallest, optimal and largest batch
+
+Each call's logits r are held against the first ones x of the same images, over the reference's y:
+
+    noise = sum (r - x)^2,   signal = sum y^2,   both over the call's images
+
+and may differ by the noise of the artifact's own precision, see
+:mod:`clipdeploy.verification.repeatability`.  A fault that spoils a share p of all calls, by what
+is in them, shows in at least one of C calls for different images with probability 1 - (1 - p)^C;
+:func:`excluded_share` solves that for p.  Twos are the cheapest such calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from clipdeploy.runners import Runner
+from exporters.errors import ArtifactError
+
+__all__ = ["Call", "Repeat", "RepeatPlan", "ask_again", "batch_sizes", "excluded_share"]
+
+Kind = Literal["again", "alone", "mixed", "profile"]
+Logits = NDArray[np.float32]
+
+_SEED = 0
+# So many images, from the first on, are each asked alone, and so many with the next one. With one
+# batch and one call for each size there are 374 different calls then, and 368 exclude 1 % of all
+# calls: as much as the interval excludes with 380 images.
+_ALONE, _TWOS = 100, 340
+# The batch itself is asked again this often, and sizes and profiles are spread over as many
+# batches: an early end, as of a sequential run, comes later.
+_FIRST = 8
+# Every batch size up to the first number, and larger ones where there are as many images.
+_EVERY_SIZE, _LARGE = 32, (48, 64, 96, 128)
+# A fault that is not excluded is as improbable as an interval's end: 2.5 %.
+_MISS = 0.025
+
+
+class Repeat(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One call that was made again: ``rows`` images, ``size`` at once, in an engine's ``profile``.
+
+    ``noise`` and ``signal`` as in the module; ``worst`` is the largest noise / signal of an image,
+    ``changed`` counts other first answers.  ``noise`` and ``worst`` are None where a logit is NaN
+    or infinite in one of the two calls alone.
+    """
+
+    kind: Kind
+    size: int
+    profile: int | None
+    rows: int
+    signal: float
+    noise: float | None
+    worst: float | None
+    changed: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """Images of a batch, by their index in it, that are asked in one call."""
+
+    kind: Kind
+    images: NDArray[np.int64]
+    profile: int | None = None
+
+
+def batch_sizes(runner: Runner, images: int) -> tuple[int, ...]:
+    """The batch sizes above 1 to try: all up to 32, the runner's largest, and some between.
+
+    Those between are at most the number of ``images``.
+    """
+    _, largest = runner.batches
+    sizes = {*range(2, _EVERY_SIZE + 1), *(size for size in _LARGE if size <= images)}
+    if largest is not None:
+        sizes |= {largest, largest - 1}
+    return tuple(sorted(size for size in sizes if _takes(runner, size)))
+
+
+def _takes(runner: Runner, size: int) -> bool:
+    """Whether ``size`` images run in one call, neither cut nor filled up."""
+    smallest, largest = runner.batches
+    ranges = [(low, high) for low, _, high in runner.profiles] or [(smallest, largest or size)]
+    return size > 1 and any(low <= size <= high for low, high in ranges)
+
+
+def _fewest(runner: Runner) -> int:
+    """How many images a call with neighbours takes at least: 2, which a fixed batch is filled from.
+
+    Between an engine's profiles there may be no batch of 2.
+    """
+    smallest, _ = runner.batches
+    if smallest > 1 or _takes(runner, 2):
+        return 2
+    return min((low for low, _, _ in runner.profiles if low > 1), default=2)
+
+
+@dataclass(frozen=True)
+class RepeatPlan:
+    """What is asked again of each batch; the same in every run of ``batches`` batches of ``size``.
+
+    It goes by the batch's number alone, so that shards and resumed runs ask what one run asks.
+    """
+
+    batches: int
+    size: int
+
+    def calls(self, number: int, count: int, runner: Runner) -> Iterator[Call]:
+        """The calls for batch ``number``, of which ``count`` images could be read."""
+        generator = np.random.default_rng((_SEED, number))
+        everything = np.arange(count)
+        early = min(_FIRST, self.batches)
+        if number < early:
+            yield Call("again", everything)
+        for index in range(count if number * self.size < _ALONE else 0):
+            yield Call("alone", everything[index : index + 1])
+        few = _fewest(runner)
+        # As few as the batch has are the batch itself.
+        for index in range(min(count, _TWOS - number * self.size) if count > few else 0):
+            yield Call("mixed", np.take(everything, range(index, index + few), mode="wrap"))
+        if number * self.size >= max(_ALONE, _TWOS):
+            yield Call("alone", generator.integers(count, size=1))
+        if number >= early:
+            return
+        for size in batch_sizes(runner, self.batches * self.size)[number::early]:
+            yield Call("mixed", _drawn(generator, count, size))
+        shapes = [
+            (index, size)
+            for index, profile in enumerate(runner.profiles)
+            for size in sorted(set(profile))
+        ]
+        for index, size in shapes[number::early]:
+            yield Call("profile", _drawn(generator, count, size), index)
+
+
+def _drawn(generator: np.random.Generator, count: int, size: int) -> NDArray[np.int64]:
+    """``size`` of ``count`` images in a random order, each as often as the others but for one."""
+    rounds = [generator.permutation(count) for _ in range(-(-size // count))]
+    return np.concatenate(rounds)[:size]
+
+
+def ask_again(
+    runner: Runner,
+    name: str,
+    images: NDArray[Any],
+    first: Logits,
+    reference: Logits,
+    calls: Iterator[Call],
+) -> tuple[Repeat, ...]:
+    """Make the ``calls`` and hold them against the ``first`` logits (B, K) of the batch.
+
+    ``images`` (B, ...) are the batch as the runner takes it, ``reference`` (B, K) the reference's
+    logits of it.
+
+    Raises:
+        ArtifactError: a call gives logits of another shape; ``name`` is the artifact's.
+    """
+    found = []
+    for call in calls:
+        asked = images[call.images]
+        logits = runner(asked) if call.profile is None else runner.run_in(call.profile, asked)
+        wanted = (len(call.images), first.shape[1])
+        if logits.shape != wanted:
+            raise ArtifactError(
+                f"{name} gave logits of shape {logits.shape} for {wanted[0]} images, not {wanted}",
+                hint="it works at some batch sizes only: export it with a symbolic batch",
+            )
+        found.append(_compare(call, logits, first[call.images], reference[call.images]))
+    return tuple(found)
+
+
+def _compare(call: Call, logits: Logits, first: Logits, reference: Logits) -> Repeat:
+    ours, theirs = logits.astype(np.float64), first.astype(np.float64)
+    sound = np.isfinite(ours).all(axis=1)
+    signal = np.nan_to_num((reference.astype(np.float64) ** 2).sum(axis=1))
+    same = bool((sound == np.isfinite(theirs).all(axis=1)).all())
+    noises = ((ours - theirs)[sound] ** 2).sum(axis=1) if same else np.empty(0)
+    shares = noises / np.maximum(signal[sound], np.finfo(np.float64).tiny) if same else noises
+    return Repeat(
+        kind=call.kind,
+        size=len(call.images),
+        profile=call.profile,
+        rows=len(call.images),
+        signal=float(signal.sum()),
+        noise=float(noises.sum()) if same else None,
+        worst=float(shares.max(initial=0.0)) if same else None,
+        changed=int((ours.argmax(axis=1) != theirs.argmax(axis=1)).sum()),
+    )
+
+
+def excluded_share(calls: int) -> float:
+    """The share of calls, in percent, that a fault of whole calls may spoil and still go unseen.
+
+    A fault of a larger share shows in at least one of ``calls`` calls for different images with
+    probability 97.5 %: (1 - p)^calls = 0.025.
+    """
+    return 100.0 * (1.0 - float(_MISS ** (1.0 / max(calls, 1))))

@@ -1,0 +1,53 @@
+"""Memory for large arrays that is used again once nothing refers to the array any more.
+
+The C library gives large blocks back to the kernel with each ``free``, and the next array then
+costs 0.1 ms per MiB of zeroed pages, as much as filling it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Buffers"]
+
+T = TypeVar("T", bound=np.generic)
+
+
+class _Lease:
+    """What an array in lent memory refers to, through whichever views: ends with the last one."""
+
+    def __init__(self, memory: NDArray[np.uint8], free: deque[NDArray[np.uint8]]) -> None:
+        self.__array_interface__: dict[str, Any] = memory.__array_interface__
+        self._memory, self._free = memory, free
+
+    def __del__(self) -> None:
+        self._free.append(self._memory)
+
+
+class Buffers:
+    """Arrays, the memory of the last few of which is kept; safe in several threads."""
+
+    def __init__(self, keep: int) -> None:
+        """``keep``: how many blocks of memory wait to be used again."""
+        self._free: deque[NDArray[np.uint8]] = deque(maxlen=keep)
+
+    def empty(self, shape: tuple[int, ...], dtype: type[T]) -> NDArray[T]:
+        """An array of this shape, with any content."""
+        memory = self._take(math.prod(shape) * np.dtype(dtype).itemsize)
+        return np.asarray(_Lease(memory, self._free)).view(dtype).reshape(shape)
+
+    def _take(self, size: int) -> NDArray[np.uint8]:
+        for _ in range(len(self._free)):
+            try:
+                memory = self._free.popleft()
+            except IndexError:  # another thread took it
+                break
+            if memory.size == size:
+                return memory
+            self._free.append(memory)
+        return np.empty(size, np.uint8)

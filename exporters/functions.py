@@ -1,0 +1,116 @@
+"""The nodes of an ONNX model's local functions in the place of every call.
+
+A local function has no types of its own: its operators are written once and run in the type of
+whatever a caller passes in.
+"""
+
+from __future__ import annotations
+
+import onnx
+import onnx.inliner
+from onnx import ModelProto, NodeProto, helper
+
+from exporters.errors import GraphError
+from exporters.nested import all_nodes
+
+__all__ = ["ONNX_ERRORS", "first_line", "inlined"]
+
+# What onnx's C++ code raises: its own exceptions, and RuntimeError of a failed assertion.
+ONNX_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    onnx.checker.ValidationError,
+    onnx.shape_inference.InferenceError,
+)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its class where there is none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def inlined(model: ModelProto, *, any_opset: bool = False) -> ModelProto:
+    """``model`` with the nodes of each local function in the place of every call.
+
+    A function of another opset is converted to the model's.  Where that fails, ``any_opset`` takes
+    its nodes as they are, as ONNX Runtime does: enough to see which types occur.  Without functions
+    the very object is returned.
+
+    Raises:
+        GraphError: a function calls itself, is not defined or cannot be converted.
+    """
+    if not model.functions:
+        return model
+    model = _with_defaults(model)
+    try:
+        found = onnx.inliner.inline_local_functions(model, convert_version=True)
+        if not found.functions:
+            return found
+        reason = "it is of an opset that cannot be converted to the graph's"
+    except ONNX_ERRORS as error:
+        reason = first_line(error)
+    if any_opset:
+        return _as_one_opset(model)
+    names = ", ".join(f"{each.domain}::{each.name}" for each in model.functions[:3])
+    raise GraphError(
+        f"the local functions of the graph ({names}) cannot be put in place of their calls: "
+        f"{reason}",
+        hint="inline them before, with onnx.inliner.inline_local_functions",
+    )
+
+
+def _function_key(node: NodeProto) -> tuple[str, str, str]:
+    return (node.domain, node.op_type, node.overload)
+
+
+def _with_defaults(model: ModelProto) -> ModelProto:
+    """A copy in which every call of a function names all attributes that have defaults.
+
+    onnx's inliner leaves out an attribute that only the function's default gives.
+
+    Raises:
+        GraphError: a default that depends on what the caller's caller left out.
+    """
+    whole = ModelProto()
+    whole.CopyFrom(model)
+    defaults = {
+        (each.domain, each.name, each.overload): list(each.attribute_proto)
+        for each in model.functions
+    }
+    handed_on: dict[tuple[str, str, str], set[str]] = {}
+    for function in whole.functions:
+        names = handed_on.setdefault((function.domain, function.name, function.overload), set())
+        for node in all_nodes(ModelProto(functions=[function])):
+            known = {each.name for each in defaults.get(_function_key(node), ())}
+            names.update(a.ref_attr_name for a in node.attribute if a.name in known)
+    for node in all_nodes(whole):
+        key = _function_key(node)
+        given = {attribute.name for attribute in node.attribute}
+        missing = [each for each in defaults.get(key, ()) if each.name not in given]
+        node.attribute.extend(missing)
+        given.update(each.name for each in missing)
+        if left_out := handed_on.get(key, set()) - given - {""}:
+            raise GraphError(
+                f"the call of {node.domain}::{node.op_type} leaves out {min(left_out)}, for which "
+                "a function inside it has a default",
+                hint="inline the graph's local functions before",
+            )
+    return whole
+
+
+def _as_one_opset(model: ModelProto) -> ModelProto:
+    plain = ModelProto()
+    plain.CopyFrom(model)
+    for function in plain.functions:
+        own = {each.domain: each.version for each in function.opset_import}
+        own |= {each.domain: each.version for each in model.opset_import if each.domain in own}
+        del function.opset_import[:]
+        function.opset_import.extend(helper.make_opsetid(*each) for each in own.items())
+    try:
+        return onnx.inliner.inline_local_functions(plain)
+    except ONNX_ERRORS as error:
+        raise GraphError(
+            f"the local functions of the graph cannot be read: {first_line(error)}",
+            hint="inline them before, with onnx.inliner.inline_local_functions",
+        ) from error

@@ -1,0 +1,181 @@
+"""Rewrite a float16 graph so that every tensor really passes through float16 storage.
+
+    y = node(x)    becomes    w = node(x), h = Cast(w, float16), y = Cast(h, float32)
+
+Nodes compute in float32.  The inner values of one operator (LayerNormalization, Gelu, Softmax,
+Attention) are taken to stay in float32: TensorRT's kernels accumulate so, and ONNX's definition of
+these operators as functions is no promise of a kernel.  What a graph itself spells out, in its own
+nodes, in local functions or in branches, is stored.  An operator that is asked to compute in
+float16 inside (``stash_type``, ``softmax_precision``) is refused, since nothing here does it.
+
+Local functions are expected to be inlined, see :func:`exporters.typed_graphs.flat`.  Graphs inside
+If, Loop, Scan and SequenceMap are rewritten like the graph around them, so that what passes in and
+out of them is float32 on both sides.  Tensors enter sequences and optionals stored, and leave them
+so.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from exporters.errors import GraphError
+from exporters.typed_graphs import TYPE_ATTRIBUTES
+
+__all__ = ["refuse_nested", "store_float16"]
+
+_WIDE, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+# ONNX's operators with graphs inside whose tensors keep their types on the way in and out.
+_WITH_GRAPHS = frozenset({"If", "Loop", "Scan", "SequenceMap"})
+_INNER_PRECISION = ("stash_type", "softmax_precision", "precision")
+_NARROW = (int(ir.DataType.FLOAT16), int(ir.DataType.BFLOAT16))
+_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+
+
+def refuse_nested(model: ir.Model, what: str) -> None:
+    """Make sure that the graph has no other graphs inside, whose tensors ``what`` would miss.
+
+    Raises:
+        GraphError: it has local functions, or an If, Loop or the like.
+    """
+    inside = [str(function.name) for function in model.functions.values()]
+    inside += [node.op_type for node in model.graph for _ in _graphs_of(node)]
+    if inside:
+        raise GraphError(
+            f"{what} sees no tensors inside {inside[0]}",
+            hint="export the graph without local functions and control flow",
+        )
+
+
+def _graphs_of(node: ir.Node) -> list[ir.Graph]:
+    found: list[ir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            found.append(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            found.extend(attribute.as_graphs())
+    return found
+
+
+def _all_graphs(graph: ir.Graph) -> list[ir.Graph]:
+    inner = [each for node in graph for each in _graphs_of(node)]
+    return [graph, *(below for each in inner for below in _all_graphs(each))]
+
+
+def _is_half(value: ir.Value | None) -> bool:
+    return value is not None and value.dtype == _HALF
+
+
+def store_float16(model: ir.Model) -> list[ir.Value]:
+    """Make ``model`` compute in float32 and store float16, in place; every stored value.
+
+    float16 inputs become float32.  The model comes from :func:`exporters.typed_graphs.flat`.
+
+    Raises:
+        GraphError: the type of a tensor is unknown, or an operator cannot be rewritten.
+    """
+    graphs = _all_graphs(model.graph)
+    # All of it is looked at before anything changes: afterwards the types are others.
+    for graph in graphs:
+        for node in graph:
+            _check_node(node)
+    for graph in graphs:
+        for value in (*graph.inputs, *graph.initializers.values()):
+            _widen(value)
+    stored = []
+    for graph in graphs:
+        for node in list(graph):
+            _widen_attributes(node)
+            for value in list(node.outputs):
+                if not _is_half(value):
+                    continue
+                if isinstance(value.type, ir.TensorType):
+                    stored.append(_store(graph, node, value))
+                else:
+                    value.dtype = _WIDE
+    return stored
+
+
+def _check_node(node: ir.Node) -> None:
+    what = f"{node.op_type} {node.name or ''}".strip()
+    for value in node.outputs:
+        if value.name and (value.type is None or not value.dtype):
+            raise GraphError(
+                f"the type of {value.name} is unknown, and so whether it is float16",
+                hint="save the graph with the types of its inner tensors (value_info)",
+            )
+    if _graphs_of(node) and (node.domain or node.op_type not in _WITH_GRAPHS):
+        raise GraphError(f"{what} has a graph inside that cannot be run as float16 stores it")
+    for value in node.outputs:
+        if _is_half(value) and not isinstance(value.type, _TYPES):
+            raise GraphError(f"{value.name} is float16 of an unknown kind: {value.type}")
+    touches = any(_is_half(value) for value in (*node.inputs, *node.outputs))
+    if touches and node.op_type == "BitCast":
+        raise GraphError(f"{what} reads the bits of a float16 tensor")
+    for name in _INNER_PRECISION:
+        attribute = node.attributes.get(name)
+        if attribute is not None and attribute.value in _NARROW:
+            raise GraphError(
+                f"{what} computes in float16 inside ({name}), which nothing here does",
+                hint="judge it on a GPU",
+            )
+
+
+_TYPES = (ir.TensorType, ir.SequenceType, ir.OptionalType)
+
+
+def _widen(value: ir.Value) -> None:
+    if not _is_half(value):
+        return
+    value.dtype = _WIDE
+    tensor = value.const_value
+    if tensor is not None:
+        value.const_value = ir.Tensor(tensor.numpy().astype(np.float32), name=value.name)
+
+
+def _widen_attributes(node: ir.Node) -> None:
+    """Let what ``node`` makes by an attribute be float32: constants, fills, random numbers."""
+    for name, attribute in list(node.attributes.items()):
+        if attribute.type == ir.AttributeType.TENSOR:
+            tensor = attribute.as_tensor()
+            if tensor.dtype == _HALF:
+                wide = ir.Tensor(tensor.numpy().astype(np.float32), name=tensor.name)
+                node.attributes[name] = ir.AttrTensor(name, wide)
+        elif attribute.type == ir.AttributeType.INT and name in TYPE_ATTRIBUTES:
+            # A Cast to float16 is a store itself.
+            if node.op_type != "Cast" and attribute.as_int() == int(_HALF):
+                node.attributes[name] = ir.AttrInt64(name, int(_WIDE))
+        elif attribute.type == ir.AttributeType.TYPE_PROTO:
+            kind = attribute.value.type
+            if kind is not None and kind.dtype == _HALF:
+                kind.dtype = _WIDE
+    if node.op_type == "CastLike" and _is_half(node.outputs[0]):
+        # Its example is float32 now: the type that it gives has to be written down.
+        node.op_type = "Cast"
+        node.resize_inputs(1)
+        node.attributes["to"] = ir.AttrInt64("to", int(_HALF))
+
+
+def _store(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
+    """Pass ``value``, an output of ``node``, through float16; what its readers now read."""
+    readers = [(user, index) for user, index in value.uses()]
+    was_cast = node.op_type == "Cast"
+    steps = [] if was_cast else [ir.node("Cast", [value], {"to": int(_HALF)})]
+    half = value if was_cast else steps[0].outputs[0]
+    wide = ir.node("Cast", [half], {"to": int(_WIDE)})
+    steps.append(wide)
+    half.dtype = _HALF
+    if not was_cast:
+        half.name = f"{value.name}/half"
+        value.dtype = _WIDE
+    stored = wide.outputs[0]
+    stored.name, stored.shape = f"{value.name}/stored", value.shape
+    stored.type = ir.TensorType(_WIDE)
+    graph.insert_after(node, steps)
+    # Readers in the graphs of other nodes are among them.
+    for user, index in readers:
+        user.replace_input_with(index, stored)
+    for index, output in enumerate(graph.outputs):
+        if output is value:
+            graph.outputs[index] = stored
+    return stored

@@ -1,0 +1,124 @@
+"""The demo's graphs cut in two, so that a fault near the end costs only the end.
+
+The part up to the last block is sound, answers each image by itself, and is computed once for an
+image.  The rest is the faulty graph's own nodes, which ONNX Runtime computes in every call: what
+depends on the batch, on chance or on the call is not cached.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from graph_edits import captured
+from numpy.typing import NDArray
+from onnx import ModelProto, helper
+
+from clipdeploy.runners.base import Closing, Images, Logits
+from exporters.artifact import TensorSpec
+
+__all__ = ["Body", "CutRunner", "Remembered", "session", "tail_of"]
+
+# The residual stream (B, 65, 96) before the last block.
+CUT = "blocks.4/Add_1"
+_LARGEST_AT_ONCE = 64
+
+
+def session(model: ModelProto) -> ort.InferenceSession:
+    """An ONNX Runtime session on one CPU thread."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    return ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+
+
+def _element_type(model: ModelProto) -> int:
+    half = any(w.name == "head.weight/fp16" for w in model.graph.initializer)
+    return int(onnx.TensorProto.FLOAT16 if half else onnx.TensorProto.FLOAT)
+
+
+def _ancestors(model: ModelProto) -> list[onnx.NodeProto]:
+    """The nodes that the tensor ``CUT`` depends on, in their order."""
+    needed, found = {CUT}, []
+    for node in reversed(model.graph.node):
+        if needed.intersection(node.output):
+            needed.update(captured(node))
+            found.append(node)
+    return found[::-1]
+
+
+def _part(
+    model: ModelProto,
+    nodes: list[onnx.NodeProto],
+    inputs: list[onnx.ValueInfoProto],
+    outputs: list[onnx.ValueInfoProto],
+) -> ModelProto:
+    needed = {name for node in nodes for name in captured(node)}
+    weights = [w for w in model.graph.initializer if w.name in needed]
+    graph = helper.make_graph(nodes, "part", inputs, outputs, weights)
+    part = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    part.functions.extend(model.functions)
+    return part
+
+
+def tail_of(model: ModelProto) -> ModelProto:
+    """The nodes behind the cut, reading the image and the residual stream."""
+    body = [node.SerializeToString() for node in _ancestors(model)]
+    nodes = [node for node in model.graph.node if node.SerializeToString() not in body]
+    stream = helper.make_tensor_value_info(CUT, _element_type(model), ["batch", 65, 96])
+    outputs = [onnx.ValueInfoProto(name=each.name) for each in model.graph.output]
+    for output in outputs:
+        output.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    return _part(model, nodes, [*model.graph.input, stream], outputs)
+
+
+class Remembered(Closing):
+    """Answers of a function that takes each image by itself, computed once for an image."""
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+        self._known: dict[bytes, NDArray[Any]] = {}
+
+    def __call__(self, images: Images) -> NDArray[Any]:
+        """Images (B, ...) -> the function's rows (B, ...)."""
+        keys = [image.tobytes() for image in images]
+        new = [index for index, key in enumerate(keys) if key not in self._known]
+        for at in range(0, len(new), _LARGEST_AT_ONCE):
+            part = new[at : at + _LARGEST_AT_ONCE]
+            for index, row in zip(part, self._run(images[part]), strict=True):
+                self._known[keys[index]] = row
+        return np.stack([self._known[key] for key in keys])
+
+
+class Body(Remembered):
+    """A sound graph up to the last block: images (B, 3, 32, 32) -> (B, 65, 96)."""
+
+    def __init__(self, graph: Path) -> None:
+        model = onnx.load(graph)
+        stream = onnx.ValueInfoProto(name=CUT)
+        stream.type.tensor_type.elem_type = _element_type(model)
+        opened = session(_part(model, _ancestors(model), list(model.graph.input), [stream]))
+        super().__init__(lambda images: opened.run(None, {"image": images})[0])
+
+
+class CutRunner(Closing):
+    """A sound body, and the end of a graph that is spoilt behind the cut."""
+
+    batches: tuple[int, int | None] = (1, None)
+
+    def __init__(self, body: Body, spoilt: ModelProto, spec: TensorSpec) -> None:
+        self._body, self._tail = body, session(tail_of(spoilt))
+        self._reads_image = "image" in [each.name for each in self._tail.get_inputs()]
+        self.name, self.input = "ONNX Runtime (CPU)", spec
+
+    def __call__(self, images: Images) -> Logits:
+        """See :class:`clipdeploy.runners.Runner`; any number of images at once."""
+        images = np.ascontiguousarray(images)
+        feeds = {CUT: self._body(images)}
+        if self._reads_image:
+            feeds["image"] = images
+        logits: Logits = self._tail.run(None, feeds)[0]
+        return logits

@@ -1,0 +1,132 @@
+"""Many runners judged in one verification, and what they are worth in service.
+
+The true drop is found apart from the verifier: a runner answers all images in the batches in which
+its fault shows, and is held against PyTorch's answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from clipdeploy.imaging import ImageFolder, iter_crops
+from clipdeploy.model import LoadedModel
+from clipdeploy.runners import Runner
+from clipdeploy.runners.base import Images, Logits
+from clipdeploy.verification import verifier
+from clipdeploy.verification.result import Row, Verification
+from clipdeploy.verification.results import Asked
+from clipdeploy.verification.targets import Target
+from clipdeploy.verification.verdicts import judge_results
+from clipdeploy.verification.verifier import VerifyConfig, run_verification
+from exporters.samples import normalise
+
+__all__ = [
+    "ALLOWED",
+    "CONFIG",
+    "Digits",
+    "decibels",
+    "in_batches",
+    "judge_runners",
+    "largest_difference",
+    "never_silent",
+    "verification_of",
+]
+
+ALLOWED = 3.0
+CONFIG = VerifyConfig(max_drop=ALLOWED, batch=16, workers=0, threads=1)
+
+
+class Digits:
+    """Images as the graph takes them, (N, 3, 32, 32) float32, with the reference's answers."""
+
+    def __init__(self, folder: ImageFolder, model: LoadedModel) -> None:
+        spec = model.card.preprocess(model.recipe)
+        crops = list(iter_crops(folder, spec, workers=0))
+        order = np.random.default_rng(7).permutation(len(crops))
+        self.folder = folder
+        self.images: Images = normalise(np.stack([crops[i].pixels for i in order]), spec)
+        self.labels = np.asarray([crops[i].entry.label for i in order])
+        with torch.inference_mode():
+            self.reference: Logits = model.module(torch.from_numpy(self.images)).numpy()
+
+    def drop(self, logits: Logits) -> float:
+        """Points of top-1 that these answers to all images lose against PyTorch's."""
+        right = [(each.argmax(axis=1) == self.labels).mean() for each in (self.reference, logits)]
+        return 100.0 * float(right[0] - right[1])
+
+
+def in_batches(run: Callable[[Images], Logits], images: Images, size: int) -> Logits:
+    """Answers to all images, ``size`` at once; the last ones are asked along with the first."""
+    filled = np.concatenate([images, images[: -len(images) % size]])
+    parts = [run(filled[at : at + size]) for at in range(0, len(filled), size)]
+    return np.concatenate(parts)[: len(images)]
+
+
+def judge_runners(
+    model: LoadedModel,
+    template: Mapping[str, Target],
+    runners: Mapping[str, tuple[str, Callable[[], Runner]]],
+    images: ImageFolder,
+    config: VerifyConfig = CONFIG,
+) -> dict[str, Row]:
+    """The row of every runner: each name has a precision and makes its runner.
+
+    ``template`` has a sound graph of each precision, whose passport the runners share.
+    """
+    found = verification_of(model, template, runners, images, config)
+    return dict(zip(runners, found.rows, strict=True))
+
+
+def verification_of(
+    model: LoadedModel,
+    template: Mapping[str, Target],
+    runners: Mapping[str, tuple[str, Callable[[], Runner]]],
+    images: ImageFolder,
+    config: VerifyConfig = CONFIG,
+) -> Verification:
+    """The same, with what a verification says beside its rows."""
+    made = {Path(f"{number}.engine"): each for number, each in enumerate(runners.values())}
+
+    def opened(each: Target, **options: Any) -> tuple[Runner | None, Asked]:
+        runner = made[each.path][1]()
+        kind = "engine" if runner.profiles else "graph"
+        asked = Asked(str(each.path), kind, each.precision, f"{each.path}", runner.name)
+        return runner, asked
+
+    targets = [replace(template[precision], path=path) for path, (precision, _) in made.items()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verifier, "open_target", opened)
+        results = run_verification(model, template["fp32"].passport, targets, images, config)
+    result = judge_results(results, config.max_drop)
+    assert result.baseline.status == "confirmed", result.baseline.sentence
+    return result
+
+
+def decibels(row: Row) -> float:
+    """The signal to noise of a row's first answers; infinite where they are the reference's."""
+    assert row.fidelity is not None
+    return np.inf if row.fidelity.sqnr_db is None else row.fidelity.sqnr_db
+
+
+def never_silent(row: Row, sound: Row, drop: float) -> None:
+    """A verdict is never "equivalent" on a true drop (in points) that is larger than allowed.
+
+    Where the drop is within what is allowed, the fault is at least seen: another verdict, or
+    twice the sound graph's noise.
+    """
+    assert row.verdict != "equivalent" or drop <= ALLOWED, f"silent: {drop:.1f} points, {row}"
+    assert row.verdict != "equivalent" or decibels(row) < decibels(sound) - 3, f"unseen: {row}"
+
+
+def largest_difference(one: NDArray[Any], other: NDArray[Any]) -> float:
+    """The largest difference of two logits, infinite where one is no number."""
+    difference = np.abs(one.astype(np.float64) - other.astype(np.float64))
+    return float(np.nan_to_num(difference, nan=np.inf).max(initial=0.0))

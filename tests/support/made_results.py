@@ -1,0 +1,107 @@
+"""Results that no model was run for, to be read, joined and judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from clipdeploy import zoo
+from clipdeploy.verification.records import Answer, ImageId, ImageRecord, Outcome
+from clipdeploy.verification.repeats import Repeat
+from clipdeploy.verification.results import Asked, BatchResult, Question, Results
+from exporters.artifact import CLIP_MEAN, CLIP_STD, Preprocess, Recipe
+
+__all__ = ["GRAPH", "QUESTION", "again", "make_results", "record"]
+
+REPEAT: dict[str, Any] = {
+    "kind": "mixed",
+    "size": 2,
+    "profile": None,
+    "rows": 2,
+    "signal": 200.0,
+    "noise": 0.0,
+    "worst": 0.0,
+    "changed": 0,
+}
+
+GRAPH = Asked("clip-vit-demo.fp32.onnx", "graph", "fp32", "a" * 64, "ONNX Runtime (CPU)")
+QUESTION = Question(
+    model=zoo.DEMO,
+    weights="b" * 64,
+    random_weights=False,
+    recipe=Recipe(),
+    preprocess=Preprocess(32, CLIP_MEAN, CLIP_STD),
+    decoder="e" * 16,
+    reference="PyTorch",
+    classes=10,
+    class_names=tuple("0123456789"),
+    artifacts=(GRAPH,),
+    images=0,
+    labelled=True,
+    entries="c" * 64,
+    contents="f" * 64,
+    problems=(),
+    calibrated="",
+    batch=16,
+    sequential=None,
+    threads=1,
+    versions={"torch": "2"},
+)
+
+
+def answer(label: int | None, *, right: bool) -> Answer:
+    """An answer that is right about ``label``, or off by one with the label in the second place."""
+    label, known = label or 0, label is not None
+    first = label if right else (label + 1) % 10
+    top = (first, *(each for each in ((label + i) % 10 for i in range(10)) if each != first))
+    return Answer(top[:5], (0 if right else 1) if known else None)
+
+
+def record(
+    number: int,
+    *,
+    reference: bool = True,
+    artifacts: Sequence[bool] = (True,),
+    finite: bool = True,
+    labelled: bool = True,
+) -> ImageRecord:
+    """Image ``number``, right or wrong for the reference and for each artifact."""
+    label = number % 10 if labelled else None
+    figures: tuple[Any, ...] = (0.1, 0.4, 0.04, 0.999) if finite else (None,) * 4
+    outcomes = tuple(Outcome(answer(label, right=right), *figures) for right in artifacts)
+    # Grey means as of noise: of no two images are they nearly equal.
+    thumbnail = np.random.default_rng(number).integers(0, 256, 64, np.uint8).tobytes()
+    digest = f"{number:064x}"
+    image = ImageId(f"{number % 10}/{number}.png", digest, digest[-32:], thumbnail)
+    return ImageRecord(image, label, "", 100.0, answer(label, right=reference), outcomes)
+
+
+def again(calls: int, **changes: Any) -> tuple[Repeat, ...]:
+    """So many calls for two images each that gave the same logits as the first time."""
+    return tuple(
+        Repeat(**{**REPEAT, **changes})  # type: ignore[arg-type]
+        for _ in range(calls)
+    )
+
+
+def make_results(records: Sequence[ImageRecord], **changes: Any) -> Results:
+    """Results of a whole run with these records, the question changed as given.
+
+    Every image was asked again with another one, by each artifact.
+    """
+    question = replace(QUESTION, **{"images": len(records), **changes})
+    size = question.batch
+    lanes = len(records[0].outcomes) if records else 0
+    batches = tuple(
+        BatchResult(
+            number,
+            part := tuple(records[number * size : (number + 1) * size]),
+            (),
+            (again(len(part)),) * lanes,
+        )
+        for number in range(question.batches)
+    )
+    return Results(question, "digits", batches, "d" * 64)
