@@ -43,9 +43,9 @@ _SEED = 0
 # batch and one call for each size there are 374 different calls then, and 368 exclude 1 % of all
 # calls: as much as the interval excludes with 380 images.
 _ALONE, _TWOS = 100, 340
-# The batch itself is asked again this often, and sizes and profiles are spread over as many
-# batches: an early end, as of a sequential run, comes later.
-_FIRST = 8
+# Batches that are asked again as they were, and those that sizes and profiles are spread over: an
+# early end, as of a sequential run, comes later.
+_AGAIN, _SPREAD = 2, 8
 # Every batch size up to the first number, and larger ones where there are as many images.
 _EVERY_SIZE, _LARGE = 32, (48, 64, 96, 128)
 # A fault that is not excluded is as improbable as an interval's end: 2.5 %.
@@ -123,10 +123,9 @@ class RepeatPlan:
         """The calls for batch ``number``, of which ``count`` images could be read."""
         generator = np.random.default_rng((_SEED, number))
         everything = np.arange(count)
-        early = min(_FIRST, self.batches)
-        if number < early:
+        if number < _AGAIN:
             yield Call("again", everything)
-        for index in range(count if number * self.size < _ALONE else 0):
+        for index in range(min(count, _ALONE - number * self.size)):
             yield Call("alone", everything[index : index + 1])
         few = _fewest(runner)
         # As few as the batch has are the batch itself.
@@ -134,6 +133,7 @@ class RepeatPlan:
             yield Call("mixed", np.take(everything, range(index, index + few), mode="wrap"))
         if number * self.size >= max(_ALONE, _TWOS):
             yield Call("alone", generator.integers(count, size=1))
+        early = min(_SPREAD, self.batches)
         if number >= early:
             return
         for size in batch_sizes(runner, self.batches * self.size)[number::early]:
