@@ -29,6 +29,7 @@ from clipdeploy.cli.verify import (
     labels_option,
     layout_option,
     max_drop_option,
+    max_drop_top5_option,
     verify_scope,
 )
 
@@ -65,6 +66,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
     help="Labelled images that judge: a folder, zip or tar.",
 )
 @max_drop_option
+@max_drop_top5_option
 @click.option(
     "--limit", type=click.IntRange(min=1), help="Judge on so many images, spread over the classes."
 )
@@ -137,7 +139,9 @@ def _config(context: Context, options: dict[str, Any]) -> DeployConfig:
         quantize=quantize_options(options),
         quantize_recipe=options["recipe"],
         build=BuildConfig(backend=options["backend"]),
-        verify=VerifyConfig(options["max_drop"], skip_unreadable=skip, threads=threads),
+        verify=VerifyConfig(
+            options["max_drop"], options["max_drop_top5"], skip_unreadable=skip, threads=threads
+        ),
         scope=verify_scope((), options | {"allow_leak": False}),
         benchmark=None if options["no_benchmark"] else replace(SHORT_BENCHMARK, threads=threads),
         triton=options["triton"],

@@ -25,6 +25,7 @@ from clipdeploy.workspace import Workspace
 from exporters.artifact import Passport
 from exporters.errors import ArtifactError, DatasetError, UsageError
 from exporters.files import file_errors, sha256_file
+from exporters.locks import sole_writer
 from exporters.notebook import Renderable, Shown, facts
 from exporters.progress import SILENT, Progress
 from exporters.samples import Samples
@@ -159,13 +160,14 @@ def calibrate_model(
         return _calibration_images(ImageFolder(chosen.root, left), passport, skipped)
 
     unfinished = path.with_suffix(".partial")
-    if force:
+    with sole_writer(path, "clipdeploy calibrate"):
+        if force:
+            with file_errors("remove", unfinished):
+                unfinished.unlink(missing_ok=True)
+        settings = CollectConfig(unfinished, shard=config.shard, threads=config.threads)
+        table = save_table(collect(graph, rest, wanted, settings, progress), path)
         with file_errors("remove", unfinished):
             unfinished.unlink(missing_ok=True)
-    settings = CollectConfig(unfinished, shard=config.shard, threads=config.threads)
-    table = save_table(collect(graph, rest, wanted, settings, progress), path)
-    with file_errors("remove", unfinished):
-        unfinished.unlink(missing_ok=True)
     return CalibrationArtifact(path, table, tuple(skipped.names if skipped else ()), changed=True)
 
 

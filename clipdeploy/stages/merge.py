@@ -29,7 +29,7 @@ __all__ = ["merge_verification"]
 def merge_verification(
     workspace: Workspace,
     model: str,
-    limits: Limits = Limits(),
+    limits: float | Limits = Limits(),
     scope: VerifyScope = VerifyScope(),
     parts: Sequence[Path] = (),
     *,
@@ -39,10 +39,10 @@ def merge_verification(
 ) -> Judgement:
     """Shards -> the verdict of one run; without ``parts``, all shards of the workspace.
 
-    The artifacts have to be the files that the shards judged, and every image the file that its
-    record is of.  ``data`` is where the images are, if not where the first shard found them;
-    without them the result says that they were not compared.  Shards are removed once they are
-    joined.
+    ``limits`` as a number are points of top-1.  The artifacts have to be the files that the shards
+    judged, and every image the file that its record is of.  ``data`` is where the images are, if
+    not where the first shard found them; without them the result says that they were not compared.
+    Shards are removed once they are joined.
 
     Raises:
         ClipdeployError: a shard is missing, damaged, or of another run, or an artifact or an image
@@ -60,8 +60,9 @@ def merge_verification(
     with sole_writer(kept, "clipdeploy verify merge"):
         save_results(kept, results)
     for path in found:
-        with file_errors("remove", path):
-            path.unlink()
+        if path.resolve() != kept.resolve():
+            with file_errors("remove", path):
+                path.unlink(missing_ok=True)
     result = judge_results(results, limits, scope.expected)
     result = replace(result, problems=(*result.problems, *missing))
     if not result.baseline:

@@ -85,7 +85,7 @@ def labelled_batches(
     """
     crops = []
     for crop in iter_crops(mixed(split.images), spec):
-        refuse_leaks([crop], calibrated.leaks([crop]))
+        refuse_leaks(calibrated.leaks([crop]))
         crops.append(crop)
         if len(crops) == batch:
             yield _labelled(crops, spec)

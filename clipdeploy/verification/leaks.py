@@ -7,7 +7,7 @@ looks nearly the same (``near``, a photograph that was saved again with loss) is
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,10 +37,11 @@ class Calibrated:
     images: Known = field(default_factory=lambda: Known(()), compare=False)
     decoded: bool = True
 
-    def leaks(self, crops: Sequence[Crop]) -> list[Leak]:
-        """Which of some images are among these."""
-        prints = [crop.fingerprint for crop in crops]
-        return list(self.images.match_all([crop.sha256 for crop in crops], prints))
+    def leaks(self, crops: Sequence[Crop]) -> list[tuple[str, Leak]]:
+        """The names of some images, and which of them are among these."""
+        hashes, prints = zip(*((c.sha256, c.fingerprint) for c in crops), strict=True)
+        names = (crop.entry.name for crop in crops)
+        return list(zip(names, self.images.match_all(hashes, prints), strict=True))
 
 
 def read_calibrated(path: Path) -> Calibrated:
@@ -80,15 +81,15 @@ def _has_int8(graph: Path) -> bool:
     return any(found.precision == "int8" for found in find_products(read_skeleton(graph)))
 
 
-def refuse_leaks(crops: Sequence[Crop], leaks: Sequence[Leak]) -> None:
-    """Refuse an image that an artifact was calibrated on.
+def refuse_leaks(images: Iterable[tuple[str, Leak]]) -> None:
+    """Refuse an image that an artifact was calibrated on, among pairs of name and leak.
 
     Raises:
         DatasetError: it is there.
     """
-    for crop, leak in zip(crops, leaks, strict=True):
+    for name, leak in images:
         if leak == "same":
             raise DatasetError(
-                f"{crop.entry.name} was used for calibration: it cannot judge the result",
+                f"{name} was used for calibration: it cannot judge the result",
                 hint="verify with other images, or pass --allow-leak to count and show them",
             )

@@ -36,7 +36,7 @@ from clipdeploy.verification.batches import (
 from clipdeploy.verification.early_stop import EarlyStop
 from clipdeploy.verification.kept import KeptRecords, read_kept
 from clipdeploy.verification.leaks import Calibrated, calibration_of, refuse_leaks
-from clipdeploy.verification.records import ImageId, Leak, Logits, measure_images
+from clipdeploy.verification.records import ImageId, Logits, measure_images
 from clipdeploy.verification.reference import Reference
 from clipdeploy.verification.repeats import Repeat, RepeatPlan, ask_again
 from clipdeploy.verification.results import (
@@ -50,7 +50,7 @@ from clipdeploy.verification.results import (
 from clipdeploy.verification.targets import Target, open_target
 from clipdeploy.verification.verdicts import Limits
 from exporters.artifact import Passport
-from exporters.errors import ArtifactError, UsageError
+from exporters.errors import ArtifactError, DatasetError, UsageError
 from exporters.locks import sole_writer
 from exporters.progress import SILENT, Progress
 from exporters.samples import Samples
@@ -133,12 +133,6 @@ class _Opened:
             _ = samples.pixels
         return samples
 
-    def _leaks(self, batch: DecodedBatch) -> list[Leak]:
-        leaks = self.calibrated.leaks(batch.crops)
-        if not self.allow_leak:
-            refuse_leaks(batch.crops, leaks)
-        return leaks
-
     def record(
         self, batch: DecodedBatch, samples: Samples | None, artifacts: Collection[Asked]
     ) -> BatchResult:
@@ -147,13 +141,15 @@ class _Opened:
         crops = batch.crops
         if samples is None:
             return BatchResult(batch.number, (), batch.unreadable, ((),) * len(lanes))
-        leaks = self._leaks(batch)
+        leaks = self.calibrated.leaks(crops)
+        if not self.allow_leak:
+            refuse_leaks(leaks)
         reference = self.reference([crop.sha256 for crop in crops], samples)
         asked = [self._ask(lane, batch.number, samples, reference) for lane in lanes]
         records = measure_images(
             [ImageId(crop.entry.name, crop.sha256, *crop.fingerprint) for crop in crops],
             [crop.entry.label for crop in crops] if self.question.labelled else [None] * len(crops),
-            leaks,
+            [leak for _, leak in leaks],
             reference,
             [logits for logits, _ in asked],
         )
@@ -300,6 +296,7 @@ class _Run:
     def finish(self, progress: Progress, keep: Path | None, partial: Path | None) -> Results:
         """The whole run; what is not known yet is computed, and kept in ``keep``."""
         known = self.known.results(self._numbers())
+        self._refuse(known)
         stop = self._stopper()
         if stop:
             for count, batch in enumerate(known.batches, 1):
@@ -325,6 +322,20 @@ class _Run:
             save_results(partial, both)
         partial.replace(keep)
         return found
+
+    def _refuse(self, known: Results) -> None:
+        """An earlier run may have been allowed more than this one.
+
+        Raises:
+            DatasetError: unreadable images or leaks among the records, without leave to have them.
+        """
+        if not self.opened.allow_leak:
+            refuse_leaks((record.name, record.leak) for record in known.records)
+        if known.unreadable and not self.config.skip_unreadable:
+            raise DatasetError(
+                f"cannot read the image {known.unreadable[0]}",
+                hint="repair or remove it, or pass --skip-unreadable",
+            )
 
     def _stopper(self) -> Callable[[BatchResult], bool] | None:
         if not self.config.sequential:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -23,6 +24,7 @@ from clipdeploy.imaging import iter_crops, open_images
 from clipdeploy.imaging.fingerprints import fingerprint
 from clipdeploy.workspace import Workspace
 from exporters.artifact import Recipe
+from exporters.locks import sole_writer
 
 CALIBRATION = str(zoo.demo_file("calibration.zip"))
 TEST = str(zoo.demo_file("test.zip"))
@@ -217,3 +219,12 @@ def test_quantize_says_what_stays_float(artifacts: Path) -> None:
     verified = run("verify", "--data", TEST, "--json", "--limit", "100", *at)
     rows = json.loads(verified.stdout)["rows"]
     assert [row["precision"] for row in rows] == ["fp32", "int8", "int8-cpu"]
+
+
+def test_a_second_run_at_once_is_refused(artifacts: Path) -> None:
+    """Both would write one unfinished file."""
+    with sole_writer(table(artifacts), "clipdeploy calibrate"):
+        refused = calibrate(artifacts, "--images", "8")
+    assert refused.exit_code == 1
+    assert f"process {os.getpid()}" in refused.stderr
+    assert calibrate(artifacts, "--images", "8").exit_code == 0

@@ -137,6 +137,13 @@ def test_a_merge_uses_its_shards_up(artifacts: Path) -> None:
     refused(merge(artifacts), 1, "no shard to merge")
 
 
+def test_a_finished_run_is_no_shard_to_be_removed(artifacts: Path) -> None:
+    whole = verify(artifacts, *FEW, "--json")
+    kept = folder(artifacts) / "verification.jsonl"
+    assert merge(artifacts, kept, "--max-drop", "6", "--json").stdout == whole.stdout
+    assert kept.exists()
+
+
 def test_a_merge_without_the_images_says_so(artifacts: Path, bitmaps: Path) -> None:
     shards(artifacts, bitmaps)
     bitmaps.rename(bitmaps.with_name("moved"))
@@ -321,6 +328,8 @@ def test_a_calibration_image_saved_anew_is_a_leak(
     refused(verify(whole_workspace, *at, data=data), 1, "was used for calibration")
     found = good(verify(whole_workspace, *at, "--allow-leak", "--json", data=data))
     assert (found["leaked"], found["near_leaked"]) == (1, 0)
+    # What one run allowed, another one that goes by its records does not.
+    refused(verify(whole_workspace, *at, data=data), 1, "was used for calibration")
     # An FP32 graph was calibrated on nothing.
     name = folder(whole_workspace) / f"{zoo.DEMO}.fp32.onnx"
     assert good(verify(whole_workspace, name, *at, "--json", data=data))["leaked"] == 0
