@@ -42,7 +42,8 @@ max_drop_option = setting_option(
     help="Percentage points of top-1 that an artifact may lose.",
 )
 max_drop_top5_option = click.option(
-    "--max-drop-top5",
+    "--max-top5-drop",
+    "max_drop_top5",
     type=float,
     help="Percentage points of top-5 that an artifact may lose (default: top-5 is not judged).",
 )

@@ -104,11 +104,11 @@ class Row:
     reason: str
     fidelity: Fidelity | None
     drop: DropJudgement | None
-    drop_top5: DropJudgement | None
-    repeats: Repeatability | None
-    calibrated: bool | None
     disagreements: int
     worst: tuple[Disagreement, ...]
+    drop_top5: DropJudgement | None = None
+    repeats: Repeatability | None = None
+    calibrated: bool | None = False
 
 
 @dataclass(frozen=True)
@@ -128,23 +128,23 @@ class Verification(Shown):
     data: str
     images: int
     listed: int
-    copies: int
-    near_copies: int
     labelled: bool
     skipped: tuple[str, ...]
     problems: tuple[str, ...]
     leaked: int | None
-    near_leaked: int | None
     random_weights: bool
     class_names: tuple[str, ...]
     max_drop: float
-    max_drop_top5: float | None
     sequential: bool
     baseline: Baseline
     reference: Accuracy | None
     rows: tuple[Row, ...]
-    left_out: tuple[str, ...]
     passed: bool
+    copies: int = 0
+    near_copies: int = 0
+    near_leaked: int | None = None
+    max_drop_top5: float | None = None
+    left_out: tuple[str, ...] = ()
     schema: int = VERIFICATION_SCHEMA
 
     def __bool__(self) -> bool:

@@ -56,7 +56,7 @@ class Limits:
     top5: float | None = None
 
     def __post_init__(self) -> None:
-        for option, value in (("--max-drop", self.top1), ("--max-drop-top5", self.top5)):
+        for option, value in (("--max-drop", self.top1), ("--max-top5-drop", self.top5)):
             if value is not None and not 0 <= value <= 100:
                 raise UsageError(f"a largest drop of {value} points", hint=f"{option} is 0 to 100")
 
@@ -90,7 +90,7 @@ def _drops(
     elif top5.interval.low > 0 >= top1.interval.low:
         reason += (
             f"; top-5 is proven to drop, by {top5.interval.low:.2f} to {top5.interval.high:.2f} "
-            "points: --max-drop-top5 judges it"
+            "points: --max-top5-drop judges it"
         )
     if verdict == "equivalent":
         again = _judged(unlike.lost, unlike.gained, unlike.images, limits.top1, question)

@@ -183,11 +183,11 @@ def test_verification_images_among_the_calibration_images(artifacts: Path) -> No
     allowed = run("verify", "--data", TEST, "--allow-leak", "--json", *at)
     assert allowed.exit_code == 0, allowed.output
     assert json.loads(allowed.stdout)["leaked"] == 500
-    # Nobody can tell any more: refused as well.
+    # Which images they are is unknown then: refused as well.
     table(artifacts).unlink()
     unknown = run("verify", "--data", TEST, *at)
     assert unknown.exit_code == 1
-    assert "nobody can tell" in unknown.stderr
+    assert "unknown whether --data holds calibration images" in unknown.stderr
     anyway = run("verify", "--data", TEST, "--allow-leak", "--json", *at)
     assert json.loads(anyway.stdout)["leaked"] is None
     # Another calibration than the graph's tells nothing either.

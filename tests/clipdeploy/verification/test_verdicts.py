@@ -280,7 +280,7 @@ def test_top5_is_judged_where_a_limit_is_given(made: Make, one: One) -> None:
         assert verdict(judged) == expected
         assert judged.max_drop_top5 == limit
         assert "top-5: drop +4.00 points" in judged.rows[0].reason
-    with pytest.raises(UsageError, match=r"largest drop of -1 points \(--max-drop-top5"):
+    with pytest.raises(UsageError, match=r"largest drop of -1 points \(--max-top5-drop"):
         Limits(1.0, -1)
 
 
