@@ -46,7 +46,7 @@ _ALONE, _TWOS = 100, 340
 # Batches that are asked again as they were, and those that sizes and profiles are spread over: an
 # early end, as of a sequential run, comes later.
 _AGAIN, _SPREAD = 2, 8
-# Every batch size up to the first number, and larger ones where there are as many images.
+# Every batch size up to the first number and some larger ones, none above the number of images.
 _EVERY_SIZE, _LARGE = 32, (48, 64, 96, 128)
 # A fault that is not excluded is as improbable as an interval's end: 2.5 %.
 _MISS = 0.025
@@ -80,12 +80,13 @@ class Call:
 
 
 def batch_sizes(runner: Runner, images: int) -> tuple[int, ...]:
-    """The batch sizes above 1 to try: all up to 32, the runner's largest, and some between.
+    """The batch sizes above 1 to try: all up to 32 and some larger ones, at most ``images``.
 
-    Those between are at most the number of ``images``.
+    A runner's largest one is tried however few images there are.
     """
-    _, largest = runner.batches
-    sizes = {*range(2, _EVERY_SIZE + 1), *(size for size in _LARGE if size <= images)}
+    smallest, largest = runner.batches
+    sizes = {size for size in (*range(2, _EVERY_SIZE + 1), *_LARGE) if size <= images}
+    sizes.add(smallest)
     if largest is not None:
         sizes |= {largest, largest - 1}
     return tuple(sorted(size for size in sizes if _takes(runner, size)))

@@ -72,8 +72,8 @@ def test_images_are_asked_alone_by_twos_and_at_every_size(images: int, size: int
     flat = [call for each in made.values() for call in each]
     assert sum(call.kind == "alone" for call in flat) >= min(images, 100)
     mixed = [call for call in flat if call.kind == "mixed"]
-    large = {each for each in (48, 64, 96, 128) if each <= len(made) * size}
-    assert {len(call.images) for call in mixed} == {*range(2, 33), *large}
+    sizes = {each for each in (*range(2, 33), 48, 64, 96, 128) if each <= len(made) * size}
+    assert {len(call.images) for call in mixed} == sizes
     twos = {
         (number, *sorted(call.images.tolist()))
         for number, each in made.items()
@@ -114,8 +114,9 @@ def test_a_mixed_call_has_other_neighbours() -> None:
 
 def test_the_sizes_are_those_that_a_runner_takes() -> None:
     assert batch_sizes(Classifier(), 100) == (*range(2, 33), 48, 64, 96)
-    assert batch_sizes(Classifier(), 20) == tuple(range(2, 33))
-    assert batch_sizes(Classifier(fixed=16), 500) == (16,)
+    assert batch_sizes(Classifier(), 20) == tuple(range(2, 21))
+    assert batch_sizes(Classifier(fixed=16), 500) == batch_sizes(Classifier(fixed=16), 3) == (16,)
+    assert batch_sizes(Classifier(sound, (1, 4, 8)), 3) == (2, 3, 7, 8)
     assert batch_sizes(Classifier(sound, (1, 4, 8)), 500) == tuple(range(2, 9))
     large = (*range(2, 33), 48, 64, 96, 128, 255, 256)
     assert batch_sizes(Classifier(sound, (1, 64, 256)), 500) == large
