@@ -114,7 +114,7 @@ def check_made_from(path: Path, found: str | None, parent: Path) -> None:
         )
 
 
-# --- differences, and how they are told
+# --- differences
 
 
 def _difference(found: Any, wanted: Any, name: str = "") -> tuple[str, str, str] | None:

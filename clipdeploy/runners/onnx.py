@@ -85,7 +85,7 @@ def _as_stored(
     if "fp16" not in kinds:
         return None, ""
     if not wanted:
-        return None, "nobody asked for float16 as stored"
+        return None, "float16 as stored was not asked for"
     try:
         return stored_session(graph, threads=threads), ""
     except GraphError as error:

@@ -287,7 +287,7 @@ def check_baseline(
     guess, guessing = 100 / question.classes, ""
     if one.low <= guess:
         guessing = f"guessing among {question.classes:,} classes"
-        # Half of the way from guessing to perfection, where nobody says how good it is.
+        # Half of the way from guessing to perfection, where no accuracy was published.
         if one.high + _ROUNDING < max(figures.top1 or 0.0, (100 + guess) / 2):
             return figures.baseline(
                 "implausible",

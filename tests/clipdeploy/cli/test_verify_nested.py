@@ -21,7 +21,7 @@ PREFIXES = ("blocks.2/Add_1", "blocks.3")
 
 
 def moved(workspace: Workspace, move: str, path: Path, fault: str = "") -> Path:
-    """The demo's FP16 graph, perhaps with a fault, and parts of it moved; nobody vouches for it."""
+    """The demo's FP16 graph, perhaps with a fault, and parts of it moved; without a passport."""
     model = onnx.load(workspace.graph(zoo.DEMO, "fp16"))
     if fault:
         edit, _ = FP16_FAULTS[fault]
