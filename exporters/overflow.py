@@ -126,7 +126,7 @@ def check_storage(
     logits of them; ``None`` is returned where the two are equal.
 
     Raises:
-        GraphError: a tensor overflows; its name and the largest tensor before it are told.  Or
+        GraphError: a tensor overflows; its name and the largest tensor before it are named.  Or
             the graph has others inside.
     """
 

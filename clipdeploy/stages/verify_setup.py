@@ -199,9 +199,6 @@ def set_up(
         )
     if config.cache is not None and (problem := config.cache.problem(passport.preprocess)):
         note(problem)
-    if not calibrated.decoded:
-        note(
-            f"{workspace.calibration(model)} is of an older clipdeploy: calibration images that "
-            "were saved again in another format are not recognised"
-        )
+    for problem in calibrated.problems:
+        note(problem)
     return Bench(reference, passport, tuple(targets), images, calibrated)

@@ -37,6 +37,16 @@ class Calibrated:
     images: Known = field(default_factory=lambda: Known(()), compare=False)
     decoded: bool = True
 
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """A sentence if leaks are looked for by the files' bytes alone."""
+        if self.decoded:
+            return ()
+        return (
+            "the calibration is of an older clipdeploy: calibration images that were saved again "
+            "in another format are not recognised; `clipdeploy calibrate --force` makes it anew",
+        )
+
     def leaks(self, crops: Sequence[Crop]) -> list[tuple[str, Leak]]:
         """The names of some images, and which of them are among these."""
         hashes, prints = zip(*((c.sha256, c.fingerprint) for c in crops), strict=True)

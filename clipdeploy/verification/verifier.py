@@ -196,7 +196,7 @@ def _question(
         labelled=images.labelled,
         entries=digest_of_entries(images),
         contents=digest_of_contents(images),
-        problems=survey(images).problems(),
+        problems=(*survey(images).problems(), *calibrated.problems),
         calibrated=calibrated.digest,
         batch=config.batch,
         sequential=config.max_drop if config.sequential else None,

@@ -89,7 +89,7 @@ def test_a_second_process_learns_who_writes(path: Path) -> None:
     assert "wait for it, or use another --workspace" in said
 
 
-def test_a_killed_holder_is_in_nobodys_way(path: Path) -> None:
+def test_the_lock_of_a_killed_holder_is_free(path: Path) -> None:
     with holder(path) as process:
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL

@@ -388,7 +388,7 @@ def test_what_cannot_be_stored_is_refused_and_says_why(case: str, tmp_path: Path
     path = saved(parsed(text), tmp_path)
     with pytest.raises(GraphError, match=said):
         stored_session(path)
-    # Nobody takes it for a graph without float16 and runs it in float32.
+    # It is not taken for a graph without float16 and run in float32.
     if case in UNREADABLE:
         with pytest.raises(GraphError, match=said):
             stores_float16(path)

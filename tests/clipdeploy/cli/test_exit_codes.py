@@ -272,7 +272,7 @@ def test_full_disk_beside_a_verdict_is_reported_in_a_line(folder: Path) -> None:
     assert (ended.code, ended.err) == (3, COMPLAINT)
 
 
-def test_ctrl_c_is_130_when_nobody_reads(folder: Path) -> None:
+def test_ctrl_c_is_130_without_a_reader(folder: Path) -> None:
     words = "benchmark --batch 1 --seconds 600 --warmup 0"
     with subprocess.Popen(
         clipdeploy(*words.split()),

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from graph_faults import FP32_FAULTS
 from PIL import Image
 from verify_command import FEW, TEST, good, merge, refused, run, verify
 
+from calibration.table import load_table, save_table
 from clipdeploy import zoo
 from clipdeploy.runners import OnnxRunner
 from clipdeploy.stages.verify import verify_model
@@ -310,8 +312,6 @@ def leaky(whole: Path, digits: Path, save: Callable[[Path, Path], object]) -> Pa
     """The test digits, and a calibration image saved anew."""
     import zipfile
 
-    from calibration.table import load_table
-
     name = load_table(folder(whole) / "calibration.json").images[7].name
     with zipfile.ZipFile(zoo.demo_file("calibration.zip")) as archive:
         archive.extract(name, whole)
@@ -333,6 +333,20 @@ def test_a_calibration_image_saved_anew_is_a_leak(
     # An FP32 graph was calibrated on nothing.
     name = folder(whole_workspace) / f"{zoo.DEMO}.fp32.onnx"
     assert good(verify(whole_workspace, name, *at, "--json", data=data))["leaked"] == 0
+
+
+def test_a_calibration_that_knows_no_pixels_is_named_in_the_result(whole_workspace: Path) -> None:
+    table = folder(whole_workspace) / "calibration.json"
+    known = load_table(table)
+    bare = tuple(replace(image, pixels="", thumbnail=b"") for image in known.images)
+    save_table(replace(known, images=bare), table)
+    # The artifacts are those of this table: its hash is in their passport.
+    at = ("--model", "demo", "--workspace", whole_workspace)
+    assert run("quantize", *at, "--force").exit_code == 0
+    path = folder(whole_workspace) / f"{zoo.DEMO}.int8.onnx"
+    found = good(verify(whole_workspace, path, *FEW, "--json"))
+    assert found["leaked"] == 0
+    assert any("older clipdeploy" in each for each in found["problems"])
 
 
 def test_one_saved_with_loss_is_counted(whole_workspace: Path, digits: Path) -> None:
