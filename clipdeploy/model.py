@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,8 @@ _MMPRETRAIN_IMAGE = 224
 class WeightsChoice:
     """Which weights the user asked for: a checkpoint, a random seed, or the card's own.
 
-    ``checkpoint`` is a file or ``hf://OWNER/NAME``.
+    ``checkpoint`` is a file or ``hf://OWNER/NAME``; ``class_names`` a file with the names of its
+    classes, see :func:`clipdeploy.imaging.classes.read_class_names`.
     ``resize_position`` resamples a position grid of another size; ``offline`` forbids downloads,
     ``show_download`` shows a bar while one runs.
     """
@@ -43,16 +45,21 @@ class WeightsChoice:
     resize_position: bool = False
     offline: bool = False
     show_download: bool = True
+    class_names: Path | str | None = None
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """The reference: a float32 module in evaluation mode, and where its weights came from."""
+    """The reference: a float32 module in evaluation mode, and where its weights came from.
+
+    ``class_names`` are those in the checkpoint, as it has them; None if it names none.
+    """
 
     card: ModelCard
     module: VisionTransformer
     weights: WeightsOrigin
     recipe: Recipe
+    class_names: Any = None
 
 
 def _config(card: ModelCard, recipe: Recipe, classes: int) -> ViTConfig:
@@ -158,7 +165,8 @@ def load_model(card: ModelCard, choice: WeightsChoice, recipe: Recipe) -> Loaded
         layout=checkpoint.layout,
         resized_position=checkpoint is not read,
     )
-    return LoadedModel(card, _assemble(checkpoint.tensors, config, card, recipe), origin, recipe)
+    module = _assemble(checkpoint.tensors, config, card, recipe)
+    return LoadedModel(card, module, origin, recipe, checkpoint.class_names)
 
 
 def _read(card: ModelCard, choice: WeightsChoice) -> Checkpoint:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from clipdeploy.cli.common import Context, data_option, emit, model_option, stage_command
+from clipdeploy.cli.labelling import labelling, labelling_options
 from clipdeploy.cli.params import ArtifactPath
 
 
@@ -21,6 +23,7 @@ from clipdeploy.cli.params import ArtifactPath
 @click.option(
     "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: .png or .svg."
 )
+@labelling_options()
 @stage_command
 def bisect(
     context: Context,
@@ -32,6 +35,7 @@ def bisect(
     batch: int,
     threads: int,
     plot: Path | None,
+    **options: Any,
 ) -> None:
     """Find the Linear of GRAPH (the model's INT8 graph) that costs the accuracy.
 
@@ -44,8 +48,16 @@ def bisect(
     name = context.model(model)
     from clipdeploy.stages.bisect import BisectConfig, bisect_model
 
-    config = BisectConfig(images, seed, batch, threads)
-    result = bisect_model(context.workspace, name, data, graph, config, progress=context.progress)
+    config = BisectConfig(images, seed, batch, threads, labelling(options))
+    result = bisect_model(
+        context.workspace,
+        name,
+        data,
+        graph,
+        config,
+        note=context.note,
+        progress=context.progress,
+    )
     emit(context, result, lambda: result)
     if plot:
         from clipdeploy.tuning.drawing import draw_bisection

@@ -21,13 +21,12 @@ from clipdeploy.cli.common import (
     threads_option,
 )
 from clipdeploy.cli.export import weights_choice, weights_options
+from clipdeploy.cli.labelling import labelling_options
 from clipdeploy.cli.params import setting_option
 from clipdeploy.cli.quantize import quantize_options, recipe_options
 from clipdeploy.cli.stage_display import StageDisplay
 from clipdeploy.cli.verify import (
     baseline_option,
-    labels_option,
-    layout_option,
     max_drop_option,
     max_drop_top5_option,
     verify_scope,
@@ -76,8 +75,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
     help="Judge and package the ONNX graphs: for a machine that cannot run the engine.",
 )
 @baseline_option
-@layout_option
-@labels_option
+@labelling_options(class_names=False)
 @weights_options
 @images_option
 @seed_option
@@ -142,7 +140,7 @@ def _config(context: Context, options: dict[str, Any]) -> DeployConfig:
         verify=VerifyConfig(
             options["max_drop"], options["max_drop_top5"], skip_unreadable=skip, threads=threads
         ),
-        scope=verify_scope((), options | {"allow_leak": False}),
+        scope=verify_scope((), options | {"allow_leak": False, "class_names": None}),
         benchmark=None if options["no_benchmark"] else replace(SHORT_BENCHMARK, threads=threads),
         triton=options["triton"],
         cpp=options["cpp"],

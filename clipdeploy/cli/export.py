@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clipdeploy.cli.common import Context, emit, force_option, model_option, stage_command
+from clipdeploy.cli.labelling import class_names_option
 from clipdeploy.cli.params import setting_option
 from exporters.errors import UsageError
 
 if TYPE_CHECKING:
     from clipdeploy.model import WeightsChoice
-    from exporters.artifact import Recipe, WeightsOrigin
+    from exporters.artifact import Passport, Recipe, WeightsOrigin
 
 __all__ = ["export", "weights_choice", "weights_options"]
 
@@ -23,6 +24,18 @@ def _weights(origin: WeightsOrigin) -> str:
         return f"random, seed {origin.seed}"
     resized = ", position grid resized" if origin.resized_position else ""
     return f"{origin.path}, {origin.layout}, SHA-256 {origin.sha256[:8]}{resized}"
+
+
+def _classes(passport: Passport) -> str:
+    names = passport.class_names
+    if not names:
+        return f"{passport.classes}, without names"
+    who = {
+        "file": "from --class-names",
+        "checkpoint": "from the checkpoint",
+        "assumed": "assumed to be the model's",
+    }.get(passport.class_names_from, "the model's")
+    return f"{passport.classes}, names {who}: {names[0]} to {names[-1]}"
 
 
 _WEIGHTS_OPTIONS = (
@@ -54,6 +67,7 @@ _WEIGHTS_OPTIONS = (
         show_default=True,
         help="The crop behind the published top-1, or timm's own.",
     ),
+    class_names_option,
     setting_option("offline", "--offline/--no-offline", help="Download nothing."),
 )
 
@@ -78,7 +92,9 @@ def weights_choice(context: Context, options: dict[str, Any]) -> tuple[WeightsCh
     from exporters.artifact import Recipe
 
     resize, offline = options["resize_pos_embed"], options["offline"]
-    choice = WeightsChoice(checkpoint, seed, resize, offline, not context.quiet)
+    choice = WeightsChoice(
+        checkpoint, seed, resize, offline, not context.quiet, options["class_names"]
+    )
     return choice, Recipe(options["numerics"], options["resize"])
 
 
@@ -120,6 +136,7 @@ def export(
         recipe,
         ExportConfig(opset, batch, preprocess),
         force=force,
+        note=context.note,
         progress=context.progress,
     )
     emit(
@@ -129,5 +146,6 @@ def export(
             f"{artifact.path}: {artifact.nodes} nodes, {artifact.bytes / 1e6:.1f} MB"
             + ("" if artifact.changed else " (unchanged)")
             + f"\n  weights: {_weights(artifact.passport.weights)}"
+            + f"\n  classes: {_classes(artifact.passport)}"
         ),
     )

@@ -15,6 +15,7 @@ from clipdeploy.cli.common import (
     model_option,
     stage_command,
 )
+from clipdeploy.cli.labelling import labelling, labelling_options
 from clipdeploy.cli.params import setting_option
 from clipdeploy.cli.quantize import plan_config, plan_options
 
@@ -48,6 +49,7 @@ from clipdeploy.cli.quantize import plan_config, plan_options
 @click.option(
     "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: .png or .svg."
 )
+@labelling_options()
 @plan_options
 @stage_command
 def search(
@@ -65,7 +67,7 @@ def search(
     fixed_plan: bool,
     cpu: bool,
     plot: Path | None,
-    **plan: Any,
+    **options: Any,
 ) -> int:
     """Choose INT8 or FP16 for every Linear and write that INT8 graph.
 
@@ -88,9 +90,10 @@ def search(
         cost=cost or ("cpu" if cpu else "macs"),
         batch=batch,
         threads=threads,
-        plan=plan_config(plan),
+        plan=plan_config(options),
         fixed_plan=fixed_plan,
         remainder="fp32" if cpu else "fp16",
+        labelling=labelling(options),
     )
     result = search_model(
         context.workspace, name, data, config, confirm=confirm, progress=context.progress

@@ -25,13 +25,13 @@ from clipdeploy.cli.common import (
     threads_option,
     trust_option,
 )
+from clipdeploy.cli.labelling import labelling, labelling_options
 from clipdeploy.cli.params import ArtifactPath, setting_option
 from exporters.errors import UsageError
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-    from clipdeploy.imaging.layouts import LayoutName
     from clipdeploy.stages.verify_setup import Judgement, VerifyScope
     from clipdeploy.verification.verifier import VerifyConfig
 
@@ -54,14 +54,6 @@ baseline_option = click.option(
     metavar="card|none|TOP1[,TOP5]",
     help="What PyTorch itself has to reach before anything is judged.",
 )
-layout_option = click.option(
-    "--layout",
-    type=click.Choice(["auto", "folders", "list", "devkit", "solution", "none"]),
-    default="auto",
-    show_default=True,
-    help="How labels are stored: folders, NAME CLASS list, ILSVRC devkit, Kaggle's CSV.",
-)
-labels_option = click.option("--labels", type=click.Path(path_type=Path), help="Label file.")
 report_option = click.option(
     "--report",
     "reports",
@@ -85,8 +77,7 @@ _OPTIONS = (
     click.option(
         "--allow-leak", is_flag=True, help="Count calibration images among --data, do not refuse."
     ),
-    layout_option,
-    labels_option,
+    labelling_options(),
     click.option(
         "--batch",
         type=click.IntRange(min=1),
@@ -186,8 +177,7 @@ def run(
     type=click.Path(path_type=Path),
     help="The images, if not where the first shard found them; they are compared with the records.",
 )
-@layout_option
-@labels_option
+@labelling_options()
 @stage_command
 def merge(
     context: Context,
@@ -198,8 +188,7 @@ def merge(
     baseline: str,
     reports: tuple[Path, ...],
     data: Path | None,
-    layout: LayoutName,
-    labels: Path | None,
+    **options: Any,
 ) -> int:
     """Join the shards of `verify --shard` to the verdict of one run.
 
@@ -213,7 +202,7 @@ def merge(
     from clipdeploy.verification.baseline import Expected
     from clipdeploy.verification.verdicts import Limits
 
-    scope = VerifyScope(layout=layout, labels=labels, expected=Expected.parse(baseline))
+    scope = VerifyScope(labelling=labelling(options), expected=Expected.parse(baseline))
     result = merge_verification(
         context.workspace,
         name,
@@ -265,8 +254,7 @@ def verify_scope(artifacts: tuple[Path, ...], options: dict[str, Any]) -> Verify
         artifacts=artifacts,
         graphs_only=options["graphs_only"],
         limit=options["limit"],
-        layout=options["layout"],
-        labels=options["labels"],
+        labelling=labelling(options),
         allow_leak=options["allow_leak"],
         expected=Expected.parse(options["baseline"]),
     )

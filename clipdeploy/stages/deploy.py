@@ -137,6 +137,7 @@ class _Run:
             self.config.weights,
             self.config.recipe,
             force=self.force,
+            note=self.note,
             progress=self.progress,
         )
 

@@ -85,7 +85,7 @@ def _compare_with_disk(results: Results, data: Path, progress: Progress) -> tupl
     """
     check_artifacts(results)
     try:
-        images = open_images(data, layout="none")
+        images = open_images(data)
     except DatasetError as error:
         return (f"the images were not compared with the records: {error.message}",)
     check_against_disk(results, images, progress)
@@ -113,7 +113,7 @@ def _diagnose_merged(
             passport.preprocess,
             images,
             results.records,
-            passport.class_names,
+            results.question.class_names,
             progress,
         )
     except ClipdeployError as error:

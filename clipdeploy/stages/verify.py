@@ -120,7 +120,8 @@ def _cluster_job(
     scope: VerifyScope,
     images: int,
 ) -> ShardJob:
-    labels = () if scope.labels is None else (scope.labels,)
+    asked = scope.labelling
+    labels = tuple(path for path in (asked.labels, asked.class_names) if path is not None)
     return ShardJob(
         title=f"verify {images} images",
         run=partial(_one_shard, workspace, model, data, config, scope),

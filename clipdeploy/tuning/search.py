@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from calibration.plan import PlanConfig
+from clipdeploy.imaging import Labelling
 from clipdeploy.tuning.cost import CostModel
 from clipdeploy.tuning.pareto import Candidate
 from clipdeploy.verification.paired import DropJudgement
@@ -24,7 +25,7 @@ class SearchConfig:
     ``search_images``: how many to search on, all others confirm; ``seed`` draws them.  ``cost``:
     count MACs and bytes, or measure on this CPU; ``batch``: images at once that costs are for.
     ``plan``: how Linears are quantised; other ranges and smoothing strengths are tried too where it
-    does not do, unless ``fixed_plan``.
+    does not do, unless ``fixed_plan``.  ``labelling``: the classes of the images.
 
     Raises:
         UsageError: a drop, a budget or a cost model that cannot be.
@@ -40,6 +41,7 @@ class SearchConfig:
     plan: PlanConfig = field(default_factory=PlanConfig)
     fixed_plan: bool = False
     remainder: Literal["fp16", "fp32"] = "fp16"
+    labelling: Labelling = field(default_factory=Labelling)
 
     def __post_init__(self) -> None:
         if not 0 < self.max_drop <= 100:

@@ -88,6 +88,8 @@ class Expected:
 def _published(question: Question, expected: Expected) -> tuple[float | None, float | None]:
     if expected.source != "card":
         return expected.top1, expected.top5
+    if question.partial_classes:
+        return None, None
     card = zoo.find(question.model)
     own = tuple(name for name, _ in zoo.class_names(card))
     # A head with other classes is a fine-tune: nothing was published of it.
@@ -304,4 +306,10 @@ def check_baseline(
         return figures.baseline("unconfirmed", f"{found}: {guessing}")
     if expected.source == "none":
         return figures.baseline("skipped", "the published accuracy was not looked at")
+    if question.partial_classes:
+        return figures.baseline(
+            "unpublished",
+            f"{found}, of {question.partial_classes:,} of the {question.classes:,} classes; what "
+            "was published is of all of them, and says nothing about a part",
+        )
     return figures.baseline("unpublished", "no accuracy was published of these weights")
