@@ -118,7 +118,7 @@ def _write_linears(
     for site in sites:
         plan: LinearPlan = plan_linear(site, table.of(site.name), foldings.get(site.name), config)
         if plan.zero and site.bias is not None and not writer.unsigned:
-            add_to_bias(site.bias, plan.shift_output)
+            add_to_bias(site, plan.shift_output)
         writer.activation(site.matmul, 0, site.name, plan.step, plan.zero)
         writer.weight(site.matmul, site.name, plan.integers, plan.weight_scale, axis=1)
 

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from calibration.distribution import LEVELS, Distribution
 from calibration.policy import LinearSite
+from exporters.initializers import write_initializer
 
 __all__ = ["Folding", "Source", "find_source", "fold", "search_folding"]
 
@@ -60,14 +61,30 @@ class Folding:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a Linear's input is made: its gain and offset per channel.
+    """Where a Linear's input is made: its gain and offset per channel, each an input of a node.
 
     ``gain`` has the channels along its last axis, in columns ``first`` and following.
     """
 
-    gain: ir.Value
-    offset: ir.Value
+    gain_at: tuple[ir.Node, int]
+    offset_at: tuple[ir.Node, int]
     first: int = 0
+
+    @property
+    def gain(self) -> ir.Value:
+        """The gain as it is now."""
+        return _at(*self.gain_at)
+
+    @property
+    def offset(self) -> ir.Value:
+        """The offset (C,) as it is now."""
+        return _at(*self.offset_at)
+
+
+def _at(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
+    assert value is not None
+    return value
 
 
 def _expected_error(
@@ -116,10 +133,10 @@ def _layernorm(value: ir.Value) -> Source | None:
     node = value.producer()
     if node is None or node.op_type != "LayerNormalization" or len(node.inputs) < 3:
         return None
-    gain, offset = node.inputs[1], node.inputs[2]
-    if gain is None or offset is None or len(value.consumers()) != 1:
+    constants = [each is not None and each.const_value is not None for each in node.inputs[1:3]]
+    if not all(constants) or len(value.consumers()) != 1:
         return None
-    return Source(gain, offset)
+    return Source((node, 1), (node, 2))
 
 
 def _step(value: ir.Value | None, kind: str, index: int = 0) -> ir.Value | None:
@@ -136,12 +153,13 @@ def _values(proj: LinearSite, qkv: LinearSite) -> Source | None:
     joined = _step(_step(_step(split.outputs[2], "Split"), "Transpose"), "Reshape")
     bias = qkv.bias
     if (
-        bias is None
+        qkv.add is None
+        or bias is None
         or bias.const_value is None
         or _step(joined, "Add") is not qkv.matmul.outputs[0]
     ):
         return None
-    return Source(qkv.weight, bias, 2 * bias.const_value.size // 3)
+    return Source((qkv.matmul, 1), (qkv.add, 1), 2 * bias.const_value.size // 3)
 
 
 def find_source(site: LinearSite, sites: dict[str, LinearSite]) -> Source | None:
@@ -150,10 +168,6 @@ def find_source(site: LinearSite, sites: dict[str, LinearSite]) -> Source | None
         return _layernorm(site.activation)
     qkv = sites.get(f"blocks.{site.block}.attn.qkv")
     return _values(site, qkv) if site.role == "attn.proj" and qkv is not None else None
-
-
-def _set(value: ir.Value, array: F64) -> None:
-    value.const_value = ir.Tensor(array.astype(np.float32), name=value.name)
 
 
 def _array(value: ir.Value) -> F64:
@@ -165,12 +179,14 @@ def _array(value: ir.Value) -> F64:
 def fold(site: LinearSite, source: Source, folding: Folding) -> None:
     """Write ``folding`` into the graph: the function of the model stays the same."""
     assert site.bias is not None
+    assert site.add is not None
     gain, offset = _array(source.gain), _array(source.offset)
     columns = slice(source.first, source.first + len(folding.shift))
     gain[..., columns] /= folding.scale
     offset[columns] = (offset[columns] - folding.shift) / folding.scale
-    _set(source.gain, gain)
-    _set(source.offset, offset)
+    write_initializer(*source.gain_at, gain.astype(np.float32))
+    write_initializer(*source.offset_at, offset.astype(np.float32))
     weight = _array(site.weight)
-    _set(site.bias, _array(site.bias) + folding.shift @ weight)
-    _set(site.weight, folding.scale[:, None] * weight)
+    bias = _array(site.bias) + folding.shift @ weight
+    write_initializer(site.add, 1, bias.astype(np.float32))
+    write_initializer(site.matmul, 1, (folding.scale[:, None] * weight).astype(np.float32))

@@ -16,6 +16,8 @@ import math
 import numpy as np
 import onnx_ir as ir
 
+from exporters.initializers import add_initializer, write_initializer
+
 __all__ = ["TRACED_OPSET", "SetOpset"]
 
 TRACED_OPSET = 20
@@ -25,15 +27,7 @@ _FIRST_WITH_NUM_OUTPUTS = 18
 
 def _constant(graph: ir.Graph, name: str, number: float) -> ir.Value:
     if name not in graph.initializers:
-        tensor = ir.Tensor(np.asarray(number, np.float32), name=name)
-        graph.register_initializer(
-            ir.Value(
-                name=name,
-                type=ir.TensorType(ir.DataType.FLOAT),
-                shape=ir.Shape(()),
-                const_value=tensor,
-            )
-        )
+        add_initializer(graph, name, np.asarray(number, np.float32))
     return graph.initializers[name]
 
 
@@ -42,10 +36,9 @@ def _halve_next_weight(value: ir.Value) -> bool:
     if len(readers) != 1 or readers[0].op_type != "MatMul":
         return False
     weight = readers[0].inputs[1]
-    if weight is None or weight.const_value is None or len(weight.consumers()) != 1:
+    if weight is None or weight.const_value is None:
         return False
-    array = weight.const_value.numpy() * np.float32(0.5)
-    weight.const_value = ir.Tensor(array, name=weight.name)
+    write_initializer(readers[0], 1, weight.const_value.numpy() * np.float32(0.5))
     return True
 
 
@@ -106,6 +99,5 @@ class SetOpset(ir.passes.InPlacePass):
         for position, axis in enumerate(chosen):
             full[axis] = given[position]
             full[axis + rank] = given[position + len(chosen)]
-        pads.const_value = ir.Tensor(full, name=pads.name)
-        pads.shape = ir.Shape(full.shape)
+        write_initializer(node, 1, full)
         node.resize_inputs(3)
