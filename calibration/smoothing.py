@@ -13,6 +13,11 @@ Suppression+, Wei et al. 2023):
 
 fc2 reads GELU's output, through which nothing can be moved.
 
+A common factor k of all channels is free: s k in the place of s leaves both errors as they are.  It
+is 1 unless float16 could not hold what follows: scales below its smallest normal number are lost
+(a norm's gain 10^4 times as large and the next weight 10^4 times as small give the same function),
+and so is a step above its largest.  Then k brings x' and W' to the same size.
+
 m is the middle of each channel's range.  s is searched among a[c] ** t / w[c] ** (1 - t), a[c] half
 the channel's range and w[c] its largest weight, t from 0 to 1, by the expected squared error of y:
 
@@ -41,6 +46,10 @@ F64 = NDArray[np.float64]
 # 0.1 (by 1.6 dB over 1), ViT-B/16's with random weights at 0.3 (by 0.3 dB): a quarter suits both.
 _INPUT_SHARE = 0.25
 _STRENGTHS = np.linspace(0.0, 1.0, 21)
+# The largest value of a tensor whose steps float16 holds well: a channel's step may be a sixteenth
+# of the largest channel's; and a sixteenth of float16's largest number.
+_SMALLEST = 16 * LEVELS * float(np.finfo(np.float16).tiny)
+_LARGEST = float(np.finfo(np.float16).max) / 16
 # A channel that hardly moves is not blown up by more than this, beside the widest one.
 _NARROWEST = 1e-4
 
@@ -118,25 +127,47 @@ def search_folding(
 
     def folding(strength: float) -> Folding:
         scale = spread**strength / top ** (1 - strength)
-        return Folding(shift, scale / np.exp(np.log(scale).mean()), strength)
+        scale /= np.exp(np.log(scale).mean())
+        return Folding(shift, scale * _common_factor(spread / scale, top * scale), strength)
 
     if strength is not None:
         return folding(strength)
-    best, least = Folding(shift, np.ones_like(shift)), error(np.ones_like(shift))
+    ones = np.full_like(shift, _common_factor(spread, top))
+    best, least = Folding(shift, ones), error(ones)
     for candidate in map(folding, _STRENGTHS.tolist()):
         if (found := error(candidate.scale)) < least:
             best, least = candidate, found
     return best
 
 
+def _common_factor(spread: F64, top: F64) -> float:
+    """A power of two k, so that float16 holds the steps of x' / k and of k W'.
+
+    ``spread`` (C,) is half of each channel's range, ``top`` (C,) its largest weight.
+    """
+    activations, weights = float(spread.max()), float(top.max())
+    if all(_SMALLEST <= size <= _LARGEST for size in (activations, weights)):
+        return 1.0
+    # The exponent alone changes: the integers are those of k = 1 in infinite precision.
+    return float(2.0 ** np.rint(np.log2(activations / weights) / 2))
+
+
 def _layernorm(value: ir.Value) -> Source | None:
     node = value.producer()
     if node is None or node.op_type != "LayerNormalization" or len(node.inputs) < 3:
+        return None
+    if not _reduces_channels(node):
         return None
     constants = [each is not None and each.const_value is not None for each in node.inputs[1:3]]
     if not all(constants) or len(value.consumers()) != 1:
         return None
     return Source((node, 1), (node, 2))
+
+
+def _reduces_channels(node: ir.Node) -> bool:
+    """Whether a LayerNormalization or Softmax works along the last axis, which is its default."""
+    rank = len(node.outputs[0].shape or ())
+    return node.attributes.get_int("axis", -1) in (-1, rank - 1)
 
 
 def _step(value: ir.Value | None, kind: str, index: int = 0) -> ir.Value | None:
@@ -147,6 +178,11 @@ def _step(value: ir.Value | None, kind: str, index: int = 0) -> ir.Value | None:
 def _values(proj: LinearSite, qkv: LinearSite) -> Source | None:
     mixed = _step(_step(proj.activation, "Reshape"), "Transpose")
     v = _step(mixed, "MatMul", 1)
+    rows = _step(mixed, "MatMul")
+    softmax = rows.producer() if rows is not None else None
+    # The shift is exact because each row of softmax sums to one.
+    if softmax is None or softmax.op_type != "Softmax" or not _reduces_channels(softmax):
+        return None
     split = v.producer() if v is not None else None
     if split is None or split.op_type != "Split" or v is not split.outputs[2]:
         return None
