@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
 from calibration.distribution import Distribution
@@ -24,6 +23,7 @@ from calibration.ranges import RANGE_METHODS, RangeMethod, choose_range, search_
 from calibration.smoothing import Folding, find_source, fold, search_folding
 from calibration.weights import float16_step, quantize_weight, weight_error
 from exporters.errors import UsageError
+from exporters.initializers import write_initializer
 
 __all__ = [
     "LinearPlan",
@@ -158,15 +158,17 @@ def plan_linear(
     if config.correct_bias and site.bias is not None:
         offset = (values.mean + step * zero) @ weight_error(weight, integers, scale)
         offset += values.mean_error(step) @ (integers.astype(np.float32) * scale)
-        add_to_bias(site.bias, -offset)
+        add_to_bias(site, -offset)
     return LinearPlan(step, zero, integers, scale, folding.strength)
 
 
-def add_to_bias(bias: ir.Value, offset: NDArray[np.float64]) -> None:
-    """Add ``offset`` (Cout,) to a bias in the graph."""
-    tensor = bias.const_value
-    assert tensor is not None
-    bias.const_value = ir.Tensor((tensor.numpy() + offset).astype(np.float32), name=bias.name)
+def add_to_bias(site: LinearSite, offset: NDArray[np.float64]) -> None:
+    """Add ``offset`` (Cout,) to the bias of a Linear that has one."""
+    assert site.add is not None
+    assert site.bias is not None
+    assert site.bias.const_value is not None
+    bias = (site.bias.const_value.numpy() + offset).astype(np.float32)
+    write_initializer(site.add, 1, bias)
 
 
 def plan_product(

@@ -64,15 +64,29 @@ class ProductSite:
 
 @dataclass(frozen=True)
 class LinearSite:
-    """One Linear of the graph: ``x @ weight (Cin, Cout) + bias (Cout,)``."""
+    """One Linear of the graph: ``x @ weight (Cin, Cout) + bias (Cout,)``, the sum made by ``add``.
+
+    ``activation`` is x as the FP32 graph has it, whatever is written before the MatMul later.
+    """
 
     name: str
     role: str
     block: int
     matmul: ir.Node
     activation: ir.Value
-    weight: ir.Value
-    bias: ir.Value | None
+    add: ir.Node | None
+
+    @property
+    def weight(self) -> ir.Value:
+        """What the MatMul reads as its weight now."""
+        value = self.matmul.inputs[1]
+        assert value is not None
+        return value
+
+    @property
+    def bias(self) -> ir.Value | None:
+        """What ``add`` adds now; None without one."""
+        return None if self.add is None else self.add.inputs[1]
 
 
 @dataclass(frozen=True)
@@ -109,12 +123,12 @@ class Placement(Shown):
         return table
 
 
-def _bias(matmul: ir.Node) -> ir.Value | None:
+def _bias_add(matmul: ir.Node) -> ir.Node | None:
     consumers = matmul.outputs[0].consumers()
     if len(consumers) != 1 or consumers[0].op_type != "Add":
         return None
     value = consumers[0].inputs[1]
-    return value if value is not None and value.is_initializer() else None
+    return consumers[0] if value is not None and value.is_initializer() else None
 
 
 def find_linears(model: ir.Model) -> list[LinearSite]:
@@ -132,9 +146,8 @@ def find_linears(model: ir.Model) -> list[LinearSite]:
         activation, weight = node.inputs
         if activation is None or weight is None or not weight.is_initializer():
             continue
-        sites.append(
-            LinearSite(name, match[2], int(match[1]), node, activation, weight, _bias(node))
-        )
+        add = _bias_add(node)
+        sites.append(LinearSite(name, match[2], int(match[1]), node, activation, add))
     if not sites:
         raise GraphError(
             "the graph has no Linear named blocks.N.attn.qkv, .attn.proj, .mlp.fc1 or .mlp.fc2",

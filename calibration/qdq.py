@@ -118,7 +118,7 @@ def _write_linears(
     for site in sites:
         plan: LinearPlan = plan_linear(site, table.of(site.name), foldings.get(site.name), config)
         if plan.zero and site.bias is not None and not writer.unsigned:
-            add_to_bias(site.bias, plan.shift_output)
+            add_to_bias(site, plan.shift_output)
         writer.activation(site.matmul, 0, site.name, plan.step, plan.zero)
         writer.weight(site.matmul, site.name, plan.integers, plan.weight_scale, axis=1)
 
@@ -144,11 +144,15 @@ def _write_head(writer: QdqWriter, node: ir.Node, table: CalibrationTable) -> No
     weight = node.inputs[1]
     assert weight is not None
     assert weight.const_value is not None
-    # Gemm holds the weight as (Cout, Cin).
-    integers, scale = quantize_weight(np.ascontiguousarray(weight.const_value.numpy().T))
+    array = weight.const_value.numpy()
+    # With transB, which torch.onnx sets, Gemm holds the weight as (Cout, Cin), else (Cin, Cout).
+    turned = bool(node.attributes.get_int("transB", 0))
+    integers, scale = quantize_weight(np.ascontiguousarray(array.T if turned else array))
     amax = Distribution.of(table.of(HEAD)).amax
     writer.activation(node, 0, HEAD, float16_step(amax))
-    writer.weight(node, HEAD, np.ascontiguousarray(integers.T), scale, axis=0)
+    if turned:
+        integers = np.ascontiguousarray(integers.T)
+    writer.weight(node, HEAD, integers, scale, axis=0 if turned else 1)
 
 
 def _write_patch(writer: QdqWriter, node: ir.Node, spec: Preprocess) -> None:

@@ -190,10 +190,11 @@ def test_products_have_a_step_for_each_operand(demo_table: CalibrationTable) -> 
 
 
 def test_add_to_bias_adds(sites: dict[str, LinearSite]) -> None:
-    bias = sites["blocks.0.mlp.fc2"].bias
+    site = sites["blocks.0.mlp.fc2"]
+    bias = site.bias
     assert bias is not None
     before, name = _array(bias), bias.name
-    add_to_bias(bias, np.arange(96) / 8)
+    add_to_bias(site, np.arange(96) / 8)
     # float32 rounding of the sum.
     np.testing.assert_allclose(_array(bias), before + np.arange(96) / 8, rtol=1e-6, atol=1e-6)
     assert (bias.name, bias.const_value.dtype) == (name, ir.DataType.FLOAT)
