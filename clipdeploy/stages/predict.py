@@ -22,7 +22,7 @@ from clipdeploy.verification.targets import Target, named_targets
 from clipdeploy.workspace import PRECISIONS, Workspace
 from exporters.artifact import Passport
 from exporters.errors import EngineError, UsageError
-from exporters.files import file_errors
+from exporters.files import read_regular
 from exporters.notebook import Renderable, Shown
 from exporters.progress import SILENT, Progress
 from exporters.samples import Samples
@@ -95,8 +95,7 @@ def _files(paths: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
     for path in paths:
         archive = path.suffix in (".zip", ".tar") and path.is_file()
         if not (archive or path.is_dir()):
-            with file_errors("read", path):
-                yield str(path), path.read_bytes()
+            yield str(path), read_regular(path)
             continue
         images = open_images(path)
         reader = images.reader()
