@@ -15,7 +15,7 @@ from rich.text import Text
 from clipdeploy import zoo
 from clipdeploy.device import gpus
 from clipdeploy.imaging import open_images
-from clipdeploy.imaging.preprocess import crop_image, decode
+from clipdeploy.imaging.preprocess import crop_file
 from clipdeploy.passports import checked_passport
 from clipdeploy.runners import Runner, open_runner
 from clipdeploy.verification.targets import Target, named_targets
@@ -113,9 +113,8 @@ def _crops(
     names: list[str] = []
     crops: list[NDArray[np.uint8]] = []
     for name, data in files:
-        image = decode(data, name, exif_orientation=spec.exif_orientation)
+        crops.append(crop_file(data, name, spec))
         names.append(name)
-        crops.append(crop_image(image, spec))
         if len(crops) == _BATCH:
             yield names, Samples(np.stack(crops), spec)
             names, crops = [], []
