@@ -24,6 +24,7 @@ from exporters.artifact import Passport
 from exporters.errors import EngineError, UsageError
 from exporters.files import read_regular
 from exporters.notebook import Renderable, Shown
+from exporters.printable import printable
 from exporters.progress import SILENT, Progress
 from exporters.samples import Samples
 
@@ -67,8 +68,8 @@ class Predictions(Shown):
             for guess in found.guesses:
                 same = guess.label == guess.name
                 named = guess.label if same else f"{guess.label} ({guess.name})"
-                table.add_row(f"{guess.percent:6.2f} %", Text(named))
-            parts += [Text(found.image, style="bold"), table]
+                table.add_row(f"{guess.percent:6.2f} %", Text(printable(named)))
+            parts += [Text(printable(found.image), style="bold"), table]
         return Group(*parts)
 
 
