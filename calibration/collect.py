@@ -30,7 +30,7 @@ from calibration.table import (
 )
 from exporters.artifact import BATCH_AXIS
 from exporters.errors import CalibrationError, ClipdeployError, GraphError
-from exporters.files import sha256_file
+from exporters.files import read_regular, sha256_file
 from exporters.graphs import load_graph
 from exporters.headers import read_passport
 from exporters.progress import SILENT, Progress
@@ -96,7 +96,7 @@ def _tapped(path: Path, taps: list[_Tap]) -> bytes:
 
     A tensor of one token is an output as it is, of one with many the sampled tokens are.
     """
-    proto = onnx.ModelProto.FromString(path.read_bytes())
+    proto = onnx.ModelProto.FromString(read_regular(path))
     graph = proto.graph
     # One image at a time, also through a graph that was exported for a fixed batch: its nodes hold
     # no batch size, only its declared shapes do.

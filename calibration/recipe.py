@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from calibration.qdq import QuantizeConfig
-from exporters.artifact import from_json, to_json
+from exporters.artifact import read_json, to_json
 from exporters.errors import ArtifactError
-from exporters.files import file_errors, write_atomic
+from exporters.files import write_atomic
 
 __all__ = ["RECIPE_SCHEMA", "QuantizeRecipe", "load_recipe", "save_recipe"]
 
@@ -59,6 +59,4 @@ def load_recipe(path: Path) -> QuantizeRecipe:
         FileError: it cannot be opened.
         ArtifactError: it is no recipe, or was written by a newer clipdeploy.
     """
-    with file_errors("read", path):
-        data = path.read_bytes()
-    return from_json(data, QuantizeRecipe, str(path), RECIPE_SCHEMA)
+    return read_json(path, QuantizeRecipe, RECIPE_SCHEMA)

@@ -19,9 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from calibration.observers import BINS, ChannelStatistics
-from exporters.artifact import Preprocess, from_json, to_json
+from exporters.artifact import Preprocess, read_json, to_json
 from exporters.errors import ArtifactError, CalibrationError
-from exporters.files import file_errors, write_atomic
+from exporters.files import write_atomic
 from exporters.notebook import Renderable, Shown
 
 __all__ = ["CalibrationImageRecord", "CalibrationTable", "load_table", "merge_tables", "save_table"]
@@ -215,9 +215,7 @@ def load_table(path: Path) -> CalibrationTable:
         FileError: it cannot be opened.
         ArtifactError: it was cut short, edited, or written by a newer clipdeploy.
     """
-    with file_errors("read", path):
-        data = path.read_bytes()
-    table = from_json(data, CalibrationTable, str(path), _SCHEMA)
+    table = read_json(path, CalibrationTable, _SCHEMA)
     if table.seal != _seal(table):
         raise ArtifactError(
             f"{path} does not match its own seal: it was edited or damaged",

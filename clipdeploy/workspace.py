@@ -26,13 +26,15 @@ artifacts/
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from clipdeploy.passports import checked_passport
-from exporters.artifact import Passport, Precision, from_json, to_json
+from exporters.artifact import Passport, Precision, read_json, to_json
 from exporters.errors import ArtifactError, UsageError
-from exporters.files import file_errors, write_atomic
+from exporters.files import write_atomic
+from exporters.values import Fault, is_name, unless
 
 __all__ = ["PRECISIONS", "Workspace"]
 
@@ -42,6 +44,11 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 @dataclass(frozen=True)
 class _State:
     last_model: str
+
+    def faults(self) -> Iterator[Fault]:
+        """It becomes the name of a folder; see :mod:`exporters.values`."""
+        held = is_name(self.last_model)
+        yield from unless(held, "last_model", self.last_model, "a model's name")
 
 
 @dataclass(frozen=True)
@@ -149,9 +156,7 @@ class Workspace:
                 f"no model in the workspace {self.root} yet",
                 hint="name one: clipdeploy export --model NAME",
             )
-        with file_errors("read", self._state):
-            data = self._state.read_bytes()
-        return from_json(data, _State, str(self._state)).last_model
+        return read_json(self._state, _State).last_model
 
 
 def _part(shard: tuple[int, int] | None) -> str:

@@ -6,13 +6,27 @@ an engine as ``*.engine.json``.  A later stage reads it instead of asking the us
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from exporters.errors import ArtifactError
+from exporters.errors import ArtifactError, UsageError
+from exporters.files import read_regular
+from exporters.values import (
+    MOST_BATCH,
+    MOST_CLASSES,
+    MOST_EDGE,
+    Fault,
+    first_fault,
+    is_hash,
+    is_name,
+    is_number,
+    unless,
+    unless_lines,
+)
 
 __all__ = [
     "BATCH_AXIS",
@@ -30,6 +44,7 @@ __all__ = [
     "TensorSpec",
     "WeightsOrigin",
     "from_json",
+    "read_json",
     "settings_of",
     "to_json",
 ]
@@ -50,6 +65,12 @@ IMAGENET_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
 # for weights of somebody's own with as many classes; empty where nobody did.
 NamesFrom = Literal["", "card", "file", "checkpoint", "assumed"]
 Precision = Literal["fp32", "fp16", "int8", "int8-cpu"]
+
+_CROP_MODES = ("center", "squash")
+_DTYPES = ("float32", "float16", "bfloat16", "float64", "uint8", "int8", "int32", "int64", "bool")
+_MOST_AXES = 8
+_AGAIN = "it was damaged or edited by hand: make it again"
+_NAME = "a name of letters, digits and _.-"
 
 
 @dataclass(frozen=True)
@@ -80,6 +101,20 @@ class Preprocess:
     crop_mode: Literal["center", "squash"] | str = "center"
     exif_orientation: bool = True
 
+    def faults(self) -> Iterator[Fault]:
+        """Values that no preprocessing has; see :mod:`exporters.values`."""
+        edge = 1 <= self.size <= MOST_EDGE
+        yield from unless(edge, "size", self.size, f"from 1 to {MOST_EDGE}")
+        for index, value in enumerate(self.mean):
+            yield from unless(is_number(value, -1, 1), f"mean[{index}]", value, "from -1 to 1")
+        for index, value in enumerate(self.std):
+            held = is_number(value, 1e-4, 10)
+            yield from unless(held, f"std[{index}]", value, "from 0.0001 to 10")
+        crop = is_number(self.crop_pct, 0.1, 4)
+        yield from unless(crop, "crop_pct", self.crop_pct, "from 0.1 to 4")
+        mode = self.crop_mode in _CROP_MODES
+        yield from unless(mode, "crop_mode", self.crop_mode, " or ".join(_CROP_MODES))
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -88,6 +123,17 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+    def faults(self) -> Iterator[Fault]:
+        """Values that no tensor has; see :mod:`exporters.values`."""
+        yield from unless(is_name(self.name), "name", self.name, _NAME)
+        yield from unless(self.dtype in _DTYPES, "dtype", self.dtype, f"one of {_DTYPES}")
+        axes = 1 <= len(self.shape) <= _MOST_AXES
+        yield from unless(axes, "shape", self.shape, f"of 1 to {_MOST_AXES} axes")
+        for index, axis in enumerate(self.shape):
+            most = MOST_CLASSES if index else MOST_BATCH
+            held = is_name(axis) if isinstance(axis, str) else 1 <= axis <= most
+            yield from unless(held, f"shape[{index}]", axis, f"from 1 to {most}, or {_NAME}")
 
 
 @dataclass(frozen=True)
@@ -112,6 +158,12 @@ class WeightsOrigin:
         if self.kind == "random":
             return f"random:{self.seed}"
         return f"{self.sha256}:resized" if self.resized_position else self.sha256
+
+    def faults(self) -> Iterator[Fault]:
+        """Values that no origin has; ``path`` may be whatever a file can be called."""
+        known = not self.sha256 or is_hash(self.sha256)
+        yield from unless(known, "sha256", self.sha256, "a SHA-256 in hex")
+        yield from unless_lines("layout", self.layout)
 
 
 @dataclass(frozen=True)
@@ -140,6 +192,22 @@ class Passport:
     versions: dict[str, str] = field(default_factory=dict)
     schema: int = PASSPORT_SCHEMA
 
+    def faults(self) -> Iterator[Fault]:
+        """Values that no passport has.
+
+        They become paths, code and lines of files: see :mod:`exporters.values`.  What two fields
+        say of each other is compared in :mod:`clipdeploy.passports`.
+        """
+        yield from unless(is_name(self.model), "model", self.model, _NAME)
+        counted = 1 <= self.classes <= MOST_CLASSES
+        yield from unless(counted, "classes", self.classes, f"from 1 to {MOST_CLASSES}")
+        yield from unless_lines("class_names", self.class_names)
+        for role, digest in self.parents.items():
+            yield from unless_lines("parents", role)
+            yield from unless(is_hash(digest), f"parents.{role}", digest, "a SHA-256 in hex")
+        yield from unless_lines("settings", self.settings)
+        yield from unless_lines("versions", self.versions)
+
 
 T = TypeVar("T")
 
@@ -162,10 +230,11 @@ def _encode(value: object) -> str:
 
 
 def from_json(data: bytes | str, kind: type[T], where: str, newest: int = PASSPORT_SCHEMA) -> T:
-    """Read a ``kind`` back from JSON, every field checked.
+    """Read a ``kind`` back from JSON, the type and the value of every field checked.
 
     Raises:
-        ArtifactError: not JSON, a field of the wrong type, or a schema newer than this clipdeploy.
+        ArtifactError: not JSON, a field of the wrong type or with a value that cannot be, or a
+            schema newer than this clipdeploy.
     """
     try:
         raw = msgspec.json.decode(data)
@@ -176,9 +245,28 @@ def from_json(data: bytes | str, kind: type[T], where: str, newest: int = PASSPO
                 f"this one reads up to {newest})",
                 hint="upgrade clipdeploy, or make the artifact again",
             )
-        return msgspec.convert(raw, kind)
+        found = msgspec.convert(raw, kind)
+    except UsageError as error:
+        # A configuration that checks itself knows nothing of the file that it is in.
+        raise ArtifactError(f"{where} cannot be believed: {error.message}", hint=_AGAIN) from error
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ArtifactError(
             f"{where} cannot be read: {error}",
             hint="it was cut short or edited by hand: make it again",
         ) from error
+    if fault := first_fault(found):
+        raise ArtifactError(
+            f"{where} cannot be believed: {fault}",
+            hint=_AGAIN,
+        )
+    return found
+
+
+def read_json(path: Path, kind: type[T], newest: int = PASSPORT_SCHEMA) -> T:
+    """:func:`from_json` of a file.
+
+    Raises:
+        FileError: it cannot be read, or is no regular file.
+        ArtifactError: see :func:`from_json`.
+    """
+    return from_json(read_regular(path), kind, str(path), newest)

@@ -7,17 +7,26 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, EncodeError
+from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
 from exporters.artifact import PASSPORT_KEY, Passport, to_json
 from exporters.errors import GraphError
-from exporters.files import atomic_path, file_errors, sha256_file
-from exporters.headers import GraphArtifact
+from exporters.files import (
+    atomic_path,
+    file_errors,
+    open_regular,
+    read_regular,
+    sha256_file,
+)
+from exporters.headers import GraphArtifact, not_a_graph, weight_files
+from exporters.nested import all_tensors
 from exporters.typed_graphs import dense
 
 __all__ = [
     "load_graph",
     "model_pieces",
+    "read_whole",
     "save_graph",
     "structure",
     "weight_proto",
@@ -120,12 +129,8 @@ def load_graph(
         FileError: a file cannot be opened.
         GraphError: it is no ONNX file, or ``prepare`` refuses it.
     """
-    with file_errors("read", path):
-        data = path.read_bytes()
-    broken = GraphError(
-        f"{path} is no readable ONNX graph",
-        hint="it is cut short or of another kind: export it again",
-    )
+    data = read_regular(path)
+    broken = not_a_graph(path)
     try:
         proto = onnx.ModelProto.FromString(data)
         del data
@@ -141,6 +146,34 @@ def load_graph(
             for node in graph.all_nodes():
                 _load_constants(node)
         return ir.external_data.load_to_model(model)
+
+
+def read_whole(path: Path) -> bytes:
+    """An ONNX file's bytes; weights in files beside it are put inside.
+
+    Raises:
+        FileError: a file cannot be read.
+        GraphError: it is no ONNX file, names a file that is not beside it, or one that is too short
+            for its weights.
+    """
+    files = weight_files(path)
+    data = read_regular(path)
+    if not files:
+        return data
+    for file in files:
+        with open_regular(file):
+            pass
+    try:
+        proto = onnx.ModelProto.FromString(data)
+        with file_errors("read the weights of", path):
+            for tensor in all_tensors(proto):
+                if uses_external_data(tensor):
+                    load_external_data_for_tensor(tensor, str(path.parent))
+                    tensor.data_location = onnx.TensorProto.DEFAULT
+                    del tensor.external_data[:]
+        return bytes(proto.SerializeToString())
+    except (DecodeError, EncodeError, ValueError, onnx.checker.ValidationError) as error:
+        raise not_a_graph(path) from error
 
 
 def _load_constants(node: ir.Node) -> None:

@@ -8,6 +8,7 @@ passport takes no more than that: onnx is imported where somebody asks for the n
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from exporters.artifact import PASSPORT_KEY, Passport, from_json
 from exporters.errors import ArtifactError, FileError, GraphError
-from exporters.files import file_errors, sha256_file
+from exporters.files import file_errors, open_regular, sha256_file
 from exporters.notebook import Renderable, Shown, facts
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ __all__ = [
     "GraphArtifact",
     "existing_graph",
     "has_passport",
+    "not_a_graph",
     "read_passport",
     "read_skeleton",
     "weight_files",
@@ -37,6 +39,17 @@ _NODE = 1
 _KEY, _VALUE = 1, 2
 # ModelProto.graph, GraphProto.initializer, TensorProto.raw_data.
 _WEIGHTS = (_GRAPH, 5, 9)
+# Where a message holds tensors, and messages that hold some: by the field's number.
+_WITH_TENSORS = {
+    "model": {_GRAPH: "graph", 25: "function"},
+    "graph": {_NODE: "node", 5: "tensor", 15: "sparse"},
+    "function": {7: "node"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+}
+# TensorProto.external_data, TensorProto.data_location, and its value EXTERNAL.
+_EXTERNAL, _LOCATION, _OUTSIDE = 13, 14, 1
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 # Shapes, scales and other constants that say something about the graph stay.
 _SMALL = 4096
@@ -128,20 +141,49 @@ def _text(data: mmap.mmap, at: int, end: int, wanted: int) -> str:
     return found[-1].decode() if found else ""
 
 
-@contextmanager
-def _mapped(path: Path) -> Iterator[mmap.mmap]:
-    """The bytes of an ONNX file; the block may find that they are none."""
-    broken = GraphError(
+def not_a_graph(path: Path) -> GraphError:
+    """The error about a file whose bytes are no ONNX graph."""
+    return GraphError(
         f"{path} is no readable ONNX graph",
         hint="it is cut short or of another kind: export it again",
     )
-    with file_errors("read", path), path.open("rb") as stream:
-        if not path.stat().st_size:
+
+
+def _tensors(data: mmap.mmap, at: int, end: int, kind: str = "model") -> Iterator[tuple[int, int]]:
+    """Start and end of every tensor inside the message of a ``kind``, at any depth."""
+    if kind == "tensor":
+        yield at, end
+        return
+    inner = _WITH_TENSORS[kind]
+    for number, _, payload, stop in _fields(data, at, end):
+        if number in inner:
+            yield from _tensors(data, payload, stop, inner[number])
+
+
+def _outside_file(data: mmap.mmap, at: int, end: int) -> str | None:
+    """The file that holds the values of a tensor; None if the tensor holds them itself."""
+    found = [entry for number, *entry in _fields(data, at, end) if number == _LOCATION]
+    # An entry is where the field starts, where its value does, and where it ends.
+    if not any(_varint(data, start)[0] == _OUTSIDE for _, start, _ in found):
+        return None
+    entries = {
+        _text(data, *entry, _KEY): _text(data, *entry, _VALUE)
+        for entry in _messages(data, at, end, _EXTERNAL)
+    }
+    return entries.get("location", "")
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[mmap.mmap]:
+    """The bytes of an ONNX file; the block may find that they are none."""
+    broken = not_a_graph(path)
+    with file_errors("read", path), open_regular(path) as stream:
+        if not os.fstat(stream.fileno()).st_size:
             raise broken
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 yield data
-            except (IndexError, ValueError) as error:
+            except (IndexError, ValueError, RecursionError) as error:
                 raise broken from error
 
 
@@ -213,9 +255,17 @@ def read_passport(path: Path) -> Passport:
 
     Raises:
         FileError: the file cannot be opened.
-        ArtifactError: it has no passport, or one that cannot be read.
+        ArtifactError: it has no passport, one that cannot be read or has values that cannot be, or
+            weights in another file: the hashes by which artifacts are compared are those of one.
     """
     return _read_header(path)[0]
+
+
+def _outside_weights(path: Path) -> str | None:
+    """A file that holds weights of an ONNX file; None if it holds all of them itself."""
+    with _mapped(path) as data:
+        files = (_outside_file(data, *tensor) for tensor in _tensors(data, 0, len(data)))
+        return next((name for name in files if name is not None), None)
 
 
 def _header(path: Path) -> tuple[str | None, int]:
@@ -234,10 +284,16 @@ def _header(path: Path) -> tuple[str | None, int]:
 def _read_header(path: Path) -> tuple[Passport, int]:
     try:
         text, nodes = _header(path)
+        outside = _outside_weights(path)
     except GraphError as error:
         raise ArtifactError(error.message, hint=error.hint) from error
     if text is None:
         raise ArtifactError(
             f"{path} has no passport: clipdeploy did not write it", hint="export it with clipdeploy"
+        )
+    if outside is not None:
+        raise ArtifactError(
+            f"{path} keeps weights in {outside}, and its passport vouches for one file alone",
+            hint="export it again, or save it with its weights inside",
         )
     return from_json(text, Passport, f"the passport of {path}"), nodes

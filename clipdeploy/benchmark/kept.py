@@ -9,9 +9,9 @@ from pathlib import Path
 from clipdeploy.benchmark.environment import read_environment
 from clipdeploy.benchmark.result import Benchmark, BenchmarkConfig
 from clipdeploy.benchmark.run import benchmark_artifacts
-from exporters.artifact import from_json, to_json
+from exporters.artifact import read_json, to_json
 from exporters.errors import ArtifactError
-from exporters.files import file_errors, sha256_file, write_atomic
+from exporters.files import sha256_file, write_atomic
 from exporters.progress import SILENT, Progress
 
 __all__ = ["KeptBenchmark", "keep_benchmark"]
@@ -57,10 +57,8 @@ def keep_benchmark(
 def _read(path: Path) -> KeptBenchmark | None:
     if not path.exists():
         return None
-    with file_errors("read", path):
-        data = path.read_bytes()
     try:
-        return from_json(data, KeptBenchmark, str(path))
+        return read_json(path, KeptBenchmark)
     except ArtifactError:
         return None
 

@@ -24,6 +24,8 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from clipdeploy.cli.console import PlainConsole
+
 __all__ = ["checklist"]
 
 _DRAWN_PER_SECOND = 8
@@ -79,7 +81,7 @@ class _Roomy:
 
 def checklist(console: Console | None = None) -> Progress | None:
     """Bars to add the stages to, on stderr or another console; None where no terminal draws."""
-    console = console or Console(stderr=True)
+    console = console or PlainConsole(stderr=True)
     if not console.is_terminal:
         return None
     one_line = Column(no_wrap=True)

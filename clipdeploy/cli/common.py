@@ -23,8 +23,9 @@ from clipdeploy.cli.params import (
     typed_values,
 )
 from clipdeploy.cli.streams import made_more_than_output
-from clipdeploy.cli.text import echo, show
+from clipdeploy.cli.text import echo, echo_json, echo_line, show
 from exporters.errors import ClipdeployError, UsageError
+from exporters.printable import printable
 from exporters.progress import SILENT
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class Context:
     def note(self, text: str) -> None:
         """A line for the person at the terminal, on stderr."""
         if not self.quiet:
-            echo(text, err=True)
+            echo(printable(text), err=True)
 
     @property
     def settings(self) -> Settings:
@@ -131,7 +132,6 @@ class RichProgress:
     @contextmanager
     def task(self, text: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
         """See :class:`exporters.progress.Progress`."""
-        from rich.console import Console
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -143,12 +143,16 @@ class RichProgress:
             TimeRemainingColumn,
         )
 
-        console = Console(stderr=True)
+        from clipdeploy.cli.console import PlainConsole
+
+        console, text = PlainConsole(stderr=True), printable(text)
         if not console.is_terminal:
             console.print(f"{text} ...", highlight=False, markup=False, soft_wrap=True)
             yield lambda count: None
             return
-        columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}")]
+        # Brackets in a file's name are no markup.
+        said = TextColumn("{task.description}", markup=False)
+        columns: list[ProgressColumn] = [SpinnerColumn(), said]
         if total:
             left = TimeRemainingColumn(elapsed_when_finished=True)
             columns += [BarColumn(_BAR), MofNCompleteColumn(), left]
@@ -177,7 +181,7 @@ def _tell_settings(context: Context, ctx: click.Context) -> None:
 def _fail(error: ClipdeployError, *, debug: bool) -> int:
     if debug:
         raise error
-    click.echo(f"error: {error}", err=True)
+    echo_line(f"error: {error}")
     return error.exit_code
 
 
@@ -228,8 +232,7 @@ def emit(context: Context, result: object, render: Callable[[], RenderableType])
     if context.as_json:
         from exporters.artifact import to_json
 
-        # As bytes: JSON is UTF-8, whatever the terminal's encoding is.
-        click.echo(to_json(result))
+        echo_json(to_json(result))
         return
     show(render())
 

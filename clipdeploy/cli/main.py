@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import click
 
@@ -26,8 +28,20 @@ from clipdeploy.cli.search import search
 from clipdeploy.cli.streams import closing_code, drop_impossible_sizes, guard_streams
 from clipdeploy.cli.verify import verify
 from clipdeploy.cli.zoo import zoo
+from exporters.printable import printable
 
 __all__ = ["main"]
+
+
+@contextmanager
+def _shown_as_text() -> Iterator[None]:
+    """What click prints of a wrong argument, such as a file's name, does not act on a terminal."""
+    try:
+        yield
+    except click.ClickException as error:
+        # Final for type checkers: click sets it once, from what the user typed.
+        cast(Any, error).message = printable(error.message, keep="\n")
+        raise
 
 
 class Program(click.Group):
@@ -43,10 +57,16 @@ class Program(click.Group):
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
             raise SystemExit(closing_code(code)) from None
 
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        """See :class:`click.Command`."""
+        with _shown_as_text():
+            return super().make_context(*args, **extra)
+
     def invoke(self, ctx: click.Context) -> Any:
         """See :class:`click.Command`; a Ctrl-C outside a stage is 130 as well."""
         try:
-            return super().invoke(ctx)
+            with _shown_as_text():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             ctx.exit(EXIT_INTERRUPTED)

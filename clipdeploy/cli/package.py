@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +85,7 @@ def _render_triton(made: TritonPackage) -> str:
         [
             f"{made.path}: version {made.version} {done}, {batches} at once",
             f"  server  {made.server or 'not known, see its Dockerfile'}",
-            f"  client  -> python {made.path / 'client.py'} IMAGE",
+            f"  client  -> python {shlex.quote(str(made.path / 'client.py'))} IMAGE",
         ]
     )
 

@@ -12,6 +12,7 @@ from click.types import StringParamType
 
 from clipdeploy.cli.kinds import Value, as_toml
 from clipdeploy.cli.settings import CONFIG_FILE, Settings, load_settings, setting_called
+from clipdeploy.cli.text import echo_line
 from exporters.errors import FileError, UsageError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class SettingError(click.ClickException):
 
     def show(self, file: IO[Any] | None = None) -> None:
         """The one line that every error of clipdeploy is."""
-        click.echo(f"error: {self.message}", file=file, err=True)
+        echo_line(f"error: {self.message}", file)
 
 
 class SettingFileError(SettingError):

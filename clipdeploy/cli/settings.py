@@ -39,6 +39,8 @@ __all__ = [
 CONFIG_FILE = "clipdeploy.toml"
 CONFIG_VARIABLE = "CLIPDEPLOY_CONFIG"
 _PREFIX = "CLIPDEPLOY_"
+# Of a file of settings, which has a page of text.
+_MOST_BYTES = 1 << 20
 
 Source = Literal["command line", "environment", "file", "default"]
 
@@ -237,7 +239,8 @@ def _config_file() -> Path | None:
                 f"{CONFIG_VARIABLE} names {named}, which is not there",
                 hint=f"correct the path, or unset {CONFIG_VARIABLE}",
             )
-        return path
+        # The usual way to have no file at all.
+        return None if named == os.devnull else path
     path = Path(CONFIG_FILE)
     return path if os.path.lexists(path) else None
 
@@ -261,10 +264,9 @@ def _from_file(path: Path) -> dict[str, Found]:
 def _read(path: Path) -> dict[str, object]:
     import tomllib
 
-    from exporters.files import file_errors
+    from exporters.files import read_regular
 
-    with file_errors("read", path):
-        data = path.read_bytes()
+    data = read_regular(path, _MOST_BYTES)
     try:
         return tomllib.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:

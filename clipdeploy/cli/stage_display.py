@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-import click
+from clipdeploy.cli.text import echo_line
+from exporters.printable import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,7 +97,9 @@ class StageDisplay:
         bars, line = self._bars, self._lines[self._now]
         # Another total forgets the speed, which the time left comes from.
         bars.update(line, total=0, completed=0)
-        bars.update(line, total=total or 1, completed=0, doing=text, counted=total is not None)
+        bars.update(
+            line, total=total or 1, completed=0, doing=printable(text), counted=total is not None
+        )
         yield lambda count: bars.advance(line, count)
         bars.update(line, doing="", counted=False)
 
@@ -105,7 +108,7 @@ class StageDisplay:
         if self._bars is None:
             self._say(text)
         else:
-            self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._bars.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def _show(self, state: str, doing: str) -> None:
         if self._bars is not None and self._now is not None:
@@ -113,4 +116,4 @@ class StageDisplay:
 
     def _say(self, line: str) -> None:
         if self._bars is None and not self._quiet:
-            click.echo(line, err=True)
+            echo_line(line)

@@ -1,4 +1,8 @@
-"""Text on stdout and stderr: in a terminal words are wrapped, in a file lines are left alone."""
+"""Text on stdout and stderr: in a terminal words are wrapped, in a file lines are left alone.
+
+Everything that is printed goes through this module or :mod:`clipdeploy.cli.console`, so that no
+name or message from outside acts on the terminal, see :mod:`exporters.printable`.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,16 @@ import os
 import re
 import sys
 import textwrap
-from typing import TYPE_CHECKING, TextIO
+from typing import IO, TYPE_CHECKING, Any, TextIO
 
 import click
+
+from exporters.printable import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["COMMAND", "echo", "show", "wrapped"]
+__all__ = ["COMMAND", "echo", "echo_json", "echo_line", "show", "wrapped"]
 
 # What stands behind this arrow is to be copied into a shell, and never cut.
 COMMAND = "-> "
@@ -62,8 +68,20 @@ def _wrapped(line: str, columns: int) -> list[str]:
 
 def echo(text: str, *, err: bool = False) -> None:
     """Print ``text`` on stdout, or on stderr."""
+    text = printable(text, keep="\n")
     columns = _columns(sys.stderr if err else sys.stdout)
     click.echo(text if columns is None else wrapped(text, columns), err=err)
+
+
+def echo_line(text: str, file: IO[Any] | None = None) -> None:
+    """Print ``text`` on stderr, or in ``file``, as exactly one line."""
+    click.echo(printable(text), file=file, err=True)
+
+
+def echo_json(data: bytes) -> None:
+    """Print JSON on stdout; inside its texts every acting character is an escape of JSON."""
+    # As bytes: JSON is UTF-8, whatever the terminal's encoding is.
+    click.echo(printable(data.decode(), keep="\n", escape="json").encode())
 
 
 def show(shown: RenderableType) -> None:
@@ -76,14 +94,14 @@ def show(shown: RenderableType) -> None:
         return
     import io
 
-    from rich.console import Console
+    from clipdeploy.cli.console import PlainConsole
 
-    console = Console()
+    console = PlainConsole()
     if console.is_terminal:
         # What is not to be wrapped, such as a command, goes over the edge and is not cut there.
         console.print(shown, crop=False)
         return
     text = io.StringIO()
     wide = None if os.environ.get("COLUMNS") else _ENDLESS
-    Console(file=text, width=wide).print(shown)
+    PlainConsole(file=text, width=wide).print(shown)
     click.echo("\n".join(line.rstrip() for line in text.getvalue().splitlines()))

@@ -34,22 +34,27 @@ class Phases:
         self._open: dict[str, _Phase] = {}
         self.share = 0.0
 
-    def start(self, name: str, parent: str | None, steps: int) -> None:
-        """Phase ``name`` of ``steps`` steps begins, inside ``parent`` if there is one."""
+    def start(self, name: str, parent: str | None, steps: int) -> float:
+        """Phase ``name`` of ``steps`` steps begins, inside ``parent``; the share of the build.
+
+        TensorRT also has phases of no steps, which may have phases inside: each counts as one step.
+        """
+        steps = max(steps, 1)
         above = self._open.get(parent or "")
         if above is None:
-            phase = _Phase(0.0, 1.0, max(steps, 1))
+            phase = _Phase(0.0, 1.0, steps)
         else:
             width = above.width / above.steps
             phase = _Phase(above.start + width * min(above.done, above.steps - 1), width, steps)
         self._open[name] = phase
+        return self.share
 
     def step(self, name: str, step: int) -> float:
         """Step ``step`` (from 0) of phase ``name`` is done; the share of the build, 0 to 1."""
         phase = self._open.get(name)
         if phase is not None:
             phase.done = step + 1
-            self._reach(phase.start + phase.width * min(1.0, phase.done / max(phase.steps, 1)))
+            self._reach(phase.start + phase.width * min(1.0, phase.done / phase.steps))
         return self.share
 
     def finish(self, name: str) -> float:
@@ -74,10 +79,10 @@ def build_monitor(
     phases = Phases()
     shown = 0
 
-    def report(share: float) -> None:
+    def report(move: Callable[[], float]) -> None:
         nonlocal shown
-        percent = int(share * PERCENT)
         try:
+            percent = int(move() * PERCENT)
             if percent > shown and not stop:
                 advance(percent - shown)
                 shown = percent
@@ -91,13 +96,13 @@ def build_monitor(
             base.__init__(self)
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            phases.start(phase_name, parent_phase, num_steps)
+            report(lambda: phases.start(phase_name, parent_phase, num_steps))
 
         def phase_finish(self, phase_name: str) -> None:
-            report(phases.finish(phase_name))
+            report(lambda: phases.finish(phase_name))
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            report(phases.step(phase_name, step))
+            report(lambda: phases.step(phase_name, step))
             return not stop
 
     return Monitor()

@@ -7,17 +7,27 @@ from __future__ import annotations
 
 import platform
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from clipdeploy.engines.backends import Backend
 from clipdeploy.engines.inspector import ExecutedPrecision, differences
-from exporters.artifact import Passport, from_json, to_json
+from exporters.artifact import Passport, read_json, to_json
 from exporters.blocks import BlockPrecision
 from exporters.errors import ArtifactError
-from exporters.files import file_errors, sha256_file, write_atomic
+from exporters.files import sha256_file, write_atomic
+from exporters.values import (
+    MOST_BATCH,
+    Fault,
+    is_hash,
+    is_number,
+    is_version,
+    unless,
+    unless_lines,
+)
 
 __all__ = [
     "ENGINE_SCHEMA",
@@ -46,6 +56,9 @@ _LIBRARIES = (
 )
 
 BatchProfile = tuple[int, int, int]
+# No build takes a month, and no engine has a profile for each batch.
+_MOST_SECONDS = 30 * 24 * 3600
+_MOST_PROFILES = 256
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,13 @@ class Hashes:
     calibration: str | None = None
     checkpoint: str | None = None
     timing_cache: str | None = None
+
+    def faults(self) -> Iterator[Fault]:
+        """Values that no hash has; see :mod:`exporters.values`."""
+        for each in fields(self):
+            digest = getattr(self, each.name)
+            held = digest is None or is_hash(digest)
+            yield from unless(held, each.name, digest, "a SHA-256 in hex")
 
 
 @dataclass(frozen=True)
@@ -94,6 +114,25 @@ class EnginePassport:
     compiled: ExecutedPrecision | None = None
     versions: dict[str, str] = field(default_factory=dict)
     schema: int = ENGINE_SCHEMA
+
+    def faults(self) -> Iterator[Fault]:
+        """Values that no engine's passport has; see :mod:`exporters.values`."""
+        version = is_version(self.backend_version)
+        yield from unless(version, "backend_version", self.backend_version, "a version's number")
+        yield from unless(self.plan_bytes >= 0, "plan_bytes", self.plan_bytes, "0 or more")
+        took = is_number(self.build_seconds, 0, _MOST_SECONDS)
+        yield from unless(took, "build_seconds", self.build_seconds, f"from 0 to {_MOST_SECONDS}")
+        few = len(self.profiles) <= _MOST_PROFILES
+        yield from unless(few, "profiles", len(self.profiles), f"{_MOST_PROFILES} at most")
+        for index, profile in enumerate(self.profiles):
+            held = all(1 <= batch <= MOST_BATCH for batch in profile)
+            wanted = f"batches from 1 to {MOST_BATCH}"
+            yield from unless(held, f"profiles[{index}]", profile, wanted)
+        for index, capability in enumerate(self.capabilities):
+            held = is_version(capability)
+            yield from unless(held, f"capabilities[{index}]", capability, "such as 8.9")
+        for name in ("hardware", "platform", "gpu", "driver", "cuda", "settings", "versions"):
+            yield from unless_lines(name, getattr(self, name))
 
     @property
     def built_on(self) -> str:
@@ -144,9 +183,7 @@ def read_engine_passport(engine: Path) -> EnginePassport:
             f"{engine} has no passport ({path.name})",
             hint="build it again with clipdeploy build-engine",
         )
-    with file_errors("read", path):
-        data = path.read_bytes()
-    return from_json(data, EnginePassport, str(path), ENGINE_SCHEMA)
+    return read_json(path, EnginePassport, ENGINE_SCHEMA)
 
 
 def check_plan(engine: Path, passport: EnginePassport, found_bytes: int, found_hash: str) -> None:

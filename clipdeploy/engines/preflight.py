@@ -19,7 +19,7 @@ from clipdeploy.engines.passport import (
     read_engine_passport,
 )
 from exporters.errors import EngineError
-from exporters.files import file_errors
+from exporters.files import read_regular
 
 __all__ = ["Plan", "ThisMachine", "check_machine", "preflight", "this_machine"]
 
@@ -105,8 +105,7 @@ def preflight(engine: Path, *, trust: bool = False, here: ThisMachine | None = N
         ArtifactError: no passport, one of a newer clipdeploy, or one of other bytes.
         EngineError: an engine of another machine; see :func:`check_machine`.
     """
-    with file_errors("read", engine):
-        data = engine.read_bytes()
+    data = read_regular(engine)
     if trust and not passport_path(engine).exists():
         if not gpus():
             raise EngineError("no GPU on this machine", hint="run it where the engine will serve")

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from clipdeploy.imaging.archives import Place, Reader
 from clipdeploy.imaging.crops import CropCache, CropShelf
 from clipdeploy.imaging.fingerprints import Fingerprint, fingerprint
-from clipdeploy.imaging.preprocess import crop_image, decode
+from clipdeploy.imaging.preprocess import crop_file
 from exporters.artifact import Preprocess
 from exporters.errors import DatasetError
 
@@ -93,8 +93,7 @@ class Decoder:
             sha256 = hashlib.sha256(data).hexdigest()
             if self._shelf and (found := self._shelf.find(sha256)):
                 return Loaded(sha256, *found)
-            image = decode(data, where, exif_orientation=spec.exif_orientation)
-            pixels = crop_image(image, spec)
+            pixels = crop_file(data, where, spec)
             return Loaded(sha256, pixels, fingerprint(pixels))
         except DatasetError as error:
             return Failure(error.message, error.hint)

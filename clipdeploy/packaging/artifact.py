@@ -10,6 +10,7 @@ from clipdeploy.engines.passport import EnginePassport
 from clipdeploy.passports import checked_passport
 from exporters.artifact import Passport, to_json
 from exporters.files import sha256_file
+from exporters.printable import printable
 
 __all__ = ["Packable", "labels", "open_packable"]
 
@@ -49,7 +50,10 @@ def open_packable(path: Path) -> Packable:
 
 
 def labels(passport: Passport) -> tuple[str, ...]:
-    """A line for each logit: ``n01440764 tench, Tinca tinca``, a folder's name, or ``class 7``."""
+    """A line for each logit: ``n01440764 tench, Tinca tinca``, a folder's name, or ``class 7``.
+
+    A line break in a name becomes an escape: every reader of the lines counts the same ones.
+    """
     names = passport.class_names
     if not names:
         return tuple(f"class {index}" for index in range(passport.classes))
@@ -60,4 +64,4 @@ def labels(passport: Passport) -> tuple[str, ...]:
 
 
 def _label(name: str, label: str) -> str:
-    return name if label == name else f"{name} {label}"
+    return printable(name if label == name else f"{name} {label}")

@@ -13,8 +13,10 @@ from string import Template
 from clipdeploy import __version__
 from clipdeploy.imaging.preprocess import crop_image, to_rgb
 from exporters.artifact import Passport
+from exporters.errors import ArtifactError
 from exporters.preprocess_graph import scale_and_offset
 from exporters.samples import normalise
+from exporters.values import is_name
 
 __all__ = ["client_source", "template"]
 
@@ -28,16 +30,24 @@ def template(name: str) -> Template:
 
 
 def client_source(name: str, passport: Passport) -> str:
-    """The text of ``client.py`` for the Triton model ``name``."""
+    """The text of ``client.py`` for the Triton model ``name``.
+
+    Raises:
+        ArtifactError: the name would break the text that it is put into.
+    """
+    if not is_name(name):
+        raise ArtifactError(
+            f"{name!r} is no name of a model on a server", hint="letters, digits, - and _"
+        )
     spec = passport.preprocess
     batch = passport.input.shape[0]
     return template("client.py.txt").substitute(
         name=name,
         version=__version__,
         spec=repr(spec),
-        input=passport.input.name,
-        output=passport.output.name,
-        dtype=passport.input.dtype,
+        input=repr(passport.input.name),
+        output=repr(passport.output.name),
+        dtype=repr(passport.input.dtype),
         batch=batch if isinstance(batch, int) else 0,
         functions="\n\n".join(inspect.getsource(function) for function in _COPIED).rstrip(),
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
+
 from clipdeploy.engines.passport import EnginePassport
 from clipdeploy.packaging.artifact import Packable
 from clipdeploy.packaging.client import template
 from clipdeploy.packaging.servers import IMAGE, MATRIX, server_for
+from exporters.printable import printable
 
 __all__ = ["docker_commands", "dockerfile"]
 
@@ -30,8 +33,9 @@ def dockerfile(source: Packable, name: str) -> str:
             "# The newest release that clipdeploy knows; others will do.",
         )
     else:
-        what = f"an engine of TensorRT {engine.backend_version}"
-        reason = f"# Its TensorRT must be the engine's: {engine.backend_version}."
+        version = printable(engine.backend_version)
+        what = f"an engine of TensorRT {version}"
+        reason = f"# Its TensorRT must be the engine's: {version}."
     if release is None:
         reason += f"\n# clipdeploy knows no release with it; {MATRIX} lists all:"
         reason += "\n#     docker build --build-arg TRITON=YY.MM ..."
@@ -50,11 +54,11 @@ def dockerfile(source: Packable, name: str) -> str:
 
 
 def _same_tensorrt(engine: EnginePassport) -> str:
-    wanted = engine.backend_version
+    wanted = shlex.quote(printable(engine.backend_version))
     return (
         "# NVIDIA's images say which TensorRT they hold; one that says nothing is let pass.\n"
-        f'RUN case "${{TRT_VERSION:-{wanted}}}" in {wanted}*) ;; *) '
-        f'echo "this server has TensorRT $TRT_VERSION, the engine needs {wanted}"; exit 1 ;; esac\n'
+        f'RUN wanted={wanted}; case "${{TRT_VERSION:-$wanted}}" in "$wanted"*) ;; *) '
+        'echo "this server has TensorRT $TRT_VERSION, the engine needs $wanted"; exit 1 ;; esac\n'
     )
 
 

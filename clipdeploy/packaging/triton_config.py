@@ -6,13 +6,13 @@ model_config.proto of triton-inference-server/common.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from clipdeploy.packaging.artifact import Packable
 from clipdeploy.packaging.pbtxt import Enum, Field, text_format
 from exporters.artifact import TensorSpec
 from exporters.errors import UsageError
+from exporters.values import is_name
 
 __all__ = ["WARMUP", "TritonConfig", "batching", "check_batch", "triton_config"]
 
@@ -41,7 +41,7 @@ class TritonConfig:
     instances: int = 1
 
     def __post_init__(self) -> None:
-        if self.name is not None and not re.fullmatch(r"\w[\w.-]*", self.name, re.ASCII):
+        if self.name is not None and not is_name(self.name):
             raise UsageError(
                 f"{self.name!r} is no name of a model", hint="letters, digits, - and _"
             )

@@ -15,15 +15,16 @@ from rich.text import Text
 from clipdeploy import zoo
 from clipdeploy.device import gpus
 from clipdeploy.imaging import open_images
-from clipdeploy.imaging.preprocess import crop_image, decode
+from clipdeploy.imaging.preprocess import crop_file
 from clipdeploy.passports import checked_passport
 from clipdeploy.runners import Runner, open_runner
 from clipdeploy.verification.targets import Target, named_targets
 from clipdeploy.workspace import PRECISIONS, Workspace
 from exporters.artifact import Passport
 from exporters.errors import EngineError, UsageError
-from exporters.files import file_errors
+from exporters.files import read_regular
 from exporters.notebook import Renderable, Shown
+from exporters.printable import printable
 from exporters.progress import SILENT, Progress
 from exporters.samples import Samples
 
@@ -67,8 +68,8 @@ class Predictions(Shown):
             for guess in found.guesses:
                 same = guess.label == guess.name
                 named = guess.label if same else f"{guess.label} ({guess.name})"
-                table.add_row(f"{guess.percent:6.2f} %", Text(named))
-            parts += [Text(found.image, style="bold"), table]
+                table.add_row(f"{guess.percent:6.2f} %", Text(printable(named)))
+            parts += [Text(printable(found.image), style="bold"), table]
         return Group(*parts)
 
 
@@ -95,8 +96,7 @@ def _files(paths: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
     for path in paths:
         archive = path.suffix in (".zip", ".tar") and path.is_file()
         if not (archive or path.is_dir()):
-            with file_errors("read", path):
-                yield str(path), path.read_bytes()
+            yield str(path), read_regular(path)
             continue
         images = open_images(path)
         reader = images.reader()
@@ -114,9 +114,8 @@ def _crops(
     names: list[str] = []
     crops: list[NDArray[np.uint8]] = []
     for name, data in files:
-        image = decode(data, name, exif_orientation=spec.exif_orientation)
+        crops.append(crop_file(data, name, spec))
         names.append(name)
-        crops.append(crop_image(image, spec))
         if len(crops) == _BATCH:
             yield names, Samples(np.stack(crops), spec)
             names, crops = [], []

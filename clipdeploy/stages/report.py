@@ -9,9 +9,8 @@ from pathlib import Path
 from clipdeploy.imaging import open_images
 from clipdeploy.stages.verify_setup import Judgement
 from clipdeploy.verification.reports import HTML, Evidence, HeatMap, write_report
-from exporters.artifact import from_json
+from exporters.artifact import read_json
 from exporters.errors import ArtifactError, DatasetError, UsageError
-from exporters.files import file_errors
 
 __all__ = ["write_reports"]
 
@@ -49,10 +48,8 @@ def _heat_map(path: Path, evidence: Evidence) -> HeatMap | None:
     """The last bisection's, if it was of one of the artifacts as they are now."""
     if not path.exists():
         return None
-    with file_errors("read", path):
-        data = path.read_bytes()
     try:
-        found = from_json(data, HeatMap, str(path))
+        found = read_json(path, HeatMap)
     except ArtifactError:
         return None
     judged = {asked.sha256 for asked in evidence.results.question.artifacts}

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from calibration.layout import find_bridges, find_segments
 from exporters.errors import GraphError
-from exporters.files import file_errors
+from exporters.graphs import read_whole
 from exporters.segments import Part, Segment, read_sources, switch_input, switchable
 from exporters.session import OnnxSession
 from exporters.taps import find_tap
@@ -30,16 +30,13 @@ class Chain:
 
     Raises:
         GraphError: the two do not have the same names.
-        FileError: one cannot be read.
+        FileError: one cannot be read, or a file of its weights.
     """
 
     def __init__(
         self, reference: Path, candidate: Path, *, optimise: bool = True, threads: int = 0
     ) -> None:
-        files = []
-        for path in (reference, candidate):
-            with file_errors("read", path):
-                files.append((str(path), path.read_bytes()))
+        files = [(str(path), read_whole(path)) for path in (reference, candidate)]
         self.reference, self.candidate = read_sources(files)
         segments = find_segments(ir.from_proto(self.reference.model))
         self.bridges = find_bridges(self.reference, self.candidate, segments)

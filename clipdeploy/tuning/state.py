@@ -7,9 +7,9 @@ from pathlib import Path
 
 from clipdeploy.tuning.cost import CostModel
 from clipdeploy.tuning.pareto import Evaluation
-from exporters.artifact import from_json, to_json
-from exporters.errors import ClipdeployError
-from exporters.files import file_errors, write_atomic
+from exporters.artifact import read_json, to_json
+from exporters.errors import ArtifactError
+from exporters.files import write_atomic
 
 __all__ = ["SearchState", "load_state", "save_state"]
 
@@ -53,11 +53,9 @@ def load_state(path: Path, key: str) -> SearchState:
     """
     if not path.exists():
         return SearchState(key)
-    with file_errors("read", path):
-        data = path.read_bytes()
     try:
-        found = from_json(data, SearchState, str(path), _SCHEMA)
-    except ClipdeployError:
+        found = read_json(path, SearchState, _SCHEMA)
+    except ArtifactError:
         return SearchState(key)
     return found if found.key == key else SearchState(key)
 

@@ -26,7 +26,7 @@ from clipdeploy.verification.records import ImageRecord
 from clipdeploy.verification.repeats import Repeat
 from exporters.artifact import Preprocess, Recipe
 from exporters.errors import ArtifactError
-from exporters.files import file_errors, write_atomic
+from exporters.files import file_errors, read_regular, write_atomic
 
 __all__ = [
     "Asked",
@@ -250,8 +250,7 @@ def read_results(path: Path) -> Results:
         FileError: it cannot be opened.
         ArtifactError: it is no results file, is damaged or edited, or of another clipdeploy.
     """
-    with file_errors("read", path):
-        first, *lines = path.read_bytes().split(b"\n")
+    first, *lines = read_regular(path).split(b"\n")
     chain = _Chain()
     try:
         header = msgspec.json.decode(chain.read(first), type=_Header)

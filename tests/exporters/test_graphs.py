@@ -17,6 +17,7 @@ from exporters.errors import ArtifactError, FileError, GraphError
 from exporters.graphs import (
     load_graph,
     model_pieces,
+    read_whole,
     save_graph,
     structure,
     weight_proto,
@@ -191,3 +192,33 @@ def test_file_cut_between_two_weights_is_refused(
         assert read(path) is None
     except GraphError:
         return
+
+
+def _outside(graph: Path, folder: Path) -> Path:
+    path = folder / "g.onnx"
+    model = onnx.load(graph)
+    onnx.save(model, path, save_as_external_data=True, location="g.data", size_threshold=16)
+    return path
+
+
+def test_weights_in_another_file_are_read_with_the_graph(tiny_graph: Path, tmp_path: Path) -> None:
+    whole = onnx.ModelProto.FromString(read_whole(_outside(tiny_graph, tmp_path)))
+    images = np.random.default_rng(0).normal(size=(2, 3, 16, 16)).astype(np.float32)
+    found = OnnxSession(whole.SerializeToString()).run(images)[0]
+    assert np.array_equal(found, OnnxSession(tiny_graph).run(images)[0])
+    assert read_whole(tiny_graph) == tiny_graph.read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "folder", "pipe"])
+def test_weights_that_cannot_be_read(damage: str, tiny_graph: Path, tmp_path: Path) -> None:
+    path, data = _outside(tiny_graph, tmp_path), tmp_path / "g.data"
+    if damage == "cut":
+        data.write_bytes(data.read_bytes()[:40])
+    else:
+        data.unlink()
+    if damage == "folder":
+        data.mkdir()
+    if damage == "pipe":
+        os.mkfifo(data)
+    with pytest.raises((FileError, GraphError), match=r"g\.(data|onnx)"):
+        read_whole(path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from base64 import b64encode
 from typing import TYPE_CHECKING
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
@@ -37,8 +38,6 @@ def html_page(contents: Contents, thumbnails: Thumbnails, heat_map: HeatMap | No
         error = drawn(draw_spreads(contents.spreads), "error")
     if contents.drops:
         drops = drawn(draw_drops(contents.drops, contents.max_drop), "drops")
-    # Drawn by this program, as the two others are; the page's policy runs nothing in any case.
-    picture = Markup(heat_map.svg) if heat_map else Markup()
     return render(
         "report.html.jinja",
         r=contents,
@@ -46,7 +45,7 @@ def html_page(contents: Contents, thumbnails: Thumbnails, heat_map: HeatMap | No
         error=error,
         drops=drops,
         heat_map=heat_map,
-        picture=picture,
+        picture=b64encode(heat_map.svg.encode()).decode() if heat_map else "",
     )
 
 

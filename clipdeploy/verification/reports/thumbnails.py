@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from clipdeploy.imaging import ImageFolder
-from clipdeploy.imaging.preprocess import crop_image, decode
+from clipdeploy.imaging.preprocess import crop_file
 from clipdeploy.verification.records import ImageRecord
 from exporters.artifact import Preprocess
 from exporters.errors import DatasetError
@@ -56,8 +56,7 @@ def make_thumbnails(
 
 
 def _thumbnail(data: bytes, name: str, spec: Preprocess) -> str:
-    image = decode(data, name, exif_orientation=spec.exif_orientation)
-    crop = Image.fromarray(crop_image(image, spec))
+    crop = Image.fromarray(crop_file(data, name, spec))
     crop.thumbnail((_EDGE, _EDGE))
     stream = io.BytesIO()
     crop.save(stream, "JPEG", quality=_QUALITY)

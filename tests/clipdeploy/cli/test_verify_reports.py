@@ -78,6 +78,15 @@ def test_the_heat_map_of_a_bisected_graph_is_shown_and_of_no_other(
     shown = read_page(page.read_text(encoding="utf-8"))
     assert heading in shown.text
     assert "No block stands out" in shown.text
+    # The picture comes from a file: whatever is in it stays a picture.
+    kept = artifacts / zoo.DEMO / "bisection.json"
+    raw = json.loads(kept.read_text(encoding="utf-8"))
+    raw["svg"] += "</svg></div><h1>FORGED</h1><style>table { display: none }</style>"
+    kept.write_text(json.dumps(raw), encoding="utf-8")
+    run("verify", *VERIFY, *LIMIT, *at, "--report", page)
+    written = page.read_text(encoding="utf-8")
+    assert heading in read_page(written).text
+    assert "FORGED" not in written
     quantised = run("quantize", *at, "--model", "demo", "--exclude", "blocks.0.*")
     assert quantised.exit_code == 0, quantised.output
     run("verify", *VERIFY, *LIMIT, *at, "--report", page)

@@ -44,6 +44,35 @@ def test_a_phase_of_no_steps_is_done_when_it_ends() -> None:
     assert phases.finish("build") == 1.0
 
 
+@pytest.mark.parametrize("steps", [0, -1])
+def test_a_phase_inside_a_phase_of_no_steps(steps: int) -> None:
+    """The callback is called by C++ code, which an exception must not reach."""
+    phases = Phases()
+    for name, parent in (
+        ("build", None),
+        ("outer", "build"),
+        ("inner", "outer"),
+        ("last", "inner"),
+    ):
+        phases.start(name, parent, steps)
+    assert 0 <= phases.step("inner", 0) <= 1
+    for name in ("last", "inner", "outer", "build"):
+        phases.finish(name)
+    assert phases.share == 1.0
+
+
+def test_no_exception_leaves_the_monitor() -> None:
+    class Module:
+        class IProgressMonitor:
+            pass
+
+    stop: list[BaseException] = []
+    monitor = build_monitor(Module, ignore, stop)  # type: ignore[arg-type]
+    monitor.phase_start("build", None, None)  # type: ignore[arg-type]
+    assert [type(error) for error in stop] == [TypeError]
+    assert monitor.step_complete("build", 0) is False
+
+
 class Watch:
     """Counts percents, and may be interrupted."""
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from clipdeploy import zoo
-from clipdeploy.imaging.preprocess import crop_image, decode
+from clipdeploy.imaging.preprocess import crop_file, crop_image, decode, to_rgb
 from exporters.artifact import Preprocess, Recipe
 from exporters.errors import DatasetError
 from exporters.samples import normalise
@@ -165,3 +165,25 @@ def test_normalise_is_the_formula() -> None:
     assert got.shape == (1, 3, 8, 8)
     # Values up to 2.7 in float32: half an ulp is 1.2e-7, and two roundings happen.
     np.testing.assert_allclose(got, expected.transpose(0, 3, 1, 2), rtol=0, atol=5e-7)
+
+
+@pytest.mark.parametrize("size", [(1, 8000), (8000, 1), (1, 1786), (3, 60_000), (1, 30_000_000)])
+def test_an_image_too_narrow_to_be_resized(size: tuple[int, int]) -> None:
+    """A file of a hundred bytes would take gigabytes once its short edge has 224 pixels."""
+    data = encoded(Image.new("1", size))
+    with pytest.raises(DatasetError, match=r"narrow\.png.* too long and narrow") as found:
+        crop_file(data, "narrow.png", SPEC)
+    assert "--skip-unreadable" in found.value.hint
+
+
+def test_a_narrow_image_that_can_be_resized() -> None:
+    data = encoded(Image.new("RGB", (1, 1700), (200, 10, 10)))
+    assert crop_file(data, "narrow.png", SPEC).shape == (224, 224, 3)
+
+
+def test_sixteen_bits_keep_their_high_byte() -> None:
+    samples = np.array([[0, 255, 256, 65_535]], np.uint16)
+    pixels = np.asarray(decode(encoded(Image.fromarray(samples)), "16.png"))
+    assert pixels[0, :, 0].tolist() == [0, 0, 1, 255]
+    whole = Image.fromarray(np.array([[-5, 70_000, 512]], np.int32))
+    assert np.asarray(to_rgb(whole))[0, :, 0].tolist() == [0, 255, 2]

@@ -64,6 +64,18 @@ def test_off_is_the_reference_and_on_the_candidate(
     assert apart > 60
 
 
+def test_weights_may_be_in_another_file(
+    demo_workspace: Workspace, demo_images: Array, tmp_path: Path
+) -> None:
+    source, path = demo_workspace.graph(zoo.DEMO, "fp32"), tmp_path / "g.onnx"
+    model = onnx.load(demo_workspace.graph(zoo.DEMO, "fp16"))
+    onnx.save(model, path, save_as_external_data=True, location="g.data", size_threshold=64)
+    both = (demo_workspace.graph(zoo.DEMO, "fp16"), path)
+    chains = [Chain(source, each, threads=1) for each in both]
+    inside, outside = (chain.run(demo_images, chain.everything)[-1] for chain in chains)
+    assert np.array_equal(inside, outside)
+
+
 def test_half_precision_goes_through_the_borders(
     demo_workspace: Workspace, demo_images: Array
 ) -> None:
