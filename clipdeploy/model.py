@@ -35,7 +35,8 @@ class WeightsChoice:
 
     ``checkpoint`` is a file or ``hf://OWNER/NAME``.
     ``resize_position`` resamples a position grid of another size; ``offline`` forbids downloads,
-    ``show_download`` shows a bar while one runs.
+    ``show_download`` shows a bar while one runs.  Where none is named, a workspace keeps its own
+    weights; ``replace`` takes the choice, or the card's own, in their place.
     """
 
     checkpoint: Path | str | None = None
@@ -43,6 +44,12 @@ class WeightsChoice:
     resize_position: bool = False
     offline: bool = False
     show_download: bool = True
+    replace: bool = False
+
+    @property
+    def named(self) -> bool:
+        """Whether it names weights other than the card's own."""
+        return self.checkpoint is not None or self.random_seed is not None
 
 
 @dataclass(frozen=True)
@@ -194,13 +201,13 @@ def reload_model(card: ModelCard, weights: WeightsOrigin, recipe: Recipe) -> Loa
     if not path.is_file():
         raise ArtifactError(
             f"the checkpoint behind this artifact is gone: {path}",
-            hint="put it back, or export again with --checkpoint",
+            hint="put it back, or export it from where it is now: --checkpoint FILE",
         )
     choice = WeightsChoice(path, resize_position=weights.resized_position)
     model = load_model(card, choice, recipe)
     if model.weights.sha256 != weights.sha256:
         raise ArtifactError(
             f"{path} has changed since the artifact was made from it",
-            hint="export again, so that the reference and the artifact share their weights",
+            hint="put it back, or export the new one with --checkpoint and --replace-weights",
         )
     return model

@@ -109,6 +109,14 @@ class WeightsOrigin:
             return f"random:{self.seed}"
         return f"{self.sha256}:resized" if self.resized_position else self.sha256
 
+    @property
+    def description(self) -> str:
+        """The weights in words: file, layout and the start of the hash, or the seed."""
+        if self.kind == "random":
+            return f"random weights, seed {self.seed}"
+        resized = ", position grid resized" if self.resized_position else ""
+        return f"{self.path}, {self.layout}, SHA-256 {self.sha256[:8]}{resized}"
+
 
 @dataclass(frozen=True)
 class Passport:

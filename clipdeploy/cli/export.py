@@ -9,33 +9,32 @@ import click
 
 from clipdeploy.cli.common import Context, emit, force_option, model_option, stage_command
 from clipdeploy.cli.params import setting_option
-from exporters.errors import UsageError
+from clipdeploy.cli.usage import command, refuse_together, refuse_unused, with_options
 
 if TYPE_CHECKING:
     from clipdeploy.model import WeightsChoice
-    from exporters.artifact import Recipe, WeightsOrigin
+    from exporters.artifact import Recipe
 
 __all__ = ["export", "weights_choice", "weights_options"]
-
-
-def _weights(origin: WeightsOrigin) -> str:
-    if origin.kind == "random":
-        return f"random, seed {origin.seed}"
-    resized = ", position grid resized" if origin.resized_position else ""
-    return f"{origin.path}, {origin.layout}, SHA-256 {origin.sha256[:8]}{resized}"
 
 
 _WEIGHTS_OPTIONS = (
     click.option(
         "--checkpoint",
         metavar="FILE",
-        help="Weights: .pth, .bin or .safetensors, or hf://OWNER/NAME.",
+        help="Weights: .pth, .bin or .safetensors, or hf://OWNER/NAME.  "
+        "[default: the workspace's, else the published ones]",
     ),
     click.option(
         "--random-init",
         type=int,
         metavar="SEED",
         help="Random weights instead, for speed and plumbing.",
+    ),
+    click.option(
+        "--replace-weights",
+        is_flag=True,
+        help="Take these, or the published ones, in the place of the workspace's own.",
     ),
     click.option(
         "--resize-pos-embed", is_flag=True, help="Resample a position grid of another size."
@@ -60,29 +59,29 @@ _WEIGHTS_OPTIONS = (
 
 def weights_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options that decide what the model is; :func:`weights_choice` reads them."""
-    for option in reversed(_WEIGHTS_OPTIONS):
-        function = option(function)
-    return function
+    return with_options(_WEIGHTS_OPTIONS, function)
 
 
 def weights_choice(context: Context, options: dict[str, Any]) -> tuple[WeightsChoice, Recipe]:
     """The values of :func:`weights_options` as a choice of weights and what is made of them.
 
     Raises:
-        UsageError: weights of two kinds.
+        UsageError: weights of two kinds, or an option of a checkpoint without one.
     """
-    checkpoint, seed = options["checkpoint"], options["random_init"]
-    if checkpoint is not None and seed is not None:
-        raise UsageError("--checkpoint and --random-init exclude each other", hint="pass one")
+    refuse_together("checkpoint", "random_init")
+    if options["checkpoint"] is None:
+        refuse_unused(["resize_pos_embed"], "--checkpoint", "pass --checkpoint FILE")
     from clipdeploy.model import WeightsChoice
     from exporters.artifact import Recipe
 
+    checkpoint, seed = options["checkpoint"], options["random_init"]
     resize, offline = options["resize_pos_embed"], options["offline"]
-    choice = WeightsChoice(checkpoint, seed, resize, offline, not context.quiet)
+    replace = options["replace_weights"]
+    choice = WeightsChoice(checkpoint, seed, resize, offline, not context.quiet, replace)
     return choice, Recipe(options["numerics"], options["resize"])
 
 
-@click.command(
+@command(
     epilog="\b\n"
     "clipdeploy export --model clip-vit-base-p16\n"
     "clipdeploy export --model clip-vit-base-p16 --checkpoint finetuned.safetensors",
@@ -128,6 +127,6 @@ def export(
         lambda: (
             f"{artifact.path}: {artifact.nodes} nodes, {artifact.bytes / 1e6:.1f} MB"
             + ("" if artifact.changed else " (unchanged)")
-            + f"\n  weights: {_weights(artifact.passport.weights)}"
+            + f"\n  weights: {artifact.passport.weights.description}"
         ),
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from clipdeploy import zoo
 from clipdeploy.engines.passport import library_versions
-from clipdeploy.model import LoadedModel, WeightsChoice, load_model
+from clipdeploy.model import LoadedModel, WeightsChoice
 from clipdeploy.stages.samples import sample_images
+from clipdeploy.stages.weights import load_weights
 from clipdeploy.workspace import Workspace
 from exporters.artifact import Passport, Recipe, TensorSpec, settings_of
 from exporters.headers import GraphArtifact, existing_graph
@@ -46,12 +49,16 @@ def export_model(
 ) -> GraphArtifact:
     """Checkpoint -> checked FP32 graph in the workspace.
 
+    Without a choice of ``weights`` a workspace that was exported with a checkpoint or a seed of the
+    user's keeps it, and no other one is taken unless ``weights.replace``.
+
     Raises:
+        UsageError: other weights than the workspace's own, which were not to be replaced.
         ClipdeployError: see :mod:`exporters.errors`; nothing is left behind.
     """
     card = zoo.find(name)
     with progress.task(f"load {card.name}"):
-        model = load_model(card, weights, recipe)
+        model = load_weights(workspace, card, weights, recipe)
     passport = _passport(model)
     path = workspace.graph(card.name, "fp32")
     settings = settings_of(config)
@@ -63,7 +70,8 @@ def export_model(
             settings,
             passport.versions,
         )
-        if same:
+        # A reference that cannot be loaded again from where it was is of no use.
+        if same and (old.weights.path == passport.weights.path or Path(old.weights.path).is_file()):
             workspace.remember(card.name)
             return found
     samples = sample_images(passport.preprocess)
