@@ -20,7 +20,9 @@ from clipdeploy.checkpoints import (
 from clipdeploy.vit import VisionTransformer, ViTConfig
 from clipdeploy.zoo import ModelCard
 from exporters.artifact import Recipe, WeightsOrigin
-from exporters.errors import ArtifactError, CheckpointError
+from exporters.errors import ArtifactError, CheckpointError, UsageError
+from exporters.paths import StrPath
+from exporters.spans import SEED, check_numbers
 
 __all__ = ["LoadedModel", "WeightsChoice", "load_model", "random_tensors", "reload_model"]
 
@@ -37,14 +39,22 @@ class WeightsChoice:
     ``resize_position`` resamples a position grid of another size; ``offline`` forbids downloads,
     ``show_download`` shows a bar while one runs.  Where none is named, a workspace keeps its own
     weights; ``replace`` takes the choice, or the card's own, in their place.
+
+    Raises:
+        UsageError: a seed that cannot be, or a checkpoint as well.
     """
 
-    checkpoint: Path | str | None = None
+    checkpoint: StrPath | None = None
     random_seed: int | None = None
     resize_position: bool = False
     offline: bool = False
     show_download: bool = True
     replace: bool = False
+
+    def __post_init__(self) -> None:
+        check_numbers(self, random_seed=SEED.or_none)
+        if self.checkpoint is not None and self.random_seed is not None:
+            raise UsageError("a checkpoint and random weights", hint="choose one of them")
 
     @property
     def named(self) -> bool:

@@ -29,10 +29,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from clipdeploy import zoo
 from clipdeploy.passports import checked_passport
 from exporters.artifact import Passport, Precision, from_json, to_json
 from exporters.errors import ArtifactError, UsageError
 from exporters.files import file_errors, write_atomic
+from exporters.paths import StrPath
 
 __all__ = ["PRECISIONS", "Workspace"]
 
@@ -44,23 +46,29 @@ class _State:
     last_model: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Workspace:
-    """Paths under one folder; nothing is made before something is written."""
+    """Paths under one folder; nothing is made before something is written.
+
+    A model may be given by any of its names.
+    """
 
     root: Path
 
+    def __init__(self, root: StrPath) -> None:
+        object.__setattr__(self, "root", Path(root))
+
     def folder(self, model: str) -> Path:
         """The folder of one model's artifacts."""
-        return self.root / model
+        return self.root / zoo.full_name(model)
 
     def graph(self, model: str, precision: Precision) -> Path:
         """The ONNX graph of one precision."""
-        return self.folder(model) / f"{model}.{precision}.onnx"
+        return self.folder(model) / f"{zoo.full_name(model)}.{precision}.onnx"
 
     def engine(self, model: str, precision: Precision) -> Path:
         """The TensorRT engine of one precision."""
-        return self.folder(model) / f"{model}.{precision}.engine"
+        return self.folder(model) / f"{zoo.full_name(model)}.{precision}.engine"
 
     def calibration(self, model: str, shard: tuple[int, int] | None = None) -> Path:
         """The calibration table, or one shard of it."""
@@ -110,6 +118,7 @@ class Workspace:
             ArtifactError, GraphError, FileError: the graph cannot be read, is of another model, or
                 is not what its passport says, see :mod:`clipdeploy.passports`.
         """
+        model = zoo.full_name(model)
         path = self.graph(model, "fp32")
         if not path.exists():
             raise UsageError(

@@ -225,16 +225,11 @@ def build_engine(
     _check_batches(context, name)
     from clipdeploy.stages.build import build_model
     from clipdeploy.stages.calibrate import CalibrateConfig
-    from clipdeploy.stages.quantize import searched_config
     from exporters.precision import Fp16Config
 
     quantize = quantize_config(context, name, options, "fp16")
     if data is None and precision == "int8":
         data = _calibration_images(context, name)
-    searched = searched_config(context.workspace, name, quantize)
-    if searched is not None and precision == "int8":
-        context.note("INT8 as the search chose; --force or other options make it anew")
-
     artifact = build_model(
         context.workspace,
         name,
@@ -243,8 +238,9 @@ def build_engine(
         data=data,
         calibrate=CalibrateConfig(images, seed, skip_unreadable),
         fp16=Fp16Config(half_io=fp16_io),
-        quantize=quantize if searched is None or force else searched,
+        quantize=quantize,
         force=force,
+        note=context.note,
         progress=context.progress,
     )
     made = artifact.passport
