@@ -24,6 +24,7 @@ from calibration.smoothing import Folding, find_source, fold, search_folding
 from calibration.weights import float16_step, quantize_weight, weight_error
 from exporters.errors import UsageError
 from exporters.initializers import write_initializer
+from exporters.spans import STRENGTH, check_numbers
 
 __all__ = [
     "LinearPlan",
@@ -72,8 +73,7 @@ class PlanConfig:
                 f"no range method {self.range_method!r}",
                 hint=f"one of {', '.join(RANGE_METHODS)}",
             )
-        if self.strength is not None and not 0 <= self.strength <= 1:
-            raise UsageError(f"a smoothing strength of {self.strength}", hint="0 to 1")
+        check_numbers(self, strength=STRENGTH.or_none)
         if self.strength is not None and not self.smooth:
             raise UsageError(
                 f"a smoothing strength of {self.strength} without smoothing",

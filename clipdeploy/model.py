@@ -21,7 +21,9 @@ from clipdeploy.checkpoints import (
 from clipdeploy.vit import VisionTransformer, ViTConfig
 from clipdeploy.zoo import ModelCard
 from exporters.artifact import Recipe, WeightsOrigin
-from exporters.errors import ArtifactError, CheckpointError
+from exporters.errors import ArtifactError, CheckpointError, UsageError
+from exporters.paths import StrPath
+from exporters.spans import SEED, check_numbers
 
 __all__ = ["LoadedModel", "WeightsChoice", "load_model", "random_tensors", "reload_model"]
 
@@ -37,15 +39,30 @@ class WeightsChoice:
     ``checkpoint`` is a file or ``hf://OWNER/NAME``; ``class_names`` a file with the names of its
     classes, see :func:`clipdeploy.imaging.classes.read_class_names`.
     ``resize_position`` resamples a position grid of another size; ``offline`` forbids downloads,
-    ``show_download`` shows a bar while one runs.
+    ``show_download`` shows a bar while one runs.  Where none is named, a workspace keeps its own
+    weights; ``replace`` takes the choice, or the card's own, in their place.
+
+    Raises:
+        UsageError: a seed that cannot be, or a checkpoint as well.
     """
 
-    checkpoint: Path | str | None = None
+    checkpoint: StrPath | None = None
     random_seed: int | None = None
     resize_position: bool = False
     offline: bool = False
     show_download: bool = True
-    class_names: Path | str | None = None
+    replace: bool = False
+    class_names: StrPath | None = None
+
+    def __post_init__(self) -> None:
+        check_numbers(self, random_seed=SEED.or_none)
+        if self.checkpoint is not None and self.random_seed is not None:
+            raise UsageError("a checkpoint and random weights", hint="choose one of them")
+
+    @property
+    def named(self) -> bool:
+        """Whether it names weights other than the card's own."""
+        return self.checkpoint is not None or self.random_seed is not None
 
 
 @dataclass(frozen=True)
@@ -202,13 +219,13 @@ def reload_model(card: ModelCard, weights: WeightsOrigin, recipe: Recipe) -> Loa
     if not path.is_file():
         raise ArtifactError(
             f"the checkpoint behind this artifact is gone: {path}",
-            hint="put it back, or export again with --checkpoint",
+            hint="put it back, or export it from where it is now: --checkpoint FILE",
         )
     choice = WeightsChoice(path, resize_position=weights.resized_position)
     model = load_model(card, choice, recipe)
     if model.weights.sha256 != weights.sha256:
         raise ArtifactError(
             f"{path} has changed since the artifact was made from it",
-            hint="export again, so that the reference and the artifact share their weights",
+            hint="put it back, or export the new one with --checkpoint and --replace-weights",
         )
     return model

@@ -159,6 +159,14 @@ class WeightsOrigin:
             return f"random:{self.seed}"
         return f"{self.sha256}:resized" if self.resized_position else self.sha256
 
+    @property
+    def description(self) -> str:
+        """The weights in words: file, layout and the start of the hash, or the seed."""
+        if self.kind == "random":
+            return f"random weights, seed {self.seed}"
+        resized = ", position grid resized" if self.resized_position else ""
+        return f"{self.path}, {self.layout}, SHA-256 {self.sha256[:8]}{resized}"
+
     def faults(self) -> Iterator[Fault]:
         """Values that no origin has; ``path`` may be whatever a file can be called."""
         known = not self.sha256 or is_hash(self.sha256)

@@ -17,10 +17,11 @@ from clipdeploy.cli.common import (
     whole_numbers,
 )
 from clipdeploy.cli.params import ArtifactPath
-from exporters.errors import EngineError, UsageError
+from clipdeploy.cli.usage import command, refuse_together, refuse_unused
+from exporters.errors import EngineError
 
 
-@click.command(epilog="\b\nclipdeploy benchmark --batch 1,8,32 --plot latency.svg")
+@command(epilog="\b\nclipdeploy benchmark --batch 1,8,32 --plot latency.svg")
 @click.argument("artifacts", nargs=-1, type=ArtifactPath())
 @model_option
 @click.option(
@@ -73,8 +74,12 @@ def benchmark(
 
     They take turns, in rounds, so that their ratios hold on a busy machine too.
     """
-    if artifacts and model:
-        raise UsageError("--model beside files", hint="name files, or a model for all of its own")
+    refuse_together("artifacts", "model", hint="no --model beside files: each has its own")
+    kinds = {path.suffix for path in artifacts}
+    if kinds == {".onnx"}:
+        refuse_unused(["cuda_graph", "trust"], "engines", "name an .engine file")
+    if kinds == {".engine"}:
+        refuse_unused(["provider", "threads"], "graphs", "name an .onnx file")
     from clipdeploy.plots import check_plot_path, save_plot
 
     if plot:

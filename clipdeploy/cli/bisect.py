@@ -10,9 +10,10 @@ import click
 from clipdeploy.cli.common import Context, data_option, emit, model_option, stage_command
 from clipdeploy.cli.labelling import labelling, labelling_options
 from clipdeploy.cli.params import ArtifactPath
+from clipdeploy.cli.usage import command
 
 
-@click.command(epilog="\b\nclipdeploy bisect --data IMAGES --plot map.png")
+@command(epilog="\b\nclipdeploy bisect --data IMAGES --plot map.png")
 @click.argument("graph", required=False, type=ArtifactPath(dir_okay=False))
 @model_option
 @data_option("Images, with labels if drops are to be points of top-1.", "validation")

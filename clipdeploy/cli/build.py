@@ -20,8 +20,20 @@ from clipdeploy.cli.common import (
     whole_numbers,
 )
 from clipdeploy.cli.params import how_to_give, setting_option
-from clipdeploy.cli.quantize import quantize_config, recipe_options
+from clipdeploy.cli.quantize import (
+    check_recipe_options,
+    quantize_config,
+    recipe_names,
+    recipe_options,
+)
 from clipdeploy.cli.settings import setting_called
+from clipdeploy.cli.usage import (
+    command,
+    given_options,
+    refuse_together,
+    refuse_unused,
+    with_options,
+)
 from exporters.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,6 +45,9 @@ backend_option = setting_option(
     type=click.Choice(setting_called("backend").kind.choices),
     help="TensorRT flavour.",
 )
+# The parameters that decide which images are observed, and those of the default profile.
+_CALIBRATION = ("images", "seed", "skip_unreadable")
+_BATCHES = ("min_batch", "opt_batch", "max_batch")
 _OPTIONS = (
     backend_option,
     click.option("--min-batch", type=int, default=1, show_default=True, help="Smallest batch."),
@@ -84,9 +99,7 @@ _OPTIONS = (
 
 def build_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options that decide how an engine is compiled; :func:`build_config` reads them."""
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
+    return with_options(_OPTIONS, function)
 
 
 def build_config(options: dict[str, Any]) -> BuildConfig:
@@ -119,25 +132,55 @@ def _profile(text: str) -> tuple[int, int, int]:
     return numbers[0], numbers[1], numbers[2]
 
 
-def _calibration_images(context: Context, model: str, images: int | None) -> Path | None:
-    """The setting's images where they fill a gap: nothing is calibrated, or ``images`` are asked.
+def _calibration_images(context: Context, model: str) -> Path | None:
+    """The setting's images where nothing is calibrated, or options of calibration are given.
 
     A setting takes no statistics away that somebody collected.
     """
     from clipdeploy.stages.calibrate import is_calibrated
 
-    if images is None and is_calibrated(context.workspace, model):
+    if not given_options(_CALIBRATION) and is_calibrated(context.workspace, model):
         return None
-    given = context.setting("calibration")
-    if given is None and not context.workspace.calibration(model).exists():
+    found = context.setting("calibration")
+    if found is None:
+        refuse_unused(_CALIBRATION, "--data", "pass --data CALIBRATION_IMAGES")
+    if found is None and not context.workspace.calibration(model).exists():
         raise UsageError(
             f"{model} has not been calibrated in {context.workspace.root}",
             hint=f"give {how_to_give('--data CALIBRATION_IMAGES', 'calibration')}",
         )
-    return None if given is None else Path(str(given))
+    return None if found is None else Path(str(found))
 
 
-@click.command(
+def _check_used(precision: str, options: dict[str, Any]) -> None:
+    """Refuse options that another one, or the precision that is built, leaves without effect.
+
+    Raises:
+        UsageError: the first of them.
+    """
+    if precision != "int8":
+        refuse_unused(("data", *_CALIBRATION, *recipe_names()), "--int8", "build --int8")
+    if precision != "fp16":
+        refuse_unused(["fp16_io"], "--fp16", "build --fp16")
+    check_recipe_options(options)
+    for name in _BATCHES:
+        refuse_together("profile", name)
+
+
+def _check_batches(context: Context, model: str) -> None:
+    """Refuse batches for a graph that was exported for a single one.
+
+    Raises:
+        UsageError: the command line gave some.
+        ClipdeployError: there is no graph, or it cannot be read.
+    """
+    batch = context.workspace.source(model)[1].input.shape[0]
+    if isinstance(batch, int):
+        owner = f"a graph of any batch (this one was exported for {batch})"
+        refuse_unused(("profile", *_BATCHES), owner, "export the model again without --batch")
+
+
+@command(
     "build-engine",
     epilog="\b\n"
     "clipdeploy build-engine --fp16\n"
@@ -176,24 +219,17 @@ def build_engine(
     **options: Any,
 ) -> None:
     """Compile an engine; calibrates and quantises first where that is due."""
-    if fp16_io and precision != "fp16":
-        raise UsageError("--fp16-io belongs to --fp16", hint="leave it out, or build --fp16")
-    if options["recipe"] is not None and precision != "int8":
-        raise UsageError("--recipe belongs to --int8", hint="leave it out, or build --int8")
+    _check_used(precision, options)
     config = build_config(options)
     name = context.model(model)
+    _check_batches(context, name)
     from clipdeploy.stages.build import build_model
     from clipdeploy.stages.calibrate import CalibrateConfig
-    from clipdeploy.stages.quantize import searched_config
     from exporters.precision import Fp16Config
 
     quantize = quantize_config(context, name, options, "fp16")
     if data is None and precision == "int8":
-        data = _calibration_images(context, name, images)
-    searched = searched_config(context.workspace, name, quantize)
-    if searched is not None and precision == "int8":
-        context.note("INT8 as the search chose; --force or other options make it anew")
-
+        data = _calibration_images(context, name)
     artifact = build_model(
         context.workspace,
         name,
@@ -202,8 +238,9 @@ def build_engine(
         data=data,
         calibrate=CalibrateConfig(images, seed, skip_unreadable),
         fp16=Fp16Config(half_io=fp16_io),
-        quantize=quantize if searched is None or force else searched,
+        quantize=quantize,
         force=force,
+        note=context.note,
         progress=context.progress,
     )
     made = artifact.passport

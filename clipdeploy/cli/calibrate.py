@@ -22,6 +22,7 @@ from clipdeploy.cli.common import (
     threads_option,
 )
 from clipdeploy.cli.params import how_to_give
+from clipdeploy.cli.usage import group
 from exporters.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ seed_option = click.option(
 )
 
 
-@click.group(
+@group(
     invoke_without_command=True,
     epilog="\b\nclipdeploy calibrate --data CALIBRATION_IMAGES --images 256",
 )

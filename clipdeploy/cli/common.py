@@ -24,6 +24,7 @@ from clipdeploy.cli.params import (
 )
 from clipdeploy.cli.streams import made_more_than_output
 from clipdeploy.cli.text import echo, echo_json, echo_line, show
+from clipdeploy.cli.usage import Group, refuse_before_subcommand
 from exporters.errors import ClipdeployError, UsageError
 from exporters.printable import printable
 from exporters.progress import SILENT
@@ -212,6 +213,7 @@ def stage_command(function: F) -> F:
             logging.getLogger().handlers[0].setLevel(logging.WARNING)
         try:
             with context.settings.in_environment(typed_values(ctx)):
+                refuse_before_subcommand()
                 _tell_settings(context, ctx)
                 status = function(context, *args, **options)
                 if status is not None or ctx.find_root().invoked_subcommand in _MAKES_FILES:
@@ -303,7 +305,7 @@ def shard_or_none(text: str | None) -> tuple[int, int] | None:
     return int(first), int(count)
 
 
-class DefaultGroup(click.Group):
+class DefaultGroup(Group):
     """A group in which what is no subcommand belongs to the ``default`` one.
 
     ``verify FILE`` is ``verify run FILE``, and ``verify merge`` a command of its own.

@@ -23,8 +23,14 @@ from clipdeploy.cli.common import (
 from clipdeploy.cli.export import weights_choice, weights_options
 from clipdeploy.cli.labelling import labelling_options
 from clipdeploy.cli.params import setting_option
-from clipdeploy.cli.quantize import quantize_options, recipe_options
+from clipdeploy.cli.quantize import (
+    check_recipe_options,
+    quantize_options,
+    recipe_names,
+    recipe_options,
+)
 from clipdeploy.cli.stage_display import StageDisplay
+from clipdeploy.cli.usage import command, refuse_unused
 from clipdeploy.cli.verify import (
     baseline_option,
     max_drop_option,
@@ -35,10 +41,12 @@ from clipdeploy.cli.verify import (
 if TYPE_CHECKING:
     from clipdeploy.stages.deploy import DeployConfig
 
+# The parameters that decide which calibration images are observed.
+_OBSERVED = ("images", "seed")
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
-@click.command(
+@command(
     epilog="\b\n"
     "clipdeploy deploy --model clip-vit-base-p16 --calibration IMAGES --val IMAGENET_VAL\n"
     "clipdeploy deploy --fp16 --val IMAGENET_VAL --cpp classify",
@@ -125,6 +133,7 @@ def _config(context: Context, options: dict[str, Any]) -> DeployConfig:
     from clipdeploy.stages.deploy_config import SHORT_BENCHMARK, DeployConfig
     from clipdeploy.verification.verifier import VerifyConfig
 
+    _check_used(options)
     weights, recipe = weights_choice(context, options)
     threads, skip = options["threads"], options["skip_unreadable"]
     return DeployConfig(
@@ -147,9 +156,23 @@ def _config(context: Context, options: dict[str, Any]) -> DeployConfig:
     )
 
 
+def _check_used(options: dict[str, Any]) -> None:
+    """Refuse options that another one, or the precision that is deployed, leaves without effect.
+
+    Raises:
+        UsageError: the first of them.
+    """
+    check_recipe_options(options)
+    if options["precision"] != "int8":
+        names = ("calibration", *_OBSERVED, *recipe_names())
+        refuse_unused(names, "--int8", "pass --int8")
+
+
 def _calibration(context: Context, options: dict[str, Any]) -> Path | None:
-    if options["calibration"] is not None or options["precision"] != "int8":
-        given: Path | None = options["calibration"]
-        return given
-    set_once = context.setting("calibration")
-    return None if set_once is None else Path(str(set_once))
+    """Of the command line or a setting; a setting is not looked at where nothing is calibrated."""
+    found: Path | None = options["calibration"]
+    if found is None and options["precision"] == "int8":
+        if (set_once := context.setting("calibration")) is not None:
+            return Path(str(set_once))
+        refuse_unused(_OBSERVED, "--calibration", "pass --calibration CALIBRATION_IMAGES")
+    return found

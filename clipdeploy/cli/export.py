@@ -10,20 +10,13 @@ import click
 from clipdeploy.cli.common import Context, emit, force_option, model_option, stage_command
 from clipdeploy.cli.labelling import class_names_option
 from clipdeploy.cli.params import setting_option
-from exporters.errors import UsageError
+from clipdeploy.cli.usage import command, refuse_together, refuse_unused, with_options
 
 if TYPE_CHECKING:
     from clipdeploy.model import WeightsChoice
-    from exporters.artifact import Passport, Recipe, WeightsOrigin
+    from exporters.artifact import Passport, Recipe
 
 __all__ = ["export", "weights_choice", "weights_options"]
-
-
-def _weights(origin: WeightsOrigin) -> str:
-    if origin.kind == "random":
-        return f"random, seed {origin.seed}"
-    resized = ", position grid resized" if origin.resized_position else ""
-    return f"{origin.path}, {origin.layout}, SHA-256 {origin.sha256[:8]}{resized}"
 
 
 def _classes(passport: Passport) -> str:
@@ -42,13 +35,19 @@ _WEIGHTS_OPTIONS = (
     click.option(
         "--checkpoint",
         metavar="FILE",
-        help="Weights: .pth, .bin or .safetensors, or hf://OWNER/NAME.",
+        help="Weights: .pth, .bin or .safetensors, or hf://OWNER/NAME.  "
+        "[default: the workspace's, else the published ones]",
     ),
     click.option(
         "--random-init",
         type=int,
         metavar="SEED",
         help="Random weights instead, for speed and plumbing.",
+    ),
+    click.option(
+        "--replace-weights",
+        is_flag=True,
+        help="Take these, or the published ones, in the place of the workspace's own.",
     ),
     click.option(
         "--resize-pos-embed", is_flag=True, help="Resample a position grid of another size."
@@ -74,31 +73,36 @@ _WEIGHTS_OPTIONS = (
 
 def weights_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options that decide what the model is; :func:`weights_choice` reads them."""
-    for option in reversed(_WEIGHTS_OPTIONS):
-        function = option(function)
-    return function
+    return with_options(_WEIGHTS_OPTIONS, function)
 
 
 def weights_choice(context: Context, options: dict[str, Any]) -> tuple[WeightsChoice, Recipe]:
     """The values of :func:`weights_options` as a choice of weights and what is made of them.
 
     Raises:
-        UsageError: weights of two kinds.
+        UsageError: weights of two kinds, or an option of a checkpoint without one.
     """
-    checkpoint, seed = options["checkpoint"], options["random_init"]
-    if checkpoint is not None and seed is not None:
-        raise UsageError("--checkpoint and --random-init exclude each other", hint="pass one")
+    refuse_together("checkpoint", "random_init")
+    if options["checkpoint"] is None:
+        refuse_unused(["resize_pos_embed"], "--checkpoint", "pass --checkpoint FILE")
     from clipdeploy.model import WeightsChoice
     from exporters.artifact import Recipe
 
+    checkpoint, seed = options["checkpoint"], options["random_init"]
     resize, offline = options["resize_pos_embed"], options["offline"]
     choice = WeightsChoice(
-        checkpoint, seed, resize, offline, not context.quiet, options["class_names"]
+        checkpoint,
+        seed,
+        resize,
+        offline,
+        not context.quiet,
+        replace=options["replace_weights"],
+        class_names=options["class_names"],
     )
     return choice, Recipe(options["numerics"], options["resize"])
 
 
-@click.command(
+@command(
     epilog="\b\n"
     "clipdeploy export --model clip-vit-base-p16\n"
     "clipdeploy export --model clip-vit-base-p16 --checkpoint finetuned.safetensors",
@@ -145,7 +149,7 @@ def export(
         lambda: (
             f"{artifact.path}: {artifact.nodes} nodes, {artifact.bytes / 1e6:.1f} MB"
             + ("" if artifact.changed else " (unchanged)")
-            + f"\n  weights: {_weights(artifact.passport.weights)}"
+            + f"\n  weights: {artifact.passport.weights.description}"
             + f"\n  classes: {_classes(artifact.passport)}"
         ),
     )

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from clipdeploy.cli.usage import refuse_unused, with_options
+
 if TYPE_CHECKING:
     from clipdeploy.imaging import Labelling
 
@@ -48,17 +50,23 @@ def labelling_options(
     """The options that :func:`labelling` reads; ``class_names``: with the names of the classes."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        if class_names:
-            function = class_names_option(function)
-        for option in reversed(_OPTIONS):
-            function = option(function)
-        return function
+        more = (class_names_option,) if class_names else ()
+        return with_options((*_OPTIONS, *more), function)
 
     return decorate
 
 
 def labelling(options: dict[str, Any]) -> Labelling:
-    """The values of :func:`labelling_options` as a configuration."""
+    """The values of :func:`labelling_options` as a configuration.
+
+    Raises:
+        UsageError: the command line gave what the layout has no use for.
+    """
+    if options["layout"] in ("folders", "none"):
+        refuse_unused(["labels"], "the layouts with a label file", "pass --layout list")
+    if options["layout"] == "none":
+        names = ("first_class", "skip_unlabelled", "class_names")
+        refuse_unused(names, "the layouts with classes", "pass --layout auto")
     from clipdeploy.imaging import Labelling
 
     first: Literal[0, 1] | None = {"0": 0, "1": 1, None: None}[options["first_class"]]

@@ -10,6 +10,7 @@ import click
 
 from clipdeploy.cli.common import Context, emit, model_option, stage_command
 from clipdeploy.cli.params import ArtifactPath
+from clipdeploy.cli.usage import command, refuse_together, refuse_unused
 from exporters.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
-@click.command(
+@command(
     epilog="\b\n"
     "clipdeploy package --triton models\n"
     "clipdeploy package --cpp classify artifacts/MODEL/MODEL.fp16.onnx",
@@ -49,14 +50,14 @@ def package(
     **options: Any,
 ) -> None:
     """Package ARTIFACT (.onnx, .engine) for production, or the best one of a model."""
-    if (triton is None) == (cpp is None):
-        raise UsageError("package takes one of --triton DIR and --cpp DIR", hint="pass one of them")
+    one = "package takes one of --triton DIR and --cpp DIR"
+    refuse_together("triton", "cpp", hint=one)
+    if triton is None and cpp is None:
+        raise UsageError(one, hint="pass one of them")
+    if triton is None:
+        refuse_unused(options, "--triton", "pass --triton DIR")
+    refuse_together("artifact", "model", hint="no --model beside a file: it has its own")
     chosen = {option: value for option, value in options.items() if value is not None}
-    if cpp and chosen:
-        option = "--" + next(iter(chosen)).replace("_", "-")
-        raise UsageError(f"{option} belongs to --triton", hint="leave it out")
-    if artifact and model:
-        raise UsageError("--model beside a file", hint="name a file, or a model to take one of")
     from clipdeploy.packaging.triton_config import TritonConfig
     from clipdeploy.stages.package import artifact_to_package, package_cpp, package_triton
 

@@ -8,9 +8,10 @@ import click
 
 from clipdeploy.cli.common import Context, emit, model_option, stage_command
 from clipdeploy.cli.params import ArtifactPath
+from clipdeploy.cli.usage import command
 
 
-@click.command(epilog="\b\nclipdeploy predict cat.jpg dog.jpg --top 3")
+@command(epilog="\b\nclipdeploy predict cat.jpg dog.jpg --top 3")
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @model_option
 @click.option(

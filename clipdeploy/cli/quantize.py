@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from clipdeploy.cli.common import Context, emit, force_option, model_option, stage_command
-from exporters.errors import UsageError
+from clipdeploy.cli.usage import (
+    command,
+    given,
+    option_names,
+    refuse_together,
+    refuse_unused,
+    with_options,
+)
 
 if TYPE_CHECKING:
     from calibration.plan import PlanConfig
@@ -18,11 +25,14 @@ if TYPE_CHECKING:
     from calibration.qdq import QuantizeConfig
 
 __all__ = [
+    "check_plan_options",
+    "check_recipe_options",
     "plan_config",
     "plan_options",
     "quantize",
     "quantize_config",
     "quantize_options",
+    "recipe_names",
     "recipe_options",
 ]
 
@@ -69,9 +79,18 @@ _OPTIONS = (
 
 def plan_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options that decide how a Linear is quantised; :func:`plan_config` reads them."""
-    for option in reversed(_PLAN_OPTIONS):
-        function = option(function)
-    return function
+    return with_options(_PLAN_OPTIONS, function)
+
+
+def check_plan_options(options: dict[str, Any]) -> None:
+    """Refuse options of :func:`plan_options` that the others leave without effect.
+
+    Raises:
+        UsageError: the first of them.
+    """
+    refuse_together("no_smooth", "strength")
+    if options["range_method"] != "auto":
+        refuse_unused(["no_shift"], "--range auto", "pass --range auto")
 
 
 def plan_config(options: dict[str, Any]) -> PlanConfig:
@@ -90,16 +109,33 @@ def plan_config(options: dict[str, Any]) -> PlanConfig:
 
 def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options that decide how INT8 is made; :func:`quantize_config` reads them."""
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
+    return with_options(_OPTIONS, function)
+
+
+def recipe_names() -> list[str]:
+    """The parameters of :func:`recipe_options`."""
+    return option_names(_OPTIONS)
+
+
+def check_recipe_options(options: dict[str, Any]) -> None:
+    """Refuse options of :func:`recipe_options` that the others leave without effect.
+
+    Raises:
+        UsageError: a recipe file beside options that it holds, or the first without effect.
+    """
+    if given("recipe"):
+        refuse_together(
+            *recipe_names(),
+            hint="no --recipe beside options that say how to quantise: it holds them all",
+        )
+    check_plan_options(options)
 
 
 def quantize_options(options: dict[str, Any]) -> QuantizeConfig:
     """The values of :func:`recipe_options` but for the recipe file, as a configuration.
 
     Raises:
-        UsageError: a recipe file beside options that it stands for.
+        UsageError: a value that cannot be.
     """
     from calibration.policy import Scope
     from calibration.qdq import QuantizeConfig
@@ -110,13 +146,7 @@ def quantize_options(options: dict[str, Any]) -> QuantizeConfig:
         head=options["quantize_head"],
         patch=options["quantize_patch"],
     )
-    config = QuantizeConfig(options["exclude"], "fp16", plan, scope)
-    if options["recipe"] is not None and config != QuantizeConfig():
-        raise UsageError(
-            "--recipe beside options that say how to quantise",
-            hint="leave them out: the recipe holds them all",
-        )
-    return config
+    return QuantizeConfig(options["exclude"], "fp16", plan, scope)
 
 
 def quantize_config(
@@ -130,7 +160,7 @@ def quantize_config(
     ``remainder`` outranks a recipe's.
 
     Raises:
-        UsageError: a recipe beside options that it stands for.
+        UsageError: a value that cannot be.
         ArtifactError, FileError: it cannot be read, or was found for other weights.
     """
     from dataclasses import replace
@@ -149,7 +179,7 @@ def _from_recipe(context: Context, model: str, path: Path) -> QuantizeConfig:
     return recipe.config
 
 
-@click.command(epilog="\b\nclipdeploy quantize\nclipdeploy quantize --cpu --exclude 'blocks.0.*'")
+@command(epilog="\b\nclipdeploy quantize\nclipdeploy quantize --cpu --exclude 'blocks.0.*'")
 @model_option
 @recipe_options
 @click.option(
@@ -159,6 +189,7 @@ def _from_recipe(context: Context, model: str, path: Path) -> QuantizeConfig:
 @stage_command
 def quantize(context: Context, model: str | None, cpu: bool, force: bool, **recipe: Any) -> None:
     """Write the INT8 (Q/DQ) graph from the FP32 graph and its calibration."""
+    check_recipe_options(recipe)
     name = context.model(model)
     from clipdeploy.stages.quantize import quantize_model
 

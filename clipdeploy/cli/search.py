@@ -17,10 +17,11 @@ from clipdeploy.cli.common import (
 )
 from clipdeploy.cli.labelling import labelling, labelling_options
 from clipdeploy.cli.params import setting_option
-from clipdeploy.cli.quantize import plan_config, plan_options
+from clipdeploy.cli.quantize import check_plan_options, plan_config, plan_options
+from clipdeploy.cli.usage import command, refuse_unused
 
 
-@click.command(epilog="\b\nclipdeploy search --data LABELLED_IMAGES --max-drop 0.5 --budget 60")
+@command(epilog="\b\nclipdeploy search --data LABELLED_IMAGES --max-drop 0.5 --budget 60")
 @model_option
 @data_option("Labelled images; one part is searched on, the others confirm.", "validation")
 @click.option(
@@ -78,6 +79,10 @@ def search(
 
     if plot:
         check_plot_path(plot)
+    check_plan_options(options)
+    if confirm is not None:
+        # The splits are then the two sets of images themselves.
+        refuse_unused(["search_images", "seed"], "a split of --data", "leave out --confirm")
     name = context.model(model)
     from clipdeploy.stages.search import search_model
     from clipdeploy.tuning.search import SearchConfig

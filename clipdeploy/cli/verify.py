@@ -27,6 +27,7 @@ from clipdeploy.cli.common import (
 )
 from clipdeploy.cli.labelling import labelling, labelling_options
 from clipdeploy.cli.params import ArtifactPath, setting_option
+from clipdeploy.cli.usage import given_options, group, refuse_together, refuse_unused, with_options
 from exporters.errors import UsageError
 
 if TYPE_CHECKING:
@@ -109,9 +110,7 @@ _OPTIONS = (
 
 
 def _options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+    return with_options(_OPTIONS, command)
 
 
 def _artifact_or_merge(
@@ -125,7 +124,7 @@ def _artifact_or_merge(
     return param.type.shell_complete(ctx, param, incomplete)
 
 
-@click.group(cls=DefaultGroup, default="run")
+@group(cls=DefaultGroup, default="run")
 def verify() -> None:
     """Judge artifacts against PyTorch; `verify merge` joins shards."""
 
@@ -146,8 +145,11 @@ def run(
     Exit code 3 unless all of them are proven to keep their accuracy. A run that was killed goes on
     where it stopped when the same command is given again. `clipdeploy verify merge` joins shards.
     """
+    _check_used(artifacts, options)
     config, reports = _config(options), options["reports"]
     _check_reports(reports, config.shard)
+    if config.shard and (later := given_options(("max_drop", "max_drop_top5", "baseline"))):
+        context.note(f"a shard has no verdict: give {', '.join(later)} to `verify merge` as well")
     name = context.model(model)
     from clipdeploy.stages.verify import verify_model
 
@@ -214,6 +216,19 @@ def merge(
         progress=context.progress,
     )
     return _tell(context, result, reports, data)
+
+
+def _check_used(artifacts: tuple[Path, ...], options: dict[str, Any]) -> None:
+    """Refuse options that this run would not use.
+
+    Raises:
+        UsageError: the first of them.
+    """
+    refuse_together("artifacts", "graphs_only", hint="leave it out and name the graphs alone")
+    if not options["cache"]:
+        refuse_unused(["cache_size"], "--cache", "pass --cache")
+    if options["graphs_only"] or (artifacts and all(path.suffix == ".onnx" for path in artifacts)):
+        refuse_unused(["trust"], "engines", "name an .engine file")
 
 
 def _check_reports(reports: tuple[Path, ...], shard: tuple[int, int] | None) -> None:

@@ -20,11 +20,14 @@ from clipdeploy.tuning.linears import linear_facts
 from clipdeploy.tuning.result import Bisection
 from clipdeploy.verification.reports import HeatMap
 from clipdeploy.workspace import Workspace
+from clipdeploy.zoo import takes_any_name
 from exporters.artifact import Passport, to_json
 from exporters.errors import UsageError
 from exporters.files import sha256_file, write_atomic
+from exporters.paths import StrPath, as_path
 from exporters.progress import SILENT, Progress
 from exporters.samples import Samples
+from exporters.spans import BATCH, IMAGES, SEED, THREADS, check_numbers
 from exporters.taps import InputMeter, find_tap
 
 __all__ = ["BisectConfig", "bisect_model"]
@@ -39,7 +42,7 @@ class BisectConfig:
     ``threads``: ONNX Runtime's, 0 for its own choice; ``labelling``: the classes of the images.
 
     Raises:
-        UsageError: no image or an empty batch.
+        UsageError: a number that cannot be.
     """
 
     images: int | None = None
@@ -49,9 +52,7 @@ class BisectConfig:
     labelling: Labelling = field(default_factory=Labelling)
 
     def __post_init__(self) -> None:
-        for what, count in (("images", self.images), ("batch", self.batch)):
-            if count is not None and count < 1:
-                raise UsageError(f"--{what} {count}", hint="1 or more")
+        check_numbers(self, images=IMAGES.or_none, seed=SEED, batch=BATCH, threads=THREADS)
 
 
 def _choose(
@@ -83,11 +84,12 @@ def _candidate_passport(candidate: Path, reference: Passport) -> Passport | None
     return checked_passport(candidate, reference).graph if is_vouched(candidate) else None
 
 
+@takes_any_name
 def bisect_model(
     workspace: Workspace,
     model: str,
-    data: Path,
-    candidate: Path | None = None,
+    data: StrPath,
+    candidate: StrPath | None = None,
     config: BisectConfig = BisectConfig(),
     *,
     note: Callable[[str], object] = lambda text: None,
@@ -101,6 +103,8 @@ def bisect_model(
     Raises:
         ClipdeployError: see :mod:`exporters.errors`.
     """
+    data = Path(data)
+    candidate = as_path(candidate)
     source, passport = workspace.source(model)
     candidate = candidate or workspace.graph(model, "int8")
     if not candidate.exists():

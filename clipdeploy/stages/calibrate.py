@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,13 +22,16 @@ from calibration.table import (
 from clipdeploy.cluster import ClusterConfig, Shard, ShardJob, shards_on_cluster
 from clipdeploy.imaging import ImageFolder, Skipped, iter_crops, open_images, select
 from clipdeploy.workspace import Workspace
+from clipdeploy.zoo import takes_any_name
 from exporters.artifact import Passport
 from exporters.errors import ArtifactError, DatasetError, UsageError
 from exporters.files import file_errors, sha256_file
 from exporters.locks import sole_writer
 from exporters.notebook import Renderable, Shown, facts
+from exporters.paths import StrPath, as_path, as_paths
 from exporters.progress import SILENT, Progress
 from exporters.samples import Samples
+from exporters.spans import IMAGES, SEED, THREADS, check_numbers
 
 __all__ = [
     "FEW_IMAGES",
@@ -55,7 +58,7 @@ class CalibrateConfig:
     ``threads`` compute, 0 for ONNX Runtime's own choice.
 
     Raises:
-        UsageError: there is no such shard.
+        UsageError: a number that cannot be, or no such shard.
     """
 
     images: int | None = None
@@ -65,6 +68,7 @@ class CalibrateConfig:
     threads: int = 0
 
     def __post_init__(self) -> None:
+        check_numbers(self, images=IMAGES.or_none, seed=SEED, threads=THREADS)
         if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
             raise UsageError(
                 "there is no shard {}/{}".format(*self.shard), hint="--shard 1/4 to --shard 4/4"
@@ -119,14 +123,15 @@ def choose_images(data: Path, config: CalibrateConfig) -> ImageFolder:
     return ImageFolder(chosen.root, chosen.entries[first - 1 :: parts])
 
 
+@takes_any_name
 def calibrate_model(
     workspace: Workspace,
     model: str,
-    data: Path,
+    data: StrPath,
     config: CalibrateConfig = CalibrateConfig(),
     *,
     cluster: ClusterConfig | None = None,
-    keep: Path | None = None,
+    keep: StrPath | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> CalibrationArtifact:
@@ -138,6 +143,8 @@ def calibrate_model(
     Raises:
         ClipdeployError: see :mod:`exporters.errors`.
     """
+    data = Path(data)
+    keep = as_path(keep)
     if cluster is not None and config.shard:
         raise UsageError("a cluster cuts the shards itself", hint="leave out --shard or --ray")
     graph, passport = workspace.source(model)
@@ -171,6 +178,7 @@ def calibrate_model(
     return CalibrationArtifact(path, table, tuple(skipped.names if skipped else ()), changed=True)
 
 
+@takes_any_name
 def is_calibrated(workspace: Workspace, model: str) -> bool:
     """Whether the workspace has a table, of whichever images, of the graph that is there now.
 
@@ -214,14 +222,16 @@ def _with_skipped(merged: CalibrationArtifact, chosen: ImageFolder) -> Calibrati
     return replace(merged, skipped=skipped)
 
 
+@takes_any_name
 def merge_calibration(
-    workspace: Workspace, model: str, parts: Sequence[Path] = ()
+    workspace: Workspace, model: str, parts: StrPath | Iterable[StrPath] = ()
 ) -> CalibrationArtifact:
     """Shards -> ``calibration.json``; without ``parts``, all shards of the workspace.
 
     Raises:
         ClipdeployError: a shard is missing, damaged, or of another run.
     """
+    parts = as_paths(parts)
     found = parts or sorted(workspace.folder(model).glob("calibration.*-of-*.json"))
     table = merge_tables([load_table(path) for path in found])
     graph, _ = workspace.source(model)

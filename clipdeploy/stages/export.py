@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from clipdeploy import zoo
 from clipdeploy.engines.passport import library_versions
-from clipdeploy.model import LoadedModel, WeightsChoice, load_model
+from clipdeploy.model import LoadedModel, WeightsChoice
 from clipdeploy.stages.class_names import ClassNames, name_classes
 from clipdeploy.stages.samples import sample_images
+from clipdeploy.stages.weights import load_weights
 from clipdeploy.workspace import Workspace
 from exporters.artifact import Passport, Recipe, TensorSpec, settings_of
 from exporters.headers import GraphArtifact, existing_graph
@@ -50,14 +52,17 @@ def export_model(
 ) -> GraphArtifact:
     """Checkpoint -> checked FP32 graph in the workspace.
 
-    ``note`` is told where the names of the classes come from, if they may be the wrong ones.
+    Without a choice of ``weights`` a workspace that was exported with a checkpoint or a seed of the
+    user's keeps it, and no other one is taken unless ``weights.replace``.  ``note`` is told where
+    the names of the classes come from, if they may be the wrong ones.
 
     Raises:
+        UsageError: other weights than the workspace's own, which were not to be replaced.
         ClipdeployError: see :mod:`exporters.errors`; nothing is left behind.
     """
     card = zoo.find(name)
     with progress.task(f"load {card.name}"):
-        model = load_model(card, weights, recipe)
+        model = load_weights(workspace, card, weights, recipe)
     path = workspace.graph(card.name, "fp32")
     found = existing_graph(path)
     named = name_classes(model, weights, found.passport if found else None)
@@ -73,7 +78,8 @@ def export_model(
             *(passport.weights.identity, recipe, settings),
             *(passport.versions, passport.class_names),
         )
-        if same:
+        # A reference that cannot be loaded again from where it was is of no use.
+        if same and (old.weights.path == passport.weights.path or Path(old.weights.path).is_file()):
             workspace.remember(card.name)
             return found
     samples = sample_images(passport.preprocess)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +20,16 @@ from clipdeploy.passports import checked_passport
 from clipdeploy.runners import Runner, open_runner
 from clipdeploy.verification.targets import Target, named_targets
 from clipdeploy.workspace import PRECISIONS, Workspace
+from clipdeploy.zoo import takes_any_name
 from exporters.artifact import Passport
 from exporters.errors import EngineError, UsageError
 from exporters.files import read_regular
 from exporters.notebook import Renderable, Shown
+from exporters.paths import StrPath, as_path, as_paths
 from exporters.printable import printable
 from exporters.progress import SILENT, Progress
 from exporters.samples import Samples
+from exporters.spans import TOP
 
 __all__ = ["Guess", "Prediction", "Predictions", "predict_images"]
 
@@ -158,11 +161,12 @@ def _predictions(
             yield Prediction(name, _guesses(logits, words, top))
 
 
+@takes_any_name
 def predict_images(
     workspace: Workspace,
     model: str | None,
-    paths: Sequence[Path],
-    artifact: Path | None = None,
+    paths: StrPath | Iterable[StrPath],
+    artifact: StrPath | None = None,
     *,
     top: int = 5,
     progress: Progress = SILENT,
@@ -176,6 +180,9 @@ def predict_images(
     Raises:
         ClipdeployError: see :mod:`exporters.errors`; an image that cannot be read is one.
     """
+    TOP.check(top, "top")
+    paths = as_paths(paths)
+    artifact = as_path(artifact)
     target = _target(workspace, model, artifact)
     foreign = None if target.vouched else target.passport
     runner = open_runner(target.path, passport=foreign)

@@ -24,7 +24,9 @@ from clipdeploy.workspace import Workspace
 from exporters.artifact import Passport
 from exporters.errors import ArtifactError, DatasetError
 from exporters.notebook import Renderable, Shown, facts
+from exporters.paths import as_paths, hold_paths
 from exporters.progress import Progress
+from exporters.spans import IMAGES, check_numbers
 
 __all__ = [
     "Bench",
@@ -44,6 +46,9 @@ class VerifyScope:
     every engine.  ``limit`` draws so many images, spread over the classes.  ``allow_leak`` counts
     calibration images instead of refusing them.  ``expected`` is what PyTorch is to reach.
     ``labelling`` is what the user says about the classes of the images.
+
+    Raises:
+        UsageError: a ``limit`` that cannot be.
     """
 
     artifacts: tuple[Path, ...] = ()
@@ -52,6 +57,11 @@ class VerifyScope:
     labelling: Labelling = field(default_factory=Labelling)
     allow_leak: bool = False
     expected: Expected = field(default_factory=Expected)
+
+    def __post_init__(self) -> None:
+        check_numbers(self, limit=IMAGES.or_none)
+        object.__setattr__(self, "artifacts", as_paths(self.artifacts))
+        hold_paths(self, "labels")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from clipdeploy.verification.paired import DropJudgement
 from exporters.errors import UsageError
 from exporters.headers import GraphArtifact
 from exporters.notebook import Renderable, Shown
+from exporters.spans import BATCH, BUDGET, IMAGES, SEARCHED_DROP, SEED, THREADS, check_numbers
 
 __all__ = ["SearchConfig", "SearchResult"]
 
@@ -28,7 +29,7 @@ class SearchConfig:
     does not do, unless ``fixed_plan``.  ``labelling``: the classes of the images.
 
     Raises:
-        UsageError: a drop, a budget or a cost model that cannot be.
+        UsageError: a number or a cost model that cannot be.
     """
 
     max_drop: float = 1.0
@@ -44,10 +45,15 @@ class SearchConfig:
     labelling: Labelling = field(default_factory=Labelling)
 
     def __post_init__(self) -> None:
-        if not 0 < self.max_drop <= 100:
-            raise UsageError(f"a largest drop of {self.max_drop} points", hint="above 0, up to 100")
-        if self.budget is not None and self.budget <= 0:
-            raise UsageError(f"a budget of {self.budget} minutes", hint="more than 0")
+        check_numbers(
+            self,
+            max_drop=SEARCHED_DROP,
+            budget=BUDGET.or_none,
+            seed=SEED,
+            search_images=IMAGES.or_none,
+            batch=BATCH,
+            threads=THREADS,
+        )
         if self.cost not in ("macs", "cpu"):
             raise UsageError(f"no cost model {self.cost!r}", hint="macs or cpu")
 

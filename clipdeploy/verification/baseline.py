@@ -22,6 +22,7 @@ from clipdeploy.verification.result import Baseline, BaselineStatus
 from clipdeploy.verification.results import Question
 from exporters.artifact import Recipe
 from exporters.errors import UsageError
+from exporters.spans import ACCURACY, check_numbers
 
 __all__ = [
     "CONFIRMING",
@@ -59,11 +60,19 @@ class Expected:
     """What PyTorch is to reach, in percent: the card's figures, the user's, or nothing at all.
 
     ``source`` is ``card``, ``user`` or ``none``.
+
+    Raises:
+        UsageError: another source, or figures outside 0 to 100.
     """
 
     source: str = "card"
     top1: float | None = None
     top5: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.source not in ("card", "user", "none"):
+            raise UsageError(f"no accuracy comes from {self.source!r}", hint="card, user or none")
+        check_numbers(self, top1=ACCURACY.or_none, top5=ACCURACY.or_none)
 
     @classmethod
     def parse(cls, text: str) -> Expected:

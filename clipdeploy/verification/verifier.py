@@ -54,6 +54,7 @@ from exporters.errors import ArtifactError, DatasetError, UsageError
 from exporters.locks import sole_writer
 from exporters.progress import SILENT, Progress
 from exporters.samples import Samples
+from exporters.spans import BATCH, THREADS, WORKERS, check_numbers
 
 __all__ = ["VerifyConfig", "run_verification"]
 
@@ -87,8 +88,7 @@ class VerifyConfig:
 
     def __post_init__(self) -> None:
         Limits(self.max_drop, self.max_drop_top5)
-        if self.batch < 1:
-            raise UsageError(f"a batch of {self.batch} images", hint="1 or more")
+        check_numbers(self, batch=BATCH, workers=WORKERS.or_none, threads=THREADS)
         if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
             raise UsageError(
                 "there is no shard {}/{}".format(*self.shard), hint="--shard 1/4 to --shard 4/4"
