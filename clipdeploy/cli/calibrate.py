@@ -87,6 +87,8 @@ def calibrate(
         force=force,
         progress=context.progress,
     )
+    for problem in result.problems:
+        context.note(problem)
     for skipped in result.skipped:
         context.note(f"skipped, unreadable: {skipped}")
     if len(result.table.images) < FEW_IMAGES and shard is None:
@@ -118,6 +120,7 @@ def _summary(result: CalibrationArtifact) -> dict[str, object]:
         "tensors": sorted(result.table.statistics),
         "shard": result.table.shard,
         "skipped": result.skipped,
+        "problems": result.problems,
         "changed": result.changed,
     }
 

@@ -34,4 +34,6 @@ def predict(
         context.workspace, name, images, artifact, top=top, progress=context.progress
     )
     context.note(f"{result.artifact} on {result.runner}")
+    for problem in result.problems:
+        context.note(problem)
     emit(context, result, lambda: result)

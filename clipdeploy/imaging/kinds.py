@@ -11,7 +11,13 @@ from pathlib import PurePosixPath
 
 from PIL import Image
 
-__all__ = ["HEAD_BYTES", "begins_like_an_image", "has_image_suffix", "may_be_an_image"]
+__all__ = [
+    "HEAD_BYTES",
+    "begins_like_an_image",
+    "has_image_suffix",
+    "is_decoded",
+    "may_be_an_image",
+]
 
 _NOT_DECODED = frozenset(("BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"))
 # Suffixes that are also those of other files: the first bytes decide.
@@ -30,13 +36,18 @@ HEAD_BYTES = 16
 _BRANDS = (b"avif", b"avis", b"mif1", b"heic", b"heix", b"msf1")
 
 
+def is_decoded(kind: str | None) -> bool:
+    """Whether Pillow decodes this format by itself."""
+    return kind not in _NOT_DECODED
+
+
 @cache
 def _suffixes() -> frozenset[str]:
     Image.init()
     return frozenset(
         suffix
         for suffix, kind in Image.EXTENSION.items()
-        if kind in Image.OPEN and kind not in _NOT_DECODED
+        if kind in Image.OPEN and is_decoded(kind)
     )
 
 

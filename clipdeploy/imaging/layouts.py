@@ -29,6 +29,7 @@ from clipdeploy.imaging.label_files import (
 from clipdeploy.imaging.labels import Names, lists_any, read_labels
 from exporters.errors import DatasetError, UsageError
 from exporters.files import file_errors
+from exporters.paths import hold_paths
 
 __all__ = ["Files", "Labelling", "Layout", "LayoutName", "find_layout"]
 
@@ -67,6 +68,7 @@ class Labelling:
     class_names: Path | None = None
 
     def __post_init__(self) -> None:
+        hold_paths(self, "labels", "class_names")
         if self.layout not in get_args(LayoutName):
             known = ", ".join(get_args(LayoutName))
             raise UsageError(f"no layout is called {self.layout!r}", hint=f"one of {known}")

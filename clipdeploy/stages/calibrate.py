@@ -20,7 +20,7 @@ from calibration.table import (
     save_table,
 )
 from clipdeploy.cluster import ClusterConfig, Shard, ShardJob, shards_on_cluster
-from clipdeploy.imaging import ImageFolder, Skipped, iter_crops, open_images, select
+from clipdeploy.imaging import ImageFolder, Skipped, iter_crops, open_images, select, survey
 from clipdeploy.workspace import Workspace
 from clipdeploy.zoo import takes_any_name
 from exporters.artifact import Passport
@@ -77,12 +77,17 @@ class CalibrateConfig:
 
 @dataclass(frozen=True)
 class CalibrationArtifact(Shown):
-    """The table, where it lies, and the images that were skipped."""
+    """The table, its path, and the images that were skipped.
+
+    ``problems``: a sentence for each thing that is odd about the listed files, such as files that
+    are no images.
+    """
 
     path: Path
     table: CalibrationTable
     skipped: tuple[str, ...]
     changed: bool
+    problems: tuple[str, ...] = ()
 
     def __rich__(self) -> Renderable:
         rows = [
@@ -149,12 +154,13 @@ def calibrate_model(
         raise UsageError("a cluster cuts the shards itself", hint="leave out --shard or --ray")
     graph, passport = workspace.source(model)
     chosen = choose_images(data, config)
+    odd = survey(chosen).problems()
     path = keep or workspace.calibration(model, config.shard)
     wanted = _records(chosen)
     if not force and path.exists():
         table = load_table(path)
         if table.source_graph == sha256_file(graph) and _has_all(table, wanted):
-            return CalibrationArtifact(path, table, (), changed=False)
+            return CalibrationArtifact(path, table, (), changed=False, problems=odd)
     if cluster is not None:
         job = _cluster_job(workspace, model, data, config, len(chosen.entries))
         with shards_on_cluster(cluster, job, force=force, progress=progress) as parts:
@@ -175,7 +181,8 @@ def calibrate_model(
         table = save_table(collect(graph, rest, wanted, settings, progress), path)
         with file_errors("remove", unfinished):
             unfinished.unlink(missing_ok=True)
-    return CalibrationArtifact(path, table, tuple(skipped.names if skipped else ()), changed=True)
+    names = tuple(skipped.names if skipped else ())
+    return CalibrationArtifact(path, table, names, changed=True, problems=odd)
 
 
 @takes_any_name
@@ -219,7 +226,7 @@ def _one_shard(
 def _with_skipped(merged: CalibrationArtifact, chosen: ImageFolder) -> CalibrationArtifact:
     used = {image.name for image in merged.table.images}
     skipped = tuple(entry.name for entry in chosen.entries if entry.name not in used)
-    return replace(merged, skipped=skipped)
+    return replace(merged, skipped=skipped, problems=survey(chosen).problems())
 
 
 @takes_any_name

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from clipdeploy import zoo
 from clipdeploy.device import gpus
-from clipdeploy.imaging import open_images
+from clipdeploy.imaging import open_images, survey
 from clipdeploy.imaging.preprocess import crop_file
 from clipdeploy.passports import checked_passport
 from clipdeploy.runners import Runner, open_runner
@@ -56,12 +56,17 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Predictions(Shown):
-    """What an artifact says of images, and what ran it."""
+    """What an artifact says of images, and what ran it.
+
+    ``problems``: a sentence for each thing that is odd about the folders and archives, such as
+    files that are no images.
+    """
 
     model: str
     artifact: str
     runner: str
     images: tuple[Prediction, ...]
+    problems: tuple[str, ...] = ()
 
     def __rich__(self) -> Renderable:
         parts: list[Text | Table] = []
@@ -95,13 +100,15 @@ def _target(workspace: Workspace, model: str | None, artifact: Path | None) -> T
     return Target(artifact, "engine" if found.engine else "graph", found.graph)
 
 
-def _files(paths: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
+def _files(paths: Sequence[Path], problems: list[str]) -> Iterator[tuple[str, bytes]]:
+    """Names and bytes of all images; ``problems`` grows by what is odd about them."""
     for path in paths:
         archive = path.suffix in (".zip", ".tar") and path.is_file()
         if not (archive or path.is_dir()):
             yield str(path), read_regular(path)
             continue
         images = open_images(path)
+        problems += survey(images).problems()
         reader = images.reader()
         try:
             for entry in images.entries:
@@ -188,7 +195,8 @@ def predict_images(
     runner = open_runner(target.path, passport=foreign)
     try:
         with progress.task("predict"):
-            found = tuple(_predictions(runner, target, _files(paths), top))
+            problems: list[str] = []
+            found = tuple(_predictions(runner, target, _files(paths, problems), top))
     finally:
         runner.close()
-    return Predictions(target.passport.model, str(target.path), runner.name, found)
+    return Predictions(target.passport.model, str(target.path), runner.name, found, tuple(problems))

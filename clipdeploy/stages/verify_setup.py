@@ -24,7 +24,7 @@ from clipdeploy.workspace import Workspace
 from exporters.artifact import Passport
 from exporters.errors import ArtifactError, DatasetError
 from exporters.notebook import Renderable, Shown, facts
-from exporters.paths import as_paths, hold_paths
+from exporters.paths import as_paths
 from exporters.progress import Progress
 from exporters.spans import IMAGES, check_numbers
 
@@ -61,7 +61,6 @@ class VerifyScope:
     def __post_init__(self) -> None:
         check_numbers(self, limit=IMAGES.or_none)
         object.__setattr__(self, "artifacts", as_paths(self.artifacts))
-        hold_paths(self, "labels")
 
 
 @dataclass(frozen=True)

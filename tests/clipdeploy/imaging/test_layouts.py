@@ -333,3 +333,10 @@ def test_the_names_in_a_zip_are_those_of_its_folder(tmp_path: Path) -> None:
         for path in sorted(root.rglob("*.png")):
             archive.write(path, path.relative_to(root))
     assert labels_of(open_images(packed, count=12)) == labels_of(open_images(root, count=12))
+
+
+def test_a_page_for_another_program_is_refused_whatever_its_name(tmp_path: Path) -> None:
+    (tmp_path / "page.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EOF\n")
+    spec = Preprocess(8, CLIP_MEAN, CLIP_STD)
+    with pytest.raises(DatasetError, match="EPS is no format of photographs"):
+        list(iter_crops(open_images(tmp_path), spec, workers=0))
