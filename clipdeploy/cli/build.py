@@ -20,7 +20,7 @@ from clipdeploy.cli.common import (
     whole_numbers,
 )
 from clipdeploy.cli.params import how_to_give, setting_option
-from clipdeploy.cli.quantize import quantize_config, recipe_options
+from clipdeploy.cli.quantize import note_quality, quantize_config, recipe_options
 from clipdeploy.cli.settings import setting_called
 from exporters.errors import UsageError
 
@@ -184,7 +184,7 @@ def build_engine(
     name = context.model(model)
     from clipdeploy.stages.build import build_model
     from clipdeploy.stages.calibrate import CalibrateConfig
-    from clipdeploy.stages.quantize import searched_config
+    from clipdeploy.stages.quantize import model_quality, searched_config
     from exporters.precision import Fp16Config
 
     quantize = quantize_config(context, name, options, "fp16")
@@ -206,6 +206,8 @@ def build_engine(
         force=force,
         progress=context.progress,
     )
+    if precision == "int8":
+        note_quality(context, model_quality(context.workspace, name))
     made = artifact.passport
     for fallback in made.fallbacks:
         context.note(f"not compiled as asked: {fallback}")
