@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import onnx_ir as ir
@@ -109,6 +109,17 @@ class Placement(Shown):
     def quantized(self) -> tuple[str, ...]:
         """Names of what runs in INT8."""
         return tuple(entry.name for entry in self.entries if entry.int8)
+
+    def without(self, reasons: Mapping[str, str]) -> Placement:
+        """The same, with some names left out for a reason each."""
+        return Placement(
+            tuple(
+                replace(entry, int8=False, reason=reasons[entry.name])
+                if entry.name in reasons
+                else entry
+                for entry in self.entries
+            )
+        )
 
     def __rich__(self) -> Renderable:
         counts = Counter(

@@ -116,6 +116,8 @@ def search_folding(
     shift = (values.smallest + values.largest) / 2
     spread = (values.largest - values.smallest) / 2
     spread = np.maximum(spread, max(float(spread.max()) * _NARROWEST, 1e-12))
+    # Of identical images nothing is known but the middle.
+    moves = float(spread.max()) > _NARROWEST * float(np.abs(shift).max())
     magnitudes = np.abs(weight)
     top = magnitudes.max(axis=1).astype(np.float64)
     top = np.maximum(top, max(float(top.max()) * _NARROWEST, 1e-12))
@@ -128,11 +130,12 @@ def search_folding(
     def folding(strength: float) -> Folding:
         scale = spread**strength / top ** (1 - strength)
         scale /= np.exp(np.log(scale).mean())
-        return Folding(shift, scale * _common_factor(spread / scale, top * scale), strength)
+        factor = _common_factor(spread / scale, top * scale) if moves else 1.0
+        return Folding(shift, scale * factor, strength)
 
     if strength is not None:
         return folding(strength)
-    ones = np.full_like(shift, _common_factor(spread, top))
+    ones = np.full_like(shift, _common_factor(spread, top) if moves else 1.0)
     best, least = Folding(shift, ones), error(ones)
     for candidate in map(folding, _STRENGTHS.tolist()):
         if (found := error(candidate.scale)) < least:

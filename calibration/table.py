@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 from rich.table import Table
 from rich.text import Text
 
@@ -23,13 +24,27 @@ from exporters.artifact import Preprocess, read_json, to_json
 from exporters.errors import ArtifactError, CalibrationError
 from exporters.files import write_atomic
 from exporters.notebook import Renderable, Shown
+from exporters.samples import Samples
 
-__all__ = ["CalibrationImageRecord", "CalibrationTable", "load_table", "merge_tables", "save_table"]
+__all__ = [
+    "MOST_CROPS",
+    "CalibrationCrop",
+    "CalibrationImageRecord",
+    "CalibrationTable",
+    "choose_crops",
+    "load_table",
+    "merge_tables",
+    "save_table",
+]
 
 
-_SCHEMA = 3
+_SCHEMA = 4
 # Tables before this schema hold nothing of an image's decoded pixels.
 _SCHEMA_WITH_PIXELS = 3
+# Tables before this schema hold no crops.
+_SCHEMA_WITH_CROPS = 4
+# Crops that a table holds.
+MOST_CROPS = 8
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,26 @@ class CalibrationImageRecord:
 
 
 @dataclass(frozen=True)
+class CalibrationCrop:
+    """An image that the quantised graph is judged on: ``pixels`` are uint8 (S, S, 3), zlib."""
+
+    name: str
+    sha256: str
+    pixels: bytes
+
+    @classmethod
+    def of(cls, name: str, sha256: str, pixels: NDArray[np.uint8]) -> CalibrationCrop:
+        """Of a crop, uint8 (S, S, 3)."""
+        return cls(name, sha256, zlib.compress(np.ascontiguousarray(pixels).tobytes()))
+
+
+def choose_crops(crops: Iterable[CalibrationCrop]) -> tuple[CalibrationCrop, ...]:
+    """Those of the lowest SHA-256, each picture once: any order, any sharding chooses the same."""
+    known = {crop.sha256: crop for crop in sorted(crops, key=lambda crop: crop.name, reverse=True)}
+    return tuple(known[sha256] for sha256 in sorted(known)[:MOST_CROPS])
+
+
+@dataclass(frozen=True)
 class PackedStatistics:
     """:class:`ChannelStatistics` as JSON can carry it: little-endian arrays, zlib, base64."""
 
@@ -69,7 +104,7 @@ class CalibrationTable(Shown):
     """Statistics by Linear name (``blocks.7.mlp.fc2``), and what they were collected from.
 
     ``source_graph`` is the SHA-256 of the FP32 graph; ``weights`` the identity of its checkpoint;
-    ``shard`` is (i, n) for the i-th of n parts.
+    ``shard`` is (i, n) for the i-th of n parts.  ``crops`` are a few of the images themselves.
     """
 
     model: str
@@ -81,6 +116,25 @@ class CalibrationTable(Shown):
     shard: tuple[int, int] | None = None
     seal: str = ""
     schema: int = _SCHEMA
+    crops: tuple[CalibrationCrop, ...] = ()
+
+    def samples(self) -> Samples | None:
+        """The images that the table holds; None in a table of an older clipdeploy.
+
+        Raises:
+            CalibrationError: they are not of the size that they should be.
+        """
+        size = self.preprocess.size
+        try:
+            arrays = [
+                np.frombuffer(zlib.decompress(crop.pixels), np.uint8).reshape(size, size, 3)
+                for crop in self.crops
+            ]
+        except (zlib.error, ValueError) as error:
+            raise CalibrationError(
+                f"the calibration's images are damaged: {error}", hint="calibrate again"
+            ) from error
+        return Samples(np.stack(arrays), self.preprocess) if arrays else None
 
     def of(self, name: str) -> ChannelStatistics:
         """The statistics of one Linear's input.
@@ -143,11 +197,13 @@ def unpack(packed: PackedStatistics) -> ChannelStatistics:
 
 def _seal(table: CalibrationTable) -> str:
     content = replace(table, seal="")
-    if table.schema >= _SCHEMA_WITH_PIXELS:
+    if table.schema >= _SCHEMA_WITH_CROPS:
         return hashlib.sha256(msgspec.json.encode(content)).hexdigest()
     # As it was sealed, without fields that there were not yet: whatever is in them breaks the seal.
     built = msgspec.to_builtins(content)
-    for image in built["images"]:
+    if not built["crops"]:
+        del built["crops"]
+    for image in built["images"] if table.schema < _SCHEMA_WITH_PIXELS else ():
         for name in ("pixels", "thumbnail"):
             if not image.get(name):
                 image.pop(name, None)
@@ -189,6 +245,7 @@ def merge_tables(parts: Sequence[CalibrationTable]) -> CalibrationTable:
         shard=None,
         seal="",
         schema=_SCHEMA,
+        crops=choose_crops(crop for part in parts for crop in part.crops),
     )
 
 

@@ -22,6 +22,7 @@ from clipdeploy.cli.common import (
 from clipdeploy.cli.params import how_to_give, setting_option
 from clipdeploy.cli.quantize import (
     check_recipe_options,
+    note_quality,
     quantize_config,
     recipe_names,
     recipe_options,
@@ -225,6 +226,7 @@ def build_engine(
     _check_batches(context, name)
     from clipdeploy.stages.build import build_model
     from clipdeploy.stages.calibrate import CalibrateConfig
+    from clipdeploy.stages.quantize import model_quality
     from exporters.precision import Fp16Config
 
     quantize = quantize_config(context, name, options, "fp16")
@@ -243,6 +245,8 @@ def build_engine(
         note=context.note,
         progress=context.progress,
     )
+    if precision == "int8":
+        note_quality(context, model_quality(context.workspace, name))
     made = artifact.passport
     for fallback in made.fallbacks:
         context.note(f"not compiled as asked: {fallback}")

@@ -91,6 +91,8 @@ def calibrate(
         context.note(problem)
     for skipped in result.skipped:
         context.note(f"skipped, unreadable: {skipped}")
+    for warning in result.warnings:
+        context.note(warning)
     if len(result.table.images) < FEW_IMAGES and shard is None:
         context.note(
             f"only {len(result.table.images)} images: with {FEW_IMAGES} or more the ranges are "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,10 +24,12 @@ if TYPE_CHECKING:
     from calibration.plan import PlanConfig
     from calibration.policy import Placement
     from calibration.qdq import QuantizeConfig
+    from calibration.quality import Quality
 
 __all__ = [
     "check_plan_options",
     "check_recipe_options",
+    "note_quality",
     "plan_config",
     "plan_options",
     "quantize",
@@ -74,6 +77,13 @@ _OPTIONS = (
     click.option("--quantize-attention", is_flag=True, help="Attention's two products as well."),
     click.option("--quantize-head", is_flag=True, help="The classifier as well."),
     click.option("--quantize-patch", is_flag=True, help="The patch convolution as well."),
+    click.option(
+        "--min-sqnr",
+        type=float,
+        metavar="DB",
+        help="Lowest signal over noise in dB: a Linear whose output would have less is left out, a "
+        "graph whose logits have less on the calibration images is refused.  [default: 10]",
+    ),
 )
 
 
@@ -146,7 +156,13 @@ def quantize_options(options: dict[str, Any]) -> QuantizeConfig:
         head=options["quantize_head"],
         patch=options["quantize_patch"],
     )
-    return QuantizeConfig(options["exclude"], "fp16", plan, scope)
+    config = QuantizeConfig(options["exclude"], "fp16", plan, scope)
+    return _with_minimum(config, options)
+
+
+def _with_minimum(config: QuantizeConfig, options: dict[str, Any]) -> QuantizeConfig:
+    minimum = options["min_sqnr"]
+    return config if minimum is None else replace(config, min_sqnr=minimum)
 
 
 def quantize_config(
@@ -163,11 +179,9 @@ def quantize_config(
         UsageError: a value that cannot be.
         ArtifactError, FileError: it cannot be read, or was found for other weights.
     """
-    from dataclasses import replace
-
     config = quantize_options(options)
     if options["recipe"] is not None:
-        config = _from_recipe(context, model, options["recipe"])
+        config = _with_minimum(_from_recipe(context, model, options["recipe"]), options)
     return config if remainder is None else replace(config, remainder=remainder)
 
 
@@ -200,7 +214,23 @@ def quantize(context: Context, model: str | None, cpu: bool, force: bool, **reci
         f"{result.artifact.bytes / 1e6:.1f} MB"
         + ("" if result.artifact.changed else " (unchanged)")
     )
-    emit(context, result, lambda: "\n".join([line, *_left_out(result.placement)]))
+    quality = result.quality
+    note_quality(context, quality)
+    lines = [line, *_left_out(result.placement), *(() if quality is None else [_sqnr(quality)])]
+    emit(context, result, lambda: "\n".join(lines))
+
+
+def note_quality(context: Context, quality: Quality | None) -> None:
+    """Show the warnings of an INT8 graph."""
+    for warning in () if quality is None else quality.warnings:
+        context.note(warning)
+
+
+def _sqnr(quality: Quality) -> str:
+    """What INT8 costs, in a line."""
+    images = f"{quality.images} calibration images" if quality.images else "the sample images"
+    figure = "equal to FP32" if quality.sqnr_db is None else f"SQNR {quality.sqnr_db:.1f} dB"
+    return f"  logits: {figure} on {images}"
 
 
 def _left_out(placement: Placement) -> list[str]:

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from exporters.errors import DatasetError
-from exporters.files import file_errors
+from exporters.files import read_regular
 
 __all__ = ["Classes", "NamesError", "names_from", "read_class_names"]
 
 _HINT = 'one name a line, or JSON: ["cat", "dog"], {"0": "cat", "1": "dog"} or {"cat": 0, "dog": 1}'
 _SHOWN = 3
-# A thousand times the names of ImageNet.
+# A thousand times those of ImageNet's names.
 _MOST_BYTES = 64 << 20
 
 
@@ -116,8 +116,7 @@ def read_class_names(path: Path, count: int) -> tuple[str, ...]:
         FileError: it cannot be read.
         DatasetError: it holds no such names, or not ``count`` of them.
     """
-    with file_errors("read", path), path.open("rb") as stream:
-        data = stream.read(_MOST_BYTES)
+    data = read_regular(path, _MOST_BYTES)
     try:
         text = data.decode("utf-8-sig")
         if text.lstrip().startswith(("[", "{")):

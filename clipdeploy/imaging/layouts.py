@@ -28,7 +28,7 @@ from clipdeploy.imaging.label_files import (
 )
 from clipdeploy.imaging.labels import Names, lists_any, read_labels
 from exporters.errors import DatasetError, UsageError
-from exporters.files import file_errors
+from exporters.files import read_regular
 from exporters.paths import hold_paths
 
 __all__ = ["Files", "Labelling", "Layout", "LayoutName", "find_layout"]
@@ -229,8 +229,7 @@ def _label_file(
     wanted = asked.layout
     if asked.labels is not None:
         kind = kind_of(asked.labels) if wanted == "auto" else cast(LabelKind, wanted)
-        with file_errors("read", asked.labels):
-            data = asked.labels.read_bytes()
+        data = read_regular(asked.labels)
         candidates = iter([LabelFile(kind, str(asked.labels), data, _beside(asked.labels))])
     else:
         inside, beside = _inside(files, prefixes), _beside(files.root)
@@ -263,9 +262,7 @@ def _beside(path: Path) -> Get:
     folder = Path(os.path.abspath(path)).parent
 
     def get(name: str) -> bytes | None:
-        try:
-            return (folder / name).read_bytes() if (folder / name).is_file() else None
-        except OSError as error:
-            raise DatasetError(f"cannot read {folder / name}: {error.strerror}") from error
+        path = folder / name
+        return read_regular(path) if path.is_file() else None
 
     return get

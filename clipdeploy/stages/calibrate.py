@@ -12,6 +12,7 @@ from rich.console import Group
 from rich.text import Text
 
 from calibration.collect import CalibrationImage, CollectConfig, collect
+from calibration.images import check_images, image_warnings
 from calibration.table import (
     CalibrationImageRecord,
     CalibrationTable,
@@ -89,10 +90,16 @@ class CalibrationArtifact(Shown):
     changed: bool
     problems: tuple[str, ...] = ()
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is unusual about the images."""
+        return image_warnings(self.table)
+
     def __rich__(self) -> Renderable:
         rows = [
             ("calibration", f"{self.path}: {len(self.table.images)} images"),
             ("made", "now" if self.changed else "before; nothing has changed since"),
+            *(("unusual", warning) for warning in self.warnings),
             *(("skipped, unreadable", name) for name in self.skipped),
         ]
         return Group(facts(rows), Text(""), self.table)
@@ -104,7 +111,7 @@ def _calibration_images(
     spec = passport.preprocess
     for crop in iter_crops(images, spec, skipped=skipped):
         image = Samples(crop.pixels[None], spec).as_input(passport.input)
-        yield CalibrationImage(crop.entry.name, crop.sha256, image, *crop.fingerprint)
+        yield CalibrationImage(crop.entry.name, crop.sha256, image, *crop.fingerprint, crop.pixels)
 
 
 def choose_images(data: Path, config: CalibrateConfig) -> ImageFolder:
@@ -178,7 +185,10 @@ def calibrate_model(
             with file_errors("remove", unfinished):
                 unfinished.unlink(missing_ok=True)
         settings = CollectConfig(unfinished, shard=config.shard, threads=config.threads)
-        table = save_table(collect(graph, rest, wanted, settings, progress), path)
+        table = collect(graph, rest, wanted, settings, progress)
+        if config.shard is None:
+            check_images(table)
+        table = save_table(table, path)
         with file_errors("remove", unfinished):
             unfinished.unlink(missing_ok=True)
     names = tuple(skipped.names if skipped else ())
@@ -246,6 +256,7 @@ def merge_calibration(
         raise ArtifactError(
             f"the shards were not made from {graph}", hint="calibrate them again from this graph"
         )
+    check_images(table)
     path = workspace.calibration(model)
     return CalibrationArtifact(path, save_table(table, path), (), changed=True)
 

@@ -88,7 +88,7 @@ class _Search:
         """Reference against all Linears in INT8; the flavour of the CPU runs fast here."""
         target = folder / f"{plan.label}.onnx"
         samples = sample_images(self.passport.preprocess, _STORAGE_IMAGES)
-        config = QuantizeConfig(remainder="fp32", plan=plan)
+        config = QuantizeConfig(remainder="fp32", plan=plan, min_sqnr=None)
         with self.progress.task(f"quantise {self.model}, ranges by {plan.label}"):
             quantize(self.source, self.calibration, target, samples, config)
             return Chain(self.source, target, threads=self.config.threads)
@@ -271,7 +271,8 @@ def _config(
     search: _Search, plan: PlanConfig, costs: CostModel, int8: Combination
 ) -> QuantizeConfig:
     exclude = tuple(name for name in costs.order if name not in int8)
-    return QuantizeConfig(exclude, search.config.remainder, plan)
+    # The search judges accuracy itself, and decides which Linears stay.
+    return QuantizeConfig(exclude, search.config.remainder, plan, min_sqnr=None)
 
 
 def _write(
