@@ -8,13 +8,15 @@ hand is refused rather than believed.
 from __future__ import annotations
 
 import hashlib
+import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 from rich.table import Table
 from rich.text import Text
 
@@ -23,6 +25,7 @@ from exporters.artifact import Preprocess, read_json, to_json
 from exporters.errors import ArtifactError, CalibrationError
 from exporters.files import write_atomic
 from exporters.notebook import Renderable, Shown
+from exporters.values import Fault, is_hash, is_name, is_number, unless, unless_lines
 
 __all__ = ["CalibrationImageRecord", "CalibrationTable", "load_table", "merge_tables", "save_table"]
 
@@ -30,6 +33,9 @@ __all__ = ["CalibrationImageRecord", "CalibrationTable", "load_table", "merge_ta
 _SCHEMA = 3
 # Tables before this schema hold nothing of an image's decoded pixels.
 _SCHEMA_WITH_PIXELS = 3
+# More than any layer or cluster has.
+_MOST_CHANNELS = 1_000_000
+_MOST_SHARDS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,14 @@ class PackedStatistics:
     counts: bytes
     total: bytes
 
+    def faults(self) -> Iterator[Fault]:
+        """Values that no statistics have; see :mod:`exporters.values`."""
+        held = 1 <= self.channels <= _MOST_CHANNELS
+        yield from unless(held, "channels", self.channels, f"from 1 to {_MOST_CHANNELS}")
+        yield from unless(self.rows >= 0, "rows", self.rows, "0 or more")
+        finite = is_number(self.amax, 0, math.inf)
+        yield from unless(finite, "amax", self.amax, "0 or more")
+
 
 @dataclass(frozen=True)
 class CalibrationTable(Shown):
@@ -81,6 +95,19 @@ class CalibrationTable(Shown):
     shard: tuple[int, int] | None = None
     seal: str = ""
     schema: int = _SCHEMA
+
+    def faults(self) -> Iterator[Fault]:
+        """Values that no table has; see :mod:`exporters.values`."""
+        yield from unless(is_name(self.model), "model", self.model, "a model's name")
+        yield from unless_lines("weights", self.weights)
+        digest = self.source_graph
+        yield from unless(is_hash(digest), "source_graph", digest, "a SHA-256 in hex")
+        if self.shard is not None:
+            number, count = self.shard
+            held = 1 <= number <= count <= _MOST_SHARDS
+            yield from unless(held, "shard", self.shard, f"i of n, n up to {_MOST_SHARDS}")
+        for name in self.statistics:
+            yield from unless_lines("statistics", name)
 
     def of(self, name: str) -> ChannelStatistics:
         """The statistics of one Linear's input.
@@ -125,9 +152,9 @@ def unpack(packed: PackedStatistics) -> ChannelStatistics:
     """
     channels = packed.channels
     try:
-        extremes = np.frombuffer(zlib.decompress(packed.extremes), "<f4").reshape(2, channels)
-        counts = np.frombuffer(zlib.decompress(packed.counts), "<i4").reshape(channels, 2, BINS)
-        total = np.frombuffer(zlib.decompress(packed.total), "<i8").reshape(channels)
+        extremes = _array(packed.extremes, "<f4", 2, channels)
+        counts = _array(packed.counts, "<i4", channels, 2, BINS)
+        total = _array(packed.total, "<i8", channels)
     except (zlib.error, ValueError) as error:
         raise CalibrationError(
             f"the calibration's statistics are damaged: {error}", hint="calibrate again"
@@ -139,6 +166,15 @@ def unpack(packed: PackedStatistics) -> ChannelStatistics:
         total.astype(np.int64),
         packed.rows,
     )
+
+
+def _array(data: bytes, dtype: str, *shape: int) -> NDArray[np.generic]:
+    """The array of ``shape`` that was packed; no more bytes than it has are unpacked."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = zlib.decompressobj().decompress(data, size + 1)
+    if len(raw) != size:
+        raise ValueError(f"they are not {shape} numbers")
+    return np.frombuffer(raw, dtype).reshape(shape)
 
 
 def _seal(table: CalibrationTable) -> str:
