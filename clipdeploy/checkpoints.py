@@ -54,6 +54,8 @@ _MOST_LEVELS = 8
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # In PyTorch's messages: a class that is not loaded, and the advice to load it all the same.
 _CLASS = re.compile(r"\bGLOBAL ([\w.]+)")
+# Errors whose message says something of the file; others are about the reader's own code.
+_TOLD = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError)
 _ADVICE = re.compile(r"weights[_ ]only", re.IGNORECASE)
 
 
@@ -152,7 +154,10 @@ def _reason(error: Exception) -> str:
         return "it is a TorchScript archive"
     if _ADVICE.search(text):
         return "it holds something else than tensors, or is damaged"
-    return (text.strip() or type(error).__name__).splitlines()[0]
+    if not isinstance(error, _TOLD):
+        return "it is damaged, or holds numbers of a type that this format does not take"
+    # The first sentence: PyTorch's messages go on with advice.
+    return (text.strip() or type(error).__name__).splitlines()[0].split(". ")[0]
 
 
 def _unwrap(loaded: Any, path: Path) -> tuple[StateDict, bool]:

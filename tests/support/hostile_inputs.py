@@ -131,8 +131,8 @@ _USES: tuple[Callable[[Path], list[Any]], ...] = (
     lambda graph: ["package", graph, "--triton", "{out}"],
     lambda graph: ["package", graph, "--cpp", "{out}"],
     lambda graph: ["predict", "3.png", "--artifact", graph],
-    lambda graph: ["verify", "--data", zoo.demo_file("test.zip"), "--images", "2"],
-    lambda graph: ["quantize", "--output", "{out}"][:1],
+    lambda graph: ["verify", "--data", zoo.demo_file("test.zip"), "--limit", "2"],
+    lambda graph: ["quantize"],
     lambda graph: ["benchmark", graph, "--seconds", "0.1"],
 )
 
@@ -151,10 +151,15 @@ def _passport(number: int, edit: Edit) -> Callable[[Case], list[Any]]:
         graph = case.artifacts.graph(DEMO, "fp32")
         restamp(graph, edit)
         case.file("3.png", _png())
-        words = _USES[number % len(_USES)](graph)
-        return words if graph in words or "predict" in words else [*words, "--model", "demo"]
+        return _used(number, graph)
 
     return make
+
+
+def _used(number: int, graph: Path) -> list[Any]:
+    """A command line that reads ``graph``, as a file or as a part of the workspace."""
+    words = _USES[number % len(_USES)](graph)
+    return words if graph in words else [*words, "--model", "demo"]
 
 
 # --- files that are kept in a workspace, and settings
@@ -365,9 +370,9 @@ _TAKES_NAMES: tuple[Callable[[str], list[Any]], ...] = (
     lambda name: ["inspect", f"{name}.onnx"],
     lambda name: ["predict", f"{name}.png", "--model", "demo"],
     lambda name: ["zoo", "show", name],
-    lambda name: ["deploy", "--model", name, "--data", name],
+    lambda name: ["deploy", "--model", "demo", "--fp16", "--val", name],
     lambda name: ["bisect", "--model", "demo", "--data", name],
-    lambda name: ["search", "--model", "demo", "--calibration", name, "--data", name],
+    lambda name: ["search", "--model", "demo", "--data", name],
     lambda name: ["build-engine", "--model", name],
     lambda name: ["calibrate", "--model", "demo", "--data", name],
     lambda name: ["export", "--model", "demo", "--checkpoint", f"hf://{name}"],
@@ -383,7 +388,12 @@ _TAKES_NAMES: tuple[Callable[[str], list[Any]], ...] = (
 def _names() -> Iterator[Hostile]:
     for number in range(30):
         name, use = ODD_NAMES[number % len(ODD_NAMES)], _TAKES_NAMES[number % len(_TAKES_NAMES)]
-        yield Hostile(f"name-{number}", lambda case, name=name, use=use: use(name))
+
+        def make(case: Case, name: str = name, use: Any = use) -> list[Any]:
+            case.with_graphs("fp32.onnx", "int8.onnx", "calibration.json")
+            return list(use(name))
+
+        yield Hostile(f"name-{number}", make)
 
 
 def _pipe(path: Path) -> None:
@@ -415,7 +425,7 @@ _AT: dict[str, Callable[[Path], list[Any]]] = {
     "x.json": lambda path: ["quantize", "--model", "demo", "--recipe", path],
     "x.txt": lambda path: [
         *("verify", "--model", "demo", "--data", zoo.demo_file("test.zip")),
-        *("--images", "2", "--labels", path),
+        *("--limit", "2", "--labels", path),
     ],
     "clipdeploy.toml": lambda path: ["config"],
     "artifacts/workspace.json": lambda path: ["package", "--triton", "{out}"],
@@ -452,6 +462,6 @@ def _graphs() -> Iterator[Hostile]:
             else:
                 data[-20_000:] = random.bytes(20_000)
             graph.write_bytes(data)
-            return list(_USES[number % len(_USES)](graph))
+            return _used(number, graph)
 
         yield Hostile(f"graph-bytes-{number}", make)

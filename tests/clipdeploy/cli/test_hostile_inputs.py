@@ -71,6 +71,8 @@ def words_of(hostile: Hostile, case: Case) -> list[str]:
 def check_output(text: str) -> None:
     assert "Traceback" not in text
     assert "weights_only" not in text
+    # It got as far as the input.
+    assert "No such option '--" not in text
     assert "s3cret" not in text
     for line in text.split("\n"):
         assert is_one_line(line), line
