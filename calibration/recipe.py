@@ -6,6 +6,7 @@ configuration is used; the weights it was found for are compared, and others are
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from calibration.qdq import QuantizeConfig
 from exporters.artifact import read_json, to_json
 from exporters.errors import ArtifactError
 from exporters.files import write_atomic
+from exporters.values import Fault, is_name, unless, unless_lines
 
 __all__ = ["RECIPE_SCHEMA", "QuantizeRecipe", "load_recipe", "save_recipe"]
 
@@ -29,6 +31,12 @@ class QuantizeRecipe:
     config: QuantizeConfig
     found: dict[str, Any] = field(default_factory=dict)
     schema: int = RECIPE_SCHEMA
+
+    def faults(self) -> Iterator[Fault]:
+        """Values that no recipe has; see :mod:`exporters.values`."""
+        yield from unless(is_name(self.model), "model", self.model, "a model's name")
+        yield from unless_lines("weights", self.weights)
+        yield from unless_lines("config.exclude", self.config.exclude)
 
     def check(self, weights: str) -> None:
         """Refuse other weights than those it was found for.

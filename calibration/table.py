@@ -8,8 +8,9 @@ hand is refused rather than believed.
 from __future__ import annotations
 
 import hashlib
+import math
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from exporters.errors import ArtifactError, CalibrationError
 from exporters.files import write_atomic
 from exporters.notebook import Renderable, Shown
 from exporters.samples import Samples
+from exporters.values import Fault, is_hash, is_name, is_number, unless, unless_lines
 
 __all__ = [
     "MOST_CROPS",
@@ -45,6 +47,9 @@ _SCHEMA_WITH_PIXELS = 3
 _SCHEMA_WITH_CROPS = 4
 # Crops that a table holds.
 MOST_CROPS = 8
+# More than any layer or cluster has.
+_MOST_CHANNELS = 1_000_000
+_MOST_SHARDS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,14 @@ class PackedStatistics:
     counts: bytes
     total: bytes
 
+    def faults(self) -> Iterator[Fault]:
+        """Values that no statistics have; see :mod:`exporters.values`."""
+        held = 1 <= self.channels <= _MOST_CHANNELS
+        yield from unless(held, "channels", self.channels, f"from 1 to {_MOST_CHANNELS}")
+        yield from unless(self.rows >= 0, "rows", self.rows, "0 or more")
+        finite = is_number(self.amax, 0, math.inf)
+        yield from unless(finite, "amax", self.amax, "0 or more")
+
 
 @dataclass(frozen=True)
 class CalibrationTable(Shown):
@@ -126,15 +139,25 @@ class CalibrationTable(Shown):
         """
         size = self.preprocess.size
         try:
-            arrays = [
-                np.frombuffer(zlib.decompress(crop.pixels), np.uint8).reshape(size, size, 3)
-                for crop in self.crops
-            ]
+            arrays = [_array(crop.pixels, "uint8", size, size, 3) for crop in self.crops]
         except (zlib.error, ValueError) as error:
             raise CalibrationError(
                 f"the calibration's images are damaged: {error}", hint="calibrate again"
             ) from error
         return Samples(np.stack(arrays), self.preprocess) if arrays else None
+
+    def faults(self) -> Iterator[Fault]:
+        """Values that no table has; see :mod:`exporters.values`."""
+        yield from unless(is_name(self.model), "model", self.model, "a model's name")
+        yield from unless_lines("weights", self.weights)
+        digest = self.source_graph
+        yield from unless(is_hash(digest), "source_graph", digest, "a SHA-256 in hex")
+        if self.shard is not None:
+            number, count = self.shard
+            held = 1 <= number <= count <= _MOST_SHARDS
+            yield from unless(held, "shard", self.shard, f"i of n, n up to {_MOST_SHARDS}")
+        for name in self.statistics:
+            yield from unless_lines("statistics", name)
 
     def of(self, name: str) -> ChannelStatistics:
         """The statistics of one Linear's input.
@@ -179,9 +202,9 @@ def unpack(packed: PackedStatistics) -> ChannelStatistics:
     """
     channels = packed.channels
     try:
-        extremes = np.frombuffer(zlib.decompress(packed.extremes), "<f4").reshape(2, channels)
-        counts = np.frombuffer(zlib.decompress(packed.counts), "<i4").reshape(channels, 2, BINS)
-        total = np.frombuffer(zlib.decompress(packed.total), "<i8").reshape(channels)
+        extremes = _array(packed.extremes, "<f4", 2, channels)
+        counts = _array(packed.counts, "<i4", channels, 2, BINS)
+        total = _array(packed.total, "<i8", channels)
     except (zlib.error, ValueError) as error:
         raise CalibrationError(
             f"the calibration's statistics are damaged: {error}", hint="calibrate again"
@@ -193,6 +216,15 @@ def unpack(packed: PackedStatistics) -> ChannelStatistics:
         total.astype(np.int64),
         packed.rows,
     )
+
+
+def _array(data: bytes, dtype: str, *shape: int) -> NDArray[np.generic]:
+    """The array of ``shape`` that was packed; no more bytes than it has are unpacked."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = zlib.decompressobj().decompress(data, size + 1)
+    if len(raw) != size:
+        raise ValueError(f"they are not {shape} numbers")
+    return np.frombuffer(raw, dtype).reshape(shape)
 
 
 def _seal(table: CalibrationTable) -> str:

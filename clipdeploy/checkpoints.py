@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 from clipdeploy.interrupts import interrupts
 from clipdeploy.vit import ViTConfig
 from exporters.errors import CheckpointError
-from exporters.files import file_errors, sha256_file
+from exporters.files import open_regular, sha256_file
 
 __all__ = [
     "Checkpoint",
@@ -50,6 +51,14 @@ _NO_RULES: Rules = ()
 _LISTED = 6
 # mmengine's dataset_meta, mmcv's CLASSES, torchvision's class_to_idx, Hugging Face's id2label.
 _CLASS_KEYS = ("classes", "CLASSES", "class_names", "class_to_idx", "id2label", "idx_to_class")
+# A checkpoint inside a checkpoint inside ...: real ones have two levels.
+_MOST_LEVELS = 8
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# In PyTorch's messages: a class that is not loaded, and the advice to load it all the same.
+_CLASS = re.compile(r"\bGLOBAL ([\w.]+)")
+# Errors whose message says something of the file; others are about the reader's own code.
+_TOLD = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError)
+_ADVICE = re.compile(r"weights[_ ]only", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,10 @@ def _load_pickle(path: Path) -> Any:
     # Only the zip format can be mapped; the legacy pickle raises RuntimeError for mmap=True.
     with path.open("rb") as stream:
         mappable = stream.read(4) == b"PK\x03\x04"
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+    with warnings.catch_warnings():
+        # About sparse tensors, which are refused.
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
 
 
 def _load(path: Path) -> Any:
@@ -128,21 +140,38 @@ def _load(path: Path) -> Any:
         return _load_pickle(path)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} is not a plain tensor pickle: {str(error).splitlines()[0]}",
+            f"{path} is not a plain tensor pickle: {_reason(error)}",
             hint="it is cut short, or holds objects that could run code: save its state dict "
             "alone, or as .safetensors",
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+    except Exception as error:  # whatever an unpickler does with bytes that are no pickle
         raise CheckpointError(
-            f"{path} cannot be read as a checkpoint: {reason}",
+            f"{path} cannot be read as a checkpoint: {_reason(error)}",
             hint="the file is cut short or no checkpoint: fetch it again",
         ) from error
 
 
+def _reason(error: Exception) -> str:
+    """What PyTorch says, without its advice to load the file in the way that runs code."""
+    text = str(error)
+    if found := _CLASS.search(text):
+        return f"it holds an object of {found[1]}"
+    if "TorchScript" in text:
+        return "it is a TorchScript archive"
+    if _ADVICE.search(text):
+        return "it holds something else than tensors, or is damaged"
+    if not isinstance(error, _TOLD):
+        return "it is damaged, or holds numbers of a type that this format does not take"
+    # The first sentence: PyTorch's messages go on with advice.
+    return (text.strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+
+
 def _unwrap(loaded: Any, path: Path) -> tuple[StateDict, bool]:
     nested = False
-    while isinstance(loaded, Mapping):
+    # Counted: a dictionary of a pickle may be inside itself.
+    for _ in range(_MOST_LEVELS):
+        if not isinstance(loaded, Mapping):
+            break
         inner = next((loaded[k] for k in ("state_dict", "model") if k in loaded), None)
         if not isinstance(inner, Mapping):
             break
@@ -155,7 +184,34 @@ def _unwrap(loaded: Any, path: Path) -> tuple[StateDict, bool]:
             f"{path} holds entries that are no tensors: {_some(wrong)}",
             hint="save the model's state dict alone",
         )
-    return {str(key): value for key, value in loaded.items()}, nested
+    tensors = {str(key): value for key, value in loaded.items()}
+    odd = [f"{name} is {what}" for name, value in tensors.items() if (what := _oddity(value))]
+    if odd:
+        raise CheckpointError(
+            f"{path} holds tensors that are no plain floating-point numbers: {_some(odd)}",
+            hint="save the weights as float32, float16, bfloat16 or float64: a quantised or sparse "
+            "model has to be dequantised first",
+        )
+    return tensors, nested
+
+
+def _oddity(tensor: Tensor) -> str:
+    """What a tensor is that a cast to float32 would not keep or could not read; else empty."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if tensor.is_quantized:
+        return f"quantised {dtype}"
+    if tensor.is_nested:
+        return f"a nested tensor of {dtype}"
+    if tensor.layout != torch.strided:
+        return f"{str(tensor.layout).removeprefix('torch.')} {dtype}"
+    if tensor.is_meta:
+        return f"{dtype} without data (device meta)"
+    if tensor.dtype not in _FLOATS:
+        return dtype
+    # Strides of 0 make any shape out of one number, and the cast would write all of it.
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return f"{dtype} {tuple(tensor.shape)} of {tensor.untyped_storage().nbytes()} bytes"
+    return ""
 
 
 def _class_names(loaded: Any) -> Any:
@@ -205,9 +261,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         FileError: the file does not exist or cannot be opened.
-        CheckpointError: it is cut short, unsafe to unpickle, or of an unknown layout.
+        CheckpointError: it is cut short, unsafe to unpickle, of an unknown layout, or holds other
+            tensors than plain ones of float32, float16, bfloat16 or float64.
     """
-    with file_errors("read", path), path.open("rb"):
+    with open_regular(path):
         pass
     loaded = _load(path)
     tensors, nested = _unwrap(loaded, path)

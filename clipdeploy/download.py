@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.error import URLError
 
+from clipdeploy.addresses import masked, without_secrets
 from clipdeploy.cache import cache_folder
 from clipdeploy.zoo import ModelCard
 from exporters.errors import CheckpointError, UsageError
@@ -25,6 +26,8 @@ OFFLINE_VARIABLE = "CLIPDEPLOY_OFFLINE"
 MIRROR_VARIABLE = "CLIPDEPLOY_MIRROR"
 _OFF = ("", "0", "false", "no", "off")
 HUB_PREFIX = "hf://"
+# ValueError: an address that is none.
+_NETWORK = (URLError, ConnectionError, TimeoutError, ValueError, http.client.HTTPException)
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 # Seconds without a byte after which a server counts as gone.
 _STALL = 30.0
@@ -39,7 +42,7 @@ def cached_file(card: ModelCard) -> Path:
 
 def is_at_hand(card: ModelCard) -> bool:
     """Whether the card's weights need no download: they ship with clipdeploy or are cached."""
-    return not card.file or cached_file(card).is_file()
+    return card.shipped or (bool(card.file) and cached_file(card).is_file())
 
 
 @contextlib.contextmanager
@@ -59,9 +62,16 @@ def _is_offline(asked: bool) -> bool:
 
 
 def address(card: ModelCard) -> str:
-    """Where a card's weights are fetched from: its own URL, or ``$CLIPDEPLOY_MIRROR``/file."""
+    """Where a card's weights are fetched from: its own URL, or ``$CLIPDEPLOY_MIRROR``/file.
+
+    A query such as ``?token=...`` stays at the end.  It may hold secrets, see
+    :mod:`clipdeploy.addresses`.
+    """
     mirror = os.environ.get(MIRROR_VARIABLE)
-    return f"{mirror.rstrip('/')}/{card.file}" if mirror else card.url
+    if not mirror:
+        return card.url
+    folder, mark, query = mirror.partition("?")
+    return f"{folder.rstrip('/')}/{card.file}{mark}{query}"
 
 
 def fetch(card: ModelCard, *, offline: bool = False, progress: bool = True) -> Path:
@@ -72,9 +82,15 @@ def fetch(card: ModelCard, *, offline: bool = False, progress: bool = True) -> P
     removed by a later one.
 
     Raises:
-        CheckpointError: offline, no answer, a stalled or cut connection, or a wrong hash.
+        CheckpointError: offline, no answer, a stalled or cut connection, a wrong hash, or nothing
+            is published.
         FileError: the cache cannot be written.
     """
+    if not card.file or not card.sha256_prefix:
+        missing = "address" if not card.file else "hash"
+        raise CheckpointError(
+            f"no {missing} of {card.name}'s weights is known", hint="pass --checkpoint FILE"
+        )
     path = cached_file(card)
     if path.is_file():
         return path
@@ -94,7 +110,8 @@ def fetch(card: ModelCard, *, offline: bool = False, progress: bool = True) -> P
             )
     except RuntimeError as error:
         raise CheckpointError(
-            f"{url} sent other bytes than published: {error}", hint=f"try again, or {mend}"
+            f"{masked(url)} sent other bytes than published: {without_secrets(str(error), url)}",
+            hint=f"try again, or {mend}",
         ) from error
     return path
 
@@ -116,9 +133,11 @@ def _remove_abandoned(path: Path) -> None:
 def _network_errors(url: str, mend: str) -> Iterator[None]:
     try:
         yield
-    except (URLError, ConnectionError, TimeoutError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", None) or str(error) or type(error).__name__
-        raise CheckpointError(f"cannot download {url}: {reason}", hint=mend) from error
+    except _NETWORK as error:
+        reason = str(getattr(error, "reason", None) or error) or type(error).__name__
+        raise CheckpointError(
+            f"cannot download {masked(url)}: {without_secrets(reason, url)}", hint=mend
+        ) from error
 
 
 def fetch_hub(reference: str, *, offline: bool = False, progress: bool = True) -> Path:

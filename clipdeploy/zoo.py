@@ -8,15 +8,15 @@ from __future__ import annotations
 import csv
 import difflib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cache, wraps
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from exporters.artifact import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess, Recipe
-from exporters.errors import UsageError
+from exporters.errors import ArtifactError, UsageError
 
 __all__ = [
     "DEMO",
@@ -36,6 +36,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 DOWNLOAD_ROOT = "https://download.openmmlab.com/mmclassification/v0/clip/"
 DEMO = "clip-vit-demo"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,16 @@ class ModelCard:
     @property
     def short(self) -> bool:
         """True if ``aliases[0]`` is its geometry's short name: it is the most accurate one."""
-        return self.aliases[0] == _short_alias(self.patch, self.image_size)
+        return self.aliases[:1] == (_short_alias(self.patch, self.image_size),)
+
+    @property
+    def shipped(self) -> bool:
+        """Whether the weights come with clipdeploy."""
+        return self.name == DEMO
 
     @property
     def url(self) -> str:
-        """Where the weights are published; empty for the demo card, which ships its own."""
+        """Where the weights are published; empty if they are not, as the demo card's."""
         return DOWNLOAD_ROOT + self.file if self.file else ""
 
     def preprocess(self, recipe: Recipe) -> Preprocess:
@@ -138,38 +144,73 @@ def _demo_card() -> ModelCard:
 
 @cache
 def cards() -> tuple[ModelCard, ...]:
-    """All cards, in the order of the published table, the demo card last."""
-    rows = _read_rows("zoo.csv")
-    best: dict[str, dict[str, str]] = {}
-    for row in rows:
-        alias = _short_alias(int(row["patch"]), int(row["image_size"]))
-        if alias not in best or float(row["published_top1"]) > float(best[alias]["published_top1"]):
-            best[alias] = row
-    zoo = []
-    for row in rows:
-        alias = _short_alias(int(row["patch"]), int(row["image_size"]))
-        aliases = [row["timm_name"], _mmpretrain_name(row["name"])]
-        if best[alias] is row:
-            aliases.insert(0, alias)
-        zoo.append(
-            ModelCard(
-                name=row["name"],
-                aliases=tuple(aliases),
-                patch=int(row["patch"]),
-                image_size=int(row["image_size"]),
-                pretrain=row["pretrain"],
-                params=int(row["true_params"]),
-                macs=int(row["true_macs"]),
-                top1=float(row["published_top1"]),
-                top5=float(row["published_top5"]),
-                file=row["file"],
-                sha256_prefix=row["sha256_prefix"],
-                timm_name=row["timm_name"],
-                timm_crop_pct=float(row["timm_crop_pct"]),
-                timm_crop_mode=row["timm_crop_mode"],
-            )
-        )
-    return (*zoo, _demo_card())
+    """All cards, in the order of the published table, the demo card last.
+
+    Raises:
+        ArtifactError: a row of the table cannot be read.
+    """
+    read = [_card(line, row) for line, row in enumerate(_read_rows("zoo.csv"), start=2)]
+    best: dict[str, ModelCard] = {}
+    for card in read:
+        alias = _short_alias(card.patch, card.image_size)
+        if alias not in best or (card.top1 or 0) > (best[alias].top1 or 0):
+            best[alias] = card
+    short = {card.name: alias for alias, card in best.items()}
+    named = [
+        replace(card, aliases=(short[card.name], *card.aliases)) if card.name in short else card
+        for card in read
+    ]
+    return (*named, _demo_card())
+
+
+def _card(line: int, row: Mapping[str, str | None]) -> ModelCard:
+    """A row of ``zoo.csv`` as a card without its short alias.
+
+    Accuracy, ``file``, its hash and what timm has may be blank: not every checkpoint is published.
+    """
+
+    def value(column: str, kind: Callable[[str], T], otherwise: T | None = None) -> T:
+        text = (row.get(column) or "").strip()
+        if not text and otherwise is not None:
+            return otherwise
+        try:
+            if not text:
+                raise ValueError("it is blank")
+            return kind(text)
+        except ValueError as error:
+            raise ArtifactError(
+                f"zoo.csv, line {line}: no value in the column {column}: {error}",
+                hint="docs/adding-a-checkpoint.md says what each column holds",
+            ) from error
+
+    name, timm_name = value("name", str), value("timm_name", str, "")
+    return ModelCard(
+        name=name,
+        aliases=tuple(filter(None, (timm_name, _mmpretrain_name(name)))),
+        patch=value("patch", _count),
+        image_size=value("image_size", _count),
+        pretrain=value("pretrain", str, "-"),
+        params=value("true_params", _count),
+        macs=value("true_macs", _count),
+        # NaN: blank, and no published figure.
+        top1=_known(value("published_top1", float, math.nan)),
+        top5=_known(value("published_top5", float, math.nan)),
+        file=value("file", str, ""),
+        sha256_prefix=value("sha256_prefix", str, ""),
+        timm_name=timm_name,
+        timm_crop_pct=value("timm_crop_pct", float, 1.0),
+        timm_crop_mode=value("timm_crop_mode", str, "center"),
+    )
+
+
+def _count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError(f"{number} is less than 1")
+    return number
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 @cache

@@ -45,6 +45,9 @@ _HINTS = {
     errno.ENOENT: "the path does not exist: check its spelling",
     errno.ENOTDIR: "a part of this path is a file, not a folder",
     errno.EISDIR: "this is a folder, a file is needed",
+    errno.ENXIO: "this is a socket or a device, a file is needed",
+    errno.ELOOP: "symbolic links lead in a circle",
+    errno.ENAMETOOLONG: "file systems take no name as long as this",
 }
 
 

@@ -33,7 +33,7 @@ class ConfigRow:
     """A setting as it holds now.
 
     ``origin`` names the variable, the file or the option; ``value`` is None where nobody gave one
-    and there is no default.
+    and there is no default, and has no passwords or tokens.
     """
 
     name: str
@@ -79,9 +79,8 @@ def _configuration(settings: Settings, typed: dict[str, Value]) -> Configuration
         found = settings.look_up(setting)
         if setting.name in typed:
             found = Found(typed[setting.name], "command line", "command line")
-        rows.append(
-            ConfigRow(setting.name, found.value, found.source, found.origin, setting.variable)
-        )
+        value = setting.kind.shown(found.value) if isinstance(found.value, str) else found.value
+        rows.append(ConfigRow(setting.name, value, found.source, found.origin, setting.variable))
     return Configuration(settings.file, tuple(rows))
 
 

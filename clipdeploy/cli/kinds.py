@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from clipdeploy.addresses import masked
 from exporters.errors import UsageError
 
 __all__ = [
@@ -34,13 +35,15 @@ class Kind:
     """``wanted`` says what it is; ``types`` are those of TOML that it is written as.
 
     ``parse`` takes such a value, or the text of a variable.  It raises ``ValueError`` for a wrong
-    one, or :class:`UsageError` where it has more to say.  ``choices`` are all values, if few.
+    one, or :class:`UsageError` where it has more to say.  ``choices`` are all values, if few;
+    ``shown`` is a value's text as it may be printed.
     """
 
     wanted: str
     types: tuple[type, ...]
     parse: Callable[[object], Value]
     choices: tuple[str, ...] = ()
+    shown: Callable[[str], str] = str
 
     def checked(self, raw: object, where: str, example: Value) -> Value:
         """The value of ``raw``; errors begin with ``where`` and give the ``example``.
@@ -48,7 +51,7 @@ class Kind:
         Raises:
             UsageError: it is none.
         """
-        given = f"{where} = {as_toml(raw)}"
+        given = f"{where} = {self._as_toml(raw)}"
         try:
             return self.parse(raw)
         except ValueError as error:
@@ -67,10 +70,13 @@ class Kind:
         # type, not isinstance: a bool of Python is an int.
         if type(raw) not in self.types:
             raise UsageError(
-                f"{where} = {as_toml(raw)} is not {self.wanted}",
+                f"{where} = {self._as_toml(raw)} is not {self.wanted}",
                 hint=f"such as {as_toml(example)}",
             )
         return self.checked(raw, where, example)
+
+    def _as_toml(self, raw: object) -> str:
+        return as_toml(self.shown(raw) if isinstance(raw, str) else raw)
 
 
 def as_toml(value: object) -> str:
@@ -117,7 +123,7 @@ def _model(raw: object) -> str:
 FOLDER = Kind("a path", (str,), _path)
 IMAGES = Kind("a path", (str,), _path)
 FLAG = Kind("true or false", (bool,), _flag)
-URL = Kind("an address", (str,), _url)
+URL = Kind("an address", (str,), _url, shown=masked)
 MODEL = Kind("a model's name", (str,), _model)
 
 

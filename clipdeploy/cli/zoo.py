@@ -46,18 +46,24 @@ def _table(cards: tuple[ModelCard, ...]) -> Group:
     return Group(table, Text(notes))
 
 
+def _weights(card: ModelCard) -> str:
+    if card.shipped:
+        return "shipped with clipdeploy"
+    return card.url or "not published: pass --checkpoint"
+
+
 def _describe(card: ModelCard) -> str:
     from clipdeploy.zoo import recipe_notes
 
     lines = [
         card.name,
-        f"  also called   {', '.join(card.aliases)}",
+        f"  also called   {', '.join(card.aliases) or '-'}",
         f"  pretraining   {card.pretrain}",
         f"  geometry      {card.image_size} px in {card.patch} px patches: {card.tokens} tokens, "
         f"{card.depth} blocks of width {card.width}, {card.heads} heads, {card.classes} classes",
         f"  size          {card.params / 1e6:.2f} M parameters, {card.macs / 1e9:.2f} GMACs",
         f"  published     top-1 {_percent(card.top1)} %, top-5 {_percent(card.top5)} %",
-        f"  weights       {card.url or 'shipped with clipdeploy'}",
+        f"  weights       {_weights(card)}",
     ]
     notes = [f"  {option:22}  {note}" for option, note in recipe_notes(card).items()]
     return "\n".join([*lines, *notes])

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -201,3 +203,129 @@ def test_an_interrupt_inside_the_reader_is_no_broken_file(
     assert ended == [path]
     monkeypatch.undo()
     assert read_checkpoint(path).tensors.keys() == tensors.keys()
+
+
+def _plain(dtype: torch.dtype) -> Tensor:
+    return torch.arange(4).to(dtype)
+
+
+ODD: dict[str, tuple[Callable[[], Tensor], str]] = {
+    **{
+        str(dtype): (lambda dtype=dtype: _plain(dtype), str(dtype).removeprefix("torch."))
+        for dtype in (
+            torch.int8,
+            torch.uint8,
+            torch.int64,
+            torch.bool,
+            torch.complex64,
+            torch.float8_e4m3fn,
+            torch.float8_e5m2,
+        )
+    },
+    "quantised": (lambda: torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8), "qint8"),
+    "sparse": (lambda: torch.eye(4).to_sparse(), "sparse_coo float32"),
+    "compressed": (lambda: torch.eye(4).to_sparse_csr(), "sparse_csr float32"),
+    "nested": (
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        "a nested tensor of float32",
+    ),
+    "meta": (lambda: torch.ones(4, device="meta"), "without data"),
+    "endless": (lambda: torch.ones(1).half().expand(2**24, 2**24), "of 2 bytes"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ODD)
+def test_other_tensors_than_floating_point_ones_are_named(
+    kind: str, tensors: Tensors, tmp_path: Path
+) -> None:
+    """Cast to float32 they would be other weights, without a word."""
+    make, word = ODD[kind]
+    for name, keys in (("timm", lambda found: found), ("mmpretrain", mmpretrain_keys)):
+        path = tmp_path / f"{name}.pth"
+        torch.save(keys({**tensors, "blocks.1.norm2.bias": make()}), path)
+        with pytest.raises(CheckpointError, match=r"(norm2|ln2)\.bias is .*") as found:
+            read_checkpoint(path)
+        assert word in found.value.message
+        assert "float32" in found.value.hint
+
+
+def test_integers_in_a_safetensors_file_are_named(tensors: Tensors, tmp_path: Path) -> None:
+    save_file(
+        {**tensors, "head.bias": torch.ones(5, dtype=torch.int32)}, tmp_path / "w.safetensors"
+    )
+    with pytest.raises(CheckpointError, match=r"head\.bias is int32"):
+        read_checkpoint(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_floating_point_is_taken(dtype: torch.dtype, tensors: Tensors, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({name: value.to(dtype) for name, value in tensors.items()}, path)
+    found = read_checkpoint(path).tensors
+    assert all(torch.equal(found[name], tensors[name].to(dtype).float()) for name in tensors)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_dictionary_inside_itself_ends(zipped: bool, tmp_path: Path) -> None:
+    inner: dict[str, object] = {}
+    inner["state_dict"] = {"model": inner}
+    path = tmp_path / "loop.pth"
+    torch.save(inner, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"entries that are no tensors: (model|state_dict)"):
+        read_checkpoint(path)
+
+
+class Custom:
+    pass
+
+
+def _script(path: Path) -> None:
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))  # type: ignore[no-untyped-call]
+
+
+NO_CHECKPOINTS: dict[str, Callable[[Path], object]] = {
+    "an object": lambda path: torch.save({"a": Custom()}, path),
+    "a pickle": lambda path: path.write_bytes(pickle.dumps({"a": print})),
+    "an old pickle": lambda path: torch.save(
+        {"a": Custom()}, path, _use_new_zipfile_serialization=False
+    ),
+    "TorchScript": _script,
+    "a few bytes": lambda path: path.write_bytes(b"junk"),
+    "zeros": lambda path: path.write_bytes(bytes(1000)),
+    "an empty zip": lambda path: path.write_bytes(b"PK\x05\x06" + bytes(18)),
+    "a pickle of nothing": lambda path: path.write_bytes(b"\x80\x02."),
+    **{
+        f"random bytes {seed}": lambda path, seed=seed: path.write_bytes(
+            (b"", b"\x80\x02", b"PK\x03\x04")[seed % 3]
+            + np.random.default_rng(seed).bytes(20 * seed + 1)
+        )
+        for seed in range(12)
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", NO_CHECKPOINTS)
+def test_nobody_is_told_to_load_a_file_unsafely(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    NO_CHECKPOINTS[kind](path)
+    with pytest.raises(CheckpointError) as found:
+        read_checkpoint(path)
+    told = str(found.value)
+    assert not re.search(r"weights.?only|torch\.load|trust|pytorch\.org", told, re.IGNORECASE)
+    assert "\n" not in told
+    assert "\x1b" not in told
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_no_regular_file_is_waited_for(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(FileError, match=r"weights\.pth"):
+        read_checkpoint(path)

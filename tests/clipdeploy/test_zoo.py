@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
+from click.testing import CliRunner
 
 from clipdeploy import zoo
 from clipdeploy.checkpoints import expected_shapes
+from clipdeploy.cli.main import main
+from clipdeploy.download import fetch, is_at_hand
 from clipdeploy.vit import ViTConfig
 from exporters.artifact import CLIP_MEAN, IMAGENET_MEAN, Recipe
-from exporters.errors import UsageError
+from exporters.errors import CheckpointError, UsageError
 
 
 def test_there_are_fourteen_cards_and_the_demo() -> None:
@@ -95,3 +100,51 @@ def test_class_names_are_the_thousand_wnids_in_logit_order() -> None:
     assert names[0] == ("n01440764", "tench, Tinca tinca")
     assert [wnid for wnid, _ in names] == sorted(wnid for wnid, _ in names)
     assert [name for name, _ in zoo.class_names(zoo.find(zoo.DEMO))] == list("0123456789")
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Replaces fields of the first row of ``zoo.csv``."""
+    rows = zoo._read_rows("zoo.csv")
+
+    def change(**fields: str | None) -> None:
+        edited = [rows[0] | fields, *rows[1:]]
+        monkeypatch.setattr(zoo, "_read_rows", lambda name: edited)
+        zoo.cards.cache_clear()
+
+    yield change
+    monkeypatch.undo()
+    zoo.cards.cache_clear()
+
+
+NEEDED = ("name", "patch", "image_size", "true_params", "true_macs")
+UNNEEDED = tuple(column for column in zoo._read_rows("zoo.csv")[0] if column not in NEEDED)
+
+
+@pytest.mark.parametrize("blank", ["", "  ", None])
+@pytest.mark.parametrize("column", UNNEEDED)
+def test_a_field_that_may_be_blank(
+    column: str, blank: str | None, table: Callable[..., None]
+) -> None:
+    table(**{column: blank})
+    card = zoo.cards()[0]
+    assert zoo.find(card.name) is card
+    for words in (("zoo",), ("zoo", "--json"), ("zoo", "show", card.name)):
+        result = CliRunner().invoke(main, words)
+        assert result.exit_code == 0, result.output
+    assert ("not published" in result.stdout) == (column == "file")
+    assert "" not in card.aliases
+    if column in ("file", "sha256_prefix"):
+        assert not is_at_hand(card)
+        with pytest.raises(CheckpointError, match=r"of .* weights is known"):
+            fetch(card)
+
+
+@pytest.mark.parametrize("bad", ["", "many", "0", "-4", "1.5"])
+@pytest.mark.parametrize("column", NEEDED[1:])
+def test_a_field_that_is_needed(column: str, bad: str, table: Callable[..., None]) -> None:
+    table(**{column: bad})
+    result = CliRunner().invoke(main, ["zoo"])
+    assert result.exit_code == 1
+    assert f"zoo.csv, line 2: no value in the column {column}" in result.stderr
+    assert "Traceback" not in result.output

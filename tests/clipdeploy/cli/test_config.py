@@ -194,3 +194,23 @@ def test_calibrate_takes_the_setting_and_merge_ignores_it(cwd: Path, artifacts: 
     assert merged.exit_code == 0, merged.output
     assert "settings:" not in merged.stderr
     assert artifacts == cwd / "artifacts"
+
+
+@pytest.mark.parametrize("words", [("config",), ("config", "--json")])
+def test_a_mirrors_secrets_are_not_shown(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLIPDEPLOY_MIRROR", "https://ann:s3cret@host/clip?token=s3cret")
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    assert "https://***@host/clip?***" in result.stdout
+    assert "s3cret" not in result.output
+    monkeypatch.setenv("CLIPDEPLOY_MIRROR", "ann:s3cret@host")
+    result = run(*words)
+    assert result.exit_code == 2
+    assert '"***@host" is not an address' in result.stderr
+    assert "s3cret" not in result.output
+    monkeypatch.delenv("CLIPDEPLOY_MIRROR")
+    for line in ('mirror = "ann:s3cret@host"', 'mirror = "https://ann:s3cret@host/"'):
+        write(line)
+        assert "s3cret" not in run(*words).output
