@@ -38,6 +38,7 @@ __all__ = [
     "WORKERS",
     "Span",
     "check_numbers",
+    "check_shard",
 ]
 
 _SHOWN = 40
@@ -117,15 +118,31 @@ def check_numbers(config: object, **spans: Span) -> None:
         span.check(getattr(config, name), name)
 
 
+def check_shard(shard: tuple[int, int] | None) -> None:
+    """Hold a shard (i, n), the i-th of n from 1, against the span of shards.
+
+    Raises:
+        UsageError: there is no such shard.
+    """
+    if shard is None:
+        return
+    for number in shard:
+        SHARDS.check(number, "--shard I/N")
+    if shard[0] > shard[1]:
+        raise UsageError(
+            "there is no shard {}/{}".format(*shard), hint="--shard 1/4 to --shard 4/4"
+        )
+
+
 # Images on a disk, and images that run at once: 4096 of ViT-B at 224 px take 39 GB of activations.
 IMAGES = Span(1, 100_000_000, "{} images")
 BATCH = Span(1, 4096, "a batch of {} images")
-SHARDS = Span(1, 1_000_000, "{} shards")
+SHARDS = Span(1, 1_000_000, "shard {}")
 # Seeds of NumPy's and PyTorch's generators; 2 ** 32 is the least of their limits.
 SEED = Span(0, 2**32 - 1, "a seed of {}")
 # 0 leaves the choice to the library.
 THREADS = Span(0, 512, "{} threads")
-WORKERS = Span(0, 512, "{} decoding processes")
+WORKERS = Span(0, 256, "{} decoding processes")
 OPSET = Span(17, 23, "opset {} is not supported")
 DROP = Span(0, 100, "a largest drop of {} points", whole=False)
 SEARCHED_DROP = replace(DROP, above=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import (
     ModelName,
     current_settings,
@@ -27,6 +28,7 @@ from clipdeploy.cli.text import echo, show
 from clipdeploy.cli.usage import Group, refuse_before_subcommand
 from exporters.errors import ClipdeployError, UsageError
 from exporters.progress import SILENT
+from exporters.spans import THREADS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -52,7 +54,6 @@ __all__ = [
     "stage_command",
     "threads_option",
     "trust_option",
-    "whole_numbers",
 ]
 
 EXIT_VERIFICATION = 3
@@ -263,7 +264,7 @@ ray_option = click.option(
 )
 threads_option = click.option(
     "--threads",
-    type=click.IntRange(min=0),
+    type=number(THREADS),
     default=0,
     help="CPU threads of a run or, with --ray, of each shard; they decide the last bits. "
     "A thread a core if left out.",
@@ -296,10 +297,11 @@ def shard_or_none(text: str | None) -> tuple[int, int] | None:
     """
     if text is None:
         return None
-    first, _, count = text.partition("/")
-    if not (first.isdecimal() and count.isdecimal()):
-        raise UsageError(f"--shard {text!r} is no part", hint="--shard 1/4 to --shard 4/4")
-    return int(first), int(count)
+    parts = text.split("/")
+    # Python reads no more than some thousand digits.
+    if len(parts) != 2 or not all(part.isdecimal() and len(part) < 20 for part in parts):
+        raise UsageError(f"--shard {text[:40]!r} is no part", hint="--shard 1/4 to --shard 4/4")
+    return int(parts[0]), int(parts[1])
 
 
 class DefaultGroup(Group):
@@ -317,18 +319,6 @@ class DefaultGroup(Group):
         if not args or args[0] not in self.commands:
             args = [self.default, *args]
         return super().parse_args(ctx, args)
-
-
-def whole_numbers(text: str, option: str, wanted: str) -> tuple[int, ...]:
-    """Numbers with commas between them.
-
-    Raises:
-        UsageError: something else; it says what is ``wanted``.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise UsageError(f"{option} {text!r} is no list of whole numbers", hint=wanted)
-    return tuple(int(part) for part in parts)
 
 
 def data_option(

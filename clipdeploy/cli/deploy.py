@@ -21,6 +21,7 @@ from clipdeploy.cli.common import (
     threads_option,
 )
 from clipdeploy.cli.export import weights_choice, weights_options
+from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import setting_option
 from clipdeploy.cli.quantize import (
     check_recipe_options,
@@ -39,6 +40,7 @@ from clipdeploy.cli.verify import (
     max_drop_top5_option,
     verify_scope,
 )
+from exporters.spans import IMAGES
 
 if TYPE_CHECKING:
     from clipdeploy.stages.deploy import DeployConfig
@@ -77,7 +79,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @max_drop_option
 @max_drop_top5_option
 @click.option(
-    "--limit", type=click.IntRange(min=1), help="Judge on so many images, spread over the classes."
+    "--limit", type=number(IMAGES), help="Judge on so many images, spread over the classes."
 )
 @click.option(
     "--graphs-only",

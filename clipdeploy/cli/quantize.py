@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from clipdeploy.cli.common import Context, emit, force_option, model_option, stage_command
+from clipdeploy.cli.numbers import number
 from clipdeploy.cli.usage import (
     command,
     given,
@@ -18,6 +19,7 @@ from clipdeploy.cli.usage import (
     refuse_unused,
     with_options,
 )
+from exporters.spans import STRENGTH
 
 if TYPE_CHECKING:
     from calibration.plan import PlanConfig
@@ -48,7 +50,7 @@ _PLAN_OPTIONS = (
     click.option("--no-smooth", is_flag=True, help="Leave activation outliers where they are."),
     click.option(
         "--strength",
-        type=float,
+        type=number(STRENGTH),
         metavar="0..1",
         help="How much of the outliers moves into the weights, the same for all Linears.  "
         "[default: each Linear's own, by its expected error]",
