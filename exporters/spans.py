@@ -39,6 +39,7 @@ __all__ = [
     "Span",
     "check_numbers",
     "check_shard",
+    "shown",
 ]
 
 _SHOWN = 40
@@ -89,7 +90,7 @@ class Span:
         """
         if value not in self:
             hint = f"{name} is {'a whole number, ' if self.whole else ''}{self.words}"
-            raise UsageError(self.said.format(_shown(value)), hint=hint)
+            raise UsageError(self.said.format(shown(value)), hint=hint)
 
 
 def _is_whole(value: object) -> bool:
@@ -100,7 +101,8 @@ def _is_whole(value: object) -> bool:
     return True
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value for an error, cut where it is long."""
     if isinstance(value, int) and abs(value) >= 10**_SHOWN:
         # Python itself refuses to write numbers of thousands of digits.
         return f"about {'-' if value < 0 else ''}10^{math.floor(math.log10(abs(value)))}"
