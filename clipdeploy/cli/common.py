@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from clipdeploy.cli.hints import followable
 from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import (
     ModelName,
@@ -179,7 +180,11 @@ def _tell_settings(context: Context, ctx: click.Context) -> None:
 def _fail(error: ClipdeployError, *, debug: bool) -> int:
     if debug:
         raise error
-    click.echo(f"error: {error}", err=True)
+    ctx = click.get_current_context()
+    hint, program = error.hint, ctx.find_root().command
+    if isinstance(program, click.Group):
+        hint = followable(hint, ctx.command, program)
+    click.echo(f"error: {error.message}" + (f" ({hint})" if hint else ""), err=True)
     return error.exit_code
 
 
