@@ -234,9 +234,7 @@ def collect(
                 save_table(table(), config.partial)
                 saved = time.monotonic()
     if not records:
-        raise CalibrationError(
-            "no image to calibrate with", hint="pass a folder of images to --data"
-        )
+        raise CalibrationError("no image to calibrate with", hint="give a folder of images")
     return table()
 
 

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -52,6 +51,7 @@ from exporters.notebook import Renderable, Shown
 from exporters.overflow import near_limit
 from exporters.precision import Fp16Config, half_precision
 from exporters.samples import Samples
+from exporters.spans import SQNR_DB, check_numbers
 
 __all__ = ["QuantizeConfig", "QuantizedGraph", "quantize", "smooth"]
 
@@ -84,10 +84,7 @@ class QuantizeConfig:
             raise UsageError(
                 f"the remainder cannot be {self.remainder!r}", hint="choose fp16 or fp32"
             )
-        if self.min_sqnr is not None and not math.isfinite(self.min_sqnr):
-            raise UsageError(
-                f"a minimum SQNR of {self.min_sqnr} dB", hint=f"the default is {MIN_SQNR_DB:g}"
-            )
+        check_numbers(self, min_sqnr=SQNR_DB.or_none)
 
 
 @dataclass(frozen=True)

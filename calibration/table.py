@@ -269,7 +269,9 @@ def merge_tables(parts: Sequence[CalibrationTable]) -> CalibrationTable:
         merged = {name: found.merge(part.of(name)) for name, found in merged.items()}
     images = sorted((image for part in parts for image in part.images), key=lambda i: i.name)
     if len({image.name for image in images}) != len(images):
-        raise CalibrationError("the shards share images", hint="use one --seed and one --data")
+        raise CalibrationError(
+            "the shards share images", hint="calibrate every shard with one --seed and one --data"
+        )
     return replace(
         first,
         images=tuple(images),

@@ -5,17 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import overload
 
 __all__ = ["StrPath", "as_path", "as_paths", "hold_paths"]
 
 StrPath = str | os.PathLike[str]
 
 
-@overload
-def as_path(path: None) -> None: ...
-@overload
-def as_path(path: StrPath) -> Path: ...
 def as_path(path: StrPath | None) -> Path | None:
     """A path that may have been left out."""
     return None if path is None else Path(path)

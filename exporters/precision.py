@@ -72,7 +72,8 @@ def convert_to_fp16(
     """Write the FP16 twin of an FP32 graph.
 
     Tensors whose values on ``samples``, a few real images, come near float16's largest stay
-    float32; the passport names them under ``keep_fp32``, the asked ones under ``keep`` too.
+    float32; the passport names them under ``keep_fp32``, and those that ``config`` does not name
+    under ``near_limit``.
 
     Raises:
         GraphError: a weight or a tensor overflows float16, the logits lose more than float16
@@ -82,8 +83,8 @@ def convert_to_fp16(
     passport = read_passport(source)
     images = samples.as_input(passport.input)
     reference, peaks = largest_values(source, images)
-    asked = list(config.keep)
-    config = replace(config, keep=tuple(dict.fromkeys((*config.keep, *near_limit(peaks)))))
+    near = [name for name in near_limit(peaks) if name not in config.keep]
+    config = replace(config, keep=tuple(dict.fromkeys((*config.keep, *near))))
     model = load_graph(source, inlined)
     half_precision(model, config)
     passport = replace(
@@ -92,9 +93,9 @@ def convert_to_fp16(
         parents={**passport.parents, "source_graph": sha256_file(source)},
         settings={
             **passport.settings,
-            "keep": asked,
             "keep_fp32": list(config.keep),
             "half_io": config.half_io,
+            **({"near_limit": near} if near else {}),
         },
     )
     check_structure(model, passport)

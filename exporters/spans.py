@@ -31,6 +31,7 @@ __all__ = [
     "SECONDS",
     "SEED",
     "SHARDS",
+    "SQNR_DB",
     "STRENGTH",
     "THREADS",
     "TOP",
@@ -38,6 +39,8 @@ __all__ = [
     "WORKERS",
     "Span",
     "check_numbers",
+    "check_shard",
+    "shown",
 ]
 
 _SHOWN = 40
@@ -88,7 +91,7 @@ class Span:
         """
         if value not in self:
             hint = f"{name} is {'a whole number, ' if self.whole else ''}{self.words}"
-            raise UsageError(self.said.format(_shown(value)), hint=hint)
+            raise UsageError(self.said.format(shown(value)), hint=hint)
 
 
 def _is_whole(value: object) -> bool:
@@ -99,7 +102,8 @@ def _is_whole(value: object) -> bool:
     return True
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value for an error, cut where it is long."""
     if isinstance(value, int) and abs(value) >= 10**_SHOWN:
         # Python itself refuses to write numbers of thousands of digits.
         return f"about {'-' if value < 0 else ''}10^{math.floor(math.log10(abs(value)))}"
@@ -117,20 +121,38 @@ def check_numbers(config: object, **spans: Span) -> None:
         span.check(getattr(config, name), name)
 
 
+def check_shard(shard: tuple[int, int] | None) -> None:
+    """Hold a shard (i, n), the i-th of n from 1, against the span of shards.
+
+    Raises:
+        UsageError: there is no such shard.
+    """
+    if shard is None:
+        return
+    for number in shard:
+        SHARDS.check(number, "--shard I/N")
+    if shard[0] > shard[1]:
+        raise UsageError(
+            "there is no shard {}/{}".format(*shard), hint="--shard 1/4 to --shard 4/4"
+        )
+
+
 # Images on a disk, and images that run at once: 4096 of ViT-B at 224 px take 39 GB of activations.
 IMAGES = Span(1, 100_000_000, "{} images")
 BATCH = Span(1, 4096, "a batch of {} images")
-SHARDS = Span(1, 1_000_000, "{} shards")
+SHARDS = Span(1, 1_000_000, "shard {}")
 # Seeds of NumPy's and PyTorch's generators; 2 ** 32 is the least of their limits.
 SEED = Span(0, 2**32 - 1, "a seed of {}")
 # 0 leaves the choice to the library.
 THREADS = Span(0, 512, "{} threads")
-WORKERS = Span(0, 512, "{} decoding processes")
+WORKERS = Span(0, 256, "{} decoding processes")
 OPSET = Span(17, 23, "opset {} is not supported")
 DROP = Span(0, 100, "a largest drop of {} points", whole=False)
 SEARCHED_DROP = replace(DROP, above=True)
 ACCURACY = Span(0, 100, "an accuracy of {} %", whole=False)
 STRENGTH = Span(0, 1, "a smoothing strength of {}", whole=False)
+# 0 dB is noise as strong as the signal; float32 itself ends at about 140 dB.
+SQNR_DB = Span(-100, 200, "a minimum SQNR of {} dB", whole=False)
 TOP = Span(1, 1_000_000, "the {} likeliest classes")
 # Of one day.
 SECONDS = Span(0, 86_400, "a measurement of {} seconds", whole=False, above=True)

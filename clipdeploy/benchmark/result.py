@@ -12,7 +12,7 @@ from clipdeploy.benchmark.rounds import Contender
 from clipdeploy.runners import Provider
 from exporters.errors import UsageError
 from exporters.notebook import Renderable, Shown
-from exporters.spans import BATCH, ROUNDS, SECONDS, SEED, THREADS, WARMUP, check_numbers
+from exporters.spans import BATCH, ROUNDS, SECONDS, SEED, THREADS, WARMUP, check_numbers, shown
 
 __all__ = ["Benchmark", "BenchmarkConfig", "BenchmarkRow", "summary_rows"]
 
@@ -42,10 +42,9 @@ class BenchmarkConfig:
     cuda_graph: bool = False
 
     def __post_init__(self) -> None:
-        if not self.batches:
-            raise UsageError("a measurement of no batch", hint="such as (1, 8, 32)")
-        for batch in self.batches:
-            BATCH.check(batch, "batch")
+        if not self.batches or any(batch not in BATCH for batch in self.batches):
+            listed = ", ".join(map(shown, self.batches))
+            raise UsageError(f"batches of [{listed}] images", hint=f"each is {BATCH.words}")
         if len(set(self.batches)) < len(self.batches):
             raise UsageError(f"batches of {list(self.batches)} images", hint="name each once")
         if self.seconds is None and self.rounds is None:

@@ -9,18 +9,22 @@ import click
 
 from clipdeploy.cli.common import Context, data_option, emit, model_option, stage_command
 from clipdeploy.cli.labelling import labelling, labelling_options
+from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import ArtifactPath
 from clipdeploy.cli.usage import command
+from exporters.spans import BATCH, IMAGES, SEED, THREADS
 
 
 @command(epilog="\b\nclipdeploy bisect --data IMAGES --plot map.png")
 @click.argument("graph", required=False, type=ArtifactPath(dir_okay=False))
 @model_option
 @data_option("Images, with labels if drops are to be points of top-1.", "validation")
-@click.option("--images", type=int, help="How many of them.  [default: up to 64]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Draws them.")
-@click.option("--batch", type=int, default=8, show_default=True, help="Images at once.")
-@click.option("--threads", type=int, default=0, help="ONNX Runtime's; 0: its own choice.")
+@click.option("--images", type=number(IMAGES), help="How many of them.  [default: up to 64]")
+@click.option("--seed", type=number(SEED), default=0, show_default=True, help="Draws them.")
+@click.option("--batch", type=number(BATCH), default=8, show_default=True, help="Images at once.")
+@click.option(
+    "--threads", type=number(THREADS), default=0, help="ONNX Runtime's; 0: its own choice."
+)
 @click.option(
     "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: .png or .svg."
 )

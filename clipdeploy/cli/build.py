@@ -17,8 +17,8 @@ from clipdeploy.cli.common import (
     model_option,
     skip_unreadable_option,
     stage_command,
-    whole_numbers,
 )
+from clipdeploy.cli.numbers import number, whole_numbers
 from clipdeploy.cli.params import how_to_give, setting_option
 from clipdeploy.cli.quantize import (
     check_recipe_options,
@@ -36,6 +36,7 @@ from clipdeploy.cli.usage import (
     with_options,
 )
 from exporters.errors import UsageError
+from exporters.spans import BATCH, MEMORY_MIB, OPTIMIZATION
 
 if TYPE_CHECKING:
     from clipdeploy.engines.build_config import BuildConfig
@@ -51,9 +52,15 @@ _CALIBRATION = ("images", "seed", "skip_unreadable")
 _BATCHES = ("min_batch", "opt_batch", "max_batch")
 _OPTIONS = (
     backend_option,
-    click.option("--min-batch", type=int, default=1, show_default=True, help="Smallest batch."),
-    click.option("--opt-batch", type=int, default=8, show_default=True, help="Batch to tune for."),
-    click.option("--max-batch", type=int, default=32, show_default=True, help="Largest batch."),
+    click.option(
+        "--min-batch", type=number(BATCH), default=1, show_default=True, help="Smallest batch."
+    ),
+    click.option(
+        "--opt-batch", type=number(BATCH), default=8, show_default=True, help="Batch to tune for."
+    ),
+    click.option(
+        "--max-batch", type=number(BATCH), default=32, show_default=True, help="Largest batch."
+    ),
     click.option(
         "--profile",
         multiple=True,
@@ -61,11 +68,14 @@ _OPTIONS = (
         help="Instead of the three above; several times for an engine with several profiles.",
     ),
     click.option(
-        "--memory-pool", type=int, metavar="MIB", help="Most scratch memory that a layer may use."
+        "--memory-pool",
+        type=number(MEMORY_MIB),
+        metavar="MIB",
+        help="Most scratch memory that a layer may use.",
     ),
     click.option(
         "--optimization-level",
-        type=int,
+        type=number(OPTIMIZATION),
         metavar="0..5",
         help="How long TensorRT searches for kernels; its own default is 3.",
     ),
@@ -127,7 +137,7 @@ def build_config(options: dict[str, Any]) -> BuildConfig:
 
 
 def _profile(text: str) -> tuple[int, int, int]:
-    numbers = whole_numbers(text, "--profile", "MIN,OPT,MAX, such as 1,8,32")
+    numbers = whole_numbers(text, "--profile", "MIN,OPT,MAX, such as 1,8,32", BATCH)
     if len(numbers) != 3:
         raise UsageError(f"--profile {text!r} is not three batches", hint="such as 1,8,32")
     return numbers[0], numbers[1], numbers[2]

@@ -21,18 +21,20 @@ from clipdeploy.cli.common import (
     stage_command,
     threads_option,
 )
+from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import how_to_give
 from clipdeploy.cli.usage import group
 from exporters.errors import UsageError
+from exporters.spans import IMAGES, SEED
 
 if TYPE_CHECKING:
     from clipdeploy.stages.calibrate import CalibrationArtifact
 
 images_option = click.option(
-    "--images", type=click.IntRange(min=1), help="How many; all, up to 512, if left out."
+    "--images", type=number(IMAGES), help="How many; all, up to 512, if left out."
 )
 seed_option = click.option(
-    "--seed", type=int, default=0, show_default=True, help="Draws the images."
+    "--seed", type=number(SEED), default=0, show_default=True, help="Draws the images."
 )
 
 

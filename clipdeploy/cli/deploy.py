@@ -22,6 +22,7 @@ from clipdeploy.cli.common import (
 )
 from clipdeploy.cli.export import weights_choice, weights_options
 from clipdeploy.cli.labelling import labelling_options
+from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import setting_option
 from clipdeploy.cli.quantize import (
     check_recipe_options,
@@ -37,6 +38,7 @@ from clipdeploy.cli.verify import (
     max_drop_top5_option,
     verify_scope,
 )
+from exporters.spans import IMAGES
 
 if TYPE_CHECKING:
     from clipdeploy.stages.deploy import DeployConfig
@@ -75,7 +77,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @max_drop_option
 @max_drop_top5_option
 @click.option(
-    "--limit", type=click.IntRange(min=1), help="Judge on so many images, spread over the classes."
+    "--limit", type=number(IMAGES), help="Judge on so many images, spread over the classes."
 )
 @click.option(
     "--graphs-only",

@@ -9,8 +9,10 @@ import click
 
 from clipdeploy.cli.common import Context, emit, force_option, model_option, stage_command
 from clipdeploy.cli.labelling import class_names_option
+from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import setting_option
 from clipdeploy.cli.usage import command, refuse_together, refuse_unused, with_options
+from exporters.spans import BATCH, OPSET, SEED
 
 if TYPE_CHECKING:
     from clipdeploy.model import WeightsChoice
@@ -40,7 +42,7 @@ _WEIGHTS_OPTIONS = (
     ),
     click.option(
         "--random-init",
-        type=int,
+        type=number(SEED),
         metavar="SEED",
         help="Random weights instead, for speed and plumbing.",
     ),
@@ -110,9 +112,13 @@ def weights_choice(context: Context, options: dict[str, Any]) -> tuple[WeightsCh
 @model_option
 @weights_options
 @click.option(
-    "--opset", type=int, default=20, show_default=True, help="ONNX operator set, 17 to 23."
+    "--opset",
+    type=number(OPSET),
+    default=20,
+    show_default=True,
+    help="ONNX operator set, 17 to 23.",
 )
-@click.option("--batch", type=int, help="Fix the batch size; symbolic if left out.")
+@click.option("--batch", type=number(BATCH), help="Fix the batch size; symbolic if left out.")
 @click.option(
     "--preprocess", is_flag=True, help="Take uint8 (B, S, S, 3): normalisation in the graph."
 )

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clipdeploy.cli.common import Context, emit, model_option, stage_command
+from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import ArtifactPath
 from clipdeploy.cli.usage import command, refuse_together, refuse_unused
 from exporters.errors import UsageError
+from exporters.spans import BATCH, INSTANCES, QUEUE_DELAY
 
 if TYPE_CHECKING:
     from clipdeploy.packaging.cpp import CppPackage
@@ -30,14 +32,18 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option("--cpp", metavar="DIR", type=_FOLDER, help="C++ program with a CMakeLists.txt.")
 @model_option
 @click.option("--name", help="On the server; MODEL-PRECISION if left out.")
-@click.option("--max-batch", type=int, help="Largest batch.  [default: the engine's; graphs: 32]")
+@click.option(
+    "--max-batch", type=number(BATCH), help="Largest batch.  [default: the engine's; graphs: 32]"
+)
 @click.option(
     "--queue-delay",
-    type=int,
+    type=number(QUEUE_DELAY),
     metavar="MICROSECONDS",
     help="How long a request waits for others to share its batch.  [default: 500]",
 )
-@click.option("--instances", type=int, help="Copies of the model on a GPU.  [default: 1]")
+@click.option(
+    "--instances", type=number(INSTANCES), help="Copies of the model on a GPU.  [default: 1]"
+)
 @click.option("--force", is_flag=True, help="Replace what is there; the newest version of a model.")
 @stage_command
 def package(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from clipdeploy.cli.common import Context, emit, force_option, model_option, stage_command
+from clipdeploy.cli.numbers import number
 from clipdeploy.cli.usage import (
     command,
     given,
@@ -19,6 +20,7 @@ from clipdeploy.cli.usage import (
     refuse_unused,
     with_options,
 )
+from exporters.spans import SQNR_DB, STRENGTH
 
 if TYPE_CHECKING:
     from calibration.plan import PlanConfig
@@ -51,7 +53,7 @@ _PLAN_OPTIONS = (
     click.option("--no-smooth", is_flag=True, help="Leave activation outliers where they are."),
     click.option(
         "--strength",
-        type=float,
+        type=number(STRENGTH),
         metavar="0..1",
         help="How much of the outliers moves into the weights, the same for all Linears.  "
         "[default: each Linear's own, by its expected error]",
@@ -79,7 +81,7 @@ _OPTIONS = (
     click.option("--quantize-patch", is_flag=True, help="The patch convolution as well."),
     click.option(
         "--min-sqnr",
-        type=float,
+        type=number(SQNR_DB),
         metavar="DB",
         help="Lowest signal over noise in dB: a Linear whose output would have less is left out, a "
         "graph whose logits have less on the calibration images is refused.  [default: 10]",

@@ -16,9 +16,11 @@ from clipdeploy.cli.common import (
     stage_command,
 )
 from clipdeploy.cli.labelling import labelling, labelling_options
+from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import setting_option
 from clipdeploy.cli.quantize import check_plan_options, plan_config, plan_options
 from clipdeploy.cli.usage import command, refuse_unused
+from exporters.spans import BATCH, BUDGET, IMAGES, SEARCHED_DROP, SEED, THREADS
 
 
 @command(epilog="\b\nclipdeploy search --data LABELLED_IMAGES --max-drop 0.5 --budget 60")
@@ -30,19 +32,27 @@ from clipdeploy.cli.usage import command, refuse_unused
 @setting_option(
     "max_drop",
     "--max-drop",
-    type=float,
+    type=number(SEARCHED_DROP),
     help="Percentage points of top-1 that may be lost.",
 )
-@click.option("--budget", type=float, metavar="MINUTES", help="Stop then; a later run goes on.")
-@click.option("--search-images", type=int, help="How many to search on.  [default: half]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Splits the images.")
+@click.option(
+    "--budget", type=number(BUDGET), metavar="MINUTES", help="Stop then; a later run goes on."
+)
+@click.option(
+    "--search-images", type=number(IMAGES), help="How many to search on.  [default: half]"
+)
+@click.option("--seed", type=number(SEED), default=0, show_default=True, help="Splits the images.")
 @click.option(
     "--cost",
     type=click.Choice(["macs", "cpu"]),
     help="Count MACs and bytes, or time the Linears on this CPU.  [default: macs; cpu with --cpu]",
 )
-@click.option("--batch", type=int, default=8, show_default=True, help="Images at once, for costs.")
-@click.option("--threads", type=int, default=0, help="ONNX Runtime's; 0: its own choice.")
+@click.option(
+    "--batch", type=number(BATCH), default=8, show_default=True, help="Images at once, for costs."
+)
+@click.option(
+    "--threads", type=number(THREADS), default=0, help="ONNX Runtime's; 0: its own choice."
+)
 @click.option("--fixed-plan", is_flag=True, help="Try no other --range and --strength.")
 @click.option(
     "--cpu", is_flag=True, help="For ONNX Runtime's int8 kernels on a CPU: the rest stays FP32."

@@ -26,9 +26,11 @@ from clipdeploy.cli.common import (
     trust_option,
 )
 from clipdeploy.cli.labelling import labelling, labelling_options
+from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import ArtifactPath, setting_option
 from clipdeploy.cli.usage import given_options, group, refuse_together, refuse_unused, with_options
 from exporters.errors import UsageError
+from exporters.spans import BATCH, CACHE_GB, DROP, IMAGES, WORKERS
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -39,13 +41,13 @@ if TYPE_CHECKING:
 max_drop_option = setting_option(
     "max_drop",
     "--max-drop",
-    type=float,
+    type=number(DROP),
     help="Percentage points of top-1 that an artifact may lose.",
 )
 max_drop_top5_option = click.option(
     "--max-top5-drop",
     "max_drop_top5",
-    type=float,
+    type=number(DROP),
     help="Percentage points of top-5 that an artifact may lose (default: top-5 is not judged).",
 )
 baseline_option = click.option(
@@ -68,7 +70,7 @@ _OPTIONS = (
     max_drop_option,
     max_drop_top5_option,
     click.option(
-        "--limit", type=click.IntRange(min=1), help="Only so many images, spread over the classes."
+        "--limit", type=number(IMAGES), help="Only so many images, spread over the classes."
     ),
     click.option("--sequential", is_flag=True, help="Stop as soon as every verdict is known."),
     click.option(
@@ -81,12 +83,12 @@ _OPTIONS = (
     labelling_options(),
     click.option(
         "--batch",
-        type=click.IntRange(min=1),
+        type=number(BATCH),
         default=16,
         show_default=True,
         help="Images that run at once.",
     ),
-    click.option("--workers", type=click.IntRange(min=0), help="Decoding processes; one a core."),
+    click.option("--workers", type=number(WORKERS), help="Decoding processes; one a core."),
     setting_option(
         "keep_crops",
         "--cache/--no-cache",
@@ -95,7 +97,7 @@ _OPTIONS = (
     setting_option(
         "crops_size",
         "--cache-size",
-        type=float,
+        type=number(CACHE_GB),
         metavar="GB",
         help="Maximum size of the crop cache in GB; 0 keeps nothing (default 34).",
     ),

@@ -11,7 +11,7 @@ from clipdeploy.device import gpus
 from clipdeploy.engines.backends import Backend, Wanted, compute_capabilities, targets_capabilities
 from clipdeploy.engines.passport import BatchProfile
 from exporters.errors import BuildError, UsageError
-from exporters.spans import BATCH, MEMORY_MIB, OPTIMIZATION, check_numbers
+from exporters.spans import BATCH, MEMORY_MIB, OPTIMIZATION, check_numbers, shown
 
 __all__ = ["BuildConfig", "Hardware", "check_options"]
 
@@ -48,16 +48,7 @@ class BuildConfig:
         if not self.profiles:
             raise UsageError("no batch profile", hint="--profile 1,8,32")
         for profile in self.profiles:
-            if len(profile) != 3:
-                raise UsageError(f"the batch profile {profile} is not three", hint="(1, 8, 32)")
-            for batch in profile:
-                BATCH.check(batch, "a profile's batch")
-            low, best, high = profile
-            if not low <= best <= high:
-                raise UsageError(
-                    f"the batch profile {low}, {best}, {high} is not in order",
-                    hint="1 <= --min-batch <= --opt-batch <= --max-batch",
-                )
+            _check_profile(profile)
         check_numbers(
             self, memory_pool_mib=MEMORY_MIB.or_none, optimization_level=OPTIMIZATION.or_none
         )
@@ -66,6 +57,23 @@ class BuildConfig:
                 raise UsageError(
                     f"{capability!r} is no compute capability", hint="write it like 8.9"
                 )
+
+
+def _check_profile(profile: BatchProfile) -> None:
+    """Refuse all but smallest <= optimal <= largest batch, each one that can be.
+
+    Raises:
+        UsageError: the profile is another.
+    """
+    for batch in profile:
+        # What is below 1 is out of order as well, which says more.
+        BATCH.check(max(1, batch) if isinstance(batch, int) else batch, "a batch of a profile")
+    if len(profile) != 3 or [1, *profile] != sorted([1, *profile]):
+        listed = ", ".join(map(shown, profile))
+        raise UsageError(
+            f"the batch profile {listed} is not in order",
+            hint="1 <= --min-batch <= --opt-batch <= --max-batch",
+        )
 
 
 def check_options(backend: Backend, trt: ModuleType, config: BuildConfig) -> None:

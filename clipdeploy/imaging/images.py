@@ -121,7 +121,7 @@ def open_images(
             archive that cannot be read, or a bad label file.
     """
     if not path.exists():
-        raise DatasetError(f"{path} does not exist", hint="check the path given to --data")
+        raise DatasetError(f"{path} does not exist", hint="check its spelling")
     listing = list_files(path)
     _refuse_unprintable([file.name for file in listing.files], path)
     places = {file.name: file.place for file in listing.files}
@@ -275,7 +275,7 @@ def select(images: ImageFolder, count: int, seed: int) -> ImageFolder:
     if count > len(images.entries):
         raise DatasetError(
             f"{images.root} holds {len(images.entries)} images, {count} were asked for",
-            hint="ask for fewer with --images, or add images",
+            hint="ask for fewer, or add images",
         )
     groups: dict[int | str, list[ImageEntry]] = defaultdict(list)
     for entry in images.entries:

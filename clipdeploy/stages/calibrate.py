@@ -32,7 +32,7 @@ from exporters.notebook import Renderable, Shown, facts
 from exporters.paths import StrPath, as_path, as_paths
 from exporters.progress import SILENT, Progress
 from exporters.samples import Samples
-from exporters.spans import IMAGES, SEED, THREADS, check_numbers
+from exporters.spans import IMAGES, SEED, THREADS, check_numbers, check_shard
 
 __all__ = [
     "FEW_IMAGES",
@@ -70,10 +70,7 @@ class CalibrateConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, images=IMAGES.or_none, seed=SEED, threads=THREADS)
-        if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
-            raise UsageError(
-                "there is no shard {}/{}".format(*self.shard), hint="--shard 1/4 to --shard 4/4"
-            )
+        check_shard(self.shard)
 
 
 @dataclass(frozen=True)

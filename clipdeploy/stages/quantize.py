@@ -177,7 +177,9 @@ def convert_model(
     parents = {"source_graph": sha256_file(source)}
     if not force and (found := existing_graph(target)) and found.passport.parents == parents:
         settings = found.passport.settings
-        if settings.get("keep") == list(config.keep) and settings.get("half_io") == config.half_io:
+        near = settings.get("near_limit", ())
+        asked = {name for name in settings.get("keep_fp32", ()) if name not in near}
+        if asked == set(config.keep) and settings.get("half_io") == config.half_io:
             return found
     with progress.task(f"convert {model} to FP16"):
         samples = _judged_images(workspace, model, passport.preprocess)

@@ -54,7 +54,7 @@ from exporters.errors import ArtifactError, DatasetError, UsageError
 from exporters.locks import sole_writer
 from exporters.progress import SILENT, Progress
 from exporters.samples import Samples
-from exporters.spans import BATCH, THREADS, WORKERS, check_numbers
+from exporters.spans import BATCH, THREADS, WORKERS, check_numbers, check_shard
 
 __all__ = ["VerifyConfig", "run_verification"]
 
@@ -89,10 +89,7 @@ class VerifyConfig:
     def __post_init__(self) -> None:
         Limits(self.max_drop, self.max_drop_top5)
         check_numbers(self, batch=BATCH, workers=WORKERS.or_none, threads=THREADS)
-        if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
-            raise UsageError(
-                "there is no shard {}/{}".format(*self.shard), hint="--shard 1/4 to --shard 4/4"
-            )
+        check_shard(self.shard)
         if self.shard is not None and self.sequential:
             raise UsageError(
                 "a shard cannot stop early: only all of them together have a verdict",

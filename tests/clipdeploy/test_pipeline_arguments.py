@@ -248,7 +248,7 @@ def test_a_changed_keep_is_noticed(workspace: str) -> None:
     assert one.sha256 != both.sha256
     assert not convert_model(at, ALIAS, Fp16Config((outputs[0],))).changed
     assert convert_model(at, ALIAS).changed
-    assert read_passport(at.graph(zoo.DEMO, "fp16")).settings["keep"] == []
+    assert read_passport(at.graph(zoo.DEMO, "fp16")).settings["keep_fp32"] == []
 
 
 def output_of(graph: Path, node: str) -> str:
