@@ -2,14 +2,14 @@
 
     from clipdeploy.pipeline import Workspace, build_model, export_model, verify_model
 
-    workspace = Workspace(Path("artifacts"))
+    workspace = Workspace("artifacts")
     export_model(workspace, "clip-vit-base-p16")
-    build_model(workspace, "clip-vit-base-p16", "int8", data=Path("calibration"))
-    verify_model(workspace, "clip-vit-base-p16", Path("imagenet-val"))
+    build_model(workspace, "clip-vit-base-p16", "int8", data="calibration")
+    verify_model(workspace, "clip-vit-base-p16", "imagenet-val")
 
 All stages at once, and a package at their end if the verdict passed:
 
-    config = DeployConfig(val=Path("val"), calibration=Path("calibration"))
+    config = DeployConfig(val="val", calibration="calibration")
     deployment = deploy_model(workspace, "clip-vit-base-p16", config)
 
 The commands call the same functions.  A result is a table where a notebook or rich shows it, and a

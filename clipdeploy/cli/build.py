@@ -30,6 +30,7 @@ from clipdeploy.cli.quantize import (
 from clipdeploy.cli.settings import setting_called
 from clipdeploy.cli.usage import (
     command,
+    given,
     given_options,
     refuse_together,
     refuse_unused,
@@ -39,6 +40,7 @@ from exporters.errors import UsageError
 from exporters.spans import BATCH, MEMORY_MIB, OPTIMIZATION
 
 if TYPE_CHECKING:
+    from clipdeploy.engines.backends import Wanted
     from clipdeploy.engines.build_config import BuildConfig
 
 backend_option = setting_option(
@@ -178,6 +180,23 @@ def _check_used(precision: str, options: dict[str, Any]) -> None:
         refuse_together("profile", name)
 
 
+def _check_timing_cache(backend: Wanted) -> None:
+    """Refuse a choice about measured kernel times where a build measures none.
+
+    Raises:
+        UsageError: the command line made one.
+        BuildError: there is no such TensorRT here.
+    """
+    if not given("timing_cache"):
+        return
+    from clipdeploy.engines.backends import choose_backend, targets_capabilities, tensorrt_module
+
+    chosen = choose_backend(backend).backend
+    if targets_capabilities(tensorrt_module(chosen)):
+        mend = "build with --backend tensorrt"
+        refuse_unused(["timing_cache"], f"another backend than {chosen}", mend)
+
+
 def _check_batches(context: Context, model: str) -> None:
     """Refuse batches for a graph that was exported for a single one.
 
@@ -232,6 +251,7 @@ def build_engine(
     """Compile an engine; calibrates and quantises first where that is due."""
     _check_used(precision, options)
     config = build_config(options)
+    _check_timing_cache(config.backend)
     name = context.model(model)
     _check_batches(context, name)
     from clipdeploy.stages.build import build_model

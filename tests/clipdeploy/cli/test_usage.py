@@ -141,6 +141,14 @@ def test_batches_of_a_graph_of_one_batch(option: str, cwd: Path) -> None:
     assert "belongs to a graph of any batch (this one was exported for 4)" in result.stderr
 
 
+@pytest.mark.parametrize("option", ["--timing-cache", "--no-timing-cache"])
+def test_kernel_times_where_none_are_measured(option: str, cwd: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
+    result = run("build-engine", "--backend", "tensorrt-rtx", option)
+    assert result.exit_code == 2, result.output
+    assert f"{option} belongs to another backend than tensorrt-rtx: " in result.stderr
+
+
 def test_a_setting_is_no_contradiction(cwd: Path) -> None:
     (cwd / "clipdeploy.toml").write_text(
         'calibration = "images"\nvalidation = "images"\ncrops_size = 5\nmodel = "demo"\n'
