@@ -122,9 +122,15 @@ class _Run:
                 calibrate = partial(calibrate, force=self.force, progress=self.progress)
                 made = self.log.run("calibrate", calibrate, _is_new)
                 self._name_skipped(made.skipped)
+                self._warn(made.warnings)
             quantize = partial(self._quantize, source.passport)
             int8 = self.log.run("quantize", quantize, lambda made: made.artifact.changed)
+            self._warn(int8.quality.warnings if int8.quality is not None else ())
             self.graphs.append(int8.artifact)
+
+    def _warn(self, warnings: tuple[str, ...]) -> None:
+        for warning in warnings:
+            self.note(warning)
 
     def _name_skipped(self, names: tuple[str, ...]) -> None:
         for name in names:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
+from planted import calibrated
 
 from calibration.plan import PlanConfig
 from calibration.policy import Scope, find_linears, find_products, place
@@ -440,3 +441,24 @@ def test_same_inputs_give_the_same_bytes(
 def test_unknown_remainder_is_refused(remainder: str) -> None:
     with pytest.raises(ClipdeployError):
         QuantizeConfig(remainder=remainder)
+
+
+def test_a_head_that_holds_its_weight_the_other_way_round_is_quantised_alike(
+    source: Path, samples: Samples, demo_images: NDArray[np.float32], tmp_path: Path
+) -> None:
+    turned = tmp_path / "turned.onnx"
+    model = onnx.load(source)
+    gemm = next(node for node in model.graph.node if node.op_type == "Gemm")
+    weight = next(w for w in model.graph.initializer if w.name == gemm.input[1])
+    array = np.ascontiguousarray(onnx.numpy_helper.to_array(weight).T)
+    weight.CopyFrom(onnx.numpy_helper.from_array(array, weight.name))
+    del gemm.attribute[[a.name for a in gemm.attribute].index("transB")]
+    onnx.save(model, turned)
+    config = QuantizeConfig(remainder="fp32", scope=Scope(head=True))
+    found = []
+    for graph in (source, turned):
+        table, target = tmp_path / f"{graph.stem}.json", tmp_path / f"{graph.stem}.int8.onnx"
+        calibrated(graph, table, images=4)
+        quantize(graph, table, target, samples, config)
+        found.append(OnnxSession(target, exact_int8=True).run(demo_images)[0])
+    np.testing.assert_allclose(found[1], found[0], atol=1e-4)

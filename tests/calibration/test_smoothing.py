@@ -149,6 +149,20 @@ def test_layernorm_with_a_second_reader_is_refused(
     assert name not in smooth(model, demo_table, frozenset({name}))
 
 
+@pytest.mark.parametrize(("name", "kind"), [("fc1", "LayerNormalization"), ("proj", "Softmax")])
+@pytest.mark.parametrize(("axis", "foldable"), [(1, False), (0, False), (-2, False), (-1, True)])
+def test_what_works_along_another_axis_is_refused(
+    name: str, kind: str, axis: int, foldable: bool, source: Path
+) -> None:
+    model = load_graph(source)
+    sites = _sites(model)
+    site = next(s for s in sites.values() if s.name.startswith("blocks.1.") and name in s.name)
+    part = "blocks.1.norm2" if kind == "LayerNormalization" else "blocks.1.attn"
+    node = next(n for n in model.graph if n.name == f"{part}/{kind}")
+    node.attributes["axis"] = ir.AttrInt64("axis", axis)
+    assert (find_source(site, sites) is not None) == foldable
+
+
 def test_layernorm_without_an_offset_is_refused(source: Path) -> None:
     sites = _sites(load_graph(source))
     site = sites["blocks.1.mlp.fc1"]

@@ -129,6 +129,24 @@ def test_overflowing_weight_is_refused_and_leaves_no_file(
     assert os.listdir(tmp_path) == ["loud.onnx"]
 
 
+@pytest.mark.parametrize("factor", [1e-7, 1e-9])
+def test_logits_that_float16_loses_are_refused(
+    factor: float, tiny_graph: Path, tiny_samples: Samples, tmp_path: Path
+) -> None:
+    model = load_graph(tiny_graph)
+    for name in ("head.weight", "head.bias"):
+        value = model.graph.initializers[name]
+        assert value.const_value is not None
+        array = (value.const_value.numpy() * factor).astype(np.float32)
+        value.const_value = ir.Tensor(array, name=name)
+    source = tmp_path / "quiet.onnx"
+    save_graph(model, source, read_passport(tiny_graph))
+    # float16 ends at 6e-8: one or two bits of these logits are left, or none.
+    with pytest.raises(GraphError, match=r"the logits have an SQNR of -?[0-9.]+ dB, below 20"):
+        convert_to_fp16(source, tmp_path / "half.onnx", tiny_samples)
+    assert os.listdir(tmp_path) == ["quiet.onnx"]
+
+
 def test_graph_without_passport_is_refused(
     tiny_graph: Path, tiny_samples: Samples, tmp_path: Path
 ) -> None:
