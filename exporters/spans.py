@@ -22,6 +22,7 @@ __all__ = [
     "DROP",
     "IMAGES",
     "INSTANCES",
+    "MAX_BATCH",
     "MEMORY_MIB",
     "OPSET",
     "OPTIMIZATION",
@@ -140,6 +141,7 @@ def check_shard(shard: tuple[int, int] | None) -> None:
 # Images on a disk, and images that run at once: 4096 of ViT-B at 224 px take 39 GB of activations.
 IMAGES = Span(1, 100_000_000, "{} images")
 BATCH = Span(1, 4096, "a batch of {} images")
+MAX_BATCH = replace(BATCH, said="--max-batch {} is too small or too large")
 SHARDS = Span(1, 1_000_000, "shard {}")
 # Seeds of NumPy's and PyTorch's generators; 2 ** 32 is the least of their limits.
 SEED = Span(0, 2**32 - 1, "a seed of {}")

@@ -19,7 +19,7 @@ from clipdeploy.cli.numbers import number, whole_numbers
 from clipdeploy.cli.params import ArtifactPath
 from clipdeploy.cli.usage import command, refuse_together, refuse_unused
 from exporters.errors import EngineError
-from exporters.spans import BATCH, ROUNDS, SECONDS, SEED, THREADS, WARMUP
+from exporters.spans import ROUNDS, SECONDS, SEED, THREADS, WARMUP
 
 
 @command(epilog="\b\nclipdeploy benchmark --batch 1,8,32 --plot latency.svg")
@@ -87,11 +87,8 @@ def benchmark(
     They take turns, in rounds, so that their ratios hold on a busy machine too.
     """
     refuse_together("artifacts", "model", hint="no --model beside files: each has its own")
-    kinds = {path.suffix for path in artifacts}
-    if kinds == {".onnx"}:
+    if {path.suffix for path in artifacts} == {".onnx"}:
         refuse_unused(["cuda_graph", "trust"], "engines", "name an .engine file")
-    if kinds == {".engine"}:
-        refuse_unused(["provider", "threads"], "graphs", "name an .onnx file")
     from clipdeploy.plots import check_plot_path, save_plot
 
     if plot:
@@ -100,7 +97,7 @@ def benchmark(
     from clipdeploy.benchmark.plot import draw_benchmark
 
     config = BenchmarkConfig(
-        batches=whole_numbers(batch, "--batch", "such as 1,8,32", BATCH),
+        batches=whole_numbers(batch, "--batch", "such as 1,8,32"),
         seconds=3.0 if seconds is None and rounds is None else seconds,
         rounds=rounds,
         warmup=warmup,

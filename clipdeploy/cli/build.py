@@ -139,7 +139,7 @@ def build_config(options: dict[str, Any]) -> BuildConfig:
 
 
 def _profile(text: str) -> tuple[int, int, int]:
-    numbers = whole_numbers(text, "--profile", "MIN,OPT,MAX, such as 1,8,32", BATCH)
+    numbers = whole_numbers(text, "--profile", "MIN,OPT,MAX, such as 1,8,32")
     if len(numbers) != 3:
         raise UsageError(f"--profile {text!r} is not three batches", hint="such as 1,8,32")
     return numbers[0], numbers[1], numbers[2]

@@ -12,7 +12,7 @@ from clipdeploy.packaging.artifact import Packable
 from clipdeploy.packaging.pbtxt import Enum, Field, text_format
 from exporters.artifact import TensorSpec
 from exporters.errors import UsageError
-from exporters.spans import BATCH, INSTANCES, QUEUE_DELAY, check_numbers
+from exporters.spans import INSTANCES, MAX_BATCH, QUEUE_DELAY, check_numbers
 from exporters.values import is_name
 
 __all__ = ["WARMUP", "TritonConfig", "batching", "check_batch", "triton_config"]
@@ -46,7 +46,9 @@ class TritonConfig:
             raise UsageError(
                 f"{self.name!r} is no name of a model", hint="letters, digits, - and _"
             )
-        check_numbers(self, max_batch=BATCH.or_none, queue_delay=QUEUE_DELAY, instances=INSTANCES)
+        check_numbers(
+            self, max_batch=MAX_BATCH.or_none, queue_delay=QUEUE_DELAY, instances=INSTANCES
+        )
 
 
 def check_batch(source: Packable, config: TritonConfig) -> None:

@@ -59,8 +59,6 @@ UNUSED = [
     ("verify merge --layout folders --labels list", "the layouts with a label file"),
     ("benchmark a.onnx --cuda-graph", "engines"),
     ("benchmark a.onnx --trust", "engines"),
-    ("benchmark a.engine --provider cpu", "graphs"),
-    ("benchmark a.engine --threads 2", "graphs"),
     ("inspect a.onnx --trust", "engines"),
     ("package a.onnx --cpp c --name digits", "--triton"),
     ("package a.onnx --cpp c --max-batch 2", "--triton"),
