@@ -88,6 +88,9 @@ def open_image(stream: IO[bytes], name: str) -> None:
 
 def _open(stream: IO[bytes]) -> Image.Image:
     image = Image.open(stream)
+    if image.format == "EPS":
+        # Pillow would have Ghostscript run it.
+        raise ValueError("PostScript is a program and no image")
     if image.width * image.height > _MOST_PIXELS:
         raise ValueError(
             f"{image.width} x {image.height} pixels, which could be a decompression bomb"
