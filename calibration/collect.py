@@ -22,8 +22,11 @@ from onnx import TensorProto, helper
 from calibration.observers import ChannelObserver, ChannelStatistics
 from calibration.policy import observed_tensors
 from calibration.table import (
+    MOST_CROPS,
+    CalibrationCrop,
     CalibrationImageRecord,
     CalibrationTable,
+    choose_crops,
     load_table,
     pack,
     save_table,
@@ -49,7 +52,8 @@ COUNTED_TOKENS = 5
 class CalibrationImage:
     """One image as the graph takes it, (1, ...), its name and the SHA-256 of its file.
 
-    ``pixels`` and ``thumbnail``: see :class:`CalibrationImageRecord`.
+    ``pixels`` and ``thumbnail``: see :class:`CalibrationImageRecord`.  ``crop`` is the image as
+    uint8 (S, S, 3), where it may be kept in the table.
     """
 
     name: str
@@ -57,6 +61,7 @@ class CalibrationImage:
     input: NDArray[Any]
     pixels: str = ""
     thumbnail: bytes = b""
+    crop: NDArray[np.uint8] | None = None
 
     @property
     def record(self) -> CalibrationImageRecord:
@@ -206,14 +211,16 @@ def collect(
     with progress.task("load the graph"):
         collector = ActivationCollector(graph, config.threads)
     records: set[CalibrationImageRecord] = set()
+    crops: tuple[CalibrationCrop, ...] = ()
     if (earlier := _unfinished(config.partial, empty, wanted)) is not None:
         collector.resume(earlier)
         records.update(earlier.images)
+        crops = earlier.crops
 
     def table() -> CalibrationTable:
         statistics = {name: pack(found) for name, found in collector.statistics().items()}
         images = tuple(sorted(records, key=lambda record: record.name))
-        return replace(empty, images=images, statistics=statistics)
+        return replace(empty, images=images, statistics=statistics, crops=crops)
 
     saved = time.monotonic()
     with progress.task("calibrate", len(wanted)) as advance:
@@ -221,15 +228,22 @@ def collect(
         for image in images(frozenset(records)):
             collector.add(image)
             records.add(image.record)
+            crops = _with_crop(crops, image)
             advance(1)
             if config.partial is not None and time.monotonic() - saved > config.every:
                 save_table(table(), config.partial)
                 saved = time.monotonic()
     if not records:
-        raise CalibrationError(
-            "no image to calibrate with", hint="pass a folder of images to --data"
-        )
+        raise CalibrationError("no image to calibrate with", hint="give a folder of images")
     return table()
+
+
+def _with_crop(
+    crops: tuple[CalibrationCrop, ...], image: CalibrationImage
+) -> tuple[CalibrationCrop, ...]:
+    if image.crop is None or (len(crops) >= MOST_CROPS and image.sha256 > crops[-1].sha256):
+        return crops
+    return choose_crops((*crops, CalibrationCrop.of(image.name, image.sha256, image.crop)))
 
 
 def _unfinished(
@@ -242,5 +256,5 @@ def _unfinished(
         earlier = load_table(partial)
     except ClipdeployError:
         return None
-    same = replace(earlier, images=(), statistics={}, seal="") == empty
+    same = replace(earlier, images=(), statistics={}, seal="", crops=()) == empty
     return earlier if same and set(earlier.images) <= set(wanted) else None

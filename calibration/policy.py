@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import onnx_ir as ir
@@ -64,15 +64,29 @@ class ProductSite:
 
 @dataclass(frozen=True)
 class LinearSite:
-    """One Linear of the graph: ``x @ weight (Cin, Cout) + bias (Cout,)``."""
+    """One Linear of the graph: ``x @ weight (Cin, Cout) + bias (Cout,)``, the sum made by ``add``.
+
+    ``activation`` is x as the FP32 graph has it, whatever is written before the MatMul later.
+    """
 
     name: str
     role: str
     block: int
     matmul: ir.Node
     activation: ir.Value
-    weight: ir.Value
-    bias: ir.Value | None
+    add: ir.Node | None
+
+    @property
+    def weight(self) -> ir.Value:
+        """What the MatMul reads as its weight now."""
+        value = self.matmul.inputs[1]
+        assert value is not None
+        return value
+
+    @property
+    def bias(self) -> ir.Value | None:
+        """What ``add`` adds now; None without one."""
+        return None if self.add is None else self.add.inputs[1]
 
 
 @dataclass(frozen=True)
@@ -96,6 +110,17 @@ class Placement(Shown):
         """Names of what runs in INT8."""
         return tuple(entry.name for entry in self.entries if entry.int8)
 
+    def without(self, reasons: Mapping[str, str]) -> Placement:
+        """The same, with some names left out for a reason each."""
+        return Placement(
+            tuple(
+                replace(entry, int8=False, reason=reasons[entry.name])
+                if entry.name in reasons
+                else entry
+                for entry in self.entries
+            )
+        )
+
     def __rich__(self) -> Renderable:
         counts = Counter(
             (_BLOCK_NUMBER.sub("blocks.*", entry.name), entry.int8, entry.reason)
@@ -109,12 +134,12 @@ class Placement(Shown):
         return table
 
 
-def _bias(matmul: ir.Node) -> ir.Value | None:
+def _bias_add(matmul: ir.Node) -> ir.Node | None:
     consumers = matmul.outputs[0].consumers()
     if len(consumers) != 1 or consumers[0].op_type != "Add":
         return None
     value = consumers[0].inputs[1]
-    return value if value is not None and value.is_initializer() else None
+    return consumers[0] if value is not None and value.is_initializer() else None
 
 
 def find_linears(model: ir.Model) -> list[LinearSite]:
@@ -132,9 +157,8 @@ def find_linears(model: ir.Model) -> list[LinearSite]:
         activation, weight = node.inputs
         if activation is None or weight is None or not weight.is_initializer():
             continue
-        sites.append(
-            LinearSite(name, match[2], int(match[1]), node, activation, weight, _bias(node))
-        )
+        add = _bias_add(node)
+        sites.append(LinearSite(name, match[2], int(match[1]), node, activation, add))
     if not sites:
         raise GraphError(
             "the graph has no Linear named blocks.N.attn.qkv, .attn.proj, .mlp.fc1 or .mlp.fc2",

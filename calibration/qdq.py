@@ -36,20 +36,22 @@ from calibration.policy import (
     place,
     qkv_output,
 )
+from calibration.quality import MIN_SQNR_DB, Judge, Quality, Weakest, check_quality
 from calibration.smoothing import Folding
 from calibration.table import CalibrationTable, load_table
 from calibration.weights import float16_step, quantize_weight
 from calibration.write import QdqWriter
 from exporters.artifact import Passport, Preprocess, settings_of
 from exporters.checks import check_structure
-from exporters.errors import ArtifactError, GraphError, UsageError
+from exporters.errors import ArtifactError, CalibrationError, GraphError, UsageError
 from exporters.files import sha256_file
 from exporters.graphs import load_graph, save_graph
 from exporters.headers import GraphArtifact, read_passport
 from exporters.notebook import Renderable, Shown
-from exporters.overflow import check_storage, largest_values, near_limit
+from exporters.overflow import near_limit
 from exporters.precision import Fp16Config, half_precision
 from exporters.samples import Samples
+from exporters.spans import SQNR_DB, check_numbers
 
 __all__ = ["QuantizeConfig", "QuantizedGraph", "quantize", "smooth"]
 
@@ -63,33 +65,39 @@ class QuantizeConfig:
 
     ``fp16`` is what a TensorRT engine is compiled from; ``fp32`` is what ONNX Runtime runs with
     int8 kernels on a CPU.  ``plan``: how ranges are found and outliers smoothed; ``scope``: what is
-    quantised beside the Linears of the blocks.
+    quantised beside the Linears of the blocks.  ``min_sqnr``: the lowest signal over noise in dB
+    that INT8 may leave: a Linear whose output would have less is left out, and a graph whose logits
+    have less is refused.  None judges nothing.
 
     Raises:
-        UsageError: another ``remainder``.
+        UsageError: another ``remainder``, or a ``min_sqnr`` that is no number.
     """
 
     exclude: tuple[str, ...] = ()
     remainder: Literal["fp16", "fp32"] = "fp16"
     plan: PlanConfig = field(default_factory=PlanConfig)
     scope: Scope = field(default_factory=Scope)
+    min_sqnr: float | None = MIN_SQNR_DB
 
     def __post_init__(self) -> None:
         if self.remainder not in ("fp16", "fp32"):
             raise UsageError(
                 f"the remainder cannot be {self.remainder!r}", hint="choose fp16 or fp32"
             )
+        check_numbers(self, min_sqnr=SQNR_DB.or_none)
 
 
 @dataclass(frozen=True)
 class QuantizedGraph(Shown):
-    """The INT8 graph and the placement report."""
+    """The INT8 graph, the placement report, and what INT8 costs; None if that was not judged."""
 
     artifact: GraphArtifact
     placement: Placement
+    quality: Quality | None = None
 
     def __rich__(self) -> Renderable:
-        return Group(self.artifact, Text(""), self.placement)
+        warnings = () if self.quality is None else self.quality.warnings
+        return Group(self.artifact, *map(Text, ("", *warnings)), self.placement)
 
 
 def smooth(
@@ -113,14 +121,22 @@ def _write_linears(
     sites: list[LinearSite],
     table: CalibrationTable,
     foldings: dict[str, Folding],
-    config: PlanConfig,
-) -> None:
+    config: QuantizeConfig,
+) -> dict[str, Weakest]:
+    """Quantise Linears; what was found out about each, also of those that INT8 would ruin."""
+    found = {}
     for site in sites:
-        plan: LinearPlan = plan_linear(site, table.of(site.name), foldings.get(site.name), config)
-        if plan.zero and site.bias is not None and not writer.unsigned:
-            add_to_bias(site.bias, plan.shift_output)
+        statistics, folding = table.of(site.name), foldings.get(site.name)
+        plan: LinearPlan = plan_linear(site, statistics, folding, config.plan)
+        found[site.name] = Weakest(site.name, plan.sqnr_db, plan.cause)
+        if config.min_sqnr is not None and plan.sqnr_db < config.min_sqnr:
+            continue
+        if site.bias is not None:
+            lost = plan.shift_output if not writer.unsigned else 0.0
+            add_to_bias(site, plan.correction + lost)
         writer.activation(site.matmul, 0, site.name, plan.step, plan.zero)
         writer.weight(site.matmul, site.name, plan.integers, plan.weight_scale, axis=1)
+    return found
 
 
 def _write_products(
@@ -144,11 +160,15 @@ def _write_head(writer: QdqWriter, node: ir.Node, table: CalibrationTable) -> No
     weight = node.inputs[1]
     assert weight is not None
     assert weight.const_value is not None
-    # Gemm holds the weight as (Cout, Cin).
-    integers, scale = quantize_weight(np.ascontiguousarray(weight.const_value.numpy().T))
+    array = weight.const_value.numpy()
+    # With transB, which torch.onnx sets, Gemm holds the weight as (Cout, Cin), else (Cin, Cout).
+    turned = bool(node.attributes.get_int("transB", 0))
+    integers, scale = quantize_weight(np.ascontiguousarray(array.T if turned else array))
     amax = Distribution.of(table.of(HEAD)).amax
     writer.activation(node, 0, HEAD, float16_step(amax))
-    writer.weight(node, HEAD, np.ascontiguousarray(integers.T), scale, axis=0)
+    if turned:
+        integers = np.ascontiguousarray(integers.T)
+    writer.weight(node, HEAD, integers, scale, axis=0 if turned else 1)
 
 
 def _write_patch(writer: QdqWriter, node: ir.Node, spec: Preprocess) -> None:
@@ -166,19 +186,20 @@ def _write_patch(writer: QdqWriter, node: ir.Node, spec: Preprocess) -> None:
 
 def _write(
     model: ir.Model, table: CalibrationTable, chosen: frozenset[str], config: QuantizeConfig
-) -> None:
+) -> dict[str, Weakest]:
     plan = config.plan
     foldings = smooth(model, table, chosen, plan.strength) if plan.smooth else {}
     writer = QdqWriter(model.graph, unsigned=config.remainder == "fp32")
     sites = [site for site in find_linears(model) if site.name in chosen]
     products = find_products(model)
-    _write_linears(writer, sites, table, foldings, config.plan)
+    found = _write_linears(writer, sites, table, foldings, config)
     if any(product.name in chosen for product in products):
         _write_products(writer, model, table, foldings, chosen)
     if HEAD in chosen and (node := find_node(model, HEAD, "Gemm")) is not None:
         _write_head(writer, node, table)
     if PATCH in chosen and (node := find_node(model, PATCH, "Conv")) is not None:
         _write_patch(writer, node, table.preprocess)
+    return found
 
 
 def _check_table(table: CalibrationTable, passport: Passport, source: str, where: Path) -> None:
@@ -205,6 +226,15 @@ def _need_opset(model: ir.Model, passport: Passport) -> None:
         )
 
 
+def _left_out(found: dict[str, Weakest], minimum: float | None) -> dict[str, str]:
+    """Why each Linear that INT8 would ruin is left out."""
+    return {
+        name: f"INT8 would give it an SQNR of {each.sqnr_db:.1f} dB: {each.cause}"
+        for name, each in found.items()
+        if minimum is not None and each.sqnr_db < minimum
+    }
+
+
 def quantize(
     source: Path,
     calibration: Path,
@@ -214,12 +244,12 @@ def quantize(
 ) -> QuantizedGraph:
     """Write the INT8 twin of the FP32 graph ``source``.
 
-    With an FP16 remainder, ``samples`` (a few real images) decide which tensors stay float32, and
-    the result is run with every half really stored as one before it gets its name.
+    The images that the calibration holds, and ``samples`` (a few real images), decide with an FP16
+    remainder which tensors stay float32, and judge the result before it gets its name.
 
     Raises:
         ArtifactError: the calibration is damaged, or of another model or preprocessing.
-        CalibrationError: the calibration lacks a Linear.
+        CalibrationError: the calibration lacks a Linear, or the result is not good enough.
         GraphError: the graph has no Linears of ours, a tensor overflows, or the result is not
             valid.
         FileError: something cannot be read or written.
@@ -230,12 +260,18 @@ def quantize(
     _check_table(table, passport, source_hash, calibration)
     model = load_graph(source)
     placement = place(model, config.exclude, config.scope)
-    chosen = frozenset(placement.quantized)
-    _write(model, table, chosen, config)
     half = config.remainder == "fp16"
-    images = samples.feed(passport.input)
-    reference, peaks = largest_values(source, images) if half else (None, {})
-    keep = near_limit(peaks)
+    found = _write(model, table, frozenset(placement.quantized), config)
+    left_out = _left_out(found, config.min_sqnr)
+    if left_out and len(left_out) == len(found):
+        raise CalibrationError(
+            f"INT8 would leave every Linear below {config.min_sqnr:g} dB; "
+            f"{min(found.values(), key=lambda each: each.sqnr_db)}",
+            hint="calibrate with other images, build --fp16, or give a lower --min-sqnr",
+        )
+    placement = placement.without(left_out)
+    judge = Judge(source, passport.input, table.samples(), samples, half=half)
+    keep = near_limit(judge.peaks)
     if half:
         _need_opset(model, passport)
         half_precision(model, Fp16Config(keep))
@@ -246,14 +282,21 @@ def quantize(
         settings={
             **passport.settings,
             **settings_of(config),
-            "int8_nodes": len(chosen),
+            "int8_nodes": len(placement.quantized),
+            "int8_left_out": left_out,
             "keep_fp32": list(keep),
         },
     )
     check_structure(model, passport)
-
-    def check(written: Path) -> None:
-        if reference is not None:
-            check_storage(written, images, reference)
-
-    return QuantizedGraph(save_graph(model, target, passport, check), placement)
+    quality = None
+    if config.min_sqnr is not None:
+        kept = [each for name, each in found.items() if name not in left_out]
+        weakest = min(kept, key=lambda each: each.sqnr_db, default=None)
+        quality = replace(judge.measure(model), weakest=weakest)
+        quality = replace(quality, warnings=check_quality(quality, table, config.min_sqnr))
+        passport = replace(
+            passport, settings={**passport.settings, "quality": settings_of(quality)}
+        )
+    elif half:
+        judge.measure(model)
+    return QuantizedGraph(save_graph(model, target, passport), placement, quality)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,14 +25,28 @@ from exporters.artifact import Preprocess, read_json, to_json
 from exporters.errors import ArtifactError, CalibrationError
 from exporters.files import write_atomic
 from exporters.notebook import Renderable, Shown
+from exporters.samples import Samples
 from exporters.values import Fault, is_hash, is_name, is_number, unless, unless_lines
 
-__all__ = ["CalibrationImageRecord", "CalibrationTable", "load_table", "merge_tables", "save_table"]
+__all__ = [
+    "MOST_CROPS",
+    "CalibrationCrop",
+    "CalibrationImageRecord",
+    "CalibrationTable",
+    "choose_crops",
+    "load_table",
+    "merge_tables",
+    "save_table",
+]
 
 
-_SCHEMA = 3
+_SCHEMA = 4
 # Tables before this schema hold nothing of an image's decoded pixels.
 _SCHEMA_WITH_PIXELS = 3
+# Tables before this schema hold no crops.
+_SCHEMA_WITH_CROPS = 4
+# Crops that a table holds.
+MOST_CROPS = 8
 # More than any layer or cluster has.
 _MOST_CHANNELS = 1_000_000
 _MOST_SHARDS = 1_000_000
@@ -56,6 +70,26 @@ class CalibrationImageRecord:
     def decoded(self) -> bool:
         """Whether the decoded pixels are known."""
         return bool(self.pixels)
+
+
+@dataclass(frozen=True)
+class CalibrationCrop:
+    """An image that the quantised graph is judged on: ``pixels`` are uint8 (S, S, 3), zlib."""
+
+    name: str
+    sha256: str
+    pixels: bytes
+
+    @classmethod
+    def of(cls, name: str, sha256: str, pixels: NDArray[np.uint8]) -> CalibrationCrop:
+        """Of a crop, uint8 (S, S, 3)."""
+        return cls(name, sha256, zlib.compress(np.ascontiguousarray(pixels).tobytes()))
+
+
+def choose_crops(crops: Iterable[CalibrationCrop]) -> tuple[CalibrationCrop, ...]:
+    """Those of the lowest SHA-256, each picture once: any order, any sharding chooses the same."""
+    known = {crop.sha256: crop for crop in sorted(crops, key=lambda crop: crop.name, reverse=True)}
+    return tuple(known[sha256] for sha256 in sorted(known)[:MOST_CROPS])
 
 
 @dataclass(frozen=True)
@@ -83,7 +117,7 @@ class CalibrationTable(Shown):
     """Statistics by Linear name (``blocks.7.mlp.fc2``), and what they were collected from.
 
     ``source_graph`` is the SHA-256 of the FP32 graph; ``weights`` the identity of its checkpoint;
-    ``shard`` is (i, n) for the i-th of n parts.
+    ``shard`` is (i, n) for the i-th of n parts.  ``crops`` are a few of the images themselves.
     """
 
     model: str
@@ -95,6 +129,22 @@ class CalibrationTable(Shown):
     shard: tuple[int, int] | None = None
     seal: str = ""
     schema: int = _SCHEMA
+    crops: tuple[CalibrationCrop, ...] = ()
+
+    def samples(self) -> Samples | None:
+        """The images that the table holds; None in a table of an older clipdeploy.
+
+        Raises:
+            CalibrationError: they are not of the size that they should be.
+        """
+        size = self.preprocess.size
+        try:
+            arrays = [_array(crop.pixels, "uint8", size, size, 3) for crop in self.crops]
+        except (zlib.error, ValueError) as error:
+            raise CalibrationError(
+                f"the calibration's images are damaged: {error}", hint="calibrate again"
+            ) from error
+        return Samples(np.stack(arrays), self.preprocess) if arrays else None
 
     def faults(self) -> Iterator[Fault]:
         """Values that no table has; see :mod:`exporters.values`."""
@@ -179,11 +229,13 @@ def _array(data: bytes, dtype: str, *shape: int) -> NDArray[np.generic]:
 
 def _seal(table: CalibrationTable) -> str:
     content = replace(table, seal="")
-    if table.schema >= _SCHEMA_WITH_PIXELS:
+    if table.schema >= _SCHEMA_WITH_CROPS:
         return hashlib.sha256(msgspec.json.encode(content)).hexdigest()
     # As it was sealed, without fields that there were not yet: whatever is in them breaks the seal.
     built = msgspec.to_builtins(content)
-    for image in built["images"]:
+    if not built["crops"]:
+        del built["crops"]
+    for image in built["images"] if table.schema < _SCHEMA_WITH_PIXELS else ():
         for name in ("pixels", "thumbnail"):
             if not image.get(name):
                 image.pop(name, None)
@@ -217,7 +269,9 @@ def merge_tables(parts: Sequence[CalibrationTable]) -> CalibrationTable:
         merged = {name: found.merge(part.of(name)) for name, found in merged.items()}
     images = sorted((image for part in parts for image in part.images), key=lambda i: i.name)
     if len({image.name for image in images}) != len(images):
-        raise CalibrationError("the shards share images", hint="use one --seed and one --data")
+        raise CalibrationError(
+            "the shards share images", hint="calibrate every shard with one --seed and one --data"
+        )
     return replace(
         first,
         images=tuple(images),
@@ -225,6 +279,7 @@ def merge_tables(parts: Sequence[CalibrationTable]) -> CalibrationTable:
         shard=None,
         seal="",
         schema=_SCHEMA,
+        crops=choose_crops(crop for part in parts for crop in part.crops),
     )
 
 

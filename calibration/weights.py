@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from calibration.distribution import LEVELS
 
-__all__ = ["float16_scale", "float16_step", "quantize_weight", "weight_error"]
+__all__ = ["SMALLEST_SCALE", "float16_scale", "float16_step", "quantize_weight", "weight_error"]
 
-_SMALLEST_SCALE = float(np.finfo(np.float16).tiny)
+SMALLEST_SCALE = float(np.finfo(np.float16).tiny)
 _CLIPS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)
 
 
@@ -24,7 +24,7 @@ def float16_scale(scale: NDArray[np.float64]) -> NDArray[np.float32]:
 
     The FP16 and the FP32 flavour of a graph then hold the same integers and the same scales.
     """
-    return np.maximum(scale, _SMALLEST_SCALE).astype(np.float16).astype(np.float32)
+    return np.maximum(scale, SMALLEST_SCALE).astype(np.float16).astype(np.float32)
 
 
 def float16_step(limit: float) -> float:

@@ -16,6 +16,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from exporters.initializers import add_initializer, own_initializer
+
 __all__ = ["QdqWriter"]
 
 _MIDDLE = 128
@@ -33,15 +35,7 @@ class QdqWriter:
         self.unsigned = unsigned
 
     def _constant(self, name: str, array: NDArray[np.generic]) -> ir.Value:
-        tensor = ir.Tensor(array, name=name)
-        value = ir.Value(
-            name=name,
-            type=ir.TensorType(tensor.dtype),
-            shape=ir.Shape(array.shape),
-            const_value=tensor,
-        )
-        self._graph.register_initializer(value)
-        return value
+        return add_initializer(self._graph, name, array)
 
     @staticmethod
     def _node(
@@ -93,8 +87,7 @@ class QdqWriter:
         axis: int,
     ) -> None:
         """Put int8 of its shape and scales (C,) along ``axis`` in the place of weight, input 1."""
-        value = node.inputs[1]
-        assert value is not None
+        value = own_initializer(node, 1)
         stored = self._constant(f"{value.name}/int8", integers)
         scales = self._constant(f"{value.name}/scale", scale)
         inputs = [stored, scales]
@@ -112,5 +105,4 @@ class QdqWriter:
         )
         self._graph.insert_before(node, dq)
         node.replace_input_with(1, dq.outputs[0])
-        if not value.consumers():
-            del self._graph.initializers[value.name or ""]
+        del self._graph.initializers[value.name or ""]

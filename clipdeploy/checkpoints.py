@@ -49,6 +49,8 @@ _MMPRETRAIN: Rules = (
 )
 _NO_RULES: Rules = ()
 _LISTED = 6
+# mmengine's dataset_meta, mmcv's CLASSES, torchvision's class_to_idx, Hugging Face's id2label.
+_CLASS_KEYS = ("classes", "CLASSES", "class_names", "class_to_idx", "id2label", "idx_to_class")
 # A checkpoint inside a checkpoint inside ...: real ones have two levels.
 _MOST_LEVELS = 8
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -61,12 +63,16 @@ _ADVICE = re.compile(r"weights[_ ]only", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint file's tensors under canonical names, float32."""
+    """A checkpoint file's tensors under canonical names, float32.
+
+    ``class_names`` are those that the file names, as it has them; None if it names none.
+    """
 
     path: Path
     sha256: str
     layout: str
     tensors: StateDict
+    class_names: Any = None
 
     @property
     def classes(self) -> int | None:
@@ -208,6 +214,19 @@ def _oddity(tensor: Tensor) -> str:
     return ""
 
 
+def _class_names(loaded: Any) -> Any:
+    """The class names in a training checkpoint, as it has them; None if there are none."""
+    places = [loaded]
+    for name in ("meta", "dataset_meta", "hyper_parameters"):
+        places += [place[name] for place in places if isinstance(place, Mapping) and name in place]
+    for place in places:
+        for name in _CLASS_KEYS:
+            if isinstance(place, Mapping) and (found := place.get(name)):
+                # Tensors under such a name are no names.
+                return found if isinstance(found, Mapping | list | tuple) else None
+    return None
+
+
 def _some(names: Iterable[str]) -> str:
     listed = list(names)
     more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
@@ -247,11 +266,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     with open_regular(path):
         pass
-    tensors, nested = _unwrap(_load(path), path)
+    loaded = _load(path)
+    tensors, nested = _unwrap(loaded, path)
     layout, canonical = _canonical(tensors, path)
     kind = path.suffix.lstrip(".") or "pickle"
     wrapping = "nested" if nested else "flat"
-    return Checkpoint(path, sha256_file(path), f"{layout} ({wrapping} {kind})", canonical)
+    return Checkpoint(
+        path, sha256_file(path), f"{layout} ({wrapping} {kind})", canonical, _class_names(loaded)
+    )
 
 
 def validate(checkpoint: Checkpoint, config: ViTConfig, model: str) -> None:

@@ -62,10 +62,12 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         host, colon, port = self.address.rpartition(":")
-        named = bool(host) and colon == ":" and port.isdecimal() and int(port) < 1 << 16
+        # Python reads no more than some thousand digits.
+        digits = port.isdecimal() and len(port) < 6
+        named = bool(host) and colon == ":" and digits and int(port) < 1 << 16
         if self.address not in (_LOCAL, _AUTO) and ("/" in host or not named):
             raise UsageError(
-                f"{self.address!r} is no address of a Ray cluster",
+                f"{self.address[:60]!r} is no address of a Ray cluster",
                 hint="--ray HOST:6379 on a machine of the cluster, --ray auto, or --ray local",
             )
 

@@ -23,6 +23,7 @@ from exporters.errors import ArtifactError, EngineError, UsageError
 from exporters.files import sha256_file
 from exporters.headers import read_passport, read_skeleton
 from exporters.notebook import Renderable, Shown
+from exporters.paths import StrPath
 from exporters.products import asked_precision
 
 __all__ = ["Inspection", "inspect_file"]
@@ -57,13 +58,14 @@ class Inspection(Shown):
         return inspection_table(self)
 
 
-def inspect_file(path: Path, *, trust: bool = False) -> Inspection:
+def inspect_file(path: StrPath, *, trust: bool = False) -> Inspection:
     """Look into an ``.onnx`` or ``.engine`` file.
 
     Raises:
         FileError, GraphError, ArtifactError: it cannot be read, or is not what its passport says.
         UsageError: another kind of file.
     """
+    path = Path(path)
     if path.suffix == ".onnx":
         return _graph(path)
     if path.suffix == ".engine":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,9 @@ from clipdeploy.checkpoints import (
 from clipdeploy.vit import VisionTransformer, ViTConfig
 from clipdeploy.zoo import ModelCard
 from exporters.artifact import Recipe, WeightsOrigin
-from exporters.errors import ArtifactError, CheckpointError
+from exporters.errors import ArtifactError, CheckpointError, UsageError
+from exporters.paths import StrPath
+from exporters.spans import SEED, check_numbers
 
 __all__ = ["LoadedModel", "WeightsChoice", "load_model", "random_tensors", "reload_model"]
 
@@ -33,26 +36,47 @@ _MMPRETRAIN_IMAGE = 224
 class WeightsChoice:
     """Which weights the user asked for: a checkpoint, a random seed, or the card's own.
 
-    ``checkpoint`` is a file or ``hf://OWNER/NAME``.
+    ``checkpoint`` is a file or ``hf://OWNER/NAME``; ``class_names`` a file with the names of its
+    classes, see :func:`clipdeploy.imaging.classes.read_class_names`.
     ``resize_position`` resamples a position grid of another size; ``offline`` forbids downloads,
-    ``show_download`` shows a bar while one runs.
+    ``show_download`` shows a bar while one runs.  Where none is named, a workspace keeps its own
+    weights; ``replace`` takes the choice, or the card's own, in their place.
+
+    Raises:
+        UsageError: a seed that cannot be, or a checkpoint as well.
     """
 
-    checkpoint: Path | str | None = None
+    checkpoint: StrPath | None = None
     random_seed: int | None = None
     resize_position: bool = False
     offline: bool = False
     show_download: bool = True
+    replace: bool = False
+    class_names: StrPath | None = None
+
+    def __post_init__(self) -> None:
+        check_numbers(self, random_seed=SEED.or_none)
+        if self.checkpoint is not None and self.random_seed is not None:
+            raise UsageError("a checkpoint and random weights", hint="choose one of them")
+
+    @property
+    def named(self) -> bool:
+        """Whether it names weights other than the card's own."""
+        return self.checkpoint is not None or self.random_seed is not None
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """The reference: a float32 module in evaluation mode, and where its weights came from."""
+    """The reference: a float32 module in evaluation mode, and where its weights came from.
+
+    ``class_names`` are those in the checkpoint, as it has them; None if it names none.
+    """
 
     card: ModelCard
     module: VisionTransformer
     weights: WeightsOrigin
     recipe: Recipe
+    class_names: Any = None
 
 
 def _config(card: ModelCard, recipe: Recipe, classes: int) -> ViTConfig:
@@ -158,7 +182,8 @@ def load_model(card: ModelCard, choice: WeightsChoice, recipe: Recipe) -> Loaded
         layout=checkpoint.layout,
         resized_position=checkpoint is not read,
     )
-    return LoadedModel(card, _assemble(checkpoint.tensors, config, card, recipe), origin, recipe)
+    module = _assemble(checkpoint.tensors, config, card, recipe)
+    return LoadedModel(card, module, origin, recipe, checkpoint.class_names)
 
 
 def _read(card: ModelCard, choice: WeightsChoice) -> Checkpoint:
@@ -194,13 +219,13 @@ def reload_model(card: ModelCard, weights: WeightsOrigin, recipe: Recipe) -> Loa
     if not path.is_file():
         raise ArtifactError(
             f"the checkpoint behind this artifact is gone: {path}",
-            hint="put it back, or export again with --checkpoint",
+            hint="put it back, or export it from where it is now: --checkpoint FILE",
         )
     choice = WeightsChoice(path, resize_position=weights.resized_position)
     model = load_model(card, choice, recipe)
     if model.weights.sha256 != weights.sha256:
         raise ArtifactError(
             f"{path} has changed since the artifact was made from it",
-            hint="export again, so that the reference and the artifact share their weights",
+            hint="put it back, or export the new one with --checkpoint and --replace-weights",
         )
     return model

@@ -243,8 +243,9 @@ def _check_card(path: Path, passport: Passport) -> None:
             hint=mend,
         )
     # A checkpoint of somebody's own may have as many classes, with names of its own or none; what
-    # shares names with the card is the card's list in another order.
-    free = not _is_published(card, passport.weights) and not set(names) & set(own)
+    # shares names with the card, and nobody gave them, is the card's list in another order.
+    given = passport.class_names_from in ("file", "checkpoint")
+    free = not is_published(card, passport.weights) and (given or not set(names) & set(own))
     if passport.classes == len(own) and not free:
         _refuse_difference(path, names, own, "class_names", whose, mend)
 
@@ -261,7 +262,7 @@ def _demo_weights() -> str:
     return sha256_file(zoo.demo_file("weights.safetensors"))
 
 
-def _is_published(card: ModelCard, weights: WeightsOrigin) -> bool:
+def is_published(card: ModelCard, weights: WeightsOrigin) -> bool:
     """Whether the classes of ``weights`` are known to be the card's."""
     if weights.kind == "random":
         return True

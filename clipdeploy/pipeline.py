@@ -28,6 +28,7 @@ from clipdeploy.benchmark import (
 from clipdeploy.cluster import ClusterConfig
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.builder import EngineArtifact
+from clipdeploy.imaging import Labelling
 from clipdeploy.inspection import Inspection, inspect_file
 from clipdeploy.model import WeightsChoice
 from clipdeploy.packaging.cpp import CppPackage
@@ -86,6 +87,7 @@ __all__ = [
     "GraphArtifact",
     "Inspection",
     "Judgement",
+    "Labelling",
     "Limits",
     "PlanConfig",
     "Predictions",

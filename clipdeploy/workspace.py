@@ -30,10 +30,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from clipdeploy import zoo
 from clipdeploy.passports import checked_passport
 from exporters.artifact import Passport, Precision, read_json, to_json
 from exporters.errors import ArtifactError, UsageError
 from exporters.files import write_atomic
+from exporters.paths import StrPath
 from exporters.values import Fault, is_name, unless
 
 __all__ = ["PRECISIONS", "Workspace"]
@@ -51,23 +53,29 @@ class _State:
         yield from unless(held, "last_model", self.last_model, "a model's name")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Workspace:
-    """Paths under one folder; nothing is made before something is written."""
+    """Paths under one folder; nothing is made before something is written.
+
+    A model may be given by any of its names.
+    """
 
     root: Path
 
+    def __init__(self, root: StrPath) -> None:
+        object.__setattr__(self, "root", Path(root))
+
     def folder(self, model: str) -> Path:
         """The folder of one model's artifacts."""
-        return self.root / model
+        return self.root / zoo.full_name(model)
 
     def graph(self, model: str, precision: Precision) -> Path:
         """The ONNX graph of one precision."""
-        return self.folder(model) / f"{model}.{precision}.onnx"
+        return self.folder(model) / f"{zoo.full_name(model)}.{precision}.onnx"
 
     def engine(self, model: str, precision: Precision) -> Path:
         """The TensorRT engine of one precision."""
-        return self.folder(model) / f"{model}.{precision}.engine"
+        return self.folder(model) / f"{zoo.full_name(model)}.{precision}.engine"
 
     def calibration(self, model: str, shard: tuple[int, int] | None = None) -> Path:
         """The calibration table, or one shard of it."""
@@ -117,6 +125,7 @@ class Workspace:
             ArtifactError, GraphError, FileError: the graph cannot be read, is of another model, or
                 is not what its passport says, see :mod:`clipdeploy.passports`.
         """
+        model = zoo.full_name(model)
         path = self.graph(model, "fp32")
         if not path.exists():
             raise UsageError(

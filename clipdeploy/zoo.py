@@ -10,10 +10,10 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, wraps
 from importlib import resources
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 from exporters.artifact import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess, Recipe
 from exporters.errors import ArtifactError, UsageError
@@ -26,9 +26,13 @@ __all__ = [
     "class_names",
     "demo_file",
     "find",
+    "full_name",
     "imagenet_classes",
     "recipe_notes",
+    "takes_any_name",
 ]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 DOWNLOAD_ROOT = "https://download.openmmlab.com/mmclassification/v0/clip/"
 DEMO = "clip-vit-demo"
@@ -209,13 +213,34 @@ def _known(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+@cache
+def _by_name() -> dict[str, ModelCard]:
+    return {name: card for card in cards() for name in (card.name, *card.aliases)}
+
+
+def full_name(name: str) -> str:
+    """The name that a model's files are called by; what is no model keeps its name."""
+    card = _by_name().get(name)
+    return name if card is None else card.name
+
+
+def takes_any_name(verb: F) -> F:
+    """Let ``verb(workspace, model, ...)`` take every name of a model, as :func:`find` does."""
+
+    @wraps(verb)
+    def with_full_name(workspace: object, model: str | None, *args: Any, **options: Any) -> Any:
+        return verb(workspace, model and find(model).name, *args, **options)
+
+    return cast(F, with_full_name)
+
+
 def find(name: str) -> ModelCard:
     """The card called ``name``, by its full name, its timm name or a short alias.
 
     Raises:
         UsageError: no card has that name; the nearest ones are in the hint.
     """
-    known = {key: card for card in cards() for key in (card.name, *card.aliases)}
+    known = _by_name()
     if name in known:
         return known[name]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)

@@ -36,6 +36,7 @@ __all__ = [
     "IMAGENET_STD",
     "PASSPORT_KEY",
     "PASSPORT_SCHEMA",
+    "NamesFrom",
     "Passport",
     "Precision",
     "Preprocess",
@@ -60,6 +61,9 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
 IMAGENET_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
 
+# Who named the classes: the card, the user's file, the checkpoint; "assumed" are the card's names
+# for weights of somebody's own with as many classes; empty where nobody did.
+NamesFrom = Literal["", "card", "file", "checkpoint", "assumed"]
 Precision = Literal["fp32", "fp16", "int8", "int8-cpu"]
 
 _CROP_MODES = ("center", "squash")
@@ -155,6 +159,14 @@ class WeightsOrigin:
             return f"random:{self.seed}"
         return f"{self.sha256}:resized" if self.resized_position else self.sha256
 
+    @property
+    def description(self) -> str:
+        """The weights in words: file, layout and the start of the hash, or the seed."""
+        if self.kind == "random":
+            return f"random weights, seed {self.seed}"
+        resized = ", position grid resized" if self.resized_position else ""
+        return f"{self.path}, {self.layout}, SHA-256 {self.sha256[:8]}{resized}"
+
     def faults(self) -> Iterator[Fault]:
         """Values that no origin has; ``path`` may be whatever a file can be called."""
         known = not self.sha256 or is_hash(self.sha256)
@@ -168,7 +180,8 @@ class Passport:
 
     ``parents`` maps a role (``source_graph``, ``calibration``) to the SHA-256 of that file;
     ``settings`` holds the options of the stage that wrote the artifact; ``classes`` is the number
-    of logits and ``class_names`` their folder names in order, empty where nobody said.
+    of logits and ``class_names`` their folder names in order, empty where nobody said;
+    ``class_names_from`` is who did.
     """
 
     kind: Literal["graph", "calibration", "engine"]
@@ -181,6 +194,7 @@ class Passport:
     output: TensorSpec
     classes: int
     class_names: tuple[str, ...] = ()
+    class_names_from: NamesFrom = ""
     parents: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)

@@ -19,7 +19,7 @@ from torch import nn
 
 from exporters.artifact import BATCH_AXIS, PASSPORT_KEY, Passport, settings_of, to_json
 from exporters.checks import PARITY_BATCHES, check_parity, check_structure
-from exporters.errors import GraphError, UsageError
+from exporters.errors import GraphError
 from exporters.files import atomic_path, sha256_file
 from exporters.graphs import write_model
 from exporters.headers import GraphArtifact
@@ -28,6 +28,7 @@ from exporters.passes.opset import TRACED_OPSET, SetOpset
 from exporters.preprocess_graph import add_preprocessing, preprocessed_passport
 from exporters.progress import SILENT, Progress
 from exporters.samples import Samples
+from exporters.spans import BATCH, OPSET, check_numbers
 
 __all__ = ["ExportConfig", "export_graph", "trace"]
 
@@ -49,10 +50,7 @@ class ExportConfig:
     preprocess: bool = False
 
     def __post_init__(self) -> None:
-        if not 17 <= self.opset <= 23:
-            raise UsageError(f"opset {self.opset} is not supported", hint="choose 17 to 23")
-        if self.batch is not None and self.batch < 1:
-            raise UsageError(f"a batch of {self.batch} images", hint="give 1 or more, or none")
+        check_numbers(self, opset=OPSET, batch=BATCH.or_none)
 
 
 @contextlib.contextmanager

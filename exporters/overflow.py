@@ -35,7 +35,15 @@ from exporters.session import OnnxSession
 from exporters.storage import refuse_nested, store_float16
 from exporters.typed_graphs import flat
 
-__all__ = ["NEAR_LIMIT", "check_storage", "largest_values", "near_limit", "stored_session"]
+__all__ = [
+    "NEAR_LIMIT",
+    "check_storage",
+    "largest_values",
+    "near_limit",
+    "sqnr_db",
+    "stored_logits",
+    "stored_session",
+]
 
 # Images that were not looked at may go further than those that were: leave a factor of two.
 NEAR_LIMIT = FP16_MAX / 2
@@ -73,9 +81,15 @@ def _run(
     instrument: Callable[[], ir.Model], images: NDArray[np.generic]
 ) -> tuple[NDArray[np.float32], dict[str, float]]:
     session = _open(instrument)
-    logits, *peaks = session.run(images)
-    names = (output.removeprefix(_TAP) for output in session.output_names[1:])
-    return logits, {name: float(peak) for name, peak in zip(names, peaks, strict=True)}
+    logits: list[NDArray[np.float32]] = []
+    largest: dict[str, float] = {}
+    names = [output.removeprefix(_TAP) for output in session.output_names[1:]]
+    for found, *peaks in session.run_all(images):
+        logits.append(found)
+        for name, peak in zip(names, peaks, strict=True):
+            # maximum, unlike max, keeps a NaN.
+            largest[name] = float(np.maximum(largest.get(name, -math.inf), peak))
+    return np.concatenate(logits), largest
 
 
 def largest_values(
@@ -122,8 +136,19 @@ def check_storage(
 ) -> float | None:
     """Run a float16 graph with every tensor stored as float16; its logits' SQNR in dB.
 
-    ``images`` (B, ...) are as the graph takes them, ``reference`` (B, classes) the float32 graph's
-    logits of them; ``None`` is returned where the two are equal.
+    ``reference`` (B, classes) are the float32 graph's logits of ``images``; ``None`` is returned
+    where the two are equal.
+
+    Raises:
+        GraphError: see :func:`stored_logits`.
+    """
+    return sqnr_db(reference, stored_logits(path, images))
+
+
+def stored_logits(path: Path, images: NDArray[np.generic]) -> NDArray[np.float32]:
+    """Logits (B, classes) of a float16 graph with every tensor stored as float16.
+
+    ``images`` (B, ...) are as the graph takes them.
 
     Raises:
         GraphError: a tensor overflows; its name and the largest tensor before it are named.  Or
@@ -147,6 +172,13 @@ def check_storage(
             )
     if not np.isfinite(logits).all():
         raise GraphError("stored as float16, the logits are NaN", hint="build --fp32")
-    noise = float(((logits - reference).astype(np.float64) ** 2).sum())
+    return logits
+
+
+def sqnr_db(reference: NDArray[np.float32], found: NDArray[np.float32]) -> float | None:
+    """Signal over noise in dB of ``found`` against ``reference`` of any shape; None if equal."""
+    noise = float(((found - reference).astype(np.float64) ** 2).sum())
     signal = float((reference.astype(np.float64) ** 2).sum())
-    return 10 * math.log10(signal / noise) if noise > 0 else None
+    if noise == 0:
+        return None
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf

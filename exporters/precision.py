@@ -24,6 +24,11 @@ __all__ = ["Fp16Config", "convert_to_fp16", "half_precision", "io_passport"]
 _FLOAT_INPUTS = ("float32", "float16")
 
 
+# float16 keeps eleven bits, and sound graphs have 50 dB or more.  At 20 dB the error is a tenth of
+# the logits: weights have become zero.
+_LEAST_DB = 20.0
+
+
 @dataclass(frozen=True)
 class Fp16Config:
     """``keep`` names tensors that stay float32; ``half_io`` makes image and logits float16 too."""
@@ -67,16 +72,19 @@ def convert_to_fp16(
     """Write the FP16 twin of an FP32 graph.
 
     Tensors whose values on ``samples``, a few real images, come near float16's largest stay
-    float32; the passport names them under ``keep_fp32``.
+    float32; the passport names them under ``keep_fp32``, and those that ``config`` does not name
+    under ``near_limit``.
 
     Raises:
-        GraphError: a weight or a tensor overflows float16, or the result is no valid graph.
+        GraphError: a weight or a tensor overflows float16, the logits lose more than float16
+            should cost them, or the result is no valid graph.
         FileError, ArtifactError: ``source`` cannot be read, or ``target`` written.
     """
     passport = read_passport(source)
-    images = samples.feed(passport.input)
+    images = samples.as_input(passport.input)
     reference, peaks = largest_values(source, images)
-    config = replace(config, keep=tuple(dict.fromkeys((*config.keep, *near_limit(peaks)))))
+    near = [name for name in near_limit(peaks) if name not in config.keep]
+    config = replace(config, keep=tuple(dict.fromkeys((*config.keep, *near))))
     model = load_graph(source, inlined)
     half_precision(model, config)
     passport = replace(
@@ -87,9 +95,18 @@ def convert_to_fp16(
             **passport.settings,
             "keep_fp32": list(config.keep),
             "half_io": config.half_io,
+            **({"near_limit": near} if near else {}),
         },
     )
     check_structure(model, passport)
-    return save_graph(
-        model, target, passport, lambda written: check_storage(written, images, reference)
-    )
+
+    def check(written: Path) -> None:
+        db = check_storage(written, images, reference)
+        if db is not None and db < _LEAST_DB:
+            raise GraphError(
+                f"stored as float16, the logits have an SQNR of {db:.1f} dB, below {_LEAST_DB:g}: "
+                "weights or activations are too small for float16",
+                hint="build --fp32",
+            )
+
+    return save_graph(model, target, passport, check)

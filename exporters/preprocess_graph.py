@@ -15,6 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from exporters.artifact import Passport, Preprocess
+from exporters.initializers import add_initializer
 
 __all__ = ["PREPROCESS_TENSORS", "add_preprocessing", "preprocessed_passport", "scale_and_offset"]
 
@@ -39,17 +40,6 @@ def preprocessed_passport(passport: Passport) -> Passport:
     return replace(passport, input=spec)
 
 
-def _constant(graph: ir.Graph, name: str, array: NDArray[np.float32]) -> ir.Value:
-    value = ir.Value(
-        name=name,
-        type=ir.TensorType(ir.DataType.FLOAT),
-        shape=ir.Shape(array.shape),
-        const_value=ir.Tensor(array, name=name),
-    )
-    graph.register_initializer(value)
-    return value
-
-
 def add_preprocessing(model: ir.Model, spec: Preprocess) -> None:
     """Give ``model`` a uint8 (B, S, S, 3) input in place of its float32 (B, 3, S, S) one."""
     graph = model.graph
@@ -64,8 +54,10 @@ def add_preprocessing(model: ir.Model, spec: Preprocess) -> None:
     scale, offset = (array.reshape(3, 1, 1) for array in scale_and_offset(spec))
     cast = ir.node("Cast", [image], {"to": int(ir.DataType.FLOAT)})
     planar = ir.node("Transpose", [cast.outputs[0]], {"perm": [0, 3, 1, 2]})
-    scaled = ir.node("Mul", [planar.outputs[0], _constant(graph, "preprocess/scale", scale)])
-    shifted = ir.node("Add", [scaled.outputs[0], _constant(graph, "preprocess/offset", offset)])
+    scaled = ir.node("Mul", [planar.outputs[0], add_initializer(graph, "preprocess/scale", scale)])
+    shifted = ir.node(
+        "Add", [scaled.outputs[0], add_initializer(graph, "preprocess/offset", offset)]
+    )
     nodes = (cast, planar, scaled, shifted)
     for node, name in zip(nodes, (*PREPROCESS_TENSORS, _NORMALISED), strict=True):
         node.name = node.outputs[0].name = name

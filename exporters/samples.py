@@ -91,6 +91,10 @@ class Samples:
         batch = tensor.shape[0]
         return (self.of(batch) if isinstance(batch, int) else self).as_input(tensor)
 
+    def and_those(self, others: Samples) -> Samples:
+        """These images, then ``others`` of the same preprocessing."""
+        return Samples(np.concatenate([self.crops, others.crops]), self.spec)
+
     def of(self, count: int) -> Samples:
         """``count`` images: the first ones, over again where there are fewer.
 

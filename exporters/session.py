@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ __all__ = ["CPU", "CUDA", "OnnxSession", "available_providers"]
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _FATAL_ONLY = 4
+# Images of a symbolic batch that are run together.
+_AT_ONCE = 8
 
 
 def available_providers() -> list[str]:
@@ -86,8 +88,26 @@ class OnnxSession:
                 f"ONNX Runtime cannot use {providers[0]} here: its CUDA libraries do not load",
                 hint="install the CUDA and cuDNN that this onnxruntime-gpu was built for",
             )
-        self.input_name: str = self._session.get_inputs()[0].name
+        image = self._session.get_inputs()[0]
+        self.input_name: str = image.name
+        first = image.shape[0] if image.shape else None
+        self.batch: int | None = first if isinstance(first, int) else None
         self.output_names: list[str] = [output.name for output in self._session.get_outputs()]
+
+    def run_all(self, images: NDArray[Any]) -> Iterator[list[NDArray[np.float32]]]:
+        """:meth:`run` for any number of images, a few at once.
+
+        Raises:
+            GraphError: see :meth:`run`.
+        """
+        count = self.batch or _AT_ONCE
+        for start in range(0, len(images), count):
+            part = images[start : start + count]
+            if self.batch is None or len(part) == count:
+                yield self.run(part)
+                continue
+            outputs = self.run(part[np.arange(count) % len(part)])
+            yield [value[: len(part)] if value.ndim else value for value in outputs]
 
     def run(
         self,

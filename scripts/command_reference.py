@@ -34,7 +34,9 @@ _HEAD = """# The commands
 
 Exit codes: 0 good, 1 an error told in one line with what to do, 2 usage, 3 verification failed,
 130 interrupted. The result is on stdout, progress and notes are on stderr. A command without
-`--model` takes the last one of the workspace, and says which.
+`--model` takes the last one of the workspace, and says which. Options that contradict each other,
+and an option that would have no effect, are usage errors; what `clipdeploy.toml` or the environment
+sets is not.
 
 """
 

@@ -98,7 +98,7 @@ def measure(folder: Path, weights: Path | None, images: NDArray[np.float32]) -> 
     (reference,) = OnnxSession(workspace.graph(zoo.DEMO, "fp32")).run(images)
 
     def fidelity(plan: PlanConfig) -> float:
-        config = QuantizeConfig(plan=plan, remainder="fp32")
+        config = QuantizeConfig(plan=plan, remainder="fp32", min_sqnr=None)
         graph = quantize_model(workspace, zoo.DEMO, config).artifact.path
         (found,) = OnnxSession(graph, exact_int8=True).run(images)
         return decibels(reference, found)

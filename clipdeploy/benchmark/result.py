@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from clipdeploy.benchmark.rounds import Contender
 from clipdeploy.runners import Provider
 from exporters.errors import UsageError
 from exporters.notebook import Renderable, Shown
+from exporters.spans import BATCH, ROUNDS, SECONDS, SEED, THREADS, WARMUP, check_numbers, shown
 
 __all__ = ["Benchmark", "BenchmarkConfig", "BenchmarkRow", "summary_rows"]
 
@@ -42,22 +42,21 @@ class BenchmarkConfig:
     cuda_graph: bool = False
 
     def __post_init__(self) -> None:
-        if not self.batches or min(self.batches) < 1:
-            raise UsageError(f"batches of {list(self.batches)} images", hint="1 or more each")
+        if not self.batches or any(batch not in BATCH for batch in self.batches):
+            listed = ", ".join(map(shown, self.batches))
+            raise UsageError(f"batches of [{listed}] images", hint=f"each is {BATCH.words}")
         if len(set(self.batches)) < len(self.batches):
             raise UsageError(f"batches of {list(self.batches)} images", hint="name each once")
         if self.seconds is None and self.rounds is None:
             raise UsageError("a measurement without an end", hint="give seconds or rounds")
-        if self.seconds is not None and not 0 < self.seconds < math.inf:
-            raise UsageError(f"a measurement of {self.seconds} seconds", hint="more than 0")
-        if self.rounds is not None and self.rounds < 1:
-            raise UsageError(f"a measurement of {self.rounds} rounds", hint="1 or more")
-        if not 0 <= self.warmup < math.inf:
-            raise UsageError(f"a warm-up of {self.warmup} seconds", hint="0 or more")
-        if self.seed < 0:
-            raise UsageError(f"a seed of {self.seed}", hint="0 or more")
-        if self.threads < 0:
-            raise UsageError(f"{self.threads} threads", hint="1 or more, or 0 to let it choose")
+        check_numbers(
+            self,
+            seconds=SECONDS.or_none,
+            rounds=ROUNDS.or_none,
+            warmup=WARMUP,
+            seed=SEED,
+            threads=THREADS,
+        )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,10 @@ from clipdeploy.benchmark.result import Benchmark, BenchmarkConfig, summary_rows
 from clipdeploy.benchmark.rounds import Clock, Contender, measure
 from clipdeploy.runners import open_runner
 from clipdeploy.workspace import Workspace
+from clipdeploy.zoo import takes_any_name
 from exporters.errors import ClipdeployError, FileError, UsageError
 from exporters.headers import read_skeleton
+from exporters.paths import StrPath, as_paths
 from exporters.products import find_products
 from exporters.progress import SILENT, Progress
 from exporters.signature import stores_float16
@@ -137,7 +139,7 @@ def _benchmark(
 
 
 def benchmark_artifacts(
-    paths: Sequence[Path],
+    paths: StrPath | Iterable[StrPath],
     config: BenchmarkConfig = BenchmarkConfig(),
     *,
     progress: Progress = SILENT,
@@ -153,6 +155,7 @@ def benchmark_artifacts(
         UsageError: no path, or one that is neither a graph nor an engine.
         FileError: a file that does not exist.
     """
+    paths = as_paths(paths)
     if not paths:
         raise UsageError("nothing to measure", hint="name .onnx or .engine files")
     for path in paths:
@@ -163,6 +166,7 @@ def benchmark_artifacts(
     return _benchmark(models_of(paths), paths, {}, config, progress, note, clock)
 
 
+@takes_any_name
 def benchmark_model(
     workspace: Workspace,
     model: str,

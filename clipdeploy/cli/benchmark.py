@@ -14,29 +14,38 @@ from clipdeploy.cli.common import (
     model_option,
     stage_command,
     trust_option,
-    whole_numbers,
 )
+from clipdeploy.cli.numbers import number, whole_numbers
 from clipdeploy.cli.params import ArtifactPath
-from exporters.errors import EngineError, UsageError
+from clipdeploy.cli.usage import command, refuse_together, refuse_unused
+from exporters.errors import EngineError
+from exporters.spans import BATCH, ROUNDS, SECONDS, SEED, THREADS, WARMUP
 
 
-@click.command(epilog="\b\nclipdeploy benchmark --batch 1,8,32 --plot latency.svg")
+@command(epilog="\b\nclipdeploy benchmark --batch 1,8,32 --plot latency.svg")
 @click.argument("artifacts", nargs=-1, type=ArtifactPath())
 @model_option
 @click.option(
     "--batch", default="1,8,32", show_default=True, help="Images at once; several with commas."
 )
-@click.option("--seconds", type=float, help="Time for each artifact and batch.  [default: 3]")
-@click.option("--rounds", type=int, help="Runs of each; with --seconds, what is over first counts.")
+@click.option(
+    "--seconds", type=number(SECONDS), help="Time for each artifact and batch.  [default: 3]"
+)
+@click.option(
+    "--rounds", type=number(ROUNDS), help="Runs of each; with --seconds, what is over first counts."
+)
 @click.option(
     "--warmup",
-    type=float,
+    type=number(WARMUP),
     default=0.5,
     show_default=True,
     help="Seconds of running before, for each artifact and batch.",
 )
 @click.option(
-    "--threads", type=int, default=0, help="ONNX Runtime's on the CPU; 0: its own choice."
+    "--threads",
+    type=number(THREADS),
+    default=0,
+    help="ONNX Runtime's on the CPU; 0: its own choice.",
 )
 @click.option(
     "--provider",
@@ -47,7 +56,11 @@ from exporters.errors import EngineError, UsageError
 )
 @click.option("--cuda-graph", is_flag=True, help="Replay engines as CUDA graphs.")
 @click.option(
-    "--seed", type=int, default=0, show_default=True, help="Of the pixels and of the order."
+    "--seed",
+    type=number(SEED),
+    default=0,
+    show_default=True,
+    help="Of the pixels and of the order.",
 )
 @click.option(
     "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: .png or .svg."
@@ -73,8 +86,12 @@ def benchmark(
 
     They take turns, in rounds, so that their ratios hold on a busy machine too.
     """
-    if artifacts and model:
-        raise UsageError("--model beside files", hint="name files, or a model for all of its own")
+    refuse_together("artifacts", "model", hint="no --model beside files: each has its own")
+    kinds = {path.suffix for path in artifacts}
+    if kinds == {".onnx"}:
+        refuse_unused(["cuda_graph", "trust"], "engines", "name an .engine file")
+    if kinds == {".engine"}:
+        refuse_unused(["provider", "threads"], "graphs", "name an .onnx file")
     from clipdeploy.plots import check_plot_path, save_plot
 
     if plot:
@@ -83,7 +100,7 @@ def benchmark(
     from clipdeploy.benchmark.plot import draw_benchmark
 
     config = BenchmarkConfig(
-        batches=whole_numbers(batch, "--batch", "such as 1,8,32"),
+        batches=whole_numbers(batch, "--batch", "such as 1,8,32", BATCH),
         seconds=3.0 if seconds is None and rounds is None else seconds,
         rounds=rounds,
         warmup=warmup,

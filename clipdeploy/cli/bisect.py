@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from clipdeploy.cli.common import Context, data_option, emit, model_option, stage_command
+from clipdeploy.cli.labelling import labelling, labelling_options
+from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import ArtifactPath
+from clipdeploy.cli.usage import command
+from exporters.spans import BATCH, IMAGES, SEED, THREADS
 
 
-@click.command(epilog="\b\nclipdeploy bisect --data IMAGES --plot map.png")
+@command(epilog="\b\nclipdeploy bisect --data IMAGES --plot map.png")
 @click.argument("graph", required=False, type=ArtifactPath(dir_okay=False))
 @model_option
 @data_option("Images, with labels if drops are to be points of top-1.", "validation")
-@click.option("--images", type=int, help="How many of them.  [default: up to 64]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Draws them.")
-@click.option("--batch", type=int, default=8, show_default=True, help="Images at once.")
-@click.option("--threads", type=int, default=0, help="ONNX Runtime's; 0: its own choice.")
+@click.option("--images", type=number(IMAGES), help="How many of them.  [default: up to 64]")
+@click.option("--seed", type=number(SEED), default=0, show_default=True, help="Draws them.")
+@click.option("--batch", type=number(BATCH), default=8, show_default=True, help="Images at once.")
+@click.option(
+    "--threads", type=number(THREADS), default=0, help="ONNX Runtime's; 0: its own choice."
+)
 @click.option(
     "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: .png or .svg."
 )
+@labelling_options()
 @stage_command
 def bisect(
     context: Context,
@@ -32,6 +40,7 @@ def bisect(
     batch: int,
     threads: int,
     plot: Path | None,
+    **options: Any,
 ) -> None:
     """Find the Linear of GRAPH (the model's INT8 graph) that costs the accuracy.
 
@@ -44,8 +53,16 @@ def bisect(
     name = context.model(model)
     from clipdeploy.stages.bisect import BisectConfig, bisect_model
 
-    config = BisectConfig(images, seed, batch, threads)
-    result = bisect_model(context.workspace, name, data, graph, config, progress=context.progress)
+    config = BisectConfig(images, seed, batch, threads, labelling(options))
+    result = bisect_model(
+        context.workspace,
+        name,
+        data,
+        graph,
+        config,
+        note=context.note,
+        progress=context.progress,
+    )
     emit(context, result, lambda: result)
     if plot:
         from clipdeploy.tuning.drawing import draw_bisection

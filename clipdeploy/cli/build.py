@@ -17,12 +17,26 @@ from clipdeploy.cli.common import (
     model_option,
     skip_unreadable_option,
     stage_command,
-    whole_numbers,
 )
+from clipdeploy.cli.numbers import number, whole_numbers
 from clipdeploy.cli.params import how_to_give, setting_option
-from clipdeploy.cli.quantize import quantize_config, recipe_options
+from clipdeploy.cli.quantize import (
+    check_recipe_options,
+    note_quality,
+    quantize_config,
+    recipe_names,
+    recipe_options,
+)
 from clipdeploy.cli.settings import setting_called
+from clipdeploy.cli.usage import (
+    command,
+    given_options,
+    refuse_together,
+    refuse_unused,
+    with_options,
+)
 from exporters.errors import UsageError
+from exporters.spans import BATCH, MEMORY_MIB, OPTIMIZATION
 
 if TYPE_CHECKING:
     from clipdeploy.engines.build_config import BuildConfig
@@ -33,11 +47,20 @@ backend_option = setting_option(
     type=click.Choice(setting_called("backend").kind.choices),
     help="TensorRT flavour.",
 )
+# The parameters that decide which images are observed, and those of the default profile.
+_CALIBRATION = ("images", "seed", "skip_unreadable")
+_BATCHES = ("min_batch", "opt_batch", "max_batch")
 _OPTIONS = (
     backend_option,
-    click.option("--min-batch", type=int, default=1, show_default=True, help="Smallest batch."),
-    click.option("--opt-batch", type=int, default=8, show_default=True, help="Batch to tune for."),
-    click.option("--max-batch", type=int, default=32, show_default=True, help="Largest batch."),
+    click.option(
+        "--min-batch", type=number(BATCH), default=1, show_default=True, help="Smallest batch."
+    ),
+    click.option(
+        "--opt-batch", type=number(BATCH), default=8, show_default=True, help="Batch to tune for."
+    ),
+    click.option(
+        "--max-batch", type=number(BATCH), default=32, show_default=True, help="Largest batch."
+    ),
     click.option(
         "--profile",
         multiple=True,
@@ -45,11 +68,14 @@ _OPTIONS = (
         help="Instead of the three above; several times for an engine with several profiles.",
     ),
     click.option(
-        "--memory-pool", type=int, metavar="MIB", help="Most scratch memory that a layer may use."
+        "--memory-pool",
+        type=number(MEMORY_MIB),
+        metavar="MIB",
+        help="Most scratch memory that a layer may use.",
     ),
     click.option(
         "--optimization-level",
-        type=int,
+        type=number(OPTIMIZATION),
         metavar="0..5",
         help="How long TensorRT searches for kernels; its own default is 3.",
     ),
@@ -84,9 +110,7 @@ _OPTIONS = (
 
 def build_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options that decide how an engine is compiled; :func:`build_config` reads them."""
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
+    return with_options(_OPTIONS, function)
 
 
 def build_config(options: dict[str, Any]) -> BuildConfig:
@@ -113,31 +137,61 @@ def build_config(options: dict[str, Any]) -> BuildConfig:
 
 
 def _profile(text: str) -> tuple[int, int, int]:
-    numbers = whole_numbers(text, "--profile", "MIN,OPT,MAX, such as 1,8,32")
+    numbers = whole_numbers(text, "--profile", "MIN,OPT,MAX, such as 1,8,32", BATCH)
     if len(numbers) != 3:
         raise UsageError(f"--profile {text!r} is not three batches", hint="such as 1,8,32")
     return numbers[0], numbers[1], numbers[2]
 
 
-def _calibration_images(context: Context, model: str, images: int | None) -> Path | None:
-    """The setting's images where they fill a gap: nothing is calibrated, or ``images`` are asked.
+def _calibration_images(context: Context, model: str) -> Path | None:
+    """The setting's images where nothing is calibrated, or options of calibration are given.
 
     A setting takes no statistics away that somebody collected.
     """
     from clipdeploy.stages.calibrate import is_calibrated
 
-    if images is None and is_calibrated(context.workspace, model):
+    if not given_options(_CALIBRATION) and is_calibrated(context.workspace, model):
         return None
-    given = context.setting("calibration")
-    if given is None and not context.workspace.calibration(model).exists():
+    found = context.setting("calibration")
+    if found is None:
+        refuse_unused(_CALIBRATION, "--data", "pass --data CALIBRATION_IMAGES")
+    if found is None and not context.workspace.calibration(model).exists():
         raise UsageError(
             f"{model} has not been calibrated in {context.workspace.root}",
             hint=f"give {how_to_give('--data CALIBRATION_IMAGES', 'calibration')}",
         )
-    return None if given is None else Path(str(given))
+    return None if found is None else Path(str(found))
 
 
-@click.command(
+def _check_used(precision: str, options: dict[str, Any]) -> None:
+    """Refuse options that another one, or the precision that is built, leaves without effect.
+
+    Raises:
+        UsageError: the first of them.
+    """
+    if precision != "int8":
+        refuse_unused(("data", *_CALIBRATION, *recipe_names()), "--int8", "build --int8")
+    if precision != "fp16":
+        refuse_unused(["fp16_io"], "--fp16", "build --fp16")
+    check_recipe_options(options)
+    for name in _BATCHES:
+        refuse_together("profile", name)
+
+
+def _check_batches(context: Context, model: str) -> None:
+    """Refuse batches for a graph that was exported for a single one.
+
+    Raises:
+        UsageError: the command line gave some.
+        ClipdeployError: there is no graph, or it cannot be read.
+    """
+    batch = context.workspace.source(model)[1].input.shape[0]
+    if isinstance(batch, int):
+        owner = f"a graph of any batch (this one was exported for {batch})"
+        refuse_unused(("profile", *_BATCHES), owner, "export the model again without --batch")
+
+
+@command(
     "build-engine",
     epilog="\b\n"
     "clipdeploy build-engine --fp16\n"
@@ -176,24 +230,18 @@ def build_engine(
     **options: Any,
 ) -> None:
     """Compile an engine; calibrates and quantises first where that is due."""
-    if fp16_io and precision != "fp16":
-        raise UsageError("--fp16-io belongs to --fp16", hint="leave it out, or build --fp16")
-    if options["recipe"] is not None and precision != "int8":
-        raise UsageError("--recipe belongs to --int8", hint="leave it out, or build --int8")
+    _check_used(precision, options)
     config = build_config(options)
     name = context.model(model)
+    _check_batches(context, name)
     from clipdeploy.stages.build import build_model
     from clipdeploy.stages.calibrate import CalibrateConfig
-    from clipdeploy.stages.quantize import searched_config
+    from clipdeploy.stages.quantize import model_quality
     from exporters.precision import Fp16Config
 
     quantize = quantize_config(context, name, options, "fp16")
     if data is None and precision == "int8":
-        data = _calibration_images(context, name, images)
-    searched = searched_config(context.workspace, name, quantize)
-    if searched is not None and precision == "int8":
-        context.note("INT8 as the search chose; --force or other options make it anew")
-
+        data = _calibration_images(context, name)
     artifact = build_model(
         context.workspace,
         name,
@@ -202,10 +250,13 @@ def build_engine(
         data=data,
         calibrate=CalibrateConfig(images, seed, skip_unreadable),
         fp16=Fp16Config(half_io=fp16_io),
-        quantize=quantize if searched is None or force else searched,
+        quantize=quantize,
         force=force,
+        note=context.note,
         progress=context.progress,
     )
+    if precision == "int8":
+        note_quality(context, model_quality(context.workspace, name))
     made = artifact.passport
     for fallback in made.fallbacks:
         context.note(f"not compiled as asked: {fallback}")

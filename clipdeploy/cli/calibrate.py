@@ -21,21 +21,24 @@ from clipdeploy.cli.common import (
     stage_command,
     threads_option,
 )
+from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import how_to_give
+from clipdeploy.cli.usage import group
 from exporters.errors import UsageError
+from exporters.spans import IMAGES, SEED
 
 if TYPE_CHECKING:
     from clipdeploy.stages.calibrate import CalibrationArtifact
 
 images_option = click.option(
-    "--images", type=click.IntRange(min=1), help="How many; all, up to 512, if left out."
+    "--images", type=number(IMAGES), help="How many; all, up to 512, if left out."
 )
 seed_option = click.option(
-    "--seed", type=int, default=0, show_default=True, help="Draws the images."
+    "--seed", type=number(SEED), default=0, show_default=True, help="Draws the images."
 )
 
 
-@click.group(
+@group(
     invoke_without_command=True,
     epilog="\b\nclipdeploy calibrate --data CALIBRATION_IMAGES --images 256",
 )
@@ -86,8 +89,12 @@ def calibrate(
         force=force,
         progress=context.progress,
     )
+    for problem in result.problems:
+        context.note(problem)
     for skipped in result.skipped:
         context.note(f"skipped, unreadable: {skipped}")
+    for warning in result.warnings:
+        context.note(warning)
     if len(result.table.images) < FEW_IMAGES and shard is None:
         context.note(
             f"only {len(result.table.images)} images: with {FEW_IMAGES} or more the ranges are "
@@ -117,6 +124,7 @@ def _summary(result: CalibrationArtifact) -> dict[str, object]:
         "tensors": sorted(result.table.statistics),
         "shard": result.table.shard,
         "skipped": result.skipped,
+        "problems": result.problems,
         "changed": result.changed,
     }
 

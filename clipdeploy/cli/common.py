@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from clipdeploy.cli.hints import followable
+from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import (
     ModelName,
     current_settings,
@@ -24,9 +26,11 @@ from clipdeploy.cli.params import (
 )
 from clipdeploy.cli.streams import made_more_than_output
 from clipdeploy.cli.text import echo, echo_json, echo_line, show
+from clipdeploy.cli.usage import Group, refuse_before_subcommand
 from exporters.errors import ClipdeployError, UsageError
 from exporters.printable import printable
 from exporters.progress import SILENT
+from exporters.spans import THREADS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -52,7 +56,6 @@ __all__ = [
     "stage_command",
     "threads_option",
     "trust_option",
-    "whole_numbers",
 ]
 
 EXIT_VERIFICATION = 3
@@ -181,7 +184,11 @@ def _tell_settings(context: Context, ctx: click.Context) -> None:
 def _fail(error: ClipdeployError, *, debug: bool) -> int:
     if debug:
         raise error
-    echo_line(f"error: {error}")
+    ctx = click.get_current_context()
+    hint, program = error.hint, ctx.find_root().command
+    if isinstance(program, click.Group):
+        hint = followable(hint, ctx.command, program)
+    echo_line(f"error: {error.message}" + (f" ({hint})" if hint else ""))
     return error.exit_code
 
 
@@ -212,6 +219,7 @@ def stage_command(function: F) -> F:
             logging.getLogger().handlers[0].setLevel(logging.WARNING)
         try:
             with context.settings.in_environment(typed_values(ctx)):
+                refuse_before_subcommand()
                 _tell_settings(context, ctx)
                 status = function(context, *args, **options)
                 if status is not None or ctx.find_root().invoked_subcommand in _MAKES_FILES:
@@ -264,7 +272,7 @@ ray_option = click.option(
 )
 threads_option = click.option(
     "--threads",
-    type=click.IntRange(min=0),
+    type=number(THREADS),
     default=0,
     help="CPU threads of a run or, with --ray, of each shard; they decide the last bits. "
     "A thread a core if left out.",
@@ -297,13 +305,14 @@ def shard_or_none(text: str | None) -> tuple[int, int] | None:
     """
     if text is None:
         return None
-    first, _, count = text.partition("/")
-    if not (first.isdecimal() and count.isdecimal()):
-        raise UsageError(f"--shard {text!r} is no part", hint="--shard 1/4 to --shard 4/4")
-    return int(first), int(count)
+    parts = text.split("/")
+    # Python reads no more than some thousand digits.
+    if len(parts) != 2 or not all(part.isdecimal() and len(part) < 20 for part in parts):
+        raise UsageError(f"--shard {text[:40]!r} is no part", hint="--shard 1/4 to --shard 4/4")
+    return int(parts[0]), int(parts[1])
 
 
-class DefaultGroup(click.Group):
+class DefaultGroup(Group):
     """A group in which what is no subcommand belongs to the ``default`` one.
 
     ``verify FILE`` is ``verify run FILE``, and ``verify merge`` a command of its own.
@@ -318,18 +327,6 @@ class DefaultGroup(click.Group):
         if not args or args[0] not in self.commands:
             args = [self.default, *args]
         return super().parse_args(ctx, args)
-
-
-def whole_numbers(text: str, option: str, wanted: str) -> tuple[int, ...]:
-    """Numbers with commas between them.
-
-    Raises:
-        UsageError: something else; it says what is ``wanted``.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise UsageError(f"{option} {text!r} is no list of whole numbers", hint=wanted)
-    return tuple(int(part) for part in parts)
 
 
 def data_option(

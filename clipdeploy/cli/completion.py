@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from clipdeploy.cli.usage import command
+
 __all__ = ["COMPLETE_VARIABLE", "SHELLS", "completion"]
 
 SHELLS = ("bash", "zsh", "fish")
@@ -11,7 +13,7 @@ SHELLS = ("bash", "zsh", "fish")
 COMPLETE_VARIABLE = "_CLIPDEPLOY_COMPLETE"
 
 
-@click.command()
+@command()
 @click.argument("shell", type=click.Choice(SHELLS))
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context

@@ -22,6 +22,7 @@ from clipdeploy.cli.settings import (
     setting_called,
     strangers,
 )
+from clipdeploy.cli.usage import command
 from exporters.errors import UsageError
 
 __all__ = ["ConfigRow", "Configuration", "config", "template"]
@@ -50,7 +51,7 @@ class Configuration:
     settings: tuple[ConfigRow, ...]
 
 
-@click.command()
+@command()
 @click.option(
     "--init", is_flag=True, help=f"Write a commented {CONFIG_FILE} here, if there is none."
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import click
-
 from clipdeploy.cli.common import (
     EXIT_VERIFICATION,
     Context,
@@ -11,9 +9,10 @@ from clipdeploy.cli.common import (
     force_option,
     stage_command,
 )
+from clipdeploy.cli.usage import command
 
 
-@click.command(epilog="\b\nclipdeploy demo")
+@command(epilog="\b\nclipdeploy demo")
 @force_option
 @stage_command
 def demo(context: Context, force: bool) -> int:

@@ -21,25 +21,34 @@ from clipdeploy.cli.common import (
     threads_option,
 )
 from clipdeploy.cli.export import weights_choice, weights_options
+from clipdeploy.cli.labelling import labelling_options
+from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import setting_option
-from clipdeploy.cli.quantize import quantize_options, recipe_options
+from clipdeploy.cli.quantize import (
+    check_recipe_options,
+    quantize_options,
+    recipe_names,
+    recipe_options,
+)
 from clipdeploy.cli.stage_display import StageDisplay
+from clipdeploy.cli.usage import command, refuse_unused
 from clipdeploy.cli.verify import (
     baseline_option,
-    labels_option,
-    layout_option,
     max_drop_option,
     max_drop_top5_option,
     verify_scope,
 )
+from exporters.spans import IMAGES
 
 if TYPE_CHECKING:
     from clipdeploy.stages.deploy import DeployConfig
 
+# The parameters that decide which calibration images are observed.
+_OBSERVED = ("images", "seed")
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
-@click.command(
+@command(
     epilog="\b\n"
     "clipdeploy deploy --model clip-vit-base-p16 --calibration IMAGES --val IMAGENET_VAL\n"
     "clipdeploy deploy --fp16 --val IMAGENET_VAL --cpp classify",
@@ -68,7 +77,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @max_drop_option
 @max_drop_top5_option
 @click.option(
-    "--limit", type=click.IntRange(min=1), help="Judge on so many images, spread over the classes."
+    "--limit", type=number(IMAGES), help="Judge on so many images, spread over the classes."
 )
 @click.option(
     "--graphs-only",
@@ -76,8 +85,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
     help="Judge and package the ONNX graphs: for a machine that cannot run the engine.",
 )
 @baseline_option
-@layout_option
-@labels_option
+@labelling_options(class_names=False)
 @weights_options
 @images_option
 @seed_option
@@ -127,6 +135,7 @@ def _config(context: Context, options: dict[str, Any]) -> DeployConfig:
     from clipdeploy.stages.deploy_config import SHORT_BENCHMARK, DeployConfig
     from clipdeploy.verification.verifier import VerifyConfig
 
+    _check_used(options)
     weights, recipe = weights_choice(context, options)
     threads, skip = options["threads"], options["skip_unreadable"]
     return DeployConfig(
@@ -142,16 +151,30 @@ def _config(context: Context, options: dict[str, Any]) -> DeployConfig:
         verify=VerifyConfig(
             options["max_drop"], options["max_drop_top5"], skip_unreadable=skip, threads=threads
         ),
-        scope=verify_scope((), options | {"allow_leak": False}),
+        scope=verify_scope((), options | {"allow_leak": False, "class_names": None}),
         benchmark=None if options["no_benchmark"] else replace(SHORT_BENCHMARK, threads=threads),
         triton=options["triton"],
         cpp=options["cpp"],
     )
 
 
+def _check_used(options: dict[str, Any]) -> None:
+    """Refuse options that another one, or the precision that is deployed, leaves without effect.
+
+    Raises:
+        UsageError: the first of them.
+    """
+    check_recipe_options(options)
+    if options["precision"] != "int8":
+        names = ("calibration", *_OBSERVED, *recipe_names())
+        refuse_unused(names, "--int8", "pass --int8")
+
+
 def _calibration(context: Context, options: dict[str, Any]) -> Path | None:
-    if options["calibration"] is not None or options["precision"] != "int8":
-        given: Path | None = options["calibration"]
-        return given
-    set_once = context.setting("calibration")
-    return None if set_once is None else Path(str(set_once))
+    """Of the command line or a setting; a setting is not looked at where nothing is calibrated."""
+    found: Path | None = options["calibration"]
+    if found is None and options["precision"] == "int8":
+        if (set_once := context.setting("calibration")) is not None:
+            return Path(str(set_once))
+        refuse_unused(_OBSERVED, "--calibration", "pass --calibration CALIBRATION_IMAGES")
+    return found

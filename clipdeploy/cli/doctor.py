@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import click
-
 from clipdeploy.cli.common import Context, emit, stage_command
+from clipdeploy.cli.usage import command
 from exporters.errors import FileError
 
 if TYPE_CHECKING:
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 _MARKS = {"good": "ok", "note": "note", "warning": "warning", "error": "ERROR"}
 
 
-@click.command(epilog="\b\nclipdeploy doctor --json")
+@command(epilog="\b\nclipdeploy doctor --json")
 @stage_command
 def doctor(context: Context) -> int:
     """Look at this machine: libraries, GPU, driver, disk; say how to mend what is wrong.

@@ -8,34 +8,48 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clipdeploy.cli.common import Context, emit, force_option, model_option, stage_command
+from clipdeploy.cli.labelling import class_names_option
+from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import setting_option
-from exporters.errors import UsageError
+from clipdeploy.cli.usage import command, refuse_together, refuse_unused, with_options
+from exporters.spans import BATCH, OPSET, SEED
 
 if TYPE_CHECKING:
     from clipdeploy.model import WeightsChoice
-    from exporters.artifact import Recipe, WeightsOrigin
+    from exporters.artifact import Passport, Recipe
 
 __all__ = ["export", "weights_choice", "weights_options"]
 
 
-def _weights(origin: WeightsOrigin) -> str:
-    if origin.kind == "random":
-        return f"random, seed {origin.seed}"
-    resized = ", position grid resized" if origin.resized_position else ""
-    return f"{origin.path}, {origin.layout}, SHA-256 {origin.sha256[:8]}{resized}"
+def _classes(passport: Passport) -> str:
+    names = passport.class_names
+    if not names:
+        return f"{passport.classes}, without names"
+    who = {
+        "file": "from --class-names",
+        "checkpoint": "from the checkpoint",
+        "assumed": "assumed to be the model's",
+    }.get(passport.class_names_from, "the model's")
+    return f"{passport.classes}, names {who}: {names[0]} to {names[-1]}"
 
 
 _WEIGHTS_OPTIONS = (
     click.option(
         "--checkpoint",
         metavar="FILE",
-        help="Weights: .pth, .bin or .safetensors, or hf://OWNER/NAME.",
+        help="Weights: .pth, .bin or .safetensors, or hf://OWNER/NAME.  "
+        "[default: the workspace's, else the published ones]",
     ),
     click.option(
         "--random-init",
-        type=int,
+        type=number(SEED),
         metavar="SEED",
         help="Random weights instead, for speed and plumbing.",
+    ),
+    click.option(
+        "--replace-weights",
+        is_flag=True,
+        help="Take these, or the published ones, in the place of the workspace's own.",
     ),
     click.option(
         "--resize-pos-embed", is_flag=True, help="Resample a position grid of another size."
@@ -54,35 +68,43 @@ _WEIGHTS_OPTIONS = (
         show_default=True,
         help="The crop behind the published top-1, or timm's own.",
     ),
+    class_names_option,
     setting_option("offline", "--offline/--no-offline", help="Download nothing."),
 )
 
 
 def weights_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options that decide what the model is; :func:`weights_choice` reads them."""
-    for option in reversed(_WEIGHTS_OPTIONS):
-        function = option(function)
-    return function
+    return with_options(_WEIGHTS_OPTIONS, function)
 
 
 def weights_choice(context: Context, options: dict[str, Any]) -> tuple[WeightsChoice, Recipe]:
     """The values of :func:`weights_options` as a choice of weights and what is made of them.
 
     Raises:
-        UsageError: weights of two kinds.
+        UsageError: weights of two kinds, or an option of a checkpoint without one.
     """
-    checkpoint, seed = options["checkpoint"], options["random_init"]
-    if checkpoint is not None and seed is not None:
-        raise UsageError("--checkpoint and --random-init exclude each other", hint="pass one")
+    refuse_together("checkpoint", "random_init")
+    if options["checkpoint"] is None:
+        refuse_unused(["resize_pos_embed"], "--checkpoint", "pass --checkpoint FILE")
     from clipdeploy.model import WeightsChoice
     from exporters.artifact import Recipe
 
+    checkpoint, seed = options["checkpoint"], options["random_init"]
     resize, offline = options["resize_pos_embed"], options["offline"]
-    choice = WeightsChoice(checkpoint, seed, resize, offline, not context.quiet)
+    choice = WeightsChoice(
+        checkpoint,
+        seed,
+        resize,
+        offline,
+        not context.quiet,
+        replace=options["replace_weights"],
+        class_names=options["class_names"],
+    )
     return choice, Recipe(options["numerics"], options["resize"])
 
 
-@click.command(
+@command(
     epilog="\b\n"
     "clipdeploy export --model clip-vit-base-p16\n"
     "clipdeploy export --model clip-vit-base-p16 --checkpoint finetuned.safetensors",
@@ -90,9 +112,13 @@ def weights_choice(context: Context, options: dict[str, Any]) -> tuple[WeightsCh
 @model_option
 @weights_options
 @click.option(
-    "--opset", type=int, default=20, show_default=True, help="ONNX operator set, 17 to 23."
+    "--opset",
+    type=number(OPSET),
+    default=20,
+    show_default=True,
+    help="ONNX operator set, 17 to 23.",
 )
-@click.option("--batch", type=int, help="Fix the batch size; symbolic if left out.")
+@click.option("--batch", type=number(BATCH), help="Fix the batch size; symbolic if left out.")
 @click.option(
     "--preprocess", is_flag=True, help="Take uint8 (B, S, S, 3): normalisation in the graph."
 )
@@ -120,6 +146,7 @@ def export(
         recipe,
         ExportConfig(opset, batch, preprocess),
         force=force,
+        note=context.note,
         progress=context.progress,
     )
     emit(
@@ -128,6 +155,7 @@ def export(
         lambda: (
             f"{artifact.path}: {artifact.nodes} nodes, {artifact.bytes / 1e6:.1f} MB"
             + ("" if artifact.changed else " (unchanged)")
-            + f"\n  weights: {_weights(artifact.passport.weights)}"
+            + f"\n  weights: {artifact.passport.weights.description}"
+            + f"\n  classes: {_classes(artifact.passport)}"
         ),
     )

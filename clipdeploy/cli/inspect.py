@@ -8,9 +8,10 @@ import click
 
 from clipdeploy.cli.common import Context, emit, stage_command, trust_option
 from clipdeploy.cli.params import ArtifactPath
+from clipdeploy.cli.usage import command, refuse_unused
 
 
-@click.command(epilog="\b\nclipdeploy inspect artifacts/MODEL/MODEL.int8.engine")
+@command(epilog="\b\nclipdeploy inspect artifacts/MODEL/MODEL.int8.engine")
 @click.argument("file", type=ArtifactPath())
 @trust_option
 @stage_command
@@ -20,6 +21,8 @@ def inspect(context: Context, file: Path, trust: bool) -> None:
     On a machine with a GPU an engine is loaded and tells in which precision each block runs;
     elsewhere it is said what the graph asks for.
     """
+    if file.suffix == ".onnx":
+        refuse_unused(["trust"], "engines", "name an .engine file")
     from clipdeploy.inspection import inspect_file
 
     result = inspect_file(file, trust=trust)

@@ -26,6 +26,7 @@ from clipdeploy.cli.predict import predict
 from clipdeploy.cli.quantize import quantize
 from clipdeploy.cli.search import search
 from clipdeploy.cli.streams import closing_code, drop_impossible_sizes, guard_streams
+from clipdeploy.cli.usage import Group, group
 from clipdeploy.cli.verify import verify
 from clipdeploy.cli.zoo import zoo
 from exporters.printable import printable
@@ -44,7 +45,7 @@ def _shown_as_text() -> Iterator[None]:
         raise
 
 
-class Program(click.Group):
+class Program(Group):
     """The program: its exit code is the command's, whatever happens to the output."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
@@ -72,7 +73,7 @@ class Program(click.Group):
             ctx.exit(EXIT_INTERRUPTED)
 
 
-@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
+@group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
     """CLIP-pretrained ViT classifiers from a PyTorch checkpoint to a proven TensorRT engine.

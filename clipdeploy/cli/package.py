@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clipdeploy.cli.common import Context, emit, model_option, stage_command
+from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import ArtifactPath
+from clipdeploy.cli.usage import command, refuse_together, refuse_unused
 from exporters.errors import UsageError
+from exporters.spans import BATCH, INSTANCES, QUEUE_DELAY
 
 if TYPE_CHECKING:
     from clipdeploy.packaging.cpp import CppPackage
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
-@click.command(
+@command(
     epilog="\b\n"
     "clipdeploy package --triton models\n"
     "clipdeploy package --cpp classify artifacts/MODEL/MODEL.fp16.onnx",
@@ -29,14 +32,18 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option("--cpp", metavar="DIR", type=_FOLDER, help="C++ program with a CMakeLists.txt.")
 @model_option
 @click.option("--name", help="On the server; MODEL-PRECISION if left out.")
-@click.option("--max-batch", type=int, help="Largest batch.  [default: the engine's; graphs: 32]")
+@click.option(
+    "--max-batch", type=number(BATCH), help="Largest batch.  [default: the engine's; graphs: 32]"
+)
 @click.option(
     "--queue-delay",
-    type=int,
+    type=number(QUEUE_DELAY),
     metavar="MICROSECONDS",
     help="How long a request waits for others to share its batch.  [default: 500]",
 )
-@click.option("--instances", type=int, help="Copies of the model on a GPU.  [default: 1]")
+@click.option(
+    "--instances", type=number(INSTANCES), help="Copies of the model on a GPU.  [default: 1]"
+)
 @click.option("--force", is_flag=True, help="Replace what is there; the newest version of a model.")
 @stage_command
 def package(
@@ -49,14 +56,14 @@ def package(
     **options: Any,
 ) -> None:
     """Package ARTIFACT (.onnx, .engine) for production, or the best one of a model."""
-    if (triton is None) == (cpp is None):
-        raise UsageError("package takes one of --triton DIR and --cpp DIR", hint="pass one of them")
+    one = "package takes one of --triton DIR and --cpp DIR"
+    refuse_together("triton", "cpp", hint=one)
+    if triton is None and cpp is None:
+        raise UsageError(one, hint="pass one of them")
+    if triton is None:
+        refuse_unused(options, "--triton", "pass --triton DIR")
+    refuse_together("artifact", "model", hint="no --model beside a file: it has its own")
     chosen = {option: value for option, value in options.items() if value is not None}
-    if cpp and chosen:
-        option = "--" + next(iter(chosen)).replace("_", "-")
-        raise UsageError(f"{option} belongs to --triton", hint="leave it out")
-    if artifact and model:
-        raise UsageError("--model beside a file", hint="name a file, or a model to take one of")
     from clipdeploy.packaging.triton_config import TritonConfig
     from clipdeploy.stages.package import artifact_to_package, package_cpp, package_triton
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
 from click.types import StringParamType
 
 from clipdeploy.cli.kinds import Value, as_toml
+from clipdeploy.cli.numbers import EarlyError
 from clipdeploy.cli.settings import CONFIG_FILE, Settings, load_settings, setting_called
-from clipdeploy.cli.text import echo_line
 from exporters.errors import FileError, UsageError
 
 if TYPE_CHECKING:
@@ -37,14 +37,8 @@ _META = "clipdeploy.settings"
 _ARTIFACTS = (".onnx", ".engine")
 
 
-class SettingError(click.ClickException):
+class SettingError(EarlyError):
     """A setting that cannot be used, found before the command began."""
-
-    exit_code = UsageError.exit_code
-
-    def show(self, file: IO[Any] | None = None) -> None:
-        """The one line that every error of clipdeploy is."""
-        echo_line(f"error: {self.message}", file)
 
 
 class SettingFileError(SettingError):

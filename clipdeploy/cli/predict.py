@@ -7,10 +7,13 @@ from pathlib import Path
 import click
 
 from clipdeploy.cli.common import Context, emit, model_option, stage_command
+from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import ArtifactPath
+from clipdeploy.cli.usage import command
+from exporters.spans import TOP
 
 
-@click.command(epilog="\b\nclipdeploy predict cat.jpg dog.jpg --top 3")
+@command(epilog="\b\nclipdeploy predict cat.jpg dog.jpg --top 3")
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @model_option
 @click.option(
@@ -18,9 +21,7 @@ from clipdeploy.cli.params import ArtifactPath
     type=ArtifactPath(),
     help="A graph or an engine; the fastest one of the model that runs here if left out.",
 )
-@click.option(
-    "--top", type=click.IntRange(min=1), default=5, show_default=True, help="Classes an image."
-)
+@click.option("--top", type=number(TOP), default=5, show_default=True, help="Classes an image.")
 @stage_command
 def predict(
     context: Context, images: tuple[Path, ...], model: str | None, artifact: Path | None, top: int
@@ -33,4 +34,6 @@ def predict(
         context.workspace, name, images, artifact, top=top, progress=context.progress
     )
     context.note(f"{result.artifact} on {result.runner}")
+    for problem in result.problems:
+        context.note(problem)
     emit(context, result, lambda: result)

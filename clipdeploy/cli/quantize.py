@@ -4,25 +4,40 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from clipdeploy.cli.common import Context, emit, force_option, model_option, stage_command
-from exporters.errors import UsageError
+from clipdeploy.cli.numbers import number
+from clipdeploy.cli.usage import (
+    command,
+    given,
+    option_names,
+    refuse_together,
+    refuse_unused,
+    with_options,
+)
+from exporters.spans import SQNR_DB, STRENGTH
 
 if TYPE_CHECKING:
     from calibration.plan import PlanConfig
     from calibration.policy import Placement
     from calibration.qdq import QuantizeConfig
+    from calibration.quality import Quality
 
 __all__ = [
+    "check_plan_options",
+    "check_recipe_options",
+    "note_quality",
     "plan_config",
     "plan_options",
     "quantize",
     "quantize_config",
     "quantize_options",
+    "recipe_names",
     "recipe_options",
 ]
 
@@ -38,7 +53,7 @@ _PLAN_OPTIONS = (
     click.option("--no-smooth", is_flag=True, help="Leave activation outliers where they are."),
     click.option(
         "--strength",
-        type=float,
+        type=number(STRENGTH),
         metavar="0..1",
         help="How much of the outliers moves into the weights, the same for all Linears.  "
         "[default: each Linear's own, by its expected error]",
@@ -64,14 +79,30 @@ _OPTIONS = (
     click.option("--quantize-attention", is_flag=True, help="Attention's two products as well."),
     click.option("--quantize-head", is_flag=True, help="The classifier as well."),
     click.option("--quantize-patch", is_flag=True, help="The patch convolution as well."),
+    click.option(
+        "--min-sqnr",
+        type=number(SQNR_DB),
+        metavar="DB",
+        help="Lowest signal over noise in dB: a Linear whose output would have less is left out, a "
+        "graph whose logits have less on the calibration images is refused.  [default: 10]",
+    ),
 )
 
 
 def plan_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options that decide how a Linear is quantised; :func:`plan_config` reads them."""
-    for option in reversed(_PLAN_OPTIONS):
-        function = option(function)
-    return function
+    return with_options(_PLAN_OPTIONS, function)
+
+
+def check_plan_options(options: dict[str, Any]) -> None:
+    """Refuse options of :func:`plan_options` that the others leave without effect.
+
+    Raises:
+        UsageError: the first of them.
+    """
+    refuse_together("no_smooth", "strength")
+    if options["range_method"] != "auto":
+        refuse_unused(["no_shift"], "--range auto", "pass --range auto")
 
 
 def plan_config(options: dict[str, Any]) -> PlanConfig:
@@ -90,16 +121,33 @@ def plan_config(options: dict[str, Any]) -> PlanConfig:
 
 def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options that decide how INT8 is made; :func:`quantize_config` reads them."""
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
+    return with_options(_OPTIONS, function)
+
+
+def recipe_names() -> list[str]:
+    """The parameters of :func:`recipe_options`."""
+    return option_names(_OPTIONS)
+
+
+def check_recipe_options(options: dict[str, Any]) -> None:
+    """Refuse options of :func:`recipe_options` that the others leave without effect.
+
+    Raises:
+        UsageError: a recipe file beside options that it holds, or the first without effect.
+    """
+    if given("recipe"):
+        refuse_together(
+            *recipe_names(),
+            hint="no --recipe beside options that say how to quantise: it holds them all",
+        )
+    check_plan_options(options)
 
 
 def quantize_options(options: dict[str, Any]) -> QuantizeConfig:
     """The values of :func:`recipe_options` but for the recipe file, as a configuration.
 
     Raises:
-        UsageError: a recipe file beside options that it stands for.
+        UsageError: a value that cannot be.
     """
     from calibration.policy import Scope
     from calibration.qdq import QuantizeConfig
@@ -111,12 +159,12 @@ def quantize_options(options: dict[str, Any]) -> QuantizeConfig:
         patch=options["quantize_patch"],
     )
     config = QuantizeConfig(options["exclude"], "fp16", plan, scope)
-    if options["recipe"] is not None and config != QuantizeConfig():
-        raise UsageError(
-            "--recipe beside options that say how to quantise",
-            hint="leave them out: the recipe holds them all",
-        )
-    return config
+    return _with_minimum(config, options)
+
+
+def _with_minimum(config: QuantizeConfig, options: dict[str, Any]) -> QuantizeConfig:
+    minimum = options["min_sqnr"]
+    return config if minimum is None else replace(config, min_sqnr=minimum)
 
 
 def quantize_config(
@@ -130,14 +178,12 @@ def quantize_config(
     ``remainder`` outranks a recipe's.
 
     Raises:
-        UsageError: a recipe beside options that it stands for.
+        UsageError: a value that cannot be.
         ArtifactError, FileError: it cannot be read, or was found for other weights.
     """
-    from dataclasses import replace
-
     config = quantize_options(options)
     if options["recipe"] is not None:
-        config = _from_recipe(context, model, options["recipe"])
+        config = _with_minimum(_from_recipe(context, model, options["recipe"]), options)
     return config if remainder is None else replace(config, remainder=remainder)
 
 
@@ -149,7 +195,7 @@ def _from_recipe(context: Context, model: str, path: Path) -> QuantizeConfig:
     return recipe.config
 
 
-@click.command(epilog="\b\nclipdeploy quantize\nclipdeploy quantize --cpu --exclude 'blocks.0.*'")
+@command(epilog="\b\nclipdeploy quantize\nclipdeploy quantize --cpu --exclude 'blocks.0.*'")
 @model_option
 @recipe_options
 @click.option(
@@ -159,6 +205,7 @@ def _from_recipe(context: Context, model: str, path: Path) -> QuantizeConfig:
 @stage_command
 def quantize(context: Context, model: str | None, cpu: bool, force: bool, **recipe: Any) -> None:
     """Write the INT8 (Q/DQ) graph from the FP32 graph and its calibration."""
+    check_recipe_options(recipe)
     name = context.model(model)
     from clipdeploy.stages.quantize import quantize_model
 
@@ -169,7 +216,23 @@ def quantize(context: Context, model: str | None, cpu: bool, force: bool, **reci
         f"{result.artifact.bytes / 1e6:.1f} MB"
         + ("" if result.artifact.changed else " (unchanged)")
     )
-    emit(context, result, lambda: "\n".join([line, *_left_out(result.placement)]))
+    quality = result.quality
+    note_quality(context, quality)
+    lines = [line, *_left_out(result.placement), *(() if quality is None else [_sqnr(quality)])]
+    emit(context, result, lambda: "\n".join(lines))
+
+
+def note_quality(context: Context, quality: Quality | None) -> None:
+    """Show the warnings of an INT8 graph."""
+    for warning in () if quality is None else quality.warnings:
+        context.note(warning)
+
+
+def _sqnr(quality: Quality) -> str:
+    """What INT8 costs, in a line."""
+    images = f"{quality.images} calibration images" if quality.images else "the sample images"
+    figure = "equal to FP32" if quality.sqnr_db is None else f"SQNR {quality.sqnr_db:.1f} dB"
+    return f"  logits: {figure} on {images}"
 
 
 def _left_out(placement: Placement) -> list[str]:

@@ -15,11 +15,15 @@ from clipdeploy.cli.common import (
     model_option,
     stage_command,
 )
+from clipdeploy.cli.labelling import labelling, labelling_options
+from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import setting_option
-from clipdeploy.cli.quantize import plan_config, plan_options
+from clipdeploy.cli.quantize import check_plan_options, plan_config, plan_options
+from clipdeploy.cli.usage import command, refuse_unused
+from exporters.spans import BATCH, BUDGET, IMAGES, SEARCHED_DROP, SEED, THREADS
 
 
-@click.command(epilog="\b\nclipdeploy search --data LABELLED_IMAGES --max-drop 0.5 --budget 60")
+@command(epilog="\b\nclipdeploy search --data LABELLED_IMAGES --max-drop 0.5 --budget 60")
 @model_option
 @data_option("Labelled images; one part is searched on, the others confirm.", "validation")
 @click.option(
@@ -28,19 +32,27 @@ from clipdeploy.cli.quantize import plan_config, plan_options
 @setting_option(
     "max_drop",
     "--max-drop",
-    type=float,
+    type=number(SEARCHED_DROP),
     help="Percentage points of top-1 that may be lost.",
 )
-@click.option("--budget", type=float, metavar="MINUTES", help="Stop then; a later run goes on.")
-@click.option("--search-images", type=int, help="How many to search on.  [default: half]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Splits the images.")
+@click.option(
+    "--budget", type=number(BUDGET), metavar="MINUTES", help="Stop then; a later run goes on."
+)
+@click.option(
+    "--search-images", type=number(IMAGES), help="How many to search on.  [default: half]"
+)
+@click.option("--seed", type=number(SEED), default=0, show_default=True, help="Splits the images.")
 @click.option(
     "--cost",
     type=click.Choice(["macs", "cpu"]),
     help="Count MACs and bytes, or time the Linears on this CPU.  [default: macs; cpu with --cpu]",
 )
-@click.option("--batch", type=int, default=8, show_default=True, help="Images at once, for costs.")
-@click.option("--threads", type=int, default=0, help="ONNX Runtime's; 0: its own choice.")
+@click.option(
+    "--batch", type=number(BATCH), default=8, show_default=True, help="Images at once, for costs."
+)
+@click.option(
+    "--threads", type=number(THREADS), default=0, help="ONNX Runtime's; 0: its own choice."
+)
 @click.option("--fixed-plan", is_flag=True, help="Try no other --range and --strength.")
 @click.option(
     "--cpu", is_flag=True, help="For ONNX Runtime's int8 kernels on a CPU: the rest stays FP32."
@@ -48,6 +60,7 @@ from clipdeploy.cli.quantize import plan_config, plan_options
 @click.option(
     "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: .png or .svg."
 )
+@labelling_options()
 @plan_options
 @stage_command
 def search(
@@ -65,7 +78,7 @@ def search(
     fixed_plan: bool,
     cpu: bool,
     plot: Path | None,
-    **plan: Any,
+    **options: Any,
 ) -> int:
     """Choose INT8 or FP16 for every Linear and write that INT8 graph.
 
@@ -76,6 +89,10 @@ def search(
 
     if plot:
         check_plot_path(plot)
+    check_plan_options(options)
+    if confirm is not None:
+        # The splits are then the two sets of images themselves.
+        refuse_unused(["search_images", "seed"], "a split of --data", "leave out --confirm")
     name = context.model(model)
     from clipdeploy.stages.search import search_model
     from clipdeploy.tuning.search import SearchConfig
@@ -88,9 +105,10 @@ def search(
         cost=cost or ("cpu" if cpu else "macs"),
         batch=batch,
         threads=threads,
-        plan=plan_config(plan),
+        plan=plan_config(options),
         fixed_plan=fixed_plan,
         remainder="fp32" if cpu else "fp16",
+        labelling=labelling(options),
     )
     result = search_model(
         context.workspace, name, data, config, confirm=confirm, progress=context.progress

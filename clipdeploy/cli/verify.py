@@ -25,26 +25,29 @@ from clipdeploy.cli.common import (
     threads_option,
     trust_option,
 )
+from clipdeploy.cli.labelling import labelling, labelling_options
+from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import ArtifactPath, setting_option
+from clipdeploy.cli.usage import given_options, group, refuse_together, refuse_unused, with_options
 from exporters.errors import UsageError
+from exporters.spans import BATCH, CACHE_GB, DROP, IMAGES, WORKERS
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-    from clipdeploy.imaging.layouts import LayoutName
     from clipdeploy.stages.verify_setup import Judgement, VerifyScope
     from clipdeploy.verification.verifier import VerifyConfig
 
 max_drop_option = setting_option(
     "max_drop",
     "--max-drop",
-    type=float,
+    type=number(DROP),
     help="Percentage points of top-1 that an artifact may lose.",
 )
 max_drop_top5_option = click.option(
     "--max-top5-drop",
     "max_drop_top5",
-    type=float,
+    type=number(DROP),
     help="Percentage points of top-5 that an artifact may lose (default: top-5 is not judged).",
 )
 baseline_option = click.option(
@@ -54,14 +57,6 @@ baseline_option = click.option(
     metavar="card|none|TOP1[,TOP5]",
     help="What PyTorch itself has to reach before anything is judged.",
 )
-layout_option = click.option(
-    "--layout",
-    type=click.Choice(["auto", "folders", "list", "devkit", "solution", "none"]),
-    default="auto",
-    show_default=True,
-    help="How labels are stored: folders, NAME CLASS list, ILSVRC devkit, Kaggle's CSV.",
-)
-labels_option = click.option("--labels", type=click.Path(path_type=Path), help="Label file.")
 report_option = click.option(
     "--report",
     "reports",
@@ -75,7 +70,7 @@ _OPTIONS = (
     max_drop_option,
     max_drop_top5_option,
     click.option(
-        "--limit", type=click.IntRange(min=1), help="Only so many images, spread over the classes."
+        "--limit", type=number(IMAGES), help="Only so many images, spread over the classes."
     ),
     click.option("--sequential", is_flag=True, help="Stop as soon as every verdict is known."),
     click.option(
@@ -85,16 +80,15 @@ _OPTIONS = (
     click.option(
         "--allow-leak", is_flag=True, help="Count calibration images among --data, do not refuse."
     ),
-    layout_option,
-    labels_option,
+    labelling_options(),
     click.option(
         "--batch",
-        type=click.IntRange(min=1),
+        type=number(BATCH),
         default=16,
         show_default=True,
         help="Images that run at once.",
     ),
-    click.option("--workers", type=click.IntRange(min=0), help="Decoding processes; one a core."),
+    click.option("--workers", type=number(WORKERS), help="Decoding processes; one a core."),
     setting_option(
         "keep_crops",
         "--cache/--no-cache",
@@ -103,7 +97,7 @@ _OPTIONS = (
     setting_option(
         "crops_size",
         "--cache-size",
-        type=float,
+        type=number(CACHE_GB),
         metavar="GB",
         help="Maximum size of the crop cache in GB; 0 keeps nothing (default 34).",
     ),
@@ -118,9 +112,7 @@ _OPTIONS = (
 
 
 def _options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+    return with_options(_OPTIONS, command)
 
 
 def _artifact_or_merge(
@@ -134,7 +126,7 @@ def _artifact_or_merge(
     return param.type.shell_complete(ctx, param, incomplete)
 
 
-@click.group(cls=DefaultGroup, default="run")
+@group(cls=DefaultGroup, default="run")
 def verify() -> None:
     """Judge artifacts against PyTorch; `verify merge` joins shards."""
 
@@ -155,8 +147,11 @@ def run(
     Exit code 3 unless all of them are proven to keep their accuracy. A run that was killed goes on
     where it stopped when the same command is given again. `clipdeploy verify merge` joins shards.
     """
+    _check_used(artifacts, options)
     config, reports = _config(options), options["reports"]
     _check_reports(reports, config.shard)
+    if config.shard and (later := given_options(("max_drop", "max_drop_top5", "baseline"))):
+        context.note(f"a shard has no verdict: give {', '.join(later)} to `verify merge` as well")
     name = context.model(model)
     from clipdeploy.stages.verify import verify_model
 
@@ -186,8 +181,7 @@ def run(
     type=click.Path(path_type=Path),
     help="The images, if not where the first shard found them; they are compared with the records.",
 )
-@layout_option
-@labels_option
+@labelling_options()
 @stage_command
 def merge(
     context: Context,
@@ -198,8 +192,7 @@ def merge(
     baseline: str,
     reports: tuple[Path, ...],
     data: Path | None,
-    layout: LayoutName,
-    labels: Path | None,
+    **options: Any,
 ) -> int:
     """Join the shards of `verify --shard` to the verdict of one run.
 
@@ -213,7 +206,7 @@ def merge(
     from clipdeploy.verification.baseline import Expected
     from clipdeploy.verification.verdicts import Limits
 
-    scope = VerifyScope(layout=layout, labels=labels, expected=Expected.parse(baseline))
+    scope = VerifyScope(labelling=labelling(options), expected=Expected.parse(baseline))
     result = merge_verification(
         context.workspace,
         name,
@@ -225,6 +218,19 @@ def merge(
         progress=context.progress,
     )
     return _tell(context, result, reports, data)
+
+
+def _check_used(artifacts: tuple[Path, ...], options: dict[str, Any]) -> None:
+    """Refuse options that this run would not use.
+
+    Raises:
+        UsageError: the first of them.
+    """
+    refuse_together("artifacts", "graphs_only", hint="leave it out and name the graphs alone")
+    if not options["cache"]:
+        refuse_unused(["cache_size"], "--cache", "pass --cache")
+    if options["graphs_only"] or (artifacts and all(path.suffix == ".onnx" for path in artifacts)):
+        refuse_unused(["trust"], "engines", "name an .engine file")
 
 
 def _check_reports(reports: tuple[Path, ...], shard: tuple[int, int] | None) -> None:
@@ -265,8 +271,7 @@ def verify_scope(artifacts: tuple[Path, ...], options: dict[str, Any]) -> Verify
         artifacts=artifacts,
         graphs_only=options["graphs_only"],
         limit=options["limit"],
-        layout=options["layout"],
-        labels=options["labels"],
+        labelling=labelling(options),
         allow_leak=options["allow_leak"],
         expected=Expected.parse(options["baseline"]),
     )

@@ -8,6 +8,7 @@ import click
 
 from clipdeploy.cli.common import Context, emit, stage_command
 from clipdeploy.cli.params import ModelName
+from clipdeploy.cli.usage import group
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -68,7 +69,7 @@ def _describe(card: ModelCard) -> str:
     return "\n".join([*lines, *notes])
 
 
-@click.group(invoke_without_command=True)
+@group(invoke_without_command=True)
 @stage_command
 def zoo(context: Context) -> None:
     """List the models; `zoo show NAME` tells more about one."""

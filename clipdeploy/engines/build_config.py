@@ -11,11 +11,11 @@ from clipdeploy.device import gpus
 from clipdeploy.engines.backends import Backend, Wanted, compute_capabilities, targets_capabilities
 from clipdeploy.engines.passport import BatchProfile
 from exporters.errors import BuildError, UsageError
+from exporters.spans import BATCH, MEMORY_MIB, OPTIMIZATION, check_numbers, shown
 
 __all__ = ["BuildConfig", "Hardware", "check_options"]
 
 Hardware = Literal["none", "ampere-plus", "same-capability"]
-MAX_OPTIMIZATION_LEVEL = 5
 
 
 @dataclass(frozen=True)
@@ -47,26 +47,33 @@ class BuildConfig:
     def __post_init__(self) -> None:
         if not self.profiles:
             raise UsageError("no batch profile", hint="--profile 1,8,32")
-        for low, best, high in self.profiles:
-            if not 1 <= low <= best <= high:
-                raise UsageError(
-                    f"the batch profile {low}, {best}, {high} is not in order",
-                    hint="1 <= --min-batch <= --opt-batch <= --max-batch",
-                )
-        level = self.optimization_level
-        if level is not None and not 0 <= level <= MAX_OPTIMIZATION_LEVEL:
-            raise UsageError(
-                f"there is no optimization level {level}", hint="0 (fast build) to 5 (fast engine)"
-            )
-        if self.memory_pool_mib is not None and self.memory_pool_mib < 1:
-            raise UsageError(
-                f"a memory pool of {self.memory_pool_mib} MiB is too small", hint="1 or more"
-            )
+        for profile in self.profiles:
+            _check_profile(profile)
+        check_numbers(
+            self, memory_pool_mib=MEMORY_MIB.or_none, optimization_level=OPTIMIZATION.or_none
+        )
         for capability in self.compute_capability:
             if not re.fullmatch(r"\d+\.\d", capability):
                 raise UsageError(
                     f"{capability!r} is no compute capability", hint="write it like 8.9"
                 )
+
+
+def _check_profile(profile: BatchProfile) -> None:
+    """Refuse all but smallest <= optimal <= largest batch, each one that can be.
+
+    Raises:
+        UsageError: the profile is another.
+    """
+    for batch in profile:
+        # What is below 1 is out of order as well, which says more.
+        BATCH.check(max(1, batch) if isinstance(batch, int) else batch, "a batch of a profile")
+    if len(profile) != 3 or [1, *profile] != sorted([1, *profile]):
+        listed = ", ".join(map(shown, profile))
+        raise UsageError(
+            f"the batch profile {listed} is not in order",
+            hint="1 <= --min-batch <= --opt-batch <= --max-batch",
+        )
 
 
 def check_options(backend: Backend, trt: ModuleType, config: BuildConfig) -> None:

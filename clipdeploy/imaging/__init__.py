@@ -1,7 +1,15 @@
 """Images as people have them -> crops: listed, labelled, drawn from, decoded ahead, cached."""
 
 from clipdeploy.imaging.crops import CropCache
-from clipdeploy.imaging.images import ImageEntry, ImageFolder, open_images, select, survey
+from clipdeploy.imaging.images import (
+    ImageEntry,
+    ImageFolder,
+    open_images,
+    select,
+    survey,
+    with_labels,
+)
+from clipdeploy.imaging.layouts import Labelling
 from clipdeploy.imaging.look_over import look_over
 from clipdeploy.imaging.stream import Crop, Skipped, iter_crops
 from clipdeploy.imaging.survey import Reading, Survey
@@ -11,6 +19,7 @@ __all__ = [
     "CropCache",
     "ImageEntry",
     "ImageFolder",
+    "Labelling",
     "Reading",
     "Skipped",
     "Survey",
@@ -19,4 +28,5 @@ __all__ = [
     "open_images",
     "select",
     "survey",
+    "with_labels",
 ]

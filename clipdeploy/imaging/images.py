@@ -6,22 +6,35 @@ unpacked, and nothing is left out silently: see :func:`survey`.
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from clipdeploy.imaging.archives import Place, Reader
-from clipdeploy.imaging.layouts import Files, LayoutName, find_layout
-from clipdeploy.imaging.listing import list_files
+from clipdeploy.imaging.classes import Classes
+from clipdeploy.imaging.kinds import (
+    HEAD_BYTES,
+    begins_like_an_image,
+    has_image_suffix,
+    may_be_an_image,
+)
+from clipdeploy.imaging.layouts import Files, Labelling, Layout, find_layout
+from clipdeploy.imaging.listing import Listing, list_files
 from clipdeploy.imaging.survey import Few, Reading, Survey
 from exporters.errors import DatasetError
 
-__all__ = ["ImageEntry", "ImageFolder", "open_images", "select", "survey"]
+__all__ = ["ImageEntry", "ImageFolder", "open_images", "select", "survey", "with_labels"]
 
-_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"))
+# Folders that programs keep beside the images, and whose copies of them are none of the data:
+# macOS's archives, Synology's thumbnails, Windows' bin.  Names with a dot in front are hidden too.
+_NO_DATA = frozenset(("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"))
+_TABLES_SHOWN = 3
+# A random sample has 2 % fewer classes than its mean in one of a thousand cases (K = 1000).
+_PART = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +51,21 @@ class ImageEntry:
 
 @dataclass(frozen=True)
 class _Origin:
-    """What listing and labelling found, beside the images."""
+    """What listing and labelling found, beside the images.
+
+    ``unasked``: nobody asked for labels.  ``partial``: how many classes the images are of, if they
+    were drawn from a part of the model's classes, else 0.
+    """
 
     layout: str = "no labels"
     class_names: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     repeated: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    unasked: bool = False
+    partial: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,14 +86,9 @@ class ImageFolder:
         return Reader(self.root, {entry.name: entry.place for entry in self.entries})
 
 
-def _is_image(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in _SUFFIXES
-
-
-def _is_macos_double(name: str) -> bool:
-    """Resource forks that macOS puts beside files in archives: named like images, but none."""
-    path = PurePosixPath(name)
-    return path.name.startswith("._") or "__MACOSX" in path.parts
+def _is_hidden(name: str) -> bool:
+    """Checkpoints of notebooks, resource forks of macOS, thumbnails of a disk station."""
+    return any(part.startswith(".") or part in _NO_DATA for part in PurePosixPath(name).parts)
 
 
 def _refuse_unprintable(names: Sequence[str], path: Path) -> None:
@@ -90,41 +106,138 @@ def open_images(
     path: Path,
     classes: Sequence[str] = (),
     *,
-    layout: LayoutName = "auto",
-    labels: Path | None = None,
+    count: int | None = None,
+    asked: Labelling = Labelling(),
 ) -> ImageFolder:
     """List the images of a folder, a zip or a plain tar.
 
     With ``classes`` (folder names in logit order) they get their class: from their folders, else
-    from a label file inside or beside; images that neither mentions have none.  ``layout`` and
-    ``labels`` (a label file) say which, see :mod:`clipdeploy.imaging.layouts`.
+    from a label file inside or beside; images that neither mentions have none.  Where nobody knows
+    the names, ``count`` is how many classes there are, and the folders or the label file name them.
+    ``asked`` is what the user says about all that.
 
     Raises:
         DatasetError: no such folder, no image in it, a folder that is not among the classes, an
             archive that cannot be read, or a bad label file.
     """
     if not path.exists():
-        raise DatasetError(f"{path} does not exist", hint="check the path given to --data")
+        raise DatasetError(f"{path} does not exist", hint="check its spelling")
     listing = list_files(path)
     _refuse_unprintable([file.name for file in listing.files], path)
     places = {file.name: file.place for file in listing.files}
-    doubles = [name for name in places if _is_image(name) and _is_macos_double(name)]
-    names = tuple(sorted(name for name in places if _is_image(name) and not _is_macos_double(name)))
-    if not names:
-        raise DatasetError(
-            f"{path} holds no image ({len(places) - len(doubles)} other files)",
-            hint=f"images end in {' '.join(sorted(_SUFFIXES))}",
-        )
     reader = Reader(path, places)
     try:
-        files = Files(path, names, frozenset(places) - frozenset(names), reader.read)
-        found = find_layout(files, classes, layout, labels)
+        names, hidden = _images(path, listing, reader)
+        others = frozenset(places) - frozenset(names)
+        wanted = Classes(len(classes) if count is None else count, tuple(classes))
+        found = find_layout(Files(path, names, others, reader.read), wanted, asked)
     finally:
         reader.close()
-    ignored = (*listing.ignored, *(f"{name} is a resource fork of macOS" for name in doubles))
-    origin = _Origin(found.name, tuple(classes), found.missing, found.repeated, ignored)
-    entries = (ImageEntry(name, found.classes.get(name), places[name]) for name in names)
+    ignored = (*listing.ignored, *(f"{name} is hidden" for name in hidden))
+    left_out = _left_out(names, found, asked)
+    kept = [name for name in names if name not in left_out]
+    origin = _Origin(
+        layout=found.name,
+        class_names=found.classes.names,
+        missing=found.missing,
+        repeated=found.repeated,
+        ignored=ignored,
+        others=_not_used(others, hidden, found),
+        skipped=tuple(left_out),
+        unasked=asked.layout == "none" or not wanted,
+        partial=_partial(found),
+    )
+    entries = (ImageEntry(name, found.index.get(name), places[name]) for name in kept)
     return ImageFolder(path, tuple(entries), origin)
+
+
+def _images(path: Path, listing: Listing, reader: Reader) -> tuple[tuple[str, ...], list[str]]:
+    """The images, sorted, and what is hidden and looks like one.
+
+    Raises:
+        DatasetError: there is no image.
+    """
+    images, hidden = [], []
+    for name in sorted(file.name for file in listing.files):
+        if _is_hidden(name):
+            if has_image_suffix(name):
+                hidden.append(name)
+        elif has_image_suffix(name) or (
+            may_be_an_image(name) and begins_like_an_image(_head(path, reader, name))
+        ):
+            images.append(name)
+    if not images:
+        raise DatasetError(
+            f"{path} holds no image ({len(listing.files) - len(hidden)} other files)",
+            hint="give a folder, a zip or a tar of images that Pillow reads",
+        )
+    return tuple(images), hidden
+
+
+def _head(path: Path, reader: Reader, name: str) -> bytes:
+    try:
+        if not path.is_dir():
+            return reader.read(name)[:HEAD_BYTES]
+        with open(path / name, "rb") as stream:
+            return stream.read(HEAD_BYTES)
+    except (OSError, DatasetError):  # it cannot be read, and is reported as no image
+        return b""
+
+
+def _left_out(names: Sequence[str], found: Layout, asked: Labelling) -> dict[str, None]:
+    """The images without a class, if such are to be skipped and others have one."""
+    if not asked.skip_unlabelled or not found.index:
+        return {}
+    return {name: None for name in names if name not in found.index}
+
+
+def _partial(found: Layout) -> int:
+    """The number of classes with an image where chance does not explain that others have none.
+
+    n images drawn from K classes are of K (1 - (1 - 1/K)^n) on the average.
+    """
+    count, present = found.classes.count, len(set(found.index.values()))
+    if not present:
+        return 0
+    expected = count * (1 - (1 - 1 / count) ** len(found.index))
+    return present if present < _PART * expected else 0
+
+
+def _not_used(others: Collection[str], hidden: Sequence[str], found: Layout) -> tuple[str, ...]:
+    """Files that are neither images nor the label file."""
+    seen = {*hidden, *found.read}
+    return tuple(sorted(name for name in others if name not in seen))
+
+
+def with_labels(images: ImageFolder) -> ImageFolder:
+    """The same images, if each has a class or nobody asked for classes.
+
+    Raises:
+        DatasetError: some have none, with what to do about it.
+    """
+    bare = [entry.name for entry in images.entries if entry.label is None]
+    if not bare or images.origin.unasked:
+        return images
+    if len(bare) < len(images.entries):
+        where = _common_folder(entry.name for entry in images.entries if entry.label is not None)
+        apart = where and not any(name.startswith(where) for name in bare)
+        mend = f"give {images.root}/{where.rstrip('/')}" if apart else "label or remove them"
+        raise DatasetError(
+            f"{len(bare)} of {len(images.entries)} images have no class: {Few.of(bare)}",
+            hint=f"{mend}, or pass --skip-unlabelled",
+        )
+    tables = [name for name in images.origin.others if name.endswith((".csv", ".tsv", ".txt"))]
+    named = " or ".join(tables[:_TABLES_SHOWN]) or "FILE"
+    raise DatasetError(
+        f"no labels were found for the {len(bare)} images of {images.root}: neither class folders "
+        "nor a label file",
+        hint=f"name a label file, --labels {named}; to compare logits alone: --layout none",
+    )
+
+
+def _common_folder(names: Iterable[str]) -> str:
+    folder = os.path.commonpath([name.rpartition("/")[0] or "." for name in names])
+    return "" if folder in ("", ".") else f"{folder}/"
 
 
 def survey(images: ImageFolder, reading: Reading | None = None) -> Survey:
@@ -140,8 +253,10 @@ def survey(images: ImageFolder, reading: Reading | None = None) -> Survey:
         absent_classes=Few.of(absent),
         missing=Few.of(origin.missing),
         unlabelled=Few.of(bare if origin.class_names else ()),
+        skipped=Few.of(origin.skipped),
         repeated=Few.of(origin.repeated),
         ignored=Few.of(origin.ignored),
+        others=Few.of(origin.others),
         images_read=reading.read,
         unreadable=Few.of(reading.unreadable),
         duplicates=Few.of(reading.duplicates),
@@ -160,7 +275,7 @@ def select(images: ImageFolder, count: int, seed: int) -> ImageFolder:
     if count > len(images.entries):
         raise DatasetError(
             f"{images.root} holds {len(images.entries)} images, {count} were asked for",
-            hint="ask for fewer with --images, or add images",
+            hint="ask for fewer, or add images",
         )
     groups: dict[int | str, list[ImageEntry]] = defaultdict(list)
     for entry in images.entries:

@@ -1,4 +1,4 @@
-"""Label files: where they usually lie, and how their faults are told."""
+"""Label files: where people keep them, what is read from them, and the report of their faults."""
 
 from __future__ import annotations
 
@@ -7,25 +7,55 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from clipdeploy.imaging.classes import Classes
 from exporters.errors import DatasetError
 
-__all__ = ["Faults", "Get", "LabelFile", "LabelKind", "find_label_files", "kind_of"]
+__all__ = [
+    "Faults",
+    "Get",
+    "LabelFile",
+    "LabelKind",
+    "Labels",
+    "find_label_files",
+    "is_label_file",
+    "kind_of",
+]
 
 LabelKind = Literal["list", "devkit", "solution"]
 # The bytes of a file by its relative path, None if there is no such file.
 Get = Callable[[str], bytes | None]
 
+_SOLUTION = "LOC_val_solution.csv"
 _TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 _CANDIDATES: tuple[tuple[LabelKind, str], ...] = (
     ("list", "val.txt"),
     ("list", "meta/val.txt"),
-    ("solution", "LOC_val_solution.csv"),
+    ("solution", _SOLUTION),
     ("devkit", _TRUTH),
     ("devkit", f"data/{_TRUTH}"),
     ("devkit", f"devkit/data/{_TRUTH}"),
     ("devkit", f"ILSVRC2012_devkit_t12/data/{_TRUTH}"),
 )
+# Kaggle's images are in ILSVRC/Data/CLS-LOC/val, and the solution beside ILSVRC.
+_BESIDE: tuple[tuple[LabelKind, str], ...] = (
+    *_CANDIDATES,
+    ("solution", f"../../../{_SOLUTION}"),
+)
 _SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Class index of each image by its name; ``missing`` are listed but not there.
+
+    ``repeated``: a sentence for each name that is listed twice, with the same class.  ``classes``
+    have the names that the file gave where nobody knew them.
+    """
+
+    index: dict[str, int]
+    missing: tuple[str, ...]
+    repeated: tuple[str, ...]
+    classes: Classes
 
 
 @dataclass(frozen=True)
@@ -55,15 +85,22 @@ class LabelFile:
 
 def kind_of(path: Path) -> LabelKind:
     """What sort of label file a user names, by its name."""
-    if path.suffix.lower() == ".csv":
+    if path.suffix.lower() in (".csv", ".tsv"):
         return "solution"
     return "devkit" if "ground_truth" in path.name else "list"
 
 
+def is_label_file(name: str) -> bool:
+    """Whether a file is called as label files and what belongs to them are."""
+    usual = {PurePosixPath(candidate).name for _, candidate in _CANDIDATES}
+    return PurePosixPath(name).name in usual | {"meta.mat"}
+
+
 def find_label_files(inside: Get, beside: Get, where: str) -> Iterator[LabelFile]:
     """Label files at the usual places, in the images' folder or archive and then beside it."""
-    for get, outside in ((inside, False), (beside, True)):
-        for kind, name in _CANDIDATES:
+    for get, candidates in ((inside, _CANDIDATES), (beside, _BESIDE)):
+        outside = get is beside
+        for kind, name in candidates:
             data = get(name)
             if data is None:
                 continue

@@ -1,202 +1,186 @@
 """The classes of images that lie in one flat folder, from the label files that people have.
 
-    list       val.txt, meta/val.txt                      NAME CLASS, 0-based (mmpretrain, Caffe)
-    devkit     ILSVRC2012_validation_ground_truth.txt     a 1-based ILSVRC2012_ID for each image
-    solution   LOC_val_solution.csv                       ImageId,PredictionString (Kaggle)
+    list       val.txt, meta/val.txt          NAME CLASS (mmpretrain, Caffe)
+    solution   LOC_val_solution.csv, *.csv    a column of images and one of classes, with or without
+                                              a header, quoted or not: Kaggle's and others'
+    devkit     ILSVRC2012_validation_ground_truth.txt: see :mod:`clipdeploy.imaging.devkit`
 
-The devkit's line n belongs to ILSVRC2012_val_{n:08d}.  Its IDs are in an order of their own, not
-that of the wnids: only the devkit's data/meta.mat (field WNID of ``synsets``) maps them, and
-nothing is guessed without it.  Sources: readme.txt of ILSVRC2012_devkit_t12; mmpretrain 1.2
-``datasets/imagenet.py``.
+A class is a class's name, or its number in logit order, from 0 on unless the file or the user says
+otherwise.  An image is called by its path, by its file's name if no other image has the same, or by
+that without its suffix.
 """
 
 from __future__ import annotations
 
-import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import PurePosixPath
 
-from clipdeploy.imaging.label_files import Faults, LabelFile
+from clipdeploy.imaging.classes import Classes
+from clipdeploy.imaging.devkit import official_number, read_devkit
+from clipdeploy.imaging.folders import first_of
+from clipdeploy.imaging.label_files import Faults, LabelFile, Labels
+from clipdeploy.imaging.label_rows import Row, label_rows
 from exporters.errors import DatasetError
 
-__all__ = ["Labels", "read_labels", "speaks_of"]
+__all__ = ["Names", "lists_any", "read_labels"]
 
-_NUMBERED = re.compile(r"ILSVRC2012_val_(\d{8})", re.ASCII)
-# (line, name, class)
-Listed = list[tuple[int, str, int]]
+_NUMBER = re.compile(r"-?\d{1,9}", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Labels:
-    """Class of each image by its name; ``missing`` are listed but not there.
+class Names:
+    """What the images may be called in a label file.
 
-    ``repeated``: a sentence for each name that is listed twice, with the same class.
+    ``paths`` maps it to what an image is called in the folder or archive:
+    ``{"x.png": "val/x.png", "val/x.png": "val/x.png"}``.
     """
 
-    classes: dict[str, int]
-    missing: tuple[str, ...]
-    repeated: tuple[str, ...] = ()
+    paths: Mapping[str, str]
+
+    @cached_property
+    def _short(self) -> dict[str, str]:
+        """File names, and those without their suffix, that only one image has; "" for others."""
+        short: dict[str, str] = {}
+        for image in dict.fromkeys(self.paths.values()):
+            path = PurePosixPath(image)
+            for name in {path.name, path.stem}:
+                short[name] = "" if short.get(name, image) != image else image
+        return short
+
+    @property
+    def images(self) -> list[str]:
+        """All images, sorted."""
+        return sorted(set(self.paths.values()))
+
+    def find(self, text: str) -> str | None:
+        """The image that is called so; None if none is, and "" if several are."""
+        name = PurePosixPath(text.replace("\\", "/")).as_posix()
+        return self.paths.get(name) or self._short.get(name)
 
 
-def speaks_of(file: LabelFile, names: Mapping[str, str]) -> bool:
-    """Whether the file lists any of these images; ``names`` as in :func:`read_labels`."""
+def lists_any(file: LabelFile, names: Names) -> bool:
+    """Whether the file lists any of these images."""
     if file.kind == "devkit":
-        return not file.beside or any(map(_number, names))
+        return not file.beside or any(map(official_number, names.paths))
     try:
-        lines = file.lines()
+        return any(names.find(row.image) is not None for row in label_rows(file, names.find))
     except DatasetError:
         if file.beside:
             return False
         raise
-    if file.kind == "list":
-        return any(_as_name(" ".join(line.strip().rsplit(None, 1)[:1])) in names for line in lines)
-    stems = {PurePosixPath(name).stem for name in names}
-    return any(line.partition(",")[0] in stems for line in lines)
 
 
-def read_labels(file: LabelFile, names: Mapping[str, str], classes: Sequence[str]) -> Labels:
+def read_labels(
+    file: LabelFile, names: Names, classes: Classes, first: int | None = None
+) -> Labels:
     """The class indices of images.
 
-    ``names`` maps what an image may be called in the file to what it is called in the folder:
-    ``{"x.png": "val/x.png", "val/x.png": "val/x.png"}``.
+    ``first`` is the number of the first class where classes are numbers; None: 0, unless the file
+    has each number from 1 to that of the classes and no 0.
 
     Raises:
         DatasetError: a line that is empty, has no class, or one that does not exist; a name with
-            two classes; a devkit without its ``meta.mat``.
+            two classes or of two images; a devkit without its ``meta.mat``.
     """
     if file.kind == "devkit":
-        return _devkit(file, sorted(set(names.values())), classes)
-    if file.kind == "list":
-        listed, repeated = _unique(file, _read_list(file, classes))
-        there = names
-    else:
-        listed, repeated = _unique(file, _read_solution(file, classes))
-        there = {PurePosixPath(name).stem: image for name, image in names.items()}
-    found = {there[key]: label for key, label in listed.items() if key in there}
-    return Labels(found, tuple(key for key in listed if key not in there), repeated)
-
-
-def _class_fault(text: str, count: int) -> str:
-    """What is wrong with a class index, empty if nothing is."""
-    if not re.fullmatch(r"-?\d{1,9}", text, re.ASCII):
-        return f"{text!r} is no class number"
-    if text.startswith("-"):
-        return f"class {text} is negative"
-    if int(text) >= count:
-        return f"class {text} is too large, the model has {count} classes from 0 on"
-    return ""
-
-
-def _read_list(file: LabelFile, classes: Sequence[str]) -> Listed:
-    listed: Listed = []
+        return read_devkit(file, names.images, classes)
+    rows = label_rows(file, names.find)
+    classes, index = _indices(file, rows, classes, first)
+    listed, repeated = _unique(file, rows, index)
     faults = Faults(file.where)
-    for line, text in enumerate(file.lines(), 1):
-        parts = text.strip().rsplit(None, 1)
-        if len(parts) != 2:
-            faults.add(line, "the line is empty" if not parts else f"{parts[0]!r} has no class")
-        elif fault := _class_fault(parts[1], len(classes)):
-            faults.add(line, fault)
+    found: dict[str, int] = {}
+    missing = []
+    for line, name, label in listed:
+        image = names.find(name)
+        if image == "":
+            faults.add(line, f"{name} is the name of several images")
+        elif image is None:
+            missing.append(name)
+        elif found.setdefault(image, label) != label:
+            faults.add(line, f"{image} has two classes")
+    faults.refuse("name each image by its path below the folder")
+    return Labels(found, tuple(missing), repeated, classes)
+
+
+def _indices(
+    file: LabelFile, rows: Sequence[Row], classes: Classes, first: int | None
+) -> tuple[Classes, dict[str, int]]:
+    """The classes with their names, and the index of each class that the rows mention."""
+    texts = dict.fromkeys(row.label for row in rows)
+    numbers = {text: int(text) for text in texts if _NUMBER.fullmatch(text)}
+    if not classes.names and set(texts) - set(numbers):
+        classes = _named_by(file, texts, classes.count)
+    base = first
+    if base is None:
+        only = not set(texts) - set(numbers)
+        base = (first_of(set(numbers.values()), classes.count) or 0) if only else 0
+    elif not numbers:
+        raise DatasetError(
+            f"{file.where} has classes that are no numbers", hint="leave out --first-class"
+        )
+    index: dict[str, int] = {}
+    faults = Faults(file.where)
+    for row in rows:
+        by_name, number = classes.index.get(row.label), numbers.get(row.label)
+        if number is None and by_name is not None:
+            index[row.label] = by_name
+        elif number is None or not 0 <= number - base < classes.count:
+            faults.add(row.line, _class_fault(row.label, classes, base))
+        elif first is None and by_name is not None and by_name != number - base:
+            faults.add(row.line, f"{row.label} is the name of class {by_name}, and a number")
         else:
-            listed.append((line, _as_name(parts[0]), int(parts[1])))
-    faults.refuse("each line is NAME CLASS, classes from 0 on in logit order")
-    return listed
+            index[row.label] = number - base
+    faults.refuse(
+        "a class is a name, or its number in logit order; where the first one is 1: --first-class 1"
+    )
+    if not classes.names:
+        classes = Classes(classes.count, tuple(str(base + i) for i in range(classes.count)))
+    return classes, index
 
 
-def _read_solution(file: LabelFile, classes: Sequence[str]) -> Listed:
-    index = {name: position for position, name in enumerate(classes)}
-    listed: Listed = []
-    faults = Faults(file.where)
-    for line, text in enumerate(file.lines(), 1):
-        image, _, prediction = text.partition(",")
-        # "n01751748 111 108 230 366 ...": the class and a box, for each object of that class.
-        name = prediction.strip().partition(" ")[0]
-        if name in index:
-            listed.append((line, image, index[name]))
-        elif line > 1 or image != "ImageId":
-            faults.add(line, f"{name!r} is no class of the model" if name else "it has no class")
-    faults.refuse("each line is IMAGE,CLASS x y x y")
-    return listed
+def _named_by(file: LabelFile, texts: Iterable[str], count: int) -> Classes:
+    names = tuple(sorted(text for text in texts if text))
+    if len(names) != count:
+        raise DatasetError(
+            f"{file.where} names {len(names)} classes, the model has {count}, and nobody named "
+            "them",
+            hint="name them in the order of the logits: --class-names FILE",
+        )
+    return Classes(count, names)
 
 
-def _unique(file: LabelFile, listed: Listed) -> tuple[dict[str, int], tuple[str, ...]]:
+def _class_fault(text: str, classes: Classes, first: int) -> str:
+    """What is wrong with a class that is neither a name nor one of the numbers."""
+    if not _NUMBER.fullmatch(text):
+        return f"{text!r} is no class of the model" if text else "it has no class"
+    number = int(text)
+    if number < 0:
+        return f"class {text} is negative"
+    size = "too small" if number < first else "too large"
+    return f"class {text} is {size}, the model has {classes.count} classes from {first} on"
+
+
+def _unique(
+    file: LabelFile, rows: Sequence[Row], index: Mapping[str, int]
+) -> tuple[list[tuple[int, str, int]], tuple[str, ...]]:
+    """(line, image, class) of each image, and a sentence for each that is listed again."""
     first: dict[str, tuple[int, int]] = {}
     faults = Faults(file.where)
     repeated = []
-    for line, name, label in listed:
-        if name not in first:
-            first[name] = (line, label)
-        elif first[name][1] == label:
-            repeated.append(f"{file.where} lists {name} in lines {first[name][0]} and {line}")
+    for row in rows:
+        label = index[row.label]
+        if row.image not in first:
+            first[row.image] = (row.line, label)
+        elif first[row.image][1] == label:
+            before = first[row.image][0]
+            repeated.append(f"{file.where} lists {row.image} in lines {before} and {row.line}")
         else:
-            before = "has class {1} in line {0}".format(*first[name])
-            faults.add(line, f"{name} has class {label}, it {before}")
+            before, other = first[row.image]
+            faults.add(
+                row.line, f"{row.image} has class {label}, it has class {other} in line {before}"
+            )
     faults.refuse("keep one line for each image")
-    return {name: label for name, (_, label) in first.items()}, tuple(repeated)
-
-
-def _devkit(file: LabelFile, names: Sequence[str], classes: Sequence[str]) -> Labels:
-    truth = _devkit_classes(file, _read_ids(file), classes)
-    numbered = {number: name for name in names if (number := _number(name))}
-    if not numbered and len(names) != len(truth):
-        raise DatasetError(
-            f"{file.where} has {len(truth)} lines for {len(names)} images",
-            hint="name the images ILSVRC2012_val_00000001.JPEG ..., or give all of them",
-        )
-    by_number = numbered or dict(enumerate(names, 1))
-    found = {name: truth[n - 1] for n, name in by_number.items() if n <= len(truth)}
-    absent = (n for n in range(1, len(truth) + 1) if n not in by_number)
-    return Labels(found, tuple(f"ILSVRC2012_val_{n:08d}" for n in absent))
-
-
-def _number(name: str) -> int:
-    """The number in an image's official name, 0 if it has another name."""
-    match = _NUMBERED.fullmatch(PurePosixPath(name).stem)
-    return int(match[1]) if match else 0
-
-
-def _as_name(text: str) -> str:
-    """A listed name without ``./``."""
-    return PurePosixPath(text).as_posix()
-
-
-def _devkit_classes(file: LabelFile, ids: Mapping[int, str], classes: Sequence[str]) -> list[int]:
-    """The class index of each line."""
-    index = {name: position for position, name in enumerate(classes)}
-    truth = []
-    faults = Faults(file.where)
-    for line, text in enumerate(file.lines(), 1):
-        text = text.strip()
-        name = ids.get(int(text)) if re.fullmatch(r"\d{1,9}", text, re.ASCII) else None
-        if name in index:
-            truth.append(index[name])
-        else:
-            faults.add(line, f"ID {text} is no class of the model" if text else "the line is empty")
-    faults.refuse("each line is the ILSVRC2012_ID of one image, from 1 on")
-    return truth
-
-
-def _read_ids(file: LabelFile) -> dict[int, str]:
-    """ILSVRC2012_ID -> wnid, from the ``meta.mat`` beside the ground truth."""
-    data = file.sibling("meta.mat")
-    if data is None:
-        raise DatasetError(
-            f"{file.where} holds ILSVRC2012 IDs, and no meta.mat lies beside it to map them",
-            hint="copy data/meta.mat of ILSVRC2012_devkit_t12 there, or use val.txt",
-        )
-    try:
-        from scipy.io import loadmat  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise DatasetError(
-            "meta.mat of the devkit is read with scipy, which is not installed",
-            hint="pip install scipy, or use val.txt",
-        ) from error
-    try:
-        synsets = loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]
-        return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
-    except Exception as error:  # scipy raises whatever the damage leads it to
-        raise DatasetError(
-            f"meta.mat beside {file.where} cannot be read: {error}",
-            hint="copy data/meta.mat of ILSVRC2012_devkit_t12 again",
-        ) from error
+    return [(line, image, label) for image, (line, label) in first.items()], tuple(repeated)

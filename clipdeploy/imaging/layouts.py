@@ -1,6 +1,7 @@
 """Which class each image of a folder or archive has, however people laid it out.
 
-folders    CLASS/NAME, perhaps below folders that all images share (val/CLASS/NAME)
+folders    CLASS/NAME, perhaps below folders that all images share (val/CLASS/NAME), see
+           :mod:`clipdeploy.imaging.folders`
 list, devkit, solution     flat, with a label file: see :mod:`clipdeploy.imaging.labels`
 none       no image has a class
 auto       the first of these that is there
@@ -9,16 +10,28 @@ auto       the first of these that is there
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal, cast, get_args
 
-from clipdeploy.imaging.label_files import Get, LabelFile, LabelKind, find_label_files, kind_of
-from clipdeploy.imaging.labels import read_labels, speaks_of
+from clipdeploy.imaging.classes import Classes
+from clipdeploy.imaging.devkit import official_number
+from clipdeploy.imaging.folders import ClassFolders, class_folders
+from clipdeploy.imaging.label_files import (
+    Get,
+    LabelFile,
+    LabelKind,
+    find_label_files,
+    is_label_file,
+    kind_of,
+)
+from clipdeploy.imaging.labels import Names, lists_any, read_labels
 from exporters.errors import DatasetError, UsageError
+from exporters.files import read_regular
+from exporters.paths import hold_paths
 
-__all__ = ["Files", "Layout", "LayoutName", "find_layout"]
+__all__ = ["Files", "Labelling", "Layout", "LayoutName", "find_layout"]
 
 LayoutName = Literal["auto", "folders", "list", "devkit", "solution", "none"]
 
@@ -36,58 +49,105 @@ class Files:
 
 
 @dataclass(frozen=True)
+class Labelling:
+    """What the user says about the images' classes.
+
+    ``labels`` is a label file.  ``first`` is the number of the first class where classes are
+    numbers, None to find it out.  ``skip_unlabelled`` leaves images without a class out, instead
+    of refusing a folder that is no class.  ``class_names`` is a file that names the classes where
+    the checkpoint does not, see :func:`clipdeploy.imaging.classes.read_class_names`.
+
+    Raises:
+        UsageError: no layout is called so, or two things that exclude each other.
+    """
+
+    layout: LayoutName = "auto"
+    labels: Path | None = None
+    first_class: Literal[0, 1] | None = None
+    skip_unlabelled: bool = False
+    class_names: Path | None = None
+
+    def __post_init__(self) -> None:
+        hold_paths(self, "labels", "class_names")
+        if self.layout not in get_args(LayoutName):
+            known = ", ".join(get_args(LayoutName))
+            raise UsageError(f"no layout is called {self.layout!r}", hint=f"one of {known}")
+        if self.labels is not None and self.layout in ("folders", "none"):
+            raise UsageError(
+                f"--labels with --layout {self.layout}: no label file is read there",
+                hint="leave out one of them",
+            )
+        if self.first_class not in (None, 0, 1):
+            raise UsageError(
+                f"the first class cannot be {self.first_class}", hint="--first-class 0 or 1"
+            )
+        if self.layout == "none" and (self.first_class is not None or self.skip_unlabelled):
+            raise UsageError(
+                "--layout none reads no classes", hint="leave out --first-class, --skip-unlabelled"
+            )
+
+
+@dataclass(frozen=True)
 class Layout:
     """The class index of each image that has one, and what the labels say beyond that.
 
-    ``name`` is a phrase for a report, such as ``classes from val/meta/val.txt``.
+    ``name`` is a phrase for a report, such as ``classes from val/meta/val.txt``.  ``classes`` have
+    the names that folders or labels gave where nobody knew them.  ``read`` are the label files
+    among the images.
     """
 
     name: str
-    classes: dict[str, int]
+    index: dict[str, int]
+    classes: Classes
     missing: tuple[str, ...] = ()
     repeated: tuple[str, ...] = ()
+    read: tuple[str, ...] = ()
 
 
-_UNLABELLED = Layout("no labels", {})
-
-
-def find_layout(
-    files: Files,
-    classes: Sequence[str],
-    wanted: LayoutName = "auto",
-    labels: Path | None = None,
-) -> Layout:
-    """The classes of the images, as indices into ``classes``; ``labels`` names a label file.
+def find_layout(files: Files, classes: Classes, asked: Labelling = Labelling()) -> Layout:
+    """The classes of the images.
 
     Raises:
         DatasetError: a folder that is no class, or a label file that is missing or bad.
-        UsageError: no layout is called so.
     """
-    if wanted not in get_args(LayoutName):
-        known = ", ".join(get_args(LayoutName))
-        raise UsageError(f"no layout is called {wanted!r}", hint=f"one of {known}")
-    if wanted == "none" or not classes:
-        return _UNLABELLED
+    if asked.layout == "none" or not classes:
+        return Layout("no labels", {}, classes)
     prefixes = _shared_folders(files.images)
-    if labels is None and wanted in ("auto", "folders"):
-        prefix = _above_classes(files.images, prefixes, frozenset(classes))
-        if prefix is not None:
-            return _by_folder(files, prefix, classes)
-    if wanted != "folders":
-        names = {image[len(prefix) :]: image for prefix in prefixes for image in files.images}
-        file = _label_file(files, prefixes, names, wanted, labels)
+    unclear: DatasetError | None = None
+    if asked.labels is None and asked.layout in ("auto", "folders"):
+        try:
+            if found := _by_folder(files, prefixes, classes, asked):
+                return found
+        except DatasetError as error:
+            # Folders of a model whose classes nobody named may be no classes at all.
+            if classes.names or asked.layout == "folders":
+                raise
+            unclear = error
+    if asked.layout != "folders":
+        paths = {image[len(prefix) :]: image for prefix in prefixes for image in files.images}
+        names = Names(paths)
+        file = _label_file(files, prefixes, names, asked)
         if file is not None:
-            found = read_labels(file, names, classes)
+            labels = read_labels(file, names, classes, asked.first_class)
             return Layout(
-                f"classes from {file.where}", found.classes, found.missing, found.repeated
+                f"classes from {file.where}",
+                labels.index,
+                labels.classes,
+                labels.missing,
+                labels.repeated,
+                tuple(name for name in files.others if is_label_file(name)),
             )
-    if wanted not in ("auto", "folders"):
+    if asked.layout not in ("auto", "folders"):
         raise DatasetError(
-            f"{files.root} has no label file of the layout {wanted!r}, inside or beside it",
+            f"{files.root} has no label file of the layout {asked.layout!r}, inside or beside it",
             hint="name one with --labels",
         )
-    _refuse_unknown(files, _folders(files.images, ""), classes)
-    return _UNLABELLED
+    if unclear is not None:
+        raise unclear
+    _refuse_parts(files, classes)
+    if asked.layout == "folders" or not asked.skip_unlabelled:
+        _refuse_unknown(files, _folders(files.images, ""), classes)
+    return Layout("no labels", {}, classes)
 
 
 def _shared_folders(images: Sequence[str]) -> list[str]:
@@ -103,59 +163,81 @@ def _folders(images: Sequence[str], prefix: str) -> set[str]:
     return {folder for folder, slash, _ in below if slash}
 
 
-def _above_classes(
-    images: Sequence[str], prefixes: Sequence[str], classes: frozenset[str]
-) -> str | None:
-    """The first prefix with a class folder below it."""
-    for prefix in prefixes:
-        if _folders(images, prefix) & classes:
-            return prefix
+def _by_folder(
+    files: Files, prefixes: Sequence[str], classes: Classes, asked: Labelling
+) -> Layout | None:
+    """Classes from the folders below the first prefix that has any."""
+    for prefix in prefixes if classes.names else prefixes[-1:]:
+        where = f"{files.root}/{prefix}".rstrip("/")
+        folders = sorted(_folders(files.images, prefix))
+        found = class_folders(folders, classes, asked.first_class, where) if folders else None
+        if found is None:
+            continue
+        if not asked.skip_unlabelled:
+            _refuse_unknown(files, found.others, found.classes)
+        return Layout(_told(where, found), _classes_of(files, prefix, found), found.classes)
     return None
 
 
-def _refuse_unknown(files: Files, folders: set[str], classes: Sequence[str]) -> None:
-    unknown = sorted(folders - set(classes))
-    if unknown:
-        more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+def _told(where: str, found: ClassFolders) -> str:
+    return f"class folders in {where}" + (f" ({found.how})" if found.how else "")
+
+
+def _classes_of(files: Files, prefix: str, found: ClassFolders) -> dict[str, int]:
+    index = {}
+    for image in files.images:
+        folder, slash, _ = image[len(prefix) :].partition("/")
+        if slash and folder in found.index:
+            index[image] = found.index[folder]
+    return index
+
+
+def _refuse_parts(files: Files, classes: Classes) -> None:
+    """Folders such as train/ and val/ are sets of images of their own."""
+    inside: dict[str, None] = {}
+    for image in files.images:
+        *above, folder, _ = ("", "", *PurePosixPath(image).parts)
+        if folder in classes.index:
+            inside["/".join(part for part in above if part)] = None
+        elif official_number(image):
+            inside["/".join(part for part in (*above, folder) if part)] = None
+    sets = [folder for folder in inside if folder]
+    if sets:
+        shown = ", ".join(sets[:_SHOWN]) + (", ..." if len(sets) > _SHOWN else "")
         raise DatasetError(
-            f"{files.root} has folders that are no class: {', '.join(unknown[:_SHOWN])}{more}",
-            hint=f"the model's {len(classes)} classes are {', '.join(classes[:2])}, ...",
+            f"{files.root} holds sets of images in folders of their own: {shown}",
+            hint=f"give one of them: {files.root}/{sets[0]}",
         )
 
 
-def _by_folder(files: Files, prefix: str, classes: Sequence[str]) -> Layout:
-    _refuse_unknown(files, _folders(files.images, prefix), classes)
-    index = {name: position for position, name in enumerate(classes)}
-    found = {}
-    for image in files.images:
-        folder, slash, _ = image[len(prefix) :].partition("/")
-        if slash:
-            found[image] = index[folder]
-    return Layout(f"class folders in {files.root}/{prefix}".rstrip("/"), found)
+def _refuse_unknown(files: Files, folders: Collection[str], classes: Classes) -> None:
+    unknown = sorted(folders)
+    if not unknown:
+        return
+    more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+    known = classes.examples() if classes.names else f"the model has {classes.count} classes"
+    raise DatasetError(
+        f"{files.root} has folders that are no class: {', '.join(unknown[:_SHOWN])}{more}",
+        hint=f"{known}; leave such images out with --skip-unlabelled",
+    )
 
 
 def _label_file(
-    files: Files,
-    prefixes: Sequence[str],
-    names: Mapping[str, str],
-    wanted: LayoutName,
-    labels: Path | None,
+    files: Files, prefixes: Sequence[str], names: Names, asked: Labelling
 ) -> LabelFile | None:
     """The label file that the user named, else the first one at a usual place."""
-    if labels is not None:
-        kind = kind_of(labels) if wanted == "auto" else cast(LabelKind, wanted)
-        data = _beside(labels)(labels.name)
-        if data is None:
-            raise DatasetError(f"there is no label file {labels}", hint="check the path")
-        candidates = iter([LabelFile(kind, str(labels), data, _beside(labels))])
+    wanted = asked.layout
+    if asked.labels is not None:
+        kind = kind_of(asked.labels) if wanted == "auto" else cast(LabelKind, wanted)
+        data = read_regular(asked.labels)
+        candidates = iter([LabelFile(kind, str(asked.labels), data, _beside(asked.labels))])
     else:
-        candidates = find_label_files(
-            _inside(files, prefixes), _beside(files.root), str(files.root)
-        )
+        inside, beside = _inside(files, prefixes), _beside(files.root)
+        candidates = find_label_files(inside, beside, str(files.root))
     for file in candidates:
         if wanted not in ("auto", file.kind):
             continue
-        if speaks_of(file, names):
+        if lists_any(file, names):
             return file
         # A file beside the folder may be of other images; one inside it, or a named one, may not.
         if not file.beside:
@@ -180,9 +262,7 @@ def _beside(path: Path) -> Get:
     folder = Path(os.path.abspath(path)).parent
 
     def get(name: str) -> bytes | None:
-        try:
-            return (folder / name).read_bytes() if (folder / name).is_file() else None
-        except OSError as error:
-            raise DatasetError(f"cannot read {folder / name}: {error.strerror}") from error
+        path = folder / name
+        return read_regular(path) if path.is_file() else None
 
     return get

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from clipdeploy.imaging.kinds import is_decoded
 from exporters.artifact import Preprocess
 from exporters.errors import DatasetError
 
@@ -88,9 +89,9 @@ def open_image(stream: IO[bytes], name: str) -> None:
 
 def _open(stream: IO[bytes]) -> Image.Image:
     image = Image.open(stream)
-    if image.format == "EPS":
-        # Pillow would have Ghostscript run it.
-        raise ValueError("PostScript is a program and no image")
+    if not is_decoded(image.format):
+        # Pillow would start another program for some of them, whatever the file's name.
+        raise ValueError(f"{image.format} is no format of photographs")
     if image.width * image.height > _MOST_PIXELS:
         raise ValueError(
             f"{image.width} x {image.height} pixels, which could be a decompression bomb"

@@ -73,9 +73,10 @@ class Survey:
     """A set of images in figures; true if nothing is odd.
 
     ``classes`` are the classes with an image, ``absent_classes`` those without.  ``missing`` are
-    listed in the labels but not there, ``unlabelled`` there but without a class, ``repeated`` names
-    are listed twice with one class, ``ignored`` are links in archives, links to folders seen before
-    and what is no file.  ``unreadable`` and ``duplicates`` (equal bytes) are known of the
+    listed in the labels but not there, ``unlabelled`` there but without a class, ``skipped`` left
+    out for that reason, ``repeated`` names are listed twice with one class, ``ignored`` are links
+    in archives, links to folders seen before, hidden images and what is no file, ``others`` files
+    that are no images.  ``unreadable`` and ``duplicates`` (equal bytes) are known of the
     ``images_read`` only.
     """
 
@@ -85,8 +86,10 @@ class Survey:
     absent_classes: Few
     missing: Few
     unlabelled: Few
+    skipped: Few
     repeated: Few
     ignored: Few
+    others: Few
     images_read: int
     unreadable: Few
     duplicates: Few
@@ -99,9 +102,11 @@ class Survey:
         return _sentences(
             (self.missing, "{} listed images are not there"),
             (self.unlabelled, "{} images have no class"),
+            (self.skipped, "{} images without a class were left out"),
             (self.absent_classes, "{} classes have no image"),
             (self.repeated, "{} images are listed twice"),
             (self.ignored, "{} entries were left out"),
+            (self.others, "{} files are no images and were left out"),
             (self.unreadable, _UNREADABLE),
             (self.duplicates, _DUPLICATES),
         )

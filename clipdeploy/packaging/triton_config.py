@@ -12,6 +12,7 @@ from clipdeploy.packaging.artifact import Packable
 from clipdeploy.packaging.pbtxt import Enum, Field, text_format
 from exporters.artifact import TensorSpec
 from exporters.errors import UsageError
+from exporters.spans import BATCH, INSTANCES, QUEUE_DELAY, check_numbers
 from exporters.values import is_name
 
 __all__ = ["WARMUP", "TritonConfig", "batching", "check_batch", "triton_config"]
@@ -32,7 +33,7 @@ class TritonConfig:
     a ViT-B in FP16 takes for one image on an A100 (1.5 ms).  ``instances`` run on each GPU.
 
     Raises:
-        UsageError: a name that Triton does not take, or a number that is too small.
+        UsageError: a name that Triton does not take, or a number that cannot be.
     """
 
     name: str | None = None
@@ -45,13 +46,7 @@ class TritonConfig:
             raise UsageError(
                 f"{self.name!r} is no name of a model", hint="letters, digits, - and _"
             )
-        for option, value, least in (
-            ("--max-batch", self.max_batch, 1),
-            ("--queue-delay", self.queue_delay, 0),
-            ("--instances", self.instances, 1),
-        ):
-            if value is not None and value < least:
-                raise UsageError(f"{option} {value} is too small", hint=f"{least} or more")
+        check_numbers(self, max_batch=BATCH.or_none, queue_delay=QUEUE_DELAY, instances=INSTANCES)
 
 
 def check_batch(source: Packable, config: TritonConfig) -> None:

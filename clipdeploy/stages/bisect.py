@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from clipdeploy.imaging import Crop, ImageFolder, iter_crops, open_images, select
+from clipdeploy.imaging import Crop, ImageFolder, Labelling, iter_crops, select
+from clipdeploy.labelled import open_labelled
 from clipdeploy.passports import checked_passport, is_vouched
 from clipdeploy.plots import inline_svg
 from clipdeploy.tuning.bisection import Batch, measure
@@ -19,11 +20,14 @@ from clipdeploy.tuning.linears import linear_facts
 from clipdeploy.tuning.result import Bisection
 from clipdeploy.verification.reports import HeatMap
 from clipdeploy.workspace import Workspace
+from clipdeploy.zoo import takes_any_name
 from exporters.artifact import Passport, to_json
 from exporters.errors import UsageError
 from exporters.files import sha256_file, write_atomic
+from exporters.paths import StrPath, as_path
 from exporters.progress import SILENT, Progress
 from exporters.samples import Samples
+from exporters.spans import BATCH, IMAGES, SEED, THREADS, check_numbers
 from exporters.taps import InputMeter, find_tap
 
 __all__ = ["BisectConfig", "bisect_model"]
@@ -35,25 +39,26 @@ _DEFAULT_IMAGES = 64
 class BisectConfig:
     """``images``: how many, None for up to 64; ``seed`` draws them; ``batch``: how many at once.
 
-    ``threads``: ONNX Runtime's, 0 for its own choice.
+    ``threads``: ONNX Runtime's, 0 for its own choice; ``labelling``: the classes of the images.
 
     Raises:
-        UsageError: no image or an empty batch.
+        UsageError: a number that cannot be.
     """
 
     images: int | None = None
     seed: int = 0
     batch: int = 8
     threads: int = 0
+    labelling: Labelling = field(default_factory=Labelling)
 
     def __post_init__(self) -> None:
-        for what, count in (("images", self.images), ("batch", self.batch)):
-            if count is not None and count < 1:
-                raise UsageError(f"--{what} {count}", hint="1 or more")
+        check_numbers(self, images=IMAGES.or_none, seed=SEED, batch=BATCH, threads=THREADS)
 
 
-def _choose(data: Path, classes: tuple[str, ...], config: BisectConfig) -> ImageFolder:
-    everything = open_images(data, classes)
+def _choose(
+    data: Path, passport: Passport, config: BisectConfig, note: Callable[[str], object]
+) -> ImageFolder:
+    everything = open_labelled(data, passport, config.labelling, note, required=False)
     count = config.images or min(len(everything.entries), _DEFAULT_IMAGES)
     return select(everything, count, config.seed)
 
@@ -79,29 +84,34 @@ def _candidate_passport(candidate: Path, reference: Passport) -> Passport | None
     return checked_passport(candidate, reference).graph if is_vouched(candidate) else None
 
 
+@takes_any_name
 def bisect_model(
     workspace: Workspace,
     model: str,
-    data: Path,
-    candidate: Path | None = None,
+    data: StrPath,
+    candidate: StrPath | None = None,
     config: BisectConfig = BisectConfig(),
     *,
+    note: Callable[[str], object] = lambda text: None,
     progress: Progress = SILENT,
 ) -> Bisection:
     """Find the part of ``candidate``, the INT8 graph if left out, that costs the accuracy.
 
     It may be any FP16 or INT8 graph with the node names of the FP32 graph, passport or not.
+    ``note`` is told what is odd about the images.
 
     Raises:
         ClipdeployError: see :mod:`exporters.errors`.
     """
+    data = Path(data)
+    candidate = as_path(candidate)
     source, passport = workspace.source(model)
     candidate = candidate or workspace.graph(model, "int8")
     if not candidate.exists():
         raise UsageError(f"{candidate} does not exist", hint="clipdeploy quantize, or name a graph")
     theirs = _candidate_passport(candidate, passport)
     random_weights = passport.weights.kind == "random"
-    images = _choose(data, () if random_weights else passport.class_names, config)
+    images = _choose(data, passport, config, note)
     labelled = images.labelled and not random_weights
     with progress.task(f"load {candidate.name}"):
         chain = Chain(source, candidate, threads=config.threads)

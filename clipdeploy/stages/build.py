@@ -2,41 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from calibration.qdq import QuantizeConfig
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.builder import EngineArtifact, build_engine
 from clipdeploy.stages.calibrate import CalibrateConfig, calibrate_model
-from clipdeploy.stages.quantize import convert_model, quantize_model
+from clipdeploy.stages.quantize import (
+    config_to_build,
+    convert_model,
+    quantize_model,
+    refuse_int8_only,
+)
 from clipdeploy.workspace import Workspace
+from clipdeploy.zoo import takes_any_name
 from exporters.artifact import Precision
+from exporters.errors import UsageError
+from exporters.paths import StrPath, as_path
 from exporters.precision import Fp16Config
 from exporters.progress import SILENT, Progress
 
 __all__ = ["build_model"]
 
 
+@takes_any_name
 def build_model(
     workspace: Workspace,
     model: str,
     precision: Precision,
     config: BuildConfig = BuildConfig(),
     *,
-    data: Path | None = None,
+    data: StrPath | None = None,
     calibrate: CalibrateConfig = CalibrateConfig(),
     fp16: Fp16Config = Fp16Config(),
     quantize: QuantizeConfig = QuantizeConfig(),
     force: bool = False,
+    note: Callable[[str], object] = lambda text: None,
     progress: Progress = SILENT,
 ) -> EngineArtifact:
     """Graph -> engine; calibration and quantisation first where they are due.
 
+    An INT8 graph that a search wrote is kept, unless ``quantize`` or ``force`` says otherwise;
+    ``note`` is told.
+
     Raises:
+        UsageError: a configuration that ``precision`` does not use.
         ClipdeployError: see :mod:`exporters.errors`.
     """
+    data = as_path(data)
+    _refuse_unused(precision, data, calibrate, fp16, quantize)
     workspace.source(model)
     if precision == "int8":
+        quantize = config_to_build(workspace, model, quantize, force=force, note=note)
         if data is not None:
             calibrate_model(workspace, model, data, calibrate, force=force, progress=progress)
         quantize_model(workspace, model, quantize, force=force, progress=progress)
@@ -49,3 +67,23 @@ def build_model(
         force=force,
         progress=progress,
     )
+
+
+def _refuse_unused(
+    precision: Precision,
+    data: Path | None,
+    calibrate: CalibrateConfig,
+    fp16: Fp16Config,
+    quantize: QuantizeConfig,
+) -> None:
+    """Refuse what would have no effect, as the command does with its options.
+
+    Raises:
+        UsageError: it names the first argument without effect.
+    """
+    if precision != "int8":
+        refuse_int8_only({"data": data is not None, "quantize": quantize != QuantizeConfig()})
+    if data is None and calibrate != CalibrateConfig():
+        raise UsageError("calibrate belongs to data", hint="leave it out, or give images")
+    if precision != "fp16" and fp16 != Fp16Config():
+        raise UsageError("fp16 belongs to an engine in FP16", hint="leave it out, or build fp16")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from rich.console import Group
 from rich.text import Text
 
 from calibration.collect import CalibrationImage, CollectConfig, collect
+from calibration.images import check_images, image_warnings
 from calibration.table import (
     CalibrationImageRecord,
     CalibrationTable,
@@ -20,15 +21,18 @@ from calibration.table import (
     save_table,
 )
 from clipdeploy.cluster import ClusterConfig, Shard, ShardJob, shards_on_cluster
-from clipdeploy.imaging import ImageFolder, Skipped, iter_crops, open_images, select
+from clipdeploy.imaging import ImageFolder, Skipped, iter_crops, open_images, select, survey
 from clipdeploy.workspace import Workspace
+from clipdeploy.zoo import takes_any_name
 from exporters.artifact import Passport
 from exporters.errors import ArtifactError, DatasetError, UsageError
 from exporters.files import file_errors, sha256_file
 from exporters.locks import sole_writer
 from exporters.notebook import Renderable, Shown, facts
+from exporters.paths import StrPath, as_path, as_paths
 from exporters.progress import SILENT, Progress
 from exporters.samples import Samples
+from exporters.spans import IMAGES, SEED, THREADS, check_numbers, check_shard
 
 __all__ = [
     "FEW_IMAGES",
@@ -55,7 +59,7 @@ class CalibrateConfig:
     ``threads`` compute, 0 for ONNX Runtime's own choice.
 
     Raises:
-        UsageError: there is no such shard.
+        UsageError: a number that cannot be, or no such shard.
     """
 
     images: int | None = None
@@ -65,25 +69,34 @@ class CalibrateConfig:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
-            raise UsageError(
-                "there is no shard {}/{}".format(*self.shard), hint="--shard 1/4 to --shard 4/4"
-            )
+        check_numbers(self, images=IMAGES.or_none, seed=SEED, threads=THREADS)
+        check_shard(self.shard)
 
 
 @dataclass(frozen=True)
 class CalibrationArtifact(Shown):
-    """The table, where it lies, and the images that were skipped."""
+    """The table, its path, and the images that were skipped.
+
+    ``problems``: a sentence for each thing that is odd about the listed files, such as files that
+    are no images.
+    """
 
     path: Path
     table: CalibrationTable
     skipped: tuple[str, ...]
     changed: bool
+    problems: tuple[str, ...] = ()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is unusual about the images."""
+        return image_warnings(self.table)
 
     def __rich__(self) -> Renderable:
         rows = [
             ("calibration", f"{self.path}: {len(self.table.images)} images"),
             ("made", "now" if self.changed else "before; nothing has changed since"),
+            *(("unusual", warning) for warning in self.warnings),
             *(("skipped, unreadable", name) for name in self.skipped),
         ]
         return Group(facts(rows), Text(""), self.table)
@@ -95,7 +108,7 @@ def _calibration_images(
     spec = passport.preprocess
     for crop in iter_crops(images, spec, skipped=skipped):
         image = Samples(crop.pixels[None], spec).as_input(passport.input)
-        yield CalibrationImage(crop.entry.name, crop.sha256, image, *crop.fingerprint)
+        yield CalibrationImage(crop.entry.name, crop.sha256, image, *crop.fingerprint, crop.pixels)
 
 
 def choose_images(data: Path, config: CalibrateConfig) -> ImageFolder:
@@ -119,14 +132,15 @@ def choose_images(data: Path, config: CalibrateConfig) -> ImageFolder:
     return ImageFolder(chosen.root, chosen.entries[first - 1 :: parts])
 
 
+@takes_any_name
 def calibrate_model(
     workspace: Workspace,
     model: str,
-    data: Path,
+    data: StrPath,
     config: CalibrateConfig = CalibrateConfig(),
     *,
     cluster: ClusterConfig | None = None,
-    keep: Path | None = None,
+    keep: StrPath | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> CalibrationArtifact:
@@ -138,16 +152,19 @@ def calibrate_model(
     Raises:
         ClipdeployError: see :mod:`exporters.errors`.
     """
+    data = Path(data)
+    keep = as_path(keep)
     if cluster is not None and config.shard:
         raise UsageError("a cluster cuts the shards itself", hint="leave out --shard or --ray")
     graph, passport = workspace.source(model)
     chosen = choose_images(data, config)
+    odd = survey(chosen).problems()
     path = keep or workspace.calibration(model, config.shard)
     wanted = _records(chosen)
     if not force and path.exists():
         table = load_table(path)
         if table.source_graph == sha256_file(graph) and _has_all(table, wanted):
-            return CalibrationArtifact(path, table, (), changed=False)
+            return CalibrationArtifact(path, table, (), changed=False, problems=odd)
     if cluster is not None:
         job = _cluster_job(workspace, model, data, config, len(chosen.entries))
         with shards_on_cluster(cluster, job, force=force, progress=progress) as parts:
@@ -165,12 +182,17 @@ def calibrate_model(
             with file_errors("remove", unfinished):
                 unfinished.unlink(missing_ok=True)
         settings = CollectConfig(unfinished, shard=config.shard, threads=config.threads)
-        table = save_table(collect(graph, rest, wanted, settings, progress), path)
+        table = collect(graph, rest, wanted, settings, progress)
+        if config.shard is None:
+            check_images(table)
+        table = save_table(table, path)
         with file_errors("remove", unfinished):
             unfinished.unlink(missing_ok=True)
-    return CalibrationArtifact(path, table, tuple(skipped.names if skipped else ()), changed=True)
+    names = tuple(skipped.names if skipped else ())
+    return CalibrationArtifact(path, table, names, changed=True, problems=odd)
 
 
+@takes_any_name
 def is_calibrated(workspace: Workspace, model: str) -> bool:
     """Whether the workspace has a table, of whichever images, of the graph that is there now.
 
@@ -211,17 +233,19 @@ def _one_shard(
 def _with_skipped(merged: CalibrationArtifact, chosen: ImageFolder) -> CalibrationArtifact:
     used = {image.name for image in merged.table.images}
     skipped = tuple(entry.name for entry in chosen.entries if entry.name not in used)
-    return replace(merged, skipped=skipped)
+    return replace(merged, skipped=skipped, problems=survey(chosen).problems())
 
 
+@takes_any_name
 def merge_calibration(
-    workspace: Workspace, model: str, parts: Sequence[Path] = ()
+    workspace: Workspace, model: str, parts: StrPath | Iterable[StrPath] = ()
 ) -> CalibrationArtifact:
     """Shards -> ``calibration.json``; without ``parts``, all shards of the workspace.
 
     Raises:
         ClipdeployError: a shard is missing, damaged, or of another run.
     """
+    parts = as_paths(parts)
     found = parts or sorted(workspace.folder(model).glob("calibration.*-of-*.json"))
     table = merge_tables([load_table(path) for path in found])
     graph, _ = workspace.source(model)
@@ -229,6 +253,7 @@ def merge_calibration(
         raise ArtifactError(
             f"the shards were not made from {graph}", hint="calibrate them again from this graph"
         )
+    check_images(table)
     path = workspace.calibration(model)
     return CalibrationArtifact(path, save_table(table, path), (), changed=True)
 

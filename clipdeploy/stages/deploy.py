@@ -36,7 +36,7 @@ from clipdeploy.stages.deploy_package import make_packages, no_packages
 from clipdeploy.stages.deployment import Deployment, Packages, open_points, serve_commands
 from clipdeploy.stages.deployment_page import write_pages
 from clipdeploy.stages.export import export_model
-from clipdeploy.stages.quantize import convert_model, quantize_model, searched_config
+from clipdeploy.stages.quantize import config_to_build, convert_model, quantize_model
 from clipdeploy.stages.report import write_reports
 from clipdeploy.stages.stage_log import UNWATCHED, StageLog, StageWatch
 from clipdeploy.stages.verify import verify_model
@@ -137,6 +137,7 @@ class _Run:
             self.config.weights,
             self.config.recipe,
             force=self.force,
+            note=self.note,
             progress=self.progress,
         )
 
@@ -151,11 +152,8 @@ class _Run:
             recipe.check(passport.weights.identity)
             return replace(recipe.config, remainder="fp16")
         asked = self.config.quantize
-        searched = searched_config(self.workspace, self.model, asked)
-        if searched is None or self.force:
-            return asked
-        self.note("INT8 as the search chose; --force or other options make it anew")
-        return searched
+        at = (self.workspace, self.model)
+        return config_to_build(*at, asked, force=self.force, note=self.note)
 
     def _build(self, precision: Precision) -> EngineArtifact:
         graph = self.workspace.graph(self.model, precision)

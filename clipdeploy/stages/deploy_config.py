@@ -10,11 +10,13 @@ from clipdeploy.benchmark import BenchmarkConfig
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.model import WeightsChoice
 from clipdeploy.stages.calibrate import CalibrateConfig
+from clipdeploy.stages.quantize import refuse_int8_only
 from clipdeploy.stages.verify_setup import VerifyScope
 from clipdeploy.verification.verifier import VerifyConfig
 from clipdeploy.workspace import PRECISIONS
 from exporters.artifact import Precision, Recipe
 from exporters.errors import UsageError
+from exporters.paths import hold_paths
 
 __all__ = ["SHORT_BENCHMARK", "DeployConfig"]
 
@@ -36,7 +38,7 @@ class DeployConfig:
     ``val`` holds labelled images, ``calibration`` those that INT8 is calibrated on; None takes the
     calibration that lies in the workspace.  ``beside`` are precisions that are built and judged as
     well; None is what the benchmark compares with, and nothing without a ``benchmark``.
-    ``quantize_recipe`` is a file of :mod:`calibration.recipe` and outranks ``quantize``.  Of
+    ``quantize_recipe`` is a file of :mod:`calibration.recipe`, instead of ``quantize``.  Of
     ``scope`` the artifacts are chosen by the deployment.  ``triton`` and ``cpp`` are where packages
     go; with neither, a model repository in the model's folder; without ``package``, none is made.
 
@@ -62,13 +64,16 @@ class DeployConfig:
     cpp: Path | None = None
 
     def __post_init__(self) -> None:
+        hold_paths(self, "val", "calibration", "quantize_recipe", "triton", "cpp")
         unknown = set(self.precisions) - set(PRECISIONS)
         if unknown:
             raise UsageError(f"no engine is built in {unknown.pop()}", hint="fp32, fp16 or int8")
-        if self.calibration is not None and not self.calibrates:
-            raise UsageError("--calibration belongs to --int8", hint="leave it out, or pass --int8")
-        if self.quantize_recipe is not None and not self.calibrates:
-            raise UsageError("--recipe belongs to --int8", hint="leave it out, or pass --int8")
+        if not self.calibrates:
+            chosen = {"--calibration": self.calibration, "--recipe": self.quantize_recipe}
+            other = {"quantize": self.quantize != QuantizeConfig()}
+            refuse_int8_only({name: bool(path) for name, path in chosen.items()} | other)
+        if self.quantize_recipe is not None and self.quantize != QuantizeConfig():
+            raise UsageError("a recipe's file and another way to quantise", hint="choose one")
         if not self.package and (self.triton or self.cpp):
             raise UsageError("a folder for a package that is not to be made", hint="leave it out")
         if self.calibrate.shard or self.verify.shard:

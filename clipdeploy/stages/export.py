@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 from clipdeploy import zoo
 from clipdeploy.engines.passport import library_versions
-from clipdeploy.model import LoadedModel, WeightsChoice, load_model
+from clipdeploy.model import LoadedModel, WeightsChoice
+from clipdeploy.stages.class_names import ClassNames, name_classes
 from clipdeploy.stages.samples import sample_images
+from clipdeploy.stages.weights import load_weights
 from clipdeploy.workspace import Workspace
 from exporters.artifact import Passport, Recipe, TensorSpec, settings_of
 from exporters.headers import GraphArtifact, existing_graph
@@ -15,10 +20,9 @@ from exporters.progress import SILENT, Progress
 __all__ = ["export_model"]
 
 
-def _passport(model: LoadedModel) -> Passport:
+def _passport(model: LoadedModel, named: ClassNames) -> Passport:
     size = model.card.image_size
     classes = model.module.config.classes
-    names = tuple(name for name, _ in zoo.class_names(model.card))
     return Passport(
         kind="graph",
         model=model.card.name,
@@ -29,7 +33,8 @@ def _passport(model: LoadedModel) -> Passport:
         input=TensorSpec("image", "float32", ("batch", 3, size, size)),
         output=TensorSpec("logits", "float32", ("batch", classes)),
         classes=classes,
-        class_names=names if len(names) == classes else (),
+        class_names=named.names,
+        class_names_from=named.source,
         versions=library_versions(),
     )
 
@@ -42,28 +47,39 @@ def export_model(
     config: ExportConfig = ExportConfig(),
     *,
     force: bool = False,
+    note: Callable[[str], object] = lambda text: None,
     progress: Progress = SILENT,
 ) -> GraphArtifact:
     """Checkpoint -> checked FP32 graph in the workspace.
 
+    Without a choice of ``weights`` a workspace that was exported with a checkpoint or a seed of the
+    user's keeps it, and no other one is taken unless ``weights.replace``.  ``note`` is told where
+    the names of the classes come from, if they may be the wrong ones.
+
     Raises:
+        UsageError: other weights than the workspace's own, which were not to be replaced.
         ClipdeployError: see :mod:`exporters.errors`; nothing is left behind.
     """
     card = zoo.find(name)
     with progress.task(f"load {card.name}"):
-        model = load_model(card, weights, recipe)
-    passport = _passport(model)
+        model = load_weights(workspace, card, weights, recipe)
     path = workspace.graph(card.name, "fp32")
+    found = existing_graph(path)
+    named = name_classes(model, weights, found.passport if found else None)
+    if named.doubt:
+        note(named.doubt)
+    passport = _passport(model, named)
     settings = settings_of(config)
-    if not force and (found := existing_graph(path)):
+    if found and not force:
         old = found.passport
-        same = (old.weights.identity, old.recipe, old.settings, old.versions) == (
-            passport.weights.identity,
-            recipe,
-            settings,
-            passport.versions,
+        same = (
+            (old.weights.identity, old.recipe, old.settings, old.versions, old.class_names)
+        ) == (
+            *(passport.weights.identity, recipe, settings),
+            *(passport.versions, passport.class_names),
         )
-        if same:
+        # A reference that cannot be loaded again from where it was is of no use.
+        if same and (old.weights.path == passport.weights.path or Path(old.weights.path).is_file()):
             workspace.remember(card.name)
             return found
     samples = sample_images(passport.preprocess)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,22 +18,25 @@ from clipdeploy.verification.result import Baseline, Verification
 from clipdeploy.verification.results import Results, merge_results, read_results, save_results
 from clipdeploy.verification.verdicts import Limits, judge_results
 from clipdeploy.workspace import Workspace
+from clipdeploy.zoo import takes_any_name
 from exporters.errors import ArtifactError, ClipdeployError, DatasetError
 from exporters.files import file_errors, write_atomic
 from exporters.locks import sole_writer
+from exporters.paths import StrPath, as_path, as_paths
 from exporters.progress import SILENT, Progress
 
 __all__ = ["merge_verification"]
 
 
+@takes_any_name
 def merge_verification(
     workspace: Workspace,
     model: str,
     limits: float | Limits = Limits(),
     scope: VerifyScope = VerifyScope(),
-    parts: Sequence[Path] = (),
+    parts: StrPath | Iterable[StrPath] = (),
     *,
-    data: Path | None = None,
+    data: StrPath | None = None,
     note: Callable[[str], object] = lambda text: None,
     progress: Progress = SILENT,
 ) -> Judgement:
@@ -48,6 +51,8 @@ def merge_verification(
         ClipdeployError: a shard is missing, damaged, or of another run, or an artifact or an image
             has changed since.
     """
+    parts = as_paths(parts)
+    data = as_path(data)
     found = parts or sorted(workspace.folder(model).glob("verification.*-of-*.jsonl"))
     results = merge_results([read_results(path) for path in found])
     if results.question.model != model:
@@ -85,7 +90,7 @@ def _compare_with_disk(results: Results, data: Path, progress: Progress) -> tupl
     """
     check_artifacts(results)
     try:
-        images = open_images(data, layout="none")
+        images = open_images(data)
     except DatasetError as error:
         return (f"the images were not compared with the records: {error.message}",)
     check_against_disk(results, images, progress)
@@ -113,7 +118,7 @@ def _diagnose_merged(
             passport.preprocess,
             images,
             results.records,
-            passport.class_names,
+            results.question.class_names,
             progress,
         )
     except ClipdeployError as error:

@@ -13,8 +13,10 @@ from clipdeploy.packaging.triton import package_triton as write_repository
 from clipdeploy.packaging.triton_config import TritonConfig
 from clipdeploy.stages.samples import sample_images
 from clipdeploy.workspace import Workspace
+from clipdeploy.zoo import takes_any_name
 from exporters.artifact import Precision
 from exporters.errors import ArtifactError, UsageError
+from exporters.paths import StrPath
 
 __all__ = ["artifact_to_package", "package_cpp", "package_triton"]
 
@@ -23,6 +25,7 @@ _ENGINES: tuple[Precision, ...] = ("int8", "fp16", "fp32")
 _GRAPHS: tuple[Precision, ...] = ("fp16", "fp32", "int8", "int8-cpu")
 
 
+@takes_any_name
 def artifact_to_package(workspace: Workspace, model: str) -> Path:
     """The artifact of a model that serves best: an engine of TensorRT before a graph.
 
@@ -51,8 +54,8 @@ def _is_tensorrt(engine: Path) -> bool:
 
 
 def package_triton(
-    artifact: Path,
-    repository: Path,
+    artifact: StrPath,
+    repository: StrPath,
     config: TritonConfig = TritonConfig(),
     *,
     force: bool = False,
@@ -62,17 +65,21 @@ def package_triton(
     Raises:
         ClipdeployError: see :func:`clipdeploy.packaging.triton.package_triton`.
     """
+    artifact = Path(artifact)
+    repository = Path(repository)
     source = open_packable(artifact)
     samples = sample_images(source.graph.preprocess, source.fixed_batch or 1)
     return write_repository(source, repository, samples, config, force=force)
 
 
-def package_cpp(artifact: Path, folder: Path, *, force: bool = False) -> CppPackage:
+def package_cpp(artifact: StrPath, folder: StrPath, *, force: bool = False) -> CppPackage:
     """Write a C++ program that runs ``artifact``, a graph or an engine, into ``folder``.
 
     Raises:
         ClipdeployError: see :func:`clipdeploy.packaging.cpp.package_cpp`.
     """
+    artifact = Path(artifact)
+    folder = Path(folder)
     source = open_packable(artifact)
     samples = sample_images(source.graph.preprocess, sample_count(source))
     return write_program(source, folder, samples, force=force)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,19 +14,22 @@ from rich.text import Text
 
 from clipdeploy import zoo
 from clipdeploy.device import gpus
-from clipdeploy.imaging import open_images
+from clipdeploy.imaging import open_images, survey
 from clipdeploy.imaging.preprocess import crop_file
 from clipdeploy.passports import checked_passport
 from clipdeploy.runners import Runner, open_runner
 from clipdeploy.verification.targets import Target, named_targets
 from clipdeploy.workspace import PRECISIONS, Workspace
+from clipdeploy.zoo import takes_any_name
 from exporters.artifact import Passport
 from exporters.errors import EngineError, UsageError
 from exporters.files import read_regular
 from exporters.notebook import Renderable, Shown
+from exporters.paths import StrPath, as_path, as_paths
 from exporters.printable import printable
 from exporters.progress import SILENT, Progress
 from exporters.samples import Samples
+from exporters.spans import TOP
 
 __all__ = ["Guess", "Prediction", "Predictions", "predict_images"]
 
@@ -53,12 +56,17 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Predictions(Shown):
-    """What an artifact says of images, and what ran it."""
+    """What an artifact says of images, and what ran it.
+
+    ``problems``: a sentence for each thing that is odd about the folders and archives, such as
+    files that are no images.
+    """
 
     model: str
     artifact: str
     runner: str
     images: tuple[Prediction, ...]
+    problems: tuple[str, ...] = ()
 
     def __rich__(self) -> Renderable:
         parts: list[Text | Table] = []
@@ -92,13 +100,15 @@ def _target(workspace: Workspace, model: str | None, artifact: Path | None) -> T
     return Target(artifact, "engine" if found.engine else "graph", found.graph)
 
 
-def _files(paths: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
+def _files(paths: Sequence[Path], problems: list[str]) -> Iterator[tuple[str, bytes]]:
+    """Names and bytes of all images; ``problems`` grows by what is odd about them."""
     for path in paths:
         archive = path.suffix in (".zip", ".tar") and path.is_file()
         if not (archive or path.is_dir()):
             yield str(path), read_regular(path)
             continue
         images = open_images(path)
+        problems += survey(images).problems()
         reader = images.reader()
         try:
             for entry in images.entries:
@@ -158,11 +168,12 @@ def _predictions(
             yield Prediction(name, _guesses(logits, words, top))
 
 
+@takes_any_name
 def predict_images(
     workspace: Workspace,
     model: str | None,
-    paths: Sequence[Path],
-    artifact: Path | None = None,
+    paths: StrPath | Iterable[StrPath],
+    artifact: StrPath | None = None,
     *,
     top: int = 5,
     progress: Progress = SILENT,
@@ -176,12 +187,16 @@ def predict_images(
     Raises:
         ClipdeployError: see :mod:`exporters.errors`; an image that cannot be read is one.
     """
+    TOP.check(top, "top")
+    paths = as_paths(paths)
+    artifact = as_path(artifact)
     target = _target(workspace, model, artifact)
     foreign = None if target.vouched else target.passport
     runner = open_runner(target.path, passport=foreign)
     try:
         with progress.task("predict"):
-            found = tuple(_predictions(runner, target, _files(paths), top))
+            problems: list[str] = []
+            found = tuple(_predictions(runner, target, _files(paths, problems), top))
     finally:
         runner.close()
-    return Predictions(target.passport.model, str(target.path), runner.name, found)
+    return Predictions(target.passport.model, str(target.path), runner.name, found, tuple(problems))

@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from calibration.policy import Placement, place
 from calibration.qdq import QuantizeConfig, QuantizedGraph, quantize
+from calibration.quality import Quality
 from calibration.recipe import load_recipe
+from calibration.table import load_table
+from clipdeploy.stages.calibrate import is_calibrated
 from clipdeploy.stages.samples import sample_images
 from clipdeploy.workspace import Workspace
-from exporters.artifact import settings_of
+from clipdeploy.zoo import takes_any_name
+from exporters.artifact import Preprocess, from_json, settings_of, to_json
 from exporters.errors import UsageError
 from exporters.files import sha256_file
 from exporters.graphs import load_graph
 from exporters.headers import GraphArtifact, existing_graph
 from exporters.precision import Fp16Config, convert_to_fp16
 from exporters.progress import SILENT, Progress
+from exporters.samples import Samples
 
-__all__ = ["convert_model", "quantize_model", "searched_config"]
+__all__ = [
+    "config_to_build",
+    "convert_model",
+    "int8_quality",
+    "model_quality",
+    "quantize_model",
+    "refuse_int8_only",
+]
 
 # Images on which float16 storage is judged.
 _STORAGE_IMAGES = 3
 
 
+@takes_any_name
 def quantize_model(
     workspace: Workspace,
     model: str,
@@ -49,32 +64,101 @@ def quantize_model(
         settings = found.passport.settings
         asked = settings_of(config)
         if found.passport.parents == parents and settings.items() >= asked.items():
-            return QuantizedGraph(found, _placement(source, config))
+            return QuantizedGraph(found, _placement(source, config, found), int8_quality(found))
     with progress.task(f"quantise {model}"):
         samples = sample_images(passport.preprocess, _STORAGE_IMAGES)
         return quantize(source, calibration, target, samples, config)
 
 
-def searched_config(
+def refuse_int8_only(given: Mapping[str, bool]) -> None:
+    """Refuse choices that only INT8 uses, where none is made; ``given`` says which there are.
+
+    Raises:
+        UsageError: it names the first.
+    """
+    for name, is_given in given.items():
+        if is_given:
+            raise UsageError(f"{name} belongs to --int8", hint="leave it out, or choose INT8")
+
+
+@takes_any_name
+def config_to_build(
+    workspace: Workspace,
+    model: str,
+    asked: QuantizeConfig = QuantizeConfig(),
+    *,
+    force: bool = False,
+    note: Callable[[str], object] = lambda text: None,
+) -> QuantizeConfig:
+    """How the INT8 graph of an engine is made: as ``asked``, or as a search chose.
+
+    Without INT8 options an engine takes the graph that a search wrote; ``force`` makes it anew.
+
+    Raises:
+        UsageError: a remainder that no engine is built from.
+        ClipdeployError: a recipe that cannot be read.
+    """
+    if asked.remainder != "fp16":
+        raise UsageError(
+            f"no engine is built from INT8 with the rest in {asked.remainder}",
+            hint="leave the remainder at fp16; fp32 is for graphs on a CPU",
+        )
+    searched = None if force else _searched_config(workspace, model, asked)
+    if searched is None:
+        return asked
+    note("INT8 as the search chose; --force or other options make it anew")
+    return searched
+
+
+def _searched_config(
     workspace: Workspace, model: str, asked: QuantizeConfig
 ) -> QuantizeConfig | None:
-    """What the INT8 graph was made with, if a search wrote it and ``asked`` is only the default.
-
-    An engine that is built without a word about INT8 then takes the graph as it lies there.
-    """
+    """What the INT8 graph was made with, if a search wrote it and ``asked`` is only the default."""
     path = workspace.recipe(model)
     graph = existing_graph(workspace.graph(model, "int8"))
-    if asked != QuantizeConfig() or graph is None or not path.exists():
+    default = QuantizeConfig()
+    if replace(asked, min_sqnr=default.min_sqnr) != default or graph is None or not path.exists():
         return None
     config = load_recipe(path).config
     made = graph.passport.settings.items() >= settings_of(config).items()
     return config if made and config.remainder == "fp16" else None
 
 
-def _placement(source: Path, config: QuantizeConfig) -> Placement:
-    return place(load_graph(source), config.exclude, config.scope)
+def _placement(source: Path, config: QuantizeConfig, made: GraphArtifact) -> Placement:
+    placement = place(load_graph(source), config.exclude, config.scope)
+    return placement.without(made.passport.settings.get("int8_left_out", {}))
 
 
+def model_quality(workspace: Workspace, model: str) -> Quality | None:
+    """:func:`int8_quality` of the INT8 graph in the workspace; None without one.
+
+    Raises:
+        ArtifactError: its passport cannot be read.
+    """
+    graph = existing_graph(workspace.graph(model, "int8"))
+    return None if graph is None else int8_quality(graph)
+
+
+def int8_quality(graph: GraphArtifact) -> Quality | None:
+    """What was measured when an INT8 graph was made; None if nothing was.
+
+    Raises:
+        ArtifactError: its passport does not hold what it should.
+    """
+    found = graph.passport.settings.get("quality")
+    return None if found is None else from_json(to_json(found), Quality, str(graph.path))
+
+
+def _judged_images(workspace: Workspace, model: str, spec: Preprocess) -> Samples:
+    """Images to judge float16 storage on: sample images, and the calibration's if there is one."""
+    samples = sample_images(spec, _STORAGE_IMAGES)
+    if not is_calibrated(workspace, model):
+        return samples
+    kept = load_table(workspace.calibration(model)).samples()
+    return samples if kept is None else kept.and_those(samples)
+
+
+@takes_any_name
 def convert_model(
     workspace: Workspace,
     model: str,
@@ -93,9 +177,10 @@ def convert_model(
     parents = {"source_graph": sha256_file(source)}
     if not force and (found := existing_graph(target)) and found.passport.parents == parents:
         settings = found.passport.settings
-        kept = set(config.keep) <= set(settings.get("keep_fp32", ()))
-        if kept and settings.get("half_io") == config.half_io:
+        near = settings.get("near_limit", ())
+        asked = {name for name in settings.get("keep_fp32", ()) if name not in near}
+        if asked == set(config.keep) and settings.get("half_io") == config.half_io:
             return found
     with progress.task(f"convert {model} to FP16"):
-        samples = sample_images(passport.preprocess, _STORAGE_IMAGES)
+        samples = _judged_images(workspace, model, passport.preprocess)
         return convert_to_fp16(source, target, samples, config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,16 +11,17 @@ from clipdeploy.stages.verify_setup import Judgement
 from clipdeploy.verification.reports import HTML, Evidence, HeatMap, write_report
 from exporters.artifact import read_json
 from exporters.errors import ArtifactError, DatasetError, UsageError
+from exporters.paths import StrPath, as_path, as_paths
 
 __all__ = ["write_reports"]
 
 
 def write_reports(
     judgement: Judgement,
-    paths: Sequence[Path],
+    paths: StrPath | Iterable[StrPath],
     *,
-    data: Path | None = None,
-    bisection: Path | None = None,
+    data: StrPath | None = None,
+    bisection: StrPath | None = None,
 ) -> None:
     """Write a report at each path: ``.html``, ``.md`` or ``.json``.
 
@@ -32,6 +33,9 @@ def write_reports(
         UsageError: a shard alone, or a suffix that is that of no report.
         FileError: a report cannot be written.
     """
+    paths = as_paths(paths)
+    data = as_path(data)
+    bisection = as_path(bisection)
     result, evidence = judgement.verification, judgement.evidence
     if result is None or evidence is None:
         raise UsageError("a shard has no verdict to report", hint="pass --report to `verify merge`")

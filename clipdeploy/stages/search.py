@@ -29,12 +29,14 @@ from clipdeploy.tuning.state import load_state, save_state
 from clipdeploy.verification.leaks import read_calibrated
 from clipdeploy.verification.paired import judge_drop
 from clipdeploy.workspace import Workspace
+from clipdeploy.zoo import takes_any_name
 from exporters.artifact import to_json
 from exporters.errors import UsageError
 from exporters.files import sha256_file
 from exporters.headers import GraphArtifact
 from exporters.leftovers import scratch_folder
 from exporters.locks import sole_writer
+from exporters.paths import StrPath, as_path
 from exporters.progress import SILENT, Progress
 
 __all__ = ["SearchConfig", "SearchResult", "search_model"]
@@ -86,7 +88,7 @@ class _Search:
         """Reference against all Linears in INT8; the flavour of the CPU runs fast here."""
         target = folder / f"{plan.label}.onnx"
         samples = sample_images(self.passport.preprocess, _STORAGE_IMAGES)
-        config = QuantizeConfig(remainder="fp32", plan=plan)
+        config = QuantizeConfig(remainder="fp32", plan=plan, min_sqnr=None)
         with self.progress.task(f"quantise {self.model}, ranges by {plan.label}"):
             quantize(self.source, self.calibration, target, samples, config)
             return Chain(self.source, target, threads=self.config.threads)
@@ -175,13 +177,14 @@ def _choose_plan(
     return best.chain, best.plan
 
 
+@takes_any_name
 def search_model(
     workspace: Workspace,
     model: str,
-    data: Path,
+    data: StrPath,
     config: SearchConfig = SearchConfig(),
     *,
-    confirm: Path | None = None,
+    confirm: StrPath | None = None,
     progress: Progress = SILENT,
 ) -> SearchResult:
     """Choose INT8 or FP16 for every Linear, write the INT8 graph of the choice, and confirm it.
@@ -192,6 +195,8 @@ def search_model(
     Raises:
         ClipdeployError: see :mod:`exporters.errors`.
     """
+    data = Path(data)
+    confirm = as_path(confirm)
     _, passport = workspace.source(model)
     if not workspace.calibration(model).exists():
         raise UsageError(
@@ -266,7 +271,8 @@ def _config(
     search: _Search, plan: PlanConfig, costs: CostModel, int8: Combination
 ) -> QuantizeConfig:
     exclude = tuple(name for name in costs.order if name not in int8)
-    return QuantizeConfig(exclude, search.config.remainder, plan)
+    # The search judges accuracy itself, and decides which Linears stay.
+    return QuantizeConfig(exclude, search.config.remainder, plan, min_sqnr=None)
 
 
 def _write(

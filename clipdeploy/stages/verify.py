@@ -24,9 +24,11 @@ from clipdeploy.verification.results import (
 )
 from clipdeploy.verification.verifier import VerifyConfig, run_verification
 from clipdeploy.workspace import Workspace
+from clipdeploy.zoo import takes_any_name
 from exporters.errors import UsageError
 from exporters.files import write_atomic
 from exporters.locks import sole_writer
+from exporters.paths import StrPath, as_path
 from exporters.progress import SILENT, Progress
 
 __all__ = ["verify_model"]
@@ -58,15 +60,16 @@ def _first_look(
     return results if is_hopeless(answers, results.question, scope.expected) else None
 
 
+@takes_any_name
 def verify_model(
     workspace: Workspace,
     model: str,
-    data: Path,
+    data: StrPath,
     config: VerifyConfig = VerifyConfig(),
     scope: VerifyScope = VerifyScope(),
     *,
     cluster: ClusterConfig | None = None,
-    keep: Path | None = None,
+    keep: StrPath | None = None,
     force: bool = False,
     note: Callable[[str], object] = lambda text: None,
     progress: Progress = SILENT,
@@ -83,6 +86,8 @@ def verify_model(
     Raises:
         ClipdeployError: see :mod:`exporters.errors`.
     """
+    data = Path(data)
+    keep = as_path(keep)
     if cluster is not None and (config.sequential or config.shard):
         raise UsageError(
             "a cluster does all images, in shards that it cuts itself",
@@ -120,7 +125,8 @@ def _cluster_job(
     scope: VerifyScope,
     images: int,
 ) -> ShardJob:
-    labels = () if scope.labels is None else (scope.labels,)
+    asked = scope.labelling
+    labels = tuple(path for path in (asked.labels, asked.class_names) if path is not None)
     return ShardJob(
         title=f"verify {images} images",
         run=partial(_one_shard, workspace, model, data, config, scope),

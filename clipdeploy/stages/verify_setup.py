@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from clipdeploy import zoo
-from clipdeploy.imaging import ImageFolder, look_over, open_images, select, survey
-from clipdeploy.imaging.layouts import LayoutName
+from clipdeploy.imaging import ImageFolder, Labelling, look_over, select
 from clipdeploy.imaging.survey import Few
+from clipdeploy.labelled import open_labelled
 from clipdeploy.model import LoadedModel, reload_model
 from clipdeploy.verification.baseline import Expected
 from clipdeploy.verification.diagnosis import diagnose
@@ -24,7 +24,9 @@ from clipdeploy.workspace import Workspace
 from exporters.artifact import Passport
 from exporters.errors import ArtifactError, DatasetError
 from exporters.notebook import Renderable, Shown, facts
+from exporters.paths import as_paths
 from exporters.progress import Progress
+from exporters.spans import IMAGES, check_numbers
 
 __all__ = [
     "Bench",
@@ -43,15 +45,22 @@ class VerifyScope:
     ``artifacts`` are files; without any, every graph of the model and, unless ``graphs_only``,
     every engine.  ``limit`` draws so many images, spread over the classes.  ``allow_leak`` counts
     calibration images instead of refusing them.  ``expected`` is what PyTorch is to reach.
+    ``labelling`` is what the user says about the classes of the images.
+
+    Raises:
+        UsageError: a ``limit`` that cannot be.
     """
 
     artifacts: tuple[Path, ...] = ()
     graphs_only: bool = False
     limit: int | None = None
-    layout: LayoutName = "auto"
-    labels: Path | None = None
+    labelling: Labelling = field(default_factory=Labelling)
     allow_leak: bool = False
     expected: Expected = field(default_factory=Expected)
+
+    def __post_init__(self) -> None:
+        check_numbers(self, limit=IMAGES.or_none)
+        object.__setattr__(self, "artifacts", as_paths(self.artifacts))
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,7 @@ class Bench:
             self.passport.preprocess,
             self.images,
             results.records,
-            self.passport.class_names,
+            results.question.class_names,
             progress,
         )
         return replace(result, baseline=explained)
@@ -126,15 +135,10 @@ def labelled_images(
     """The images that ``scope`` asks for; ``note`` is told what is odd about them.
 
     Raises:
-        DatasetError: images or labels that cannot be used.
+        DatasetError: images or labels that cannot be used, or images without labels where nobody
+            said that there are none.
     """
-    # Labels mean nothing to random weights: any folder of images will do.
-    classes = () if passport.weights.kind == "random" else passport.class_names
-    images = open_images(data, classes, layout=scope.layout, labels=scope.labels)
-    found = survey(images)
-    note(f"{found.images:,} images, {found.classes:,} classes, labels: {found.layout}")
-    for problem in found.problems():
-        note(problem)
+    images = open_labelled(data, passport, scope.labelling, note)
     return images if scope.limit is None else select(images, scope.limit, seed=0)
 
 

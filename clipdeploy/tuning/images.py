@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from clipdeploy.imaging import Crop, ImageFolder, iter_crops, open_images
+from clipdeploy.imaging import Crop, ImageFolder, Labelling, iter_crops
+from clipdeploy.labelled import open_labelled
 from clipdeploy.tuning.search import SearchConfig
 from clipdeploy.tuning.splits import Split, hash_images, split_images
 from clipdeploy.verification.batches import mixed
@@ -26,17 +27,17 @@ _SEARCH_IMAGES = 1024
 Labelled = tuple[Samples, NDArray[np.int64]]
 
 
-def _open(data: Path, passport: Passport) -> ImageFolder:
+def _open(data: Path, passport: Passport, labelling: Labelling) -> ImageFolder:
     if passport.weights.kind == "random":
         raise UsageError(
             f"{passport.model} has random weights: it has no accuracy to keep",
             hint="export it with a checkpoint",
         )
-    images = open_images(data, passport.class_names)
+    images = open_labelled(data, passport, labelling)
     if not images.labelled:
         raise DatasetError(
             f"{data} has images without labels: accuracy cannot be searched for",
-            hint="class folders, or a label file; see `clipdeploy verify --help`",
+            hint="class folders, or a label file: --labels FILE",
         )
     return images
 
@@ -50,10 +51,10 @@ def make_splits(
         UsageError: the model has random weights.
         DatasetError: no labels, unreadable images, or none left to confirm on.
     """
-    images = _open(data, passport)
+    images = _open(data, passport, config.labelling)
     hashes = hash_images(images)
     if confirm is not None:
-        others = _open(confirm, passport)
+        others = _open(confirm, passport, config.labelling)
         return Split(images, hashes), Split(others, hash_images(others))
     wanted = config.search_images or min(len(set(hashes.values())) // 2, _SEARCH_IMAGES)
     return split_images(images, hashes, wanted, config.seed)

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 from calibration.plan import PlanConfig
+from clipdeploy.imaging import Labelling
 from clipdeploy.tuning.cost import CostModel
 from clipdeploy.tuning.pareto import Candidate
 from clipdeploy.verification.paired import DropJudgement
 from exporters.errors import UsageError
 from exporters.headers import GraphArtifact
 from exporters.notebook import Renderable, Shown
+from exporters.spans import BATCH, BUDGET, IMAGES, SEARCHED_DROP, SEED, THREADS, check_numbers
 
 __all__ = ["SearchConfig", "SearchResult"]
 
@@ -24,10 +26,10 @@ class SearchConfig:
     ``search_images``: how many to search on, all others confirm; ``seed`` draws them.  ``cost``:
     count MACs and bytes, or measure on this CPU; ``batch``: images at once that costs are for.
     ``plan``: how Linears are quantised; other ranges and smoothing strengths are tried too where it
-    does not do, unless ``fixed_plan``.
+    does not do, unless ``fixed_plan``.  ``labelling``: the classes of the images.
 
     Raises:
-        UsageError: a drop, a budget or a cost model that cannot be.
+        UsageError: a number or a cost model that cannot be.
     """
 
     max_drop: float = 1.0
@@ -40,12 +42,18 @@ class SearchConfig:
     plan: PlanConfig = field(default_factory=PlanConfig)
     fixed_plan: bool = False
     remainder: Literal["fp16", "fp32"] = "fp16"
+    labelling: Labelling = field(default_factory=Labelling)
 
     def __post_init__(self) -> None:
-        if not 0 < self.max_drop <= 100:
-            raise UsageError(f"a largest drop of {self.max_drop} points", hint="above 0, up to 100")
-        if self.budget is not None and self.budget <= 0:
-            raise UsageError(f"a budget of {self.budget} minutes", hint="more than 0")
+        check_numbers(
+            self,
+            max_drop=SEARCHED_DROP,
+            budget=BUDGET.or_none,
+            seed=SEED,
+            search_images=IMAGES.or_none,
+            batch=BATCH,
+            threads=THREADS,
+        )
         if self.cost not in ("macs", "cpu"):
             raise UsageError(f"no cost model {self.cost!r}", hint="macs or cpu")
 

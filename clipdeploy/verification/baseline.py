@@ -22,6 +22,7 @@ from clipdeploy.verification.result import Baseline, BaselineStatus
 from clipdeploy.verification.results import Question
 from exporters.artifact import Recipe
 from exporters.errors import UsageError
+from exporters.spans import ACCURACY, check_numbers
 
 __all__ = [
     "CONFIRMING",
@@ -59,11 +60,19 @@ class Expected:
     """What PyTorch is to reach, in percent: the card's figures, the user's, or nothing at all.
 
     ``source`` is ``card``, ``user`` or ``none``.
+
+    Raises:
+        UsageError: another source, or figures outside 0 to 100.
     """
 
     source: str = "card"
     top1: float | None = None
     top5: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.source not in ("card", "user", "none"):
+            raise UsageError(f"no accuracy comes from {self.source!r}", hint="card, user or none")
+        check_numbers(self, top1=ACCURACY.or_none, top5=ACCURACY.or_none)
 
     @classmethod
     def parse(cls, text: str) -> Expected:
@@ -88,6 +97,8 @@ class Expected:
 def _published(question: Question, expected: Expected) -> tuple[float | None, float | None]:
     if expected.source != "card":
         return expected.top1, expected.top5
+    if question.partial_classes:
+        return None, None
     card = zoo.find(question.model)
     own = tuple(name for name, _ in zoo.class_names(card))
     # A head with other classes is a fine-tune: nothing was published of it.
@@ -304,4 +315,10 @@ def check_baseline(
         return figures.baseline("unconfirmed", f"{found}: {guessing}")
     if expected.source == "none":
         return figures.baseline("skipped", "the published accuracy was not looked at")
+    if question.partial_classes:
+        return figures.baseline(
+            "unpublished",
+            f"{found}, of {question.partial_classes:,} of the {question.classes:,} classes; what "
+            "was published is of all of them, and says nothing about a part",
+        )
     return figures.baseline("unpublished", "no accuracy was published of these weights")

@@ -84,7 +84,7 @@ class _Group:
         noise = math.inf if broken else math.fsum(repeat.noise or 0.0 for repeat in repeats)
         signal = math.fsum(repeat.signal for repeat in repeats)
         worst = math.inf if broken else max(repeat.worst or 0.0 for repeat in repeats)
-        images = sum(repeat.rows for repeat in repeats)
+        images = sum(repeat.size for repeat in repeats)
         mean = noise / signal if signal > 0 else (math.inf if noise else 0.0)
         return cls(first.kind, first.size, first.profile, images, mean, worst)
 
@@ -169,7 +169,7 @@ def repeatability_of(results: Results, lane: int, asked: Asked) -> Repeatability
     return Repeatability(
         steady=not bad,
         calls=calls,
-        images=sum(repeat.rows for repeat in repeats),
+        images=sum(repeat.size for repeat in repeats),
         sizes=sizes,
         profiles=len({repeat.profile for repeat in repeats} - {None}),
         sqnr_db=_finite(_decibels(mean)),

@@ -22,7 +22,7 @@ is in them, shows in at least one of C calls for different images with probabili
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,7 +53,7 @@ _MISS = 0.025
 
 
 class Repeat(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One call that was made again: ``rows`` images, ``size`` at once, in an engine's ``profile``.
+    """One call that was made again: ``size`` images at once, in an engine's ``profile``.
 
     ``noise`` and ``signal`` as in the module; ``worst`` is the largest noise / signal of an image,
     ``changed`` counts other first answers.  ``noise`` and ``worst`` are None where a logit is NaN
@@ -63,7 +63,6 @@ class Repeat(msgspec.Struct, frozen=True, array_like=True, gc=False):
     kind: Kind
     size: int
     profile: int | None
-    rows: int
     signal: float
     noise: float | None
     worst: float | None
@@ -170,9 +169,9 @@ def ask_again(
     Raises:
         ArtifactError: a call gives logits of another shape; ``name`` is the artifact's.
     """
-    found = []
-    for call in calls:
-        asked = images[call.images]
+    made, answers = list(calls), []
+    for call in made:
+        asked = _of(call, images)
         logits = runner(asked) if call.profile is None else runner.run_in(call.profile, asked)
         wanted = (len(call.images), first.shape[1])
         if logits.shape != wanted:
@@ -180,27 +179,46 @@ def ask_again(
                 f"{name} gave logits of shape {logits.shape} for {wanted[0]} images, not {wanted}",
                 hint="it works at some batch sizes only: export it with a symbolic batch",
             )
-        found.append(_compare(call, logits, first[call.images], reference[call.images]))
-    return tuple(found)
+        # A copy: a runner may use the same memory for its next answer.
+        answers.append(np.array(logits))
+    return tuple(_compare(made, answers, first, reference)) if made else ()
 
 
-def _compare(call: Call, logits: Logits, first: Logits, reference: Logits) -> Repeat:
-    ours, theirs = logits.astype(np.float64), first.astype(np.float64)
-    sound = np.isfinite(ours).all(axis=1)
-    signal = np.nan_to_num((reference.astype(np.float64) ** 2).sum(axis=1))
-    same = bool((sound == np.isfinite(theirs).all(axis=1)).all())
-    noises = ((ours - theirs)[sound] ** 2).sum(axis=1) if same else np.empty(0)
-    shares = noises / np.maximum(signal[sound], np.finfo(np.float64).tiny) if same else noises
-    return Repeat(
-        kind=call.kind,
-        size=len(call.images),
-        profile=call.profile,
-        rows=len(call.images),
-        signal=float(signal.sum()),
-        noise=float(noises.sum()) if same else None,
-        worst=float(shares.max(initial=0.0)) if same else None,
-        changed=int((ours.argmax(axis=1) != theirs.argmax(axis=1)).sum()),
-    )
+def _of(call: Call, images: NDArray[Any]) -> NDArray[Any]:
+    """The call's images; those that follow each other are not copied."""
+    start, count = int(call.images[0]), len(call.images)
+    if np.array_equal(call.images, np.arange(start, start + count)):
+        return images[start : start + count]
+    return images[call.images]
+
+
+def _compare(
+    calls: Sequence[Call], answers: Sequence[Logits], first: Logits, reference: Logits
+) -> Iterator[Repeat]:
+    """All rows of all calls at once: most calls are of one or two rows."""
+    rows = np.concatenate([call.images for call in calls])
+    starts = np.cumsum([0, *(len(call.images) for call in calls)])[:-1]
+    ours = np.concatenate(answers).astype(np.float64)
+    sound, sound_first = np.isfinite(ours).all(axis=1), np.isfinite(first[rows]).all(axis=1)
+    signal = np.nan_to_num((reference.astype(np.float64) ** 2).sum(axis=1))[rows]
+    noise = np.zeros(len(rows))
+    both = sound & sound_first
+    noise[both] = ((ours[both] - first[rows[both]]) ** 2).sum(axis=1)
+    share = noise / np.maximum(signal, np.finfo(np.float64).tiny)
+    broken = np.logical_or.reduceat(sound != sound_first, starts)
+    signals, noises = np.add.reduceat(signal, starts), np.add.reduceat(noise, starts)
+    worst = np.maximum.reduceat(share, starts)
+    changed = np.add.reduceat((ours.argmax(1) != first.argmax(1)[rows]).astype(np.int64), starts)
+    for index, call in enumerate(calls):
+        yield Repeat(
+            kind=call.kind,
+            size=len(call.images),
+            profile=call.profile,
+            signal=float(signals[index]),
+            noise=None if broken[index] else float(noises[index]),
+            worst=None if broken[index] else float(worst[index]),
+            changed=int(changed[index]),
+        )
 
 
 def excluded_share(calls: int) -> float:

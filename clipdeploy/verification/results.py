@@ -48,7 +48,7 @@ __all__ = [
     "save_results",
 ]
 
-RESULTS_SCHEMA = 2
+RESULTS_SCHEMA = 3
 _MOST_IMAGES = 1_000_000_000
 
 
@@ -81,7 +81,9 @@ class Question:
     ``decoder`` is the key of all that decides pixels, ``entries`` the SHA-256 of the images' names
     and classes in their order, ``contents`` that of all files' sizes and of some files' bytes;
     ``problems`` is what listing them showed, ``calibrated`` the SHA-256 of the calibration images'
-    hashes, empty without any.  ``sequential`` is the largest drop at which the run stops early.
+    hashes, empty without any.  ``partial_classes`` is the number of classes that the images are of
+    where they were drawn from a part of the model's, else 0.  ``sequential`` is the largest drop at
+    which the run stops early.
     ``threads`` decides the last bits: sums are cut into as many parts.
     """
 
@@ -105,6 +107,7 @@ class Question:
     sequential: float | None
     threads: int
     versions: dict[str, str]
+    partial_classes: int = 0
     schema: int = RESULTS_SCHEMA
 
     def faults(self) -> Iterator[Fault]:
@@ -271,12 +274,14 @@ def read_results(path: Path) -> Results:
     chain = _Chain()
     try:
         header = msgspec.json.decode(chain.read(first), type=_Header)
+        if (schema := header.question.schema) != RESULTS_SCHEMA:
+            raise ArtifactError(
+                f"{path} was written by {'a newer' if schema > RESULTS_SCHEMA else 'an older'} "
+                "clipdeploy",
+                hint="upgrade, or verify again" if schema > RESULTS_SCHEMA else "verify again",
+            )
         if fault := first_fault(header.question):
             raise ArtifactError(f"{path} cannot be believed: {fault}", hint="verify again")
-        if header.question.schema > RESULTS_SCHEMA:
-            raise ArtifactError(
-                f"{path} was written by a newer clipdeploy", hint="upgrade, or verify again"
-            )
         # What follows the last line break is nothing, or a line that was cut short.
         decoder = msgspec.json.Decoder(BatchResult)
         batches = [decoder.decode(chain.read(line)) for line in lines[:-1]]

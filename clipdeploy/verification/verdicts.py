@@ -35,7 +35,8 @@ from clipdeploy.verification.result import (
     Verification,
 )
 from clipdeploy.verification.results import Asked, Question, Results
-from exporters.errors import DatasetError, UsageError
+from exporters.errors import DatasetError
+from exporters.spans import DROP
 
 __all__ = ["Limits", "judge_results"]
 
@@ -56,9 +57,8 @@ class Limits:
     top5: float | None = None
 
     def __post_init__(self) -> None:
-        for option, value in (("--max-drop", self.top1), ("--max-top5-drop", self.top5)):
-            if value is not None and not 0 <= value <= 100:
-                raise UsageError(f"a largest drop of {value} points", hint=f"{option} is 0 to 100")
+        DROP.check(self.top1, "--max-drop")
+        DROP.or_none.check(self.top5, "--max-top5-drop")
 
 
 @dataclass(frozen=True)

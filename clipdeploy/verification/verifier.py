@@ -54,6 +54,7 @@ from exporters.errors import ArtifactError, DatasetError, UsageError
 from exporters.locks import sole_writer
 from exporters.progress import SILENT, Progress
 from exporters.samples import Samples
+from exporters.spans import BATCH, THREADS, WORKERS, check_numbers, check_shard
 
 __all__ = ["VerifyConfig", "run_verification"]
 
@@ -87,12 +88,8 @@ class VerifyConfig:
 
     def __post_init__(self) -> None:
         Limits(self.max_drop, self.max_drop_top5)
-        if self.batch < 1:
-            raise UsageError(f"a batch of {self.batch} images", hint="1 or more")
-        if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
-            raise UsageError(
-                "there is no shard {}/{}".format(*self.shard), hint="--shard 1/4 to --shard 4/4"
-            )
+        check_numbers(self, batch=BATCH, workers=WORKERS.or_none, threads=THREADS)
+        check_shard(self.shard)
         if self.shard is not None and self.sequential:
             raise UsageError(
                 "a shard cannot stop early: only all of them together have a verdict",
@@ -190,7 +187,8 @@ def _question(
         decoder=pixels_key(passport.preprocess),
         reference="",
         classes=passport.classes,
-        class_names=passport.class_names,
+        class_names=images.origin.class_names or passport.class_names,
+        partial_classes=images.origin.partial,
         artifacts=(),
         images=len(images.entries),
         labelled=images.labelled,

@@ -13,6 +13,8 @@ import math
 import numpy as np
 import onnx_ir as ir
 
+from exporters.initializers import write_initializer
+
 __all__ = ["FoldAttentionScale"]
 
 _MOVES = ("Reshape", "Transpose", "Slice", "Gather")
@@ -44,12 +46,13 @@ def _only_reader(value: ir.Value | None, kinds: tuple[str, ...]) -> ir.Value | N
     return value
 
 
-def _scale_columns(value: ir.Value, columns: int, scale: float) -> None:
-    tensor = value.const_value
-    assert tensor is not None
-    array = tensor.numpy().copy()
+def _scale_columns(node: ir.Node, columns: int, scale: float) -> None:
+    value = node.inputs[1]
+    assert value is not None
+    assert value.const_value is not None
+    array = value.const_value.numpy().copy()
     array[..., :columns] *= np.asarray(scale, array.dtype)
-    value.const_value = ir.Tensor(array, name=value.name)
+    write_initializer(node, 1, array)
 
 
 class FoldAttentionScale(ir.passes.InPlacePass):
@@ -58,14 +61,14 @@ class FoldAttentionScale(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Change ``model`` in place; see the module's docstring."""
         found = [(node, linear) for node in model.graph if (linear := self._match(node))]
-        for mul, (weight, bias, columns) in found:
+        for mul, (matmul, add, columns) in found:
             source, constant = mul.inputs
             scale = _scalar(constant)
             assert source is not None
             assert constant is not None
             assert scale is not None
-            _scale_columns(weight, columns, scale)
-            _scale_columns(bias, columns, scale)
+            _scale_columns(matmul, columns, scale)
+            _scale_columns(add, columns, scale)
             ir.convenience.replace_all_uses_with(mul.outputs[0], source)
             model.graph.remove(mul, safe=True)
             if constant.is_initializer() and not constant.consumers():
@@ -73,7 +76,7 @@ class FoldAttentionScale(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=bool(found))
 
     @staticmethod
-    def _match(node: ir.Node) -> tuple[ir.Value, ir.Value, int] | None:
+    def _match(node: ir.Node) -> tuple[ir.Node, ir.Node, int] | None:
         scale = _scalar(node.inputs[1]) if node.op_type == "Mul" else None
         if scale is None or scale <= 0 or math.frexp(scale)[0] != 0.5:
             return None
@@ -88,4 +91,4 @@ class FoldAttentionScale(ir.passes.InPlacePass):
         bias, weight = add.inputs[1], matmul.inputs[1]
         if bias is None or weight is None or bias.const_value is None or weight.const_value is None:
             return None
-        return weight, bias, bias.const_value.size // len(split.outputs)
+        return matmul, add, bias.const_value.size // len(split.outputs)

@@ -21,6 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from exporters.errors import GraphError
+from exporters.initializers import add_initializer
 from exporters.storage import refuse_nested
 
 __all__ = ["FP16_MAX", "ToFloat16"]
@@ -133,12 +134,4 @@ def _half_initializer(graph: ir.Graph, value: ir.Value) -> ir.Value:
             f"the weight {value.name} reaches {largest:.3g}, beyond float16's {FP16_MAX:.0f}",
             hint="keep this model in FP32",
         )
-    name = f"{value.name}"
-    half = ir.Value(
-        name=f"{name}/fp16",
-        type=ir.TensorType(_HALF),
-        shape=value.shape,
-        const_value=ir.Tensor(array.astype(np.float16), name=f"{name}/fp16"),
-    )
-    graph.register_initializer(half)
-    return half
+    return add_initializer(graph, f"{value.name}/fp16", array.astype(np.float16))

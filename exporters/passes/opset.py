@@ -3,10 +3,11 @@
 From 21 to 23 nothing changes for the operators that a classifier uses.  Below 20 there is no Gelu
 node, below 18 Pad has no axes and Split no num_outputs, so these become what those opsets have:
 
-    gelu(x) = x (1 + erf(x / sqrt(2))) / 2           Hendrycks and Gimpel 2016, equation 1
+    gelu(x) = x (1 + erf(x / sqrt(2))) / 2                             approximate = "none"
+    gelu(x) = x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2        approximate = "tanh"
 
-with the half folded into the next Linear's weight, where it is exact: halving a float only changes
-its exponent.
+(Hendrycks and Gimpel 2016, section 2; ONNX operators, Gelu-20), with the half folded into the next
+Linear's weight, where it is exact: halving a float only changes its exponent.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import math
 
 import numpy as np
 import onnx_ir as ir
+
+from exporters.errors import GraphError
+from exporters.initializers import add_initializer, write_initializer
 
 __all__ = ["TRACED_OPSET", "SetOpset"]
 
@@ -25,15 +29,7 @@ _FIRST_WITH_NUM_OUTPUTS = 18
 
 def _constant(graph: ir.Graph, name: str, number: float) -> ir.Value:
     if name not in graph.initializers:
-        tensor = ir.Tensor(np.asarray(number, np.float32), name=name)
-        graph.register_initializer(
-            ir.Value(
-                name=name,
-                type=ir.TensorType(ir.DataType.FLOAT),
-                shape=ir.Shape(()),
-                const_value=tensor,
-            )
-        )
+        add_initializer(graph, name, np.asarray(number, np.float32))
     return graph.initializers[name]
 
 
@@ -42,30 +38,60 @@ def _halve_next_weight(value: ir.Value) -> bool:
     if len(readers) != 1 or readers[0].op_type != "MatMul":
         return False
     weight = readers[0].inputs[1]
-    if weight is None or weight.const_value is None or len(weight.consumers()) != 1:
+    if weight is None or weight.const_value is None:
         return False
-    array = weight.const_value.numpy() * np.float32(0.5)
-    weight.const_value = ir.Tensor(array, name=weight.name)
+    write_initializer(readers[0], 1, weight.const_value.numpy() * np.float32(0.5))
     return True
+
+
+def _erf_steps(graph: ir.Graph, x: ir.Value) -> dict[str, ir.Node]:
+    """erf(x / sqrt(2)), the last node."""
+    scaled = ir.node("Mul", [x, _constant(graph, "gelu/rsqrt2", 1 / math.sqrt(2))])
+    return {"scale": scaled, "erf": ir.node("Erf", scaled.outputs)}
+
+
+def _tanh_steps(graph: ir.Graph, x: ir.Value) -> dict[str, ir.Node]:
+    """tanh(sqrt(2 / pi) x (1 + 0.044715 x^2)), the last node."""
+    square = ir.node("Mul", [x, x])
+    cubic = ir.node("Mul", [square.outputs[0], _constant(graph, "gelu/cubic", 0.044715)])
+    factor = ir.node("Add", [cubic.outputs[0], _constant(graph, "gelu/one", 1.0)])
+    inner = ir.node("Mul", [x, factor.outputs[0]])
+    root = _constant(graph, "gelu/sqrt2pi", math.sqrt(2 / math.pi))
+    scaled = ir.node("Mul", [inner.outputs[0], root])
+    return {
+        "square": square,
+        "cubic": cubic,
+        "factor": factor,
+        "inner": inner,
+        "scale": scaled,
+        "tanh": ir.node("Tanh", scaled.outputs),
+    }
+
+
+_GELU_STEPS = {"none": _erf_steps, "tanh": _tanh_steps}
 
 
 def _decompose_gelu(graph: ir.Graph, gelu: ir.Node) -> None:
     x, result = gelu.inputs[0], gelu.outputs[0]
     assert x is not None
-    scaled = ir.node("Mul", [x, _constant(graph, "gelu/rsqrt2", 1 / math.sqrt(2))])
-    erf = ir.node("Erf", [scaled.outputs[0]])
-    plus = ir.node("Add", [erf.outputs[0], _constant(graph, "gelu/one", 1.0)])
-    product = ir.node("Mul", [x, plus.outputs[0]])
-    nodes = [scaled, erf, plus, product]
+    kind = gelu.attributes.get_string("approximate", "none")
+    if kind not in _GELU_STEPS:
+        raise GraphError(
+            f"{gelu.name} is a Gelu with approximate={kind!r}",
+            hint=f"export with --opset {_FIRST_WITH_GELU} or newer, which keep it as one node",
+        )
+    steps = _GELU_STEPS[kind](graph, x)
+    curve = list(steps.values())[-1].outputs[0]
+    steps["one"] = ir.node("Add", [curve, _constant(graph, "gelu/one", 1.0)])
+    product = steps["product"] = ir.node("Mul", [x, steps["one"].outputs[0]])
     if not _halve_next_weight(result):
         half = _constant(graph, "gelu/half", 0.5)
-        product = ir.node("Mul", [product.outputs[0], half])
-        nodes.append(product)
-    for step, node in zip(("scale", "erf", "one", "product", "half"), nodes, strict=False):
+        product = steps["half"] = ir.node("Mul", [product.outputs[0], half])
+    for step, node in steps.items():
         node.name = f"{gelu.name}/{step}"
         node.outputs[0].name = node.name
         node.outputs[0].type, node.outputs[0].shape = result.type, result.shape
-    graph.insert_before(gelu, nodes)
+    graph.insert_before(gelu, list(steps.values()))
     ir.convenience.replace_all_uses_with(result, product.outputs[0])
     graph.remove(gelu, safe=True)
     product.outputs[0].name = result.name
@@ -85,12 +111,28 @@ class SetOpset(ir.passes.InPlacePass):
             if node.op_type == "Gelu" and self._opset < _FIRST_WITH_GELU:
                 _decompose_gelu(graph, node)
             elif node.op_type == "Split" and self._opset < _FIRST_WITH_NUM_OUTPUTS:
-                # Equal parts are the default there.
-                node.attributes.pop("num_outputs", None)
+                self._spell_parts(graph, node)
             elif node.op_type == "Pad" and self._opset < _FIRST_WITH_NUM_OUTPUTS:
                 self._spread_pads(graph, node)
         model.graph.opset_imports[""] = self._opset
         return ir.passes.PassResult(model, modified=True)
+
+    @staticmethod
+    def _spell_parts(graph: ir.Graph, node: ir.Node) -> None:
+        """Without ``num_outputs`` parts are equal: parts of other sizes are listed."""
+        node.attributes.pop("num_outputs", None)
+        axis = node.attributes.get_int("axis", 0)
+        sizes = [None if part.shape is None else part.shape[axis] for part in node.outputs]
+        if len(node.inputs) > 1 or len(set(sizes)) == 1:
+            return
+        if not all(isinstance(size, int) for size in sizes):
+            raise GraphError(
+                f"{node.name} splits an axis of unknown size in unequal parts",
+                hint=f"export with --opset {_FIRST_WITH_NUM_OUTPUTS} or newer",
+            )
+        listed = add_initializer(graph, f"{node.name}/parts", np.asarray(sizes, np.int64))
+        node.resize_inputs(2)
+        node.replace_input_with(1, listed)
 
     @staticmethod
     def _spread_pads(graph: ir.Graph, node: ir.Node) -> None:
@@ -98,14 +140,16 @@ class SetOpset(ir.passes.InPlacePass):
             return
         pads, axes = node.inputs[1], node.inputs[3]
         rank = len(node.outputs[0].shape or ())
-        assert pads is not None
-        assert pads.const_value is not None
-        assert axes.const_value is not None
-        given, chosen = pads.const_value.numpy(), axes.const_value.numpy()
+        if pads is None or pads.const_value is None or axes.const_value is None or not rank:
+            raise GraphError(
+                f"{node.name} pads axes that are no constants, or a tensor of unknown rank",
+                hint=f"export with --opset {_FIRST_WITH_NUM_OUTPUTS} or newer",
+            )
+        # Negative axes count from the last.
+        given, chosen = pads.const_value.numpy(), axes.const_value.numpy() % rank
         full = np.zeros(2 * rank, np.int64)
         for position, axis in enumerate(chosen):
             full[axis] = given[position]
             full[axis + rank] = given[position + len(chosen)]
-        pads.const_value = ir.Tensor(full, name=pads.name)
-        pads.shape = ir.Shape(full.shape)
+        write_initializer(node, 1, full)
         node.resize_inputs(3)

@@ -50,7 +50,7 @@ def make_variants(folder: Path) -> None:
 
 def judge(workspace: Workspace, plan: PlanConfig) -> Verification:
     """Quantise with ``plan``; the graphs on the held-out digits."""
-    quantize_model(workspace, zoo.DEMO, QuantizeConfig(plan=plan))
+    quantize_model(workspace, zoo.DEMO, QuantizeConfig(plan=plan, min_sqnr=None))
     test = zoo.demo_file("test.zip")
     scope = VerifyScope(graphs_only=True)
     result = verify_model(workspace, zoo.DEMO, test, scope=scope).verification

@@ -13,8 +13,11 @@ import pytest
 
 from calibration.observers import ChannelObserver, ChannelStatistics
 from calibration.table import (
+    MOST_CROPS,
+    CalibrationCrop,
     CalibrationImageRecord,
     CalibrationTable,
+    choose_crops,
     load_table,
     merge_tables,
     pack,
@@ -108,6 +111,7 @@ def _as_schema_2(path: Path) -> dict[str, Any]:
     """A table as it was written and sealed before images had pixels."""
     raw: dict[str, Any] = json.loads(path.read_bytes())
     raw["schema"], raw["seal"] = 2, ""
+    del raw["crops"]
     for image in raw["images"]:
         del image["pixels"], image["thumbnail"]
     compact = json.dumps(raw, separators=(",", ":"), ensure_ascii=False)
@@ -123,6 +127,55 @@ def test_an_old_table_is_read_and_knows_no_pixels(saved: Path, tmp_path: Path) -
     assert not any(image.decoded for image in old.images)
     assert save_table(old, tmp_path / "again.json").seal == raw["seal"]
     assert load_table(tmp_path / "again.json") == old
+
+
+def test_a_table_without_crops_is_read(saved: Path, tmp_path: Path) -> None:
+    raw: dict[str, Any] = json.loads(saved.read_bytes())
+    raw["schema"], raw["seal"] = 3, ""
+    del raw["crops"]
+    compact = json.dumps(raw, separators=(",", ":"), ensure_ascii=False)
+    raw["seal"] = hashlib.sha256(compact.encode()).hexdigest()
+    old = load_table(_write(tmp_path / "old.json", raw))
+    assert (old.samples(), old.images[0].decoded) == (None, True)
+    raw["crops"] = [{"name": "x.png", "sha256": "ab" * 32, "pixels": "AAAA"}]
+    with pytest.raises(ArtifactError, match="seal"):
+        load_table(_write(tmp_path / "old.json", raw))
+
+
+def _crops(count: int) -> list[CalibrationCrop]:
+    rng = np.random.default_rng(0)
+    return [
+        CalibrationCrop.of(
+            f"{number}.png",
+            hashlib.sha256(bytes([number])).hexdigest(),
+            rng.integers(0, 256, (16, 16, 3), np.uint8),
+        )
+        for number in range(count)
+    ]
+
+
+def test_the_same_crops_are_chosen_in_any_order_and_sharding() -> None:
+    crops = _crops(30)
+    chosen = choose_crops(crops)
+    assert len(chosen) == MOST_CROPS
+    assert choose_crops(crops[::-1]) == chosen
+    assert choose_crops((*choose_crops(crops[::2]), *choose_crops(crops[1::2]))) == chosen
+    # A copy of a file is no second picture.
+    copies = [replace(crop, name=f"copy/{crop.name}") for crop in crops]
+    assert choose_crops([*copies, *crops]) == chosen
+
+
+def test_crops_survive_the_file(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    pixels = rng.integers(0, 256, (2, 16, 16, 3), np.uint8)
+    crops = tuple(CalibrationCrop.of(str(i), f"{i}0" * 32, pixels[i]) for i in range(2))
+    save_table(replace(_table(), crops=crops), tmp_path / "table.json")
+    samples = load_table(tmp_path / "table.json").samples()
+    assert samples is not None
+    assert np.array_equal(samples.crops, pixels)
+    damaged = replace(_table(), crops=(replace(crops[0], pixels=crops[0].pixels[:-9]),))
+    with pytest.raises(CalibrationError, match="images are damaged"):
+        damaged.samples()
 
 
 @pytest.mark.parametrize(
@@ -244,7 +297,7 @@ def test_truncated_table_is_refused(saved: Path, fraction: float) -> None:
 
 def test_newer_table_is_refused(saved: Path) -> None:
     raw = json.loads(saved.read_text(encoding="utf-8"))
-    raw["schema"] = 4
+    raw["schema"] = 5
     with pytest.raises(ArtifactError, match="written by a newer clipdeploy"):
         load_table(_write(saved, raw))
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,11 @@ from torch.nn import functional as F
 from clipdeploy import vit
 from clipdeploy.vit import VisionTransformer
 from exporters.artifact import Passport, TensorSpec
-from exporters.checks import PARITY_TOLERANCE, check_parity, check_structure
+from exporters.checks import PARITY_TOLERANCE, check_parity, check_structure, parity_bound
 from exporters.errors import GraphError
-from exporters.graphs import load_graph
+from exporters.graphs import load_graph, write_model
 from exporters.headers import read_passport
+from exporters.initializers import write_initializer
 
 Logits = dict[int, NDArray[np.float32]]
 
@@ -41,8 +43,9 @@ def test_one_wrong_logit_at_one_batch_is_refused(
 ) -> None:
     wrong = {n: logits.copy() for n, logits in tiny_logits.items()}
     # Twice the bound: clear of it by more than both runtimes' rounding.
-    wrong[count][-1, 3] += sign * 2 * PARITY_TOLERANCE
-    with pytest.raises(GraphError, match=r"differ from PyTorch's by (2.0|1.9).e-04, more than"):
+    bound = parity_bound(tiny_logits.values())
+    wrong[count][-1, 3] += sign * 2 * bound
+    with pytest.raises(GraphError, match=r"differ from PyTorch's by 2.[89].e-04, more than 1.4"):
         check_parity(tiny_graph, tiny_images, wrong)
 
 
@@ -79,6 +82,53 @@ def test_another_model_is_refused(
     logits = defect(make_vit(), torch.from_numpy(tiny_images)).numpy()
     with pytest.raises(GraphError, match="differ from PyTorch's"):
         check_parity(tiny_graph, tiny_images, {7: logits})
+
+
+def _head_times(factor: float, path: Path, target: Path) -> Path:
+    model = load_graph(path)
+    gemm = next(node for node in model.graph if node.op_type == "Gemm")
+    for index in (1, 2):
+        value = gemm.inputs[index]
+        assert value is not None
+        assert value.const_value is not None
+        write_initializer(gemm, index, np.float32(factor) * value.const_value.numpy())
+    write_model(model, target)
+    return target
+
+
+# The largest logits are 85 and 0.04, and 4 million.
+@pytest.mark.parametrize("factor", [1.0, 20.0, 0.01, 1e6])
+@pytest.mark.parametrize("defect", [None, _tanh_gelu, _head_bias])
+def test_the_bound_grows_with_the_logits(
+    factor: float,
+    defect: Callable[[VisionTransformer, torch.Tensor], torch.Tensor] | None,
+    make_vit: Callable[..., VisionTransformer],
+    tiny_graph: Path,
+    tiny_images: NDArray[np.float32],
+    tmp_path: Path,
+) -> None:
+    graph = _head_times(factor, tiny_graph, tmp_path / "scaled.onnx")
+    module, images = make_vit(), torch.from_numpy(tiny_images)
+    logits = (module if defect is None else partial(defect, module))(images)
+    reference = {7: (factor * logits).numpy()}
+    if defect is None:
+        # float32 rounding alone is a hundred times less than what is refused.
+        assert check_parity(graph, tiny_images, reference) < 0.03 * parity_bound(reference.values())
+        return
+    with pytest.raises(GraphError, match="differ from PyTorch's"):
+        check_parity(graph, tiny_images, reference)
+
+
+def test_what_logits_have_in_common_is_no_spread() -> None:
+    logits = np.random.default_rng(0).standard_normal((7, 5)).astype(np.float32)
+    bound = parity_bound([logits])
+    assert bound == pytest.approx(PARITY_TOLERANCE * logits.std(), rel=0.1)
+    # Rounding at 10 is 1e-6; a bound by the largest logit would be ten times as wide.
+    assert parity_bound([logits - 10]) < 1.2 * bound
+    assert parity_bound([logits[:, :1]]) == pytest.approx(
+        PARITY_TOLERANCE * np.sqrt((logits[:, 0] ** 2).mean()), rel=0.1
+    )
+    assert parity_bound([np.zeros((3, 5), np.float32)]) == 0
 
 
 def test_other_shape_is_refused(tiny_graph: Path, tiny_images: NDArray[np.float32]) -> None:

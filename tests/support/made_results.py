@@ -20,7 +20,6 @@ REPEAT: dict[str, Any] = {
     "kind": "mixed",
     "size": 2,
     "profile": None,
-    "rows": 2,
     "signal": 200.0,
     "noise": 0.0,
     "worst": 0.0,

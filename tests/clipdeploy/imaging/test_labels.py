@@ -12,8 +12,8 @@ import scipy.io
 from PIL import Image
 
 from clipdeploy import zoo
-from clipdeploy.imaging import ImageFolder, open_images, survey
-from exporters.errors import DatasetError, UsageError
+from clipdeploy.imaging import ImageFolder, Labelling, open_images, survey
+from exporters.errors import DatasetError, FileError, UsageError
 
 CLASSES = tuple(name for name, _ in zoo.class_names(zoo.find("clip-vit-base-p16")))
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"
@@ -140,22 +140,22 @@ def test_class_folders_come_before_a_label_file(val: Path) -> None:
     val_txt(val, f"{CLASSES[7]}/{name_of(9)} 8\n")
     assert labels_of(open_images(val, CLASSES)) == {9: 7}
     # ... unless the user says otherwise.
-    assert labels_of(open_images(val, CLASSES, layout="list")) == {9: 8}
+    assert labels_of(open_images(val, CLASSES, asked=Labelling(layout="list"))) == {9: 8}
 
 
 def test_a_named_label_file_and_a_named_layout(val: Path, tmp_path: Path) -> None:
     val_txt(tmp_path / "mine")
     (tmp_path / "mine" / "val.txt").rename(tmp_path / "mine" / "labels")
-    images = open_images(val, CLASSES, labels=tmp_path / "mine" / "labels")
+    images = open_images(val, CLASSES, asked=Labelling(labels=tmp_path / "mine" / "labels"))
     assert labels_of(images) == EXPECTED
     val_txt(val)
-    assert not open_images(val, CLASSES, layout="none").labelled
+    assert not open_images(val, CLASSES, asked=Labelling(layout="none")).labelled
     with pytest.raises(DatasetError, match="no label file of the layout 'devkit'"):
-        open_images(val, CLASSES, layout="devkit")
-    with pytest.raises(DatasetError, match="there is no label file"):
-        open_images(val, CLASSES, labels=tmp_path / "nowhere")
+        open_images(val, CLASSES, asked=Labelling(layout="devkit"))
+    with pytest.raises(FileError, match="nowhere"):
+        open_images(val, CLASSES, asked=Labelling(labels=tmp_path / "nowhere"))
     with pytest.raises(UsageError, match="no layout is called 'flat'"):
-        open_images(val, CLASSES, layout="flat")  # type: ignore[arg-type]
+        open_images(val, CLASSES, asked=Labelling(layout="flat"))  # type: ignore[arg-type]
 
 
 def test_a_label_file_beside_is_left_alone_if_it_is_of_other_images(val: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_label_file_beside_is_left_alone_if_it_is_of_other_images(val: Path) -
         assert not open_images(val, CLASSES).labelled
         # The same file inside, or named, is these images' and is refused.
         with pytest.raises(DatasetError, match=r"val\.txt (lists none of the 4 images|is no text)"):
-            open_images(val, CLASSES, labels=val.parent / "val.txt")
+            open_images(val, CLASSES, asked=Labelling(labels=val.parent / "val.txt"))
     val_txt(val, "other.JPEG 5\n")
     with pytest.raises(DatasetError, match="lists none of the 4 images"):
         open_images(val, CLASSES)
@@ -175,9 +175,9 @@ def test_a_label_file_beside_is_left_alone_if_it_is_of_other_images(val: Path) -
     [
         ("{1} 65\n{2} -1\n", "line 2: class -1 is negative"),
         ("{1} 1000\n", "line 1: class 1000 is too large, the model has 1000 classes"),
-        ("{1} 65\n{2} n01440764\n", "line 2: 'n01440764' is no class number"),
-        ("{1} 65\n{2} ٣\n", "line 2: '٣' is no class number"),
-        ("{1} 65\n{2} 9999999999999\n", "line 2: '9999999999999' is no class number"),
+        ("{1} 65\n{2} n99999999\n", "line 2: 'n99999999' is no class of the model"),
+        ("{1} 65\n{2} ٣\n", "line 2: '٣' is no class of the model"),
+        ("{1} 65\n{2} 9999999999999\n", "line 2: '9999999999999' is no class of the model"),
         ("{1} 65\n\n{2} 970\n", "line 2: the line is empty"),
         ("{1} 65\n{2}\n", "line 2: .*has no class"),
         ("{1} 65\n{2} 970\n{1} 66\n", "line 3: .*1.JPEG has class 66, it has class 65 in line 1"),

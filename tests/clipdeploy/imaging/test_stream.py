@@ -169,11 +169,11 @@ def test_a_folder_around_the_classes_is_looked_through(folder: Path) -> None:
     images = open_images(deep, CLASSES)
     assert [entry.label for entry in images.entries] == [0, 0, 0, 1, 1, 1]
     assert images.entries[0].name == "ILSVRC/Data/val/cat/0.png"
-    assert survey(images)
+    assert survey(images).others.first == ("ILSVRC/Data/val/notes.txt",)
     # A train folder beside val is not: nobody can tell which one is meant.
     (deep / "ILSVRC" / "Data" / "train" / "cat").mkdir(parents=True)
     (deep / "ILSVRC" / "Data" / "train" / "cat" / "9.png").write_bytes(png(9))
-    with pytest.raises(DatasetError, match="no class: ILSVRC"):
+    with pytest.raises(DatasetError, match=r"ILSVRC/Data/train, ILSVRC/Data/val \(give one"):
         open_images(deep, CLASSES)
 
 
@@ -188,7 +188,9 @@ def test_resource_forks_of_macos_are_left_out_and_told(folder: Path) -> None:
 
 
 def test_a_survey_counts_what_is_odd(folder: Path) -> None:
+    (folder / "notes.txt").unlink()
     assert survey(open_images(folder, CLASSES))
+    (folder / "notes.txt").write_text("no image")
     (folder / "stray.png").write_bytes(png(9))
     (folder / "cat" / "copy.png").write_bytes(png(1))
     (folder / "dog" / "3.png").write_bytes(b"")
@@ -210,6 +212,7 @@ def test_a_survey_counts_what_is_odd(folder: Path) -> None:
     assert found.problems() == (
         "1 images have no class: stray.png",
         "1 classes have no image: emu",
+        "1 files are no images and were left out: notes.txt",
         "1 images cannot be read: dog/3.png",
         "1 images have the bytes of another one: dog/1.png is cat/copy.png",
     )

@@ -11,7 +11,7 @@ import pytest
 from deployments import CALIBRATION, CONFIG, QUICK, TEST, copied
 
 from clipdeploy import zoo
-from clipdeploy.imaging import open_images
+from clipdeploy.imaging import Labelling, open_images
 from clipdeploy.imaging.overlap import shared_images
 from clipdeploy.pipeline import CalibrateConfig, DeployConfig, VerifyScope, Workspace, deploy_model
 from exporters.errors import ArtifactError, ClipdeployError, DatasetError, FileError, UsageError
@@ -98,8 +98,13 @@ def test_images_without_labels_are_refused_before_the_calibration(
     for image in copied(TEST, tmp_path / "val", 1).rglob("*.png"):
         shutil.copy(image, flat / f"{image.parent.name}_{image.name}")
     workspace.calibration(zoo.DEMO).unlink()
-    with pytest.raises(DatasetError, match="no verdict could come of them"):
-        deploy_model(workspace, zoo.DEMO, replace(QUICK, val=flat, scope=VerifyScope()))
+    for asked, said in (
+        ("auto", "no labels were found"),
+        ("none", "no verdict could come of them"),
+    ):
+        scope = VerifyScope(labelling=Labelling(layout=asked))  # type: ignore[arg-type]
+        with pytest.raises(DatasetError, match=said):
+            deploy_model(workspace, zoo.DEMO, replace(QUICK, val=flat, scope=scope))
     assert not workspace.calibration(zoo.DEMO).exists()
 
 

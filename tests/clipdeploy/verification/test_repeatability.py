@@ -28,7 +28,7 @@ def found(
     """
     asked = replace(GRAPH, precision=precision, kind=of)
     results = made([one(i) for i in range(64)], artifacts=(asked,))
-    odd = again(1, **{"rows": 16, "signal": 1600.0, "size": 16, "kind": "mixed", **call})
+    odd = again(1, **{"signal": 1600.0, "size": 16, "kind": "mixed", **call})
     first, *rest = results.batches
     batches = (replace(first, repeats=((*again(500), *odd),)), *rest)
     return repeatability_of(replace(results, batches=batches), 0, asked)

@@ -224,7 +224,7 @@ def with_repeats(results: Results, repeats: tuple[Repeat, ...]) -> Results:
 
 def test_what_does_not_repeat_has_no_verdict(made: Make, one: One) -> None:
     results = made([one(i) for i in range(COUNT)])
-    odd = again(1, kind="mixed", size=8, rows=8, signal=800.0, noise=80.0, worst=0.5)
+    odd = again(1, kind="mixed", size=8, signal=800.0, noise=80.0, worst=0.5)
     result = judge_results(with_repeats(results, (*again(500), *odd)), 100.0)
     assert verdict(result) == "not judged"
     reason = result.rows[0].reason

@@ -1,0 +1,79 @@
+"""The options that say which class each image has; verify, merge, deploy, search and bisect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from clipdeploy.cli.usage import refuse_unused, with_options
+
+if TYPE_CHECKING:
+    from clipdeploy.imaging import Labelling
+
+__all__ = ["class_names_option", "labelling", "labelling_options"]
+
+class_names_option = click.option(
+    "--class-names",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Names of the classes in the order of the logits: one a line, or JSON "
+    "(default: from the checkpoint, the folders or the label file).",
+)
+_OPTIONS = (
+    click.option(
+        "--layout",
+        type=click.Choice(["auto", "folders", "list", "devkit", "solution", "none"]),
+        default="auto",
+        show_default=True,
+        help="How labels are stored: class folders, NAME CLASS list, ILSVRC devkit, CSV table, or "
+        "not at all.",
+    ),
+    click.option("--labels", type=click.Path(path_type=Path), help="Label file."),
+    click.option(
+        "--first-class",
+        type=click.Choice(["0", "1"]),
+        help="Number of the first class, where folders or labels are numbers "
+        "(default: found from them, else 0).",
+    ),
+    click.option(
+        "--skip-unlabelled", is_flag=True, help="Leave images without a class out, and say so."
+    ),
+)
+
+
+def labelling_options(
+    *, class_names: bool = True
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The options that :func:`labelling` reads; ``class_names``: with the names of the classes."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        more = (class_names_option,) if class_names else ()
+        return with_options((*_OPTIONS, *more), function)
+
+    return decorate
+
+
+def labelling(options: dict[str, Any]) -> Labelling:
+    """The values of :func:`labelling_options` as a configuration.
+
+    Raises:
+        UsageError: the command line gave what the layout has no use for.
+    """
+    if options["layout"] in ("folders", "none"):
+        refuse_unused(["labels"], "the layouts with a label file", "pass --layout list")
+    if options["layout"] == "none":
+        names = ("first_class", "skip_unlabelled", "class_names")
+        refuse_unused(names, "the layouts with classes", "pass --layout auto")
+    from clipdeploy.imaging import Labelling
+
+    first: Literal[0, 1] | None = {"0": 0, "1": 1, None: None}[options["first_class"]]
+    return Labelling(
+        layout=options["layout"],
+        labels=options["labels"],
+        first_class=first,
+        skip_unlabelled=options["skip_unlabelled"],
+        class_names=options["class_names"],
+    )

@@ -1,0 +1,149 @@
+"""One rule for contradictions and for options without effect, the same in every command.
+
+An option of the command line that the chosen mode does not use is an error, and so are two options
+that exclude each other.  What a settings file, the environment or a default gives is never a
+contradiction, and of one option that is given twice the last value counts, as everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from exporters.errors import UsageError
+
+__all__ = [
+    "Command",
+    "Group",
+    "command",
+    "given",
+    "given_options",
+    "group",
+    "option_names",
+    "refuse_before_subcommand",
+    "refuse_together",
+    "refuse_unused",
+    "with_options",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+Decorator = Callable[[Any], Any]
+
+
+def given(name: str) -> bool:
+    """Whether the command line itself gave the parameter called ``name``."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source is ParameterSource.COMMANDLINE
+
+
+def given_options(names: Iterable[str]) -> list[str]:
+    """Those of the parameters that the command line gave, as they are typed: ``--fp16-io``."""
+    ctx = click.get_current_context()
+    options = {option.name: option for option in ctx.command.params}
+    return [_typed(options[name], ctx.params[name]) for name in names if given(name)]
+
+
+def _typed(param: click.Parameter, value: object) -> str:
+    if isinstance(param, click.Argument):
+        return param.human_readable_name
+    return (param.secondary_opts if value is False and param.secondary_opts else param.opts)[-1]
+
+
+def with_options(options: Sequence[Decorator], function: F) -> F:
+    """Add options to a command's function, in the order in which its help lists them."""
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def option_names(options: Sequence[Decorator]) -> list[str]:
+    """The parameters that these options give values to."""
+    made = click.command("")(with_options(options, lambda: None))
+    return [param.name for param in made.params if param.name]
+
+
+def refuse_unused(names: Iterable[str], owner: str, mend: str) -> None:
+    """Refuse parameters that only ``owner`` uses, where it is not chosen.
+
+    Raises:
+        UsageError: the command line gave one; ``mend`` says what to give instead.
+    """
+    if options := given_options(names):
+        raise UsageError(
+            f"{options[0]} belongs to {owner}: here it would have no effect",
+            hint=f"leave it out, or {mend}",
+        )
+
+
+def refuse_together(*names: str, hint: str = "pass one of them") -> None:
+    """Refuse parameters that exclude each other.
+
+    Raises:
+        UsageError: the command line gave more than one of them.
+    """
+    if len(options := given_options(names)) > 1:
+        raise UsageError(f"{' and '.join(options)} exclude each other", hint=hint)
+
+
+def refuse_before_subcommand() -> None:
+    """Refuse parameters of a group before the name of a subcommand, which has its own.
+
+    Raises:
+        UsageError: the command line gave one.
+    """
+    ctx = click.get_current_context()
+    below = ctx.invoked_subcommand
+    if below is None:
+        return
+    if options := given_options(param.name for param in ctx.command.params if param.name):
+        raise UsageError(
+            f"{options[0]} has no effect before {below!r}",
+            hint=f"write it after {below!r} if `{ctx.command_path} {below} --help` has it",
+        )
+
+
+class _OneOfAChoice:
+    """A command in which options that give the same parameter exclude each other."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """See :class:`click.Command`."""
+        assert isinstance(self, click.Command)
+        if not ctx.resilient_parsing:
+            _, _, order = self.make_parser(ctx).parse_args(list(args))
+            _refuse_two_of_a_choice(ctx, order)
+        parsed: list[str] = super().parse_args(ctx, args)  # type: ignore[misc]
+        return parsed
+
+
+def _refuse_two_of_a_choice(ctx: click.Context, order: Iterable[click.Parameter]) -> None:
+    """``--int8 --fp16``: click itself takes the last one and says nothing."""
+    chosen: dict[str | None, click.Parameter] = {}
+    for param in order:
+        first = chosen.setdefault(param.name, param)
+        if first is not param:
+            pair = f"{first.opts[-1]} and {param.opts[-1]}"
+            raise click.UsageError(f"{pair} exclude each other: pass one of them", ctx)
+
+
+class Command(_OneOfAChoice, click.Command):
+    """A command of clipdeploy."""
+
+
+class Group(_OneOfAChoice, click.Group):
+    """A group of them."""
+
+    command_class = Command
+    group_class = type
+
+
+def command(name: str | None = None, **attrs: Any) -> Callable[[Callable[..., Any]], Command]:
+    """``click.command`` with :class:`Command`."""
+    return click.command(name, cls=Command, **attrs)
+
+
+def group(name: str | None = None, **attrs: Any) -> Callable[[Callable[..., Any]], Group]:
+    """``click.group`` with :class:`Group`, or with the ``cls`` that is given."""
+    return click.group(name, **{"cls": Group, **attrs})

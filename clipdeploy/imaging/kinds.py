@@ -1,0 +1,91 @@
+"""Which files are pictures: by their names, and by their first bytes where the name says nothing.
+
+Whatever Pillow decodes by itself counts.  Left out are formats that it only hands on to other
+programs (EPS to Ghostscript) or opens without decoding (GRIB, HDF5, ...).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import PurePosixPath
+
+from PIL import Image
+
+__all__ = [
+    "HEAD_BYTES",
+    "begins_like_an_image",
+    "has_image_suffix",
+    "is_decoded",
+    "may_be_an_image",
+]
+
+_NOT_DECODED = frozenset(("BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"))
+# Suffixes that are also those of other files: the first bytes decide.
+_DOUBTFUL = frozenset((".bw", ".cur", ".im", ".ras", ".rgb", ".rgba", ".tga", ".vst", ".xpm"))
+# Files beside images that are known to be none: they need not be opened.
+_KNOWN_OTHERS = frozenset(
+    f".{suffix}"
+    for suffix in (
+        *("cfg", "csv", "db", "gz", "h5", "html", "ini", "ipynb", "json", "jsonl", "lock", "log"),
+        *("mat", "md", "npy", "npz", "pickle", "pkl", "py", "rst", "sh", "tar", "toml", "tsv"),
+        *("txt", "xml", "yaml", "yml", "zip"),
+    )
+)
+# The longest signature: ISO media's, "....ftypavif".
+HEAD_BYTES = 16
+_BRANDS = (b"avif", b"avis", b"mif1", b"heic", b"heix", b"msf1")
+
+
+def is_decoded(kind: str | None) -> bool:
+    """Whether Pillow decodes this format by itself."""
+    return kind not in _NOT_DECODED
+
+
+@cache
+def _suffixes() -> frozenset[str]:
+    Image.init()
+    return frozenset(
+        suffix
+        for suffix, kind in Image.EXTENSION.items()
+        if kind in Image.OPEN and is_decoded(kind)
+    )
+
+
+def has_image_suffix(name: str) -> bool:
+    """Whether a file's name alone says that it is an image."""
+    suffix = PurePosixPath(name).suffix.lower()
+    return suffix not in _DOUBTFUL and suffix in _suffixes()
+
+
+def may_be_an_image(name: str) -> bool:
+    """Whether the first bytes have to be looked at."""
+    return PurePosixPath(name).suffix.lower() not in _KNOWN_OTHERS
+
+
+def begins_like_an_image(head: bytes) -> bool:
+    """Whether a file that begins with these ``HEAD_BYTES`` bytes is an image.
+
+    JPEG, PNG, GIF, BMP, TIFF, WebP, AVIF and HEIC, JPEG 2000, and netpbm's formats with a comment
+    or a size behind their mark.
+    """
+    if head[:4] == b"RIFF":
+        return head[8:12] == b"WEBP"
+    if head[4:8] == b"ftyp":
+        return head[8:12] in _BRANDS
+    if head[:1] == b"P" and head[1:2] in b"1234567fF" and len(head) > 2:
+        return head[2:3] in b" \t\r\n"
+    if head[:2] == b"BM":
+        # Bytes 6 to 9 are reserved: a text that begins with BM is no bitmap.
+        return len(head) >= 10 and not any(head[6:10])
+    return head.startswith(
+        (
+            b"\xff\xd8\xff",
+            b"\x89PNG\r\n\x1a\n",
+            b"GIF87a",
+            b"GIF89a",
+            b"II*\0",
+            b"MM\0*",
+            b"\0\0\0\x0cjP  ",
+            b"\xff\x4f\xff\x51",
+        )
+    )

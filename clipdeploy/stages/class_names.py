@@ -1,0 +1,103 @@
+"""Whose names the classes of a model have, in the order of its logits.
+
+file         the user's, --class-names
+checkpoint   of the data set that it was trained on, where the file holds them
+card         of the published weights, and of random ones
+assumed      the card's, for a checkpoint of somebody's own with as many classes: said aloud
+(nobody)     any other number of classes; folders or labels name them when images are judged
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipdeploy import zoo
+from clipdeploy.imaging.classes import NamesError, names_from, read_class_names
+from clipdeploy.model import LoadedModel, WeightsChoice
+from clipdeploy.passports import is_published
+from clipdeploy.zoo import ModelCard
+from exporters.artifact import NamesFrom, Passport
+from exporters.errors import CheckpointError
+
+__all__ = ["ClassNames", "name_classes"]
+
+# The words for a class differ between lists of ImageNet's labels in a few places.
+_ALIKE = 0.95
+
+
+@dataclass(frozen=True)
+class ClassNames:
+    """The names, who gave them, and what may be wrong with that, as a sentence or empty."""
+
+    names: tuple[str, ...] = ()
+    source: NamesFrom = ""
+    doubt: str = ""
+
+
+def name_classes(
+    model: LoadedModel, weights: WeightsChoice, before: Passport | None = None
+) -> ClassNames:
+    """The names of the model's classes; ``before`` is the passport of the graph that is there.
+
+    Names that the user gave once are kept with the same weights.
+
+    Raises:
+        FileError, DatasetError: the user's file cannot be read, or has other names or numbers.
+        CheckpointError: the checkpoint names another number of classes than its head has.
+    """
+    card, count = model.card, model.module.config.classes
+    if weights.class_names is not None:
+        names = read_class_names(Path(weights.class_names), count)
+        return ClassNames(_folder_names(names, card), "file")
+    kept = before is not None and before.weights.identity == model.weights.identity
+    if before and kept and before.class_names_from == "file" and len(before.class_names) == count:
+        return ClassNames(before.class_names, "file")
+    own = tuple(name for name, _ in zoo.class_names(card))
+    if is_published(card, model.weights):
+        return ClassNames(own, "card") if len(own) == count else ClassNames()
+    if model.class_names is not None:
+        return ClassNames(_folder_names(_of_checkpoint(model, count), card), "checkpoint")
+    if len(own) != count:
+        hint = "they are taken from the folders or the labels of the images; else --class-names"
+        return ClassNames(doubt=f"nobody named the {count} classes of this checkpoint: {hint}")
+    return ClassNames(
+        own,
+        "assumed",
+        f"the checkpoint does not name its {count} classes: those of {card.name} are assumed "
+        f"({own[0]}, {own[1]}, ...); if it has others, name them with --class-names FILE",
+    )
+
+
+def _of_checkpoint(model: LoadedModel, count: int) -> tuple[str, ...]:
+    path = model.weights.path
+    try:
+        names = names_from(model.class_names)
+    except NamesError as error:
+        raise CheckpointError(
+            f"the class names in {path} cannot be used: {error}",
+            hint="name them in the order of the logits: --class-names FILE",
+        ) from error
+    if len(names) != count:
+        raise CheckpointError(
+            f"{path} names {len(names)} classes, its head has {count}",
+            hint="name them in the order of the logits: --class-names FILE",
+        )
+    return names
+
+
+def _folder_names(names: Sequence[str], card: ModelCard) -> tuple[str, ...]:
+    """The card's folder names where ``names`` are its labels: ``tench, Tinca tinca``."""
+    known = zoo.class_names(card)
+    if len(names) != len(known):
+        return tuple(names)
+    pairs = zip(names, known, strict=True)
+    alike = sum(_first_word(name) == _first_word(label) for name, (_, label) in pairs)
+    if alike < _ALIKE * len(known):
+        return tuple(names)
+    return tuple(name for name, _ in known)
+
+
+def _first_word(label: str) -> str:
+    return label.partition(",")[0].strip().casefold().replace("_", " ")

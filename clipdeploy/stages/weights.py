@@ -1,0 +1,72 @@
+"""A workspace keeps the weights that it was exported with, until another choice is made on purpose.
+
+Published weights can be had again at any time, so that a checkpoint or a seed which is named takes
+their place.  A checkpoint of the user's, or a seed, gives way only to ``WeightsChoice.replace``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from clipdeploy.model import LoadedModel, WeightsChoice, load_model, reload_model
+from clipdeploy.passports import is_published
+from clipdeploy.workspace import PRECISIONS, Workspace
+from clipdeploy.zoo import ModelCard
+from exporters.artifact import Precision, Recipe, WeightsOrigin
+from exporters.errors import ArtifactError, FileError, UsageError
+from exporters.headers import read_passport
+
+__all__ = ["load_weights", "own_weights"]
+
+_GRAPHS: tuple[Precision, ...] = (*PRECISIONS, "int8-cpu")
+
+
+def own_weights(workspace: Workspace, card: ModelCard) -> WeightsOrigin | None:
+    """The user's checkpoint or seed that the workspace was exported with; None if there is none.
+
+    The FP32 graph says so; where it is gone or damaged, what was made from it.
+    """
+    recorded = next(_recorded(workspace, card), None)
+    if recorded is None or _is_replaceable(card, recorded):
+        return None
+    return recorded
+
+
+def _recorded(workspace: Workspace, card: ModelCard) -> Iterator[WeightsOrigin]:
+    for precision in _GRAPHS:
+        try:
+            passport = read_passport(workspace.graph(card.name, precision))
+        except (ArtifactError, FileError):
+            continue
+        if passport.model == card.name:
+            yield passport.weights
+
+
+def _is_replaceable(card: ModelCard, weights: WeightsOrigin) -> bool:
+    own = weights.kind == "random" or weights.resized_position
+    return not own and is_published(card, weights)
+
+
+def load_weights(
+    workspace: Workspace, card: ModelCard, choice: WeightsChoice, recipe: Recipe
+) -> LoadedModel:
+    """The model with the weights of ``choice``, or where it names none with the workspace's own.
+
+    Raises:
+        UsageError: ``choice`` names other weights than the workspace's own, and does not replace.
+        ArtifactError: the workspace's own checkpoint is gone, or has changed.
+        CheckpointError, FileError: see :func:`clipdeploy.model.load_model`.
+    """
+    own = own_weights(workspace, card)
+    if own is None or choice.replace:
+        return load_model(card, choice, recipe)
+    if not choice.named:
+        return reload_model(card, own, recipe)
+    model = load_model(card, choice, recipe)
+    if model.weights.identity != own.identity:
+        raise UsageError(
+            f"{workspace.folder(card.name)} was exported with {own.description}, not with "
+            f"{model.weights.description}",
+            hint="pass --replace-weights to take the others, or another --workspace",
+        )
+    return model

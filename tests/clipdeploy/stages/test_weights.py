@@ -1,0 +1,151 @@
+"""A workspace keeps its own checkpoint or seed until another one is chosen on purpose."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from deployments import CONFIG
+from safetensors.torch import load_file, save_file
+from verify_command import run
+
+from clipdeploy import zoo
+from clipdeploy.engines.compiler import Compiler
+from clipdeploy.model import WeightsChoice
+from clipdeploy.pipeline import (
+    Workspace,
+    calibrate_model,
+    convert_model,
+    deploy_model,
+    export_model,
+    quantize_model,
+)
+from exporters.artifact import WeightsOrigin
+from exporters.errors import ArtifactError, BuildError, UsageError
+from exporters.headers import read_passport
+
+CALIBRATION = zoo.demo_file("calibration.zip")
+
+
+def fine_tuned(path: Path, shift: float = 0.01) -> Path:
+    """The demo's weights with other biases in the head."""
+    tensors = load_file(zoo.demo_file("weights.safetensors"))
+    save_file(tensors | {"head.bias": tensors["head.bias"] + shift}, path)
+    return path
+
+
+def weights(workspace: Workspace) -> WeightsOrigin:
+    return read_passport(workspace.graph(zoo.DEMO, "fp32")).weights
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path / "artifacts")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return fine_tuned(tmp_path / "mine.safetensors")
+
+
+@pytest.mark.parametrize("own", ["checkpoint", "seed", "resized"])
+def test_exporting_again_keeps_the_weights(own: str, workspace: Workspace, tmp_path: Path) -> None:
+    file = fine_tuned(tmp_path / "mine.safetensors")
+    if own == "resized":
+        tensors = load_file(file)
+        small = tensors["pos_embed"][:, :50].contiguous()
+        save_file(tensors | {"pos_embed": small}, file)
+    choice = WeightsChoice(random_seed=7) if own == "seed" else WeightsChoice(file)
+    export_model(workspace, zoo.DEMO, replace(choice, resize_position=own == "resized"))
+    before = weights(workspace)
+    assert not export_model(workspace, zoo.DEMO).changed
+    result = run("export", "--model", "demo", "--force", "--workspace", workspace.root)
+    assert result.exit_code == 0, result.output
+    assert before.description in result.stdout
+    assert weights(workspace) == before
+
+
+@pytest.mark.parametrize("gone", ["missing", "damaged"])
+def test_weights_are_known_without_the_fp32_graph(
+    gone: str, workspace: Workspace, checkpoint: Path
+) -> None:
+    graph = export_model(workspace, zoo.DEMO, WeightsChoice(checkpoint)).path
+    convert_model(workspace, zoo.DEMO)
+    before = weights(workspace)
+    if gone == "missing":
+        graph.unlink()
+    else:
+        graph.write_bytes(graph.read_bytes()[:1000])
+    export_model(workspace, zoo.DEMO)
+    assert weights(workspace) == before
+
+
+def test_deploying_keeps_the_weights(
+    workspace: Workspace, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
+    export_model(workspace, zoo.DEMO, WeightsChoice(checkpoint))
+    before = weights(workspace)
+
+    def stop(*args: object) -> None:
+        raise BuildError("far enough", hint="")
+
+    monkeypatch.setattr(Compiler, "compile", stop)
+    with pytest.raises(BuildError, match="far enough"):
+        deploy_model(workspace, zoo.DEMO, replace(CONFIG, precision="fp32", calibration=None))
+    assert weights(workspace) == before
+
+
+@pytest.mark.parametrize("other", ["checkpoint", "seed"])
+def test_other_weights_are_refused_and_taken_on_purpose(
+    other: str, workspace: Workspace, checkpoint: Path, tmp_path: Path
+) -> None:
+    export_model(workspace, zoo.DEMO, WeightsChoice(checkpoint))
+    before = weights(workspace)
+    second = fine_tuned(tmp_path / "second.safetensors", -0.02)
+    choice = WeightsChoice(random_seed=3) if other == "seed" else WeightsChoice(second)
+    named = "random weights, seed 3" if other == "seed" else str(second)
+    with pytest.raises(UsageError, match="--replace-weights") as error:
+        export_model(workspace, zoo.DEMO, choice, force=True)
+    assert str(checkpoint) in str(error.value)
+    assert named in str(error.value)
+    assert weights(workspace) == before
+
+    options = ("--random-init", "3") if other == "seed" else ("--checkpoint", second)
+    at = ("--model", "demo", "--workspace", workspace.root)
+    assert run("export", *at, *options).exit_code == 2
+    assert weights(workspace) == before
+    assert run("export", *at, *options, "--replace-weights").exit_code == 0
+    assert named in weights(workspace).description
+    # Without a choice: the published ones.
+    assert run("export", *at, "--replace-weights").exit_code == 0
+    assert weights(workspace).path == str(zoo.demo_file("weights.safetensors"))
+
+
+def test_published_weights_give_way_to_a_named_checkpoint(
+    workspace: Workspace, checkpoint: Path
+) -> None:
+    export_model(workspace, zoo.DEMO)
+    assert export_model(workspace, zoo.DEMO, WeightsChoice(checkpoint)).changed
+
+
+def test_a_checkpoint_that_has_changed_or_is_gone(
+    workspace: Workspace, checkpoint: Path, tmp_path: Path
+) -> None:
+    export_model(workspace, zoo.DEMO, WeightsChoice(checkpoint))
+    before = weights(workspace)
+    kept = shutil.copy(checkpoint, tmp_path / "moved.safetensors")
+    fine_tuned(checkpoint, 0.5)
+    with pytest.raises(ArtifactError, match="has changed"):
+        export_model(workspace, zoo.DEMO)
+    checkpoint.unlink()
+    with pytest.raises(ArtifactError, match="is gone"):
+        export_model(workspace, zoo.DEMO)
+    assert weights(workspace) == before
+    # As the hint says: the same file from another place is found again.
+    assert export_model(workspace, zoo.DEMO, WeightsChoice(kept)).changed
+    assert weights(workspace).identity == before.identity
+    calibrate_model(workspace, zoo.DEMO, CALIBRATION)
+    assert quantize_model(workspace, zoo.DEMO).artifact.passport.weights.path == str(kept)
