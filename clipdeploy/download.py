@@ -112,7 +112,7 @@ def fetch(card: ModelCard, *, offline: bool = False, progress: bool = True) -> P
         raise CheckpointError(
             f"{masked(url)} sent other bytes than published: {without_secrets(str(error), url)}",
             hint=f"try again, or {mend}",
-        ) from error
+        ) from _shown_cause(error, url)
     return path
 
 
@@ -129,6 +129,11 @@ def _remove_abandoned(path: Path) -> None:
                 unfinished.unlink()
 
 
+def _shown_cause(error: Exception, url: str) -> Exception | None:
+    """The first error, which --debug shows; None where it may hold a secret of the address."""
+    return error if masked(url) == url else None
+
+
 @contextlib.contextmanager
 def _network_errors(url: str, mend: str) -> Iterator[None]:
     try:
@@ -137,7 +142,7 @@ def _network_errors(url: str, mend: str) -> Iterator[None]:
         reason = str(getattr(error, "reason", None) or error) or type(error).__name__
         raise CheckpointError(
             f"cannot download {masked(url)}: {without_secrets(reason, url)}", hint=mend
-        ) from error
+        ) from _shown_cause(error, url)
 
 
 def fetch_hub(reference: str, *, offline: bool = False, progress: bool = True) -> Path:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from exporters.errors import FileError
-from exporters.files import file_errors
+from exporters.files import file_errors, open_regular
 from exporters.leftovers import HeldError, RemovedError, try_lock
 
 __all__ = ["sole_writer"]
@@ -115,12 +115,18 @@ def _refusal(path: Path, lock: Path) -> FileError:
 
 def _holder(lock: Path) -> str:
     try:
-        with lock.open("rb") as stream:
+        with open_regular(lock) as stream:
             found: Any = json.loads(stream.read(_MOST_BYTES))
         since = datetime.fromisoformat(found["since"]).astimezone()
         who = f"process {int(found['pid'])} on {found['host']} since {_moment(since)}"
         return f"`{found['what']}` ({who})"
-    except (OSError, ValueError, TypeError, KeyError):  # it has not signed yet, or could not
+    except (
+        FileError,
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+    ):  # it has not signed yet, or could not
         return "another process"
 
 

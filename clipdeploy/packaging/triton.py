@@ -32,6 +32,7 @@ from exporters.errors import ArtifactError
 from exporters.files import (
     atomic_folder,
     file_errors,
+    read_regular,
     restore_folders,
     sha256_file,
     write_atomic,
@@ -192,8 +193,8 @@ def _check_same_kind(folder: Path, about: Mapping[str, bytes]) -> None:
         path = folder / name
         if not path.exists():
             continue
-        with file_errors("read", path):
-            there = path.read_text(encoding="utf-8")
+        # What cannot be decoded differs from what would be written.
+        there = read_regular(path).decode("utf-8", "replace")
         if part(there) != part(about[name].decode()):
             raise ArtifactError(
                 f"{folder} is another model: its {name} differs, and its versions share one",

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +27,15 @@ from clipdeploy.verification.repeats import Repeat
 from exporters.artifact import Preprocess, Recipe
 from exporters.errors import ArtifactError
 from exporters.files import file_errors, read_regular, write_atomic
+from exporters.values import (
+    MOST_BATCH,
+    MOST_CLASSES,
+    Fault,
+    first_fault,
+    is_name,
+    unless,
+    unless_lines,
+)
 
 __all__ = [
     "Asked",
@@ -40,6 +49,7 @@ __all__ = [
 ]
 
 RESULTS_SCHEMA = 3
+_MOST_IMAGES = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,16 @@ class Question:
     versions: dict[str, str]
     partial_classes: int = 0
     schema: int = RESULTS_SCHEMA
+
+    def faults(self) -> Iterator[Fault]:
+        """Values that no question has; see :mod:`exporters.values`."""
+        yield from unless(is_name(self.model), "model", self.model, "a model's name")
+        counts = {"batch": MOST_BATCH, "classes": MOST_CLASSES, "images": _MOST_IMAGES}
+        for name, most in counts.items():
+            value = getattr(self, name)
+            yield from unless(1 <= value <= most, name, value, f"from 1 to {most}")
+        yield from unless_lines("class_names", self.class_names)
+        yield from unless_lines("versions", self.versions)
 
     @property
     def batches(self) -> int:
@@ -260,6 +280,8 @@ def read_results(path: Path) -> Results:
                 "clipdeploy",
                 hint="upgrade, or verify again" if schema > RESULTS_SCHEMA else "verify again",
             )
+        if fault := first_fault(header.question):
+            raise ArtifactError(f"{path} cannot be believed: {fault}", hint="verify again")
         # What follows the last line break is nothing, or a line that was cut short.
         decoder = msgspec.json.Decoder(BatchResult)
         batches = [decoder.decode(chain.read(line)) for line in lines[:-1]]

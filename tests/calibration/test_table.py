@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Callable
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -386,3 +387,31 @@ def test_shards_of_different_runs_are_refused(change: dict[str, Any]) -> None:
 def test_shards_that_share_an_image_are_refused() -> None:
     with pytest.raises(CalibrationError, match="share images"):
         merge_tables([_shard(1), replace(_shard(2), images=_shard(1).images), _shard(3)])
+
+
+def test_no_more_is_unpacked_than_the_channels_hold() -> None:
+    bomb = zlib.compress(bytes(1 << 26))
+    packed = replace(pack(_statistics()), counts=bomb)
+    with pytest.raises(CalibrationError, match="are damaged: they are not"):
+        unpack(packed)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model", "../../x"),
+        ("source_graph", "../x"),
+        ("weights", "a\nb"),
+        ("shard", (5, 2)),
+        ("preprocess", Preprocess(10**9, (0, 0, 0), (1, 1, 1))),
+        ("statistics", {"a": replace(pack(_statistics()), channels=10**15)}),
+    ],
+)
+def test_a_sealed_table_with_values_that_cannot_be(
+    field: str, value: object, tmp_path: Path
+) -> None:
+    table = replace(_table(), **{field: value})  # type: ignore[arg-type]
+    path = tmp_path / "calibration.json"
+    save_table(table, path)
+    with pytest.raises(ArtifactError, match=f"cannot be believed: {field}"):
+        load_table(path)

@@ -59,6 +59,9 @@ def test_no_error_of_a_download_has_them(mirror: str, monkeypatch: pytest.Monkey
         fetch(zoo.find("clip-vit-base-p32"), progress=False)
     assert "s3" not in str(found.value)
     assert "***" in str(found.value)
+    # With --debug Python would show the library's own message.
+    assert found.value.__cause__ is None
+    assert found.value.__suppress_context__
 
 
 def test_the_file_is_named_before_the_query(monkeypatch: pytest.MonkeyPatch) -> None:

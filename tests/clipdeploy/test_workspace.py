@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -23,6 +24,13 @@ def test_the_last_model_is_remembered(tmp_path: Path) -> None:
 def test_damaged_state_is_refused(tmp_path: Path) -> None:
     (tmp_path / "workspace.json").write_text("{")
     with pytest.raises(ArtifactError, match=r"workspace\.json"):
+        Workspace(tmp_path).last_model()
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc", "", "..", "a/b", "a\\b", "a\x1b[2J", "a\n"])
+def test_the_last_model_is_a_name_and_no_path(name: str, tmp_path: Path) -> None:
+    (tmp_path / "workspace.json").write_text(json.dumps({"last_model": name}))
+    with pytest.raises(ArtifactError, match=r"workspace\.json cannot be believed: last_model is"):
         Workspace(tmp_path).last_model()
 
 

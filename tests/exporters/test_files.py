@@ -5,12 +5,20 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from exporters.errors import FileError
-from exporters.files import atomic_folder, atomic_path, file_errors, sha256_file, write_atomic
+from exporters.files import (
+    atomic_folder,
+    atomic_path,
+    file_errors,
+    read_regular,
+    sha256_file,
+    write_atomic,
+)
 
 # Each runs in a process of its own: a limit, a user or a sudden death must not leak into pytest.
 _FILE_TOO_LARGE = """
@@ -215,3 +223,45 @@ def test_an_interrupted_folder_leaves_the_old_one(
         fail()
     assert [file.name for file in path.iterdir()] == ["old"]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def _special(kind: str, path: Path) -> Path:
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "circle":
+        path.symlink_to(path.name)
+    return path
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX files")
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "circle", "nothing"])
+@pytest.mark.parametrize("read", [read_regular, sha256_file])
+def test_only_regular_files_are_read(
+    read: Callable[[Path], object], kind: str, tmp_path: Path
+) -> None:
+    """A pipe without a writer would be waited for, and /dev/zero has no end."""
+    path = _special(kind, tmp_path / "x.json")
+    with pytest.raises(FileError, match=r"cannot read .*x\.json") as found:
+        read(path)
+    assert found.value.hint
+
+
+def test_a_file_is_read_up_to_a_size(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes(b"12345")
+    assert read_regular(path, 5) == b"12345"
+    with pytest.raises(FileError, match="more than 4 bytes"):
+        read_regular(path, 4)
+    with path.open("wb") as stream:
+        stream.truncate(1 << 32)  # a hole, which takes no space on the disk
+    with pytest.raises(FileError, match="more than 2,147,483,648 bytes"):
+        read_regular(path)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux")
+def test_a_file_without_a_size_is_read() -> None:
+    assert read_regular(Path("/proc/cpuinfo")) == Path("/proc/cpuinfo").read_bytes()

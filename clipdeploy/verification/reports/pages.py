@@ -18,6 +18,7 @@ from clipdeploy.plots import inline_svg
 from clipdeploy.verification.reports.contents import Contents
 from clipdeploy.verification.reports.drawings import TONES, draw_drops, draw_spreads
 from clipdeploy.verification.reports.thumbnails import Thumbnails
+from exporters.printable import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,7 +80,7 @@ def render(template: str, folder: str = _TEMPLATES, *, html: bool = True, **valu
 
 def _markdown(value: object) -> str:
     """A value as text that Markdown shows as it is, in one line."""
-    return _MARKDOWN.sub(r"\\\1", " ".join(str(value).split()))
+    return _MARKDOWN.sub(r"\\\1", printable(" ".join(str(value).split())))
 
 
 def _db(value: float) -> str:

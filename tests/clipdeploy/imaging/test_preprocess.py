@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from clipdeploy import zoo
-from clipdeploy.imaging.preprocess import crop_file, crop_image, decode, to_rgb
+from clipdeploy.imaging.preprocess import crop_file, crop_image, decode, open_image, to_rgb
 from exporters.artifact import Preprocess, Recipe
 from exporters.errors import DatasetError
 from exporters.samples import normalise
@@ -174,6 +174,13 @@ def test_an_image_too_narrow_to_be_resized(size: tuple[int, int]) -> None:
     with pytest.raises(DatasetError, match=r"narrow\.png.* too long and narrow") as found:
         crop_file(data, "narrow.png", SPEC)
     assert "--skip-unreadable" in found.value.hint
+
+
+def test_postscript_is_not_run() -> None:
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) run\n"
+    for read in (decode, lambda data, name: open_image(io.BytesIO(data), name)):
+        with pytest.raises(DatasetError, match="EPS is no format of photographs"):
+            read(program, "x.png")
 
 
 def test_a_narrow_image_that_can_be_resized() -> None:

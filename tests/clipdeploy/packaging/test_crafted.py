@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from clipdeploy.packaging.client import client_source
 from clipdeploy.packaging.dockerfile import dockerfile
 from clipdeploy.stages.package import package_cpp, package_triton
 from exporters.artifact import PASSPORT_KEY, Passport
-from exporters.errors import ArtifactError
+from exporters.errors import ArtifactError, FileError
 from exporters.headers import read_passport
 
 Json = dict[str, Any]
@@ -193,3 +194,22 @@ def test_a_class_name_is_one_line_of_labels(break_: str, graphs: dict[str, Path]
     lines = labels(packable(graphs["fp16"], class_names=names).graph)
     assert "\n".join(lines).splitlines() == list(lines)
     assert len(lines) == 10
+
+
+@pytest.mark.parametrize("name", ["config.pbtxt", "labels.txt"])
+@pytest.mark.parametrize("data", [b"\xff\xfe\x00", b"", b"\x1b[2J\n"])
+def test_a_repository_that_holds_something_else(
+    name: str, data: bytes, graphs: dict[str, Path], tmp_path: Path
+) -> None:
+    made = package_triton(graphs["fp16"], tmp_path)
+    (made.path / name).write_bytes(data)
+    with pytest.raises(ArtifactError, match=f"its {re.escape(name)} differs"):
+        package_triton(graphs["fp16"], tmp_path)
+
+
+def test_a_repository_with_a_pipe(graphs: dict[str, Path], tmp_path: Path) -> None:
+    made = package_triton(graphs["fp16"], tmp_path)
+    (made.path / "labels.txt").unlink()
+    os.mkfifo(made.path / "labels.txt")
+    with pytest.raises(FileError, match="no regular file but a pipe"):
+        package_triton(graphs["fp16"], tmp_path)

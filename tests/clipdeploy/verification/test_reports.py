@@ -37,6 +37,7 @@ from clipdeploy.workspace import Workspace
 from exporters.artifact import to_json
 from exporters.errors import FileError, UsageError
 from exporters.headers import read_passport
+from exporters.printable import is_one_line
 
 CLASSES = tuple("0123456789")
 SECTIONS = [
@@ -269,6 +270,13 @@ def test_names_are_text_and_nothing_else(ruined: Case) -> None:
     assert "<script>" not in markdown.replace("\\<script\\>", "")
     lines = [line for line in markdown.splitlines() if line.startswith("| ")]
     assert any(EVIL in line.replace("\\", "") for line in lines)
+
+
+def test_markdown_does_not_act_on_a_terminal(ruined: Case) -> None:
+    odd = replace(ruined, results=replace(ruined.results, data="a\x1b[2J\u202eb"))
+    markdown = odd.write(".md")
+    assert all(map(is_one_line, markdown.split("\n")))
+    assert r"a\x1b[2J\u202eb" in markdown.replace(r"\\", "\\").replace(r"\[", "[")
 
 
 def test_the_page_refers_to_nothing_outside(ruined: Case) -> None:

@@ -243,3 +243,26 @@ def test_shards_of_another_run_are_refused_by_what_differs(
     other = replace(second, question=replace(second.question, **{field: value}))
     with pytest.raises(ArtifactError, match=f"not of one run: they differ in {field}"):
         merge_results([first, other])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("batch", 0),
+        ("batch", 10**9),
+        ("images", -1),
+        ("classes", 10**12),
+        ("model", "../../x"),
+        ("versions", {"torch": "2\nx"}),
+        ("preprocess", Preprocess(0, CLIP_MEAN, CLIP_STD)),
+    ],
+)
+def test_a_question_that_cannot_be(
+    field: str, value: object, whole: Results, tmp_path: Path
+) -> None:
+    """The checksums are right: they have no key, and anybody can write them."""
+    path = tmp_path / "results.jsonl"
+    question = replace(whole.question, **{field: value})  # type: ignore[arg-type]
+    save_results(path, replace(whole, question=question))
+    with pytest.raises(ArtifactError, match=f"cannot be believed: {field}"):
+        read_results(path)
