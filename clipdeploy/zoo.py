@@ -172,7 +172,6 @@ def cards() -> tuple[ModelCard, ...]:
     return (*zoo, _demo_card())
 
 
-@cache
 def _by_name() -> dict[str, ModelCard]:
     return {name: card for card in cards() for name in (card.name, *card.aliases)}
 
