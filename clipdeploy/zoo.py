@@ -213,7 +213,6 @@ def _known(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-@cache
 def _by_name() -> dict[str, ModelCard]:
     return {name: card for card in cards() for name in (card.name, *card.aliases)}
 

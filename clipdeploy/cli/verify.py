@@ -226,7 +226,9 @@ def _check_used(artifacts: tuple[Path, ...], options: dict[str, Any]) -> None:
     Raises:
         UsageError: the first of them.
     """
-    refuse_together("artifacts", "graphs_only", hint="leave it out and name the graphs alone")
+    if any(path.suffix == ".engine" for path in artifacts):
+        hint = "leave it out, or name the graphs alone"
+        refuse_together("artifacts", "graphs_only", hint=hint)
     if not options["cache"]:
         refuse_unused(["cache_size"], "--cache", "pass --cache")
     if options["graphs_only"] or (artifacts and all(path.suffix == ".onnx" for path in artifacts)):

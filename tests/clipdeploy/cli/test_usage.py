@@ -80,7 +80,7 @@ TOGETHER = [
     (f"{DEPLOY} --recipe r.json --quantize-head", "--recipe and --quantize-head"),
     ("export --model demo --checkpoint a.pth --random-init 1", "--checkpoint and --random-init"),
     (f"{DEPLOY} --checkpoint a.pth --random-init 0", "--checkpoint and --random-init"),
-    ("verify a.onnx --data images --graphs-only", "ARTIFACTS and --graphs-only"),
+    ("verify a.onnx b.engine --data images --graphs-only", "ARTIFACTS and --graphs-only"),
     ("package --triton t --cpp c", "--triton and --cpp"),
     ("package a.onnx --model demo --triton t", "ARTIFACT and --model"),
     ("benchmark a.onnx --model demo", "ARTIFACTS and --model"),
