@@ -52,7 +52,7 @@ def own_initializer(node: ir.Node, index: int) -> ir.Value:
 
 
 def write_initializer(node: ir.Node, index: int, array: NDArray[np.generic]) -> ir.Value:
-    """Give ``node``, and it alone, another constant at ``index``.
+    """Give ``node``, and it alone, another constant at ``index``: ``array``, of any shape.
 
     Raises:
         GraphError: the node reads no constant there.

@@ -95,7 +95,10 @@ class OnnxSession:
         self.output_names: list[str] = [output.name for output in self._session.get_outputs()]
 
     def run_all(self, images: NDArray[Any]) -> Iterator[list[NDArray[np.float32]]]:
-        """:meth:`run` for any number of images, a few at once.
+        """:meth:`run` for any number of images (N, ...), a few at once.
+
+        Yields:
+            The outputs (B, ...) of the next B images.
 
         Raises:
             GraphError: see :meth:`run`.

@@ -107,7 +107,7 @@ def test_an_outlier_that_cannot_be_folded_is_named(
     planted.outlier_behind_gelu(demo_workspace.graph(zoo.DEMO, "fp32"), source, block)
     samples = sample_images(zoo.find(zoo.DEMO).preprocess(Recipe()), 3)
     graph = workspace.graph(zoo.DEMO, "int8-cpu")
-    config = QuantizeConfig(remainder="fp32", plan=PlanConfig("minmax"))
+    config = QuantizeConfig(remainder="fp32", plan=PlanConfig("minmax"), min_sqnr=None)
     planted.quantised(source, graph, samples, config)
     found = bisected(workspace, graph)
     assert [culprit.name for culprit in found.culprits] == [f"blocks.{block}.mlp.fc2"]
