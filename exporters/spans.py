@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
@@ -52,7 +53,7 @@ class Span:
     """The numbers from ``least`` to ``most``; ``said`` is how an error names one that is outside.
 
     ``above``: ``least`` itself is outside.  ``whole``: only whole numbers are inside.
-    ``optional``: so is None.
+    ``optional``: so is None.  ``per_core``: on a machine of few cores the end is so many for each.
     """
 
     least: float
@@ -61,6 +62,7 @@ class Span:
     whole: bool = True
     above: bool = False
     optional: bool = False
+    per_core: int | None = None
 
     @property
     def or_none(self) -> Span:
@@ -70,7 +72,14 @@ class Span:
     @property
     def words(self) -> str:
         """What is inside, for the end of an error: ``0 to 100``."""
-        return f"{'above ' if self.above else ''}{self.least:,} to {self.most:,}"
+        end = f"{'above ' if self.above else ''}{self.least:,} to {self._end:,}"
+        return end if self._end == self.most else f"{end} on {os.cpu_count() or 1} cores"
+
+    @property
+    def _end(self) -> float:
+        if self.per_core is None:
+            return self.most
+        return min(self.most, self.per_core * (os.cpu_count() or 1))
 
     def __contains__(self, value: object) -> bool:
         if value is None:
@@ -82,7 +91,7 @@ class Span:
         number: Any = value
         # Compared with NaN everything is false.
         inside = self.least < number if self.above else self.least <= number
-        return bool(inside and number <= self.most)
+        return bool(inside and number <= self._end)
 
     def check(self, value: object, name: str) -> None:
         """Refuse a value of the option or field ``name`` that is outside.
@@ -145,8 +154,9 @@ MAX_BATCH = replace(BATCH, said="--max-batch {} is too small or too large")
 SHARDS = Span(1, 1_000_000, "shard {}")
 # Seeds of NumPy's and PyTorch's generators; 2 ** 32 is the least of their limits.
 SEED = Span(0, 2**32 - 1, "a seed of {}")
-# 0 leaves the choice to the library.
-THREADS = Span(0, 512, "{} threads")
+# 0 leaves the choice to the library.  Threads that wait for each other in turn take minutes where
+# they are many times as many as cores: 64 on two cores.
+THREADS = Span(0, 512, "{} threads", per_core=8)
 WORKERS = Span(0, 256, "{} decoding processes")
 OPSET = Span(17, 23, "opset {} is not supported")
 DROP = Span(0, 100, "a largest drop of {} points", whole=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -11,8 +12,11 @@ from verify_command import run
 
 from clipdeploy.cli.main import main
 from clipdeploy.cli.settings import SETTINGS
+from exporters.spans import THREADS
 
 LONG = "9" * 5000
+# Decibels may be negative.
+SIGNED = ("--min-sqnr",)
 NEVER = ("-1", "nan", "inf", "-inf", "1e400", "10" * 30, LONG, "x", "")
 
 
@@ -55,13 +59,20 @@ def test_a_span_ends_on_both_sides(path: tuple[str, ...], option: str) -> None:
     (found,) = (each for each in command.params if option in each.opts)
     assert isinstance(found.type, click.IntRange | click.FloatRange)
     assert found.type.min is not None
-    assert found.type.min >= 0
+    assert found.type.min >= (-100 if option in SIGNED else 0)
     assert found.type.max is not None
     assert found.type.max < 2**63
 
 
-@pytest.mark.parametrize("value", NEVER, ids=lambda value: value[:8] or "empty")
-@pytest.mark.parametrize(("path", "option"), OPTIONS)
+@pytest.mark.parametrize(
+    ("path", "option", "value"),
+    [
+        pytest.param(*each, value, id=f"{each[0]}-{each[1]}-{value[:8] or 'empty'}")
+        for each in OPTIONS
+        for value in NEVER
+        if not (value == "-1" and each[1] in SIGNED)
+    ],
+)
 def test_a_number_that_cannot_be(path: tuple[str, ...], option: str, value: str, cwd: Path) -> None:
     result = run(*words(path), f"{option}={value}")
     assert result.exit_code == 2, result.output
@@ -111,3 +122,13 @@ def test_settings_have_the_same_spans(name: str, value: str, cwd: Path) -> None:
     assert result.exit_code == 2, result.output
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ")
+
+
+def test_more_threads_than_cores_could_serve_are_refused(cwd: Path) -> None:
+    """64 of them took minutes on two cores for what one does in seconds."""
+    most = min(512, 8 * (os.cpu_count() or 1))
+    assert most in THREADS
+    assert most + 1 not in THREADS
+    result = run(*words(("verify", "run")), f"--threads={most + 1}")
+    assert result.exit_code == 2
+    assert f"0 to {most}" in result.stderr
