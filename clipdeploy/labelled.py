@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from clipdeploy import zoo
 from clipdeploy.imaging import ImageFolder, Labelling, open_images, survey, with_labels
 from clipdeploy.imaging.classes import read_class_names
 from exporters.artifact import Passport
@@ -48,7 +49,8 @@ def open_labelled(
 def _class_names(passport: Passport, asked: Labelling) -> tuple[str, ...]:
     if asked.class_names is None:
         return passport.class_names
-    names = read_class_names(asked.class_names, passport.classes)
+    known = zoo.class_names(zoo.find(passport.model))
+    names = read_class_names(asked.class_names, passport.classes, known)
     if passport.class_names and names != passport.class_names:
         raise DatasetError(
             f"{asked.class_names} has other names than the graph, whose classes are "

@@ -22,8 +22,14 @@ __all__ = ["Classes", "NamesError", "names_from", "read_class_names"]
 
 _HINT = 'one name a line, or JSON: ["cat", "dog"], {"0": "cat", "1": "dog"} or {"cat": 0, "dog": 1}'
 _SHOWN = 3
+# Lists of ImageNet's words differ in a few of them.
+_ALIKE = 0.95
 # A thousand times those of ImageNet's names.
 _MOST_BYTES = 64 << 20
+
+
+# (name, words) of each class.
+Known = Sequence[tuple[str, str]]
 
 
 class NamesError(ValueError):
@@ -64,16 +70,19 @@ class Classes:
         return f"the model's {self.count} classes are {', '.join(self.names[:_SHOWN])}{more}"
 
 
-def names_from(value: Any) -> tuple[str, ...]:
+def names_from(value: Any, known: Known = ()) -> tuple[str, ...]:
     """The names in a list, or in an object that maps indices to names or names to indices.
+
+    ``known`` are names and words of classes: where the list has the words (``tench, Tinca tinca``),
+    in the same order, the names are taken (``n01440764``).
 
     Raises:
         NamesError: it is something else, or not every index from 0 on has a name of its own.
     """
     if isinstance(value, Mapping):
-        return _checked(_of_object(value))
+        return _checked(_of_object(value), known)
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return _checked(list(value))
+        return _checked(list(value), known)
     raise NamesError("it is neither a list nor an object of names")
 
 
@@ -90,7 +99,7 @@ def _of_object(value: Mapping[Any, Any]) -> list[Any]:
     return [named[index] for index in range(len(pairs))]
 
 
-def _checked(names: list[Any]) -> tuple[str, ...]:
+def _checked(names: list[Any], known: Known) -> tuple[str, ...]:
     # Keras' imagenet_class_index.json has [wnid, word] for each class.
     firsts = [name[0] if isinstance(name, list | tuple) and name else name for name in names]
     if not firsts:
@@ -100,14 +109,27 @@ def _checked(names: list[Any]) -> tuple[str, ...]:
             raise NamesError(f"the name of class {number} is {name!r}")
         if not name.isprintable():
             raise NamesError(f"the name of class {number} has control characters: {name!a}")
-    found = tuple(name.strip() for name in firsts)
+    # Two of ImageNet's words are those of two classes each.
+    found = _instead_of_words(tuple(name.strip() for name in firsts), known)
     name, often = Counter(found).most_common(1)[0]
     if often > 1:
         raise NamesError(f"{name!r} is the name of {often} classes")
     return found
 
 
-def read_class_names(path: Path, count: int) -> tuple[str, ...]:
+def _instead_of_words(names: tuple[str, ...], known: Known) -> tuple[str, ...]:
+    if len(names) != len(known):
+        return names
+    pairs = zip(names, known, strict=True)
+    alike = sum(_first_word(name) == _first_word(words) for name, (_, words) in pairs)
+    return tuple(name for name, _ in known) if alike >= _ALIKE * len(known) else names
+
+
+def _first_word(words: str) -> str:
+    return words.partition(",")[0].strip().casefold().replace("_", " ")
+
+
+def read_class_names(path: Path, count: int, known: Known = ()) -> tuple[str, ...]:
     """The names of ``count`` classes from a file, in the order of the logits.
 
     A text file with one name a line, or JSON, see :func:`names_from`.
@@ -120,9 +142,9 @@ def read_class_names(path: Path, count: int) -> tuple[str, ...]:
     try:
         text = data.decode("utf-8-sig")
         if text.lstrip().startswith(("[", "{")):
-            names = names_from(json.loads(text))
+            names = names_from(json.loads(text), known)
         else:
-            names = names_from([line.strip() for line in text.rstrip().splitlines()])
+            names = names_from([line.strip() for line in text.rstrip().splitlines()], known)
     except (NamesError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise DatasetError(f"{path} holds no class names: {error}", hint=_HINT) from error
     if len(names) != count:

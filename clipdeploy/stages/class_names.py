@@ -9,7 +9,6 @@ assumed      the card's, for a checkpoint of somebody's own with as many classes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,14 +16,10 @@ from clipdeploy import zoo
 from clipdeploy.imaging.classes import NamesError, names_from, read_class_names
 from clipdeploy.model import LoadedModel, WeightsChoice
 from clipdeploy.passports import is_published
-from clipdeploy.zoo import ModelCard
 from exporters.artifact import NamesFrom, Passport
 from exporters.errors import CheckpointError
 
 __all__ = ["ClassNames", "name_classes"]
-
-# The words for a class differ between lists of ImageNet's labels in a few places.
-_ALIKE = 0.95
 
 
 @dataclass(frozen=True)
@@ -49,8 +44,8 @@ def name_classes(
     """
     card, count = model.card, model.module.config.classes
     if weights.class_names is not None:
-        names = read_class_names(Path(weights.class_names), count)
-        return ClassNames(_folder_names(names, card), "file")
+        names = read_class_names(Path(weights.class_names), count, zoo.class_names(card))
+        return ClassNames(names, "file")
     kept = before is not None and before.weights.identity == model.weights.identity
     if before and kept and before.class_names_from == "file" and len(before.class_names) == count:
         return ClassNames(before.class_names, "file")
@@ -58,7 +53,7 @@ def name_classes(
     if is_published(card, model.weights):
         return ClassNames(own, "card") if len(own) == count else ClassNames()
     if model.class_names is not None:
-        return ClassNames(_folder_names(_of_checkpoint(model, count), card), "checkpoint")
+        return ClassNames(_of_checkpoint(model, count), "checkpoint")
     if len(own) != count:
         hint = "they are taken from the folders or the labels of the images; else --class-names"
         return ClassNames(doubt=f"nobody named the {count} classes of this checkpoint: {hint}")
@@ -73,7 +68,7 @@ def name_classes(
 def _of_checkpoint(model: LoadedModel, count: int) -> tuple[str, ...]:
     path = model.weights.path
     try:
-        names = names_from(model.class_names)
+        names = names_from(model.class_names, zoo.class_names(model.card))
     except NamesError as error:
         raise CheckpointError(
             f"the class names in {path} cannot be used: {error}",
@@ -85,19 +80,3 @@ def _of_checkpoint(model: LoadedModel, count: int) -> tuple[str, ...]:
             hint="name them in the order of the logits: --class-names FILE",
         )
     return names
-
-
-def _folder_names(names: Sequence[str], card: ModelCard) -> tuple[str, ...]:
-    """The card's folder names where ``names`` are its labels: ``tench, Tinca tinca``."""
-    known = zoo.class_names(card)
-    if len(names) != len(known):
-        return tuple(names)
-    pairs = zip(names, known, strict=True)
-    alike = sum(_first_word(name) == _first_word(label) for name, (_, label) in pairs)
-    if alike < _ALIKE * len(known):
-        return tuple(names)
-    return tuple(name for name, _ in known)
-
-
-def _first_word(label: str) -> str:
-    return label.partition(",")[0].strip().casefold().replace("_", " ")
