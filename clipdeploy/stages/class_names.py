@@ -55,8 +55,10 @@ def name_classes(
     if model.class_names is not None:
         return ClassNames(_of_checkpoint(model, count), "checkpoint")
     if len(own) != count:
-        hint = "they are taken from the folders or the labels of the images; else --class-names"
-        return ClassNames(doubt=f"nobody named the {count} classes of this checkpoint: {hint}")
+        return ClassNames(
+            doubt=f"nobody named the {count} classes of this checkpoint: verify takes the names of "
+            "folders or labels, predict and packages number them; name them with --class-names FILE"
+        )
     return ClassNames(
         own,
         "assumed",
