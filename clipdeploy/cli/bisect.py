@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from clipdeploy.cli.common import Context, data_option, emit, model_option, stage_command
-from clipdeploy.cli.labelling import labelling, labelling_options
+from clipdeploy.cli.labelling import check_labelling, labelling, labelling_options
 from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import ArtifactPath
 from clipdeploy.cli.usage import command
@@ -48,6 +48,7 @@ def bisect(
     """
     from clipdeploy.plots import check_plot_path, save_plot
 
+    check_labelling(options)
     if plot:
         check_plot_path(plot)
     name = context.model(model)

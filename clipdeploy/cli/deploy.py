@@ -21,7 +21,7 @@ from clipdeploy.cli.common import (
     threads_option,
 )
 from clipdeploy.cli.export import weights_choice, weights_options
-from clipdeploy.cli.labelling import labelling_options
+from clipdeploy.cli.labelling import check_labelling, labelling_options
 from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import setting_option
 from clipdeploy.cli.quantize import (
@@ -165,6 +165,7 @@ def _check_used(options: dict[str, Any]) -> None:
         UsageError: the first of them.
     """
     check_recipe_options(options)
+    check_labelling(options)
     if options["precision"] != "int8":
         names = ("calibration", *_OBSERVED, *recipe_names())
         refuse_unused(names, "--int8", "pass --int8")

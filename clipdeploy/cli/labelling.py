@@ -13,7 +13,7 @@ from clipdeploy.cli.usage import refuse_unused, with_options
 if TYPE_CHECKING:
     from clipdeploy.imaging import Labelling
 
-__all__ = ["class_names_option", "labelling", "labelling_options"]
+__all__ = ["check_labelling", "class_names_option", "labelling", "labelling_options"]
 
 class_names_option = click.option(
     "--class-names",
@@ -56,8 +56,8 @@ def labelling_options(
     return decorate
 
 
-def labelling(options: dict[str, Any]) -> Labelling:
-    """The values of :func:`labelling_options` as a configuration.
+def check_labelling(options: dict[str, Any]) -> None:
+    """Refuse labelling options that the layout has no use for.
 
     Raises:
         UsageError: the command line gave what the layout has no use for.
@@ -67,6 +67,10 @@ def labelling(options: dict[str, Any]) -> Labelling:
     if options["layout"] == "none":
         names = ("first_class", "skip_unlabelled", "class_names")
         refuse_unused(names, "the layouts with classes", "pass --layout auto")
+
+
+def labelling(options: dict[str, Any]) -> Labelling:
+    """The values of :func:`labelling_options` as a configuration."""
     from clipdeploy.imaging import Labelling
 
     first: Literal[0, 1] | None = {"0": 0, "1": 1, None: None}[options["first_class"]]

@@ -15,7 +15,7 @@ from clipdeploy.cli.common import (
     model_option,
     stage_command,
 )
-from clipdeploy.cli.labelling import labelling, labelling_options
+from clipdeploy.cli.labelling import check_labelling, labelling, labelling_options
 from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import setting_option
 from clipdeploy.cli.quantize import check_plan_options, plan_config, plan_options
@@ -90,6 +90,7 @@ def search(
     if plot:
         check_plot_path(plot)
     check_plan_options(options)
+    check_labelling(options)
     if confirm is not None:
         # The splits are then the two sets of images themselves.
         refuse_unused(["search_images", "seed"], "a split of --data", "leave out --confirm")

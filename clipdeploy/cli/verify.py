@@ -25,7 +25,7 @@ from clipdeploy.cli.common import (
     threads_option,
     trust_option,
 )
-from clipdeploy.cli.labelling import labelling, labelling_options
+from clipdeploy.cli.labelling import check_labelling, labelling, labelling_options
 from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import ArtifactPath, setting_option
 from clipdeploy.cli.usage import given_options, group, refuse_together, refuse_unused, with_options
@@ -199,6 +199,7 @@ def merge(
     Takes the given files, or all shards of the workspace, and removes them once they are joined.
     Artifacts and images have to be the files that the shards judged.
     """
+    check_labelling(options)
     _check_reports(reports, None)
     name = context.model(model)
     from clipdeploy.stages.merge import merge_verification
@@ -233,6 +234,7 @@ def _check_used(artifacts: tuple[Path, ...], options: dict[str, Any]) -> None:
         refuse_unused(["cache_size"], "--cache", "pass --cache")
     if options["graphs_only"] or (artifacts and all(path.suffix == ".onnx" for path in artifacts)):
         refuse_unused(["trust"], "engines", "name an .engine file")
+    check_labelling(options)
 
 
 def _check_reports(reports: tuple[Path, ...], shard: tuple[int, int] | None) -> None:

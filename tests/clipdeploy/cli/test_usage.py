@@ -41,6 +41,9 @@ WITHOUT_INT8 = [
 UNUSED = [
     *((words, "--int8") for words in WITHOUT_INT8),
     ("build-engine --int8 --fp16-io", "--fp16"),
+    ("verify --data images --layout none --skip-unlabelled", "the layouts with classes"),
+    ("search --data images --layout none --first-class 1", "the layouts with classes"),
+    ("bisect --data images --layout folders --labels list", "the layouts with a label file"),
     ("build-engine --fp32 --fp16-io", "--fp16"),
     ("build-engine --int8 --range mse --no-shift", "--range auto"),
     ("quantize --range entropy --no-shift", "--range auto"),
