@@ -24,6 +24,7 @@ from clipdeploy.pipeline import (
     Expected,
     ExportConfig,
     Fp16Config,
+    Labelling,
     Limits,
     PlanConfig,
     QuantizeConfig,
@@ -121,7 +122,8 @@ def test_configurations_take_texts() -> None:
     assert config.calibration == Path("images")
     assert config.cpp == Path("c")
     assert config.triton is None
-    assert VerifyScope(labels="list.txt").labels == Path("list.txt")  # type: ignore[arg-type]
+    asked = Labelling(labels="list.txt", class_names="names.txt")  # type: ignore[arg-type]
+    assert (asked.labels, asked.class_names) == (Path("list.txt"), Path("names.txt"))
 
 
 NUMBERS: list[tuple[Callable[..., Any], str]] = [
@@ -139,6 +141,7 @@ NUMBERS: list[tuple[Callable[..., Any], str]] = [
     *((TritonConfig, name) for name in ("max_batch", "queue_delay", "instances")),
     *((ExportConfig, name) for name in ("opset", "batch")),
     (PlanConfig, "strength"),
+    (QuantizeConfig, "min_sqnr"),
     (WeightsChoice, "random_seed"),
 ]
 
@@ -148,7 +151,7 @@ def repr_of(value: object) -> str:
 
 
 @pytest.mark.parametrize(
-    "value", [-5, math.nan, math.inf, 10**30, LONG, "3", True, []], ids=repr_of
+    "value", [-500, math.nan, math.inf, 10**30, LONG, "3", True, []], ids=repr_of
 )
 @pytest.mark.parametrize(("config", "field"), NUMBERS)
 def test_numbers_that_cannot_be(config: Callable[..., Any], field: str, value: object) -> None:

@@ -168,7 +168,7 @@ def test_a_fault_in_the_images(
 ) -> None:
     kind, crop, cause = CROPS[name]
     sound: Bench = request.getfixturevalue(kind)
-    monkeypatch.setattr("clipdeploy.imaging.decoding.crop_image", crop)
+    monkeypatch.setattr("clipdeploy.imaging.preprocess.crop_image", crop)
     never_judged(sound.judge(sound.images), cause)
 
 
