@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,10 +107,11 @@ def test_tensorrt_builds_every_geometry_in_every_precision(alias: str, tmp_path:
     name = zoo.find(alias).name
     export_model(workspace, name, WeightsChoice(random_seed=0))
     data = zoo.demo_file("calibration.zip")
-    few = CalibrateConfig(images=10)
+    observed = {"data": data, "calibrate": CalibrateConfig(images=10)}
     bytes_each: dict[Precision, int] = {"fp32": 4, "fp16": 2, "int8": 1}
     for precision, size in bytes_each.items():
-        engine = build_model(workspace, name, precision, data=data, calibrate=few)
+        more: dict[str, Any] = observed if precision == "int8" else {}
+        engine = build_model(workspace, name, precision, **more)
         # An engine holds the weights, 86 M of them.
         assert engine.passport.plan_bytes > 86e6 * size
         # Written in several pieces.
