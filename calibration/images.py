@@ -10,7 +10,7 @@ from exporters.errors import CalibrationError
 
 __all__ = ["check_images", "flatness", "image_warnings", "is_flat"]
 
-# An eighth of the 256 levels.  The 8 x 8 grey means of photographs spread by 45 to 65 levels.
+# An eighth of the 256 levels; evenly spread grey means have a standard deviation of 74.
 _FLAT_LEVELS = 32.0
 # Grey means that spread by less than one level are those of an image of one colour.
 _BLANK_LEVELS = 1.0
@@ -66,5 +66,5 @@ def image_warnings(table: CalibrationTable) -> tuple[str, ...]:
         return ()
     return (
         f"the images are dim or flat: their grey levels spread by {flatness(table):.0f} of 255, "
-        "those of photographs by 45 to 65; ranges found on them cut off brighter images",
+        f"less than {_FLAT_LEVELS:.0f}; ranges found on them cut off brighter images",
     )

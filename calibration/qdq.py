@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -227,12 +228,47 @@ def _need_opset(model: ir.Model, passport: Passport) -> None:
 
 
 def _left_out(found: dict[str, Weakest], minimum: float | None) -> dict[str, str]:
-    """Why each Linear that INT8 would ruin is left out."""
+    """Why each Linear that INT8 would ruin is left out.
+
+    Raises:
+        CalibrationError: INT8 would ruin all of them.
+    """
+    if minimum is None:
+        return {}
+    ruined = {name: each for name, each in found.items() if each.sqnr_db < minimum}
+    if ruined and len(ruined) == len(found):
+        raise CalibrationError(
+            f"INT8 would leave every Linear below {minimum:g} dB; "
+            f"{min(found.values(), key=lambda each: each.sqnr_db)}",
+            hint="calibrate with other images, build --fp16, or give a lower --min-sqnr",
+        )
     return {
         name: f"INT8 would give it an SQNR of {each.sqnr_db:.1f} dB: {each.cause}"
-        for name, each in found.items()
-        if minimum is not None and each.sqnr_db < minimum
+        for name, each in ruined.items()
     }
+
+
+def _measured(
+    judge: Judge,
+    model: ir.Model,
+    table: CalibrationTable,
+    kept: Collection[Weakest],
+    minimum: float | None,
+) -> Quality | None:
+    """The quality of an INT8 graph whose Linears are ``kept``; None if no ``minimum`` is asked.
+
+    Raises:
+        CalibrationError: it is below ``minimum`` dB.
+        GraphError: a tensor overflows.
+    """
+    if minimum is None:
+        # Without a judgement, halves may overflow all the same.
+        if judge.half:
+            judge.measure(model)
+        return None
+    weakest = min(kept, key=lambda each: each.sqnr_db, default=None)
+    quality = replace(judge.measure(model), weakest=weakest)
+    return replace(quality, warnings=check_quality(quality, table, minimum))
 
 
 def quantize(
@@ -263,12 +299,6 @@ def quantize(
     half = config.remainder == "fp16"
     found = _write(model, table, frozenset(placement.quantized), config)
     left_out = _left_out(found, config.min_sqnr)
-    if left_out and len(left_out) == len(found):
-        raise CalibrationError(
-            f"INT8 would leave every Linear below {config.min_sqnr:g} dB; "
-            f"{min(found.values(), key=lambda each: each.sqnr_db)}",
-            hint="calibrate with other images, build --fp16, or give a lower --min-sqnr",
-        )
     placement = placement.without(left_out)
     judge = Judge(source, passport.input, table.samples(), samples, half=half)
     keep = near_limit(judge.peaks)
@@ -288,15 +318,10 @@ def quantize(
         },
     )
     check_structure(model, passport)
-    quality = None
-    if config.min_sqnr is not None:
-        kept = [each for name, each in found.items() if name not in left_out]
-        weakest = min(kept, key=lambda each: each.sqnr_db, default=None)
-        quality = replace(judge.measure(model), weakest=weakest)
-        quality = replace(quality, warnings=check_quality(quality, table, config.min_sqnr))
+    kept = [each for name, each in found.items() if name not in left_out]
+    quality = _measured(judge, model, table, kept, config.min_sqnr)
+    if quality is not None:
         passport = replace(
             passport, settings={**passport.settings, "quality": settings_of(quality)}
         )
-    elif half:
-        judge.measure(model)
     return QuantizedGraph(save_graph(model, target, passport), placement, quality)

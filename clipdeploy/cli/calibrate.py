@@ -89,12 +89,8 @@ def calibrate(
         force=force,
         progress=context.progress,
     )
-    for problem in result.problems:
-        context.note(problem)
-    for skipped in result.skipped:
-        context.note(f"skipped, unreadable: {skipped}")
-    for warning in result.warnings:
-        context.note(warning)
+    for text in result.notes():
+        context.note(text)
     if len(result.table.images) < FEW_IMAGES and shard is None:
         context.note(
             f"only {len(result.table.images)} images: with {FEW_IMAGES} or more the ranges are "

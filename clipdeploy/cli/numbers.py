@@ -1,4 +1,4 @@
-"""Options that take a number: each has a span, and a wrong number is told in one line."""
+"""Options that take a number: each has a span, and a wrong number is reported in one line."""
 
 from __future__ import annotations
 

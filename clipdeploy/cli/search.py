@@ -112,7 +112,13 @@ def search(
         labelling=labelling(options),
     )
     result = search_model(
-        context.workspace, name, data, config, confirm=confirm, progress=context.progress
+        context.workspace,
+        name,
+        data,
+        config,
+        confirm=confirm,
+        note=context.note,
+        progress=context.progress,
     )
     emit(context, result, lambda: result)
     if plot:

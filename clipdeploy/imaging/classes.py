@@ -38,9 +38,9 @@ class NamesError(ValueError):
 
 @dataclass(frozen=True)
 class Classes:
-    """``count`` logits, and their names in order, empty if nobody knows them.
+    """``count`` logits, and their names in order, empty if they are unknown.
 
-    A count of 0 means that nobody asks for the classes of images.
+    A count of 0: the classes of images are not read.
 
     Raises:
         DatasetError: as many names as logits, all different, are needed.

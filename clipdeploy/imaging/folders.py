@@ -41,7 +41,7 @@ def class_folders(
 
     Raises:
         DatasetError: numbers that are no classes, that could be counted from 0 or from 1, or more
-            or fewer folders than classes where nobody knows the names.
+            or fewer folders than classes whose names are unknown.
     """
     named = {folder: classes.index[folder] for folder in folders if folder in classes.index}
     numbers = {folder: int(folder) for folder in folders if _is_number(folder)}
@@ -99,8 +99,8 @@ def _numbered(
     by_number = sorted(numbers, key=lambda folder: numbers[folder])
     if not classes.names and first is None and by_number != sorted(numbers):
         raise DatasetError(
-            f"the folders of {where} are numbers, and nobody knows the order of the model's "
-            "classes: 10 comes before 2 in an order of names, as torchvision's ImageFolder has it",
+            f"the folders of {where} are numbers, and the order of the model's classes is unknown: "
+            "sorted as names, as torchvision's ImageFolder does, 10 comes before 2",
             hint="name the classes in the order of the logits: --class-names FILE; or say that "
             f"the numbers are the classes: --first-class {chosen}",
         )
@@ -117,7 +117,7 @@ def _sorted(folders: Sequence[str], classes: Classes, where: str) -> ClassFolder
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         raise DatasetError(
             f"{where} has {len(names)} class folders ({', '.join(names[:_SHOWN])}{more}), the "
-            f"model has {classes.count} classes, and nobody named them",
+            f"model has {classes.count} classes without names",
             hint="name them in the order of the logits: --class-names FILE",
         )
     index = {name: position for position, name in enumerate(names)}

@@ -6,6 +6,7 @@ unpacked, and nothing is left out silently: see :func:`survey`.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 
 from clipdeploy.imaging.archives import Place, Reader
 from clipdeploy.imaging.classes import Classes
-from clipdeploy.imaging.kinds import (
+from clipdeploy.imaging.formats import (
     HEAD_BYTES,
     begins_like_an_image,
     has_image_suffix,
@@ -33,8 +34,8 @@ __all__ = ["ImageEntry", "ImageFolder", "open_images", "select", "survey", "with
 # macOS's archives, Synology's thumbnails, Windows' bin.  Names with a dot in front are hidden too.
 _NO_DATA = frozenset(("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"))
 _TABLES_SHOWN = 3
-# A random sample has 2 % fewer classes than its mean in one of a thousand cases (K = 1000).
-_PART = 0.9
+# Standard deviations above the mean that are no chance: Chebyshev's bound is 1 in 100.
+_BY_CHANCE = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +54,8 @@ class ImageEntry:
 class _Origin:
     """What listing and labelling found, beside the images.
 
-    ``unasked``: nobody asked for labels.  ``partial``: how many classes the images are of, if they
-    were drawn from a part of the model's classes, else 0.
+    ``unasked``: the classes of images are not read.  ``partial``: the number of classes with an
+    image, if the others lack one by more than chance, else 0.
     """
 
     layout: str = "no labels"
@@ -112,8 +113,8 @@ def open_images(
     """List the images of a folder, a zip or a plain tar.
 
     With ``classes`` (folder names in logit order) they get their class: from their folders, else
-    from a label file inside or beside; images that neither mentions have none.  Where nobody knows
-    the names, ``count`` is how many classes there are, and the folders or the label file name them.
+    from a label file inside or beside; images that neither mentions have none.  Where the names are
+    unknown, ``count`` is the number of classes, and the folders or the label file name them.
     ``asked`` is what the user says about all that.
 
     Raises:
@@ -194,13 +195,18 @@ def _left_out(names: Sequence[str], found: Layout, asked: Labelling) -> dict[str
 def _partial(found: Layout) -> int:
     """The number of classes with an image where chance does not explain that others have none.
 
-    n images drawn from K classes are of K (1 - (1 - 1/K)^n) on the average.
+    Of n images drawn from K classes, classes without an image have
+
+        mean  m = K (1 - 1/K)^n,    variance  m + K (K - 1) (1 - 2/K)^n - m^2
     """
-    count, present = found.classes.count, len(set(found.index.values()))
-    if not present:
+    count, images = found.classes.count, len(found.index)
+    present = len(set(found.index.values()))
+    if not present or count < 2:
         return 0
-    expected = count * (1 - (1 - 1 / count) ** len(found.index))
-    return present if present < _PART * expected else 0
+    mean = count * (1 - 1 / count) ** images
+    variance = mean + count * (count - 1) * (1 - 2 / count) ** images - mean**2
+    most = mean + _BY_CHANCE * math.sqrt(max(variance, 0.0))
+    return present if count - present > most else 0
 
 
 def _not_used(others: Collection[str], hidden: Sequence[str], found: Layout) -> tuple[str, ...]:
@@ -210,7 +216,7 @@ def _not_used(others: Collection[str], hidden: Sequence[str], found: Layout) -> 
 
 
 def with_labels(images: ImageFolder) -> ImageFolder:
-    """The same images, if each has a class or nobody asked for classes.
+    """The same images, if each has a class or classes are not read.
 
     Raises:
         DatasetError: some have none, with what to do about it.

@@ -49,7 +49,7 @@ class Labels:
     """Class index of each image by its name; ``missing`` are listed but not there.
 
     ``repeated``: a sentence for each name that is listed twice, with the same class.  ``classes``
-    have the names that the file gave where nobody knew them.
+    have the names that the file gave where they were unknown.
     """
 
     index: dict[str, int]

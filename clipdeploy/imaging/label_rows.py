@@ -2,7 +2,8 @@
 
 A line of a list is ``NAME CLASS``.  A table (comma, semicolon or tab) has a column of images,
 which is the one with the most cells that are names of images, and a column of classes: the one that
-its header calls so, else the only other one.  A first line without an image is a header.
+its header calls so, else the only other one.  A first line without the name of an image file is a
+header.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from clipdeploy.imaging.formats import has_image_suffix
 from clipdeploy.imaging.label_files import Faults, LabelFile
 from exporters.errors import DatasetError
 
@@ -110,7 +112,9 @@ def _from_table(file: LabelFile, find: Find) -> list[Row]:
     width = max((len(row.cells) for row in table), default=0)
     column = max(range(width), key=lambda at: _images(table, at, find), default=0)
     header: list[str] = []
-    if table and not any(find(cell) is not None for cell in table[0].cells) and len(table) > 1:
+    if len(table) > 1 and not any(
+        find(cell) is not None or has_image_suffix(cell) for cell in table[0].cells
+    ):
         header, table = [cell.lower() for cell in table[0].cells], table[1:]
     at = _class_column(file, table, header, column, width)
     rows = []

@@ -86,6 +86,11 @@ def read_labels(
             two classes or of two images; a devkit without its ``meta.mat``.
     """
     if file.kind == "devkit":
+        if first is not None:
+            raise DatasetError(
+                f"{file.where} has IDs of the devkit, which have an order of their own",
+                hint="leave out --first-class",
+            )
         return read_devkit(file, names.images, classes)
     rows = label_rows(file, names.find)
     classes, index = _indices(file, rows, classes, first)
@@ -145,8 +150,7 @@ def _named_by(file: LabelFile, texts: Iterable[str], count: int) -> Classes:
     names = tuple(sorted(text for text in texts if text))
     if len(names) != count:
         raise DatasetError(
-            f"{file.where} names {len(names)} classes, the model has {count}, and nobody named "
-            "them",
+            f"{file.where} names {len(names)} classes, the model has {count} without names",
             hint="name them in the order of the logits: --class-names FILE",
         )
     return Classes(count, names)

@@ -92,7 +92,7 @@ class Layout:
     """The class index of each image that has one, and what the labels say beyond that.
 
     ``name`` is a phrase for a report, such as ``classes from val/meta/val.txt``.  ``classes`` have
-    the names that folders or labels gave where nobody knew them.  ``read`` are the label files
+    the names that folders or labels gave where they were unknown.  ``read`` are the label files
     among the images.
     """
 
@@ -119,7 +119,7 @@ def find_layout(files: Files, classes: Classes, asked: Labelling = Labelling()) 
             if found := _by_folder(files, prefixes, classes, asked):
                 return found
         except DatasetError as error:
-            # Folders of a model whose classes nobody named may be no classes at all.
+            # Where names are unknown, folders may be no classes at all.
             if classes.names or asked.layout == "folders":
                 raise
             unclear = error
@@ -218,7 +218,8 @@ def _refuse_unknown(files: Files, folders: Collection[str], classes: Classes) ->
     known = classes.examples() if classes.names else f"the model has {classes.count} classes"
     raise DatasetError(
         f"{files.root} has folders that are no class: {', '.join(unknown[:_SHOWN])}{more}",
-        hint=f"{known}; leave such images out with --skip-unlabelled",
+        hint=f"{known}; if it has others, export again with --class-names FILE; "
+        "--skip-unlabelled leaves such images out",
     )
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from clipdeploy.imaging.kinds import is_decoded
+from clipdeploy.imaging.formats import is_decoded
 from exporters.artifact import Preprocess
 from exporters.errors import DatasetError
 

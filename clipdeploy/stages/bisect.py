@@ -74,6 +74,12 @@ def _samples(images: ImageFolder, passport: Passport, batch: int) -> Iterator[li
         yield crops
 
 
+def _existing(candidate: Path) -> Path:
+    if not candidate.exists():
+        raise UsageError(f"{candidate} does not exist", hint="clipdeploy quantize, or name a graph")
+    return candidate
+
+
 def _candidate_passport(candidate: Path, reference: Passport) -> Passport | None:
     """The candidate's passport, None if it has lost it.
 
@@ -106,9 +112,7 @@ def bisect_model(
     data = Path(data)
     candidate = as_path(candidate)
     source, passport = workspace.source(model)
-    candidate = candidate or workspace.graph(model, "int8")
-    if not candidate.exists():
-        raise UsageError(f"{candidate} does not exist", hint="clipdeploy quantize, or name a graph")
+    candidate = _existing(candidate or workspace.graph(model, "int8"))
     theirs = _candidate_passport(candidate, passport)
     random_weights = passport.weights.kind == "random"
     images = _choose(data, passport, config, note)

@@ -44,7 +44,7 @@ def build_model(
     """Graph -> engine; calibration and quantisation first where they are due.
 
     An INT8 graph that a search wrote is kept, unless ``quantize`` or ``force`` says otherwise;
-    ``note`` is told.
+    ``note`` is told, and what is odd about the images of ``data``.
 
     Raises:
         UsageError: a configuration that ``precision`` does not use.
@@ -56,7 +56,11 @@ def build_model(
     if precision == "int8":
         quantize = config_to_build(workspace, model, quantize, force=force, note=note)
         if data is not None:
-            calibrate_model(workspace, model, data, calibrate, force=force, progress=progress)
+            made = calibrate_model(
+                workspace, model, data, calibrate, force=force, progress=progress
+            )
+            for text in made.notes():
+                note(text)
         quantize_model(workspace, model, quantize, force=force, progress=progress)
     elif precision == "fp16":
         convert_model(workspace, model, fp16, force=force, progress=progress)

@@ -92,6 +92,11 @@ class CalibrationArtifact(Shown):
         """What is unusual about the images."""
         return image_warnings(self.table)
 
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the images, a sentence each."""
+        skipped = (f"skipped, unreadable: {name}" for name in self.skipped)
+        return (*self.problems, *skipped, *self.warnings)
+
     def __rich__(self) -> Renderable:
         rows = [
             ("calibration", f"{self.path}: {len(self.table.images)} images"),

@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from clipdeploy import zoo
-from clipdeploy.imaging import open_images
+from clipdeploy.imaging import Labelling, open_images
+from clipdeploy.labelled import open_labelled
 from clipdeploy.model import reload_model
-from clipdeploy.stages.on_disk import check_against_disk, check_artifacts
+from clipdeploy.stages.on_disk import check_against_disk, check_artifacts, check_labels
 from clipdeploy.stages.verify_setup import Judgement, VerifyScope, labelled_images
 from clipdeploy.verification.diagnosis import diagnose
 from clipdeploy.verification.disagreements import disagreements_csv
@@ -43,7 +44,8 @@ def merge_verification(
     """Shards -> the verdict of one run; without ``parts``, all shards of the workspace.
 
     ``limits`` as a number are points of top-1.  The artifacts have to be the files that the shards
-    judged, and every image the file that its record is of.  ``data`` is where the images are, if
+    judged, and every image the file that its record is of; labels that ``scope`` names have to be
+    those that the shards were judged by.  ``data`` is where the images are, if
     not where the first shard found them; without them the result says that they were not compared.
     Shards are removed once they are joined.
 
@@ -60,7 +62,11 @@ def merge_verification(
             f"the shards are of {results.question.model}, not of {model}",
             hint=f"pass --model {results.question.model}",
         )
-    missing = _compare_with_disk(results, data or Path(results.data), progress)
+    images = data or Path(results.data)
+    if scope.labelling != Labelling():
+        _, passport = workspace.source(model)
+        check_labels(results, open_labelled(images, passport, scope.labelling, note))
+    missing = _compare_with_disk(results, images, progress)
     kept = workspace.verification(model)
     with sole_writer(kept, "clipdeploy verify merge"):
         save_results(kept, results)

@@ -15,7 +15,7 @@ from clipdeploy.verification.targets import digest_of_artifact
 from exporters.errors import ArtifactError, DatasetError
 from exporters.progress import SILENT, Progress
 
-__all__ = ["check_against_disk", "check_artifacts"]
+__all__ = ["check_against_disk", "check_artifacts", "check_labels"]
 
 
 def check_artifacts(results: Results) -> None:
@@ -73,6 +73,21 @@ def check_against_disk(results: Results, images: ImageFolder, progress: Progress
                 advance(1)
     finally:
         reader.close()
+
+
+def check_labels(results: Results, images: ImageFolder) -> None:
+    """Make sure that labels which a user names are those that the shards were judged by.
+
+    Raises:
+        DatasetError: an image has another class, or none.
+    """
+    labels = {entry.name: entry.label for entry in images.entries}
+    for record in results.records:
+        if labels.get(record.name) != record.label:
+            raise DatasetError(
+                f"the labels give {record.name} another class than the shards have, or none",
+                hint="leave the options of labels out, or verify every shard again with them",
+            )
 
 
 def _other(record: ImageRecord, images: ImageFolder) -> DatasetError:

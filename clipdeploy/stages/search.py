@@ -185,12 +185,14 @@ def search_model(
     config: SearchConfig = SearchConfig(),
     *,
     confirm: StrPath | None = None,
+    note: Callable[[str], object] = lambda text: None,
     progress: Progress = SILENT,
 ) -> SearchResult:
     """Choose INT8 or FP16 for every Linear, write the INT8 graph of the choice, and confirm it.
 
     ``data`` is split in two: the choice is made on one part and confirmed on the other, or on
-    ``confirm``.  What was measured is kept in the workspace: a killed search goes on.
+    ``confirm``; ``note`` is told what is odd about the images.  What was measured is kept in the
+    workspace: a killed search goes on.
 
     Raises:
         ClipdeployError: see :mod:`exporters.errors`.
@@ -203,7 +205,7 @@ def search_model(
             f"{model} has not been calibrated in {workspace.root}",
             hint="clipdeploy calibrate --data CALIBRATION_IMAGES",
         )
-    splits = make_splits(data, confirm, passport, config)
+    splits = make_splits(data, confirm, passport, config, note)
     table = load_table(workspace.calibration(model))
     check_splits(*splits, frozenset(record.sha256 for record in table.images))
     check_enough(splits[0], config, "search")

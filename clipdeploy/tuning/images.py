@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +27,15 @@ _SEARCH_IMAGES = 1024
 Labelled = tuple[Samples, NDArray[np.int64]]
 
 
-def _open(data: Path, passport: Passport, labelling: Labelling) -> ImageFolder:
+def _open(
+    data: Path, passport: Passport, labelling: Labelling, note: Callable[[str], object]
+) -> ImageFolder:
     if passport.weights.kind == "random":
         raise UsageError(
             f"{passport.model} has random weights: it has no accuracy to keep",
             hint="export it with a checkpoint",
         )
-    images = open_labelled(data, passport, labelling)
+    images = open_labelled(data, passport, labelling, note)
     if not images.labelled:
         raise DatasetError(
             f"{data} has images without labels: accuracy cannot be searched for",
@@ -43,18 +45,24 @@ def _open(data: Path, passport: Passport, labelling: Labelling) -> ImageFolder:
 
 
 def make_splits(
-    data: Path, confirm: Path | None, passport: Passport, config: SearchConfig
+    data: Path,
+    confirm: Path | None,
+    passport: Passport,
+    config: SearchConfig,
+    note: Callable[[str], object] = lambda text: None,
 ) -> tuple[Split, Split]:
     """The images to search on, and those to confirm on: the rest, or ``confirm``.
+
+    ``note`` is told what is odd about them.
 
     Raises:
         UsageError: the model has random weights.
         DatasetError: no labels, unreadable images, or none left to confirm on.
     """
-    images = _open(data, passport, config.labelling)
+    images = _open(data, passport, config.labelling, note)
     hashes = hash_images(images)
     if confirm is not None:
-        others = _open(confirm, passport, config.labelling)
+        others = _open(confirm, passport, config.labelling, note)
         return Split(images, hashes), Split(others, hash_images(others))
     wanted = config.search_images or min(len(set(hashes.values())) // 2, _SEARCH_IMAGES)
     return split_images(images, hashes, wanted, config.seed)

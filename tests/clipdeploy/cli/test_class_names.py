@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from verify_command import TEST, good, refused, run, verify
+from verify_command import TEST, good, merge, refused, run, verify
 
 from clipdeploy import zoo
 from exporters.headers import read_passport
@@ -206,3 +206,35 @@ def test_images_of_unusual_names_are_judged_too(artifacts: Path, digits: Path) -
     found = good(verify(artifacts, *at, data=digits))
     assert found["images"] == 200
     assert "1 files are no images and were left out: 3/readme.doc" in found["problems"]
+
+
+def test_merge_holds_named_labels_against_the_shards(artifacts: Path, digits: Path) -> None:
+    rows = [(path.relative_to(digits), path.parent.name) for path in digits.rglob("*.png")]
+    table = digits.parent / "mine.txt"
+    table.write_text("".join(f"{name} {digit}\n" for name, digit in rows))
+    other = digits.parent / "other.txt"
+    other.write_text("".join(f"{name} {9 - int(digit)}\n" for name, digit in rows))
+    at = ("--max-drop", "2", "--workers", "0")
+    for shard in ("1/2", "2/2"):
+        words = (*at[2:], "--shard", shard, "--labels", table)
+        assert verify(artifacts, *words, data=digits).exit_code == 0
+    for wrong, said in ((other, "another class than the shards have"), ("no.txt", "no.txt")):
+        refused(merge(artifacts, "--labels", wrong), 1, said)
+    assert merge(artifacts, *at[:2], "--labels", table).exit_code == 0
+
+
+def test_every_stage_names_the_files_that_it_leaves_out(artifacts: Path, digits: Path) -> None:
+    (digits / "3" / "readme.doc").write_text("no image")
+    at = ("--model", "demo", "--workspace", artifacts)
+    told = "1 files are no images and were left out: 3/readme.doc"
+    result = run("calibrate", "--data", digits, *at, "--json")
+    assert told in result.stderr
+    assert told in json.loads(result.stdout)["problems"]
+    calibration = artifacts / zoo.DEMO / "calibration.json"
+    calibration.unlink()
+    assert told in run("build-engine", "--int8", "--data", digits, *at).stderr
+    result = run("predict", digits, *at, "--json")
+    assert told in result.stderr
+    assert told in json.loads(result.stdout)["problems"]
+    for command in ("search", "bisect"):
+        assert told in run(command, "--data", digits, *at).stderr

@@ -280,3 +280,10 @@ def test_a_shifted_label_file_would_show(val: Path) -> None:
     """What the comparisons above must be able to see: classes off by one."""
     val_txt(val, "".join(f"{name_of(n)} {label - 1}\n" for n, label in EXPECTED.items()))
     assert labels_of(open_images(val, CLASSES)) != EXPECTED
+
+
+def test_ids_of_the_devkit_have_no_first_class(val: Path) -> None:
+    devkit(val)
+    assert open_images(val, CLASSES).labelled
+    with pytest.raises(DatasetError, match="an order of their own"):
+        open_images(val, CLASSES, asked=Labelling(first_class=1))

@@ -340,3 +340,36 @@ def test_a_page_for_another_program_is_refused_whatever_its_name(tmp_path: Path)
     spec = Preprocess(8, CLIP_MEAN, CLIP_STD)
     with pytest.raises(DatasetError, match="EPS is no format of photographs"):
         list(iter_crops(open_images(tmp_path), spec, workers=0))
+
+
+def drawn(root: Path, classes: int, numbers: Sequence[int]) -> ImageFolder:
+    """A list of images of these classes of so many; one picture serves for all."""
+    root.mkdir(parents=True)
+    lines = []
+    for index, number in enumerate(numbers):
+        (root / f"{index}.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+        lines.append(f"{index}.png {number}\n")
+    (root / "val.txt").write_text("".join(lines))
+    return open_images(root, count=classes)
+
+
+@pytest.mark.parametrize(("classes", "count"), [(10, 8), (10, 30), (100, 60), (100, 400)])
+def test_a_random_sample_is_no_part_of_the_classes(
+    tmp_path: Path, classes: int, count: int
+) -> None:
+    generator = np.random.default_rng(0)
+    for draw in range(20):
+        numbers = generator.integers(classes, size=count).tolist()
+        assert drawn(tmp_path / str(draw), classes, numbers).origin.partial == 0
+    some = generator.integers(classes // 5, size=count).tolist()
+    part = drawn(tmp_path / "some", classes, some)
+    # Of eight images of ten classes nobody can tell.
+    assert part.origin.partial == (0 if count == 8 else len(set(some)))
+
+
+def test_a_table_without_a_header_loses_no_row(tmp_path: Path) -> None:
+    root = fill(tmp_path / "images", FLAT)
+    (tmp_path / "mine.csv").write_text("gone.png,cat\na.png,cat\nb.png,emu\nc.png,dog\n")
+    images = open_images(root, PETS, asked=Labelling(labels=tmp_path / "mine.csv"))
+    assert images.labelled
+    assert survey(images).missing.first == ("gone.png",)

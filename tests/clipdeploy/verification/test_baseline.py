@@ -309,3 +309,26 @@ def test_what_can_be_expected(text: str, expected: Expected) -> None:
 def test_what_cannot(text: str) -> None:
     with pytest.raises(UsageError, match="is no accuracy"):
         Expected.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("present", "status"), [(0, "missed"), (9, "unpublished"), (4, "unpublished")]
+)
+def test_a_part_of_the_classes_has_no_published_accuracy(
+    present: int, status: str, question: Question, answers: Answers
+) -> None:
+    question = replace(question, partial_classes=present)
+    baseline = check_baseline(answers(500, 20), question)
+    assert baseline.status == status
+    assert ("of the 10 classes" in baseline.sentence) == (present > 0)
+
+
+def test_a_few_absent_classes_are_no_excuse(question: Question, answers: Answers) -> None:
+    """Of 1000 classes 20 without an image move the accuracy by 2 points at most."""
+    card = zoo.find("clip-vit-base-p16")
+    names = tuple(name for name, _ in zoo.class_names(card))
+    many = replace(question, model=card.name, classes=1000, class_names=names)
+    assert check_baseline(answers(500, 0), replace(many, partial_classes=980)).status == "missed"
+    assert check_baseline(answers(500, 0), replace(many, partial_classes=100)).status == (
+        "unpublished"
+    )
