@@ -1,4 +1,4 @@
-"""Which files are pictures: by their names, and by their first bytes where the name says nothing.
+"""Which files are pictures: by their names, and by their content where the name does not say.
 
 Whatever Pillow decodes by itself counts.  Left out are formats that it only hands on to other
 programs (EPS to Ghostscript) or opens without decoding (GRIB, HDF5, ...).
@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import PurePosixPath
+from typing import IO
 
 from PIL import Image
 
 __all__ = [
     "HEAD_BYTES",
     "begins_like_an_image",
+    "has_doubtful_suffix",
     "has_image_suffix",
     "is_decoded",
     "may_be_an_image",
+    "opens",
 ]
 
 _NOT_DECODED = frozenset(("BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"))
-# Suffixes that are also those of other files: the first bytes decide.
+# Suffixes that are also those of other files: Pillow decides, by the header.
 _DOUBTFUL = frozenset((".bw", ".cur", ".im", ".ras", ".rgb", ".rgba", ".tga", ".vst", ".xpm"))
 # Files beside images that are known to be none: they need not be opened.
 _KNOWN_OTHERS = frozenset(
@@ -55,6 +58,20 @@ def has_image_suffix(name: str) -> bool:
     """Whether a file's name alone says that it is an image."""
     suffix = PurePosixPath(name).suffix.lower()
     return suffix not in _DOUBTFUL and suffix in _suffixes()
+
+
+def has_doubtful_suffix(name: str) -> bool:
+    """Whether a file may be an image by its name, and may be something else."""
+    return PurePosixPath(name).suffix.lower() in _DOUBTFUL
+
+
+def opens(stream: IO[bytes]) -> bool:
+    """Whether Pillow takes a file for an image; only its header is read."""
+    try:
+        with Image.open(stream) as image:
+            return is_decoded(image.format)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
 
 
 def may_be_an_image(name: str) -> bool:

@@ -6,6 +6,7 @@ unpacked, and nothing is left out silently: see :func:`survey`.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections import defaultdict
@@ -20,8 +21,10 @@ from clipdeploy.imaging.classes import Classes
 from clipdeploy.imaging.formats import (
     HEAD_BYTES,
     begins_like_an_image,
+    has_doubtful_suffix,
     has_image_suffix,
     may_be_an_image,
+    opens,
 )
 from clipdeploy.imaging.layouts import Files, Labelling, Layout, find_layout
 from clipdeploy.imaging.listing import Listing, list_files
@@ -163,9 +166,7 @@ def _images(path: Path, listing: Listing, reader: Reader) -> tuple[tuple[str, ..
         if _is_hidden(name):
             if has_image_suffix(name):
                 hidden.append(name)
-        elif has_image_suffix(name) or (
-            may_be_an_image(name) and begins_like_an_image(_head(path, reader, name))
-        ):
+        elif has_image_suffix(name) or _is_image_inside(path, reader, name):
             images.append(name)
     if not images:
         raise DatasetError(
@@ -175,14 +176,17 @@ def _images(path: Path, listing: Listing, reader: Reader) -> tuple[tuple[str, ..
     return tuple(images), hidden
 
 
-def _head(path: Path, reader: Reader, name: str) -> bytes:
+def _is_image_inside(path: Path, reader: Reader, name: str) -> bool:
+    """Whether the content is an image's, where the name does not say."""
+    if not may_be_an_image(name):
+        return False
     try:
-        if not path.is_dir():
-            return reader.read(name)[:HEAD_BYTES]
-        with open(path / name, "rb") as stream:
-            return stream.read(HEAD_BYTES)
+        with open(path / name, "rb") if path.is_dir() else io.BytesIO(reader.read(name)) as stream:
+            if has_doubtful_suffix(name):
+                return opens(stream)
+            return begins_like_an_image(stream.read(HEAD_BYTES))
     except (OSError, DatasetError):  # it cannot be read, and is reported as no image
-        return b""
+        return False
 
 
 def _left_out(names: Sequence[str], found: Layout, asked: Labelling) -> dict[str, None]:

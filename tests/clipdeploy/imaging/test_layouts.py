@@ -244,7 +244,7 @@ def test_images_that_all_have_no_class_are_refused_with_what_could_name_them(
 def test_every_format_of_pillow_is_read_by_suffix_or_content(tmp_path: Path, archive: bool) -> None:
     kinds = {"JPEG": ".jfif .jpe .jpg", "PPM": ".ppm .pnm", "PNG": ".apng .dat", "WEBP": ".webp"}
     kinds |= {"AVIF": ".avif", "TIFF": ".tiff", "BMP": ".dib", "JPEG2000": ".jp2", "GIF": ".bak"}
-    kinds |= {"TGA": ".vda", "QOI": ".qoi", "SGI": ".sgi"}
+    kinds |= {"TGA": ".vda .tga", "QOI": ".qoi", "SGI": ".sgi .rgb .bw"}
     # Without a suffix, and one that says nothing.
     names = [f"{kind}{suffix}" for kind, all_ in kinds.items() for suffix in all_.split()]
     root = tmp_path / "images"
@@ -257,13 +257,14 @@ def test_every_format_of_pillow_is_read_by_suffix_or_content(tmp_path: Path, arc
     (root / "BMI of patients").write_text("BMI,23")
     (root / "notes.txt").write_text("no image")
     (root / "movie.mpg").write_bytes(b"\0\0\1\xba")
+    (root / "weights.rgb").write_bytes(bytes(range(200)))
     (root / "page.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
     path = Path(shutil.make_archive(str(tmp_path / "z"), "zip", root)) if archive else root
     images = open_images(path)
     assert {entry.name for entry in images.entries} == {*names, "PNG", "JPEG.orig"}
-    others = ("BMI of patients", "movie.mpg", "notes.txt", "page.eps")
+    others = ("BMI of patients", "movie.mpg", "notes.txt", "page.eps", "weights.rgb")
     assert survey(images).others.first == others
-    assert "4 files are no images and were left out: " in survey(images).problems()[-1]
+    assert "5 files are no images and were left out: " in survey(images).problems()[-1]
     spec = Preprocess(8, CLIP_MEAN, CLIP_STD)
     assert len(list(iter_crops(images, spec, workers=0))) == len(images.entries)
 

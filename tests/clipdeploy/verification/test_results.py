@@ -114,6 +114,15 @@ def test_a_newer_schema_is_told(whole: Results, tmp_path: Path) -> None:
     assert "upgrade" in caught.value.hint
 
 
+def test_an_older_schema_is_not_misread(whole: Results, tmp_path: Path) -> None:
+    """Rows without names: with a field less they would be read as other figures."""
+    path = tmp_path / "results.jsonl"
+    save_results(path, replace(whole, question=replace(whole.question, schema=2)))
+    with pytest.raises(ArtifactError, match="older clipdeploy") as caught:
+        read_results(path)
+    assert caught.value.hint == "verify again"
+
+
 def lines_of(path: Path) -> list[bytes]:
     return path.read_bytes().split(b"\n")[:-1]
 
