@@ -218,8 +218,8 @@ def _refuse_unknown(files: Files, folders: Collection[str], classes: Classes) ->
     known = classes.examples() if classes.names else f"the model has {classes.count} classes"
     raise DatasetError(
         f"{files.root} has folders that are no class: {', '.join(unknown[:_SHOWN])}{more}",
-        hint=f"{known}; if it has others, export again with --class-names FILE; "
-        "--skip-unlabelled leaves such images out",
+        hint=f"{known}; if it has others, export again with --class-names FILE, "
+        "or leave such images out with --skip-unlabelled",
     )
 
 
