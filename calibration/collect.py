@@ -31,12 +31,12 @@ from calibration.table import (
     pack,
     save_table,
 )
-from exporters.artifact import BATCH_AXIS
-from exporters.errors import CalibrationError, ClipdeployError, GraphError
-from exporters.files import read_regular, sha256_file
+from clipdeploy.core.errors import CalibrationError, ClipdeployError, GraphError
+from clipdeploy.core.files import read_regular, sha256_file
+from clipdeploy.core.passport import BATCH_AXIS
+from clipdeploy.core.progress import SILENT, Progress
 from exporters.graphs import load_graph
 from exporters.headers import read_passport
-from exporters.progress import SILENT, Progress
 from exporters.session import OnnxSession
 
 __all__ = ["ActivationCollector", "CalibrationImage", "CollectConfig", "collect"]

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.table import CalibrationTable
-from exporters.errors import CalibrationError
+from clipdeploy.core.errors import CalibrationError
 
 __all__ = ["check_images", "flatness", "image_warnings", "is_flat"]
 

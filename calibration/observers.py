@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters.errors import CalibrationError
+from clipdeploy.core.errors import CalibrationError
 
 __all__ = ["BINS", "ChannelObserver", "ChannelStatistics", "bin_edges"]
 

@@ -28,9 +28,9 @@ from calibration.policy import LinearSite
 from calibration.ranges import RANGE_METHODS, RangeMethod, choose_range, search_levels
 from calibration.smoothing import Folding, find_source, fold, search_folding
 from calibration.weights import SMALLEST_SCALE, float16_step, quantize_weight, weight_error
-from exporters.errors import UsageError
+from clipdeploy.core.errors import UsageError
+from clipdeploy.core.spans import STRENGTH, check_numbers
 from exporters.initializers import write_initializer
-from exporters.spans import STRENGTH, check_numbers
 
 __all__ = [
     "LinearPlan",

@@ -18,8 +18,8 @@ import onnx_ir as ir
 from rich.table import Table
 from rich.text import Text
 
-from exporters.errors import GraphError
-from exporters.notebook import Renderable, Shown
+from clipdeploy.core.display import Renderable, Shown
+from clipdeploy.core.errors import GraphError
 
 __all__ = [
     "HEAD",

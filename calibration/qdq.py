@@ -42,17 +42,17 @@ from calibration.smoothing import Folding
 from calibration.table import CalibrationTable, load_table
 from calibration.weights import float16_step, quantize_weight
 from calibration.write import QdqWriter
-from exporters.artifact import Passport, Preprocess, settings_of
+from clipdeploy.core.display import Renderable, Shown
+from clipdeploy.core.errors import ArtifactError, CalibrationError, GraphError, UsageError
+from clipdeploy.core.files import sha256_file
+from clipdeploy.core.passport import Passport, Preprocess, settings_of
+from clipdeploy.core.spans import SQNR_DB, check_numbers
 from exporters.checks import check_structure
-from exporters.errors import ArtifactError, CalibrationError, GraphError, UsageError
-from exporters.files import sha256_file
 from exporters.graphs import load_graph, save_graph
 from exporters.headers import GraphArtifact, read_passport
-from exporters.notebook import Renderable, Shown
 from exporters.overflow import near_limit
 from exporters.precision import Fp16Config, half_precision
 from exporters.samples import Samples
-from exporters.spans import SQNR_DB, check_numbers
 
 __all__ = ["QuantizeConfig", "QuantizedGraph", "quantize", "smooth"]
 

@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 
 from calibration.images import flatness, is_flat
 from calibration.table import CalibrationTable
-from exporters.artifact import TensorSpec
-from exporters.errors import CalibrationError
-from exporters.files import file_errors
+from clipdeploy.core.errors import CalibrationError
+from clipdeploy.core.files import file_errors
+from clipdeploy.core.leftovers import scratch_folder
+from clipdeploy.core.passport import TensorSpec
 from exporters.graphs import write_model
-from exporters.leftovers import scratch_folder
 from exporters.overflow import largest_values, sqnr_db, stored_logits
 from exporters.samples import Samples
 from exporters.session import OnnxSession

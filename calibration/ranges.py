@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from calibration.distribution import LEVELS, Density, Distribution
 from calibration.weights import float16_step
-from exporters.errors import UsageError
+from clipdeploy.core.errors import UsageError
 
 __all__ = ["RANGE_METHODS", "RangeMethod", "choose_range", "search_levels"]
 

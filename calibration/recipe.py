@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from calibration.qdq import QuantizeConfig
-from exporters.artifact import read_json, to_json
-from exporters.errors import ArtifactError
-from exporters.files import write_atomic
-from exporters.values import Fault, is_name, unless, unless_lines
+from clipdeploy.core.errors import ArtifactError
+from clipdeploy.core.files import write_atomic
+from clipdeploy.core.passport import read_json, to_json
+from clipdeploy.core.values import Fault, is_name, unless, unless_lines
 
 __all__ = ["RECIPE_SCHEMA", "QuantizeRecipe", "load_recipe", "save_recipe"]
 
@@ -33,7 +33,7 @@ class QuantizeRecipe:
     schema: int = RECIPE_SCHEMA
 
     def faults(self) -> Iterator[Fault]:
-        """Values that no recipe has; see :mod:`exporters.values`."""
+        """Values that no recipe has; see :mod:`clipdeploy.core.values`."""
         yield from unless(is_name(self.model), "model", self.model, "a model's name")
         yield from unless_lines("weights", self.weights)
         yield from unless_lines("config.exclude", self.config.exclude)

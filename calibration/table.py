@@ -21,12 +21,12 @@ from rich.table import Table
 from rich.text import Text
 
 from calibration.observers import BINS, ChannelStatistics
-from exporters.artifact import Preprocess, read_json, to_json
-from exporters.errors import ArtifactError, CalibrationError
-from exporters.files import write_atomic
-from exporters.notebook import Renderable, Shown
+from clipdeploy.core.display import Renderable, Shown
+from clipdeploy.core.errors import ArtifactError, CalibrationError
+from clipdeploy.core.files import write_atomic
+from clipdeploy.core.passport import Preprocess, read_json, to_json
+from clipdeploy.core.values import Fault, is_hash, is_name, is_number, unless, unless_lines
 from exporters.samples import Samples
-from exporters.values import Fault, is_hash, is_name, is_number, unless, unless_lines
 
 __all__ = [
     "MOST_CROPS",
@@ -104,7 +104,7 @@ class PackedStatistics:
     total: bytes
 
     def faults(self) -> Iterator[Fault]:
-        """Values that no statistics have; see :mod:`exporters.values`."""
+        """Values that no statistics have; see :mod:`clipdeploy.core.values`."""
         held = 1 <= self.channels <= _MOST_CHANNELS
         yield from unless(held, "channels", self.channels, f"from 1 to {_MOST_CHANNELS}")
         yield from unless(self.rows >= 0, "rows", self.rows, "0 or more")
@@ -147,7 +147,7 @@ class CalibrationTable(Shown):
         return Samples(np.stack(arrays), self.preprocess) if arrays else None
 
     def faults(self) -> Iterator[Fault]:
-        """Values that no table has; see :mod:`exporters.values`."""
+        """Values that no table has; see :mod:`clipdeploy.core.values`."""
         yield from unless(is_name(self.model), "model", self.model, "a model's name")
         yield from unless_lines("weights", self.weights)
         digest = self.source_graph

@@ -25,12 +25,12 @@ from clipdeploy.benchmark import (
     benchmark_artifacts,
     benchmark_model,
 )
-from clipdeploy.cluster import ClusterConfig
+from clipdeploy.core.errors import ClipdeployError
+from clipdeploy.core.passport import Recipe
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.builder import EngineArtifact
 from clipdeploy.imaging import Labelling
-from clipdeploy.inspection import Inspection, inspect_file
-from clipdeploy.model import WeightsChoice
+from clipdeploy.models.load import WeightsChoice
 from clipdeploy.packaging.cpp import CppPackage
 from clipdeploy.packaging.triton import TritonPackage
 from clipdeploy.packaging.triton_config import TritonConfig
@@ -42,9 +42,9 @@ from clipdeploy.stages.calibrate import (
     calibrate_model,
     merge_calibration,
 )
-from clipdeploy.stages.deploy import DeployConfig, Deployment, deploy_model
+from clipdeploy.stages.cluster import ClusterConfig
+from clipdeploy.stages.deploy.run import DeployConfig, Deployment, deploy_model
 from clipdeploy.stages.export import export_model
-from clipdeploy.stages.merge import merge_verification
 from clipdeploy.stages.package import artifact_to_package, package_cpp, package_triton
 from clipdeploy.stages.predict import Predictions, predict_images
 from clipdeploy.stages.quantize import convert_model, quantize_model
@@ -52,17 +52,17 @@ from clipdeploy.stages.report import write_reports
 from clipdeploy.stages.samples import sample_images
 from clipdeploy.stages.search import search_model
 from clipdeploy.stages.stage_log import StageRun, StageWatch
-from clipdeploy.stages.verify import verify_model
-from clipdeploy.stages.verify_setup import Judgement, VerifyScope
+from clipdeploy.stages.verify.merge import merge_verification
+from clipdeploy.stages.verify.run import verify_model
+from clipdeploy.stages.verify.setup import Judgement, VerifyScope
 from clipdeploy.tuning.result import Bisection
 from clipdeploy.tuning.search import SearchConfig, SearchResult
 from clipdeploy.verification.baseline import Expected
 from clipdeploy.verification.result import Verification
 from clipdeploy.verification.verdicts import Limits
 from clipdeploy.verification.verifier import VerifyConfig
-from clipdeploy.workspace import Workspace
-from exporters.artifact import Recipe
-from exporters.errors import ClipdeployError
+from clipdeploy.workspace.folder import Workspace
+from clipdeploy.workspace.inspection import Inspection, inspect_file
 from exporters.headers import GraphArtifact
 from exporters.onnx import ExportConfig
 from exporters.precision import Fp16Config

@@ -10,8 +10,8 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from exporters.artifact import Passport, TensorSpec
-from exporters.errors import GraphError
+from clipdeploy.core.errors import GraphError
+from clipdeploy.core.passport import Passport, TensorSpec
 from exporters.graphs import structure, weight_proto
 from exporters.session import OnnxSession
 

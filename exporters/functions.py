@@ -10,7 +10,7 @@ import onnx
 import onnx.inliner
 from onnx import ModelProto, NodeProto, helper
 
-from exporters.errors import GraphError
+from clipdeploy.core.errors import GraphError
 from exporters.nested import all_nodes
 
 __all__ = ["ONNX_ERRORS", "first_line", "inlined"]

@@ -10,15 +10,15 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError, EncodeError
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
-from exporters.artifact import PASSPORT_KEY, Passport, to_json
-from exporters.errors import GraphError
-from exporters.files import (
+from clipdeploy.core.errors import GraphError
+from clipdeploy.core.files import (
     atomic_path,
     file_errors,
     open_regular,
     read_regular,
     sha256_file,
 )
+from clipdeploy.core.passport import PASSPORT_KEY, Passport, to_json
 from exporters.headers import GraphArtifact, not_a_graph, weight_files
 from exporters.nested import all_tensors
 from exporters.typed_graphs import dense

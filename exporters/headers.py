@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from exporters.artifact import PASSPORT_KEY, Passport, from_json
-from exporters.errors import ArtifactError, FileError, GraphError
-from exporters.files import file_errors, open_regular, sha256_file
-from exporters.notebook import Renderable, Shown, facts
+from clipdeploy.core.display import Renderable, Shown, facts
+from clipdeploy.core.errors import ArtifactError, FileError, GraphError
+from clipdeploy.core.files import file_errors, open_regular, sha256_file
+from clipdeploy.core.passport import PASSPORT_KEY, Passport, from_json
 
 if TYPE_CHECKING:
     import onnx

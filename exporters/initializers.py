@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from exporters.errors import GraphError
+from clipdeploy.core.errors import GraphError
 
 __all__ = ["add_initializer", "own_initializer", "write_initializer"]
 

@@ -17,18 +17,18 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from exporters.artifact import BATCH_AXIS, PASSPORT_KEY, Passport, settings_of, to_json
+from clipdeploy.core.errors import GraphError
+from clipdeploy.core.files import atomic_path, sha256_file
+from clipdeploy.core.passport import BATCH_AXIS, PASSPORT_KEY, Passport, settings_of, to_json
+from clipdeploy.core.progress import SILENT, Progress
+from clipdeploy.core.spans import BATCH, OPSET, check_numbers
 from exporters.checks import PARITY_BATCHES, check_parity, check_structure
-from exporters.errors import GraphError
-from exporters.files import atomic_path, sha256_file
 from exporters.graphs import write_model
 from exporters.headers import GraphArtifact
 from exporters.passes import run_lean_passes
 from exporters.passes.opset import TRACED_OPSET, SetOpset
 from exporters.preprocess_graph import add_preprocessing, preprocessed_passport
-from exporters.progress import SILENT, Progress
 from exporters.samples import Samples
-from exporters.spans import BATCH, OPSET, check_numbers
 
 __all__ = ["ExportConfig", "export_graph", "trace"]
 

@@ -26,10 +26,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from exporters.errors import GraphError
-from exporters.files import file_errors
+from clipdeploy.core.errors import GraphError
+from clipdeploy.core.files import file_errors
+from clipdeploy.core.leftovers import scratch_folder
 from exporters.graphs import load_graph, write_model
-from exporters.leftovers import scratch_folder
 from exporters.passes.fp16 import FP16_MAX
 from exporters.session import OnnxSession
 from exporters.storage import refuse_nested, store_float16

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from exporters.artifact import Passport
+from clipdeploy.core.errors import GraphError
+from clipdeploy.core.files import sha256_file
+from clipdeploy.core.passport import Passport
 from exporters.checks import check_structure
-from exporters.errors import GraphError
-from exporters.files import sha256_file
 from exporters.functions import inlined
 from exporters.graphs import load_graph, save_graph
 from exporters.headers import GraphArtifact, read_passport

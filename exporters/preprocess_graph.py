@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from exporters.artifact import Passport, Preprocess
+from clipdeploy.core.passport import Passport, Preprocess
 from exporters.initializers import add_initializer
 
 __all__ = ["PREPROCESS_TENSORS", "add_preprocessing", "preprocessed_passport", "scale_and_offset"]

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
+from clipdeploy.core.errors import GraphError
 from exporters.blocks import UNKNOWN, BlockPrecision, Product, block_of, by_block
-from exporters.errors import GraphError
 from exporters.functions import inlined
 from exporters.nested import captured, element_type, is_nested, subgraphs
 from exporters.typed_graphs import element_types, flat

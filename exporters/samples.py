@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters.artifact import Preprocess, TensorSpec
-from exporters.buffers import Buffers
-from exporters.errors import GraphError
+from clipdeploy.core.buffers import Buffers
+from clipdeploy.core.errors import GraphError
+from clipdeploy.core.passport import Preprocess, TensorSpec
 from exporters.preprocess_graph import scale_and_offset
 
 __all__ = ["Samples", "normalise", "stack_crops"]

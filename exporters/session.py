@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from exporters.errors import EngineError, GraphError
+from clipdeploy.core.errors import EngineError, GraphError
 
 __all__ = ["CPU", "CUDA", "OnnxSession", "available_providers"]
 

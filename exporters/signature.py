@@ -7,8 +7,8 @@ from pathlib import Path
 
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
-from exporters.artifact import TensorSpec
-from exporters.errors import GraphError
+from clipdeploy.core.errors import GraphError
+from clipdeploy.core.passport import TensorSpec
 from exporters.headers import read_skeleton
 from exporters.products import tensor_types
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from exporters.errors import GraphError
+from clipdeploy.core.errors import GraphError
 from exporters.typed_graphs import TYPE_ATTRIBUTES
 
 __all__ = ["refuse_nested", "store_float16"]

@@ -25,7 +25,7 @@ from onnx import (
     numpy_helper,
 )
 
-from exporters.errors import GraphError
+from clipdeploy.core.errors import GraphError
 from exporters.functions import ONNX_ERRORS, first_line, inlined
 from exporters.nested import all_graphs, all_nodes, element_type, inner_graphs
 

@@ -27,14 +27,14 @@ from calibration.plan import PlanConfig
 from calibration.qdq import QuantizeConfig, smooth
 from calibration.ranges import RANGE_METHODS
 from calibration.table import CalibrationTable, load_table
-from clipdeploy import zoo
+from clipdeploy.core.files import write_atomic
+from clipdeploy.core.passport import Recipe
+from clipdeploy.core.plots import inline_svg
 from clipdeploy.imaging import iter_crops, open_images, select
-from clipdeploy.model import WeightsChoice
+from clipdeploy.models import cards
+from clipdeploy.models.load import WeightsChoice
 from clipdeploy.pipeline import calibrate_model, export_model, quantize_model
-from clipdeploy.plots import inline_svg
-from clipdeploy.workspace import Workspace
-from exporters.artifact import Recipe
-from exporters.files import write_atomic
+from clipdeploy.workspace.folder import Workspace
 from exporters.graphs import load_graph
 from exporters.samples import normalise
 from exporters.session import OnnxSession
@@ -66,8 +66,8 @@ class Measured:
 
 def digits() -> NDArray[np.float32]:
     """Held-out digits, normalised, (IMAGES, 3, 32, 32)."""
-    spec = zoo.find(zoo.DEMO).preprocess(Recipe())
-    chosen = select(open_images(zoo.demo_file("test.zip")), IMAGES, seed=0)
+    spec = cards.find(cards.DEMO).preprocess(Recipe())
+    chosen = select(open_images(cards.demo_file("test.zip")), IMAGES, seed=0)
     return normalise(np.stack([crop.pixels for crop in iter_crops(chosen, spec)]), spec)
 
 
@@ -81,7 +81,7 @@ def channels(
     workspace: Workspace, table: CalibrationTable
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The largest |x| of each channel of LINEAR's input, before and after smoothing."""
-    model = load_graph(workspace.graph(zoo.DEMO, "fp32"))
+    model = load_graph(workspace.graph(cards.DEMO, "fp32"))
     names = frozenset(name for name in table.statistics if name.startswith("blocks."))
     folding = smooth(model, table, names)[LINEAR]
     seen = table.of(LINEAR)
@@ -93,17 +93,17 @@ def channels(
 def measure(folder: Path, weights: Path | None, images: NDArray[np.float32]) -> Measured:
     """Export, calibrate, and quantise with every plan."""
     workspace = Workspace(folder)
-    export_model(workspace, zoo.DEMO, WeightsChoice(weights))
-    calibrate_model(workspace, zoo.DEMO, zoo.demo_file("calibration.zip"))
-    (reference,) = OnnxSession(workspace.graph(zoo.DEMO, "fp32")).run(images)
+    export_model(workspace, cards.DEMO, WeightsChoice(weights))
+    calibrate_model(workspace, cards.DEMO, cards.demo_file("calibration.zip"))
+    (reference,) = OnnxSession(workspace.graph(cards.DEMO, "fp32")).run(images)
 
     def fidelity(plan: PlanConfig) -> float:
         config = QuantizeConfig(plan=plan, remainder="fp32", min_sqnr=None)
-        graph = quantize_model(workspace, zoo.DEMO, config).artifact.path
+        graph = quantize_model(workspace, cards.DEMO, config).artifact.path
         (found,) = OnnxSession(graph, exact_int8=True).run(images)
         return decibels(reference, found)
 
-    before, after = channels(workspace, load_table(workspace.calibration(zoo.DEMO)))
+    before, after = channels(workspace, load_table(workspace.calibration(cards.DEMO)))
     steps = {name: fidelity(plan) for name, plan in STEPS.items()}
     methods = {name: fidelity(plan) for name, plan in METHODS.items()}
     return Measured(before, after, steps, methods)
@@ -147,7 +147,7 @@ def main() -> None:
     models = {}
     with tempfile.TemporaryDirectory() as temporary:
         outliers = Path(temporary, "outliers.safetensors")
-        tensors = load_file(zoo.demo_file("weights.safetensors"))
+        tensors = load_file(cards.demo_file("weights.safetensors"))
         save_file(add_channel_outliers(tensors, seed=1), outliers)
         for name, weights in (("demo", None), ("with outliers", outliers)):
             models[name] = measure(Path(temporary, name), weights, images)

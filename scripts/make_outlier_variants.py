@@ -41,9 +41,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from train_demo_checkpoint import Digits, new_model, pixels, read_digits, split, train
 
-from clipdeploy import zoo
-from clipdeploy.vit import VisionTransformer
-from exporters.artifact import Recipe
+from clipdeploy.core.passport import Recipe
+from clipdeploy.models import cards
+from clipdeploy.models.vit import VisionTransformer
 
 Tensors = dict[str, Tensor]
 
@@ -187,7 +187,7 @@ def build(tensors: Tensors) -> VisionTransformer:
     position[:, :1] += state.pop("cls_token")
     state["position"] = position
     state["patch_embed.weight"] = state.pop("patch_embed.proj.weight")
-    model = new_model(zoo.find(zoo.DEMO)).to(position.dtype)
+    model = new_model(cards.find(cards.DEMO)).to(position.dtype)
     model.load_state_dict(state)
     return model.eval()
 
@@ -298,14 +298,14 @@ def held_back() -> set[int]:
     """The ``load_digits`` indices of the shipped calibration and test images."""
     found = set()
     for archive in ("calibration.zip", "test.zip"):
-        with zipfile.ZipFile(zoo.demo_file(archive)) as images:
+        with zipfile.ZipFile(cards.demo_file(archive)) as images:
             found |= {int(Path(name).stem.removeprefix("digit-")) for name in images.namelist()}
     return found
 
 
 def make_variants(training: Digits, test: Digits, epochs: int) -> list[Variant]:
     """The parent, called ``demo``, and its three variants."""
-    spec = zoo.find(zoo.DEMO).preprocess(Recipe())
+    spec = cards.find(cards.DEMO).preprocess(Recipe())
     train_images, train_labels = pixels(training, spec), torch.from_numpy(training.labels)
     images, labels = pixels(test, spec), torch.from_numpy(test.labels)
 
@@ -313,7 +313,7 @@ def make_variants(training: Digits, test: Digits, epochs: int) -> list[Variant]:
         apart = {} if parent is None else function_differences(parent, SEED, images)
         return Variant(name, tensors, measure(tensors, images, labels), apart)
 
-    demo = load_file(zoo.demo_file("weights.safetensors"))
+    demo = load_file(cards.demo_file("weights.safetensors"))
     planted = add_massive_channels(demo, train_images, SEED)
     massive = fine_tune(planted, train_images, train_labels, epochs)
     return [

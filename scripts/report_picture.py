@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from clipdeploy import zoo
+from clipdeploy.models import cards
 from clipdeploy.pipeline import (
     VerifyScope,
     Workspace,
@@ -41,11 +41,11 @@ COLOURS = 64
 def write_report(folder: Path) -> Path:
     """Every stage on the demo card, and the report."""
     workspace = Workspace(folder)
-    export_model(workspace, zoo.DEMO)
-    convert_model(workspace, zoo.DEMO)
-    calibrate_model(workspace, zoo.DEMO, zoo.demo_file("calibration.zip"))
-    quantize_model(workspace, zoo.DEMO)
-    found = verify_model(workspace, zoo.DEMO, TEST, scope=VerifyScope(graphs_only=True))
+    export_model(workspace, cards.DEMO)
+    convert_model(workspace, cards.DEMO)
+    calibrate_model(workspace, cards.DEMO, cards.demo_file("calibration.zip"))
+    quantize_model(workspace, cards.DEMO)
+    found = verify_model(workspace, cards.DEMO, TEST, scope=VerifyScope(graphs_only=True))
     report = folder / "report.html"
     write_reports(found, [report])
     return report

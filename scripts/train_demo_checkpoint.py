@@ -27,11 +27,11 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional as F
 
-from clipdeploy import zoo
+from clipdeploy.core.passport import Preprocess, Recipe
 from clipdeploy.imaging.preprocess import crop_image
-from clipdeploy.model import random_tensors
-from clipdeploy.vit import VisionTransformer, ViTConfig
-from exporters.artifact import Preprocess, Recipe
+from clipdeploy.models import cards
+from clipdeploy.models.load import random_tensors
+from clipdeploy.models.vit import VisionTransformer, ViTConfig
 from exporters.samples import normalise
 
 SEED = 20260
@@ -119,7 +119,7 @@ def augment(images: Tensor) -> Tensor:
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def new_model(card: zoo.ModelCard) -> VisionTransformer:
+def new_model(card: cards.ModelCard) -> VisionTransformer:
     """The demo geometry with seeded weights."""
     config = ViTConfig(
         card.patch, card.image_size, card.classes, card.width, card.depth, card.heads
@@ -185,7 +185,7 @@ def main() -> int:
     epochs = parser.parse_args().epochs
     torch.manual_seed(SEED)
     torch.use_deterministic_algorithms(True)
-    card = zoo.find(zoo.DEMO)
+    card = cards.find(cards.DEMO)
     spec = card.preprocess(Recipe())
     digits = read_digits()
     training, calibration, test = split(digits)

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from clipdeploy import zoo
 from clipdeploy.cli.settings import SETTINGS
+from clipdeploy.core.passport import Recipe
 from clipdeploy.imaging import iter_crops, open_images, select
-from clipdeploy.model import LoadedModel, WeightsChoice, load_model
+from clipdeploy.models import cards
+from clipdeploy.models.load import LoadedModel, WeightsChoice, load_model
 from clipdeploy.pipeline import calibrate_model, convert_model, export_model, quantize_model
-from clipdeploy.workspace import Workspace
-from exporters.artifact import Recipe
+from clipdeploy.workspace.folder import Workspace
 from exporters.samples import normalise
 
 
@@ -43,22 +43,22 @@ def python_hears_ctrl_c() -> Iterator[None]:
 def demo_workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """The demo card exported, calibrated, converted to FP16 and quantised.  Read only."""
     workspace = Workspace(tmp_path_factory.mktemp("demo") / "artifacts")
-    export_model(workspace, zoo.DEMO)
-    convert_model(workspace, zoo.DEMO)
-    calibrate_model(workspace, zoo.DEMO, zoo.demo_file("calibration.zip"))
-    quantize_model(workspace, zoo.DEMO)
+    export_model(workspace, cards.DEMO)
+    convert_model(workspace, cards.DEMO)
+    calibrate_model(workspace, cards.DEMO, cards.demo_file("calibration.zip"))
+    quantize_model(workspace, cards.DEMO)
     return workspace
 
 
 @pytest.fixture(scope="session")
 def demo_model() -> LoadedModel:
     """The demo card's reference model."""
-    return load_model(zoo.find(zoo.DEMO), WeightsChoice(), Recipe())
+    return load_model(cards.find(cards.DEMO), WeightsChoice(), Recipe())
 
 
 @pytest.fixture(scope="session")
 def demo_images(demo_model: LoadedModel) -> NDArray[np.float32]:
     """Sixteen held-out digits, normalised, float32 (16, 3, 32, 32)."""
     spec = demo_model.card.preprocess(demo_model.recipe)
-    digits = select(open_images(zoo.demo_file("test.zip")), 16, seed=0)
+    digits = select(open_images(cards.demo_file("test.zip")), 16, seed=0)
     return normalise(np.stack([crop.pixels for crop in iter_crops(digits, spec)]), spec)

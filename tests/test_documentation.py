@@ -18,11 +18,12 @@ from doc_pages import Block, Page
 from script_module import load_script
 
 from calibration.plan import PlanConfig
-from clipdeploy import pipeline, zoo
+from clipdeploy import pipeline
 from clipdeploy.cli.common import DefaultGroup
 from clipdeploy.cli.main import main
-from clipdeploy.workspace import Workspace
-from exporters.notebook import Shown
+from clipdeploy.core.display import Shown
+from clipdeploy.models import cards
+from clipdeploy.workspace.folder import Workspace
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -371,17 +372,17 @@ def test_the_row_of_the_page_becomes_a_card(monkeypatch: pytest.MonkeyPatch) -> 
     ]
     (row,) = csv.DictReader(block.text.splitlines())
     assert set(row) == set(zoo_rows()[0])
-    monkeypatch.setattr(zoo, "_read_rows", lambda name: [*zoo_rows(), row])
-    zoo.cards.cache_clear()
+    monkeypatch.setattr(cards, "_read_rows", lambda name: [*zoo_rows(), row])
+    cards.all_cards.cache_clear()
     try:
-        card = zoo.find(row["name"])
+        card = cards.find(row["name"])
         assert (card.patch, card.image_size) == (int(row["patch"]), int(row["image_size"]))
         assert card.tokens == int(row["tokens"])
         assert card.url.endswith(row["file"])
-        assert zoo.find(row["timm_name"]) == card
+        assert cards.find(row["timm_name"]) == card
     finally:
         monkeypatch.undo()
-        zoo.cards.cache_clear()
+        cards.all_cards.cache_clear()
 
 
 def test_the_layers_are_those_of_the_contract() -> None:

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from clipdeploy.device import driver, gpus
+from clipdeploy.core.device import driver, gpus
 from clipdeploy.engines.passport import library_versions, platform_name
 
 __all__ = ["Clocks", "Environment", "machine_load", "read_clocks", "read_environment"]

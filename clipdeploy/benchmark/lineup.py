@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipdeploy.benchmark.rounds import Contender, random_images
+from clipdeploy.core.errors import ArtifactError, ClipdeployError, EngineError
+from clipdeploy.core.passport import Passport
 from clipdeploy.engines.passport import read_engine_passport
-from clipdeploy.passports import check_made_from, checked_passport, is_vouched
 from clipdeploy.runners import Runner
-from clipdeploy.workspace import PRECISIONS, Workspace
-from exporters.artifact import Passport
-from exporters.errors import ArtifactError, ClipdeployError, EngineError
+from clipdeploy.workspace.folder import PRECISIONS, Workspace
+from clipdeploy.workspace.passports import check_made_from, checked_passport, is_vouched
 from exporters.headers import read_passport
 
 __all__ = ["ENGINE", "GRAPH", "NotRun", "line_up", "models_of", "short_labels", "workspace_files"]
@@ -82,7 +82,7 @@ def _check_named(path: Path) -> None:
 def workspace_files(
     workspace: Workspace, model: str, *, trust: bool
 ) -> tuple[list[Path], dict[Path, str]]:
-    """Every graph and engine of a model, and why some are refused: see ``clipdeploy.passports``.
+    """Every graph and engine of a model, and why some are refused: see ``clipdeploy.workspace.passports``.
 
     ``trust`` takes engines as they are.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from clipdeploy.plots import line_style
+from clipdeploy.core.plots import line_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,10 +9,19 @@ from clipdeploy.benchmark.environment import Environment
 from clipdeploy.benchmark.latency import Estimate, Latency, per_second, ratio, summarise
 from clipdeploy.benchmark.lineup import NotRun
 from clipdeploy.benchmark.rounds import Contender
+from clipdeploy.core.display import Renderable, Shown
+from clipdeploy.core.errors import UsageError
+from clipdeploy.core.spans import (
+    BATCH,
+    ROUNDS,
+    SECONDS,
+    SEED,
+    THREADS,
+    WARMUP,
+    check_numbers,
+    shown,
+)
 from clipdeploy.runners import Provider
-from exporters.errors import UsageError
-from exporters.notebook import Renderable, Shown
-from exporters.spans import BATCH, ROUNDS, SECONDS, SEED, THREADS, WARMUP, check_numbers, shown
 
 __all__ = ["Benchmark", "BenchmarkConfig", "BenchmarkRow", "summary_rows"]
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clipdeploy.core.errors import ArtifactError
+from clipdeploy.core.passport import TensorSpec
 from clipdeploy.runners import Runner
-from exporters.artifact import TensorSpec
-from exporters.errors import ArtifactError
 
 __all__ = ["Clock", "Contender", "measure", "random_images"]
 

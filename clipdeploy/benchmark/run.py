@@ -12,14 +12,14 @@ from clipdeploy.benchmark.environment import machine_load, read_clocks, read_env
 from clipdeploy.benchmark.lineup import ENGINE, GRAPH, NotRun, line_up, models_of, workspace_files
 from clipdeploy.benchmark.result import Benchmark, BenchmarkConfig, summary_rows
 from clipdeploy.benchmark.rounds import Clock, Contender, measure
+from clipdeploy.core.errors import ClipdeployError, FileError, UsageError
+from clipdeploy.core.paths import StrPath, as_paths
+from clipdeploy.core.progress import SILENT, Progress
+from clipdeploy.models.cards import takes_any_name
 from clipdeploy.runners import open_runner
-from clipdeploy.workspace import Workspace
-from clipdeploy.zoo import takes_any_name
-from exporters.errors import ClipdeployError, FileError, UsageError
+from clipdeploy.workspace.folder import Workspace
 from exporters.headers import read_skeleton
-from exporters.paths import StrPath, as_paths
 from exporters.products import find_products
-from exporters.progress import SILENT, Progress
 from exporters.signature import stores_float16
 
 __all__ = ["benchmark_artifacts", "benchmark_model", "warm_up"]

@@ -18,8 +18,8 @@ from clipdeploy.cli.common import (
 from clipdeploy.cli.numbers import number, whole_numbers
 from clipdeploy.cli.params import ArtifactPath
 from clipdeploy.cli.usage import command, refuse_together, refuse_unused
-from exporters.errors import EngineError
-from exporters.spans import ROUNDS, SECONDS, SEED, THREADS, WARMUP
+from clipdeploy.core.errors import EngineError
+from clipdeploy.core.spans import ROUNDS, SECONDS, SEED, THREADS, WARMUP
 
 
 @command(epilog="\b\nclipdeploy benchmark --batch 1,8,32 --plot latency.svg")
@@ -89,7 +89,7 @@ def benchmark(
     refuse_together("artifacts", "model", hint="no --model beside files: each has its own")
     if {path.suffix for path in artifacts} == {".onnx"}:
         refuse_unused(["cuda_graph", "trust"], "engines", "name an .engine file")
-    from clipdeploy.plots import check_plot_path, save_plot
+    from clipdeploy.core.plots import check_plot_path, save_plot
 
     if plot:
         check_plot_path(plot)

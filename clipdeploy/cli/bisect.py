@@ -12,7 +12,7 @@ from clipdeploy.cli.labelling import check_labelling, labelling, labelling_optio
 from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import ArtifactPath
 from clipdeploy.cli.usage import command
-from exporters.spans import BATCH, IMAGES, SEED, THREADS
+from clipdeploy.core.spans import BATCH, IMAGES, SEED, THREADS
 
 
 @command(epilog="\b\nclipdeploy bisect --data IMAGES --plot map.png")
@@ -46,7 +46,7 @@ def bisect(
 
     GRAPH is any FP16 or INT8 .onnx with the names of the FP32 graph, which it is held against.
     """
-    from clipdeploy.plots import check_plot_path, save_plot
+    from clipdeploy.core.plots import check_plot_path, save_plot
 
     check_labelling(options)
     if plot:

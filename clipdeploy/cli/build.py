@@ -36,8 +36,8 @@ from clipdeploy.cli.usage import (
     refuse_unused,
     with_options,
 )
-from exporters.errors import UsageError
-from exporters.spans import BATCH, MEMORY_MIB, OPTIMIZATION
+from clipdeploy.core.errors import UsageError
+from clipdeploy.core.spans import BATCH, MEMORY_MIB, OPTIMIZATION
 
 if TYPE_CHECKING:
     from clipdeploy.engines.backends import Wanted

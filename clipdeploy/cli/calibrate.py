@@ -24,8 +24,8 @@ from clipdeploy.cli.common import (
 from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import how_to_give
 from clipdeploy.cli.usage import group
-from exporters.errors import UsageError
-from exporters.spans import IMAGES, SEED
+from clipdeploy.core.errors import UsageError
+from clipdeploy.core.spans import IMAGES, SEED
 
 if TYPE_CHECKING:
     from clipdeploy.stages.calibrate import CalibrationArtifact

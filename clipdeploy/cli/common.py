@@ -27,19 +27,19 @@ from clipdeploy.cli.params import (
 from clipdeploy.cli.streams import made_more_than_output
 from clipdeploy.cli.text import echo, echo_json, echo_line, show
 from clipdeploy.cli.usage import Group, refuse_before_subcommand
-from exporters.errors import ClipdeployError, UsageError
-from exporters.printable import printable
-from exporters.progress import SILENT
-from exporters.spans import THREADS
+from clipdeploy.core.errors import ClipdeployError, UsageError
+from clipdeploy.core.printable import printable
+from clipdeploy.core.progress import SILENT
+from clipdeploy.core.spans import THREADS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from clipdeploy.cli.kinds import Value
+    from clipdeploy.cli.setting_types import Value
     from clipdeploy.cli.settings import Settings
-    from clipdeploy.cluster import ClusterConfig
-    from clipdeploy.workspace import Workspace
-    from exporters.progress import Progress
+    from clipdeploy.core.progress import Progress
+    from clipdeploy.stages.cluster import ClusterConfig
+    from clipdeploy.workspace.folder import Workspace
 
 __all__ = [
     "Context",
@@ -91,7 +91,7 @@ class Context:
     @functools.cached_property
     def workspace(self) -> Workspace:
         """The folder of artifacts."""
-        from clipdeploy.workspace import Workspace
+        from clipdeploy.workspace.folder import Workspace
 
         return Workspace(self._root)
 
@@ -120,21 +120,21 @@ class Context:
 
     def model(self, name: str | None) -> str:
         """The model asked for, else the settings' or the workspace's last one, which is said."""
-        from clipdeploy import zoo
+        from clipdeploy.models import cards
 
         if chosen := name or self.setting("model"):
-            return zoo.find(str(chosen)).name
+            return cards.find(str(chosen)).name
         last = self.workspace.last_model()
         self.note(f"model: {last} (the last one of {self._root})")
         return last
 
 
 class RichProgress:
-    """:class:`exporters.progress.Progress` as bars, or as a line a task where nobody watches."""
+    """:class:`clipdeploy.core.progress.Progress` as bars, or as a line a task where nobody watches."""
 
     @contextmanager
     def task(self, text: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-        """See :class:`exporters.progress.Progress`."""
+        """See :class:`clipdeploy.core.progress.Progress`."""
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -238,7 +238,7 @@ def stage_command(function: F) -> F:
 def emit(context: Context, result: object, render: Callable[[], RenderableType]) -> None:
     """Print a result on stdout: as JSON with ``--json``, else as ``render`` shows it."""
     if context.as_json:
-        from exporters.artifact import to_json
+        from clipdeploy.core.passport import to_json
 
         echo_json(to_json(result))
         return
@@ -287,7 +287,7 @@ def cluster_or_none(address: str | None) -> ClusterConfig | None:
     """
     if address is None:
         return None
-    from clipdeploy.cluster import ClusterConfig
+    from clipdeploy.stages.cluster import ClusterConfig
 
     return ClusterConfig(address)
 

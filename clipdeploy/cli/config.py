@@ -9,8 +9,8 @@ from pathlib import Path
 import click
 
 from clipdeploy.cli.common import Context, emit, stage_command
-from clipdeploy.cli.kinds import IMAGES, Value, as_toml
 from clipdeploy.cli.params import typed_values
+from clipdeploy.cli.setting_types import IMAGES, Value, as_toml
 from clipdeploy.cli.settings import (
     CONFIG_FILE,
     CONFIG_VARIABLE,
@@ -23,7 +23,7 @@ from clipdeploy.cli.settings import (
     strangers,
 )
 from clipdeploy.cli.usage import command
-from exporters.errors import UsageError
+from clipdeploy.core.errors import UsageError
 
 __all__ = ["ConfigRow", "Configuration", "config", "template"]
 
@@ -113,7 +113,7 @@ def _doubts(settings: Settings) -> list[str]:
 
 
 def _write_template(path: Path) -> Path:
-    from exporters.files import write_atomic
+    from clipdeploy.core.files import write_atomic
 
     if os.path.lexists(path):
         raise UsageError(f"{path} is there already", hint="change it, or move it away first")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from exporters.printable import printable
+from clipdeploy.core.printable import printable
 
 __all__ = ["PlainConsole"]
 

@@ -17,7 +17,7 @@ from clipdeploy.cli.usage import command
 @stage_command
 def demo(context: Context, force: bool) -> int:
     """Export, calibrate, INT8, engines and verdict on real handwritten digits, offline."""
-    from clipdeploy.demo import run_demo
+    from clipdeploy.stages.demo import run_demo
 
     result = run_demo(context.workspace, force=force, progress=context.progress)
     emit(context, result, lambda: result)

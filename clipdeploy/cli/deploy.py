@@ -38,10 +38,10 @@ from clipdeploy.cli.verify import (
     max_drop_top5_option,
     verify_scope,
 )
-from exporters.spans import IMAGES
+from clipdeploy.core.spans import IMAGES
 
 if TYPE_CHECKING:
-    from clipdeploy.stages.deploy import DeployConfig
+    from clipdeploy.stages.deploy.run import DeployConfig
 
 # The parameters that decide which calibration images are observed.
 _OBSERVED = ("images", "seed")
@@ -112,7 +112,7 @@ def deploy(context: Context, model: str | None, **options: Any) -> int:
     """
     config = _config(context, options)
     name = context.model(model)
-    from clipdeploy.stages.deploy import deploy_model
+    from clipdeploy.stages.deploy.run import deploy_model
 
     with StageDisplay(quiet=context.quiet) as display:
         result = deploy_model(
@@ -132,7 +132,7 @@ def _config(context: Context, options: dict[str, Any]) -> DeployConfig:
     """The options as a configuration."""
     from clipdeploy.engines.build_config import BuildConfig
     from clipdeploy.stages.calibrate import CalibrateConfig
-    from clipdeploy.stages.deploy_config import SHORT_BENCHMARK, DeployConfig
+    from clipdeploy.stages.deploy.config import SHORT_BENCHMARK, DeployConfig
     from clipdeploy.verification.verifier import VerifyConfig
 
     _check_used(options)

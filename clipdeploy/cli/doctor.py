@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from clipdeploy.cli.common import Context, emit, stage_command
 from clipdeploy.cli.usage import command
-from exporters.errors import FileError
+from clipdeploy.core.errors import FileError
 
 if TYPE_CHECKING:
     from clipdeploy.doctor import Diagnosis

@@ -12,11 +12,11 @@ from clipdeploy.cli.labelling import class_names_option
 from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import setting_option
 from clipdeploy.cli.usage import command, refuse_together, refuse_unused, with_options
-from exporters.spans import BATCH, OPSET, SEED
+from clipdeploy.core.spans import BATCH, OPSET, SEED
 
 if TYPE_CHECKING:
-    from clipdeploy.model import WeightsChoice
-    from exporters.artifact import Passport, Recipe
+    from clipdeploy.core.passport import Passport, Recipe
+    from clipdeploy.models.load import WeightsChoice
 
 __all__ = ["export", "weights_choice", "weights_options"]
 
@@ -87,8 +87,8 @@ def weights_choice(context: Context, options: dict[str, Any]) -> tuple[WeightsCh
     refuse_together("checkpoint", "random_init")
     if options["checkpoint"] is None:
         refuse_unused(["resize_pos_embed"], "--checkpoint", "pass --checkpoint FILE")
-    from clipdeploy.model import WeightsChoice
-    from exporters.artifact import Recipe
+    from clipdeploy.core.passport import Recipe
+    from clipdeploy.models.load import WeightsChoice
 
     checkpoint, seed = options["checkpoint"], options["random_init"]
     resize, offline = options["resize_pos_embed"], options["offline"]

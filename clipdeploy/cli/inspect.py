@@ -23,7 +23,7 @@ def inspect(context: Context, file: Path, trust: bool) -> None:
     """
     if file.suffix == ".onnx":
         refuse_unused(["trust"], "engines", "name an .engine file")
-    from clipdeploy.inspection import inspect_file
+    from clipdeploy.workspace.inspection import inspect_file
 
     result = inspect_file(file, trust=trust)
     emit(context, result, lambda: result)

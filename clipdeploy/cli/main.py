@@ -29,7 +29,7 @@ from clipdeploy.cli.streams import closing_code, drop_impossible_sizes, guard_st
 from clipdeploy.cli.usage import Group, group
 from clipdeploy.cli.verify import verify
 from clipdeploy.cli.zoo import zoo
-from exporters.printable import printable
+from clipdeploy.core.printable import printable
 
 __all__ = ["main"]
 

@@ -8,8 +8,8 @@ from typing import IO, Any
 import click
 
 from clipdeploy.cli.text import echo_line
-from exporters.errors import UsageError
-from exporters.spans import Span
+from clipdeploy.core.errors import UsageError
+from clipdeploy.core.spans import Span
 
 __all__ = ["EarlyError", "number", "whole_numbers"]
 

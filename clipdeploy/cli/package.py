@@ -12,8 +12,8 @@ from clipdeploy.cli.common import Context, emit, model_option, stage_command
 from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import ArtifactPath
 from clipdeploy.cli.usage import command, refuse_together, refuse_unused
-from exporters.errors import UsageError
-from exporters.spans import INSTANCES, MAX_BATCH, QUEUE_DELAY
+from clipdeploy.core.errors import UsageError
+from clipdeploy.core.spans import INSTANCES, MAX_BATCH, QUEUE_DELAY
 
 if TYPE_CHECKING:
     from clipdeploy.packaging.cpp import CppPackage

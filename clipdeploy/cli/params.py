@@ -10,10 +10,10 @@ import click
 from click.core import ParameterSource
 from click.types import StringParamType
 
-from clipdeploy.cli.kinds import Value, as_toml
 from clipdeploy.cli.numbers import EarlyError
+from clipdeploy.cli.setting_types import Value, as_toml
 from clipdeploy.cli.settings import CONFIG_FILE, Settings, load_settings, setting_called
-from exporters.errors import FileError, UsageError
+from clipdeploy.core.errors import FileError, UsageError
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -168,15 +168,15 @@ class ModelName(StringParamType):
         """Full and short names; the names of timm and mmpretrain where only those begin so."""
         from click.shell_completion import CompletionItem
 
-        from clipdeploy import zoo
+        from clipdeploy.models import cards
 
         ours: list[CompletionItem] = []
         others: list[CompletionItem] = []
-        for card in zoo.cards():
+        for card in cards.all_cards():
             # No comma: click's script for fish cuts a help text there.
             top1 = "" if card.top1 is None else f"top-1 {card.top1} % at "
             told = f"{top1}{card.image_size} px"
-            own = {card.name, *(card.aliases[:1] if card.short or card.name == zoo.DEMO else ())}
+            own = {card.name, *(card.aliases[:1] if card.short or card.name == cards.DEMO else ())}
             for name in (card.name, *card.aliases):
                 if name.startswith(incomplete):
                     (ours if name in own else others).append(CompletionItem(name, help=told))

@@ -10,7 +10,7 @@ from clipdeploy.cli.common import Context, emit, model_option, stage_command
 from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import ArtifactPath
 from clipdeploy.cli.usage import command
-from exporters.spans import TOP
+from clipdeploy.core.spans import TOP
 
 
 @command(epilog="\b\nclipdeploy predict cat.jpg dog.jpg --top 3")

@@ -20,7 +20,7 @@ from clipdeploy.cli.usage import (
     refuse_unused,
     with_options,
 )
-from exporters.spans import SQNR_DB, STRENGTH
+from clipdeploy.core.spans import SQNR_DB, STRENGTH
 
 if TYPE_CHECKING:
     from calibration.plan import PlanConfig

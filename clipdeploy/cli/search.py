@@ -20,7 +20,7 @@ from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import setting_option
 from clipdeploy.cli.quantize import check_plan_options, plan_config, plan_options
 from clipdeploy.cli.usage import command, refuse_unused
-from exporters.spans import BATCH, BUDGET, IMAGES, SEARCHED_DROP, SEED, THREADS
+from clipdeploy.core.spans import BATCH, BUDGET, IMAGES, SEARCHED_DROP, SEED, THREADS
 
 
 @command(epilog="\b\nclipdeploy search --data LABELLED_IMAGES --max-drop 0.5 --budget 60")
@@ -85,7 +85,7 @@ def search(
     The least cost whose loss of top-1 is proven to lie within --max-drop.  The choice is confirmed
     on images that the search never saw: exit 3 unless they do.
     """
-    from clipdeploy.plots import check_plot_path, save_plot
+    from clipdeploy.core.plots import check_plot_path, save_plot
 
     if plot:
         check_plot_path(plot)

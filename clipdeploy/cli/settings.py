@@ -20,8 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from clipdeploy.cli.kinds import FLAG, FOLDER, IMAGES, MODEL, URL, Kind, Value, choice, number
-from exporters.errors import UsageError
+from clipdeploy.cli.setting_types import (
+    FLAG,
+    FOLDER,
+    IMAGES,
+    MODEL,
+    URL,
+    Kind,
+    Value,
+    choice,
+    number,
+)
+from clipdeploy.core.errors import UsageError
 
 __all__ = [
     "CONFIG_FILE",
@@ -264,7 +274,7 @@ def _from_file(path: Path) -> dict[str, Found]:
 def _read(path: Path) -> dict[str, object]:
     import tomllib
 
-    from exporters.files import read_regular
+    from clipdeploy.core.files import read_regular
 
     data = read_regular(path, _MOST_BYTES)
     try:

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from clipdeploy.cli.text import echo_line
-from exporters.printable import printable
+from clipdeploy.core.printable import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -90,7 +90,7 @@ class StageDisplay:
 
     @contextmanager
     def task(self, text: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-        """See :class:`exporters.progress.Progress`."""
+        """See :class:`clipdeploy.core.progress.Progress`."""
         if self._bars is None or self._now is None:
             yield lambda count: None
             return

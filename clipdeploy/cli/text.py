@@ -1,7 +1,7 @@
 """Text on stdout and stderr: in a terminal words are wrapped, in a file lines are left alone.
 
 Everything that is printed goes through this module or :mod:`clipdeploy.cli.console`, so that no
-name or message from outside acts on the terminal, see :mod:`exporters.printable`.
+name or message from outside acts on the terminal, see :mod:`clipdeploy.core.printable`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, TextIO
 
 import click
 
-from exporters.printable import printable
+from clipdeploy.core.printable import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from exporters.errors import UsageError
+from clipdeploy.core.errors import UsageError
 
 __all__ = [
     "Command",

@@ -29,13 +29,13 @@ from clipdeploy.cli.labelling import check_labelling, labelling, labelling_optio
 from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import ArtifactPath, setting_option
 from clipdeploy.cli.usage import given_options, group, refuse_together, refuse_unused, with_options
-from exporters.errors import UsageError
-from exporters.spans import BATCH, CACHE_GB, DROP, IMAGES, WORKERS
+from clipdeploy.core.errors import UsageError
+from clipdeploy.core.spans import BATCH, CACHE_GB, DROP, IMAGES, WORKERS
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-    from clipdeploy.stages.verify_setup import Judgement, VerifyScope
+    from clipdeploy.stages.verify.setup import Judgement, VerifyScope
     from clipdeploy.verification.verifier import VerifyConfig
 
 max_drop_option = setting_option(
@@ -153,7 +153,7 @@ def run(
     if config.shard and (later := given_options(("max_drop", "max_drop_top5", "baseline"))):
         context.note(f"a shard has no verdict: give {', '.join(later)} to `verify merge` as well")
     name = context.model(model)
-    from clipdeploy.stages.verify import verify_model
+    from clipdeploy.stages.verify.run import verify_model
 
     result = verify_model(
         context.workspace,
@@ -202,8 +202,8 @@ def merge(
     check_labelling(options)
     _check_reports(reports, None)
     name = context.model(model)
-    from clipdeploy.stages.merge import merge_verification
-    from clipdeploy.stages.verify_setup import VerifyScope
+    from clipdeploy.stages.verify.merge import merge_verification
+    from clipdeploy.stages.verify.setup import VerifyScope
     from clipdeploy.verification.baseline import Expected
     from clipdeploy.verification.verdicts import Limits
 
@@ -268,7 +268,7 @@ def _config(options: dict[str, Any]) -> VerifyConfig:
 
 def verify_scope(artifacts: tuple[Path, ...], options: dict[str, Any]) -> VerifyScope:
     """The options that say what is judged on which images, as a configuration."""
-    from clipdeploy.stages.verify_setup import VerifyScope
+    from clipdeploy.stages.verify.setup import VerifyScope
     from clipdeploy.verification.baseline import Expected
 
     return VerifyScope(

@@ -13,7 +13,7 @@ from clipdeploy.cli.usage import group
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from clipdeploy.zoo import ModelCard
+    from clipdeploy.models.cards import ModelCard
 
 
 def _percent(value: float | None) -> str:
@@ -25,7 +25,7 @@ def _table(cards: tuple[ModelCard, ...]) -> Group:
     from rich.table import Table
     from rich.text import Text
 
-    from clipdeploy.download import is_at_hand
+    from clipdeploy.models.download import is_at_hand
 
     # Patch and image size are in the name: so the table fits 80 columns.
     table = Table(box=None, pad_edge=False, padding=(0, 1))
@@ -53,7 +53,7 @@ def _weights(card: ModelCard) -> str:
 
 
 def _describe(card: ModelCard) -> str:
-    from clipdeploy.zoo import recipe_notes
+    from clipdeploy.models.cards import recipe_notes
 
     lines = [
         card.name,
@@ -85,12 +85,12 @@ def list_cards(context: Context) -> None:
 
 
 def _list(context: Context) -> None:
-    from clipdeploy.download import is_at_hand
-    from clipdeploy.zoo import cards
-    from exporters.artifact import settings_of
+    from clipdeploy.core.passport import settings_of
+    from clipdeploy.models.cards import all_cards
+    from clipdeploy.models.download import is_at_hand
 
-    listed = [settings_of(card) | {"at_hand": is_at_hand(card)} for card in cards()]
-    emit(context, listed, lambda: _table(cards()))
+    listed = [settings_of(card) | {"at_hand": is_at_hand(card)} for card in all_cards()]
+    emit(context, listed, lambda: _table(all_cards()))
 
 
 @zoo.command(epilog="\b\nclipdeploy zoo show clip-vit-base-p16")
@@ -98,7 +98,7 @@ def _list(context: Context) -> None:
 @stage_command
 def show(context: Context, name: str) -> None:
     """One model, by name, timm name or alias."""
-    from clipdeploy.zoo import find
+    from clipdeploy.models.cards import find
 
     card = find(name)
     emit(context, card, lambda: _describe(card))

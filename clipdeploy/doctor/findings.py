@@ -10,10 +10,10 @@ from packaging.utils import canonicalize_name
 from rich.table import Table
 from rich.text import Text
 
+from clipdeploy.core.display import Renderable, Shown
 from clipdeploy.doctor.libraries import judge_onnxruntime, judge_tensorrt, judge_torch
 from clipdeploy.doctor.machine import Machine
 from clipdeploy.doctor.verdicts import Finding, Level, error, good, note, warning
-from exporters.notebook import Renderable, Shown
 
 __all__ = ["Diagnosis", "Finding", "Level", "diagnose"]
 

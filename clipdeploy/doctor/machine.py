@@ -14,8 +14,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from clipdeploy.cache import cache_folder
-from clipdeploy.device import Driver, Gpu, driver, gpus
+from clipdeploy.core.cache import cache_folder
+from clipdeploy.core.device import Driver, Gpu, driver, gpus
 from clipdeploy.doctor.probes import PROBES, Library, probe
 from clipdeploy.engines.passport import platform_name
 

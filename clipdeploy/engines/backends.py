@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
 
-from clipdeploy.device import gpus
-from exporters.errors import BuildError
+from clipdeploy.core.device import gpus
+from clipdeploy.core.errors import BuildError
 
 __all__ = [
     "Backend",

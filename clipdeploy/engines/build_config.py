@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
 
-from clipdeploy.device import gpus
+from clipdeploy.core.device import gpus
+from clipdeploy.core.errors import BuildError, UsageError
+from clipdeploy.core.spans import BATCH, MEMORY_MIB, OPTIMIZATION, check_numbers, shown
 from clipdeploy.engines.backends import Backend, Wanted, compute_capabilities, targets_capabilities
 from clipdeploy.engines.passport import BatchProfile
-from exporters.errors import BuildError, UsageError
-from exporters.spans import BATCH, MEMORY_MIB, OPTIMIZATION, check_numbers, shown
 
 __all__ = ["BuildConfig", "Hardware", "check_options"]
 

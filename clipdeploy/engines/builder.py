@@ -14,8 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from clipdeploy.cache import cache_folder
-from clipdeploy.device import driver, gpus
+from clipdeploy.core.cache import cache_folder
+from clipdeploy.core.device import driver, gpus
+from clipdeploy.core.display import Renderable, Shown, facts
+from clipdeploy.core.errors import ArtifactError, EngineError, FileError
+from clipdeploy.core.files import atomic_path, file_errors, sha256_file
+from clipdeploy.core.passport import Passport, settings_of
+from clipdeploy.core.progress import SILENT, Progress
 from clipdeploy.engines.backends import choose_backend, targets_capabilities, tensorrt_module
 from clipdeploy.engines.build_config import BuildConfig, check_options
 from clipdeploy.engines.build_monitor import PERCENT
@@ -32,13 +37,8 @@ from clipdeploy.engines.passport import (
     save_engine_passport,
 )
 from clipdeploy.engines.plan_writer import PlanFile
-from exporters.artifact import Passport, settings_of
 from exporters.blocks import BlockPrecision
-from exporters.errors import ArtifactError, EngineError, FileError
-from exporters.files import atomic_path, file_errors, sha256_file
 from exporters.headers import read_passport, read_skeleton
-from exporters.notebook import Renderable, Shown, facts
-from exporters.progress import SILENT, Progress
 
 __all__ = ["EngineArtifact", "build_engine"]
 

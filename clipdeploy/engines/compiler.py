@@ -10,15 +10,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from clipdeploy.device import gpus
+from clipdeploy.core.device import gpus
+from clipdeploy.core.errors import BuildError
+from clipdeploy.core.files import check_writable
+from clipdeploy.core.interrupts import interrupts
+from clipdeploy.core.passport import TensorSpec
 from clipdeploy.engines.backends import Backend, default_capabilities, hears, targets_capabilities
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.build_monitor import build_monitor
 from clipdeploy.engines.plan_writer import Piece, StreamingBuilder
-from clipdeploy.interrupts import interrupts
-from exporters.artifact import TensorSpec
-from exporters.errors import BuildError
-from exporters.files import check_writable
 
 if TYPE_CHECKING:
     import tensorrt as trt

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from clipdeploy.core.errors import EngineError
 from exporters.blocks import UNKNOWN, BlockPrecision, Product, block_of, by_block
-from exporters.errors import EngineError
 
 __all__ = [
     "EngineLayer",

@@ -13,13 +13,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from clipdeploy.engines.backends import Backend
-from clipdeploy.engines.inspector import ExecutedPrecision, differences
-from exporters.artifact import Passport, read_json, to_json
-from exporters.blocks import BlockPrecision
-from exporters.errors import ArtifactError
-from exporters.files import sha256_file, write_atomic
-from exporters.values import (
+from clipdeploy.core.errors import ArtifactError
+from clipdeploy.core.files import sha256_file, write_atomic
+from clipdeploy.core.passport import Passport, read_json, to_json
+from clipdeploy.core.values import (
     MOST_BATCH,
     Fault,
     is_hash,
@@ -28,6 +25,9 @@ from exporters.values import (
     unless,
     unless_lines,
 )
+from clipdeploy.engines.backends import Backend
+from clipdeploy.engines.inspector import ExecutedPrecision, differences
+from exporters.blocks import BlockPrecision
 
 __all__ = [
     "ENGINE_SCHEMA",
@@ -77,7 +77,7 @@ class Hashes:
     timing_cache: str | None = None
 
     def faults(self) -> Iterator[Fault]:
-        """Values that no hash has; see :mod:`exporters.values`."""
+        """Values that no hash has; see :mod:`clipdeploy.core.values`."""
         for each in fields(self):
             digest = getattr(self, each.name)
             held = digest is None or is_hash(digest)
@@ -116,7 +116,7 @@ class EnginePassport:
     schema: int = ENGINE_SCHEMA
 
     def faults(self) -> Iterator[Fault]:
-        """Values that no engine's passport has; see :mod:`exporters.values`."""
+        """Values that no engine's passport has; see :mod:`clipdeploy.core.values`."""
         version = is_version(self.backend_version)
         yield from unless(version, "backend_version", self.backend_version, "a version's number")
         yield from unless(self.plan_bytes >= 0, "plan_bytes", self.plan_bytes, "0 or more")

@@ -9,7 +9,9 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipdeploy.device import Gpu, gpus
+from clipdeploy.core.device import Gpu, gpus
+from clipdeploy.core.errors import EngineError
+from clipdeploy.core.files import read_regular
 from clipdeploy.engines.backends import is_installed, tensorrt_module
 from clipdeploy.engines.passport import (
     EnginePassport,
@@ -18,8 +20,6 @@ from clipdeploy.engines.passport import (
     platform_name,
     read_engine_passport,
 )
-from exporters.errors import EngineError
-from exporters.files import read_regular
 
 __all__ = ["Plan", "ThisMachine", "check_machine", "preflight", "this_machine"]
 

@@ -10,7 +10,7 @@ from clipdeploy.imaging.images import (
     with_labels,
 )
 from clipdeploy.imaging.layouts import Labelling
-from clipdeploy.imaging.look_over import look_over
+from clipdeploy.imaging.scan import scan_images
 from clipdeploy.imaging.stream import Crop, Skipped, iter_crops
 from clipdeploy.imaging.survey import Reading, Survey
 
@@ -24,7 +24,7 @@ __all__ = [
     "Skipped",
     "Survey",
     "iter_crops",
-    "look_over",
+    "scan_images",
     "open_images",
     "select",
     "survey",

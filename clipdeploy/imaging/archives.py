@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from exporters.errors import DatasetError
+from clipdeploy.core.errors import DatasetError
 
 __all__ = ["Place", "Reader", "TarPlace", "ZipPlace"]
 

@@ -15,8 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from exporters.errors import DatasetError
-from exporters.files import read_regular
+from clipdeploy.core.errors import DatasetError
+from clipdeploy.core.files import read_regular
 
 __all__ = ["Classes", "NamesError", "names_from", "read_class_names"]
 

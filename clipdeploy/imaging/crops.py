@@ -22,7 +22,10 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from clipdeploy.cache import cache_folder
+from clipdeploy.core.buffers import Buffers
+from clipdeploy.core.cache import cache_folder
+from clipdeploy.core.errors import UsageError
+from clipdeploy.core.passport import Preprocess
 from clipdeploy.imaging.crop_shards import (
     NO_NOTE,
     NO_STAMP,
@@ -36,9 +39,6 @@ from clipdeploy.imaging.crop_shards import (
 )
 from clipdeploy.imaging.fingerprints import Fingerprint
 from clipdeploy.imaging.keys import digest_of, pixels_key
-from exporters.artifact import Preprocess
-from exporters.buffers import Buffers
-from exporters.errors import UsageError
 
 __all__ = ["CropCache", "CropShelf", "Shelf", "Stamps", "pixels_key"]
 

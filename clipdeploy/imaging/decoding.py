@@ -17,12 +17,12 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from clipdeploy.core.errors import DatasetError
+from clipdeploy.core.passport import Preprocess
 from clipdeploy.imaging.archives import Place, Reader
 from clipdeploy.imaging.crops import CropCache, CropShelf
 from clipdeploy.imaging.fingerprints import Fingerprint, fingerprint
 from clipdeploy.imaging.preprocess import crop_file
-from exporters.artifact import Preprocess
-from exporters.errors import DatasetError
 
 __all__ = ["Decoder", "Failure", "Loaded", "Loader", "Source", "ThreadLoader", "usable_cores"]
 

@@ -13,9 +13,9 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
+from clipdeploy.core.errors import DatasetError
 from clipdeploy.imaging.classes import Classes
 from clipdeploy.imaging.label_files import Faults, LabelFile, Labels
-from exporters.errors import DatasetError
 
 __all__ = ["official_number", "read_devkit"]
 

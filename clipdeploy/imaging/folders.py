@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from clipdeploy.core.errors import DatasetError
 from clipdeploy.imaging.classes import Classes
-from exporters.errors import DatasetError
 
 __all__ = ["ClassFolders", "class_folders", "first_of"]
 

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from clipdeploy.core.errors import DatasetError
 from clipdeploy.imaging.archives import Place, Reader
 from clipdeploy.imaging.classes import Classes
 from clipdeploy.imaging.formats import (
@@ -29,7 +30,6 @@ from clipdeploy.imaging.formats import (
 from clipdeploy.imaging.layouts import Files, Labelling, Layout, find_layout
 from clipdeploy.imaging.listing import Listing, list_files
 from clipdeploy.imaging.survey import Few, Reading, Survey
-from exporters.errors import DatasetError
 
 __all__ = ["ImageEntry", "ImageFolder", "open_images", "select", "survey", "with_labels"]
 

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import __version__ as pillow_version
 from PIL import features
 
-from exporters.artifact import Preprocess, settings_of
+from clipdeploy.core.passport import Preprocess, settings_of
 
 __all__ = ["digest_of", "pixels_key", "sources"]
 

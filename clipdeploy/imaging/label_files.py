@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from clipdeploy.core.errors import DatasetError
 from clipdeploy.imaging.classes import Classes
-from exporters.errors import DatasetError
 
 __all__ = [
     "Faults",

@@ -14,9 +14,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from clipdeploy.core.errors import DatasetError
 from clipdeploy.imaging.formats import has_image_suffix
 from clipdeploy.imaging.label_files import Faults, LabelFile
-from exporters.errors import DatasetError
 
 __all__ = ["Row", "label_rows"]
 

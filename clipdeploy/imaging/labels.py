@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
 
+from clipdeploy.core.errors import DatasetError
 from clipdeploy.imaging.classes import Classes
 from clipdeploy.imaging.devkit import official_number, read_devkit
 from clipdeploy.imaging.folders import first_of
 from clipdeploy.imaging.label_files import Faults, LabelFile, Labels
 from clipdeploy.imaging.label_rows import Row, label_rows
-from exporters.errors import DatasetError
 
 __all__ = ["Names", "lists_any", "read_labels"]
 

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal, cast, get_args
 
+from clipdeploy.core.errors import DatasetError, UsageError
+from clipdeploy.core.files import read_regular
+from clipdeploy.core.paths import hold_paths
 from clipdeploy.imaging.classes import Classes
 from clipdeploy.imaging.devkit import official_number
 from clipdeploy.imaging.folders import ClassFolders, class_folders
@@ -27,9 +30,6 @@ from clipdeploy.imaging.label_files import (
     kind_of,
 )
 from clipdeploy.imaging.labels import Names, lists_any, read_labels
-from exporters.errors import DatasetError, UsageError
-from exporters.files import read_regular
-from exporters.paths import hold_paths
 
 __all__ = ["Files", "Labelling", "Layout", "LayoutName", "find_layout"]
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from clipdeploy.core.errors import DatasetError
 from clipdeploy.imaging.archives import Place, TarPlace, ZipPlace
-from exporters.errors import DatasetError
 
 __all__ = ["File", "Listing", "list_files"]
 

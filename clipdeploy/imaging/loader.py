@@ -34,6 +34,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from clipdeploy.core.errors import DatasetError
 from clipdeploy.imaging.archives import Place
 from clipdeploy.imaging.crops import CropShelf
 from clipdeploy.imaging.decoding import (
@@ -46,7 +47,6 @@ from clipdeploy.imaging.decoding import (
     usable_cores,
 )
 from clipdeploy.imaging.fingerprints import Fingerprint
-from exporters.errors import DatasetError
 
 __all__ = ["ProcessLoader", "open_loader", "serve"]
 

@@ -10,9 +10,9 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
+from clipdeploy.core.errors import DatasetError
 from clipdeploy.imaging.images import ImageFolder
-from clipdeploy.imaging.look_over import file_sizes
-from exporters.errors import DatasetError
+from clipdeploy.imaging.scan import file_sizes
 
 __all__ = ["shared_images"]
 

@@ -25,9 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from clipdeploy.core.errors import DatasetError
+from clipdeploy.core.passport import Preprocess
 from clipdeploy.imaging.formats import is_decoded
-from exporters.artifact import Preprocess
-from exporters.errors import DatasetError
 
 __all__ = ["crop_file", "crop_image", "decode", "open_image", "to_rgb"]
 

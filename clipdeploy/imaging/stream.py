@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from clipdeploy.core.errors import DatasetError
+from clipdeploy.core.passport import Preprocess
 from clipdeploy.imaging.crops import CropCache, CropShelf, Stamps
 from clipdeploy.imaging.decoding import Failure, Loaded, Loader, Source
 from clipdeploy.imaging.fingerprints import Fingerprint
 from clipdeploy.imaging.images import ImageEntry, ImageFolder
 from clipdeploy.imaging.loader import open_loader
 from clipdeploy.imaging.survey import Reading
-from exporters.artifact import Preprocess
-from exporters.errors import DatasetError
 
 __all__ = ["Crop", "Skipped", "iter_crops"]
 

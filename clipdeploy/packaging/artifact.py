@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipdeploy import zoo
+from clipdeploy.core.files import sha256_file
+from clipdeploy.core.passport import Passport, to_json
+from clipdeploy.core.printable import printable
 from clipdeploy.engines.passport import EnginePassport
-from clipdeploy.passports import checked_passport
-from exporters.artifact import Passport, to_json
-from exporters.files import sha256_file
-from exporters.printable import printable
+from clipdeploy.models import cards
+from clipdeploy.workspace.passports import checked_passport
 
 __all__ = ["Packable", "labels", "open_packable"]
 
@@ -41,7 +41,7 @@ def open_packable(path: Path) -> Packable:
 
     Raises:
         FileError, GraphError, ArtifactError: it cannot be read, or is not what its passport says,
-            see :mod:`clipdeploy.passports`.
+            see :mod:`clipdeploy.workspace.passports`.
         UsageError: neither a graph nor an engine.
     """
     found = checked_passport(path)
@@ -57,9 +57,8 @@ def labels(passport: Passport) -> tuple[str, ...]:
     names = passport.class_names
     if not names:
         return tuple(f"class {index}" for index in range(passport.classes))
-    cards = {card.name: card for card in zoo.cards()}
-    card = cards.get(passport.model)
-    known = dict(zoo.class_names(card)) if card else {}
+    card = next((card for card in cards.all_cards() if card.name == passport.model), None)
+    known = dict(cards.class_names(card)) if card else {}
     return tuple(_label(name, known.get(name, name)) for name in names)
 
 

@@ -11,12 +11,12 @@ from importlib import resources
 from string import Template
 
 from clipdeploy import __version__
+from clipdeploy.core.errors import ArtifactError
+from clipdeploy.core.passport import Passport
+from clipdeploy.core.values import is_name
 from clipdeploy.imaging.preprocess import crop_image, to_rgb
-from exporters.artifact import Passport
-from exporters.errors import ArtifactError
 from exporters.preprocess_graph import scale_and_offset
 from exporters.samples import normalise
-from exporters.values import is_name
 
 __all__ = ["client_source", "template"]
 

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
+from clipdeploy.core.display import Renderable, Shown, facts
+from clipdeploy.core.errors import ArtifactError
+from clipdeploy.core.files import atomic_folder, file_errors, sha256_file
 from clipdeploy.packaging.artifact import Packable, labels
 from clipdeploy.packaging.client import template
 from clipdeploy.runners.base import Images, Logits
 from clipdeploy.runners.onnx import OnnxRunner
-from exporters.errors import ArtifactError
-from exporters.files import atomic_folder, file_errors, sha256_file
-from exporters.notebook import Renderable, Shown, facts
 from exporters.samples import Samples
 
 __all__ = ["CppPackage", "check_replaceable", "package_cpp", "sample_count"]

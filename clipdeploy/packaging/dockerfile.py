@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shlex
 
+from clipdeploy.core.printable import printable
 from clipdeploy.engines.passport import EnginePassport
 from clipdeploy.packaging.artifact import Packable
 from clipdeploy.packaging.client import template
 from clipdeploy.packaging.servers import IMAGE, MATRIX, server_for
-from exporters.printable import printable
 
 __all__ = ["docker_commands", "dockerfile"]
 

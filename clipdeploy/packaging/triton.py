@@ -16,6 +16,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from clipdeploy.core.display import Renderable, Shown, facts
+from clipdeploy.core.errors import ArtifactError
+from clipdeploy.core.files import (
+    atomic_folder,
+    file_errors,
+    read_regular,
+    restore_folders,
+    sha256_file,
+    write_atomic,
+)
 from clipdeploy.engines.passport import BatchProfile
 from clipdeploy.packaging.artifact import Packable, labels
 from clipdeploy.packaging.client import client_source
@@ -28,16 +38,6 @@ from clipdeploy.packaging.triton_config import (
     check_batch,
     triton_config,
 )
-from exporters.errors import ArtifactError
-from exporters.files import (
-    atomic_folder,
-    file_errors,
-    read_regular,
-    restore_folders,
-    sha256_file,
-    write_atomic,
-)
-from exporters.notebook import Renderable, Shown, facts
 from exporters.samples import Samples
 
 __all__ = ["TritonConfig", "TritonPackage", "package_triton"]

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from clipdeploy.core.errors import UsageError
+from clipdeploy.core.passport import TensorSpec
+from clipdeploy.core.spans import INSTANCES, MAX_BATCH, QUEUE_DELAY, check_numbers
+from clipdeploy.core.values import is_name
 from clipdeploy.packaging.artifact import Packable
 from clipdeploy.packaging.pbtxt import Enum, Field, text_format
-from exporters.artifact import TensorSpec
-from exporters.errors import UsageError
-from exporters.spans import INSTANCES, MAX_BATCH, QUEUE_DELAY, check_numbers
-from exporters.values import is_name
 
 __all__ = ["WARMUP", "TritonConfig", "batching", "check_batch", "triton_config"]
 

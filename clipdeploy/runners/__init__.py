@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from clipdeploy.core.errors import UsageError
+from clipdeploy.core.passport import Passport
 from clipdeploy.runners.base import Runner
 from clipdeploy.runners.onnx import OnnxRunner, Provider
-from exporters.artifact import Passport
-from exporters.errors import UsageError
 
 __all__ = ["OnnxRunner", "Provider", "Runner", "open_runner"]
 

@@ -9,8 +9,8 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters.artifact import TensorSpec
-from exporters.errors import ArtifactError, EngineError
+from clipdeploy.core.errors import ArtifactError, EngineError
+from clipdeploy.core.passport import TensorSpec
 
 __all__ = ["Closing", "Images", "Logits", "Runner", "in_parts"]
 

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from clipdeploy.core.errors import EngineError
+from clipdeploy.core.passport import TensorSpec
 from clipdeploy.engines.backends import Backend, choose_backend, hears, tensorrt_module
 from clipdeploy.engines.passport import BatchProfile
 from clipdeploy.engines.preflight import Plan, preflight
 from clipdeploy.runners.base import Closing, Images, Logits, in_parts
-from exporters.artifact import TensorSpec
-from exporters.errors import EngineError
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -87,7 +87,7 @@ def _refit(module: Any, plan: Plan, engine: trt.ICudaEngine) -> None:
         return
     from polygraphy.backend.trt import get_trt_logger
 
-    from exporters.files import sha256_file
+    from clipdeploy.core.files import sha256_file
 
     graph = plan.path.with_suffix(".onnx")
     if not graph.exists() or sha256_file(graph) != plan.passport.hashes.graph:

@@ -8,10 +8,10 @@ from typing import Literal
 
 import numpy as np
 
-from clipdeploy.device import gpus
+from clipdeploy.core.device import gpus
+from clipdeploy.core.errors import EngineError, GraphError
+from clipdeploy.core.passport import Passport
 from clipdeploy.runners.base import Closing, Images, Logits, in_parts
-from exporters.artifact import Passport
-from exporters.errors import EngineError, GraphError
 from exporters.headers import read_passport
 from exporters.overflow import stored_session
 from exporters.session import CPU, CUDA, OnnxSession, available_providers

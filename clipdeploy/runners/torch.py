@@ -7,8 +7,8 @@ from typing import cast
 import torch
 from torch import nn
 
+from clipdeploy.core.passport import Preprocess, TensorSpec
 from clipdeploy.runners.base import Closing, Images, Logits
-from exporters.artifact import Preprocess, TensorSpec
 
 __all__ = ["TorchRunner"]
 

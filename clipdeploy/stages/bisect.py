@@ -8,27 +8,27 @@ from pathlib import Path
 
 import numpy as np
 
+from clipdeploy.core.errors import UsageError
+from clipdeploy.core.files import sha256_file, write_atomic
+from clipdeploy.core.passport import Passport, to_json
+from clipdeploy.core.paths import StrPath, as_path
+from clipdeploy.core.plots import inline_svg
+from clipdeploy.core.progress import SILENT, Progress
+from clipdeploy.core.spans import BATCH, IMAGES, SEED, THREADS, check_numbers
 from clipdeploy.imaging import Crop, ImageFolder, Labelling, iter_crops, select
-from clipdeploy.labelled import open_labelled
-from clipdeploy.passports import checked_passport, is_vouched
-from clipdeploy.plots import inline_svg
+from clipdeploy.imaging.labelled import open_labelled
+from clipdeploy.models.cards import takes_any_name
 from clipdeploy.tuning.bisection import Batch, measure
 from clipdeploy.tuning.chain import Chain
 from clipdeploy.tuning.culprit import find_culprits, verdict
 from clipdeploy.tuning.drawing import draw_bisection
 from clipdeploy.tuning.linears import linear_facts
 from clipdeploy.tuning.result import Bisection
+from clipdeploy.tuning.taps import InputMeter, find_tap
 from clipdeploy.verification.reports import HeatMap
-from clipdeploy.workspace import Workspace
-from clipdeploy.zoo import takes_any_name
-from exporters.artifact import Passport, to_json
-from exporters.errors import UsageError
-from exporters.files import sha256_file, write_atomic
-from exporters.paths import StrPath, as_path
-from exporters.progress import SILENT, Progress
+from clipdeploy.workspace.folder import Workspace
+from clipdeploy.workspace.passports import checked_passport, is_vouched
 from exporters.samples import Samples
-from exporters.spans import BATCH, IMAGES, SEED, THREADS, check_numbers
-from exporters.taps import InputMeter, find_tap
 
 __all__ = ["BisectConfig", "bisect_model"]
 
@@ -107,7 +107,7 @@ def bisect_model(
     ``note`` is told what is odd about the images.
 
     Raises:
-        ClipdeployError: see :mod:`exporters.errors`.
+        ClipdeployError: see :mod:`clipdeploy.core.errors`.
     """
     data = Path(data)
     candidate = as_path(candidate)

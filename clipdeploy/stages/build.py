@@ -6,8 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from calibration.qdq import QuantizeConfig
+from clipdeploy.core.errors import UsageError
+from clipdeploy.core.passport import Precision
+from clipdeploy.core.paths import StrPath, as_path
+from clipdeploy.core.progress import SILENT, Progress
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.builder import EngineArtifact, build_engine
+from clipdeploy.models.cards import takes_any_name
 from clipdeploy.stages.calibrate import CalibrateConfig, calibrate_model
 from clipdeploy.stages.quantize import (
     config_to_build,
@@ -15,13 +20,8 @@ from clipdeploy.stages.quantize import (
     quantize_model,
     refuse_int8_only,
 )
-from clipdeploy.workspace import Workspace
-from clipdeploy.zoo import takes_any_name
-from exporters.artifact import Precision
-from exporters.errors import UsageError
-from exporters.paths import StrPath, as_path
+from clipdeploy.workspace.folder import Workspace
 from exporters.precision import Fp16Config
-from exporters.progress import SILENT, Progress
 
 __all__ = ["build_model"]
 
@@ -48,7 +48,7 @@ def build_model(
 
     Raises:
         UsageError: a configuration that ``precision`` does not use.
-        ClipdeployError: see :mod:`exporters.errors`.
+        ClipdeployError: see :mod:`clipdeploy.core.errors`.
     """
     data = as_path(data)
     _refuse_unused(precision, data, calibrate, fp16, quantize)

@@ -20,19 +20,19 @@ from calibration.table import (
     merge_tables,
     save_table,
 )
-from clipdeploy.cluster import ClusterConfig, Shard, ShardJob, shards_on_cluster
+from clipdeploy.core.display import Renderable, Shown, facts
+from clipdeploy.core.errors import ArtifactError, DatasetError, UsageError
+from clipdeploy.core.files import file_errors, sha256_file
+from clipdeploy.core.locks import sole_writer
+from clipdeploy.core.passport import Passport
+from clipdeploy.core.paths import StrPath, as_path, as_paths
+from clipdeploy.core.progress import SILENT, Progress
+from clipdeploy.core.spans import IMAGES, SEED, THREADS, check_numbers, check_shard
 from clipdeploy.imaging import ImageFolder, Skipped, iter_crops, open_images, select, survey
-from clipdeploy.workspace import Workspace
-from clipdeploy.zoo import takes_any_name
-from exporters.artifact import Passport
-from exporters.errors import ArtifactError, DatasetError, UsageError
-from exporters.files import file_errors, sha256_file
-from exporters.locks import sole_writer
-from exporters.notebook import Renderable, Shown, facts
-from exporters.paths import StrPath, as_path, as_paths
-from exporters.progress import SILENT, Progress
+from clipdeploy.models.cards import takes_any_name
+from clipdeploy.stages.cluster import ClusterConfig, Shard, ShardJob, shards_on_cluster
+from clipdeploy.workspace.folder import Workspace
 from exporters.samples import Samples
-from exporters.spans import IMAGES, SEED, THREADS, check_numbers, check_shard
 
 __all__ = [
     "FEW_IMAGES",
@@ -155,7 +155,7 @@ def calibrate_model(
     in shards; the table is the same to the bit.
 
     Raises:
-        ClipdeployError: see :mod:`exporters.errors`.
+        ClipdeployError: see :mod:`clipdeploy.core.errors`.
     """
     data = Path(data)
     keep = as_path(keep)

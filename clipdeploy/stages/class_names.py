@@ -12,12 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipdeploy import zoo
+from clipdeploy.core.errors import CheckpointError
+from clipdeploy.core.passport import NamesFrom, Passport
 from clipdeploy.imaging.classes import NamesError, names_from, read_class_names
-from clipdeploy.model import LoadedModel, WeightsChoice
-from clipdeploy.passports import is_published
-from exporters.artifact import NamesFrom, Passport
-from exporters.errors import CheckpointError
+from clipdeploy.models import cards
+from clipdeploy.models.load import LoadedModel, WeightsChoice
+from clipdeploy.workspace.passports import is_published
 
 __all__ = ["ClassNames", "name_classes"]
 
@@ -44,12 +44,12 @@ def name_classes(
     """
     card, count = model.card, model.module.config.classes
     if weights.class_names is not None:
-        names = read_class_names(Path(weights.class_names), count, zoo.class_names(card))
+        names = read_class_names(Path(weights.class_names), count, cards.class_names(card))
         return ClassNames(names, "file")
     kept = before is not None and before.weights.identity == model.weights.identity
     if before and kept and before.class_names_from == "file" and len(before.class_names) == count:
         return ClassNames(before.class_names, "file")
-    own = tuple(name for name, _ in zoo.class_names(card))
+    own = tuple(name for name, _ in cards.class_names(card))
     if is_published(card, model.weights):
         return ClassNames(own, "card") if len(own) == count else ClassNames()
     if model.class_names is not None:
@@ -70,7 +70,7 @@ def name_classes(
 def _of_checkpoint(model: LoadedModel, count: int) -> tuple[str, ...]:
     path = model.weights.path
     try:
-        names = names_from(model.class_names, zoo.class_names(model.card))
+        names = names_from(model.class_names, cards.class_names(model.card))
     except NamesError as error:
         raise CheckpointError(
             f"the class names in {path} cannot be used: {error}",

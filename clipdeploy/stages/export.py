@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from clipdeploy import zoo
+from clipdeploy.core.passport import Passport, Recipe, TensorSpec, settings_of
+from clipdeploy.core.progress import SILENT, Progress
 from clipdeploy.engines.passport import library_versions
-from clipdeploy.model import LoadedModel, WeightsChoice
+from clipdeploy.models import cards
+from clipdeploy.models.load import LoadedModel, WeightsChoice
 from clipdeploy.stages.class_names import ClassNames, name_classes
 from clipdeploy.stages.samples import sample_images
 from clipdeploy.stages.weights import load_weights
-from clipdeploy.workspace import Workspace
-from exporters.artifact import Passport, Recipe, TensorSpec, settings_of
+from clipdeploy.workspace.folder import Workspace
 from exporters.headers import GraphArtifact, existing_graph
 from exporters.onnx import ExportConfig, export_graph
-from exporters.progress import SILENT, Progress
 
 __all__ = ["export_model"]
 
@@ -58,9 +58,9 @@ def export_model(
 
     Raises:
         UsageError: other weights than the workspace's own, which were not to be replaced.
-        ClipdeployError: see :mod:`exporters.errors`; nothing is left behind.
+        ClipdeployError: see :mod:`clipdeploy.core.errors`; nothing is left behind.
     """
-    card = zoo.find(name)
+    card = cards.find(name)
     with progress.task(f"load {card.name}"):
         model = load_weights(workspace, card, weights, recipe)
     path = workspace.graph(card.name, "fp32")

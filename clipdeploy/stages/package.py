@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from clipdeploy.core.errors import ArtifactError, UsageError
+from clipdeploy.core.passport import Precision
+from clipdeploy.core.paths import StrPath
 from clipdeploy.engines.passport import read_engine_passport
+from clipdeploy.models.cards import takes_any_name
 from clipdeploy.packaging.artifact import open_packable
 from clipdeploy.packaging.cpp import CppPackage, sample_count
 from clipdeploy.packaging.cpp import package_cpp as write_program
@@ -12,11 +16,7 @@ from clipdeploy.packaging.triton import TritonPackage
 from clipdeploy.packaging.triton import package_triton as write_repository
 from clipdeploy.packaging.triton_config import TritonConfig
 from clipdeploy.stages.samples import sample_images
-from clipdeploy.workspace import Workspace
-from clipdeploy.zoo import takes_any_name
-from exporters.artifact import Precision
-from exporters.errors import ArtifactError, UsageError
-from exporters.paths import StrPath
+from clipdeploy.workspace.folder import Workspace
 
 __all__ = ["artifact_to_package", "package_cpp", "package_triton"]
 

@@ -12,24 +12,24 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from clipdeploy import zoo
-from clipdeploy.device import gpus
+from clipdeploy.core.device import gpus
+from clipdeploy.core.display import Renderable, Shown
+from clipdeploy.core.errors import EngineError, UsageError
+from clipdeploy.core.files import read_regular
+from clipdeploy.core.passport import Passport
+from clipdeploy.core.paths import StrPath, as_path, as_paths
+from clipdeploy.core.printable import printable
+from clipdeploy.core.progress import SILENT, Progress
+from clipdeploy.core.spans import TOP
 from clipdeploy.imaging import open_images, survey
 from clipdeploy.imaging.preprocess import crop_file
-from clipdeploy.passports import checked_passport
+from clipdeploy.models import cards
+from clipdeploy.models.cards import takes_any_name
 from clipdeploy.runners import Runner, open_runner
 from clipdeploy.verification.targets import Target, named_targets
-from clipdeploy.workspace import PRECISIONS, Workspace
-from clipdeploy.zoo import takes_any_name
-from exporters.artifact import Passport
-from exporters.errors import EngineError, UsageError
-from exporters.files import read_regular
-from exporters.notebook import Renderable, Shown
-from exporters.paths import StrPath, as_path, as_paths
-from exporters.printable import printable
-from exporters.progress import SILENT, Progress
+from clipdeploy.workspace.folder import PRECISIONS, Workspace
+from clipdeploy.workspace.passports import checked_passport
 from exporters.samples import Samples
-from exporters.spans import TOP
 
 __all__ = ["Guess", "Prediction", "Predictions", "predict_images"]
 
@@ -138,7 +138,7 @@ def _words(target: Target) -> list[tuple[str, str]]:
     passport = target.passport
     # Without a passport nothing says that the weights are those that the names belong to.
     stated = passport.class_names if target.vouched else ()
-    known = zoo.class_names(zoo.find(passport.model))
+    known = cards.class_names(cards.find(passport.model))
     if tuple(name for name, _ in known) == stated:
         return list(known)
     names = stated or [str(i) for i in range(passport.classes)]
@@ -185,7 +185,7 @@ def predict_images(
     without a passport are numbers: nothing says that the model's names are theirs.
 
     Raises:
-        ClipdeployError: see :mod:`exporters.errors`; an image that cannot be read is one.
+        ClipdeployError: see :mod:`clipdeploy.core.errors`; an image that cannot be read is one.
     """
     TOP.check(top, "top")
     paths = as_paths(paths)

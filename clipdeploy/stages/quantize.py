@@ -11,17 +11,17 @@ from calibration.qdq import QuantizeConfig, QuantizedGraph, quantize
 from calibration.quality import Quality
 from calibration.recipe import load_recipe
 from calibration.table import load_table
+from clipdeploy.core.errors import UsageError
+from clipdeploy.core.files import sha256_file
+from clipdeploy.core.passport import Preprocess, from_json, settings_of, to_json
+from clipdeploy.core.progress import SILENT, Progress
+from clipdeploy.models.cards import takes_any_name
 from clipdeploy.stages.calibrate import is_calibrated
 from clipdeploy.stages.samples import sample_images
-from clipdeploy.workspace import Workspace
-from clipdeploy.zoo import takes_any_name
-from exporters.artifact import Preprocess, from_json, settings_of, to_json
-from exporters.errors import UsageError
-from exporters.files import sha256_file
+from clipdeploy.workspace.folder import Workspace
 from exporters.graphs import load_graph
 from exporters.headers import GraphArtifact, existing_graph
 from exporters.precision import Fp16Config, convert_to_fp16
-from exporters.progress import SILENT, Progress
 from exporters.samples import Samples
 
 __all__ = [
@@ -49,7 +49,7 @@ def quantize_model(
     """FP32 graph and calibration -> INT8 graph.
 
     Raises:
-        ClipdeployError: see :mod:`exporters.errors`.
+        ClipdeployError: see :mod:`clipdeploy.core.errors`.
     """
     source, passport = workspace.source(model)
     calibration = workspace.calibration(model)
@@ -170,7 +170,7 @@ def convert_model(
     """FP32 graph -> FP16 graph.
 
     Raises:
-        ClipdeployError: see :mod:`exporters.errors`.
+        ClipdeployError: see :mod:`clipdeploy.core.errors`.
     """
     source, passport = workspace.source(model)
     target = workspace.graph(model, "fp16")

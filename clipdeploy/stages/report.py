@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from clipdeploy.core.errors import ArtifactError, DatasetError, UsageError
+from clipdeploy.core.passport import read_json
+from clipdeploy.core.paths import StrPath, as_path, as_paths
 from clipdeploy.imaging import open_images
-from clipdeploy.stages.verify_setup import Judgement
+from clipdeploy.stages.verify.setup import Judgement
 from clipdeploy.verification.reports import HTML, Evidence, HeatMap, write_report
-from exporters.artifact import read_json
-from exporters.errors import ArtifactError, DatasetError, UsageError
-from exporters.paths import StrPath, as_path, as_paths
 
 __all__ = ["write_reports"]
 
@@ -27,7 +27,7 @@ def write_reports(
 
     The HTML page shows images.  After a merge they are looked for at ``data``, else where the first
     shard found them; where they are not, the page says so.  The heat map of ``bisection``, a file
-    of :meth:`clipdeploy.workspace.Workspace.bisection`, is shown if it is of a judged artifact.
+    of :meth:`clipdeploy.workspace.folder.Workspace.bisection`, is shown if it is of a judged artifact.
 
     Raises:
         UsageError: a shard alone, or a suffix that is that of no report.

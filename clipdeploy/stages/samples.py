@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from clipdeploy import zoo
+from clipdeploy.core.passport import Preprocess
 from clipdeploy.imaging import iter_crops, open_images, select
-from exporters.artifact import Preprocess
+from clipdeploy.models import cards
 from exporters.checks import PARITY_BATCHES
 from exporters.samples import Samples
 
@@ -15,5 +15,5 @@ __all__ = ["sample_images"]
 
 def sample_images(spec: Preprocess, count: int = max(PARITY_BATCHES)) -> Samples:
     """A few real images to check graphs with: the demo card's digits."""
-    digits = select(open_images(zoo.demo_file("calibration.zip")), count, seed=0)
+    digits = select(open_images(cards.demo_file("calibration.zip")), count, seed=0)
     return Samples(np.stack([crop.pixels for crop in iter_crops(digits, spec)]), spec)

@@ -14,6 +14,14 @@ from calibration.qdq import QuantizeConfig, quantize
 from calibration.ranges import RangeMethod
 from calibration.recipe import QuantizeRecipe, save_recipe
 from calibration.table import load_table
+from clipdeploy.core.errors import UsageError
+from clipdeploy.core.files import sha256_file
+from clipdeploy.core.leftovers import scratch_folder
+from clipdeploy.core.locks import sole_writer
+from clipdeploy.core.passport import to_json
+from clipdeploy.core.paths import StrPath, as_path
+from clipdeploy.core.progress import SILENT, Progress
+from clipdeploy.models.cards import takes_any_name
 from clipdeploy.runners.onnx import OnnxRunner
 from clipdeploy.stages.quantize import quantize_model
 from clipdeploy.stages.samples import sample_images
@@ -28,16 +36,8 @@ from clipdeploy.tuning.splits import Split, check_splits
 from clipdeploy.tuning.state import load_state, save_state
 from clipdeploy.verification.leaks import read_calibrated
 from clipdeploy.verification.paired import judge_drop
-from clipdeploy.workspace import Workspace
-from clipdeploy.zoo import takes_any_name
-from exporters.artifact import to_json
-from exporters.errors import UsageError
-from exporters.files import sha256_file
+from clipdeploy.workspace.folder import Workspace
 from exporters.headers import GraphArtifact
-from exporters.leftovers import scratch_folder
-from exporters.locks import sole_writer
-from exporters.paths import StrPath, as_path
-from exporters.progress import SILENT, Progress
 
 __all__ = ["SearchConfig", "SearchResult", "search_model"]
 
@@ -195,7 +195,7 @@ def search_model(
     workspace: a killed search goes on.
 
     Raises:
-        ClipdeployError: see :mod:`exporters.errors`.
+        ClipdeployError: see :mod:`clipdeploy.core.errors`.
     """
     data = Path(data)
     confirm = as_path(confirm)

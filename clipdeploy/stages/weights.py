@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from clipdeploy.model import LoadedModel, WeightsChoice, load_model, reload_model
-from clipdeploy.passports import is_published
-from clipdeploy.workspace import PRECISIONS, Workspace
-from clipdeploy.zoo import ModelCard
-from exporters.artifact import Precision, Recipe, WeightsOrigin
-from exporters.errors import ArtifactError, FileError, UsageError
+from clipdeploy.core.errors import ArtifactError, FileError, UsageError
+from clipdeploy.core.passport import Precision, Recipe, WeightsOrigin
+from clipdeploy.models.cards import ModelCard
+from clipdeploy.models.load import LoadedModel, WeightsChoice, load_model, reload_model
+from clipdeploy.workspace.folder import PRECISIONS, Workspace
+from clipdeploy.workspace.passports import is_published
 from exporters.headers import read_passport
 
 __all__ = ["load_weights", "own_weights"]
@@ -55,7 +55,7 @@ def load_weights(
     Raises:
         UsageError: ``choice`` names other weights than the workspace's own, and does not replace.
         ArtifactError: the workspace's own checkpoint is gone, or has changed.
-        CheckpointError, FileError: see :func:`clipdeploy.model.load_model`.
+        CheckpointError, FileError: see :func:`clipdeploy.models.load.load_model`.
     """
     own = own_weights(workspace, card)
     if own is None or choice.replace:

@@ -26,10 +26,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from clipdeploy.core.progress import SILENT, Progress
 from clipdeploy.tuning.chain import Chain, Tensor
-from clipdeploy.verification.figures import Fidelity, FidelityMeter
-from exporters.progress import SILENT, Progress
-from exporters.segments import Segment
+from clipdeploy.tuning.segments import Segment
+from clipdeploy.verification.metrics import Fidelity, FidelityMeter
 
 __all__ = ["BROKEN_DB", "Batch", "BlockError", "Measurement", "PartError", "measure"]
 

@@ -10,12 +10,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from calibration.layout import find_bridges, find_segments
-from exporters.errors import GraphError
+from clipdeploy.core.errors import GraphError
+from clipdeploy.tuning.coordinates import find_bridges, find_segments
+from clipdeploy.tuning.segments import Part, Segment, read_sources, switch_input, switchable
+from clipdeploy.tuning.taps import find_tap
 from exporters.graphs import read_whole
-from exporters.segments import Part, Segment, read_sources, switch_input, switchable
 from exporters.session import OnnxSession
-from exporters.taps import find_tap
 
 __all__ = ["Chain", "Tensor"]
 

@@ -27,15 +27,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from clipdeploy.core.passport import TensorSpec
 from clipdeploy.tuning.bisection import error_db
 from clipdeploy.tuning.chain import Chain, Tensor
 from clipdeploy.tuning.images import Labelled
 from clipdeploy.tuning.optimiser import OutOfTimeError
 from clipdeploy.tuning.pareto import Evaluation
 from clipdeploy.tuning.state import SearchState, save_state
-from clipdeploy.verification.figures import FidelityMeter
+from clipdeploy.verification.metrics import FidelityMeter
 from clipdeploy.verification.paired import judge_drop
-from exporters.artifact import TensorSpec
 
 __all__ = ["Counter", "Evaluator", "is_feasible"]
 

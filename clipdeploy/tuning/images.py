@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from clipdeploy.core.errors import DatasetError, UsageError
+from clipdeploy.core.passport import Passport, Preprocess
 from clipdeploy.imaging import Crop, ImageFolder, Labelling, iter_crops
-from clipdeploy.labelled import open_labelled
+from clipdeploy.imaging.labelled import open_labelled
 from clipdeploy.tuning.search import SearchConfig
 from clipdeploy.tuning.splits import Split, hash_images, split_images
 from clipdeploy.verification.batches import mixed
 from clipdeploy.verification.leaks import Calibrated, refuse_leaks
 from clipdeploy.verification.paired import images_needed, judge_drop
-from exporters.artifact import Passport, Preprocess
-from exporters.errors import DatasetError, UsageError
 from exporters.samples import Samples
 
 __all__ = ["Labelled", "check_enough", "labelled_batches", "make_splits"]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calibration.layout import weight_pair
 from clipdeploy.tuning.chain import Chain
-from exporters.taps import InputPeaks
+from clipdeploy.tuning.coordinates import weight_pair
+from clipdeploy.tuning.taps import InputPeaks
 
 __all__ = ["LinearFacts", "linear_facts"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from clipdeploy.core.display import Renderable, Shown
 from clipdeploy.tuning.bisection import Measurement
 from clipdeploy.tuning.culprit import Culprit
 from clipdeploy.tuning.linears import LinearFacts
-from exporters.notebook import Renderable, Shown
 
 __all__ = ["Bisection"]
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 from calibration.plan import PlanConfig
+from clipdeploy.core.display import Renderable, Shown
+from clipdeploy.core.errors import UsageError
+from clipdeploy.core.spans import BATCH, BUDGET, IMAGES, SEARCHED_DROP, SEED, THREADS, check_numbers
 from clipdeploy.imaging import Labelling
 from clipdeploy.tuning.cost import CostModel
 from clipdeploy.tuning.pareto import Candidate
 from clipdeploy.verification.paired import DropJudgement
-from exporters.errors import UsageError
 from exporters.headers import GraphArtifact
-from exporters.notebook import Renderable, Shown
-from exporters.spans import BATCH, BUDGET, IMAGES, SEARCHED_DROP, SEED, THREADS, check_numbers
 
 __all__ = ["SearchConfig", "SearchResult"]
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from clipdeploy.core.errors import DatasetError
 from clipdeploy.imaging import ImageEntry, ImageFolder
-from exporters.errors import DatasetError
 
 __all__ = ["Split", "check_splits", "hash_images", "split_images"]
 

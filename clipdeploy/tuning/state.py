@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from clipdeploy.core.errors import ArtifactError
+from clipdeploy.core.files import write_atomic
+from clipdeploy.core.passport import read_json, to_json
 from clipdeploy.tuning.cost import CostModel
 from clipdeploy.tuning.pareto import Evaluation
-from exporters.artifact import read_json, to_json
-from exporters.errors import ArtifactError
-from exporters.files import write_atomic
 
 __all__ = ["SearchState", "load_state", "save_state"]
 

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clipdeploy import zoo
+from clipdeploy.core.errors import UsageError
+from clipdeploy.core.passport import Recipe
+from clipdeploy.core.spans import ACCURACY, check_numbers
+from clipdeploy.models import cards
 from clipdeploy.verification.paired import Interval, wilson_interval
 from clipdeploy.verification.records import Answer
 from clipdeploy.verification.result import Baseline, BaselineStatus
 from clipdeploy.verification.results import Question
-from exporters.artifact import Recipe
-from exporters.errors import UsageError
-from exporters.spans import ACCURACY, check_numbers
 
 __all__ = [
     "CONFIRMING",
@@ -99,8 +99,8 @@ def _published(question: Question, expected: Expected) -> tuple[float | None, fl
         return expected.top1, expected.top5
     if _is_part(question):
         return None, None
-    card = zoo.find(question.model)
-    own = tuple(name for name, _ in zoo.class_names(card))
+    card = cards.find(question.model)
+    own = tuple(name for name, _ in cards.class_names(card))
     # A head with other classes is a fine-tune: nothing was published of it.
     return (card.top1, card.top5) if question.class_names == own else (None, None)
 

@@ -12,13 +12,13 @@ from typing import TypeVar
 
 import numpy as np
 
+from clipdeploy.core.errors import DatasetError
+from clipdeploy.core.passport import Preprocess
 from clipdeploy.imaging import Crop, CropCache, ImageFolder, Reading, Skipped, iter_crops
 from clipdeploy.imaging.archives import ZipPlace
 from clipdeploy.imaging.crop_shards import NO_STAMP
 from clipdeploy.imaging.crops import Stamps
-from clipdeploy.imaging.look_over import file_sizes
-from exporters.artifact import Preprocess
-from exporters.errors import DatasetError
+from clipdeploy.imaging.scan import file_sizes
 from exporters.samples import Samples, stack_crops
 
 __all__ = [

@@ -16,15 +16,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from clipdeploy import zoo
+from clipdeploy.core.passport import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from clipdeploy.core.progress import SILENT, Progress
 from clipdeploy.imaging import ImageFolder, Skipped, iter_crops, select
-from clipdeploy.model import LoadedModel, reload_model
+from clipdeploy.models import cards
+from clipdeploy.models.load import LoadedModel, reload_model
 from clipdeploy.runners.torch import TorchRunner
 from clipdeploy.verification.paired import mcnemar_exact
 from clipdeploy.verification.records import ImageRecord
 from clipdeploy.verification.result import Baseline, Cause
-from exporters.artifact import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from exporters.progress import SILENT, Progress
 from exporters.samples import normalise
 
 __all__ = ["diagnose"]
@@ -104,7 +104,7 @@ def _relabelled(classes: int, names: Sequence[str]) -> Mapping[str, tuple[str, S
             sorted(count, key=str),
         ),
     }
-    words = [label for _, label in zoo.imagenet_classes()] if classes == 1000 else list(names)
+    words = [label for _, label in cards.imagenet_classes()] if classes == 1000 else list(names)
     alphabetical = sorted(count, key=words.__getitem__) if len(words) == classes else []
     if alphabetical and alphabetical != list(count):
         orders["labels in the alphabetical order of their words"] = (

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from calibration.table import load_table
+from clipdeploy.core.errors import DatasetError
+from clipdeploy.core.files import sha256_file
 from clipdeploy.imaging import Crop
 from clipdeploy.imaging.fingerprints import Fingerprint, Known
 from clipdeploy.verification.records import Leak
 from clipdeploy.verification.targets import Target
-from exporters.errors import DatasetError
-from exporters.files import sha256_file
 from exporters.headers import read_skeleton
 from exporters.products import find_products
 

@@ -25,7 +25,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters.errors import UsageError
+from clipdeploy.core.errors import UsageError
 
 __all__ = [
     "DropJudgement",

@@ -10,14 +10,14 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
+from clipdeploy.core.passport import Preprocess, settings_of
 from clipdeploy.engines.passport import library_versions
 from clipdeploy.imaging import CropCache
 from clipdeploy.imaging.crop_shards import NO_STAMP
 from clipdeploy.imaging.crops import Shelf
 from clipdeploy.imaging.keys import digest_of, pixels_key, sources
-from clipdeploy.model import LoadedModel
+from clipdeploy.models.load import LoadedModel
 from clipdeploy.runners.torch import TorchRunner
-from exporters.artifact import Preprocess, settings_of
 from exporters.samples import Samples
 
 __all__ = ["Reference"]
@@ -25,10 +25,10 @@ __all__ = ["Reference"]
 _FORMAT = 3
 # Our own code from a crop and a checkpoint to logits.
 _DECIDES_LOGITS = (
-    "clipdeploy.checkpoints",
-    "clipdeploy.model",
+    "clipdeploy.models.checkpoints",
+    "clipdeploy.models.load",
     "clipdeploy.runners.torch",
-    "clipdeploy.vit",
+    "clipdeploy.models.vit",
     "exporters.preprocess_graph",
     "exporters.samples",
 )

@@ -30,8 +30,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from clipdeploy.core.errors import ArtifactError
 from clipdeploy.runners import Runner
-from exporters.errors import ArtifactError
 
 __all__ = ["Call", "Repeat", "RepeatPlan", "ask_again", "batch_sizes", "excluded_share"]
 

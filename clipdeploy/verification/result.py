@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from clipdeploy.verification.figures import Accuracy, Fidelity
+from clipdeploy.core.display import Renderable, Shown
+from clipdeploy.verification.metrics import Accuracy, Fidelity
 from clipdeploy.verification.paired import DropJudgement, Interval
 from clipdeploy.verification.repeatability import Repeatability
-from exporters.notebook import Renderable, Shown
 
 __all__ = [
     "Baseline",

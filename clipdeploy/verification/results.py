@@ -22,12 +22,10 @@ from pathlib import Path
 
 import msgspec
 
-from clipdeploy.verification.records import ImageRecord
-from clipdeploy.verification.repeats import Repeat
-from exporters.artifact import Preprocess, Recipe
-from exporters.errors import ArtifactError
-from exporters.files import file_errors, read_regular, write_atomic
-from exporters.values import (
+from clipdeploy.core.errors import ArtifactError
+from clipdeploy.core.files import file_errors, read_regular, write_atomic
+from clipdeploy.core.passport import Preprocess, Recipe
+from clipdeploy.core.values import (
     MOST_BATCH,
     MOST_CLASSES,
     Fault,
@@ -36,6 +34,8 @@ from exporters.values import (
     unless,
     unless_lines,
 )
+from clipdeploy.verification.records import ImageRecord
+from clipdeploy.verification.repeats import Repeat
 
 __all__ = [
     "Asked",
@@ -111,7 +111,7 @@ class Question:
     schema: int = RESULTS_SCHEMA
 
     def faults(self) -> Iterator[Fault]:
-        """Values that no question has; see :mod:`exporters.values`."""
+        """Values that no question has; see :mod:`clipdeploy.core.values`."""
         yield from unless(is_name(self.model), "model", self.model, "a model's name")
         counts = {"batch": MOST_BATCH, "classes": MOST_CLASSES, "images": _MOST_IMAGES}
         for name, most in counts.items():

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from clipdeploy.core.errors import EngineError, UsageError
+from clipdeploy.core.files import sha256_file
+from clipdeploy.core.passport import Passport, Precision
 from clipdeploy.engines.passport import EnginePassport
-from clipdeploy.passports import check_made_from, checked_passport, is_vouched
 from clipdeploy.runners import OnnxRunner, Runner, open_runner
 from clipdeploy.verification.results import Asked
-from clipdeploy.workspace import PRECISIONS, Workspace
-from exporters.artifact import Passport, Precision
-from exporters.errors import EngineError, UsageError
-from exporters.files import sha256_file
+from clipdeploy.workspace.folder import PRECISIONS, Workspace
+from clipdeploy.workspace.passports import check_made_from, checked_passport, is_vouched
 from exporters.headers import read_skeleton, weight_files
 from exporters.products import find_products
 from exporters.signature import classifier_signature
@@ -69,7 +69,7 @@ def workspace_targets(workspace: Workspace, model: str, *, graphs_only: bool) ->
     Raises:
         UsageError: the model has not been exported.
         ArtifactError, GraphError, FileError: an artifact is damaged, was not made from its
-            neighbour, or is not what its passport says, see :mod:`clipdeploy.passports`.
+            neighbour, or is not what its passport says, see :mod:`clipdeploy.workspace.passports`.
     """
     found = list(_graphs(workspace, model))
     return found if graphs_only else [*found, *_engines(workspace, model)]
@@ -81,7 +81,7 @@ def named_targets(paths: Sequence[Path], reference: Passport, *, trust: bool) ->
     Raises:
         UsageError: a file that is neither ``.onnx`` nor ``.engine``, or the same one twice.
         ArtifactError, GraphError, FileError: a file that is not of the reference or not what its
-            passport says, see :mod:`clipdeploy.passports`, or one that cannot be read.
+            passport says, see :mod:`clipdeploy.workspace.passports`, or one that cannot be read.
     """
     if len({path.resolve() for path in paths}) < len(paths):
         raise UsageError("an artifact is named twice", hint="name each one once")

@@ -20,11 +20,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from clipdeploy.core.errors import DatasetError
+from clipdeploy.core.spans import DROP
 from clipdeploy.imaging import Reading
 from clipdeploy.verification.baseline import Expected, check_baseline
 from clipdeploy.verification.disagreements import disagreements_of
 from clipdeploy.verification.distinct import Distinct, distinct_records
-from clipdeploy.verification.figures import Fidelity, accuracy_of, fidelity_of
+from clipdeploy.verification.metrics import Fidelity, accuracy_of, fidelity_of
 from clipdeploy.verification.paired import DropJudgement, judge_drop
 from clipdeploy.verification.records import ImageRecord
 from clipdeploy.verification.repeatability import Repeatability, repeatability_of
@@ -35,8 +37,6 @@ from clipdeploy.verification.result import (
     Verification,
 )
 from clipdeploy.verification.results import Asked, Question, Results
-from exporters.errors import DatasetError
-from exporters.spans import DROP
 
 __all__ = ["Limits", "judge_results"]
 

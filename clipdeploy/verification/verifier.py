@@ -19,10 +19,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from clipdeploy.core.errors import ArtifactError, DatasetError, UsageError
+from clipdeploy.core.locks import sole_writer
+from clipdeploy.core.passport import Passport
+from clipdeploy.core.progress import SILENT, Progress
+from clipdeploy.core.spans import BATCH, THREADS, WORKERS, check_numbers, check_shard
 from clipdeploy.engines.passport import library_versions
 from clipdeploy.imaging import CropCache, ImageFolder, Reading, survey
 from clipdeploy.imaging.crops import pixels_key
-from clipdeploy.model import LoadedModel
+from clipdeploy.models.load import LoadedModel
 from clipdeploy.runners import Runner
 from clipdeploy.verification.batches import (
     DecodedBatch,
@@ -33,8 +38,8 @@ from clipdeploy.verification.batches import (
     mixed,
     prefetched,
 )
+from clipdeploy.verification.cached import KeptRecords, read_kept
 from clipdeploy.verification.early_stop import EarlyStop
-from clipdeploy.verification.kept import KeptRecords, read_kept
 from clipdeploy.verification.leaks import Calibrated, calibration_of, refuse_leaks
 from clipdeploy.verification.records import ImageId, Logits, measure_images
 from clipdeploy.verification.reference import Reference
@@ -49,12 +54,7 @@ from clipdeploy.verification.results import (
 )
 from clipdeploy.verification.targets import Target, open_target
 from clipdeploy.verification.verdicts import Limits
-from exporters.artifact import Passport
-from exporters.errors import ArtifactError, DatasetError, UsageError
-from exporters.locks import sole_writer
-from exporters.progress import SILENT, Progress
 from exporters.samples import Samples
-from exporters.spans import BATCH, THREADS, WORKERS, check_numbers, check_shard
 
 __all__ = ["VerifyConfig", "run_verification"]
 
@@ -65,7 +65,7 @@ class VerifyConfig:
 
     ``max_drop``: percentage points of top-1 that an artifact may lose, ``max_drop_top5`` of top-5,
     None to leave top-5 out of the verdict.  ``shard`` (i, n) runs only
-    the i-th of n parts, for :func:`clipdeploy.stages.merge.merge_verification`.  ``sequential``
+    the i-th of n parts, for :func:`clipdeploy.stages.verify.merge.merge_verification`.  ``sequential``
     stops as soon as every verdict is known.  ``workers`` and
     ``cache`` are those of :func:`clipdeploy.imaging.iter_crops`; the cache keeps the reference's
     logits as well.  ``trust`` loads engines that no passport vouches for.  ``threads`` compute on

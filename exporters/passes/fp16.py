@@ -20,7 +20,7 @@ from collections.abc import Collection
 import numpy as np
 import onnx_ir as ir
 
-from exporters.errors import GraphError
+from clipdeploy.core.errors import GraphError
 from exporters.initializers import add_initializer
 from exporters.storage import refuse_nested
 

@@ -17,7 +17,7 @@ import math
 import numpy as np
 import onnx_ir as ir
 
-from exporters.errors import GraphError
+from clipdeploy.core.errors import GraphError
 from exporters.initializers import add_initializer, write_initializer
 
 __all__ = ["TRACED_OPSET", "SetOpset"]

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from memory import peak_megabytes
 
-from clipdeploy import zoo
-from clipdeploy.model import WeightsChoice
+from clipdeploy.models import cards
+from clipdeploy.models.load import WeightsChoice
 from clipdeploy.pipeline import (
     BisectConfig,
     CalibrateConfig,
@@ -41,16 +41,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=BisectConfig().batch)
     parser.add_argument("--workspace", type=Path)
     chosen = parser.parse_args()
-    name = zoo.find(chosen.model).name
+    name = cards.find(chosen.model).name
     with tempfile.TemporaryDirectory() as temporary:
         workspace = Workspace(chosen.workspace or Path(temporary))
-        digits = zoo.demo_file("calibration.zip")
+        digits = cards.demo_file("calibration.zip")
         export_model(workspace, name, WeightsChoice(random_seed=0))
         calibrate_model(workspace, name, digits, CalibrateConfig(CALIBRATION_IMAGES))
         quantize_model(workspace, name)
         config = BisectConfig(chosen.images, batch=chosen.batch)
         started, cpu = time.perf_counter(), time.process_time()
-        result = bisect_model(workspace, name, zoo.demo_file("test.zip"), None, config)
+        result = bisect_model(workspace, name, cards.demo_file("test.zip"), None, config)
         seconds = time.perf_counter() - started
         print(f"{name}, {chosen.images} images, {os.cpu_count()} cores")
         used = time.process_time() - cpu

@@ -40,9 +40,9 @@ from memory import peak_megabytes
 from numpy.typing import NDArray
 from PIL import Image
 
-from clipdeploy import zoo
 from clipdeploy.imaging import iter_crops, open_images, select
-from clipdeploy.workspace import Workspace
+from clipdeploy.models import cards
+from clipdeploy.workspace.folder import Workspace
 from exporters.headers import read_passport
 from exporters.samples import Samples
 
@@ -165,7 +165,7 @@ def inputs(graph: Path, photos: Path, count: int) -> Iterator[NDArray[Any]]:
 
 def export(job: Job) -> None:
     """Write the FP32 graph; the random weights are made from seed 0."""
-    from clipdeploy.model import WeightsChoice
+    from clipdeploy.models.load import WeightsChoice
     from clipdeploy.pipeline import export_model
 
     export_model(job.workspace, job.model, WeightsChoice(random_seed=0))
@@ -339,7 +339,7 @@ def prepare(script: Path, model: str, images: int, folder: Path) -> Job:
         SystemExit: the export failed.
     """
     # Files are named after the card, which may be a longer name than the one asked for.
-    job = Job(zoo.find(model).name, images, folder, folder / "int8.onnx")
+    job = Job(cards.find(model).name, images, folder, folder / "int8.onnx")
     write_photos(job.photos, images, seed=0)
     exported = measured(script, EXPORT, job)
     if isinstance(exported, Failure):

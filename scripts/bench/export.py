@@ -27,9 +27,9 @@ import onnxruntime as ort
 import torch
 from memory import peak_megabytes
 
-from clipdeploy import zoo
-from clipdeploy.model import random_tensors
-from clipdeploy.vit import ViTConfig
+from clipdeploy.models import cards
+from clipdeploy.models.load import random_tensors
+from clipdeploy.models.vit import ViTConfig
 
 HERE = Path(__file__).resolve()
 OURS = "clipdeploy"
@@ -38,15 +38,15 @@ PEAK = "peak MB:"
 
 def config_of(model: str) -> ViTConfig:
     """The geometry of a card."""
-    card = zoo.find(model)
+    card = cards.find(model)
     return ViTConfig(card.patch, card.image_size, card.classes, card.width, card.depth, card.heads)
 
 
 def export_ours(model: str, checkpoint: Path, target: Path) -> None:
     """What the command line does, checks and passport included."""
-    from clipdeploy.model import WeightsChoice
+    from clipdeploy.models.load import WeightsChoice
     from clipdeploy.pipeline import export_model
-    from clipdeploy.workspace import Workspace
+    from clipdeploy.workspace.folder import Workspace
 
     artifact = export_model(Workspace(target.parent / "ours"), model, WeightsChoice(checkpoint))
     artifact.path.replace(target)
@@ -171,7 +171,7 @@ def main() -> None:
         for _ in range(chosen.repeat):
             for name in names:
                 runs[name].append(measured(name, chosen.model, checkpoint, files[name]))
-        size = zoo.find(chosen.model).image_size
+        size = cards.find(chosen.model).image_size
         times = {b: latencies(files, size, b, max(chosen.rounds // b, 5)) for b in (1, 8)}
         print(f"{chosen.model}, checkpoint {megabytes:.0f} MB, {os.cpu_count()} cores")
         print("import torch alone:", f"{import_torch():.0f} MB")

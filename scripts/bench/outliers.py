@@ -19,8 +19,8 @@ from pathlib import Path
 
 from calibration.plan import PlanConfig
 from calibration.qdq import QuantizeConfig
-from clipdeploy import zoo
-from clipdeploy.model import WeightsChoice
+from clipdeploy.models import cards
+from clipdeploy.models.load import WeightsChoice
 from clipdeploy.pipeline import (
     Verification,
     VerifyScope,
@@ -29,7 +29,7 @@ from clipdeploy.pipeline import (
     quantize_model,
     verify_model,
 )
-from clipdeploy.workspace import Workspace
+from clipdeploy.workspace.folder import Workspace
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECIPES = {
@@ -50,10 +50,10 @@ def make_variants(folder: Path) -> None:
 
 def judge(workspace: Workspace, plan: PlanConfig) -> Verification:
     """Quantise with ``plan``; the graphs on the held-out digits."""
-    quantize_model(workspace, zoo.DEMO, QuantizeConfig(plan=plan, min_sqnr=None))
-    test = zoo.demo_file("test.zip")
+    quantize_model(workspace, cards.DEMO, QuantizeConfig(plan=plan, min_sqnr=None))
+    test = cards.demo_file("test.zip")
     scope = VerifyScope(graphs_only=True)
-    result = verify_model(workspace, zoo.DEMO, test, scope=scope).verification
+    result = verify_model(workspace, cards.DEMO, test, scope=scope).verification
     assert result is not None
     return result
 
@@ -71,8 +71,8 @@ def main() -> None:
         print(f"{'':10}{'PyTorch':>10}" + "".join(f"{name:>10}{'dB':>8}" for name in RECIPES))
         for name, file in files.items():
             workspace = Workspace(Path(temporary, name))
-            export_model(workspace, zoo.DEMO, WeightsChoice(file))
-            calibrate_model(workspace, zoo.DEMO, zoo.demo_file("calibration.zip"))
+            export_model(workspace, cards.DEMO, WeightsChoice(file))
+            calibrate_model(workspace, cards.DEMO, cards.demo_file("calibration.zip"))
             cells = []
             for plan in RECIPES.values():
                 result = judge(workspace, plan)

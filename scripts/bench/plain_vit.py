@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from clipdeploy.vit import ViTConfig
+from clipdeploy.models.vit import ViTConfig
 
 __all__ = ["PlainViT"]
 

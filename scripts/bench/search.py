@@ -19,8 +19,8 @@ from pathlib import Path
 from outliers import make_variants
 
 from calibration.plan import PlanConfig
-from clipdeploy import zoo
-from clipdeploy.model import WeightsChoice
+from clipdeploy.models import cards
+from clipdeploy.models.load import WeightsChoice
 from clipdeploy.pipeline import (
     SearchConfig,
     SearchResult,
@@ -61,10 +61,10 @@ def main() -> None:
         )
         for name, file in files.items():
             workspace = Workspace(Path(temporary, name))
-            export_model(workspace, zoo.DEMO, WeightsChoice(file))
-            calibrate_model(workspace, zoo.DEMO, zoo.demo_file("calibration.zip"))
+            export_model(workspace, cards.DEMO, WeightsChoice(file))
+            calibrate_model(workspace, cards.DEMO, cards.demo_file("calibration.zip"))
             started = time.perf_counter()
-            found = search_model(workspace, zoo.DEMO, zoo.demo_file("test.zip"), config)
+            found = search_model(workspace, cards.DEMO, cards.demo_file("test.zip"), config)
             print(row(name, found, time.perf_counter() - started), flush=True)
 
 

@@ -36,15 +36,15 @@ import numpy as np
 from memory import peak_megabytes
 from PIL import Image
 
+from clipdeploy.core.passport import Passport, Preprocess, Recipe, TensorSpec
 from clipdeploy.imaging import CropCache, ImageFolder, open_images
 from clipdeploy.imaging.decoding import usable_cores
 from clipdeploy.imaging.preprocess import crop_image, decode
-from clipdeploy.model import LoadedModel, WeightsChoice, load_model
+from clipdeploy.models.cards import ModelCard
+from clipdeploy.models.load import LoadedModel, WeightsChoice, load_model
 from clipdeploy.runners import OnnxRunner
 from clipdeploy.verification.targets import Target
 from clipdeploy.verification.verifier import VerifyConfig, run_verification
-from clipdeploy.zoo import ModelCard
-from exporters.artifact import Passport, Preprocess, Recipe, TensorSpec
 from exporters.headers import read_passport
 from exporters.onnx import export_graph
 from exporters.samples import Samples, normalise

@@ -12,25 +12,25 @@ from numpy.typing import NDArray
 
 from calibration.qdq import QuantizeConfig, quantize
 from calibration.table import CalibrationTable, load_table
-from clipdeploy import zoo
+from clipdeploy.core.passport import Recipe
 from clipdeploy.imaging import iter_crops, open_images
-from clipdeploy.model import LoadedModel
+from clipdeploy.models import cards
+from clipdeploy.models.load import LoadedModel
 from clipdeploy.pipeline import sample_images
-from clipdeploy.workspace import Workspace
-from exporters.artifact import Recipe
+from clipdeploy.workspace.folder import Workspace
 from exporters.samples import Samples, normalise
 
 
 @pytest.fixture(scope="session")
 def source(demo_workspace: Workspace) -> Path:
     """The demo card's FP32 graph."""
-    return demo_workspace.graph(zoo.DEMO, "fp32")
+    return demo_workspace.graph(cards.DEMO, "fp32")
 
 
 @pytest.fixture(scope="session")
 def calibration(demo_workspace: Workspace) -> Path:
     """The demo card's calibration over 200 digits."""
-    return demo_workspace.calibration(zoo.DEMO)
+    return demo_workspace.calibration(cards.DEMO)
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +42,7 @@ def demo_table(calibration: Path) -> CalibrationTable:
 @pytest.fixture(scope="session")
 def samples() -> Samples:
     """Three real images to judge float16 storage with."""
-    return sample_images(zoo.find(zoo.DEMO).preprocess(Recipe()), 3)
+    return sample_images(cards.find(cards.DEMO).preprocess(Recipe()), 3)
 
 
 @pytest.fixture(scope="session")
@@ -67,8 +67,8 @@ def make_int8(
 def held_out(demo_model: LoadedModel) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """The 500 held-out digits, normalised (500, 3, 32, 32), and their labels (500,)."""
     spec = demo_model.card.preprocess(demo_model.recipe)
-    names = tuple(name for name, _ in zoo.class_names(demo_model.card))
-    crops = list(iter_crops(open_images(zoo.demo_file("test.zip"), names), spec))
+    names = tuple(name for name, _ in cards.class_names(demo_model.card))
+    crops = list(iter_crops(open_images(cards.demo_file("test.zip"), names), spec))
     assert len(crops) == 500
     labels = np.asarray([crop.entry.label for crop in crops], np.int64)
     return normalise(np.stack([crop.pixels for crop in crops]), spec), labels

@@ -28,11 +28,11 @@ from calibration.table import (
     pack,
     save_table,
 )
-from clipdeploy import zoo
-from clipdeploy.model import LoadedModel
-from clipdeploy.workspace import Workspace
-from exporters.errors import ArtifactError, CalibrationError, FileError, GraphError
-from exporters.files import sha256_file
+from clipdeploy.core.errors import ArtifactError, CalibrationError, FileError, GraphError
+from clipdeploy.core.files import sha256_file
+from clipdeploy.models import cards
+from clipdeploy.models.load import LoadedModel
+from clipdeploy.workspace.folder import Workspace
 from exporters.graphs import load_graph
 from exporters.headers import read_passport
 
@@ -149,7 +149,7 @@ def test_table_names_every_tensor_and_its_origin(
     passport = read_passport(graph)
     assert set(table.statistics) == {name for name, _ in observed_tensors(load_graph(graph))}
     assert len(table.statistics) == 24 + 6 + 1
-    assert table.model == zoo.DEMO
+    assert table.model == cards.DEMO
     assert table.weights == passport.weights.identity
     assert table.source_graph == sha256_file(graph)
     assert table.preprocess == passport.preprocess
@@ -434,7 +434,7 @@ def test_graph_that_is_not_fp32_is_refused(
     demo_workspace: Workspace, images: Images, precision: str
 ) -> None:
     with pytest.raises(GraphError):
-        _collect(demo_workspace.graph(zoo.DEMO, precision), images)
+        _collect(demo_workspace.graph(cards.DEMO, precision), images)
 
 
 def test_damaged_and_missing_graphs_are_refused(

@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 
 from calibration.images import check_images, flatness, image_warnings
 from calibration.table import CalibrationImageRecord, CalibrationTable
+from clipdeploy.core.errors import CalibrationError
+from clipdeploy.core.passport import CLIP_MEAN, CLIP_STD, Preprocess
 from clipdeploy.imaging.fingerprints import fingerprint
-from exporters.artifact import CLIP_MEAN, CLIP_STD, Preprocess
-from exporters.errors import CalibrationError
 
 Pixels = NDArray[np.uint8]
 RNG = np.random.default_rng(0)

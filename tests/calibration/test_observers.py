@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from calibration.observers import BINS, ChannelObserver, ChannelStatistics, bin_edges
-from exporters.errors import CalibrationError
+from clipdeploy.core.errors import CalibrationError
 
 CHANNELS = 6
 

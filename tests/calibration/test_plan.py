@@ -22,7 +22,7 @@ from calibration.qdq import QuantizeConfig
 from calibration.ranges import RangeMethod, choose_range
 from calibration.smoothing import Folding
 from calibration.table import CalibrationTable
-from exporters.errors import UsageError
+from clipdeploy.core.errors import UsageError
 from exporters.graphs import load_graph
 from exporters.session import OnnxSession
 

@@ -19,9 +19,9 @@ from calibration.policy import (
     place,
     qkv_output,
 )
-from clipdeploy import zoo
-from clipdeploy.workspace import Workspace
-from exporters.errors import GraphError
+from clipdeploy.core.errors import GraphError
+from clipdeploy.models import cards
+from clipdeploy.workspace.folder import Workspace
 from exporters.graphs import load_graph
 
 ROLES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -62,7 +62,7 @@ def test_site_knows_its_tensors(sites: list[LinearSite]) -> None:
 def test_patch_embedding_head_and_attention_products_are_not_linears(
     demo_workspace: Workspace, sites: list[LinearSite]
 ) -> None:
-    graph = load_graph(demo_workspace.graph(zoo.DEMO, "fp32")).graph
+    graph = load_graph(demo_workspace.graph(cards.DEMO, "fp32")).graph
     operators = Counter(node.op_type for node in graph)
     # Two products of attention in each block, without a weight.
     assert operators["MatMul"] - len(sites) == 12
@@ -158,6 +158,6 @@ def test_foreign_graph_is_refused() -> None:
 
 
 def test_quantised_graph_is_refused(demo_workspace: Workspace) -> None:
-    path: Path = demo_workspace.graph(zoo.DEMO, "int8")
+    path: Path = demo_workspace.graph(cards.DEMO, "int8")
     with pytest.raises(GraphError, match="has no Linear named"):
         find_linears(load_graph(path))

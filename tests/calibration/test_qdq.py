@@ -20,11 +20,11 @@ from calibration.plan import PlanConfig
 from calibration.policy import Scope, find_linears, find_products, place
 from calibration.qdq import QuantizeConfig, quantize
 from calibration.table import CalibrationTable, load_table, pack, save_table
-from clipdeploy import zoo
-from clipdeploy.workspace import Workspace
-from exporters.artifact import Preprocess, settings_of
-from exporters.errors import ArtifactError, CalibrationError, ClipdeployError, GraphError
-from exporters.files import sha256_file
+from clipdeploy.core.errors import ArtifactError, CalibrationError, ClipdeployError, GraphError
+from clipdeploy.core.files import sha256_file
+from clipdeploy.core.passport import Preprocess, settings_of
+from clipdeploy.models import cards
+from clipdeploy.workspace.folder import Workspace
 from exporters.graphs import load_graph
 from exporters.headers import read_passport
 from exporters.samples import Samples
@@ -414,7 +414,7 @@ def test_other_graph_of_the_same_model_is_refused(
 ) -> None:
     with pytest.raises(ArtifactError, match="made for another source graph"):
         quantize(
-            demo_workspace.graph(zoo.DEMO, precision), calibration, tmp_path / "x.onnx", samples
+            demo_workspace.graph(cards.DEMO, precision), calibration, tmp_path / "x.onnx", samples
         )
     assert os.listdir(tmp_path) == []
 
@@ -434,7 +434,7 @@ def test_same_inputs_give_the_same_bytes(
 ) -> None:
     quantize(source, calibration, tmp_path / "x.onnx", samples)
     again = (tmp_path / "x.onnx").read_bytes()
-    assert again == demo_workspace.graph(zoo.DEMO, "int8").read_bytes()
+    assert again == demo_workspace.graph(cards.DEMO, "int8").read_bytes()
 
 
 @pytest.mark.parametrize("remainder", ["bf16", "FP16", ""])

@@ -17,10 +17,10 @@ from calibration.policy import find_linears
 from calibration.qdq import QuantizeConfig, QuantizedGraph, quantize
 from calibration.quality import MIN_SQNR_DB, Quality, Weakest, check_quality
 from calibration.table import CalibrationTable, load_table, save_table
-from clipdeploy import zoo
+from clipdeploy.core.errors import CalibrationError, UsageError
 from clipdeploy.imaging import open_images
+from clipdeploy.models import cards
 from clipdeploy.stages.calibrate import _calibration_images, _records
-from exporters.errors import CalibrationError, UsageError
 from exporters.graphs import load_graph
 from exporters.headers import read_passport
 from exporters.samples import Samples
@@ -104,7 +104,7 @@ def test_a_linear_that_int8_would_ruin_is_left_out_and_named(
 
 def _darker(source: Path, path: Path) -> Path:
     """A table whose ranges are those of images with a tenth of the contrast, its crops sound."""
-    digits = open_images(zoo.demo_file("calibration.zip"))
+    digits = open_images(cards.demo_file("calibration.zip"))
     few = type(digits)(digits.root, digits.entries[::20])
     passport = read_passport(source)
 

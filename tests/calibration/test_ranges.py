@@ -11,7 +11,7 @@ from scipy.special import erf
 from calibration.distribution import LEVELS, Distribution
 from calibration.observers import ChannelObserver
 from calibration.ranges import RANGE_METHODS, choose_range, search_levels
-from exporters.errors import ClipdeployError, UsageError
+from clipdeploy.core.errors import ClipdeployError, UsageError
 
 F64 = NDArray[np.float64]
 

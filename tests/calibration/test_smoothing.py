@@ -18,10 +18,10 @@ from calibration.policy import LinearSite, find_linears
 from calibration.qdq import QuantizeConfig, quantize, smooth
 from calibration.smoothing import Folding, find_source, fold, search_folding
 from calibration.table import CalibrationTable, load_table
-from clipdeploy import zoo
-from clipdeploy.model import WeightsChoice
+from clipdeploy.models import cards
+from clipdeploy.models.load import WeightsChoice
 from clipdeploy.pipeline import CalibrateConfig, calibrate_model, export_model
-from clipdeploy.workspace import Workspace
+from clipdeploy.workspace.folder import Workspace
 from exporters.graphs import load_graph, write_model
 from exporters.samples import Samples
 from exporters.session import OnnxSession
@@ -260,14 +260,14 @@ class Outliers:
 def outliers(tmp_path_factory: pytest.TempPathFactory) -> Outliers:
     script = load_script("make_outlier_variants")
     folder = tmp_path_factory.mktemp("outliers")
-    tensors = load_file(zoo.demo_file("weights.safetensors"))
+    tensors = load_file(cards.demo_file("weights.safetensors"))
     save_file(script.add_channel_outliers(tensors, script.SEED), folder / "channels.safetensors")
     workspace = Workspace(folder / "artifacts")
-    export_model(workspace, zoo.DEMO, WeightsChoice(checkpoint=folder / "channels.safetensors"))
+    export_model(workspace, cards.DEMO, WeightsChoice(checkpoint=folder / "channels.safetensors"))
     calibrate_model(
-        workspace, zoo.DEMO, zoo.demo_file("calibration.zip"), CalibrateConfig(images=64)
+        workspace, cards.DEMO, cards.demo_file("calibration.zip"), CalibrateConfig(images=64)
     )
-    return Outliers(workspace.graph(zoo.DEMO, "fp32"), workspace.calibration(zoo.DEMO))
+    return Outliers(workspace.graph(cards.DEMO, "fp32"), workspace.calibration(cards.DEMO))
 
 
 def _quality(

@@ -24,10 +24,10 @@ from calibration.table import (
     save_table,
     unpack,
 )
-from clipdeploy import zoo
-from clipdeploy.workspace import Workspace
-from exporters.artifact import CLIP_MEAN, CLIP_STD, Preprocess
-from exporters.errors import ArtifactError, CalibrationError, FileError
+from clipdeploy.core.errors import ArtifactError, CalibrationError, FileError
+from clipdeploy.core.passport import CLIP_MEAN, CLIP_STD, Preprocess
+from clipdeploy.models import cards
+from clipdeploy.workspace.folder import Workspace
 
 
 def _statistics(seed: int = 0, channels: int = 5) -> ChannelStatistics:
@@ -207,7 +207,7 @@ def test_an_old_shard_and_a_new_one_merge_to_a_table_that_survives_the_file(tmp_
 
 
 def test_demo_table_is_whole(demo_workspace: Workspace) -> None:
-    table = load_table(demo_workspace.calibration(zoo.DEMO))
+    table = load_table(demo_workspace.calibration(cards.DEMO))
     assert len(table.images) == 200
     assert len({image.pixels for image in table.images}) == 200
     assert {len(image.thumbnail) for image in table.images} == {64}

@@ -14,14 +14,14 @@ from checkpoint_files import write_legacy_flat, write_nested_zip
 from reference_vit import reference_logits
 from torch import Tensor
 
-from clipdeploy import zoo
-from clipdeploy.model import WeightsChoice, random_tensors
+from clipdeploy.core.files import sha256_file
+from clipdeploy.core.passport import Precision
+from clipdeploy.models import cards
+from clipdeploy.models.load import WeightsChoice, random_tensors
+from clipdeploy.models.vit import ViTConfig
 from clipdeploy.pipeline import CalibrateConfig, build_model, export_model, sample_images
 from clipdeploy.runners import OnnxRunner
-from clipdeploy.vit import ViTConfig
-from clipdeploy.workspace import Workspace
-from exporters.artifact import Precision
-from exporters.files import sha256_file
+from clipdeploy.workspace.folder import Workspace
 from exporters.onnx import ExportConfig
 
 pytestmark = pytest.mark.slow
@@ -40,7 +40,7 @@ GEOMETRIES = [
 
 @pytest.mark.parametrize("alias", GEOMETRIES)
 def test_both_wrappings_export_to_the_architecture_itself(alias: str, tmp_path: Path) -> None:
-    card = zoo.find(alias)
+    card = cards.find(alias)
     tensors = random_tensors(ViTConfig(card.patch, card.image_size), 11)
     logits = []
     for write in (write_legacy_flat, write_nested_zip):
@@ -79,9 +79,9 @@ def test_an_export_needs_little_memory(
     path = write(random_tensors(ViTConfig(16, 224), 3), tmp_path / "weights.pth")
     export = (
         "import sys; from pathlib import Path\n"
-        "from clipdeploy.model import WeightsChoice\n"
+        "from clipdeploy.models.load import WeightsChoice\n"
         "from clipdeploy.pipeline import export_model\n"
-        "from clipdeploy.workspace import Workspace\n"
+        "from clipdeploy.workspace.folder import Workspace\n"
         "export_model(Workspace(Path(sys.argv[2])), 'clip-vit-base-p16', "
         "WeightsChoice(Path(sys.argv[1])))"
     )
@@ -104,9 +104,9 @@ def test_no_opset_has_more_than_320_nodes(opset: int, tmp_path: Path) -> None:
 def test_tensorrt_builds_every_geometry_in_every_precision(alias: str, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
     workspace = Workspace(tmp_path)
-    name = zoo.find(alias).name
+    name = cards.find(alias).name
     export_model(workspace, name, WeightsChoice(random_seed=0))
-    data = zoo.demo_file("calibration.zip")
+    data = cards.demo_file("calibration.zip")
     observed = {"data": data, "calibrate": CalibrateConfig(images=10)}
     bytes_each: dict[Precision, int] = {"fp32": 4, "fp16": 2, "int8": 1}
     for precision, size in bytes_each.items():

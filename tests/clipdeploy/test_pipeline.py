@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from calibration.qdq import QuantizeConfig
-from clipdeploy import zoo
-from clipdeploy.demo import run_demo
-from clipdeploy.model import WeightsChoice
+from clipdeploy.core.errors import ArtifactError, UsageError
+from clipdeploy.core.files import sha256_file
+from clipdeploy.models import cards
+from clipdeploy.models.load import WeightsChoice
 from clipdeploy.pipeline import (
     CalibrateConfig,
     VerifyScope,
@@ -19,12 +20,11 @@ from clipdeploy.pipeline import (
     quantize_model,
     verify_model,
 )
-from clipdeploy.workspace import Workspace
-from exporters.errors import ArtifactError, UsageError
-from exporters.files import sha256_file
+from clipdeploy.stages.demo import run_demo
+from clipdeploy.workspace.folder import Workspace
 
-CALIBRATION = zoo.demo_file("calibration.zip")
-TEST = zoo.demo_file("test.zip")
+CALIBRATION = cards.demo_file("calibration.zip")
+TEST = cards.demo_file("test.zip")
 
 
 @pytest.fixture
@@ -35,72 +35,72 @@ def workspace(demo_workspace: Workspace, tmp_path: Path) -> Workspace:
 
 
 def hashes(workspace: Workspace) -> dict[str, str]:
-    return {path.name: sha256_file(path) for path in workspace.folder(zoo.DEMO).iterdir()}
+    return {path.name: sha256_file(path) for path in workspace.folder(cards.DEMO).iterdir()}
 
 
 def test_an_unchanged_stage_is_not_done_twice(workspace: Workspace) -> None:
     before = hashes(workspace)
-    assert not export_model(workspace, zoo.DEMO).changed
-    assert not convert_model(workspace, zoo.DEMO).changed
-    assert not calibrate_model(workspace, zoo.DEMO, CALIBRATION).changed
-    assert not quantize_model(workspace, zoo.DEMO).artifact.changed
+    assert not export_model(workspace, cards.DEMO).changed
+    assert not convert_model(workspace, cards.DEMO).changed
+    assert not calibrate_model(workspace, cards.DEMO, CALIBRATION).changed
+    assert not quantize_model(workspace, cards.DEMO).artifact.changed
     assert hashes(workspace) == before
 
 
 def test_a_changed_choice_is_done_again(workspace: Workspace) -> None:
-    assert quantize_model(workspace, zoo.DEMO, QuantizeConfig(("blocks.0.*",))).artifact.changed
+    assert quantize_model(workspace, cards.DEMO, QuantizeConfig(("blocks.0.*",))).artifact.changed
     few = CalibrateConfig(images=50)
-    assert calibrate_model(workspace, zoo.DEMO, CALIBRATION, few).changed
-    assert quantize_model(workspace, zoo.DEMO, QuantizeConfig(("blocks.0.*",))).artifact.changed
-    assert export_model(workspace, zoo.DEMO, WeightsChoice(random_seed=1)).changed
+    assert calibrate_model(workspace, cards.DEMO, CALIBRATION, few).changed
+    assert quantize_model(workspace, cards.DEMO, QuantizeConfig(("blocks.0.*",))).artifact.changed
+    assert export_model(workspace, cards.DEMO, WeightsChoice(random_seed=1)).changed
 
 
 def test_every_stage_is_reproducible(demo_workspace: Workspace, tmp_path: Path) -> None:
     again = Workspace(tmp_path)
-    export_model(again, zoo.DEMO)
-    calibrate_model(again, zoo.DEMO, CALIBRATION)
-    quantize_model(again, zoo.DEMO)
+    export_model(again, cards.DEMO)
+    calibrate_model(again, cards.DEMO, CALIBRATION)
+    quantize_model(again, cards.DEMO)
     ours, theirs = hashes(again), hashes(demo_workspace)
     assert ours == {name: theirs[name] for name in ours}
 
 
 def test_artifacts_of_other_weights_are_refused(workspace: Workspace) -> None:
-    export_model(workspace, zoo.DEMO, WeightsChoice(random_seed=1))
+    export_model(workspace, cards.DEMO, WeightsChoice(random_seed=1))
     with pytest.raises(ArtifactError, match=r"was not made from the .*fp32\.onnx"):
-        verify_model(workspace, zoo.DEMO, TEST, scope=VerifyScope(graphs_only=True))
+        verify_model(workspace, cards.DEMO, TEST, scope=VerifyScope(graphs_only=True))
     with pytest.raises(ArtifactError, match="was made for another weights"):
-        quantize_model(workspace, zoo.DEMO)
+        quantize_model(workspace, cards.DEMO)
 
 
 def test_stages_out_of_order_say_what_comes_first(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path / "artifacts")
     for stage in (
-        lambda: calibrate_model(workspace, zoo.DEMO, CALIBRATION),
-        lambda: quantize_model(workspace, zoo.DEMO),
-        lambda: build_model(workspace, zoo.DEMO, "fp16"),
-        lambda: verify_model(workspace, zoo.DEMO, TEST),
+        lambda: calibrate_model(workspace, cards.DEMO, CALIBRATION),
+        lambda: quantize_model(workspace, cards.DEMO),
+        lambda: build_model(workspace, cards.DEMO, "fp16"),
+        lambda: verify_model(workspace, cards.DEMO, TEST),
     ):
         with pytest.raises(UsageError, match="has not been exported") as caught:
             stage()
         assert "clipdeploy export --model clip-vit-demo" in caught.value.hint
     assert not workspace.root.exists()
-    export_model(workspace, zoo.DEMO)
+    export_model(workspace, cards.DEMO)
     with pytest.raises(UsageError, match="has not been calibrated"):
-        build_model(workspace, zoo.DEMO, "int8")
+        build_model(workspace, cards.DEMO, "int8")
 
 
 def test_an_int8_engine_needs_one_call(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
     workspace = Workspace(tmp_path)
-    export_model(workspace, zoo.DEMO)
-    engine = build_model(workspace, zoo.DEMO, "int8", data=CALIBRATION)
+    export_model(workspace, cards.DEMO)
+    engine = build_model(workspace, cards.DEMO, "int8", data=CALIBRATION)
     assert engine.changed
     assert engine.passport.graph.precision == "int8"
-    assert not build_model(workspace, zoo.DEMO, "int8", data=CALIBRATION).changed
+    assert not build_model(workspace, cards.DEMO, "int8", data=CALIBRATION).changed
     # An engine whose graph was made anew is stale until it is built again.
-    quantize_model(workspace, zoo.DEMO, QuantizeConfig(("blocks.1.*",)))
+    quantize_model(workspace, cards.DEMO, QuantizeConfig(("blocks.1.*",)))
     with pytest.raises(ArtifactError, match=r"int8\.engine was not made from"):
-        verify_model(workspace, zoo.DEMO, TEST)
+        verify_model(workspace, cards.DEMO, TEST)
 
 
 def test_the_demo_keeps_its_accuracy(tmp_path: Path) -> None:

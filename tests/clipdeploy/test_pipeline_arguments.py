@@ -14,7 +14,11 @@ import numpy as np
 import pytest
 
 from calibration.recipe import QuantizeRecipe, save_recipe
-from clipdeploy import pipeline, zoo
+from clipdeploy import pipeline
+from clipdeploy.core.errors import UsageError
+from clipdeploy.core.files import sha256_file
+from clipdeploy.core.passport import WeightsOrigin
+from clipdeploy.models import cards
 from clipdeploy.pipeline import (
     BenchmarkConfig,
     BisectConfig,
@@ -51,14 +55,11 @@ from clipdeploy.pipeline import (
     write_reports,
 )
 from clipdeploy.stages.quantize import config_to_build
-from exporters.artifact import WeightsOrigin
-from exporters.errors import UsageError
-from exporters.files import sha256_file
 from exporters.headers import read_passport
 
 ALIAS = "demo"
-CALIBRATION = str(zoo.demo_file("calibration.zip"))
-TEST = str(zoo.demo_file("test.zip"))
+CALIBRATION = str(cards.demo_file("calibration.zip"))
+TEST = str(cards.demo_file("test.zip"))
 BRIEF = BenchmarkConfig(batches=(1,), seconds=None, rounds=2, warmup=0.0)
 # More digits than Python writes.
 LONG = 10**5000
@@ -76,9 +77,9 @@ def workspace(demo_workspace: Workspace, tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_workspace_takes_a_text_and_any_name(workspace: str) -> None:
     made = Workspace(workspace)
     assert made == Workspace(Path(workspace))
-    assert made.graph(ALIAS, "fp32") == Path(workspace, zoo.DEMO, f"{zoo.DEMO}.fp32.onnx")
-    assert made.engine(ALIAS, "int8").parent == made.folder(zoo.DEMO)
-    assert made.source(ALIAS)[1].model == zoo.DEMO
+    assert made.graph(ALIAS, "fp32") == Path(workspace, cards.DEMO, f"{cards.DEMO}.fp32.onnx")
+    assert made.engine(ALIAS, "int8").parent == made.folder(cards.DEMO)
+    assert made.source(ALIAS)[1].model == cards.DEMO
 
 
 def test_every_verb_takes_an_alias_and_texts(workspace: str, tmp_path: Path) -> None:
@@ -91,15 +92,15 @@ def test_every_verb_takes_an_alias_and_texts(workspace: str, tmp_path: Path) -> 
     scope = VerifyScope(artifacts=(graph,), limit=8)  # type: ignore[arg-type]
     judgement = verify_model(at, ALIAS, TEST, VerifyConfig(workers=0), scope, keep="kept.jsonl")
     assert judgement.verification is not None
-    assert judgement.verification.model == zoo.DEMO
+    assert judgement.verification.model == cards.DEMO
     assert Path("kept.jsonl").exists()
     write_reports(judgement, "page.md")
     assert Path("page.md").exists()
     found = bisect_model(at, ALIAS, TEST, str(at.graph(ALIAS, "int8")), BisectConfig(1))
-    assert found.model == zoo.DEMO
-    assert predict_images(at, ALIAS, TEST, graph, top=1).model == zoo.DEMO
-    assert predict_images(at, None, [TEST], artifact=graph, top=1).model == zoo.DEMO
-    assert benchmark_model(at, ALIAS, BRIEF).model == zoo.DEMO
+    assert found.model == cards.DEMO
+    assert predict_images(at, ALIAS, TEST, graph, top=1).model == cards.DEMO
+    assert predict_images(at, None, [TEST], artifact=graph, top=1).model == cards.DEMO
+    assert benchmark_model(at, ALIAS, BRIEF).model == cards.DEMO
     assert benchmark_artifacts(graph, BRIEF)
     assert inspect_file(graph).passport is not None
     assert package_triton(graph, "models").changed
@@ -193,15 +194,15 @@ def searched(workspace: str) -> Workspace:
     """A workspace whose INT8 graph a search wrote."""
     at = Workspace(workspace)
     config = QuantizeConfig(SKIPPED_FIRST)
-    made = quantize_model(at, zoo.DEMO, config).artifact
+    made = quantize_model(at, cards.DEMO, config).artifact
     identity = made.passport.weights.identity
-    save_recipe(QuantizeRecipe(zoo.DEMO, identity, config, {}), at.recipe(zoo.DEMO))
+    save_recipe(QuantizeRecipe(cards.DEMO, identity, config, {}), at.recipe(cards.DEMO))
     return at
 
 
 def test_a_searched_graph_is_kept(searched: Workspace) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
-    graph, said = searched.graph(zoo.DEMO, "int8"), list[str]()
+    graph, said = searched.graph(cards.DEMO, "int8"), list[str]()
     before = sha256_file(graph)
     engine = build_model(searched, ALIAS, "int8", note=said.append)
     assert sha256_file(graph) == before == engine.passport.hashes.graph
@@ -229,8 +230,8 @@ def test_what_a_build_would_not_use_is_refused(
     precision: Any, more: dict[str, Any], said: str, demo_workspace: Workspace
 ) -> None:
     with pytest.raises(UsageError, match=said):
-        build_model(demo_workspace, zoo.DEMO, precision, **more)
-    assert not demo_workspace.engine(zoo.DEMO, precision).exists()
+        build_model(demo_workspace, cards.DEMO, precision, **more)
+    assert not demo_workspace.engine(cards.DEMO, precision).exists()
 
 
 def test_what_a_deployment_would_not_use_is_refused() -> None:
@@ -242,7 +243,7 @@ def test_what_a_deployment_would_not_use_is_refused() -> None:
 def test_a_changed_keep_is_noticed(workspace: str) -> None:
     at, tensor = Workspace(workspace), "blocks.0.mlp.fc1"
     names = [tensor, "blocks.1.mlp.fc1"]
-    graph = at.graph(zoo.DEMO, "fp32")
+    graph = at.graph(cards.DEMO, "fp32")
     outputs = [output_of(graph, name) for name in names]
     both = convert_model(at, ALIAS, Fp16Config(tuple(outputs)))
     assert both.changed
@@ -251,7 +252,7 @@ def test_a_changed_keep_is_noticed(workspace: str) -> None:
     assert one.sha256 != both.sha256
     assert not convert_model(at, ALIAS, Fp16Config((outputs[0],))).changed
     assert convert_model(at, ALIAS).changed
-    assert read_passport(at.graph(zoo.DEMO, "fp16")).settings["keep_fp32"] == []
+    assert read_passport(at.graph(cards.DEMO, "fp16")).settings["keep_fp32"] == []
 
 
 def output_of(graph: Path, node: str) -> str:

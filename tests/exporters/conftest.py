@@ -10,9 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from clipdeploy.model import random_tensors
-from clipdeploy.vit import VisionTransformer, ViTConfig
-from exporters.artifact import (
+from clipdeploy.core.passport import (
     CLIP_MEAN,
     CLIP_STD,
     Passport,
@@ -21,6 +19,8 @@ from exporters.artifact import (
     TensorSpec,
     WeightsOrigin,
 )
+from clipdeploy.models.load import random_tensors
+from clipdeploy.models.vit import VisionTransformer, ViTConfig
 from exporters.onnx import export_graph
 from exporters.samples import Samples
 

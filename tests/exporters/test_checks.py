@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from clipdeploy import vit
-from clipdeploy.vit import VisionTransformer
-from exporters.artifact import Passport, TensorSpec
+from clipdeploy.core.errors import GraphError
+from clipdeploy.core.passport import Passport, TensorSpec
+from clipdeploy.models import vit
+from clipdeploy.models.vit import VisionTransformer
 from exporters.checks import PARITY_TOLERANCE, check_parity, check_structure, parity_bound
-from exporters.errors import GraphError
 from exporters.graphs import load_graph, write_model
 from exporters.headers import read_passport
 from exporters.initializers import write_initializer

@@ -12,8 +12,8 @@ import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 
-from exporters.artifact import PASSPORT_KEY
-from exporters.errors import ArtifactError, FileError, GraphError
+from clipdeploy.core.errors import ArtifactError, FileError, GraphError
+from clipdeploy.core.passport import PASSPORT_KEY
 from exporters.graphs import (
     load_graph,
     model_pieces,

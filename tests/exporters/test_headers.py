@@ -8,17 +8,17 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from clipdeploy import zoo
+from clipdeploy.core.errors import ArtifactError, GraphError
+from clipdeploy.models import cards
 from clipdeploy.packaging.artifact import open_packable
 from clipdeploy.stages.package import package_triton
-from clipdeploy.workspace import Workspace
-from exporters.errors import ArtifactError, GraphError
+from clipdeploy.workspace.folder import Workspace
 from exporters.headers import existing_graph, read_passport, read_skeleton
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_it_is_the_graph_without_its_weights(precision: str, demo_workspace: Workspace) -> None:
-    path = demo_workspace.graph(zoo.DEMO, precision)  # type: ignore[arg-type]
+    path = demo_workspace.graph(cards.DEMO, precision)  # type: ignore[arg-type]
     whole, lean = onnx.load(path), read_skeleton(path)
     assert lean.ByteSize() < whole.ByteSize() / 5
     assert [weight.name for weight in lean.graph.initializer] == [
@@ -33,14 +33,14 @@ def test_it_is_the_graph_without_its_weights(precision: str, demo_workspace: Wor
 
 
 def test_a_file_in_one_piece_is_read_too(demo_workspace: Workspace, tmp_path: Path) -> None:
-    path = demo_workspace.graph(zoo.DEMO, "fp32")
+    path = demo_workspace.graph(cards.DEMO, "fp32")
     onnx.save(onnx.load(path), tmp_path / "one.onnx")
     assert read_skeleton(tmp_path / "one.onnx") == read_skeleton(path)
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.1, 0.5, 0.999])
 def test_a_cut_file_is_refused(keep: float, demo_workspace: Workspace, tmp_path: Path) -> None:
-    data = demo_workspace.graph(zoo.DEMO, "fp32").read_bytes()
+    data = demo_workspace.graph(cards.DEMO, "fp32").read_bytes()
     path = tmp_path / "cut.onnx"
     path.write_bytes(data[: int(keep * len(data))])
     with pytest.raises(GraphError, match=r"cut\.onnx is no readable ONNX graph"):
@@ -67,7 +67,7 @@ def test_a_passport_does_not_vouch_for_weights_in_another_file(
     demo_workspace: Workspace, tmp_path: Path
 ) -> None:
     """Every hash is that of the graph's file: the weights beside it could be exchanged."""
-    path = with_data_outside(demo_workspace.graph(zoo.DEMO, "fp32"), tmp_path)
+    path = with_data_outside(demo_workspace.graph(cards.DEMO, "fp32"), tmp_path)
     for use in (read_passport, open_packable, lambda path: package_triton(path, tmp_path / "out")):
         with pytest.raises(ArtifactError, match=r"keeps weights in g\.data"):
             use(path)
@@ -105,7 +105,7 @@ def in_a_sparse_weight(model: onnx.ModelProto) -> None:
 def test_weights_outside_are_found_at_any_depth(
     where: Callable[[onnx.ModelProto], None], demo_workspace: Workspace, tmp_path: Path
 ) -> None:
-    model = onnx.load(demo_workspace.graph(zoo.DEMO, "fp32"))
+    model = onnx.load(demo_workspace.graph(cards.DEMO, "fp32"))
     where(model)
     (tmp_path / "g.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(ArtifactError, match=r"keeps weights in other\.bin"):
@@ -119,7 +119,7 @@ def test_messages_nested_without_end_are_no_graph(
     for _ in range(3000):  # a node's attribute holds a graph, which holds a node
         for key in (0x32, 0x2A, 0x0A):
             node = bytes([key]) + _length(len(node)) + node
-    data = demo_workspace.graph(zoo.DEMO, "fp32").read_bytes()
+    data = demo_workspace.graph(cards.DEMO, "fp32").read_bytes()
     path = tmp_path / "deep.onnx"
     path.write_bytes(data + b"\x3a" + _length(len(node)) + node)
     with pytest.raises(ArtifactError, match="no readable ONNX graph"):

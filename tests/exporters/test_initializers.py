@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from shared_constants import KINDS, alike, shared
 
-from exporters.errors import GraphError
+from clipdeploy.core.errors import GraphError
 from exporters.graphs import load_graph, write_model
 from exporters.initializers import add_initializer, own_initializer, write_initializer
 from exporters.passes.attention_scale import FoldAttentionScale

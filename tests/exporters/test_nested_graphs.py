@@ -13,7 +13,7 @@ from onnx import ModelProto, SparseTensorProto, helper, numpy_helper
 from onnx.external_data_helper import set_external_data
 from onnx.reference import ReferenceEvaluator
 
-from exporters.errors import GraphError
+from clipdeploy.core.errors import GraphError
 from exporters.graphs import load_graph, write_model
 from exporters.headers import weight_files
 from exporters.nested import all_graphs

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clipdeploy import zoo
-from clipdeploy.model import LoadedModel
-from clipdeploy.vit import VisionTransformer
-from clipdeploy.workspace import Workspace
-from exporters.artifact import Passport
-from exporters.errors import GraphError, UsageError
+from clipdeploy.core.errors import GraphError, UsageError
+from clipdeploy.core.passport import Passport
+from clipdeploy.models import cards
+from clipdeploy.models.load import LoadedModel
+from clipdeploy.models.vit import VisionTransformer
+from clipdeploy.workspace.folder import Workspace
 from exporters.graphs import load_graph
 from exporters.headers import read_passport
 from exporters.onnx import ExportConfig, export_graph
@@ -81,8 +81,8 @@ def _operators(path: Path) -> Counter[str]:
 
 
 def test_one_node_for_each_layer(demo_workspace: Workspace) -> None:
-    operators = _operators(demo_workspace.graph(zoo.DEMO, "fp32"))
-    depth = zoo.find(zoo.DEMO).depth
+    operators = _operators(demo_workspace.graph(cards.DEMO, "fp32"))
+    depth = cards.find(cards.DEMO).depth
     assert operators["LayerNormalization"] == 2 * depth + 2
     assert operators["Gelu"] == depth
     assert operators["Softmax"] == depth
@@ -92,14 +92,14 @@ def test_one_node_for_each_layer(demo_workspace: Workspace) -> None:
 
 
 def test_no_node_computes_shapes(demo_workspace: Workspace) -> None:
-    operators = _operators(demo_workspace.graph(zoo.DEMO, "fp32"))
+    operators = _operators(demo_workspace.graph(cards.DEMO, "fp32"))
     shape_work = {"Shape", "Expand", "Squeeze", "Unsqueeze", "Concat", "ConstantOfShape", "Cast"}
     decomposed = {"Erf", "Tanh", "ReduceMean", "Pow", "Sqrt", "Identity", "Constant", "If"}
     assert not (shape_work | decomposed) & set(operators)
 
 
 def test_only_the_batch_is_symbolic(demo_workspace: Workspace) -> None:
-    proto = onnx.load(str(demo_workspace.graph(zoo.DEMO, "fp32")))
+    proto = onnx.load(str(demo_workspace.graph(cards.DEMO, "fp32")))
     (image,), (logits,) = proto.graph.input, proto.graph.output
     dims = [d.dim_param or d.dim_value for d in image.type.tensor_type.shape.dim]
     assert (image.name, dims) == ("image", ["batch", 3, 32, 32])
@@ -109,7 +109,7 @@ def test_only_the_batch_is_symbolic(demo_workspace: Workspace) -> None:
 
 
 def test_every_node_says_block_and_role(demo_workspace: Workspace) -> None:
-    nodes = list(load_graph(demo_workspace.graph(zoo.DEMO, "fp32")).graph)
+    nodes = list(load_graph(demo_workspace.graph(cards.DEMO, "fp32")).graph)
     names = [node.name or "" for node in nodes]
     assert [name for name in names if not _NODE_NAME.match(name)] == []
     assert len(set(names)) == len(names)
@@ -122,7 +122,7 @@ def test_every_node_says_block_and_role(demo_workspace: Workspace) -> None:
 def test_every_weight_has_its_parameters_name(
     demo_workspace: Workspace, demo_model: LoadedModel
 ) -> None:
-    found = load_graph(demo_workspace.graph(zoo.DEMO, "fp32")).graph.initializers
+    found = load_graph(demo_workspace.graph(cards.DEMO, "fp32")).graph.initializers
     parameters = dict(demo_model.module.named_parameters())
     assert set(parameters) <= set(found)
     for name in set(found) - set(parameters):
@@ -133,7 +133,7 @@ def test_every_weight_has_its_parameters_name(
 
 
 def test_every_constant_is_read(demo_workspace: Workspace) -> None:
-    graph = load_graph(demo_workspace.graph(zoo.DEMO, "fp32")).graph
+    graph = load_graph(demo_workspace.graph(cards.DEMO, "fp32")).graph
     read = {value for node in graph for value in node.inputs}
     assert [name for name, value in graph.initializers.items() if value not in read] == []
 
@@ -145,7 +145,7 @@ def test_logits_are_pytorchs(
     demo_images: NDArray[np.float32],
     count: int,
 ) -> None:
-    session = OnnxSession(demo_workspace.graph(zoo.DEMO, "fp32"))
+    session = OnnxSession(demo_workspace.graph(cards.DEMO, "fp32"))
     logits = session.run(demo_images[:count])[0]
     expected = demo_model.module(torch.from_numpy(demo_images[:count])).numpy()
     assert logits.dtype == np.float32
@@ -153,14 +153,14 @@ def test_logits_are_pytorchs(
 
 
 def test_images_do_not_mix(demo_workspace: Workspace, demo_images: NDArray[np.float32]) -> None:
-    session = OnnxSession(demo_workspace.graph(zoo.DEMO, "fp32"))
+    session = OnnxSession(demo_workspace.graph(cards.DEMO, "fp32"))
     together = session.run(demo_images)[0]
     alone = np.concatenate([session.run(image[None])[0] for image in demo_images])
     np.testing.assert_allclose(together, alone, rtol=0, atol=ROUNDING)
 
 
 def test_image_of_another_size_is_refused(demo_workspace: Workspace) -> None:
-    session = OnnxSession(demo_workspace.graph(zoo.DEMO, "fp32"))
+    session = OnnxSession(demo_workspace.graph(cards.DEMO, "fp32"))
     with pytest.raises(GraphError, match="cannot run"):
         session.run(np.zeros((1, 3, 36, 36), np.float32))
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipdeploy.vit import VisionTransformer
-from exporters.artifact import Passport
-from exporters.errors import GraphError
+from clipdeploy.core.errors import GraphError
+from clipdeploy.core.passport import Passport
+from clipdeploy.models.vit import VisionTransformer
 from exporters.graphs import load_graph, save_graph
 from exporters.headers import read_passport
 from exporters.onnx import export_graph

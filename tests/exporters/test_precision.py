@@ -12,13 +12,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from clipdeploy import zoo
-from clipdeploy.model import LoadedModel
+from clipdeploy.core.errors import ArtifactError, FileError, GraphError
+from clipdeploy.core.files import sha256_file
+from clipdeploy.core.passport import Recipe, TensorSpec
+from clipdeploy.models import cards
+from clipdeploy.models.load import LoadedModel
 from clipdeploy.pipeline import sample_images
-from clipdeploy.workspace import Workspace
-from exporters.artifact import Recipe, TensorSpec
-from exporters.errors import ArtifactError, FileError, GraphError
-from exporters.files import sha256_file
+from clipdeploy.workspace.folder import Workspace
 from exporters.graphs import load_graph, save_graph
 from exporters.headers import read_passport
 from exporters.precision import Fp16Config, convert_to_fp16, half_precision
@@ -28,7 +28,7 @@ from exporters.session import OnnxSession
 # A half has 11 bits, which is 66 dB; the demo model gives 66.  INT8 gives 40 and must fail this.
 FLOOR_DB = 55.0
 
-SAMPLES = sample_images(zoo.find(zoo.DEMO).preprocess(Recipe()), 3)
+SAMPLES = sample_images(cards.find(cards.DEMO).preprocess(Recipe()), 3)
 
 
 def _sqnr_db(reference: NDArray[np.float32], found: NDArray[np.floating]) -> float:
@@ -44,7 +44,7 @@ def _pytorch(model: LoadedModel, images: NDArray[np.float32]) -> NDArray[np.floa
 def test_fp16_logits_are_pytorchs(
     demo_workspace: Workspace, demo_model: LoadedModel, demo_images: NDArray[np.float32]
 ) -> None:
-    (logits,) = OnnxSession(demo_workspace.graph(zoo.DEMO, "fp16")).run(demo_images)
+    (logits,) = OnnxSession(demo_workspace.graph(cards.DEMO, "fp16")).run(demo_images)
     reference = _pytorch(demo_model, demo_images)
     found = _sqnr_db(reference, logits)
     assert found >= FLOOR_DB, f"{found:.1f} dB"
@@ -56,7 +56,7 @@ def test_fp16_logits_are_pytorchs(
 def test_int8_falls_below_the_fp16_floor(
     demo_workspace: Workspace, demo_model: LoadedModel, demo_images: NDArray[np.float32]
 ) -> None:
-    (logits,) = OnnxSession(demo_workspace.graph(zoo.DEMO, "int8")).run(demo_images)
+    (logits,) = OnnxSession(demo_workspace.graph(cards.DEMO, "int8")).run(demo_images)
     assert _sqnr_db(_pytorch(demo_model, demo_images), logits) < FLOOR_DB
 
 
@@ -66,7 +66,7 @@ def test_half_interface_is_promised_and_kept(
     demo_images: NDArray[np.float32],
     tmp_path: Path,
 ) -> None:
-    source = demo_workspace.graph(zoo.DEMO, "fp32")
+    source = demo_workspace.graph(cards.DEMO, "fp32")
     artifact = convert_to_fp16(source, tmp_path / "half.onnx", SAMPLES, Fp16Config(half_io=True))
     assert artifact.passport.input.dtype == artifact.passport.output.dtype == "float16"
     (logits,) = OnnxSession(artifact.path).run(demo_images.astype(np.float16))
@@ -99,7 +99,7 @@ def test_passport_says_what_was_done(
 
 
 def test_file_is_half_as_large_and_valid(demo_workspace: Workspace) -> None:
-    wide, half = (demo_workspace.graph(zoo.DEMO, p) for p in ("fp32", "fp16"))
+    wide, half = (demo_workspace.graph(cards.DEMO, p) for p in ("fp32", "fp16"))
     # The weights halve; names, nodes and shapes stay.
     assert half.stat().st_size < 0.55 * wide.stat().st_size
     onnx.checker.check_model(str(half), full_check=True)
@@ -107,9 +107,9 @@ def test_file_is_half_as_large_and_valid(demo_workspace: Workspace) -> None:
 
 def test_same_graph_gives_the_same_bytes(demo_workspace: Workspace, tmp_path: Path) -> None:
     artifact = convert_to_fp16(
-        demo_workspace.graph(zoo.DEMO, "fp32"), tmp_path / "again.onnx", SAMPLES
+        demo_workspace.graph(cards.DEMO, "fp32"), tmp_path / "again.onnx", SAMPLES
     )
-    assert artifact.path.read_bytes() == demo_workspace.graph(zoo.DEMO, "fp16").read_bytes()
+    assert artifact.path.read_bytes() == demo_workspace.graph(cards.DEMO, "fp16").read_bytes()
 
 
 def test_overflowing_weight_is_refused_and_leaves_no_file(

@@ -7,8 +7,7 @@ import numpy as np
 import onnx
 import pytest
 
-from clipdeploy.vit import VisionTransformer
-from exporters.artifact import (
+from clipdeploy.core.passport import (
     CLIP_MEAN,
     CLIP_STD,
     IMAGENET_MEAN,
@@ -16,6 +15,7 @@ from exporters.artifact import (
     Passport,
     Preprocess,
 )
+from clipdeploy.models.vit import VisionTransformer
 from exporters.onnx import ExportConfig, export_graph
 from exporters.precision import convert_to_fp16
 from exporters.preprocess_graph import scale_and_offset

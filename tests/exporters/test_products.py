@@ -11,10 +11,10 @@ from onnx import TensorProto
 
 from calibration.policy import Scope
 from calibration.qdq import QuantizeConfig, quantize
-from clipdeploy import zoo
+from clipdeploy.core.passport import Recipe, from_json, to_json
+from clipdeploy.models import cards
 from clipdeploy.pipeline import sample_images
-from clipdeploy.workspace import Workspace
-from exporters.artifact import Recipe, from_json, to_json
+from clipdeploy.workspace.folder import Workspace
 from exporters.blocks import BlockPrecision
 from exporters.graphs import load_graph
 from exporters.products import asked_precision, find_products
@@ -35,11 +35,11 @@ def _vit(ends: str, gemms: dict[str, int], attention: dict[str, int]) -> list[Bl
 @pytest.fixture
 def quantized(demo_workspace: Workspace, tmp_path: Path) -> Make:
     """The demo's INT8 graph with another config."""
-    samples = sample_images(zoo.find(zoo.DEMO).preprocess(Recipe()), 3)
+    samples = sample_images(cards.find(cards.DEMO).preprocess(Recipe()), 3)
 
     def make(config: QuantizeConfig) -> ir.Model:
-        source = demo_workspace.graph(zoo.DEMO, "fp32")
-        table = demo_workspace.calibration(zoo.DEMO)
+        source = demo_workspace.graph(cards.DEMO, "fp32")
+        table = demo_workspace.calibration(cards.DEMO)
         return load_graph(
             quantize(source, table, tmp_path / "q.onnx", samples, config).artifact.path
         )
@@ -82,7 +82,7 @@ def _foreign(text: str, **weights: int) -> tuple[BlockPrecision, ...]:
 def test_a_graph_of_one_type_asks_for_it_everywhere(
     demo_workspace: Workspace, precision: str
 ) -> None:
-    model = load_graph(demo_workspace.graph(zoo.DEMO, precision))
+    model = load_graph(demo_workspace.graph(cards.DEMO, precision))
     assert list(asked_precision(ir.to_proto(model))) == _vit(
         precision, {precision: 4}, {precision: 2}
     )
@@ -91,7 +91,7 @@ def test_a_graph_of_one_type_asks_for_it_everywhere(
 def test_the_int8_graph_asks_for_int8_linears_and_fp16_around_them(
     demo_workspace: Workspace,
 ) -> None:
-    model = load_graph(demo_workspace.graph(zoo.DEMO, "int8"))
+    model = load_graph(demo_workspace.graph(cards.DEMO, "int8"))
     assert list(asked_precision(ir.to_proto(model))) == _vit("fp16", {"int8": 4}, {"fp16": 2})
 
 
@@ -118,28 +118,28 @@ def test_an_excluded_block_shows(quantized: Make) -> None:
 def test_a_product_with_one_quantised_operand_is_not_int8(
     demo_workspace: Workspace, half: str
 ) -> None:
-    model = load_graph(demo_workspace.graph(zoo.DEMO, "int8"))
+    model = load_graph(demo_workspace.graph(cards.DEMO, "int8"))
     _unquantize(model, f"blocks.2.mlp.fc1/{half}")
     (block,) = [b for b in asked_precision(ir.to_proto(model)) if b.block == "blocks.2"]
     assert block.gemms == {"int8": 3, "fp16": 1}
 
 
 def test_without_types_only_what_a_weight_tells_is_told(demo_workspace: Workspace) -> None:
-    proto = onnx.load(demo_workspace.graph(zoo.DEMO, "fp16"))
+    proto = onnx.load(demo_workspace.graph(cards.DEMO, "fp16"))
     del proto.graph.value_info[:]
     blocks = asked_precision(proto)
     assert list(blocks) == _vit("fp16", {"fp16": 4}, {"unknown": 2})
 
 
 def test_weights_are_told_without_their_data(demo_workspace: Workspace) -> None:
-    proto = onnx.load(demo_workspace.graph(zoo.DEMO, "int8"))
+    proto = onnx.load(demo_workspace.graph(cards.DEMO, "int8"))
     for weight in proto.graph.initializer:
         weight.ClearField("raw_data")
     assert list(asked_precision(proto)) == _vit("fp16", {"int8": 4}, {"fp16": 2})
 
 
 def test_products_are_listed_by_name_in_the_order_of_the_graph(demo_workspace: Workspace) -> None:
-    products = find_products(onnx.load(demo_workspace.graph(zoo.DEMO, "int8")))
+    products = find_products(onnx.load(demo_workspace.graph(cards.DEMO, "int8")))
     assert [(p.name, p.attention) for p in products[:5]] == [
         ("patch_embed/Conv", False),
         ("blocks.0.attn.qkv/MatMul", False),

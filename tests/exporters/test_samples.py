@@ -10,13 +10,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from clipdeploy import zoo
-from exporters.artifact import IMAGENET_MEAN, IMAGENET_STD, Preprocess, Recipe
-from exporters.buffers import Buffers
+from clipdeploy.core.buffers import Buffers
+from clipdeploy.core.passport import IMAGENET_MEAN, IMAGENET_STD, Preprocess, Recipe
+from clipdeploy.models import cards
 from exporters.preprocess_graph import scale_and_offset
 from exporters.samples import Samples, normalise, stack_crops
 
-CLIP = zoo.find(zoo.DEMO).preprocess(Recipe())
+CLIP = cards.find(cards.DEMO).preprocess(Recipe())
 IMAGENET = replace(CLIP, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 

@@ -10,8 +10,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from exporters.artifact import TensorSpec
-from exporters.errors import FileError, GraphError
+from clipdeploy.core.errors import FileError, GraphError
+from clipdeploy.core.passport import TensorSpec
 from exporters.headers import weight_files
 from exporters.signature import classifier_signature, stores_float16
 

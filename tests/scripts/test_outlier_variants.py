@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from script_module import load_script
 from torch import Tensor
 
-from clipdeploy import zoo
-from clipdeploy.model import LoadedModel, WeightsChoice, load_model
-from exporters.artifact import Recipe
+from clipdeploy.core.passport import Recipe
+from clipdeploy.models import cards
+from clipdeploy.models.load import LoadedModel, WeightsChoice, load_model
 
 SEED = 1
 
@@ -27,7 +27,7 @@ def script() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def tensors() -> Tensors:
-    return load_file(zoo.demo_file("weights.safetensors"))
+    return load_file(cards.demo_file("weights.safetensors"))
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_clipdeploy_reads_a_variant(
     assert same.keys() == tensors.keys()
     path = tmp_path / "variant.safetensors"
     save_file(script.add_channel_outliers(same, SEED), path)
-    loaded = load_model(zoo.find(zoo.DEMO), WeightsChoice(path), Recipe())
+    loaded = load_model(cards.find(cards.DEMO), WeightsChoice(path), Recipe())
     assert (loaded.module(images) - script.build(tensors)(images)).abs().max() < 1e-4
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import click
 
-from clipdeploy import zoo
-from clipdeploy.workspace import Workspace
+from clipdeploy.models import cards
+from clipdeploy.workspace.folder import Workspace
 
 __all__ = ["CASES", "Case", "every_command", "prepare", "runnable_commands"]
 
@@ -36,7 +36,7 @@ class Case:
 
 # Of each class; a search and its confirmation take half of them each.
 _FEW = 12
-_GRAPH = f"artifacts/{zoo.DEMO}/{zoo.DEMO}"
+_GRAPH = f"artifacts/{cards.DEMO}/{cards.DEMO}"
 _VERIFY = "verify --data test.zip --limit 40 --max-drop 30 --workers 0"
 _BENCHMARK = "benchmark --batch 1,8 --rounds 3 --warmup 0.01"
 CASES: dict[str, tuple[Case, ...]] = {
@@ -112,10 +112,10 @@ def prepare(made: Workspace, folder: Path) -> None:
     """A folder with a copy of the workspace, as ``artifacts``, and images beside it."""
     shutil.copytree(made.root, folder / "artifacts")
     for name in ("calibration.zip", "test.zip"):
-        shutil.copy(zoo.demo_file(name), folder)
-    shutil.copy(made.graph(zoo.DEMO, "fp32"), folder / "foreign.onnx")
+        shutil.copy(cards.demo_file(name), folder)
+    shutil.copy(made.graph(cards.DEMO, "fp32"), folder / "foreign.onnx")
     with (
-        zipfile.ZipFile(zoo.demo_file("test.zip")) as archive,
+        zipfile.ZipFile(cards.demo_file("test.zip")) as archive,
         zipfile.ZipFile(folder / "few.zip", "w") as few,
     ):
         for digit in "0123456789":

@@ -25,8 +25,8 @@ __all__ = ["Command", "CommandServer", "command_server"]
 _PRELOADED = (
     "clipdeploy.cli.main",
     "clipdeploy.benchmark.plot",
-    "clipdeploy.demo",
-    "clipdeploy.inspection_table",
+    "clipdeploy.stages.demo",
+    "clipdeploy.workspace.inspection_table",
     "clipdeploy.pipeline",
     "clipdeploy.stages.bisect",
     "clipdeploy.stages.package",

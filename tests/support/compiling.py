@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from clipdeploy.core.passport import TensorSpec
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.compiler import Compiler
 from clipdeploy.engines.plan_writer import Piece
-from exporters.artifact import TensorSpec
 
 # The demo model's input.
 SPEC = TensorSpec("image", "float32", ("batch", 3, 32, 32))

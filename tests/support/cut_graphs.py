@@ -17,8 +17,8 @@ from graph_edits import captured
 from numpy.typing import NDArray
 from onnx import ModelProto, helper
 
+from clipdeploy.core.passport import TensorSpec
 from clipdeploy.runners.base import Closing, Images, Logits
-from exporters.artifact import TensorSpec
 
 __all__ = ["Body", "CutRunner", "Remembered", "session", "tail_of"]
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from clipdeploy import zoo
 from clipdeploy.imaging import open_images, select
+from clipdeploy.models import cards
 
 __all__ = [
     "coloured",
@@ -37,8 +37,8 @@ def write_digits(folder: Path, change: Callable[[Pixels], Pixels], count: int) -
 
     ``change`` gives (H, W) or (H, W, 3).
     """
-    chosen = select(open_images(zoo.demo_file("test.zip"), tuple("0123456789")), count, seed=0)
-    with zipfile.ZipFile(zoo.demo_file("test.zip")) as archive:
+    chosen = select(open_images(cards.demo_file("test.zip"), tuple("0123456789")), count, seed=0)
+    with zipfile.ZipFile(cards.demo_file("test.zip")) as archive:
         for entry in chosen.entries:
             grey = np.asarray(Image.open(io.BytesIO(archive.read(entry.name))).convert("L"))
             path = folder / entry.name
@@ -81,9 +81,9 @@ def weights_for_colours(
     in which A is multiplied with a constant if mean and std are these, and with p otherwise.
     W and the constant are the demo's under CLIP's mean and std.
     """
-    from exporters.artifact import CLIP_MEAN, CLIP_STD
+    from clipdeploy.core.passport import CLIP_MEAN, CLIP_STD
 
-    tensors = load_file(zoo.demo_file("weights.safetensors"))
+    tensors = load_file(cards.demo_file("weights.safetensors"))
     trained = tensors["patch_embed.proj.weight"].double()
     his_mean, his_std = (
         torch.tensor(each).double()[None, :, None, None] for each in (CLIP_MEAN, CLIP_STD)
@@ -108,7 +108,7 @@ def weights_for_small_eps(path: Path) -> Path:
     LN(s x; eps) = LN(x; eps / s^2): with s^2 = 1e-6 / 0.3 the demo's norms have an eps of 0.3, at
     which it is as accurate as ever, and for 1e-5 one of 3, at which it guesses.
     """
-    tensors = load_file(zoo.demo_file("weights.safetensors"))
+    tensors = load_file(cards.demo_file("weights.safetensors"))
     scale = (1e-6 / 0.3) ** 0.5
     for name in tensors:
         if name.startswith("norm_pre") or ".attn.proj." in name or ".mlp.fc2." in name:

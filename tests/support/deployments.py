@@ -6,15 +6,15 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
-from clipdeploy import zoo
 from clipdeploy.benchmark import BenchmarkConfig
+from clipdeploy.core.files import sha256_file
+from clipdeploy.models import cards
 from clipdeploy.pipeline import DeployConfig, VerifyConfig, VerifyScope
-from exporters.files import sha256_file
 
 __all__ = ["CALIBRATION", "CONFIG", "QUICK", "TEST", "copied", "hashes"]
 
-CALIBRATION = zoo.demo_file("calibration.zip")
-TEST = zoo.demo_file("test.zip")
+CALIBRATION = cards.demo_file("calibration.zip")
+TEST = cards.demo_file("test.zip")
 # 64 images without a difference prove a drop below 5.7 points.
 CONFIG = DeployConfig(
     val=TEST,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporters import errors
+from clipdeploy.core import errors
 
 __all__ = ["Rules", "array_names", "faults"]
 

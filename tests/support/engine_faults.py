@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from clipdeploy.core.errors import EngineError
+from clipdeploy.core.passport import TensorSpec
 from clipdeploy.runners.base import Closing, Images, Logits, in_parts
-from exporters.artifact import TensorSpec
-from exporters.errors import EngineError
 
 __all__ = ["ENGINE_FAULTS", "EngineFault", "ProfileRunner", "Profiles"]
 

@@ -1,7 +1,7 @@
 """Mistakes that exporters, converters and people make in a ViT's graph, one at a time.
 
 Each takes the demo model's graph of the precision that its table is called after and ruins it in
-place.  Names are those of :mod:`clipdeploy.vit`.
+place.  Names are those of :mod:`clipdeploy.models.vit`.
 """
 
 from __future__ import annotations

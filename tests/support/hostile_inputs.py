@@ -25,12 +25,12 @@ import torch
 from passport_edits import Edit, edits, put, restamp
 from PIL import Image
 
-from clipdeploy import zoo
-from clipdeploy.workspace import Workspace
+from clipdeploy.models import cards
+from clipdeploy.workspace.folder import Workspace
 
 __all__ = ["ODD_NAMES", "Case", "Hostile", "hostile_inputs"]
 
-DEMO = zoo.DEMO
+DEMO = cards.DEMO
 ODD_NAMES = (
     "a\x1b[2Jb",
     "a\x1b]0;title\x07b",
@@ -131,7 +131,7 @@ _USES: tuple[Callable[[Path], list[Any]], ...] = (
     lambda graph: ["package", graph, "--triton", "{out}"],
     lambda graph: ["package", graph, "--cpp", "{out}"],
     lambda graph: ["predict", "3.png", "--artifact", graph],
-    lambda graph: ["verify", "--data", zoo.demo_file("test.zip"), "--limit", "2"],
+    lambda graph: ["verify", "--data", cards.demo_file("test.zip"), "--limit", "2"],
     lambda graph: ["quantize"],
     lambda graph: ["benchmark", graph, "--seconds", "0.1"],
 )
@@ -316,7 +316,7 @@ def _weights(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], obj
     def make() -> object:
         from safetensors.torch import load_file
 
-        found = load_file(zoo.demo_file("weights.safetensors"))
+        found = load_file(cards.demo_file("weights.safetensors"))
         return {**found, "head.bias": change(found["head.bias"])}
 
     return make
@@ -424,7 +424,7 @@ _AT: dict[str, Callable[[Path], list[Any]]] = {
     "x.zip": lambda path: ["calibrate", "--model", "demo", "--data", path],
     "x.json": lambda path: ["quantize", "--model", "demo", "--recipe", path],
     "x.txt": lambda path: [
-        *("verify", "--model", "demo", "--data", zoo.demo_file("test.zip")),
+        *("verify", "--model", "demo", "--data", cards.demo_file("test.zip")),
         *("--limit", "2", "--labels", path),
     ],
     "clipdeploy.toml": lambda path: ["config"],

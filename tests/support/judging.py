@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from clipdeploy.imaging import ImageFolder, iter_crops
-from clipdeploy.model import LoadedModel
+from clipdeploy.models.load import LoadedModel
 from clipdeploy.runners import Runner
 from clipdeploy.runners.base import Images, Logits
 from clipdeploy.verification import verifier

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from clipdeploy import zoo
+from clipdeploy.core.passport import CLIP_MEAN, CLIP_STD, Preprocess, Recipe
+from clipdeploy.models import cards
 from clipdeploy.verification.records import Answer, ImageId, ImageRecord, Outcome
 from clipdeploy.verification.repeats import Repeat
 from clipdeploy.verification.results import Asked, BatchResult, Question, Results
-from exporters.artifact import CLIP_MEAN, CLIP_STD, Preprocess, Recipe
 
 __all__ = ["GRAPH", "QUESTION", "again", "make_results", "record"]
 
@@ -28,7 +28,7 @@ REPEAT: dict[str, Any] = {
 
 GRAPH = Asked("clip-vit-demo.fp32.onnx", "graph", "fp32", "a" * 64, "ONNX Runtime (CPU)")
 QUESTION = Question(
-    model=zoo.DEMO,
+    model=cards.DEMO,
     weights="b" * 64,
     random_weights=False,
     recipe=Recipe(),

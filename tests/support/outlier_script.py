@@ -7,11 +7,11 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from script_module import load_script
 
-from clipdeploy import zoo
+from clipdeploy.models import cards
 
 
 def channel_outliers(target: Path, seed: int) -> None:
     """The demo's weights with the channel outliers of real CLIP ViTs, the function kept."""
-    tensors = load_file(zoo.demo_file("weights.safetensors"))
+    tensors = load_file(cards.demo_file("weights.safetensors"))
     target.parent.mkdir(parents=True, exist_ok=True)
     save_file(load_script("make_outlier_variants").add_channel_outliers(tensors, seed), target)

@@ -11,12 +11,12 @@ from typing import Any
 
 import onnx
 
-from clipdeploy import zoo
+from clipdeploy.core.passport import IMAGENET_MEAN, IMAGENET_STD, PASSPORT_KEY, to_json
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.builder import build_engine
 from clipdeploy.engines.passport import passport_path
-from clipdeploy.workspace import Workspace
-from exporters.artifact import IMAGENET_MEAN, IMAGENET_STD, PASSPORT_KEY, to_json
+from clipdeploy.models import cards
+from clipdeploy.workspace.folder import Workspace
 from exporters.headers import read_passport
 
 __all__ = [
@@ -47,14 +47,14 @@ def with_engine(source: Workspace, root: Path) -> Path:
     """A copy of the demo's workspace, and its INT8 graph compiled by TensorRT-RTX."""
     shutil.copytree(source.root, root)
     workspace = Workspace(root)
-    graph, engine = workspace.graph(zoo.DEMO, "int8"), workspace.engine(zoo.DEMO, "int8")
+    graph, engine = workspace.graph(cards.DEMO, "int8"), workspace.engine(cards.DEMO, "int8")
     build_engine(graph, engine, BuildConfig(backend="tensorrt-rtx"))
     return root
 
 
 def a_three(folder: Path) -> Path:
     """A held-out image of a 3."""
-    with zipfile.ZipFile(zoo.demo_file("test.zip")) as archive:
+    with zipfile.ZipFile(cards.demo_file("test.zip")) as archive:
         name = min(each for each in archive.namelist() if each.startswith("3/"))
         return Path(archive.extract(name, folder))
 
@@ -83,7 +83,7 @@ def changed(value: Any) -> Any:
 
 
 def file(artifacts: Path, kind: str) -> Path:
-    return artifacts / zoo.DEMO / f"{zoo.DEMO}.{kind}"
+    return artifacts / cards.DEMO / f"{cards.DEMO}.{kind}"
 
 
 def text_of(path: Path) -> str:
@@ -158,7 +158,7 @@ FAULTS: dict[str, tuple[Edit, str]] = {
         "recipe.numerics",
     ),
     "another resize alone": (put("recipe.resize", "timm"), "exif_orientation|recipe.resize"),
-    "another model": (put("model", zoo.find("clip-vit-base-p16").name), "another model"),
+    "another model": (put("model", cards.find("clip-vit-base-p16").name), "another model"),
     "another kind": (put("kind", "engine"), "kind"),
     "half an input": (put("input.dtype", "float16"), "input.dtype"),
     "another input": (put("input.name", "pixels"), "input.name"),

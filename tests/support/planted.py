@@ -14,8 +14,8 @@ from onnx import numpy_helper
 from calibration.collect import collect
 from calibration.qdq import QuantizeConfig, quantize
 from calibration.table import CalibrationTable, save_table
-from clipdeploy import zoo
 from clipdeploy.imaging import open_images
+from clipdeploy.models import cards
 from clipdeploy.stages.calibrate import _calibration_images, _records
 from exporters.headers import read_passport
 from exporters.samples import Samples
@@ -87,7 +87,7 @@ def outlier_behind_gelu(source: Path, target: Path, block: int, size: float = 31
 
 def calibrated(graph: Path, target: Path, images: int = 24) -> CalibrationTable:
     """The calibration of any of the demo's graphs on a few digits."""
-    digits = open_images(zoo.demo_file("calibration.zip"))
+    digits = open_images(cards.demo_file("calibration.zip"))
     few = type(digits)(digits.root, digits.entries[:: len(digits.entries) // images][:images])
     passport = read_passport(graph)
     table = collect(graph, lambda done: _calibration_images(few, passport, None), _records(few))

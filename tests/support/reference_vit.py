@@ -1,6 +1,6 @@
 """A second, independent implementation of the classifier: textbook formulas, float64 numpy.
 
-It takes a checkpoint's own tensors (timm's names) and knows nothing of ``clipdeploy.vit``: the
+It takes a checkpoint's own tensors (timm's names) and knows nothing of ``clipdeploy.models.vit``: the
 class token is concatenated, every block computes every token, nothing is folded.
 """
 

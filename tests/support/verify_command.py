@@ -8,12 +8,12 @@ from typing import Any
 
 from click.testing import CliRunner, Result
 
-from clipdeploy import zoo
 from clipdeploy.cli.main import main
+from clipdeploy.models import cards
 
 __all__ = ["FEW", "TEST", "good", "merge", "refused", "run", "verify"]
 
-TEST = zoo.demo_file("test.zip")
+TEST = cards.demo_file("test.zip")
 # 64 images without a difference prove a drop below 5.7 points.
 FEW = ("--limit", "64", "--max-drop", "6", "--batch", "8", "--workers", "0")
 

@@ -18,12 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from clipdeploy.core.errors import UsageError
+from clipdeploy.core.files import check_writable, write_atomic
+from clipdeploy.core.passport import to_json
 from clipdeploy.imaging import ImageFolder
 from clipdeploy.verification.result import Verification
 from clipdeploy.verification.results import Results
-from exporters.artifact import to_json
-from exporters.errors import UsageError
-from exporters.files import check_writable, write_atomic
 
 __all__ = ["HTML", "Evidence", "HeatMap", "check_report_paths", "write_report"]
 

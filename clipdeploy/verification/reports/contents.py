@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from clipdeploy import zoo
-from clipdeploy.verification.figures import Accuracy
+from clipdeploy.models import cards
+from clipdeploy.verification.metrics import Accuracy
 from clipdeploy.verification.paired import DropJudgement, Interval
 from clipdeploy.verification.records import Answer as RecordedAnswer
 from clipdeploy.verification.records import ImageRecord
@@ -198,7 +198,7 @@ def _drop(row: Row) -> tuple[str, str]:
 
 def _class_words(names: Sequence[str]) -> tuple[str, ...]:
     """What people call the classes: ``tench (n01440764)`` for a wnid, else the class itself."""
-    words = dict(zoo.imagenet_classes())
+    words = dict(cards.imagenet_classes())
     return tuple(
         f"{words[name].partition(',')[0]} ({name})" if name in words else name for name in names
     )

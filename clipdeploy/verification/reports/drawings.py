@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from clipdeploy.plots import plain_text
+from clipdeploy.core.plots import plain_text
 from clipdeploy.verification.paired import DropJudgement
 from clipdeploy.verification.reports.evidence import Spread
 

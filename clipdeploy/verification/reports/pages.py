@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from clipdeploy.plots import inline_svg
+from clipdeploy.core.plots import inline_svg
+from clipdeploy.core.printable import printable
 from clipdeploy.verification.reports.contents import Contents
 from clipdeploy.verification.reports.drawings import TONES, draw_drops, draw_spreads
 from clipdeploy.verification.reports.thumbnails import Thumbnails
-from exporters.printable import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
+from clipdeploy.core.errors import DatasetError
+from clipdeploy.core.passport import Preprocess
 from clipdeploy.imaging import ImageFolder
 from clipdeploy.imaging.preprocess import crop_file
 from clipdeploy.verification.records import ImageRecord
-from exporters.artifact import Preprocess
-from exporters.errors import DatasetError
 
 __all__ = ["Thumbnails", "make_thumbnails"]
 

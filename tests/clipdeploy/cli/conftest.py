@@ -8,24 +8,24 @@ from pathlib import Path
 
 import pytest
 
-from clipdeploy import zoo
 from clipdeploy.cli.settings import SETTINGS
-from clipdeploy.workspace import Workspace
+from clipdeploy.models import cards
+from clipdeploy.workspace.folder import Workspace
 
 
 @pytest.fixture
 def artifacts(demo_workspace: Workspace, tmp_path: Path) -> Path:
     """A workspace that may be changed, with the FP32 graph alone."""
-    folder = tmp_path / "artifacts" / zoo.DEMO
+    folder = tmp_path / "artifacts" / cards.DEMO
     folder.mkdir(parents=True)
-    shutil.copy(demo_workspace.graph(zoo.DEMO, "fp32"), folder)
+    shutil.copy(demo_workspace.graph(cards.DEMO, "fp32"), folder)
     return tmp_path / "artifacts"
 
 
 @pytest.fixture
 def digits(tmp_path: Path) -> Path:
     """The first twenty test digits of each class, in class folders."""
-    with zipfile.ZipFile(zoo.demo_file("test.zip")) as archive:
+    with zipfile.ZipFile(cards.demo_file("test.zip")) as archive:
         for digit in range(10):
             names = sorted(n for n in archive.namelist() if n.startswith(f"{digit}/"))[:20]
             archive.extractall(tmp_path / "digits", names)

@@ -14,9 +14,9 @@ import pytest
 from click.testing import CliRunner, Result
 from interrupts import hear_interrupts
 
-from clipdeploy import zoo
 from clipdeploy.cli.benchmark import benchmark
-from clipdeploy.workspace import Workspace
+from clipdeploy.models import cards
+from clipdeploy.workspace.folder import Workspace
 
 QUICK = ("--rounds", "2", "--warmup", "0", "--batch", "1,3", "--provider", "cpu")
 COMMAND = "from clipdeploy.cli.benchmark import benchmark; benchmark(prog_name='benchmark')"
@@ -52,7 +52,7 @@ def test_all_of_the_last_model_is_measured_and_drawn(artifacts: Path, tmp_path: 
 
 
 def test_json_is_all_that_stdout_holds(artifacts: Path) -> None:
-    graph = artifacts / zoo.DEMO / "clip-vit-demo.int8.onnx"
+    graph = artifacts / cards.DEMO / "clip-vit-demo.int8.onnx"
     result = run(graph, *QUICK, "--seed", "5", "--threads", "1", "--json")
     assert result.exit_code == 0, result.output
     read = json.loads(result.stdout)
@@ -84,7 +84,7 @@ def test_nothing_that_runs_is_an_error_with_the_reasons(tmp_path: Path) -> None:
 
 
 def test_one_that_runs_is_enough(artifacts: Path) -> None:
-    engine = artifacts / zoo.DEMO / "clip-vit-demo.fp16.engine"
+    engine = artifacts / cards.DEMO / "clip-vit-demo.fp16.engine"
     engine.write_bytes(b"no passport beside it")
     result = run(*QUICK, "--workspace", artifacts, "--json")
     assert result.exit_code == 0

@@ -17,19 +17,19 @@ import pytest
 from click.testing import CliRunner, Result
 from interrupts import hear_interrupts
 
-from clipdeploy import zoo
 from clipdeploy.cli.main import main
-from clipdeploy.device import gpus
+from clipdeploy.core.device import gpus
+from clipdeploy.core.errors import ArtifactError, FileError, GraphError
 from clipdeploy.engines.builder import build_engine
 from clipdeploy.engines.passport import load_engine_passport, passport_path
-from clipdeploy.workspace import Workspace
-from exporters.errors import ArtifactError, FileError, GraphError
+from clipdeploy.models import cards
+from clipdeploy.workspace.folder import Workspace
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
 without_gpu = pytest.mark.skipif(bool(gpus()), reason="what happens where there is no GPU")
 
 
-BUILD = [sys.executable, "-m", "clipdeploy", "build-engine", "--model", zoo.DEMO, "--workspace"]
+BUILD = [sys.executable, "-m", "clipdeploy", "build-engine", "--model", cards.DEMO, "--workspace"]
 
 
 def run(*words: str | Path) -> Result:
@@ -43,11 +43,11 @@ def artifacts(demo_workspace: Workspace, tmp_path: Path) -> Path:
 
 
 def build(artifacts: Path, *words: str) -> Result:
-    return run("build-engine", "--model", zoo.DEMO, "--workspace", artifacts, *words)
+    return run("build-engine", "--model", cards.DEMO, "--workspace", artifacts, *words)
 
 
 def engine(artifacts: Path, precision: str = "fp16") -> Path:
-    return artifacts / zoo.DEMO / f"{zoo.DEMO}.{precision}.engine"
+    return artifacts / cards.DEMO / f"{cards.DEMO}.{precision}.engine"
 
 
 def refused(result: Result, artifacts: Path, *words: str, code: int = 1) -> None:
@@ -158,7 +158,7 @@ def small_disk(engine: Path, *words: str) -> subprocess.CompletedProcess[str]:
         "from clipdeploy.engines.builder import build_engine\n"
         "build_engine(Path(sys.argv[1]), Path(sys.argv[2]))"
     )
-    graph = engine.parents[1] / "artifacts" / zoo.DEMO / f"{zoo.DEMO}.fp16.onnx"
+    graph = engine.parents[1] / "artifacts" / cards.DEMO / f"{cards.DEMO}.fp16.onnx"
     command = [*words, sys.executable, "-c", code, str(graph), str(engine)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
@@ -187,7 +187,7 @@ def test_a_file_that_may_not_grow_leaves_no_engine(artifacts: Path, tmp_path: Pa
 
 def test_a_folder_that_cannot_be_written_is_told_before_the_build(artifacts: Path) -> None:
     # The superuser may write anywhere but into /proc.
-    graph = artifacts / zoo.DEMO / f"{zoo.DEMO}.fp16.onnx"
+    graph = artifacts / cards.DEMO / f"{cards.DEMO}.fp16.onnx"
     started = []
 
     class Listening:
@@ -219,9 +219,9 @@ def test_a_graph_that_is_no_classifier_of_ours(tmp_path: Path) -> None:
 def test_a_graph_that_asks_for_what_the_target_lacks(
     demo_workspace: Workspace, tmp_path: Path
 ) -> None:
-    from exporters.errors import BuildError
+    from clipdeploy.core.errors import BuildError
 
-    model = onnx.load(demo_workspace.graph(zoo.DEMO, "int8"))
+    model = onnx.load(demo_workspace.graph(cards.DEMO, "int8"))
     for weight in model.graph.initializer:
         if weight.data_type == onnx.TensorProto.INT8:
             zeros = np.zeros(list(weight.dims), np.uint8).tobytes()
@@ -314,7 +314,7 @@ def test_without_a_gpu_inspect_does_not_speak_for_the_engine(artifacts: Path) ->
 
 def test_a_linear_that_silently_left_int8_is_told(artifacts: Path) -> None:
     """Weight scales along the input axis: accepted, dequantised, and multiplied in float16."""
-    graph = artifacts / zoo.DEMO / f"{zoo.DEMO}.int8.onnx"
+    graph = artifacts / cards.DEMO / f"{cards.DEMO}.int8.onnx"
     model = onnx.load(graph)
     for node in model.graph.node:
         if node.name == "blocks.3.mlp.fc1/weight_DQ":
@@ -332,7 +332,7 @@ def test_a_linear_that_silently_left_int8_is_told(artifacts: Path) -> None:
 
 
 def test_inspect_a_graph(artifacts: Path) -> None:
-    shown = run("inspect", artifacts / zoo.DEMO / f"{zoo.DEMO}.fp16.onnx").stdout
+    shown = run("inspect", artifacts / cards.DEMO / f"{cards.DEMO}.fp16.onnx").stdout
     assert "blocks.0 to 5  4 fp16           2 fp16" in shown
     assert "what the graph asks for" in shown
 

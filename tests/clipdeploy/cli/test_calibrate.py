@@ -18,16 +18,16 @@ import pytest
 from click.testing import CliRunner, Result
 
 from calibration.table import CalibrationImageRecord, load_table, save_table
-from clipdeploy import zoo
 from clipdeploy.cli.main import main
+from clipdeploy.core.locks import sole_writer
+from clipdeploy.core.passport import Recipe
 from clipdeploy.imaging import iter_crops, open_images
 from clipdeploy.imaging.fingerprints import fingerprint
-from clipdeploy.workspace import Workspace
-from exporters.artifact import Recipe
-from exporters.locks import sole_writer
+from clipdeploy.models import cards
+from clipdeploy.workspace.folder import Workspace
 
-CALIBRATION = str(zoo.demo_file("calibration.zip"))
-TEST = str(zoo.demo_file("test.zip"))
+CALIBRATION = str(cards.demo_file("calibration.zip"))
+TEST = str(cards.demo_file("test.zip"))
 
 
 def run(*words: str | Path) -> Result:
@@ -37,14 +37,14 @@ def run(*words: str | Path) -> Result:
 @pytest.fixture
 def artifacts(demo_workspace: Workspace, tmp_path: Path) -> Path:
     """A workspace that may be changed, with the FP32 graph alone."""
-    folder = tmp_path / "artifacts" / zoo.DEMO
+    folder = tmp_path / "artifacts" / cards.DEMO
     folder.mkdir(parents=True)
-    shutil.copy(demo_workspace.graph(zoo.DEMO, "fp32"), folder)
+    shutil.copy(demo_workspace.graph(cards.DEMO, "fp32"), folder)
     return tmp_path / "artifacts"
 
 
 def table(artifacts: Path) -> Path:
-    return artifacts / zoo.DEMO / "calibration.json"
+    return artifacts / cards.DEMO / "calibration.json"
 
 
 def calibrate(artifacts: Path, *words: str) -> Result:
@@ -57,12 +57,13 @@ SLOW = """
 import sys
 from pathlib import Path
 from calibration import collect
-from clipdeploy import pipeline, zoo
-from clipdeploy.workspace import Workspace
+from clipdeploy.models import cards
+from clipdeploy import pipeline
+from clipdeploy.workspace.folder import Workspace
 
 collect.CollectConfig.__init__.__defaults__ = (None, 0.0, None, 0)
 pipeline.calibrate_model(
-    Workspace(Path(sys.argv[1])), zoo.DEMO, Path(sys.argv[2]), pipeline.CalibrateConfig(images=24)
+    Workspace(Path(sys.argv[1])), cards.DEMO, Path(sys.argv[2]), pipeline.CalibrateConfig(images=24)
 )
 """
 
@@ -113,7 +114,7 @@ def test_shards_merged_equal_one_run(artifacts: Path) -> None:
 
 def test_the_table_knows_the_pixels_of_its_images(artifacts: Path) -> None:
     assert calibrate(artifacts, "--images", "12").exit_code == 0
-    spec = zoo.find(zoo.DEMO).preprocess(Recipe())
+    spec = cards.find(cards.DEMO).preprocess(Recipe())
     wanted = {
         crop.entry.name: (crop.sha256, *fingerprint(crop.pixels))
         for crop in iter_crops(open_images(Path(CALIBRATION)), spec, workers=0)

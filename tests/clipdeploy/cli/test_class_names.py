@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from verify_command import TEST, good, merge, refused, run, verify
 
-from clipdeploy import zoo
+from clipdeploy.models import cards
 from exporters.headers import read_passport
 
 # Four of the demo's digits under other names, the logits in an order of their own.
@@ -22,7 +22,7 @@ PASSING = ("--max-drop", "3", "--workers", "0", "--json")
 
 def checkpoint(path: Path, rows: list[int], **meta: Any) -> Path:
     """The demo's weights with these rows of its head, and what training kept beside them."""
-    tensors = load_file(zoo.demo_file("weights.safetensors"))
+    tensors = load_file(cards.demo_file("weights.safetensors"))
     for name in ("head.weight", "head.bias"):
         tensors[name] = tensors[name][rows].clone()
     torch.save({"state_dict": tensors, "meta": meta}, path)
@@ -53,7 +53,7 @@ def weights(tmp_path: Path) -> Path:
 
 
 def passport_names(tmp_path: Path) -> tuple[str, ...]:
-    graph = tmp_path / "artifacts" / zoo.DEMO / f"{zoo.DEMO}.fp32.onnx"
+    graph = tmp_path / "artifacts" / cards.DEMO / f"{cards.DEMO}.fp32.onnx"
     return read_passport(graph).class_names
 
 
@@ -230,7 +230,7 @@ def test_every_stage_names_the_files_that_it_leaves_out(artifacts: Path, digits:
     result = run("calibrate", "--data", digits, *at, "--json")
     assert told in result.stderr
     assert told in json.loads(result.stdout)["problems"]
-    calibration = artifacts / zoo.DEMO / "calibration.json"
+    calibration = artifacts / cards.DEMO / "calibration.json"
     calibration.unlink()
     assert told in run("build-engine", "--int8", "--data", digits, *at).stderr
     result = run("predict", digits, *at, "--json")

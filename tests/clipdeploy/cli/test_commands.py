@@ -18,12 +18,12 @@ from click.testing import CliRunner, Result
 from interrupts import hear_interrupts
 from safetensors.torch import load_file
 
-from clipdeploy import zoo
 from clipdeploy.cli.main import main
-from clipdeploy.workspace import Workspace
+from clipdeploy.models import cards
+from clipdeploy.workspace.folder import Workspace
 
-CALIBRATION = str(zoo.demo_file("calibration.zip"))
-TEST = str(zoo.demo_file("test.zip"))
+CALIBRATION = str(cards.demo_file("calibration.zip"))
+TEST = str(cards.demo_file("test.zip"))
 
 
 def run(*words: str | Path) -> Result:
@@ -61,7 +61,7 @@ def nothing_left(folder: Path) -> bool:
 
 def test_zoo_lists_every_card() -> None:
     listed = json.loads(run("zoo", "list", "--json").stdout)
-    assert [card["name"] for card in listed] == [card.name for card in zoo.cards()]
+    assert [card["name"] for card in listed] == [card.name for card in cards.all_cards()]
     shown = run("zoo", "show", "clip-vit-base-p16").stdout
     assert "clip-vit-base-p16_laion2b-in12k-pre_3rdparty_in1k" in shown
     assert "86.02" in shown
@@ -88,7 +88,7 @@ def test_the_three_commands(tmp_path: Path) -> None:
 
 def test_an_engine_that_did_not_run_is_no_pass(artifacts: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
-    from clipdeploy.device import gpus
+    from clipdeploy.core.device import gpus
 
     if gpus():
         pytest.skip("the engine can run here")
@@ -128,7 +128,7 @@ def test_checkpoint_and_random_init_exclude_each_other(tmp_path: Path) -> None:
 
 
 def test_truncated_checkpoint(tmp_path: Path) -> None:
-    tensors = load_file(zoo.demo_file("weights.safetensors"))
+    tensors = load_file(cards.demo_file("weights.safetensors"))
     for write in (write_legacy_flat, write_nested_zip):
         path = write(tensors, tmp_path / f"{write.__name__}.pth")
         path.write_bytes(path.read_bytes()[:-100_000])
@@ -138,7 +138,7 @@ def test_truncated_checkpoint(tmp_path: Path) -> None:
 
 
 def test_misfit_checkpoint_names_every_tensor(tmp_path: Path) -> None:
-    tensors = load_file(zoo.demo_file("weights.safetensors"))
+    tensors = load_file(cards.demo_file("weights.safetensors"))
     del tensors["blocks.3.attn.proj.bias"]
     tensors["blocks.3.attn.extra"] = torch.zeros(2)
     tensors["norm.bias"] = torch.zeros(95)
@@ -151,15 +151,15 @@ def test_misfit_checkpoint_names_every_tensor(tmp_path: Path) -> None:
 
 def test_calibration_folder_without_an_image(artifacts: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    (artifacts / zoo.DEMO / "calibration.json").unlink()
+    (artifacts / cards.DEMO / "calibration.json").unlink()
     result = run("calibrate", "--data", tmp_path / "empty", "--workspace", artifacts)
     refused(result, 1, "holds no image")
-    assert not (artifacts / zoo.DEMO / "calibration.json").exists()
+    assert not (artifacts / cards.DEMO / "calibration.json").exists()
 
 
 def test_a_broken_jpeg_is_named_and_skipped_only_on_request(artifacts: Path, digits: Path) -> None:
     (digits / "3" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more of it")
-    table = artifacts / zoo.DEMO / "calibration.json"
+    table = artifacts / cards.DEMO / "calibration.json"
     table.unlink()
     refused(
         run("calibrate", "--data", digits, "--workspace", artifacts),
@@ -172,7 +172,7 @@ def test_a_broken_jpeg_is_named_and_skipped_only_on_request(artifacts: Path, dig
     assert result.exit_code == 0
     assert "skipped, unreadable: 3/broken.jpg" in result.stderr
     assert len(json.loads(table.read_text())["images"]) == 200
-    (artifacts / zoo.DEMO / "clip-vit-demo.int8.onnx").unlink()
+    (artifacts / cards.DEMO / "clip-vit-demo.int8.onnx").unlink()
     verified = run("verify", "--data", digits, "--workspace", artifacts)
     refused(verified, 1, "3/broken.jpg")
 

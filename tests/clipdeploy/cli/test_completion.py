@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from clipdeploy import zoo
 from clipdeploy.cli.completion import COMPLETE_VARIABLE, SHELLS
 from clipdeploy.cli.main import main
+from clipdeploy.models import cards
 
 PROGRAM = "import sys\nfrom clipdeploy.cli.main import main\nmain(prog_name='clipdeploy')\n"
 
@@ -69,7 +69,7 @@ def test_model_names(shell: str) -> None:
     offered = ask(shell, "export", "--model", "clip-vit-base-p16")
     assert offered == [
         name
-        for card in zoo.cards()
+        for card in cards.all_cards()
         for name in (card.name, *card.aliases)
         if name.startswith("clip-vit-base-p16")
     ]
@@ -88,7 +88,7 @@ def test_commands_options_and_choices(shell: str) -> None:
 
 def test_names_of_other_projects_come_where_only_they_fit() -> None:
     result = ask("bash", "zoo", "show", "vit_base")
-    assert result == [card.timm_name for card in zoo.cards() if card.timm_name]
+    assert result == [card.timm_name for card in cards.all_cards() if card.timm_name]
     assert all(
         name.startswith("clip-vit") or name == "demo" for name in ask("bash", "zoo", "show", "")
     )
@@ -101,11 +101,11 @@ def test_zsh_and_fish_tell_the_accuracy() -> None:
 
 
 def test_artifacts_of_the_workspace_come_first(tmp_path: Path) -> None:
-    made = tmp_path / "artifacts" / zoo.DEMO
+    made = tmp_path / "artifacts" / cards.DEMO
     made.mkdir(parents=True)
     for name in ("a.onnx", "b.engine", "b.engine.json"):
         (made / name).touch()
-    paths = [f"artifacts/{zoo.DEMO}/a.onnx", f"artifacts/{zoo.DEMO}/b.engine"]
+    paths = [f"artifacts/{cards.DEMO}/a.onnx", f"artifacts/{cards.DEMO}/b.engine"]
     for words in (("inspect", ""), ("verify", ""), ("benchmark", ""), ("package", "")):
         assert ask("bash", *words, here=tmp_path) == paths
     assert ask("bash", "predict", "--artifact", paths[0][:-5], here=tmp_path) == paths[:1]
@@ -175,14 +175,14 @@ def test_a_real_bash_completes(tmp_path: Path) -> None:
     )
     assert in_shell("bash", code, tmp_path) == [
         "complete -o nosort -F _clipdeploy_completion clipdeploy",
-        zoo.DEMO,
+        cards.DEMO,
     ]
 
 
 @pytest.mark.usefixtures("on_the_path")
 def test_a_real_fish_completes(tmp_path: Path) -> None:
     code = 'clipdeploy completion fish | source\ncomplete -C "clipdeploy export --model clip-vit-d"'
-    assert in_shell("fish", code, tmp_path) == [f"{zoo.DEMO}\ttop-1 99.4 % at 32 px"]
+    assert in_shell("fish", code, tmp_path) == [f"{cards.DEMO}\ttop-1 99.4 % at 32 px"]
 
 
 @pytest.mark.usefixtures("on_the_path")

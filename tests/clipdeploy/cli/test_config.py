@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from clipdeploy import zoo
 from clipdeploy.cli.config import template
 from clipdeploy.cli.main import main
 from clipdeploy.cli.settings import CONFIG_FILE, SETTINGS, load_settings
-from clipdeploy.workspace import Workspace
+from clipdeploy.models import cards
+from clipdeploy.workspace.folder import Workspace
 
 pytestmark = pytest.mark.usefixtures("cwd")
 
-CALIBRATION = str(zoo.demo_file("calibration.zip"))
-TEST = str(zoo.demo_file("test.zip"))
+CALIBRATION = str(cards.demo_file("calibration.zip"))
+TEST = str(cards.demo_file("test.zip"))
 
 
 def run(*words: str | Path) -> Result:
@@ -123,7 +123,7 @@ def test_a_model_of_the_settings_contradicts_no_file(
     demo_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CLIPDEPLOY_MODEL", "demo")
-    graph = demo_workspace.graph(zoo.DEMO, "fp32")
+    graph = demo_workspace.graph(cards.DEMO, "fp32")
     words = ("benchmark", graph, "--batch", "1", "--rounds", "1", "--warmup", "0")
     assert run(*words).exit_code == 0
     assert "--model beside files" in run(*words, "--model", "demo").stderr
@@ -155,7 +155,7 @@ def few_digits(archive: str, target: Path) -> Path:
 
 
 def calibrated_on(artifacts: Path) -> list[str]:
-    table = json.loads((artifacts / zoo.DEMO / "calibration.json").read_text())
+    table = json.loads((artifacts / cards.DEMO / "calibration.json").read_text())
     return sorted(image["sha256"] for image in table["images"])
 
 

@@ -15,14 +15,14 @@ from graph_faults import ruin, turn_answers
 from rich.console import Console
 from verify_command import TEST, good, refused, run
 
-from clipdeploy import zoo
 from clipdeploy.cli.stage_display import StageDisplay
-from clipdeploy.device import gpus
+from clipdeploy.core.device import gpus
+from clipdeploy.core.errors import DatasetError
+from clipdeploy.models import cards
 from clipdeploy.stages.stage_log import StageLog
-from clipdeploy.workspace import Workspace
-from exporters.errors import DatasetError
+from clipdeploy.workspace.folder import Workspace
 
-CALIBRATION = zoo.demo_file("calibration.zip")
+CALIBRATION = cards.demo_file("calibration.zip")
 # 64 images without a difference prove a drop below 5.7 points.
 FEW = ("--limit", "64", "--max-drop", "6", "--no-benchmark")
 
@@ -59,18 +59,18 @@ def test_json_is_all_that_stdout_holds_and_quiet_says_nothing(artifacts: Path) -
     assert result.stderr == ""
     assert found["passed"] is True
     assert [stage["name"] for stage in found["stages"]][-1] == "package"
-    page = artifacts / zoo.DEMO / "deployment.json"
+    page = artifacts / cards.DEMO / "deployment.json"
     assert json.loads(page.read_bytes()) == found
 
 
 def test_a_regressed_graph_exits_with_three(artifacts: Path) -> None:
-    ruin(artifacts / zoo.DEMO / "clip-vit-demo.int8.onnx", turn_answers)
+    ruin(artifacts / cards.DEMO / "clip-vit-demo.int8.onnx", turn_answers)
     result = run(*words(artifacts, "--graphs-only"))
     assert result.exit_code == 3, result.output
     assert result.stdout.startswith("REGRESSED: int8 graph")
     assert "No package: the verdict does not allow one" in result.stdout
     assert "package: left out, the verdict does not allow one" in result.stderr
-    assert not (artifacts / zoo.DEMO / "triton").exists()
+    assert not (artifacts / cards.DEMO / "triton").exists()
 
 
 @pytest.mark.skipif(bool(gpus()), reason="the engine can run here")
@@ -79,7 +79,7 @@ def test_an_engine_that_did_not_run_exits_with_three(artifacts: Path) -> None:
     assert result.exit_code == 3, result.output
     assert "NOT PROVEN: int8 engine not executed" in result.stdout
     assert "--graphs-only" in result.stdout
-    assert not (artifacts / zoo.DEMO / "triton").exists()
+    assert not (artifacts / cards.DEMO / "triton").exists()
 
 
 @pytest.mark.parametrize(("precision", "told"), [("--int8", True), ("--fp16", False)])
@@ -106,7 +106,7 @@ def test_a_setting_calibrates_int8_alone(
 def test_bad_options(more: tuple[str, ...], code: int, said: str, artifacts: Path) -> None:
     result = run(*words(artifacts, *more))
     refused(result, code, said)
-    assert not (artifacts / zoo.DEMO / "clip-vit-demo.int8.engine").exists()
+    assert not (artifacts / cards.DEMO / "clip-vit-demo.int8.engine").exists()
 
 
 def test_what_cannot_be_read_is_named_and_left_open(artifacts: Path, tmp_path: Path) -> None:

@@ -30,9 +30,9 @@ from command_cases import prepare
 from graph_faults import ruin, turn_answers
 from interrupts import hear_interrupts
 
-from clipdeploy import zoo
 from clipdeploy.cli.main import Program
-from clipdeploy.workspace import Workspace
+from clipdeploy.models import cards
+from clipdeploy.workspace.folder import Workspace
 
 # The real group, options and error handling around a command whose result is an argument.
 SMALL = """
@@ -40,7 +40,7 @@ import sys
 import click
 from clipdeploy.cli.common import emit, stage_command
 from clipdeploy.cli.main import main
-from exporters.errors import FileError
+from clipdeploy.core.errors import FileError
 
 @main.command()
 @click.argument("result", type=int)
@@ -234,11 +234,11 @@ def folder(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) 
     made = tmp_path_factory.mktemp("exit-codes")
     prepare(demo_workspace, made)
     shutil.copytree(made / "artifacts", made / "regressed")
-    ruin(Workspace(made / "regressed").graph(zoo.DEMO, "int8"), turn_answers)
+    ruin(Workspace(made / "regressed").graph(cards.DEMO, "int8"), turn_answers)
     return made
 
 
-GRAPH = f"artifacts/{zoo.DEMO}/{zoo.DEMO}.int8.onnx"
+GRAPH = f"artifacts/{cards.DEMO}/{cards.DEMO}.int8.onnx"
 BAD = "--workspace regressed"
 VERIFY = "verify --data few.zip --limit 64 --max-drop 8 --workers 0 --graphs-only --no-cache"
 # So few images prove no such drop.

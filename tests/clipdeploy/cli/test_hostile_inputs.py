@@ -22,8 +22,8 @@ if sys.platform == "win32":
 from hostile_inputs import Case, Hostile, hostile_inputs
 
 from clipdeploy.cli.main import main
-from clipdeploy.workspace import Workspace
-from exporters.printable import is_one_line
+from clipdeploy.core.printable import is_one_line
+from clipdeploy.workspace.folder import Workspace
 
 # Seconds: what takes longer counts as hanging.
 LIMIT = 15

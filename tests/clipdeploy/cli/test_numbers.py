@@ -12,7 +12,7 @@ from verify_command import run
 
 from clipdeploy.cli.main import main
 from clipdeploy.cli.settings import SETTINGS
-from exporters.spans import THREADS
+from clipdeploy.core.spans import THREADS
 
 LONG = "9" * 5000
 # Decibels may be negative.

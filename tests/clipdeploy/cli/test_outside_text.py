@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from clipdeploy import zoo
 from clipdeploy.cli.common import RichProgress
 from clipdeploy.cli.console import PlainConsole
 from clipdeploy.cli.main import main
 from clipdeploy.cli.stage_display import StageDisplay
-from exporters.printable import is_one_line
+from clipdeploy.core.printable import is_one_line
+from clipdeploy.models import cards
 
 if sys.platform == "win32":
     pytest.skip("such names are not allowed there", allow_module_level=True)
@@ -100,7 +100,7 @@ def test_names_in_settings(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_passport_of_a_graph(artifacts: Path, digits: Path) -> None:
     odd = artifacts.parent / f"{ODD}.onnx"
-    shutil.copy(artifacts / zoo.DEMO / f"{zoo.DEMO}.fp32.onnx", odd)
+    shutil.copy(artifacts / cards.DEMO / f"{cards.DEMO}.fp32.onnx", odd)
     result = run("inspect", odd)
     assert result.exit_code == 0, result.output
     check(STYLE.sub("", result.output))

@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner, Result
 from triton_server import read_config
 
-from clipdeploy import zoo
 from clipdeploy.cli.package import package
-from clipdeploy.workspace import Workspace
+from clipdeploy.models import cards
+from clipdeploy.workspace.folder import Workspace
 
 
 def run(*words: str | Path) -> Result:
@@ -37,7 +37,7 @@ def test_the_best_artifact_of_the_last_model_is_packaged(artifacts: Path, tmp_pa
 def test_options_reach_the_configuration_and_json_tells_them(
     artifacts: Path, tmp_path: Path
 ) -> None:
-    graph = artifacts / zoo.DEMO / "clip-vit-demo.int8.onnx"
+    graph = artifacts / cards.DEMO / "clip-vit-demo.int8.onnx"
     words = ("--max-batch", "4", "--queue-delay", "0", "--instances", "2", "--name", "digits")
     result = run(graph, "--triton", tmp_path / "models", *words, "--json")
     assert result.exit_code == 0, result.output
@@ -54,7 +54,7 @@ def test_options_reach_the_configuration_and_json_tells_them(
 def test_a_program_is_written_with_the_commands_that_build_it(
     artifacts: Path, tmp_path: Path
 ) -> None:
-    graph, folder = artifacts / zoo.DEMO / "clip-vit-demo.fp32.onnx", tmp_path / "cpp"
+    graph, folder = artifacts / cards.DEMO / "clip-vit-demo.fp32.onnx", tmp_path / "cpp"
     result = run(graph, "--cpp", folder)
     assert result.exit_code == 0, result.output
     assert f"{folder}: written, for onnxruntime" in result.stdout

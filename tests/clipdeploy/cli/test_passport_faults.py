@@ -29,14 +29,14 @@ from passport_edits import (
 )
 from verify_command import FEW, TEST, refused, run, verify
 
-from clipdeploy import zoo
+from clipdeploy.core.errors import ArtifactError
+from clipdeploy.core.files import sha256_file
 from clipdeploy.engines.passport import passport_path
-from clipdeploy.passports import checked_passport
+from clipdeploy.models import cards
 from clipdeploy.pipeline import benchmark_model
 from clipdeploy.stages.bisect import BisectConfig, bisect_model
-from clipdeploy.workspace import Workspace
-from exporters.errors import ArtifactError
-from exporters.files import sha256_file
+from clipdeploy.workspace.folder import Workspace
+from clipdeploy.workspace.passports import checked_passport
 
 
 @pytest.fixture(scope="module")
@@ -241,20 +241,20 @@ def test_a_benchmark_lists_it(artifacts: Path) -> None:
     for kind in ("fp16.onnx", "int8.engine"):
         restamp(file(artifacts, kind), put("preprocess.crop_pct", 0.9))
     named = benchmark_artifacts([file(artifacts, kind) for kind in EVERY], quick)
-    for result in (benchmark_model(Workspace(artifacts), zoo.DEMO, quick), named):
+    for result in (benchmark_model(Workspace(artifacts), cards.DEMO, quick), named):
         assert {row.label for row in result.rows} == {"fp32.onnx", "int8.onnx"}
         reasons = {left.label: left.reason for left in result.not_run}
         for label in ("fp16.onnx", "int8.engine"):
             assert "another preprocess.crop_pct" in reasons[label]
     restamp(file(artifacts, "fp32.onnx"), put("preprocess.crop_pct", 0.9))
     with pytest.raises(ArtifactError, match=r"another preprocess\.crop_pct"):
-        benchmark_model(Workspace(artifacts), zoo.DEMO, quick)
+        benchmark_model(Workspace(artifacts), cards.DEMO, quick)
 
 
 @pytest.mark.parametrize(
     "words",
     [
-        ("calibrate", "--data", zoo.demo_file("calibration.zip")),
+        ("calibrate", "--data", cards.demo_file("calibration.zip")),
         ("quantize",),
         ("build-engine", "--fp32"),
         ("search", "--data", TEST),
@@ -279,4 +279,4 @@ def test_the_mend_mends(artifacts: Path) -> None:
     restamp(file(artifacts, "int8.onnx"), put("preprocess.size", 36))
     assert run("quantize", *at, "--force").exit_code == 0
     assert verify(artifacts, *FEW, "--graphs-only").exit_code == 0
-    bisect_model(Workspace(artifacts), zoo.DEMO, TEST, None, BisectConfig(4, batch=4))
+    bisect_model(Workspace(artifacts), cards.DEMO, TEST, None, BisectConfig(4, batch=4))

@@ -13,11 +13,11 @@ import pytest
 from click.testing import CliRunner, Result
 from onnx import numpy_helper
 
-from clipdeploy import zoo
 from clipdeploy.cli.main import main
+from clipdeploy.models import cards
 from clipdeploy.stages import predict as stage
 from clipdeploy.verification.targets import Target
-from clipdeploy.workspace import Workspace
+from clipdeploy.workspace.folder import Workspace
 from exporters.headers import read_passport
 
 
@@ -25,7 +25,7 @@ from exporters.headers import read_passport
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One held-out image of every digit, in ``DIGIT/NAME``."""
     folder = tmp_path_factory.mktemp("digits")
-    with zipfile.ZipFile(zoo.demo_file("test.zip")) as archive:
+    with zipfile.ZipFile(cards.demo_file("test.zip")) as archive:
         for digit in "0123456789":
             member = min(name for name in archive.namelist() if name.startswith(f"{digit}/"))
             archive.extract(member, folder)
@@ -39,7 +39,7 @@ def predict(workspace: Workspace, *words: str | Path) -> Result:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_every_digit_is_known(demo_workspace: Workspace, digits: Path, precision: str) -> None:
-    graph = demo_workspace.graph(zoo.DEMO, precision)  # type: ignore[arg-type]
+    graph = demo_workspace.graph(cards.DEMO, precision)  # type: ignore[arg-type]
     result = predict(demo_workspace, digits, "--artifact", graph, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
@@ -58,7 +58,7 @@ def test_every_digit_is_known(demo_workspace: Workspace, digits: Path, precision
 def test_a_wrong_graph_gives_wrong_digits(
     demo_workspace: Workspace, digits: Path, tmp_path: Path
 ) -> None:
-    proto = onnx.load(demo_workspace.graph(zoo.DEMO, "fp32"))
+    proto = onnx.load(demo_workspace.graph(cards.DEMO, "fp32"))
     (bias,) = (t for t in proto.graph.initializer if t.name == "head.bias")
     values = numpy_helper.to_array(bias) + 100 * (np.arange(10) == 7)
     bias.CopyFrom(numpy_helper.from_array(values.astype(np.float32), bias.name))
@@ -72,15 +72,15 @@ def test_without_an_artifact_the_model_says_which(demo_workspace: Workspace, dig
     image = next(digits.rglob("*.png"))
     result = predict(demo_workspace, image, "--model", "demo", "--top", "2")
     assert result.exit_code == 0, result.output
-    assert f"{zoo.DEMO}.fp32.onnx on ONNX Runtime" in result.stderr
+    assert f"{cards.DEMO}.fp32.onnx on ONNX Runtime" in result.stderr
     assert str(image) in result.stdout.replace("\n", "")
     assert result.stdout.count("%") == 2
 
 
 def test_classes_have_names_only_where_a_passport_states_them(demo_workspace: Workspace) -> None:
-    graph = demo_workspace.graph(zoo.DEMO, "fp32")
-    card = zoo.find("clip-vit-base-p16")
-    names = tuple(name for name, _ in zoo.class_names(card))
+    graph = demo_workspace.graph(cards.DEMO, "fp32")
+    card = cards.find("clip-vit-base-p16")
+    names = tuple(name for name, _ in cards.class_names(card))
     passport = replace(read_passport(graph), model=card.name, classes=len(names), class_names=names)
     known = Target(graph, "graph", passport)
     assert stage._words(known)[0] == ("n01440764", "tench, Tinca tinca")

@@ -13,8 +13,8 @@ from demo_variants import write_digits
 from numpy.typing import NDArray
 from PIL import Image
 
-from clipdeploy import zoo
 from clipdeploy.cli.main import main
+from clipdeploy.models import cards
 
 Pixels = NDArray[np.uint8]
 
@@ -25,7 +25,7 @@ def _run(artifacts: Path, command: str, *words: str | Path) -> Result:
 
 
 def _table(artifacts: Path) -> Path:
-    return artifacts / zoo.DEMO / "calibration.json"
+    return artifacts / cards.DEMO / "calibration.json"
 
 
 def _repeated(folder: Path, picture: Pixels, count: int = 40) -> Path:
@@ -57,11 +57,11 @@ def test_images_that_show_nothing_are_refused(
     assert reason in result.stderr
     assert "Traceback" not in result.stderr
     assert not _table(artifacts).exists()
-    assert not list((artifacts / zoo.DEMO).glob("*.partial"))
+    assert not list((artifacts / cards.DEMO).glob("*.partial"))
 
 
 def _quantized(artifacts: Path) -> Path:
-    return artifacts / zoo.DEMO / f"{zoo.DEMO}.int8.onnx"
+    return artifacts / cards.DEMO / f"{cards.DEMO}.int8.onnx"
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,9 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from clipdeploy import zoo
-from clipdeploy.cache import cache_folder
-from clipdeploy.cli.kinds import FLAG, FOLDER, IMAGES, MODEL, URL, Kind, as_toml
 from clipdeploy.cli.main import main
 from clipdeploy.cli.params import SettingOption
+from clipdeploy.cli.setting_types import FLAG, FOLDER, IMAGES, MODEL, URL, Kind, as_toml
 from clipdeploy.cli.settings import (
     CONFIG_FILE,
     SETTINGS,
@@ -24,8 +22,10 @@ from clipdeploy.cli.settings import (
     load_settings,
     setting_called,
 )
-from clipdeploy.download import address
-from exporters.errors import FileError, UsageError
+from clipdeploy.core.cache import cache_folder
+from clipdeploy.core.errors import FileError, UsageError
+from clipdeploy.models import cards
+from clipdeploy.models.download import address
 
 pytestmark = pytest.mark.usefixtures("cwd")
 
@@ -58,7 +58,7 @@ def three_values(kind: Kind) -> tuple[Any, Any, Any]:
     if kind is FLAG:
         return True, False, True
     if kind is MODEL:
-        return tuple(card.name for card in zoo.cards()[:3])
+        return tuple(card.name for card in cards.all_cards()[:3])
     if kind is URL:
         return "https://a.example", "https://b.example", "https://c.example"
     if kind in (FOLDER, IMAGES):
@@ -291,7 +291,7 @@ def test_relative_paths_start_at_the_file_or_at_the_working_folder(
 def test_the_library_sees_the_file_for_as_long_as_a_command_runs(
     cwd: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    card = zoo.find("clip-vit-base-p16")
+    card = cards.find("clip-vit-base-p16")
     before = cache_folder(), address(card)
     write('cache = "kept"', 'mirror = "https://mirror.example/"', "offline = true")
     settings = load_settings()

@@ -14,8 +14,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from calibration.plan import PlanConfig
-from clipdeploy import zoo
 from clipdeploy.cli.text import wrapped
+from clipdeploy.models import cards
 from clipdeploy.tuning.bisection import BROKEN_DB, BlockError, Measurement, PartError
 from clipdeploy.tuning.cost import CostModel
 from clipdeploy.tuning.culprit import Culprit
@@ -25,12 +25,12 @@ from clipdeploy.tuning.result import Bisection
 from clipdeploy.tuning.search import SearchResult
 from clipdeploy.tuning.tables import bisection_table, search_table
 from clipdeploy.verification.baseline import Baseline
-from clipdeploy.verification.figures import Accuracy, Fidelity
+from clipdeploy.verification.metrics import Accuracy, Fidelity
 from clipdeploy.verification.paired import judge_drop
 from clipdeploy.verification.result import Row, Verification
 from clipdeploy.verification.table import verification_table
 
-LONGEST = max((card.name for card in zoo.cards()), key=len)
+LONGEST = max((card.name for card in cards.all_cards()), key=len)
 DEPTH = 12
 ACCURACY = Accuracy(100.0, 100.0, (99.9, 100.0), (99.9, 100.0))
 FIDELITY = Fidelity(50_000, 1.5e-10, 1e-11, -0.99999, 130.6, 100.0, True, ACCURACY)

@@ -27,14 +27,14 @@ from command_cases import CASES, Case, prepare, runnable_commands
 from command_server import Command, CommandServer, command_server
 from terminals import COLOUR, CONTROL, screen, terminal
 
-from clipdeploy import zoo
 from clipdeploy.cli.main import main
 from clipdeploy.engines.build_config import BuildConfig
+from clipdeploy.models import cards
 from clipdeploy.pipeline import build_model, calibrate_model, verify_model
 from clipdeploy.stages.calibrate import CalibrateConfig
-from clipdeploy.stages.verify_setup import VerifyScope
+from clipdeploy.stages.verify.setup import VerifyScope
 from clipdeploy.verification.verifier import VerifyConfig
-from clipdeploy.workspace import Workspace
+from clipdeploy.workspace.folder import Workspace
 
 # A command to copy into a shell is not cut, however narrow the terminal is, and no path or address.
 TO_COPY = re.compile(r".*-> |\s*\S+$")
@@ -57,14 +57,14 @@ def made(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) ->
     """The demo workspace with an engine, and with shards that can be merged."""
     workspace = Workspace(tmp_path_factory.mktemp("made") / "artifacts")
     shutil.copytree(demo_workspace.root, workspace.root)
-    calibration, test = zoo.demo_file("calibration.zip"), zoo.demo_file("test.zip")
+    calibration, test = cards.demo_file("calibration.zip"), cards.demo_file("test.zip")
     for part in (1, 2):
         verify = VerifyConfig(max_drop=20, shard=(part, 2), workers=0)
         scope = VerifyScope(graphs_only=True, limit=60)
-        calibrate_model(workspace, zoo.DEMO, calibration, CalibrateConfig(24, shard=(part, 2)))
-        verify_model(workspace, zoo.DEMO, test, verify, scope)
+        calibrate_model(workspace, cards.DEMO, calibration, CalibrateConfig(24, shard=(part, 2)))
+        verify_model(workspace, cards.DEMO, test, verify, scope)
     if TENSORRT:
-        build_model(workspace, zoo.DEMO, "fp16", BuildConfig(backend="tensorrt-rtx"))
+        build_model(workspace, cards.DEMO, "fp16", BuildConfig(backend="tensorrt-rtx"))
     return workspace
 
 

@@ -9,10 +9,10 @@ import pytest
 from command_cases import every_command
 from verify_command import run
 
-from clipdeploy import zoo
 from clipdeploy.cli.main import main
 from clipdeploy.cli.quantize import recipe_names
 from clipdeploy.cli.usage import Command, Group
+from clipdeploy.models import cards
 
 INT8 = (
     "--recipe r.json",
@@ -120,7 +120,7 @@ def test_options_before_a_subcommand_are_refused(words: str, cwd: Path) -> None:
 def test_options_of_calibration_where_nothing_is_calibrated(
     option: str, artifacts: Path, cwd: Path
 ) -> None:
-    at = ("--data", zoo.demo_file("calibration.zip"), "--model", "demo")
+    at = ("--data", cards.demo_file("calibration.zip"), "--model", "demo")
     assert run("calibrate", *at, "--images", "10").exit_code == 0
     result = run("build-engine", "--int8", "--model", "demo", *option.split())
     assert result.exit_code == 2, result.output
@@ -162,7 +162,7 @@ def test_a_setting_is_no_contradiction(cwd: Path) -> None:
 
 
 def test_limits_of_a_shard_are_not_forgotten(artifacts: Path, cwd: Path) -> None:
-    at = ("--data", zoo.demo_file("test.zip"), "--limit", "32", "--graphs-only", "--workers", "0")
+    at = ("--data", cards.demo_file("test.zip"), "--limit", "32", "--graphs-only", "--workers", "0")
     result = run(
         "verify", *at, "--shard", "1/2", "--max-drop", "6", "--baseline", "none", "--model", "demo"
     )

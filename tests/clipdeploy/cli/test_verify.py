@@ -17,19 +17,19 @@ import pytest
 from graph_faults import FP32_FAULTS
 from verify_command import FEW, TEST, good, merge, refused, run, verify
 
-from clipdeploy import zoo
+from clipdeploy.models import cards
 from clipdeploy.runners import OnnxRunner
-from clipdeploy.stages import verify as stage
+from clipdeploy.stages.verify.run import run as stage
 from exporters.graphs import load_graph, save_graph
 from exporters.headers import read_passport
 
 
 def graph(artifacts: Path) -> Path:
-    return artifacts / zoo.DEMO / f"{zoo.DEMO}.fp32.onnx"
+    return artifacts / cards.DEMO / f"{cards.DEMO}.fp32.onnx"
 
 
 def kept(artifacts: Path) -> list[str]:
-    return sorted(path.name for path in (artifacts / zoo.DEMO).glob("verification*"))
+    return sorted(path.name for path in (artifacts / cards.DEMO).glob("verification*"))
 
 
 # --- one answer, however it was come by
@@ -38,8 +38,8 @@ def kept(artifacts: Path) -> list[str]:
 def test_shards_merged_equal_one_run(artifacts: Path) -> None:
     whole = verify(artifacts, *FEW, "--json")
     assert good(whole)["images"] == 64
-    records = (artifacts / zoo.DEMO / "verification.jsonl").read_bytes()
-    disagreements = (artifacts / zoo.DEMO / "disagreements.csv").read_bytes()
+    records = (artifacts / cards.DEMO / "verification.jsonl").read_bytes()
+    disagreements = (artifacts / cards.DEMO / "disagreements.csv").read_bytes()
     for part in ("1/3", "3/3"):
         told = verify(artifacts, *FEW, "--shard", part)
         assert told.exit_code == 0
@@ -49,10 +49,10 @@ def test_shards_merged_equal_one_run(artifacts: Path) -> None:
     merged = merge(artifacts, "--max-drop", "6", "--json")
     assert merged.stdout == whole.stdout
     assert merged.exit_code == 0
-    lines = (artifacts / zoo.DEMO / "verification.jsonl").read_bytes().split(b"\n")
+    lines = (artifacts / cards.DEMO / "verification.jsonl").read_bytes().split(b"\n")
     # All but the line that says which files of this machine they are.
     assert lines[1:] == records.split(b"\n")[1:]
-    assert (artifacts / zoo.DEMO / "disagreements.csv").read_bytes() == disagreements
+    assert (artifacts / cards.DEMO / "disagreements.csv").read_bytes() == disagreements
 
 
 def test_shards_from_elsewhere_are_named(artifacts: Path, tmp_path: Path) -> None:
@@ -61,8 +61,8 @@ def test_shards_from_elsewhere_are_named(artifacts: Path, tmp_path: Path) -> Non
     for place, part in ((artifacts, "1/2"), (other, "2/2")):
         assert verify(place, *FEW, "--shard", part).exit_code == 0
     parts = [
-        artifacts / zoo.DEMO / "verification.1-of-2.jsonl",
-        other / zoo.DEMO / "verification.2-of-2.jsonl",
+        artifacts / cards.DEMO / "verification.1-of-2.jsonl",
+        other / cards.DEMO / "verification.2-of-2.jsonl",
     ]
     # The artifact's path is another one, and so its file, for all that anybody can tell.
     result = merge(artifacts, *parts, "--max-drop", "6")
@@ -90,10 +90,10 @@ def test_a_shard_cannot_stop_early(artifacts: Path) -> None:
 SLOW = """
 import sys, time
 from pathlib import Path
-from clipdeploy import zoo
-from clipdeploy.stages.verify import VerifyScope, verify_model
+from clipdeploy.models import cards
+from clipdeploy.stages.verify.run import VerifyScope, verify_model
 from clipdeploy.verification import verifier
-from clipdeploy.workspace import Workspace
+from clipdeploy.workspace.folder import Workspace
 
 measure = verifier.measure_images
 
@@ -104,14 +104,14 @@ def slowly(*words):
 verifier.measure_images = slowly
 config = verifier.VerifyConfig(max_drop=6, batch=8, workers=0)
 scope = VerifyScope(limit=64)
-verify_model(Workspace(Path(sys.argv[1])), zoo.DEMO, Path(sys.argv[2]), config, scope)
+verify_model(Workspace(Path(sys.argv[1])), cards.DEMO, Path(sys.argv[2]), config, scope)
 """
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_killed_at_several_moments_and_resumed(artifacts: Path) -> None:
     whole = verify(artifacts, *FEW, "--json")
-    folder = artifacts / zoo.DEMO
+    folder = artifacts / cards.DEMO
     records = (folder / "verification.jsonl").read_bytes()
     (folder / "verification.jsonl").unlink()
     partial, generator, seen = folder / "verification.jsonl.partial", random.Random(1), []
@@ -259,7 +259,7 @@ def test_a_first_look_ends_a_long_run(
     monkeypatch.setattr("clipdeploy.verification.diagnosis._SAMPLE", 40)
     at = ("--max-drop", "2", "--workers", "0")
     assert verify(artifacts, *at, data=digits).exit_code == 0
-    (artifacts / zoo.DEMO / "verification.jsonl").unlink()
+    (artifacts / cards.DEMO / "verification.jsonl").unlink()
     result = verify(artifacts, *at, "--json", data=rotated(digits))
     assert result.exit_code == 3
     assert "on a sample of the images: not going on" in result.stderr
@@ -289,11 +289,11 @@ def test_a_failed_baseline_names_its_cause(artifacts: Path, digits: Path) -> Non
 
 def test_damaged_results_are_told_or_done_again(artifacts: Path) -> None:
     first = verify(artifacts, *FEW, "--json")
-    path = artifacts / zoo.DEMO / "verification.jsonl"
+    path = artifacts / cards.DEMO / "verification.jsonl"
     path.write_bytes(path.read_bytes()[: len(first.stdout) // 2] + b"\x00\n{}\n")
     assert verify(artifacts, *FEW, "--json").stdout == first.stdout
     for part in ("1/2", "2/2"):
         verify(artifacts, *FEW, "--shard", part)
-    shard = artifacts / zoo.DEMO / "verification.2-of-2.jsonl"
+    shard = artifacts / cards.DEMO / "verification.2-of-2.jsonl"
     shard.write_bytes(b"damaged\n")
     refused(merge(artifacts), 1, "verification.2-of-2.jsonl", "holds no results that can be read")

@@ -11,9 +11,9 @@ from graph_faults import FP16_FAULTS
 from nested_graphs import MOVES
 from verify_command import FEW, good, verify
 
-from clipdeploy import zoo
+from clipdeploy.models import cards
 from clipdeploy.runners import OnnxRunner
-from clipdeploy.workspace import Workspace
+from clipdeploy.workspace.folder import Workspace
 from exporters.headers import read_passport
 
 # The residual that the faults of FP16_FAULTS change, and all of the block behind it.
@@ -22,7 +22,7 @@ PREFIXES = ("blocks.2/Add_1", "blocks.3")
 
 def moved(workspace: Workspace, move: str, path: Path, fault: str = "") -> Path:
     """The demo's FP16 graph, perhaps with a fault, and parts of it moved; without a passport."""
-    model = onnx.load(workspace.graph(zoo.DEMO, "fp16"))
+    model = onnx.load(workspace.graph(cards.DEMO, "fp16"))
     if fault:
         edit, _ = FP16_FAULTS[fault]
         edit(model)
@@ -37,7 +37,7 @@ def moved(workspace: Workspace, move: str, path: Path, fault: str = "") -> Path:
 def test_a_sound_graph_stays_equivalent_with_the_same_figures(
     move: str, artifacts: Path, demo_workspace: Workspace, tmp_path: Path
 ) -> None:
-    plain = demo_workspace.graph(zoo.DEMO, "fp16")
+    plain = demo_workspace.graph(cards.DEMO, "fp16")
     path = moved(demo_workspace, move, tmp_path / "moved.onnx")
     found = good(verify(artifacts, plain, path, *FEW, "--json"))
     flat, nested = (row["fidelity"]["sqnr_db"] for row in found["rows"])
@@ -83,7 +83,7 @@ def test_what_cannot_be_stored_is_not_judged(
     model = onnx.load(path)
     untyped(model)
     onnx.save(model, path)
-    passport = read_passport(demo_workspace.graph(zoo.DEMO, "fp16"))
+    passport = read_passport(demo_workspace.graph(cards.DEMO, "fp16"))
     runner = OnnxRunner(path, as_stored=True, passport=passport)
     assert runner.emulates_float16
     assert "is unknown, and so whether it is float16" in runner.emulation
@@ -95,7 +95,7 @@ def test_what_cannot_be_stored_is_not_judged(
 
 def test_bfloat16_is_not_judged(artifacts: Path, demo_workspace: Workspace, tmp_path: Path) -> None:
     """One tensor goes through bfloat16, which the CPU has hardly a kernel for."""
-    model = onnx.load(demo_workspace.graph(zoo.DEMO, "fp32"))
+    model = onnx.load(demo_workspace.graph(cards.DEMO, "fp32"))
     narrow, wide = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
     last = model.graph.node[-1]
     result = last.output[0]

@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from pages import read_page
 from PIL import Image
 
-from clipdeploy import zoo
 from clipdeploy.cli.main import main
+from clipdeploy.models import cards
 from clipdeploy.verification.reports.drawings import TONES
-from clipdeploy.workspace import Workspace
+from clipdeploy.workspace.folder import Workspace
 
 ROOT = Path(__file__).resolve().parents[3]
-TEST = zoo.demo_file("test.zip")
+TEST = cards.demo_file("test.zip")
 VERIFY = ("--model", "demo", "--max-drop", "10")
 LIMIT = ("--data", str(TEST), "--limit", "60")
 
@@ -72,14 +72,14 @@ def test_the_heat_map_of_a_bisected_graph_is_shown_and_of_no_other(
     at = ("--workspace", artifacts)
     found = run("bisect", *at, "--model", "demo", "--data", TEST, "--images", "2", "--batch", "2")
     assert found.exit_code == 0, found.output
-    heading = f"Where {zoo.DEMO}.int8.onnx leaves PyTorch"
+    heading = f"Where {cards.DEMO}.int8.onnx leaves PyTorch"
     again = run("verify", *VERIFY, *LIMIT, *at, "--report", page)
     assert again.exit_code == 0, again.output
     shown = read_page(page.read_text(encoding="utf-8"))
     assert heading in shown.text
     assert "No block stands out" in shown.text
     # The picture comes from a file: whatever is in it stays a picture.
-    kept = artifacts / zoo.DEMO / "bisection.json"
+    kept = artifacts / cards.DEMO / "bisection.json"
     raw = json.loads(kept.read_text(encoding="utf-8"))
     raw["svg"] += "</svg></div><h1>FORGED</h1><style>table { display: none }</style>"
     kept.write_text(json.dumps(raw), encoding="utf-8")
@@ -199,7 +199,7 @@ def test_merged_shards_with_and_without_the_images(reported: Reported, tmp_path:
         part = ("--data", images, "--limit", "60", "--shard", shard)
         assert run("verify", "--model", "demo", *part, *at).exit_code == 0
     page = tmp_path / "page.html"
-    folder = reported.artifacts / zoo.DEMO
+    folder = reported.artifacts / cards.DEMO
     shards = {path: path.read_bytes() for path in folder.glob("verification.*-of-2.jsonl")}
 
     def merge(*more: str | Path) -> Result:

@@ -18,14 +18,14 @@ from PIL import Image
 from verify_command import FEW, TEST, good, merge, refused, run, verify
 
 from calibration.table import load_table, save_table
-from clipdeploy import zoo
+from clipdeploy.core.locks import sole_writer
+from clipdeploy.models import cards
 from clipdeploy.runners import OnnxRunner
-from clipdeploy.stages.verify import verify_model
-from clipdeploy.stages.verify_setup import VerifyScope
+from clipdeploy.stages.verify.run import verify_model
+from clipdeploy.stages.verify.setup import VerifyScope
 from clipdeploy.verification import results as results_file
 from clipdeploy.verification.verifier import VerifyConfig
-from clipdeploy.workspace import Workspace
-from exporters.locks import sole_writer
+from clipdeploy.workspace.folder import Workspace
 
 SOME = ("--max-drop", "6", "--batch", "8", "--workers", "0")
 
@@ -50,11 +50,11 @@ def bitmaps(digits: Path, tmp_path: Path) -> Path:
 
 
 def folder(artifacts: Path) -> Path:
-    return artifacts / zoo.DEMO
+    return artifacts / cards.DEMO
 
 
 def graph(artifacts: Path) -> Path:
-    return folder(artifacts) / f"{zoo.DEMO}.fp32.onnx"
+    return folder(artifacts) / f"{cards.DEMO}.fp32.onnx"
 
 
 def ruin(path: Path) -> None:
@@ -204,7 +204,7 @@ def test_records_are_those_of_the_artifacts_bytes(artifacts: Path) -> None:
     kept = results_file.read_results(path)
     (old,) = kept.question.artifacts
     ruin(graph(artifacts))
-    from exporters.files import sha256_file
+    from clipdeploy.core.files import sha256_file
 
     new = sha256_file(graph(artifacts)).encode()
     path.write_bytes(path.read_bytes().replace(old.sha256.encode(), new))
@@ -216,7 +216,7 @@ def test_records_are_those_of_the_artifacts_bytes(artifacts: Path) -> None:
 def test_what_is_known_of_an_artifact_is_not_computed_again(
     whole_workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = [folder(whole_workspace) / f"{zoo.DEMO}.{p}.onnx" for p in ("fp32", "fp16", "int8")]
+    names = [folder(whole_workspace) / f"{cards.DEMO}.{p}.onnx" for p in ("fp32", "fp16", "int8")]
     three = good(verify(whole_workspace, *names, *FEW, "--json"))
     with monkeypatch.context() as patch:
         no_run(patch)
@@ -313,7 +313,7 @@ def leaky(whole: Path, digits: Path, save: Callable[[Path, Path], object]) -> Pa
     import zipfile
 
     name = load_table(folder(whole) / "calibration.json").images[7].name
-    with zipfile.ZipFile(zoo.demo_file("calibration.zip")) as archive:
+    with zipfile.ZipFile(cards.demo_file("calibration.zip")) as archive:
         archive.extract(name, whole)
     save(whole / name, digits / Path(name).parent.name / "7")
     return digits
@@ -331,7 +331,7 @@ def test_a_calibration_image_saved_anew_is_a_leak(
     # What one run allowed, another one that goes by its records does not.
     refused(verify(whole_workspace, *at, data=data), 1, "was used for calibration")
     # An FP32 graph was calibrated on nothing.
-    name = folder(whole_workspace) / f"{zoo.DEMO}.fp32.onnx"
+    name = folder(whole_workspace) / f"{cards.DEMO}.fp32.onnx"
     assert good(verify(whole_workspace, name, *at, "--json", data=data))["leaked"] == 0
 
 
@@ -343,7 +343,7 @@ def test_a_calibration_that_knows_no_pixels_is_named_in_the_result(whole_workspa
     # The artifacts are those of this table: its hash is in their passport.
     at = ("--model", "demo", "--workspace", whole_workspace)
     assert run("quantize", *at, "--force").exit_code == 0
-    path = folder(whole_workspace) / f"{zoo.DEMO}.int8.onnx"
+    path = folder(whole_workspace) / f"{cards.DEMO}.int8.onnx"
     found = good(verify(whole_workspace, path, *FEW, "--json"))
     assert found["leaked"] == 0
     assert any("older clipdeploy" in each for each in found["problems"])
@@ -359,13 +359,13 @@ def test_one_saved_with_loss_is_counted(whole_workspace: Path, digits: Path) -> 
 
 @pytest.mark.parametrize("how", ["no calibration", "another calibration", "no passport"])
 def test_unknown_calibration_images_are_unknown(how: str, whole_workspace: Path) -> None:
-    path = folder(whole_workspace) / f"{zoo.DEMO}.int8.onnx"
+    path = folder(whole_workspace) / f"{cards.DEMO}.int8.onnx"
     table = folder(whole_workspace) / "calibration.json"
     at: tuple[str | Path, ...] = (path, *FEW)
     if how == "no calibration":
         table.unlink()
     elif how == "another calibration":
-        images = ("--images", "64", "--data", zoo.demo_file("calibration.zip"))
+        images = ("--images", "64", "--data", cards.demo_file("calibration.zip"))
         where = ("--model", "demo", "--workspace", whole_workspace)
         assert run("calibrate", *images, *where, "--force").exit_code == 0
     else:
@@ -382,7 +382,7 @@ def test_unknown_calibration_images_are_unknown(how: str, whole_workspace: Path)
 def test_a_shard_alone_is_no_pass(artifacts: Path) -> None:
     shard = verify_model(
         Workspace(artifacts),
-        zoo.DEMO,
+        cards.DEMO,
         TEST,
         VerifyConfig(max_drop=6, batch=8, workers=0, shard=(1, 2)),
         VerifyScope(limit=64),

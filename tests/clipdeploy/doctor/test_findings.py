@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from clipdeploy.device import Driver, Gpu
+from clipdeploy.core.device import Driver, Gpu
 from clipdeploy.doctor import Folder, Library, Machine, diagnose
 
 L4 = Gpu("NVIDIA L4", (8, 9))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from clipdeploy.device import gpus
+from clipdeploy.core.device import gpus
 from clipdeploy.doctor import Machine, this_machine
 from clipdeploy.doctor import machine as facts
 from clipdeploy.doctor.probes import ask

@@ -8,12 +8,12 @@ from logging.handlers import BufferingHandler
 import pytest
 from compiling import SPEC, compiled_plan, ignore
 
-from clipdeploy import zoo
 from clipdeploy.engines import backends
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.build_monitor import PERCENT, Phases, build_monitor
 from clipdeploy.engines.compiler import Compiler
-from clipdeploy.workspace import Workspace
+from clipdeploy.models import cards
+from clipdeploy.workspace.folder import Workspace
 
 
 def test_a_phase_divides_the_step_of_its_parent() -> None:
@@ -88,7 +88,7 @@ class Watch:
 
 def test_a_real_build_reports_its_percents(compiler: Compiler, demo_workspace: Workspace) -> None:
     watch = Watch()
-    graph = demo_workspace.graph(zoo.DEMO, "fp16")
+    graph = demo_workspace.graph(cards.DEMO, "fp16")
     assert compiler.compile(graph, SPEC, BuildConfig(), None, ignore, watch)
     assert len(watch.shown) > 5
     assert all(count > 0 for count in watch.shown)
@@ -97,7 +97,7 @@ def test_a_real_build_reports_its_percents(compiler: Compiler, demo_workspace: W
 
 def test_ctrl_c_cancels_a_real_build(compiler: Compiler, demo_workspace: Workspace) -> None:
     watch = Watch(stop_at=10)
-    graph = demo_workspace.graph(zoo.DEMO, "fp16")
+    graph = demo_workspace.graph(cards.DEMO, "fp16")
     with pytest.raises(KeyboardInterrupt):
         compiler.compile(graph, SPEC, BuildConfig(), None, ignore, watch)
     # Cancelled at the next step, not run to the end and then thrown away.
@@ -108,7 +108,7 @@ def test_levels_of_optimization_change_no_engine_of_rtx(
     compiler: Compiler, demo_workspace: Workspace
 ) -> None:
     """Why --optimization-level is refused there; another batch does change the engine."""
-    graph = demo_workspace.graph(zoo.DEMO, "int8")
+    graph = demo_workspace.graph(cards.DEMO, "int8")
     configs = [BuildConfig(optimization_level=level) for level in (0, 5)]
     low, high = (compiled_plan(compiler, graph, config) for config in configs)
     other = BuildConfig(profiles=((1, 8, 16),))
@@ -147,7 +147,7 @@ def test_ctrl_c_inside_the_logger_is_not_swallowed(
     severities = _CtrlC(backends._SMALL_TALK)
     monkeypatch.setattr(backends, "_SMALL_TALK", severities)
     watch = Watch()
-    graph = demo_workspace.graph(zoo.DEMO, "fp16")
+    graph = demo_workspace.graph(cards.DEMO, "fp16")
     with pytest.raises(KeyboardInterrupt):
         compiler.compile(graph, SPEC, BuildConfig(), None, ignore, watch)
     assert severities.pressed

@@ -15,8 +15,10 @@ import onnx
 import pytest
 from compiling import SPEC, ignore
 
-from clipdeploy import zoo
-from clipdeploy.device import gpus
+from clipdeploy.core.device import gpus
+from clipdeploy.core.errors import ArtifactError, BuildError, EngineError, FileError, UsageError
+from clipdeploy.core.files import sha256_file
+from clipdeploy.core.passport import Precision
 from clipdeploy.engines import backends
 from clipdeploy.engines.backends import choose_backend
 from clipdeploy.engines.build_config import BuildConfig
@@ -24,12 +26,10 @@ from clipdeploy.engines.builder import _Later, build_engine
 from clipdeploy.engines.compiler import Compiler
 from clipdeploy.engines.passport import load_engine_passport, passport_path
 from clipdeploy.engines.plan_writer import Piece, PlanFile
+from clipdeploy.models import cards
 from clipdeploy.runners.engine import EngineRunner
-from clipdeploy.workspace import Workspace
-from exporters.artifact import Precision
+from clipdeploy.workspace.folder import Workspace
 from exporters.blocks import BlockPrecision
-from exporters.errors import ArtifactError, BuildError, EngineError, FileError, UsageError
-from exporters.files import sha256_file
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
 
@@ -38,7 +38,7 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this p
 def engines(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("engines")
     for precision in ("fp32", "fp16", "int8"):
-        build_engine(demo_workspace.graph(zoo.DEMO, precision), folder / f"{precision}.engine")
+        build_engine(demo_workspace.graph(cards.DEMO, precision), folder / f"{precision}.engine")
     return folder
 
 
@@ -49,14 +49,14 @@ def test_an_engine_and_its_passport(
     path = engines / f"{precision}.engine"
     passport = load_engine_passport(path)
     assert passport.graph.precision == precision
-    assert passport.hashes.graph == sha256_file(demo_workspace.graph(zoo.DEMO, precision))
+    assert passport.hashes.graph == sha256_file(demo_workspace.graph(cards.DEMO, precision))
     assert passport.plan_bytes == path.stat().st_size > 1e6
     assert passport.backend == "tensorrt-rtx"
     assert passport.profiles == ((1, 8, 32),)
 
 
 def test_an_unchanged_engine_is_not_built_again(engines: Path, demo_workspace: Workspace) -> None:
-    graph, engine = demo_workspace.graph(zoo.DEMO, "int8"), engines / "int8.engine"
+    graph, engine = demo_workspace.graph(cards.DEMO, "int8"), engines / "int8.engine"
     assert not build_engine(graph, engine).changed
     assert build_engine(graph, engine, BuildConfig(profiles=((1, 4, 16),))).changed
     assert load_engine_passport(engine).profiles == ((1, 4, 16),)
@@ -79,7 +79,7 @@ def test_a_changed_engine_is_refused(engines: Path, tmp_path: Path) -> None:
 def test_a_graph_that_tensorrt_refuses_leaves_no_engine(
     demo_workspace: Workspace, tmp_path: Path
 ) -> None:
-    proto = onnx.load(demo_workspace.graph(zoo.DEMO, "fp32"))
+    proto = onnx.load(demo_workspace.graph(cards.DEMO, "fp32"))
     proto.graph.node[3].op_type = "NoSuchOperator"
     graph = tmp_path / "broken.onnx"
     onnx.save(proto, graph)
@@ -93,7 +93,7 @@ def test_a_passport_without_its_engine_is_no_engine(
 ) -> None:
     engine = tmp_path / "int8.engine"
     shutil.copy(passport_path(engines / "int8.engine"), passport_path(engine))
-    assert build_engine(demo_workspace.graph(zoo.DEMO, "int8"), engine).changed
+    assert build_engine(demo_workspace.graph(cards.DEMO, "int8"), engine).changed
     assert load_engine_passport(engine).plan_bytes == engine.stat().st_size
 
 
@@ -110,7 +110,7 @@ def test_a_failed_build_leaves_the_engine_that_was_there(
 
     monkeypatch.setattr(PlanFile, "write", full)
     with pytest.raises(FileError, match=r"cannot write .*int8\.engine: No space left"):
-        build_engine(demo_workspace.graph(zoo.DEMO, "int8"), engine, force=True)
+        build_engine(demo_workspace.graph(cards.DEMO, "int8"), engine, force=True)
     assert load_engine_passport(engine) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["int8.engine", "int8.engine.json"]
 
@@ -138,7 +138,7 @@ def test_most_is_said_when_later_work_starts(
 
     with ThreadPoolExecutor(1) as beside:
         later = _Later(beside, work)
-        graph = demo_workspace.graph(zoo.DEMO, "int8")
+        graph = demo_workspace.graph(cards.DEMO, "int8")
         step = later.watching(lambda count: None)
         compiler.compile(graph, SPEC, BuildConfig(), None, ignore, step)
     # Measured: all but a few lines; the layers' own list, one line, comes at the end.
@@ -186,7 +186,7 @@ def test_an_engine_computes_what_its_graph_computes(
 ) -> None:
     from clipdeploy.runners import OnnxRunner
 
-    expected = OnnxRunner(demo_workspace.graph(zoo.DEMO, "fp32"))(demo_images)
+    expected = OnnxRunner(demo_workspace.graph(cards.DEMO, "fp32"))(demo_images)
     with EngineRunner(engines / "fp32.engine") as runner:
         # float32 with other orders of summation (TF32 is off in a strongly typed network).
         np.testing.assert_allclose(runner(demo_images), expected, atol=1e-3)

@@ -18,16 +18,16 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from clipdeploy import zoo
+from clipdeploy.core.errors import EngineError
 from clipdeploy.engines.inspector import (
     EngineTensor,
     executed_precision,
     parse_build_log,
     parse_engine_information,
 )
-from clipdeploy.workspace import Workspace
+from clipdeploy.models import cards
+from clipdeploy.workspace.folder import Workspace
 from exporters.blocks import BlockPrecision
-from exporters.errors import EngineError
 from exporters.products import asked_precision
 
 Layer = dict[str, Any]
@@ -94,7 +94,7 @@ def _scales_along_the_input(source: Path, name: str, target: Path) -> Path:
 def test_tensorrt_rtx_compiles_what_the_graph_asks_for(
     demo_workspace: Workspace, precision: str, batches: tuple[int, ...]
 ) -> None:
-    graph = demo_workspace.graph(zoo.DEMO, precision)
+    graph = demo_workspace.graph(cards.DEMO, precision)
     engine = parse_build_log(_build(graph, batches=batches))
     executed = executed_precision(engine)
     assert executed.blocks == asked_precision(onnx.load(graph))
@@ -103,7 +103,7 @@ def test_tensorrt_rtx_compiles_what_the_graph_asks_for(
 
 
 def test_a_linear_that_silently_left_int8_shows(demo_workspace: Workspace, tmp_path: Path) -> None:
-    source = demo_workspace.graph(zoo.DEMO, "int8")
+    source = demo_workspace.graph(cards.DEMO, "int8")
     graph = _scales_along_the_input(source, "blocks.3.mlp.fc1", tmp_path / "axis.onnx")
     asked = {b.block: b for b in asked_precision(onnx.load(graph))}
     executed = executed_precision(parse_build_log(_build(graph)))
@@ -114,7 +114,7 @@ def test_a_linear_that_silently_left_int8_shows(demo_workspace: Workspace, tmp_p
 
 
 def test_a_build_without_detailed_verbosity_is_refused(demo_workspace: Workspace) -> None:
-    log = _build(demo_workspace.graph(zoo.DEMO, "int8"), "LAYER_NAMES_ONLY")
+    log = _build(demo_workspace.graph(cards.DEMO, "int8"), "LAYER_NAMES_ONLY")
     with pytest.raises(EngineError, match="build log lists no layers") as raised:
         parse_build_log(log)
     assert "DETAILED" in raised.value.hint

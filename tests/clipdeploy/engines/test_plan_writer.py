@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 from compiling import SPEC, compiled_plan, ignore
 
-from clipdeploy import zoo
 from clipdeploy.engines import compiler as compiler_module
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.compiler import Compiler
 from clipdeploy.engines.plan_writer import Piece, PlanFile, StreamingBuilder, plan_writer
-from clipdeploy.workspace import Workspace
+from clipdeploy.models import cards
+from clipdeploy.workspace.folder import Workspace
 
 
 @pytest.fixture
 def graph(demo_workspace: Workspace) -> Path:
-    return demo_workspace.graph(zoo.DEMO, "fp16")
+    return demo_workspace.graph(cards.DEMO, "fp16")
 
 
 class OldBuilder:

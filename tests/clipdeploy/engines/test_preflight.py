@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from clipdeploy import zoo
-from clipdeploy.device import Gpu, gpus
+from clipdeploy.core.device import Gpu, gpus
+from clipdeploy.core.errors import ArtifactError, EngineError
 from clipdeploy.engines.builder import build_engine
 from clipdeploy.engines.passport import (
     EnginePassport,
@@ -19,8 +19,8 @@ from clipdeploy.engines.passport import (
     save_engine_passport,
 )
 from clipdeploy.engines.preflight import ThisMachine, check_machine, preflight
-from clipdeploy.workspace import Workspace
-from exporters.errors import ArtifactError, EngineError
+from clipdeploy.models import cards
+from clipdeploy.workspace.folder import Workspace
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
 
@@ -30,7 +30,7 @@ ADA = Gpu("NVIDIA L4", (8, 9))
 @pytest.fixture(scope="module")
 def built(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     engine = tmp_path_factory.mktemp("built") / "demo.engine"
-    return build_engine(demo_workspace.graph(zoo.DEMO, "fp16"), engine).path
+    return build_engine(demo_workspace.graph(cards.DEMO, "fp16"), engine).path
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_a_truncated_engine_is_refused(engine: Path) -> None:
 def test_the_passport_of_another_engine_is_refused(
     engine: Path, demo_workspace: Workspace, tmp_path: Path
 ) -> None:
-    other = build_engine(demo_workspace.graph(zoo.DEMO, "fp32"), tmp_path / "other.engine").path
+    other = build_engine(demo_workspace.graph(cards.DEMO, "fp32"), tmp_path / "other.engine").path
     shutil.copy(passport_path(other), passport_path(engine))
     with pytest.raises(ArtifactError, match="is not the file its passport speaks of"):
         preflight(engine, here=fitting(engine))

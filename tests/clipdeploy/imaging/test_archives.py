@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from clipdeploy.core.errors import DatasetError
 from clipdeploy.imaging.archives import Reader
 from clipdeploy.imaging.listing import list_files
-from exporters.errors import DatasetError
 
 # Sizes around a tar block; names around the 100 bytes of a ustar header.
 CONTENTS = {

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from clipdeploy.core.errors import DatasetError, FileError
 from clipdeploy.imaging.classes import Classes, NamesError, names_from, read_class_names
-from exporters.errors import DatasetError, FileError
 
 PETS = ("cat", "great dog", "emu")
 FILES = {

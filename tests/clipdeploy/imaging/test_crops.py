@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 from pixel_changes import PIXEL_CHANGES, change_pixels
 
-from clipdeploy import zoo
+from clipdeploy.core.errors import UsageError
+from clipdeploy.core.passport import Recipe
 from clipdeploy.imaging import (
     Crop,
     ImageFolder,
@@ -30,10 +31,9 @@ from clipdeploy.imaging import (
 from clipdeploy.imaging.crop_shards import ROW_BYTES
 from clipdeploy.imaging.crops import CropCache, pixels_key
 from clipdeploy.imaging.fingerprints import fingerprint
-from exporters.artifact import Recipe
-from exporters.errors import UsageError
+from clipdeploy.models import cards
 
-SPEC = zoo.find(zoo.DEMO).preprocess(Recipe())
+SPEC = cards.find(cards.DEMO).preprocess(Recipe())
 CROP_BYTES = 32 * 32 * 3
 COUNT = 12
 
@@ -215,7 +215,7 @@ def test_every_module_between_bytes_and_crop_is_in_the_key() -> None:
     ).stdout.split()
     ours = {name for name in loaded if name.startswith("clipdeploy.imaging.")}
     keeping = {"crop_shards", "crops", "keys", "stream", "survey"}
-    listing = {"images", "layouts", "listing", "look_over"}
+    listing = {"images", "layouts", "listing", "scan_images"}
     listing |= {"classes", "devkit", "folders", "formats", "label_files", "label_rows", "labels"}
     assert ours - {f"clipdeploy.imaging.{name}" for name in keeping | listing} == {
         name for name in PIXEL_CHANGES if name.startswith("clipdeploy.")
@@ -423,13 +423,13 @@ def test_a_run_of_hits_writes_nothing(folder: Path, cache: CropCache) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from clipdeploy import zoo
+from clipdeploy.models import cards
 from clipdeploy.imaging import crops
 from clipdeploy.imaging import CropCache, iter_crops, open_images
-from exporters.artifact import Recipe
+from clipdeploy.core.passport import Recipe
 crops._SETTLED_NS = 0
 images, cache = open_images(Path(sys.argv[1])), CropCache(Path(sys.argv[2]))
-spec = zoo.find(zoo.DEMO).preprocess(Recipe())
+spec = cards.find(cards.DEMO).preprocess(Recipe())
 for number, crop in enumerate(iter_crops(images, spec, workers=0, cache=cache)):
     print(number, flush=True)
     sys.stdin.readline()

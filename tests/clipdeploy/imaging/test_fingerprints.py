@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from clipdeploy import zoo
+from clipdeploy.core.passport import Recipe
 from clipdeploy.imaging import iter_crops, open_images
 from clipdeploy.imaging.fingerprints import (
     THUMBNAIL_BYTES,
@@ -22,9 +22,9 @@ from clipdeploy.imaging.fingerprints import (
     first_copies,
 )
 from clipdeploy.imaging.preprocess import crop_image, decode
-from exporters.artifact import Recipe
+from clipdeploy.models import cards
 
-SPEC = replace(zoo.find(zoo.DEMO).preprocess(Recipe()), size=224)
+SPEC = replace(cards.find(cards.DEMO).preprocess(Recipe()), size=224)
 SHAPES = [(500, 375), (375, 500), (640, 480), (333, 333)]
 
 
@@ -148,7 +148,7 @@ def test_a_picture_saved_with_loss_is_a_near_copy_of_its_own_only(how: str, size
 @pytest.fixture(scope="module")
 def digits() -> list[Fingerprint]:
     spec = replace(SPEC, size=32)
-    archives = [zoo.demo_file(f"{name}.zip") for name in ("calibration", "test")]
+    archives = [cards.demo_file(f"{name}.zip") for name in ("calibration", "test")]
     return [
         fingerprint(crop.pixels)
         for archive in archives

@@ -11,11 +11,11 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from clipdeploy import zoo
+from clipdeploy.core.errors import DatasetError, FileError, UsageError
 from clipdeploy.imaging import ImageFolder, Labelling, open_images, survey
-from exporters.errors import DatasetError, FileError, UsageError
+from clipdeploy.models import cards
 
-CLASSES = tuple(name for name, _ in zoo.class_names(zoo.find("clip-vit-base-p16")))
+CLASSES = tuple(name for name, _ in cards.class_names(cards.find("clip-vit-base-p16")))
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 # Classes of the first validation images, 0-based in the order of the wnids.
 EXPECTED = {1: 65, 2: 970, 3: 230, 4: 809}

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipdeploy import zoo
+from clipdeploy.core.errors import DatasetError, UsageError
+from clipdeploy.core.passport import CLIP_MEAN, CLIP_STD, Preprocess
 from clipdeploy.imaging import ImageFolder, Labelling, iter_crops, open_images, survey, with_labels
-from exporters.artifact import CLIP_MEAN, CLIP_STD, Preprocess
-from exporters.errors import DatasetError, UsageError
+from clipdeploy.models import cards
 
-WNIDS = tuple(name for name, _ in zoo.class_names(zoo.find("clip-vit-base-p16")))
+WNIDS = tuple(name for name, _ in cards.class_names(cards.find("clip-vit-base-p16")))
 PETS = ("cat", "dog", "emu")
 
 

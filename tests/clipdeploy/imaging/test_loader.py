@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipdeploy import zoo
+from clipdeploy.core.errors import DatasetError
+from clipdeploy.core.passport import Recipe
 from clipdeploy.imaging import Crop, ImageEntry, ImageFolder, Skipped, iter_crops, open_images
 from clipdeploy.imaging.decoding import Loaded, Source, usable_cores
 from clipdeploy.imaging.fingerprints import fingerprint
 from clipdeploy.imaging.loader import ProcessLoader
-from exporters.artifact import Recipe
-from exporters.errors import DatasetError
+from clipdeploy.models import cards
 
-SPEC = zoo.find(zoo.DEMO).preprocess(Recipe())
+SPEC = cards.find(cards.DEMO).preprocess(Recipe())
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "memfd_create"), reason="worker processes need Linux's memory files"
 )
@@ -217,12 +217,12 @@ def test_a_worker_that_cannot_start(folder: Path, monkeypatch: pytest.MonkeyPatc
 CONSUMER = """
 import os, sys
 from pathlib import Path
-from clipdeploy import zoo
+from clipdeploy.models import cards
 from clipdeploy.imaging import ImageFolder, iter_crops, open_images
-from exporters.artifact import Recipe
+from clipdeploy.core.passport import Recipe
 images = open_images(Path(sys.argv[1]))
 images = ImageFolder(images.root, images.entries * 100_000)
-spec = zoo.find(zoo.DEMO).preprocess(Recipe())
+spec = cards.find(cards.DEMO).preprocess(Recipe())
 for number, crop in enumerate(iter_crops(images, spec, workers=2)):
     if number == 100:
         print(open(f"/proc/self/task/{os.getpid()}/children").read(), flush=True)
@@ -260,9 +260,9 @@ def test_an_interrupted_run_leaves_no_process_and_no_memory(
 MEMORY = """
 import os, sys
 from pathlib import Path
-from clipdeploy import zoo
+from clipdeploy.models import cards
 from clipdeploy.imaging import ImageFolder, iter_crops, open_images
-from exporters.artifact import Recipe
+from clipdeploy.core.passport import Recipe
 
 def resident():
     workers = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
@@ -273,7 +273,7 @@ def resident():
 images = open_images(Path(sys.argv[1]))
 images = ImageFolder(images.root, images.entries * 1000)
 kept = []
-spec = zoo.find(zoo.DEMO).preprocess(Recipe())
+spec = cards.find(cards.DEMO).preprocess(Recipe())
 for number, crop in enumerate(iter_crops(images, spec, workers=2)):
     if sys.argv[2] == "keep":
         kept.append(crop.pixels)

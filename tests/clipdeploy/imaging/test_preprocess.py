@@ -7,13 +7,13 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from clipdeploy import zoo
+from clipdeploy.core.errors import DatasetError
+from clipdeploy.core.passport import Preprocess, Recipe
 from clipdeploy.imaging.preprocess import crop_file, crop_image, decode, open_image, to_rgb
-from exporters.artifact import Preprocess, Recipe
-from exporters.errors import DatasetError
+from clipdeploy.models import cards
 from exporters.samples import normalise
 
-SPEC = zoo.find("clip-vit-base-p16").preprocess(Recipe())
+SPEC = cards.find("clip-vit-base-p16").preprocess(Recipe())
 
 
 def photo(width: int, height: int, seed: int = 0) -> NDArray[np.uint8]:

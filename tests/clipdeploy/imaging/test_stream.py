@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipdeploy import zoo
+from clipdeploy.core.errors import DatasetError
+from clipdeploy.core.passport import Recipe
 from clipdeploy.imaging import (
     ImageFolder,
     Reading,
@@ -23,10 +24,9 @@ from clipdeploy.imaging import (
     select,
     survey,
 )
-from exporters.artifact import Recipe
-from exporters.errors import DatasetError
+from clipdeploy.models import cards
 
-SPEC = zoo.find(zoo.DEMO).preprocess(Recipe())
+SPEC = cards.find(cards.DEMO).preprocess(Recipe())
 CLASSES = ("cat", "dog")
 
 

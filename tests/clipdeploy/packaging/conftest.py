@@ -10,7 +10,8 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from clipdeploy import zoo
+from clipdeploy.core.files import sha256_file
+from clipdeploy.core.passport import BATCH_AXIS, Passport
 from clipdeploy.engines.passport import (
     EnginePassport,
     Hashes,
@@ -18,9 +19,8 @@ from clipdeploy.engines.passport import (
     platform_name,
     save_engine_passport,
 )
+from clipdeploy.models import cards
 from clipdeploy.pipeline import Workspace, convert_model
-from exporters.artifact import BATCH_AXIS, Passport
-from exporters.files import sha256_file
 from exporters.graphs import load_graph, save_graph
 from exporters.headers import read_passport
 from exporters.precision import Fp16Config
@@ -32,9 +32,9 @@ DescribedEngine = Callable[..., Path]
 @pytest.fixture(scope="session")
 def graphs(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The demo model's graph in each precision, and with each kind of input."""
-    folder = demo_workspace.folder(zoo.DEMO)
+    folder = demo_workspace.folder(cards.DEMO)
     names = ("fp32", "fp16", "int8")
-    found = {name: folder / f"{zoo.DEMO}.{name}.onnx" for name in names}
+    found = {name: folder / f"{cards.DEMO}.{name}.onnx" for name in names}
     made = tmp_path_factory.mktemp("graphs")
     # As `export --preprocess` and `export --batch 4` would have them, without tracing again.
     passport = read_passport(found["fp32"])
@@ -53,7 +53,7 @@ def graphs(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) 
     found["batch 4"] = save_graph(fixed, made / "batch4.onnx", of_four).path
     half = Workspace(tmp_path_factory.mktemp("half") / "artifacts")
     shutil.copytree(demo_workspace.root, half.root)
-    found["half"] = convert_model(half, zoo.DEMO, Fp16Config(half_io=True)).path
+    found["half"] = convert_model(half, cards.DEMO, Fp16Config(half_io=True)).path
     return found
 
 

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from triton_server import serving
 
-from clipdeploy import zoo
+from clipdeploy.core.passport import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from clipdeploy.imaging import iter_crops, open_images, select
 from clipdeploy.imaging.preprocess import crop_image, decode
+from clipdeploy.models import cards
 from clipdeploy.packaging.client import client_source
 from clipdeploy.pipeline import package_triton
-from exporters.artifact import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from exporters.headers import read_passport
 from exporters.samples import Samples
 from exporters.session import CPU, OnnxSession
@@ -113,7 +113,7 @@ def test_a_client_with_other_constants_would_be_seen(graphs: Graphs, tmp_path: P
 def digits(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Five held-out digits as files."""
     folder = tmp_path_factory.mktemp("digits")
-    crops = iter_crops(select(open_images(zoo.demo_file("test.zip")), 5, seed=3), BASE)
+    crops = iter_crops(select(open_images(cards.demo_file("test.zip")), 5, seed=3), BASE)
     paths = [folder / f"{index}.png" for index in range(5)]
     for path, crop in zip(paths, crops, strict=True):
         Image.fromarray(crop.pixels).save(path)

@@ -14,14 +14,14 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from clipdeploy import zoo
+from clipdeploy.core.errors import ArtifactError, FileError
 from clipdeploy.engines.passport import load_engine_passport
+from clipdeploy.models import cards
 from clipdeploy.packaging.artifact import open_packable
 from clipdeploy.packaging.cpp import package_cpp as write_program
 from clipdeploy.packaging.cpp import sample_count
 from clipdeploy.pipeline import package_cpp, sample_images
 from clipdeploy.runners.onnx import OnnxRunner
-from exporters.errors import ArtifactError, FileError
 from exporters.headers import read_passport
 
 Graphs = dict[str, Path]
@@ -246,7 +246,7 @@ def test_an_engine_is_packaged_for_its_runtime(
     assert not (made.path / "logits.txt").exists()
     assert made.notes
     labels = (made.path / "labels.txt").read_text().split()
-    assert labels == [name for name, _ in zoo.class_names(zoo.find(zoo.DEMO))]
+    assert labels == [name for name, _ in cards.class_names(cards.find(cards.DEMO))]
 
 
 def test_a_graph_for_processors_is_run_as_python_runs_it(graphs: Graphs, tmp_path: Path) -> None:

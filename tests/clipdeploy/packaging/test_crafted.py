@@ -15,6 +15,8 @@ from typing import Any
 import onnx
 import pytest
 
+from clipdeploy.core.errors import ArtifactError, FileError
+from clipdeploy.core.passport import PASSPORT_KEY, Passport
 from clipdeploy.engines.passport import (
     EnginePassport,
     passport_path,
@@ -24,8 +26,6 @@ from clipdeploy.packaging.artifact import Packable, labels
 from clipdeploy.packaging.client import client_source
 from clipdeploy.packaging.dockerfile import dockerfile
 from clipdeploy.stages.package import package_cpp, package_triton
-from exporters.artifact import PASSPORT_KEY, Passport
-from exporters.errors import ArtifactError, FileError
 from exporters.headers import read_passport
 
 Json = dict[str, Any]

@@ -16,17 +16,17 @@ from google.protobuf import text_format as protobuf_text
 from triton_server import read_config
 from tritonclient.grpc import model_config_pb2
 
-from clipdeploy import zoo
+from clipdeploy.core.errors import ArtifactError, FileError, UsageError
+from clipdeploy.core.passport import PASSPORT_KEY, from_json
+from clipdeploy.core.passport import Passport as GraphPassport
 from clipdeploy.engines.passport import load_engine_passport
+from clipdeploy.models import cards
 from clipdeploy.packaging import triton
 from clipdeploy.packaging.artifact import labels, open_packable
 from clipdeploy.packaging.pbtxt import Enum, text_format
 from clipdeploy.packaging.servers import servers
 from clipdeploy.pipeline import TritonConfig, Workspace, package_triton, sample_images
 from clipdeploy.stages.package import artifact_to_package
-from exporters.artifact import PASSPORT_KEY, from_json
-from exporters.artifact import Passport as GraphPassport
-from exporters.errors import ArtifactError, FileError, UsageError
 from exporters.headers import read_passport
 
 Graphs = dict[str, Path]
@@ -92,8 +92,8 @@ def test_labels_and_passport_lie_beside_the_model(graphs: Graphs, tmp_path: Path
 
 def test_labels_of_imagenet_have_wnid_and_words(graphs: Graphs) -> None:
     passport = read_passport(graphs["fp32"])
-    card = zoo.find("clip-vit-base-p16")
-    names = tuple(name for name, _ in zoo.class_names(card))
+    card = cards.find("clip-vit-base-p16")
+    names = tuple(name for name, _ in cards.class_names(card))
     imagenet = replace(passport, model=card.name, class_names=names, classes=1000)
     assert labels(imagenet)[0] == "n01440764 tench, Tinca tinca"
     assert len(set(labels(imagenet))) == 1000
@@ -309,15 +309,15 @@ def test_an_engine_of_tensorrt_comes_before_a_graph(
 ) -> None:
     workspace = Workspace(tmp_path / "artifacts")
     with pytest.raises(UsageError, match="nothing to package"):
-        artifact_to_package(workspace, zoo.DEMO)
+        artifact_to_package(workspace, cards.DEMO)
     shutil.copytree(demo_workspace.root, workspace.root)
-    assert artifact_to_package(workspace, zoo.DEMO).name == "clip-vit-demo.fp16.onnx"
+    assert artifact_to_package(workspace, cards.DEMO).name == "clip-vit-demo.fp16.onnx"
     for backend, taken in (("tensorrt-rtx", "onnx"), ("tensorrt", "engine")):
         engine = described_engine("int8", backend=backend)
         for path in (engine, engine.with_name(engine.name + ".json")):
             name = path.name.replace("demo.int8", "clip-vit-demo.int8")
-            shutil.copy(path, workspace.folder(zoo.DEMO) / name)
-        assert artifact_to_package(workspace, zoo.DEMO).suffix == f".{taken}"
+            shutil.copy(path, workspace.folder(cards.DEMO) / name)
+        assert artifact_to_package(workspace, cards.DEMO).suffix == f".{taken}"
 
 
 def test_text_format_is_read_back_by_protobuf() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from deployments import CONFIG
 
-from clipdeploy import zoo
+from clipdeploy.models import cards
 from clipdeploy.pipeline import Deployment, Workspace, deploy_model
 
 
@@ -24,7 +24,7 @@ def deployed(
     """A deployment whose graphs were there already.  Read only."""
     workspace = Workspace(tmp_path_factory.mktemp("deployed") / "artifacts")
     shutil.copytree(demo_workspace.root, workspace.root)
-    return workspace, deploy_model(workspace, zoo.DEMO, CONFIG)
+    return workspace, deploy_model(workspace, cards.DEMO, CONFIG)
 
 
 @pytest.fixture

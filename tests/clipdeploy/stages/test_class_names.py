@@ -5,15 +5,15 @@ from typing import Any
 import pytest
 import torch
 
-from clipdeploy import zoo
-from clipdeploy.model import LoadedModel, WeightsChoice
+from clipdeploy.core.errors import CheckpointError
+from clipdeploy.core.passport import Recipe, WeightsOrigin
+from clipdeploy.models import cards
+from clipdeploy.models.load import LoadedModel, WeightsChoice
+from clipdeploy.models.vit import VisionTransformer, ViTConfig
 from clipdeploy.stages.class_names import name_classes
-from clipdeploy.vit import VisionTransformer, ViTConfig
-from exporters.artifact import Recipe, WeightsOrigin
-from exporters.errors import CheckpointError
 
-CARD = zoo.find("clip-vit-base-p32")
-KNOWN = zoo.class_names(CARD)
+CARD = cards.find("clip-vit-base-p32")
+KNOWN = cards.class_names(CARD)
 WNIDS = tuple(name for name, _ in KNOWN)
 LABELS = [label for _, label in KNOWN]
 

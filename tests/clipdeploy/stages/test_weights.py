@@ -11,9 +11,11 @@ from deployments import CONFIG
 from safetensors.torch import load_file, save_file
 from verify_command import run
 
-from clipdeploy import zoo
+from clipdeploy.core.errors import ArtifactError, BuildError, UsageError
+from clipdeploy.core.passport import WeightsOrigin
 from clipdeploy.engines.compiler import Compiler
-from clipdeploy.model import WeightsChoice
+from clipdeploy.models import cards
+from clipdeploy.models.load import WeightsChoice
 from clipdeploy.pipeline import (
     Workspace,
     calibrate_model,
@@ -22,22 +24,20 @@ from clipdeploy.pipeline import (
     export_model,
     quantize_model,
 )
-from exporters.artifact import WeightsOrigin
-from exporters.errors import ArtifactError, BuildError, UsageError
 from exporters.headers import read_passport
 
-CALIBRATION = zoo.demo_file("calibration.zip")
+CALIBRATION = cards.demo_file("calibration.zip")
 
 
 def fine_tuned(path: Path, shift: float = 0.01) -> Path:
     """The demo's weights with other biases in the head."""
-    tensors = load_file(zoo.demo_file("weights.safetensors"))
+    tensors = load_file(cards.demo_file("weights.safetensors"))
     save_file(tensors | {"head.bias": tensors["head.bias"] + shift}, path)
     return path
 
 
 def weights(workspace: Workspace) -> WeightsOrigin:
-    return read_passport(workspace.graph(zoo.DEMO, "fp32")).weights
+    return read_passport(workspace.graph(cards.DEMO, "fp32")).weights
 
 
 @pytest.fixture
@@ -58,9 +58,9 @@ def test_exporting_again_keeps_the_weights(own: str, workspace: Workspace, tmp_p
         small = tensors["pos_embed"][:, :50].contiguous()
         save_file(tensors | {"pos_embed": small}, file)
     choice = WeightsChoice(random_seed=7) if own == "seed" else WeightsChoice(file)
-    export_model(workspace, zoo.DEMO, replace(choice, resize_position=own == "resized"))
+    export_model(workspace, cards.DEMO, replace(choice, resize_position=own == "resized"))
     before = weights(workspace)
-    assert not export_model(workspace, zoo.DEMO).changed
+    assert not export_model(workspace, cards.DEMO).changed
     result = run("export", "--model", "demo", "--force", "--workspace", workspace.root)
     assert result.exit_code == 0, result.output
     assert before.description in result.stdout
@@ -71,14 +71,14 @@ def test_exporting_again_keeps_the_weights(own: str, workspace: Workspace, tmp_p
 def test_weights_are_known_without_the_fp32_graph(
     gone: str, workspace: Workspace, checkpoint: Path
 ) -> None:
-    graph = export_model(workspace, zoo.DEMO, WeightsChoice(checkpoint)).path
-    convert_model(workspace, zoo.DEMO)
+    graph = export_model(workspace, cards.DEMO, WeightsChoice(checkpoint)).path
+    convert_model(workspace, cards.DEMO)
     before = weights(workspace)
     if gone == "missing":
         graph.unlink()
     else:
         graph.write_bytes(graph.read_bytes()[:1000])
-    export_model(workspace, zoo.DEMO)
+    export_model(workspace, cards.DEMO)
     assert weights(workspace) == before
 
 
@@ -86,7 +86,7 @@ def test_deploying_keeps_the_weights(
     workspace: Workspace, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
-    export_model(workspace, zoo.DEMO, WeightsChoice(checkpoint))
+    export_model(workspace, cards.DEMO, WeightsChoice(checkpoint))
     before = weights(workspace)
 
     def stop(*args: object) -> None:
@@ -94,7 +94,7 @@ def test_deploying_keeps_the_weights(
 
     monkeypatch.setattr(Compiler, "compile", stop)
     with pytest.raises(BuildError, match="far enough"):
-        deploy_model(workspace, zoo.DEMO, replace(CONFIG, precision="fp32", calibration=None))
+        deploy_model(workspace, cards.DEMO, replace(CONFIG, precision="fp32", calibration=None))
     assert weights(workspace) == before
 
 
@@ -102,13 +102,13 @@ def test_deploying_keeps_the_weights(
 def test_other_weights_are_refused_and_taken_on_purpose(
     other: str, workspace: Workspace, checkpoint: Path, tmp_path: Path
 ) -> None:
-    export_model(workspace, zoo.DEMO, WeightsChoice(checkpoint))
+    export_model(workspace, cards.DEMO, WeightsChoice(checkpoint))
     before = weights(workspace)
     second = fine_tuned(tmp_path / "second.safetensors", -0.02)
     choice = WeightsChoice(random_seed=3) if other == "seed" else WeightsChoice(second)
     named = "random weights, seed 3" if other == "seed" else str(second)
     with pytest.raises(UsageError, match="--replace-weights") as error:
-        export_model(workspace, zoo.DEMO, choice, force=True)
+        export_model(workspace, cards.DEMO, choice, force=True)
     assert str(checkpoint) in str(error.value)
     assert named in str(error.value)
     assert weights(workspace) == before
@@ -121,31 +121,31 @@ def test_other_weights_are_refused_and_taken_on_purpose(
     assert named in weights(workspace).description
     # Without a choice: the published ones.
     assert run("export", *at, "--replace-weights").exit_code == 0
-    assert weights(workspace).path == str(zoo.demo_file("weights.safetensors"))
+    assert weights(workspace).path == str(cards.demo_file("weights.safetensors"))
 
 
 def test_published_weights_give_way_to_a_named_checkpoint(
     workspace: Workspace, checkpoint: Path
 ) -> None:
-    export_model(workspace, zoo.DEMO)
-    assert export_model(workspace, zoo.DEMO, WeightsChoice(checkpoint)).changed
+    export_model(workspace, cards.DEMO)
+    assert export_model(workspace, cards.DEMO, WeightsChoice(checkpoint)).changed
 
 
 def test_a_checkpoint_that_has_changed_or_is_gone(
     workspace: Workspace, checkpoint: Path, tmp_path: Path
 ) -> None:
-    export_model(workspace, zoo.DEMO, WeightsChoice(checkpoint))
+    export_model(workspace, cards.DEMO, WeightsChoice(checkpoint))
     before = weights(workspace)
     kept = shutil.copy(checkpoint, tmp_path / "moved.safetensors")
     fine_tuned(checkpoint, 0.5)
     with pytest.raises(ArtifactError, match="has changed"):
-        export_model(workspace, zoo.DEMO)
+        export_model(workspace, cards.DEMO)
     checkpoint.unlink()
     with pytest.raises(ArtifactError, match="is gone"):
-        export_model(workspace, zoo.DEMO)
+        export_model(workspace, cards.DEMO)
     assert weights(workspace) == before
     # As the hint says: the same file from another place is found again.
-    assert export_model(workspace, zoo.DEMO, WeightsChoice(kept)).changed
+    assert export_model(workspace, cards.DEMO, WeightsChoice(kept)).changed
     assert weights(workspace).identity == before.identity
-    calibrate_model(workspace, zoo.DEMO, CALIBRATION)
-    assert quantize_model(workspace, zoo.DEMO).artifact.passport.weights.path == str(kept)
+    calibrate_model(workspace, cards.DEMO, CALIBRATION)
+    assert quantize_model(workspace, cards.DEMO).artifact.passport.weights.path == str(kept)

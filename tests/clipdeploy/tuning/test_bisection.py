@@ -15,16 +15,16 @@ from click.testing import CliRunner
 
 from calibration.plan import PlanConfig
 from calibration.qdq import QuantizeConfig
-from clipdeploy import zoo
 from clipdeploy.cli.main import main
-from clipdeploy.model import WeightsChoice
+from clipdeploy.core.errors import ArtifactError, UsageError
+from clipdeploy.core.passport import PASSPORT_KEY, Recipe
+from clipdeploy.models import cards
+from clipdeploy.models.load import WeightsChoice
 from clipdeploy.pipeline import BisectConfig, Workspace, bisect_model, export_model, sample_images
 from clipdeploy.tuning import bisection
 from clipdeploy.tuning.result import Bisection
-from exporters.artifact import PASSPORT_KEY, Recipe
-from exporters.errors import ArtifactError, UsageError
 
-TEST = zoo.demo_file("test.zip")
+TEST = cards.demo_file("test.zip")
 # One thread: on a busy machine two wait for each other.
 FEW = BisectConfig(8, batch=8, threads=1)
 Plant = Callable[[Path, Path, str], Path]
@@ -33,7 +33,7 @@ Plant = Callable[[Path, Path, str], Path]
 def bisected(
     workspace: Workspace, graph: Path | None = None, config: BisectConfig = FEW
 ) -> Bisection:
-    return bisect_model(workspace, zoo.DEMO, TEST, graph, config)
+    return bisect_model(workspace, cards.DEMO, TEST, graph, config)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_no_block_of_a_healthy_model_stands_out(healthy: Bisection) -> None:
 
 
 def test_fp16_is_healthy_too(demo_workspace: Workspace) -> None:
-    found = bisected(demo_workspace, demo_workspace.graph(zoo.DEMO, "fp16"))
+    found = bisected(demo_workspace, demo_workspace.graph(cards.DEMO, "fp16"))
     assert found.culprits == ()
     assert found.precision == "fp16"
 
@@ -90,7 +90,7 @@ def test_powers_of_parts_add_up(healthy: Bisection) -> None:
 def test_the_planted_linear_is_named(
     demo_workspace: Workspace, tmp_path: Path, plant: Plant, linear: str, reason: str
 ) -> None:
-    graph = plant(demo_workspace.graph(zoo.DEMO, "int8"), tmp_path / "planted.onnx", linear)
+    graph = plant(demo_workspace.graph(cards.DEMO, "int8"), tmp_path / "planted.onnx", linear)
     found = bisected(demo_workspace, graph)
     assert [culprit.name for culprit in found.culprits] == [linear]
     assert found.sentence.startswith(f"{linear} costs ")
@@ -102,11 +102,11 @@ def test_an_outlier_that_cannot_be_folded_is_named(
     demo_workspace: Workspace, tmp_path: Path, block: int
 ) -> None:
     workspace = Workspace(tmp_path)
-    source = workspace.graph(zoo.DEMO, "fp32")
+    source = workspace.graph(cards.DEMO, "fp32")
     source.parent.mkdir(parents=True)
-    planted.outlier_behind_gelu(demo_workspace.graph(zoo.DEMO, "fp32"), source, block)
-    samples = sample_images(zoo.find(zoo.DEMO).preprocess(Recipe()), 3)
-    graph = workspace.graph(zoo.DEMO, "int8-cpu")
+    planted.outlier_behind_gelu(demo_workspace.graph(cards.DEMO, "fp32"), source, block)
+    samples = sample_images(cards.find(cards.DEMO).preprocess(Recipe()), 3)
+    graph = workspace.graph(cards.DEMO, "int8-cpu")
     config = QuantizeConfig(remainder="fp32", plan=PlanConfig("minmax"), min_sqnr=None)
     planted.quantised(source, graph, samples, config)
     found = bisected(workspace, graph)
@@ -117,7 +117,7 @@ def test_an_outlier_that_cannot_be_folded_is_named(
 def test_a_fault_costs_points_and_restoring_gives_them_back(
     demo_workspace: Workspace, tmp_path: Path
 ) -> None:
-    source = demo_workspace.graph(zoo.DEMO, "int8")
+    source = demo_workspace.graph(cards.DEMO, "int8")
     name = "blocks.0.mlp.fc2"
     graph = planted.small_weight_scale(source, tmp_path / "planted.onnx", name)
     found = bisected(demo_workspace, graph, BisectConfig(40, batch=40, threads=1))
@@ -138,7 +138,7 @@ def test_in_a_large_network_only_the_largest_shares_are_restored(
     monkeypatch.setattr(bisection, "_RESTORED_PARTS", 3)
     name = "blocks.3.mlp.fc1"
     graph = planted.three_bits(
-        demo_workspace.graph(zoo.DEMO, "int8"), tmp_path / "planted.onnx", name
+        demo_workspace.graph(cards.DEMO, "int8"), tmp_path / "planted.onnx", name
     )
     found = bisected(demo_workspace, graph)
     parts = sorted(found.measured.parts, key=lambda part: -part.share)
@@ -154,7 +154,7 @@ def test_in_a_large_network_only_the_largest_shares_are_restored(
 
 
 def test_without_passport_and_without_labels(demo_workspace: Workspace, tmp_path: Path) -> None:
-    model = onnx.load(demo_workspace.graph(zoo.DEMO, "int8"))
+    model = onnx.load(demo_workspace.graph(cards.DEMO, "int8"))
     kept = [entry for entry in model.metadata_props if entry.key != PASSPORT_KEY]
     del model.metadata_props[:]
     model.metadata_props.extend(kept)
@@ -166,16 +166,16 @@ def test_without_passport_and_without_labels(demo_workspace: Workspace, tmp_path
 
 def test_a_graph_of_other_weights_is_refused(demo_workspace: Workspace, tmp_path: Path) -> None:
     other = Workspace(tmp_path)
-    export_model(other, zoo.DEMO, WeightsChoice(random_seed=1))
+    export_model(other, cards.DEMO, WeightsChoice(random_seed=1))
     with pytest.raises(ArtifactError, match="of another weights than the reference"):
-        bisected(other, demo_workspace.graph(zoo.DEMO, "int8"))
+        bisected(other, demo_workspace.graph(cards.DEMO, "int8"))
     with pytest.raises(UsageError, match="does not exist"):
         bisected(other)
 
 
 def test_command_prints_json_and_draws(demo_workspace: Workspace, tmp_path: Path) -> None:
     plot = tmp_path / "map.svg"
-    words = ["bisect", "--workspace", str(demo_workspace.root), "--model", zoo.DEMO]
+    words = ["bisect", "--workspace", str(demo_workspace.root), "--model", cards.DEMO]
     words += ["--data", str(TEST), "--images", "4", "--threads", "1", "--plot", str(plot)]
     result = CliRunner().invoke(main, [*words, "--json"], catch_exceptions=False)
     assert result.exit_code == 0

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from calibration.policy import find_linears
 from calibration.qdq import QuantizeConfig, quantize
-from clipdeploy import zoo
+from clipdeploy.core.errors import GraphError
+from clipdeploy.core.passport import Recipe
+from clipdeploy.models import cards
 from clipdeploy.pipeline import Workspace, sample_images
 from clipdeploy.tuning.chain import Chain
-from exporters.artifact import Recipe
-from exporters.errors import GraphError
 from exporters.graphs import load_graph
 from exporters.session import OnnxSession
 
@@ -28,9 +28,9 @@ def cpu_graph(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactor
     """The demo's INT8 graph with an FP32 remainder, smoothed and shifted."""
 
     target = tmp_path_factory.mktemp("cpu") / "int8-cpu.onnx"
-    samples = sample_images(zoo.find(zoo.DEMO).preprocess(Recipe()), 3)
-    source = demo_workspace.graph(zoo.DEMO, "fp32")
-    table = demo_workspace.calibration(zoo.DEMO)
+    samples = sample_images(cards.find(cards.DEMO).preprocess(Recipe()), 3)
+    source = demo_workspace.graph(cards.DEMO, "fp32")
+    table = demo_workspace.calibration(cards.DEMO)
     quantize(source, table, target, samples, QuantizeConfig(remainder="fp32"))
     return target
 
@@ -52,7 +52,7 @@ def decibels(reference: Array, found: Array) -> float:
 def test_off_is_the_reference_and_on_the_candidate(
     demo_workspace: Workspace, cpu_graph: Path, demo_images: Array
 ) -> None:
-    source = demo_workspace.graph(zoo.DEMO, "fp32")
+    source = demo_workspace.graph(cards.DEMO, "fp32")
     # Every node as it stands: ONNX Runtime's fusions round sums in other orders.
     chain = Chain(source, cpu_graph, optimise=False, threads=1)
     expected = OnnxSession(source, optimise=False).run(demo_images)[0]
@@ -67,10 +67,10 @@ def test_off_is_the_reference_and_on_the_candidate(
 def test_weights_may_be_in_another_file(
     demo_workspace: Workspace, demo_images: Array, tmp_path: Path
 ) -> None:
-    source, path = demo_workspace.graph(zoo.DEMO, "fp32"), tmp_path / "g.onnx"
-    model = onnx.load(demo_workspace.graph(zoo.DEMO, "fp16"))
+    source, path = demo_workspace.graph(cards.DEMO, "fp32"), tmp_path / "g.onnx"
+    model = onnx.load(demo_workspace.graph(cards.DEMO, "fp16"))
     onnx.save(model, path, save_as_external_data=True, location="g.data", size_threshold=64)
-    both = (demo_workspace.graph(zoo.DEMO, "fp16"), path)
+    both = (demo_workspace.graph(cards.DEMO, "fp16"), path)
     chains = [Chain(source, each, threads=1) for each in both]
     inside, outside = (chain.run(demo_images, chain.everything)[-1] for chain in chains)
     assert np.array_equal(inside, outside)
@@ -79,8 +79,8 @@ def test_weights_may_be_in_another_file(
 def test_half_precision_goes_through_the_borders(
     demo_workspace: Workspace, demo_images: Array
 ) -> None:
-    source = demo_workspace.graph(zoo.DEMO, "fp32")
-    graph = demo_workspace.graph(zoo.DEMO, "int8")
+    source = demo_workspace.graph(cards.DEMO, "fp32")
+    graph = demo_workspace.graph(cards.DEMO, "int8")
     chain = Chain(source, graph, threads=1)
     candidate = OnnxSession(graph).run(demo_images)[0]
     on = chain.run(demo_images, chain.everything)[-1]
@@ -94,15 +94,15 @@ def test_a_linear_alone_is_the_graph_that_quantises_it_alone(
     demo_workspace: Workspace, demo_images: Array, tmp_path: Path, cpu_graph: Path
 ) -> None:
 
-    source = demo_workspace.graph(zoo.DEMO, "fp32")
+    source = demo_workspace.graph(cards.DEMO, "fp32")
     names = [site.name for site in find_linears(load_graph(source))]
-    samples = sample_images(zoo.find(zoo.DEMO).preprocess(Recipe()), 3)
+    samples = sample_images(cards.find(cards.DEMO).preprocess(Recipe()), 3)
     chain = Chain(source, cpu_graph, threads=1)
     for chosen in ("blocks.1.attn.proj", "blocks.2.mlp.fc2", "blocks.4.mlp.fc1"):
         others = tuple(name for name in names if name != chosen)
         target = tmp_path / f"{chosen}.onnx"
         config = QuantizeConfig(others, remainder="fp32")
-        quantize(source, demo_workspace.calibration(zoo.DEMO), target, samples, config)
+        quantize(source, demo_workspace.calibration(cards.DEMO), target, samples, config)
         reference = with_output(source, chosen).run(demo_images, outputs=[chosen])[0]
         real = with_output(target, chosen).run(demo_images, outputs=[chosen])[0]
         index = next(i for i, s in enumerate(chain.segments) if chosen in s.switches)
@@ -114,8 +114,8 @@ def test_a_linear_alone_is_the_graph_that_quantises_it_alone(
 
 
 def test_another_model_is_refused(demo_workspace: Workspace, tmp_path: Path) -> None:
-    source = demo_workspace.graph(zoo.DEMO, "fp32")
-    model = onnx.load(demo_workspace.graph(zoo.DEMO, "int8"))
+    source = demo_workspace.graph(cards.DEMO, "fp32")
+    model = onnx.load(demo_workspace.graph(cards.DEMO, "int8"))
     for node in model.graph.node:
         node.input[:] = [name.replace("blocks.3", "layers.3") for name in node.input]
         node.output[:] = [name.replace("blocks.3", "layers.3") for name in node.output]

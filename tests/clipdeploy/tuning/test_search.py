@@ -19,9 +19,12 @@ from outlier_script import channel_outliers
 from calibration.plan import PlanConfig
 from calibration.qdq import QuantizeConfig, quantize
 from calibration.recipe import load_recipe
-from clipdeploy import zoo
 from clipdeploy.cli.main import main
-from clipdeploy.model import WeightsChoice, load_model
+from clipdeploy.core.errors import ArtifactError, DatasetError, UsageError
+from clipdeploy.core.passport import Recipe
+from clipdeploy.models import cards
+from clipdeploy.models.load import WeightsChoice, load_model
+from clipdeploy.models.vit import VisionTransformer, ViTConfig
 from clipdeploy.pipeline import (
     SearchConfig,
     SearchResult,
@@ -41,13 +44,10 @@ from clipdeploy.tuning.evaluate import Counter, Evaluator, is_feasible
 from clipdeploy.tuning.images import labelled_batches, make_splits
 from clipdeploy.tuning.pareto import Evaluation
 from clipdeploy.verification.paired import judge_drop
-from clipdeploy.vit import VisionTransformer, ViTConfig
-from exporters.artifact import Recipe
-from exporters.errors import ArtifactError, DatasetError, UsageError
 from exporters.headers import read_passport
 from exporters.onnx import export_graph
 
-TEST, CALIBRATION = zoo.demo_file("test.zip"), zoo.demo_file("calibration.zip")
+TEST, CALIBRATION = cards.demo_file("test.zip"), cards.demo_file("calibration.zip")
 # What the outliers ruin: no smoothing, ranges up to the largest value.
 NAIVE = PlanConfig("minmax", smooth=False)
 # Points: 250 images can tell 4 of them from none, and all-INT8 loses 5 on all images.
@@ -60,18 +60,18 @@ def outlier_workspace(folder: Path, seed: int, depth: int = 6) -> Workspace:
     workspace = Workspace(folder)
     weights = folder / "outliers.safetensors"
     channel_outliers(weights, seed)
-    export_model(workspace, zoo.DEMO, WeightsChoice(weights))
+    export_model(workspace, cards.DEMO, WeightsChoice(weights))
     if depth < 6:
-        card = zoo.find(zoo.DEMO)
+        card = cards.find(cards.DEMO)
         module = load_model(card, WeightsChoice(weights), Recipe()).module
         config = ViTConfig(4, 32, 10, card.width, depth, card.heads)
         cut = VisionTransformer(config).eval()
         cut.load_state_dict({k: module.state_dict()[k] for k in cut.state_dict()})
-        path = workspace.graph(zoo.DEMO, "fp32")
+        path = workspace.graph(cards.DEMO, "fp32")
         passport = read_passport(path)
         path.unlink()
         export_graph(cut, path, passport, sample_images(passport.preprocess))
-    calibrate_model(workspace, zoo.DEMO, CALIBRATION)
+    calibrate_model(workspace, cards.DEMO, CALIBRATION)
     return workspace
 
 
@@ -94,7 +94,7 @@ def searched(workspace: Workspace, **settings: Any) -> SearchResult:
         "fixed_plan": True,
         "max_drop": LIMIT,
     }
-    return search_model(workspace, zoo.DEMO, TEST, SearchConfig(**(defaults | settings)))
+    return search_model(workspace, cards.DEMO, TEST, SearchConfig(**(defaults | settings)))
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +116,10 @@ def check_outlier_search(workspace: Workspace) -> None:
 
 def test_outliers_without_smoothing_leave_a_mixed_graph(outliers: Workspace) -> None:
     check_outlier_search(outliers)
-    passport = read_passport(outliers.graph(zoo.DEMO, "int8"))
+    passport = read_passport(outliers.graph(cards.DEMO, "int8"))
     assert passport.settings["int8_nodes"] == 24 - len(passport.settings["exclude"])
     verified = verify_model(
-        outliers, zoo.DEMO, TEST, scope=VerifyScope(graphs_only=True)
+        outliers, cards.DEMO, TEST, scope=VerifyScope(graphs_only=True)
     ).verification
     assert verified is not None
     assert [row.precision for row in verified.rows] == ["fp32", "int8"]
@@ -140,19 +140,19 @@ def test_recipes_of_the_front_rebuild_their_points(cut: Workspace, small: Search
         assert recipe.config.plan == NAIVE
     chosen = load_recipe(small.recipe)
     assert set(chosen.config.exclude) == set(small.excluded)
-    assert not quantize_model(cut, zoo.DEMO, chosen.config).artifact.changed
+    assert not quantize_model(cut, cards.DEMO, chosen.config).artifact.changed
 
 
 def test_within_five_percent_of_every_combination(
     cut: Workspace, small: SearchResult, tmp_path: Path
 ) -> None:
-    source, passport = cut.source(zoo.DEMO)
+    source, passport = cut.source(cards.DEMO)
     search, fresh = make_splits(TEST, None, passport, SearchConfig(search_images=120))
     ((samples, labels),) = labelled_batches(search, passport.preprocess, 120)
     target = tmp_path / "int8.onnx"
     few = sample_images(passport.preprocess, 3)
     config = QuantizeConfig(plan=NAIVE, remainder="fp32", min_sqnr=None)
-    quantize(source, cut.calibration(zoo.DEMO), target, few, config)
+    quantize(source, cut.calibration(cards.DEMO), target, few, config)
     chain = Chain(source, target, threads=1)
     costs = counted_costs(linear_shapes(chain, samples.pixels[:1]), 120)
     assert len(chain.linears) == 8
@@ -183,7 +183,7 @@ def test_killed_and_resumed_ends_at_the_same_recipe(
     copies = [tmp_path / name for name in ("undisturbed", "killed")]
     for copy in copies:
         shutil.copytree(cut.root, copy)
-        shutil.rmtree(copy / zoo.DEMO / "search", ignore_errors=True)
+        shutil.rmtree(copy / cards.DEMO / "search", ignore_errors=True)
     whole = searched(Workspace(copies[0]), **FEW)
     runs = 0
     real = Evaluator._run
@@ -223,7 +223,7 @@ def test_a_budget_ends_the_search_early_and_a_later_run_goes_on(
     cut: Workspace, tmp_path: Path
 ) -> None:
     shutil.copytree(cut.root, tmp_path / "copy")
-    shutil.rmtree(tmp_path / "copy" / zoo.DEMO / "search", ignore_errors=True)
+    shutil.rmtree(tmp_path / "copy" / cards.DEMO / "search", ignore_errors=True)
     workspace = Workspace(tmp_path / "copy")
     with pytest.raises(UsageError, match="budget"):
         searched(workspace, budget=1e-9, **FEW)
@@ -269,7 +269,7 @@ def test_a_strength_is_searched_and_written(cut: Workspace, tmp_path: Path) -> N
     found = searched(workspace, plan=plan, **FEW)
     assert found.plan == plan
     assert "all INT8" in found.chosen.label
-    written = read_passport(workspace.graph(zoo.DEMO, "int8")).settings
+    written = read_passport(workspace.graph(cards.DEMO, "int8")).settings
     assert written["plan"]["strength"] == 0.0, written
 
 
@@ -308,7 +308,7 @@ def test_expected_flips_are_what_happens() -> None:
 def test_refusals(demo_workspace: Workspace, tmp_path: Path) -> None:
     def search(data: Path = TEST, confirm: Path | None = None, **settings: Any) -> None:
         config = SearchConfig(**settings)
-        search_model(demo_workspace, zoo.DEMO, data, config, confirm=confirm)
+        search_model(demo_workspace, cards.DEMO, data, config, confirm=confirm)
 
     with pytest.raises(DatasetError, match="was searched on"):
         search(confirm=TEST, max_drop=5.0)
@@ -319,16 +319,16 @@ def test_refusals(demo_workspace: Workspace, tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         SearchConfig(max_drop=0)
     other = Workspace(tmp_path)
-    export_model(other, zoo.DEMO, WeightsChoice(random_seed=1))
+    export_model(other, cards.DEMO, WeightsChoice(random_seed=1))
     with pytest.raises(UsageError, match="not been calibrated"):
-        search_model(other, zoo.DEMO, TEST)
-    calibrate_model(other, zoo.DEMO, CALIBRATION)
+        search_model(other, cards.DEMO, TEST)
+    calibrate_model(other, cards.DEMO, CALIBRATION)
     with pytest.raises(UsageError, match="random weights"):
-        search_model(other, zoo.DEMO, TEST)
+        search_model(other, cards.DEMO, TEST)
 
 
 def test_commands_take_recipes(cut: Workspace, small: SearchResult, tmp_path: Path) -> None:
-    words = ["--workspace", str(cut.root), "--model", zoo.DEMO, "--quiet"]
+    words = ["--workspace", str(cut.root), "--model", cards.DEMO, "--quiet"]
     runner = CliRunner()
 
     def run(*arguments: str) -> Any:
@@ -343,7 +343,7 @@ def test_commands_take_recipes(cut: Workspace, small: SearchResult, tmp_path: Pa
     assert run("build-engine", "--fp16", "--recipe", recipe).exit_code == 2
     half = next(point.recipe for point in small.points if "all FP16" in point.label)
     assert run("quantize", "--recipe", half).exit_code == 0
-    graph = cut.graph(zoo.DEMO, "int8")
+    graph = cut.graph(cards.DEMO, "int8")
     assert read_passport(graph).settings["int8_nodes"] == 0
     assert run("quantize", "--recipe", recipe).exit_code == 0
     damaged = tmp_path / "damaged.json"
@@ -356,12 +356,12 @@ def test_a_recipe_of_other_weights_is_refused(
 ) -> None:
     recipe = load_recipe(small.recipe)
     with pytest.raises(ArtifactError, match="other weights"):
-        recipe.check(demo_workspace.source(zoo.DEMO)[1].weights.identity)
+        recipe.check(demo_workspace.source(cards.DEMO)[1].weights.identity)
 
 
 def test_search_command_draws(cut: Workspace, small: SearchResult, tmp_path: Path) -> None:
     plot = tmp_path / "front.png"
-    words = ["search", "--workspace", str(cut.root), "--model", zoo.DEMO, "--quiet"]
+    words = ["search", "--workspace", str(cut.root), "--model", cards.DEMO, "--quiet"]
     words += ["--data", str(TEST), "--max-drop", "10", "--threads", "1", "--batch", "120"]
     words += ["--search-images", "120"]
     words += ["--no-smooth", "--range", "minmax", "--fixed-plan", "--plot", str(plot)]

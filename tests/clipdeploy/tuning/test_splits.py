@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from clipdeploy import zoo
+from clipdeploy.core.errors import DatasetError
 from clipdeploy.imaging import ImageFolder, open_images
+from clipdeploy.models import cards
 from clipdeploy.tuning.splits import Split, check_splits, hash_images, split_images
-from exporters.errors import DatasetError
 
-NAMES = tuple(name for name, _ in zoo.class_names(zoo.find(zoo.DEMO)))
+NAMES = tuple(name for name, _ in cards.class_names(cards.find(cards.DEMO)))
 
 
 @pytest.fixture(scope="module")
 def images() -> ImageFolder:
-    return open_images(zoo.demo_file("test.zip"), NAMES)
+    return open_images(cards.demo_file("test.zip"), NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_halves_are_disjoint_balanced_and_seeded(
 
 
 def test_a_copy_under_another_name_counts_once(tmp_path: Path) -> None:
-    with zipfile.ZipFile(zoo.demo_file("test.zip")) as archive:
+    with zipfile.ZipFile(cards.demo_file("test.zip")) as archive:
         archive.extractall(tmp_path)
     for folder in tmp_path.iterdir():
         first = sorted(folder.iterdir())[0]

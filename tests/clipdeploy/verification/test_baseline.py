@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 from scipy import stats
 
-from clipdeploy import zoo
+from clipdeploy.core.errors import UsageError
+from clipdeploy.core.passport import Recipe
+from clipdeploy.models import cards
 from clipdeploy.verification.baseline import (
     CONFIRMING,
     Expected,
@@ -19,8 +21,6 @@ from clipdeploy.verification.baseline import (
 )
 from clipdeploy.verification.records import Answer, ImageRecord
 from clipdeploy.verification.results import Question, Results
-from exporters.artifact import Recipe
-from exporters.errors import UsageError
 
 Make = Callable[..., Results]
 One = Callable[..., ImageRecord]
@@ -115,7 +115,7 @@ def test_nothing_can_be_excluded_by_one_image_or_below_nothing(
 
 
 def test_one_image_of_each_imagenet_class_is_enough_for_every_card_and_half_is_not() -> None:
-    for card in zoo.cards():
+    for card in cards.all_cards():
         if card.classes == 1000 and card.top1 is not None:
             enough, half = (excluded_deficit(card.top1, n) for n in (1000, 500))
             assert enough is not None
@@ -138,8 +138,8 @@ FIFTY = (50,) * 1000
 
 @pytest.fixture
 def imagenet(made: Make) -> Question:
-    card = zoo.find(CARD)
-    names = tuple(name for name, _ in zoo.class_names(card))
+    card = cards.find(CARD)
+    names = tuple(name for name, _ in cards.class_names(card))
     return made([], model=card.name, images=50_000, classes=1000, class_names=names).question
 
 
@@ -325,8 +325,8 @@ def test_a_part_of_the_classes_has_no_published_accuracy(
 
 def test_a_few_absent_classes_are_no_excuse(question: Question, answers: Answers) -> None:
     """Of 1000 classes 20 without an image move the accuracy by 2 points at most."""
-    card = zoo.find("clip-vit-base-p16")
-    names = tuple(name for name, _ in zoo.class_names(card))
+    card = cards.find("clip-vit-base-p16")
+    names = tuple(name for name, _ in cards.class_names(card))
     many = replace(question, model=card.name, classes=1000, class_names=names)
     assert check_baseline(answers(500, 0), replace(many, partial_classes=980)).status == "missed"
     assert check_baseline(answers(500, 0), replace(many, partial_classes=100)).status == (

@@ -29,14 +29,14 @@ from judging import (
 )
 from random_faults import CALL_FAULTS, RANDOM_FAULTS, SPOILT_BATCHES
 
-from clipdeploy import zoo
 from clipdeploy.imaging import open_images, select
-from clipdeploy.model import LoadedModel
+from clipdeploy.models import cards
+from clipdeploy.models.load import LoadedModel
 from clipdeploy.runners import Runner
 from clipdeploy.runners.base import Logits
 from clipdeploy.verification.result import Row
 from clipdeploy.verification.targets import Target
-from clipdeploy.workspace import PRECISIONS, Workspace
+from clipdeploy.workspace.folder import PRECISIONS, Workspace
 from exporters.headers import read_passport
 
 STEADY: dict[str, BatchFault] = {**MIXING_FAULTS, **SIZE_FAULTS}
@@ -55,10 +55,10 @@ class Bench:
     """The sound graphs in two parts, and the runners with a fault behind the cut."""
 
     def __init__(self, workspace: Workspace, model: LoadedModel) -> None:
-        images = open_images(zoo.demo_file("test.zip"), tuple("0123456789"))
+        images = open_images(cards.demo_file("test.zip"), tuple("0123456789"))
         self.model = model
         self.digits = Digits(select(images, COUNT, seed=0), model)
-        self.graphs = {each: workspace.graph(zoo.DEMO, each) for each in PRECISIONS}
+        self.graphs = {each: workspace.graph(cards.DEMO, each) for each in PRECISIONS}
         self.targets = {
             each: Target(path, "graph", read_passport(path)) for each, path in self.graphs.items()
         }

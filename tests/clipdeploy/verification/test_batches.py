@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipdeploy import zoo
+from clipdeploy.core.errors import DatasetError
+from clipdeploy.core.passport import CLIP_MEAN, CLIP_STD, Preprocess
 from clipdeploy.imaging import ImageFolder, Reading, open_images, select
 from clipdeploy.imaging.archives import ZipPlace
+from clipdeploy.models import cards
 from clipdeploy.verification.batches import (
     DecodedBatch,
     decoded_batches,
@@ -23,8 +25,6 @@ from clipdeploy.verification.batches import (
     digest_of_files,
     mixed,
 )
-from exporters.artifact import CLIP_MEAN, CLIP_STD, Preprocess
-from exporters.errors import DatasetError
 
 SPEC = Preprocess(32, CLIP_MEAN, CLIP_STD)
 SIZE = 7
@@ -35,8 +35,8 @@ def folder(tmp_path: Path) -> Path:
     """Thirty digits in class folders, last changed an hour ago."""
     import zipfile
 
-    chosen = select(open_images(zoo.demo_file("test.zip"), tuple("0123456789")), 30, seed=0)
-    with zipfile.ZipFile(zoo.demo_file("test.zip")) as archive:
+    chosen = select(open_images(cards.demo_file("test.zip"), tuple("0123456789")), 30, seed=0)
+    with zipfile.ZipFile(cards.demo_file("test.zip")) as archive:
         archive.extractall(tmp_path / "digits", [entry.name for entry in chosen.entries])
     return tmp_path / "digits"
 
@@ -118,7 +118,7 @@ def test_the_order_is_always_the_same_mixes_classes_and_loses_nothing(images: Im
     # In the order of their names seven of ten batches are of two classes at most.
     for start in range(0, 28, SIZE):
         assert len({entry.label for entry in one.entries[start : start + SIZE]}) >= 4
-    everything = mixed(open_images(zoo.demo_file("test.zip"), tuple("0123456789"))).entries
+    everything = mixed(open_images(cards.demo_file("test.zip"), tuple("0123456789"))).entries
     neighbours = sum(a.label == b.label for a, b in itertools.pairwise(everything))
     # A tenth by chance, within four standard deviations; sorted by class it is 98 %.
     assert abs(neighbours / 499 - 0.1) < 4 * (0.09 / 499) ** 0.5
@@ -155,7 +155,7 @@ def test_the_digest_of_contents(images: ImageFolder, folder: Path) -> None:
     path.unlink()
     assert digest_of_contents(moved) != digest
     # A zip has a CRC-32 of every member: those that are not sampled show as well.
-    archive = open_images(zoo.demo_file("test.zip"), tuple("0123456789"))
+    archive = open_images(cards.demo_file("test.zip"), tuple("0123456789"))
     unsampled = archive.entries[3]
     assert isinstance(unsampled.place, ZipPlace)
     place = replace(unsampled.place, crc=unsampled.place.crc ^ 1)

@@ -17,17 +17,24 @@ from demo_variants import coloured, dithered, framed, weights_for_colours, write
 from graph_faults import write
 from PIL import Image
 
-from clipdeploy import zoo
+from clipdeploy.core.passport import (
+    CLIP_MEAN,
+    CLIP_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Preprocess,
+    Recipe,
+)
 from clipdeploy.imaging import ImageFolder, open_images
 from clipdeploy.imaging.preprocess import crop_image
-from clipdeploy.model import LoadedModel, WeightsChoice, load_model
+from clipdeploy.models import cards
+from clipdeploy.models.load import LoadedModel, WeightsChoice, load_model
 from clipdeploy.verification.diagnosis import diagnose
 from clipdeploy.verification.result import Verification
 from clipdeploy.verification.targets import Target
 from clipdeploy.verification.verdicts import judge_results
 from clipdeploy.verification.verifier import VerifyConfig, run_verification
-from clipdeploy.workspace import Workspace
-from exporters.artifact import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess, Recipe
+from clipdeploy.workspace.folder import Workspace
 from exporters.headers import read_passport
 
 CLASSES = tuple("0123456789")
@@ -72,7 +79,7 @@ def _small_sample(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def bench(workspace: Workspace, model: LoadedModel, folder: Path) -> Bench:
-    graph = workspace.graph(zoo.DEMO, "fp32")
+    graph = workspace.graph(cards.DEMO, "fp32")
     return Bench(model, Target(graph, "graph", read_passport(graph)), open_images(folder, CLASSES))
 
 
@@ -96,8 +103,8 @@ def dots(
 def colours(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     folder = tmp_path_factory.mktemp("colours")
     weights = weights_for_colours(folder / "weights.safetensors", CLIP_MEAN, CLIP_STD)
-    model = load_model(zoo.find(zoo.DEMO), WeightsChoice(weights), Recipe())
-    proto = onnx.load(demo_workspace.graph(zoo.DEMO, "fp32"))
+    model = load_model(cards.find(cards.DEMO), WeightsChoice(weights), Recipe())
+    proto = onnx.load(demo_workspace.graph(cards.DEMO, "fp32"))
     write(proto, "patch_embed.weight", model.module.patch_embed.weight.numpy())
     write(proto, "position", model.module.position.numpy())
     path = folder / "colours.onnx"

@@ -18,17 +18,17 @@ from demo_variants import (
     write_digits,
 )
 
-from clipdeploy import zoo
+from clipdeploy.core.passport import IMAGENET_MEAN, IMAGENET_STD, Recipe
 from clipdeploy.imaging import ImageFolder, open_images
-from clipdeploy.model import LoadedModel, WeightsChoice, load_model
+from clipdeploy.models import cards
+from clipdeploy.models.load import LoadedModel, WeightsChoice, load_model
+from clipdeploy.models.vit import VisionTransformer, ViTConfig
 from clipdeploy.verification.baseline import check_baseline
 from clipdeploy.verification.diagnosis import diagnose
 from clipdeploy.verification.records import Answer, ImageId, ImageRecord
 from clipdeploy.verification.result import Baseline
 from clipdeploy.verification.verifier import VerifyConfig, run_verification
-from clipdeploy.vit import VisionTransformer, ViTConfig
-from clipdeploy.workspace import Workspace
-from exporters.artifact import IMAGENET_MEAN, IMAGENET_STD, Recipe
+from clipdeploy.workspace.folder import Workspace
 from exporters.headers import read_passport
 
 MISSED = Baseline("missed", "PyTorch misses")
@@ -42,7 +42,7 @@ def _small_sample(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def diagnosed(workspace: Workspace, model: LoadedModel, images: ImageFolder) -> Baseline:
     """The baseline on these images, and its causes even where it is confirmed."""
-    passport = read_passport(workspace.graph(zoo.DEMO, "fp32"))
+    passport = read_passport(workspace.graph(cards.DEMO, "fp32"))
     passport = replace(passport, preprocess=model.card.preprocess(model.recipe))
     config = VerifyConfig(batch=50, workers=0)
     results = run_verification(model, passport, (), images, config)
@@ -81,7 +81,7 @@ def test_of_a_sound_set_up_nothing_is_blamed(
 def test_numerics(demo_workspace: Workspace, tmp_path: Path) -> None:
     weights = WeightsChoice(weights_for_small_eps(tmp_path / "weights.safetensors"))
     images = read(write_digits(tmp_path / "digits", lambda pixels: pixels, 120))
-    card = zoo.find(zoo.DEMO)
+    card = cards.find(cards.DEMO)
     baseline = diagnosed(demo_workspace, load_model(card, weights, Recipe()), images)
     assert not baseline
     likely = "likely cause: LayerNorm eps and position grid as-shipped"
@@ -97,7 +97,7 @@ def test_numerics(demo_workspace: Workspace, tmp_path: Path) -> None:
 
 def test_mean_and_std(demo_workspace: Workspace, tmp_path: Path) -> None:
     path = weights_for_colours(tmp_path / "weights.safetensors", IMAGENET_MEAN, IMAGENET_STD)
-    model = load_model(zoo.find(zoo.DEMO), WeightsChoice(path), Recipe())
+    model = load_model(cards.find(cards.DEMO), WeightsChoice(path), Recipe())
     images = read(write_digits(tmp_path / "digits", coloured, 120))
     baseline = diagnosed(demo_workspace, model, images)
     assert not baseline

@@ -22,21 +22,21 @@ from harmless_rewrites import MORE_FP16_CHANGES, MORE_FP32_CHANGES, MORE_INT8_CH
 from numpy.typing import NDArray
 from precision_faults import MORE_FP16_FAULTS, MORE_INT8_FAULTS
 
-from clipdeploy import zoo
+from clipdeploy.core.errors import ArtifactError, GraphError
+from clipdeploy.core.passport import IMAGENET_MEAN, IMAGENET_STD, PASSPORT_KEY, Preprocess
 from clipdeploy.imaging import ImageFolder, open_images, select
-from clipdeploy.model import LoadedModel
+from clipdeploy.models import cards
+from clipdeploy.models.load import LoadedModel
 from clipdeploy.runners import Runner
 from clipdeploy.runners.base import Closing
 from clipdeploy.verification import verifier
-from clipdeploy.verification.figures import Fidelity
+from clipdeploy.verification.metrics import Fidelity
 from clipdeploy.verification.result import Row, Verification
 from clipdeploy.verification.results import Asked
 from clipdeploy.verification.targets import Target, named_targets, open_target
 from clipdeploy.verification.verdicts import judge_results
 from clipdeploy.verification.verifier import VerifyConfig, run_verification
-from clipdeploy.workspace import Workspace
-from exporters.artifact import IMAGENET_MEAN, IMAGENET_STD, PASSPORT_KEY, Preprocess
-from exporters.errors import ArtifactError, GraphError
+from clipdeploy.workspace.folder import Workspace
 from exporters.graphs import load_graph, save_graph
 from exporters.headers import read_passport
 from exporters.precision import Fp16Config, half_precision, io_passport
@@ -86,7 +86,7 @@ HARMLESS_DB = {"fp32": 115.0, "fp16": 55.0, "int8": 39.0}
 @pytest.fixture(scope="module")
 def digits() -> ImageFolder:
     """In the order of the file, sorted by class: the verifier mixes them itself."""
-    return select(open_images(zoo.demo_file("test.zip"), CLASSES), 130, seed=0)
+    return select(open_images(cards.demo_file("test.zip"), CLASSES), 130, seed=0)
 
 
 def target(path: Path) -> Target:
@@ -122,7 +122,7 @@ def halves_at_both_ends(source: Path, path: Path) -> Path:
 
 
 def faulty(workspace: Workspace, folder: Path) -> Iterator[tuple[str, Target]]:
-    graphs = {precision: workspace.graph(zoo.DEMO, precision) for precision in SOUND_DB}
+    graphs = {precision: workspace.graph(cards.DEMO, precision) for precision in SOUND_DB}
     for precision, graph in graphs.items():
         yield f"sound {precision}", target(graph)
     for number, (name, (precision, edit, _)) in enumerate(GRAPH_FAULTS.items()):
@@ -137,7 +137,7 @@ def faulty(workspace: Workspace, folder: Path) -> Iterator[tuple[str, Target]]:
 
 
 def harmless(workspace: Workspace, folder: Path) -> Iterator[tuple[str, Target]]:
-    source = workspace.graph(zoo.DEMO, "fp32")
+    source = workspace.graph(cards.DEMO, "fp32")
     passport = read_passport(source)
     for number, (name, (precision, edit)) in enumerate(CHANGES.items()):
 
@@ -145,7 +145,7 @@ def harmless(workspace: Workspace, folder: Path) -> Iterator[tuple[str, Target]]
             edit(proto)
             without_passport(proto)
 
-        graph = workspace.graph(zoo.DEMO, precision)  # type: ignore[arg-type]
+        graph = workspace.graph(cards.DEMO, precision)  # type: ignore[arg-type]
         path = edited(graph, folder / f"change-{number}.onnx", both)
         (found,) = named_targets([path], passport, trust=False)
         assert not found.vouched
@@ -314,7 +314,7 @@ def run_broken(
     images: ImageFolder,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Verification:
-    graph = target(workspace.graph(zoo.DEMO, "fp32"))
+    graph = target(workspace.graph(cards.DEMO, "fp32"))
     runner, asked = open_target(graph)
     assert runner is not None
     broken = BrokenRunner(runner, spoil)  # type: ignore[arg-type]

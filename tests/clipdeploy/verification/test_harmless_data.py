@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipdeploy import zoo
 from clipdeploy.imaging import ImageFolder, open_images, select
-from clipdeploy.model import LoadedModel
+from clipdeploy.models import cards
+from clipdeploy.models.load import LoadedModel
 from clipdeploy.verification.records import ImageRecord
 from clipdeploy.verification.result import Verification
 from clipdeploy.verification.targets import Target
 from clipdeploy.verification.verdicts import judge_results
 from clipdeploy.verification.verifier import VerifyConfig, run_verification
-from clipdeploy.workspace import Workspace
+from clipdeploy.workspace.folder import Workspace
 from exporters.headers import read_passport
 
 CLASSES = tuple("0123456789")
@@ -32,7 +32,7 @@ Judge = Callable[..., Judged]
 
 @pytest.fixture(scope="module")
 def judge(demo_workspace: Workspace, demo_model: LoadedModel) -> Judge:
-    path = demo_workspace.graph(zoo.DEMO, "fp32")
+    path = demo_workspace.graph(cards.DEMO, "fp32")
     target = Target(path, "graph", read_passport(path))
 
     def run(images: ImageFolder, batch: int = 16) -> Judged:
@@ -49,8 +49,8 @@ def judge(demo_workspace: Workspace, demo_model: LoadedModel) -> Judge:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty digits as JPEG files."""
     root = tmp_path_factory.mktemp("digits")
-    chosen = select(open_images(zoo.demo_file("test.zip"), CLASSES), 40, seed=0)
-    with zipfile.ZipFile(zoo.demo_file("test.zip")) as archive:
+    chosen = select(open_images(cards.demo_file("test.zip"), CLASSES), 40, seed=0)
+    with zipfile.ZipFile(cards.demo_file("test.zip")) as archive:
         for entry in chosen.entries:
             path = (root / entry.name).with_suffix(".jpg")
             path.parent.mkdir(exist_ok=True)
@@ -176,7 +176,7 @@ def test_with_a_channel_for_opacity(
 
 
 def test_more_of_one_class_than_of_the_others(judge: Judge) -> None:
-    images = open_images(zoo.demo_file("test.zip"), CLASSES)
+    images = open_images(cards.demo_file("test.zip"), CLASSES)
     many = [entry for entry in images.entries if entry.label == 3][:30]
     few = [entry for entry in images.entries if entry.label in (0, 8)][::8]
     judge(ImageFolder(images.root, (*many, *few), images.origin))
@@ -184,7 +184,7 @@ def test_more_of_one_class_than_of_the_others(judge: Judge) -> None:
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_other_images_of_the_same_set(seed: int, judge: Judge) -> None:
-    judge(select(open_images(zoo.demo_file("test.zip"), CLASSES), 45, seed=seed))
+    judge(select(open_images(cards.demo_file("test.zip"), CLASSES), 45, seed=seed))
 
 
 def test_another_order_of_the_images(folder: Path, plain: Judged, judge: Judge) -> None:

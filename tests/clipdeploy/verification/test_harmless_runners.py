@@ -10,14 +10,14 @@ from cut_graphs import Body, CutRunner
 from harmless_runners import HARMLESS_RUNNERS
 from judging import decibels, judge_runners
 
-from clipdeploy import zoo
 from clipdeploy.imaging import open_images, select
-from clipdeploy.model import LoadedModel
+from clipdeploy.models import cards
+from clipdeploy.models.load import LoadedModel
 from clipdeploy.runners import Runner
 from clipdeploy.verification.result import Row
 from clipdeploy.verification.targets import Target
 from clipdeploy.verification.verifier import VerifyConfig
-from clipdeploy.workspace import PRECISIONS, Workspace
+from clipdeploy.workspace.folder import PRECISIONS, Workspace
 from exporters.headers import read_passport
 
 CLASSES = tuple("0123456789")
@@ -30,7 +30,7 @@ class Bench:
     """The sound graphs in two parts: the first is computed once for an image."""
 
     def __init__(self, workspace: Workspace) -> None:
-        self._graphs = {each: workspace.graph(zoo.DEMO, each) for each in PRECISIONS}
+        self._graphs = {each: workspace.graph(cards.DEMO, each) for each in PRECISIONS}
         self._bodies = {each: Body(path) for each, path in self._graphs.items()}
         self.targets = {
             each: Target(path, "graph", read_passport(path)) for each, path in self._graphs.items()
@@ -53,7 +53,7 @@ def bench(demo_workspace: Workspace) -> Bench:
 @pytest.fixture(scope="module")
 def judged(bench: Bench, demo_model: LoadedModel) -> dict[str, Row]:
     """Every runner of this file in one run over the same 144 images."""
-    images = select(open_images(zoo.demo_file("test.zip"), CLASSES), COUNT, seed=0)
+    images = select(open_images(cards.demo_file("test.zip"), CLASSES), COUNT, seed=0)
     runners = {
         name: (precision, partial(bench.changed, name))
         for name, (precision, _) in HARMLESS_RUNNERS.items()
@@ -69,7 +69,7 @@ def test_a_harmless_runner(name: str, judged: dict[str, Row]) -> None:
 
 
 def test_all_500_digits_prove_a_point_and_a_quarter(bench: Bench, demo_model: LoadedModel) -> None:
-    images = open_images(zoo.demo_file("test.zip"), CLASSES)
+    images = open_images(cards.demo_file("test.zip"), CLASSES)
     runners = {each: (each, partial(bench.sound, each)) for each in PRECISIONS}
     config = VerifyConfig(max_drop=1.25, batch=50, workers=0)
     rows = judge_runners(demo_model, bench.targets, runners, images, config)

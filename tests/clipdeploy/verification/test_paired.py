@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
+from clipdeploy.core.errors import UsageError
 from clipdeploy.verification.paired import (
     Interval,
     SequentialDrop,
@@ -18,7 +19,6 @@ from clipdeploy.verification.paired import (
     mcnemar_exact,
     wilson_interval,
 )
-from exporters.errors import UsageError
 
 Method = Callable[[int, int, int], Interval]
 

@@ -11,13 +11,13 @@ import pytest
 from numpy.typing import NDArray
 from pixel_changes import PIXEL_CHANGES, change_pixels, change_source
 
-from clipdeploy import zoo
+from clipdeploy.core.passport import IMAGENET_MEAN, Preprocess
 from clipdeploy.imaging import Crop, CropCache, iter_crops, open_images, select
-from clipdeploy.model import LoadedModel
+from clipdeploy.models import cards
+from clipdeploy.models.load import LoadedModel
 from clipdeploy.runners.torch import TorchRunner
 from clipdeploy.verification import reference
 from clipdeploy.verification.reference import Reference
-from exporters.artifact import IMAGENET_MEAN, Preprocess
 from exporters.samples import Samples
 
 
@@ -28,7 +28,7 @@ def spec(demo_model: LoadedModel) -> Preprocess:
 
 @pytest.fixture(scope="module")
 def crops(spec: Preprocess) -> list[Crop]:
-    digits = select(open_images(zoo.demo_file("test.zip")), 12, seed=0)
+    digits = select(open_images(cards.demo_file("test.zip")), 12, seed=0)
     return list(iter_crops(digits, spec, workers=0))
 
 
@@ -121,10 +121,10 @@ def test_whatever_decides_the_logits_is_in_the_key(
 
 
 LOGIT_CHANGES = (
-    "clipdeploy.checkpoints",
-    "clipdeploy.model",
+    "clipdeploy.models.checkpoints",
+    "clipdeploy.models.load",
     "clipdeploy.runners.torch",
-    "clipdeploy.vit",
+    "clipdeploy.models.vit",
     "exporters.preprocess_graph",
     "exporters.samples",
 )

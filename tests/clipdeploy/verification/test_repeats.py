@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from clipdeploy.core.errors import ArtifactError, EngineError
+from clipdeploy.core.passport import TensorSpec
 from clipdeploy.runners.base import Closing, Images, Logits, in_parts
 from clipdeploy.verification.repeats import (
     Call,
@@ -17,8 +19,6 @@ from clipdeploy.verification.repeats import (
     batch_sizes,
     excluded_share,
 )
-from exporters.artifact import TensorSpec
-from exporters.errors import ArtifactError, EngineError
 
 Answers = Callable[[Images], Logits]
 # Images of four numbers; a classifier of ten classes takes each to its logits by itself.

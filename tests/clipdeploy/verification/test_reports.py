@@ -16,9 +16,12 @@ import pytest
 from onnx import numpy_helper
 from pages import Page, headings_of, read_page
 
-from clipdeploy import zoo
+from clipdeploy.core.errors import FileError, UsageError
+from clipdeploy.core.passport import to_json
+from clipdeploy.core.printable import is_one_line
 from clipdeploy.imaging import ImageFolder, open_images, select
-from clipdeploy.model import LoadedModel
+from clipdeploy.models import cards
+from clipdeploy.models.load import LoadedModel
 from clipdeploy.verification.baseline import Expected
 from clipdeploy.verification.records import Answer, ImageId, ImageRecord, Outcome
 from clipdeploy.verification.reports import Evidence, check_report_paths, write_report
@@ -33,11 +36,8 @@ from clipdeploy.verification.results import BatchResult, Results
 from clipdeploy.verification.targets import Target
 from clipdeploy.verification.verdicts import judge_results
 from clipdeploy.verification.verifier import run_verification
-from clipdeploy.workspace import Workspace
-from exporters.artifact import to_json
-from exporters.errors import FileError, UsageError
+from clipdeploy.workspace.folder import Workspace
 from exporters.headers import read_passport
-from exporters.printable import is_one_line
 
 CLASSES = tuple("0123456789")
 SECTIONS = [
@@ -72,7 +72,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def digits() -> ImageFolder:
-    return select(open_images(zoo.demo_file("test.zip"), CLASSES), 60, seed=0)
+    return select(open_images(cards.demo_file("test.zip"), CLASSES), 60, seed=0)
 
 
 def graph_with_bias(source: Path, path: Path, values: Callable[[], np.ndarray]) -> Target:
@@ -94,8 +94,8 @@ def run(
 ) -> Results:
     """FP32, INT8, one that prefers wrong classes, and one whose logits are NaN."""
     folder = tmp_path_factory.mktemp("graphs")
-    fp32 = demo_workspace.graph(zoo.DEMO, "fp32")
-    int8 = demo_workspace.graph(zoo.DEMO, "int8")
+    fp32 = demo_workspace.graph(cards.DEMO, "fp32")
+    int8 = demo_workspace.graph(cards.DEMO, "int8")
     targets = [Target(path, "graph", read_passport(path)) for path in (fp32, int8)]
     bias = np.roll(np.linspace(0, 40, 10), 3)
     targets.append(graph_with_bias(fp32, folder / "wrong.onnx", lambda: bias))
@@ -311,10 +311,10 @@ def test_images_that_are_gone_or_changed_are_named(sound: Case, tmp_path: Path) 
 
 
 def test_wnids_are_shown_with_their_words(sound: Case) -> None:
-    names = tuple(wnid for wnid, _ in zoo.imagenet_classes()[:10])
+    names = tuple(wnid for wnid, _ in cards.imagenet_classes()[:10])
     result = replace(judge_results(sound.results, 10.0), class_names=names)
     labels = {image.label for image in contents_of(sound.results, result).worst}
-    assert labels <= {f"{word.split(',')[0]} ({wnid})" for wnid, word in zoo.imagenet_classes()}
+    assert labels <= {f"{word.split(',')[0]} ({wnid})" for wnid, word in cards.imagenet_classes()}
     assert not labels & set(names)
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from clipdeploy.core.errors import ArtifactError, FileError
+from clipdeploy.core.passport import CLIP_MEAN, CLIP_STD, Preprocess
 from clipdeploy.verification.records import ImageRecord
 from clipdeploy.verification.results import (
     Results,
@@ -18,8 +20,6 @@ from clipdeploy.verification.results import (
     read_results,
     save_results,
 )
-from exporters.artifact import CLIP_MEAN, CLIP_STD, Preprocess
-from exporters.errors import ArtifactError, FileError
 
 Make = Callable[..., Results]
 One = Callable[..., ImageRecord]

@@ -11,22 +11,22 @@ import numpy as np
 import onnx
 import pytest
 
-from clipdeploy import zoo
+from clipdeploy.core.errors import ArtifactError, FileError, GraphError, UsageError
+from clipdeploy.core.passport import PASSPORT_KEY, Passport, Recipe, WeightsOrigin, to_json
+from clipdeploy.models import cards
 from clipdeploy.verification.targets import (
     Target,
     named_targets,
     open_target,
     workspace_targets,
 )
-from clipdeploy.workspace import Workspace
-from exporters.artifact import PASSPORT_KEY, Passport, Recipe, WeightsOrigin, to_json
-from exporters.errors import ArtifactError, FileError, GraphError, UsageError
+from clipdeploy.workspace.folder import Workspace
 from exporters.headers import read_passport
 
 
 @pytest.fixture
 def source(demo_workspace: Workspace) -> Path:
-    return demo_workspace.graph(zoo.DEMO, "fp32")
+    return demo_workspace.graph(cards.DEMO, "fp32")
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_a_named_graph(source: Path, reference: Passport) -> None:
 def test_without_a_passport_the_graph_speaks_for_itself(
     precision: Any, demo_workspace: Workspace, reference: Passport, tmp_path: Path
 ) -> None:
-    path = stamped(demo_workspace.graph(zoo.DEMO, precision), tmp_path / "g.onnx", None)
+    path = stamped(demo_workspace.graph(cards.DEMO, precision), tmp_path / "g.onnx", None)
     (found,) = named_targets([path], reference, trust=False)
     assert not found.vouched
     assert found.precision == precision
@@ -175,13 +175,13 @@ def test_an_engine_that_cannot_run_says_why(
 
 def test_stale_graphs_of_a_workspace_are_refused(demo_workspace: Workspace, tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
-    shutil.copytree(demo_workspace.folder(zoo.DEMO), workspace.folder(zoo.DEMO))
-    found = workspace_targets(workspace, zoo.DEMO, graphs_only=True)
+    shutil.copytree(demo_workspace.folder(cards.DEMO), workspace.folder(cards.DEMO))
+    found = workspace_targets(workspace, cards.DEMO, graphs_only=True)
     assert [target.precision for target in found] == ["fp32", "fp16", "int8"]
-    path = workspace.graph(zoo.DEMO, "fp32")
+    path = workspace.graph(cards.DEMO, "fp32")
     path.write_bytes(path.read_bytes() + b"\x08\x0a")
     with pytest.raises(ArtifactError, match="was not made from"):
-        workspace_targets(workspace, zoo.DEMO, graphs_only=True)
+        workspace_targets(workspace, cards.DEMO, graphs_only=True)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -189,7 +189,7 @@ def test_weights_in_another_file_belong_to_the_graph(
     precision: Any, demo_workspace: Workspace, reference: Passport, tmp_path: Path
 ) -> None:
     """torch.onnx writes them there: without them in its hash a run would go on with others."""
-    path = stamped(demo_workspace.graph(zoo.DEMO, precision), tmp_path / "g.onnx", None)
+    path = stamped(demo_workspace.graph(cards.DEMO, precision), tmp_path / "g.onnx", None)
     inside, asked = open_target(named_targets([path], reference, trust=False)[0])
     onnx.save(onnx.load(path), path, save_as_external_data=True, location="g.data")
     outside, before = open_target(named_targets([path], reference, trust=False)[0])

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from made_results import again
 
+from clipdeploy.core.errors import DatasetError, UsageError
 from clipdeploy.verification.baseline import Expected
 from clipdeploy.verification.disagreements import disagreements_of
 from clipdeploy.verification.records import ImageRecord
@@ -19,7 +20,6 @@ from clipdeploy.verification.result import Verification
 from clipdeploy.verification.results import Results
 from clipdeploy.verification.table import verdict_line
 from clipdeploy.verification.verdicts import Limits, judge_results
-from exporters.errors import DatasetError, UsageError
 
 Make = Callable[..., Results]
 One = Callable[..., ImageRecord]

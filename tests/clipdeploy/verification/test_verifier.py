@@ -13,17 +13,17 @@ import torch
 from onnx import numpy_helper
 from rich.console import Console
 
-from clipdeploy import zoo
+from clipdeploy.core.errors import ArtifactError, UsageError
 from clipdeploy.imaging import ImageFolder, open_images, select
-from clipdeploy.model import LoadedModel
+from clipdeploy.models import cards
+from clipdeploy.models.load import LoadedModel
 from clipdeploy.verification.result import Verification
 from clipdeploy.verification.results import Results, merge_results
 from clipdeploy.verification.table import verdict_line, verification_table
 from clipdeploy.verification.targets import Target
 from clipdeploy.verification.verdicts import judge_results
 from clipdeploy.verification.verifier import VerifyConfig, run_verification
-from clipdeploy.workspace import Workspace
-from exporters.errors import ArtifactError, UsageError
+from clipdeploy.workspace.folder import Workspace
 from exporters.headers import read_passport
 
 CLASSES = tuple("0123456789")
@@ -31,7 +31,7 @@ CLASSES = tuple("0123456789")
 
 @pytest.fixture(scope="module")
 def digits() -> ImageFolder:
-    return open_images(zoo.demo_file("test.zip"), CLASSES)
+    return open_images(cards.demo_file("test.zip"), CLASSES)
 
 
 def target(path: Path) -> Target:
@@ -58,7 +58,7 @@ def shown(result: Verification) -> str:
 def test_the_demo_graphs_pass_on_all_held_out_digits(
     demo_workspace: Workspace, demo_model: LoadedModel, digits: ImageFolder
 ) -> None:
-    targets = [target(demo_workspace.graph(zoo.DEMO, p)) for p in ("fp32", "fp16", "int8")]
+    targets = [target(demo_workspace.graph(cards.DEMO, p)) for p in ("fp32", "fp16", "int8")]
     result = verify(demo_model, targets, digits)
     assert result
     assert result.images == 500
@@ -104,13 +104,13 @@ def test_a_ruined_graph_fails(
     digits: ImageFolder,
     tmp_path: Path,
 ) -> None:
-    proto = onnx.load(demo_workspace.graph(zoo.DEMO, "int8"))
+    proto = onnx.load(demo_workspace.graph(cards.DEMO, "int8"))
     before = proto.SerializeToString()
     ruin(proto)
     assert proto.SerializeToString() != before
     path = tmp_path / "ruined.onnx"
     onnx.save(proto, path)
-    good = target(demo_workspace.graph(zoo.DEMO, "fp32"))
+    good = target(demo_workspace.graph(cards.DEMO, "fp32"))
     result = verify(demo_model, [good, target(path)], digits)
     assert not result
     assert [row.verdict for row in result.rows] == ["equivalent", "regressed"]
@@ -121,7 +121,7 @@ def test_random_weights_are_never_judged(
     demo_workspace: Workspace, demo_model: LoadedModel, digits: ImageFolder
 ) -> None:
     stamped = replace(demo_model, weights=replace(demo_model.weights, kind="random"))
-    result = verify(stamped, [target(demo_workspace.graph(zoo.DEMO, "fp32"))], few(digits))
+    result = verify(stamped, [target(demo_workspace.graph(cards.DEMO, "fp32"))], few(digits))
     assert not result
     assert result.rows[0].verdict == "not judged"
     assert "NOT JUDGED" in shown(result)
@@ -132,7 +132,7 @@ def test_images_without_labels_are_never_judged(
     demo_workspace: Workspace, demo_model: LoadedModel, digits: ImageFolder
 ) -> None:
     bare = ImageFolder(digits.root, tuple(replace(e, label=None) for e in few(digits).entries))
-    result = verify(demo_model, [target(demo_workspace.graph(zoo.DEMO, "fp32"))], bare)
+    result = verify(demo_model, [target(demo_workspace.graph(cards.DEMO, "fp32"))], bare)
     assert not result
     assert result.rows[0].verdict == "not judged"
 
@@ -140,7 +140,7 @@ def test_images_without_labels_are_never_judged(
 def test_brackets_in_a_name_are_no_markup(
     demo_workspace: Workspace, demo_model: LoadedModel, digits: ImageFolder
 ) -> None:
-    result = verify(demo_model, [target(demo_workspace.graph(zoo.DEMO, "fp32"))], few(digits))
+    result = verify(demo_model, [target(demo_workspace.graph(cards.DEMO, "fp32"))], few(digits))
     (row,) = result.rows
     foreign = replace(row, artifact="graphs/model[v2].onnx", vouched=False)
     assert "model[v2].onnx" in shown(replace(result, rows=(foreign,))).split()
@@ -153,7 +153,7 @@ def few(images: ImageFolder) -> ImageFolder:
 def test_max_drop_is_the_threshold(
     demo_workspace: Workspace, demo_model: LoadedModel, digits: ImageFolder
 ) -> None:
-    graph = target(demo_workspace.graph(zoo.DEMO, "fp32"))
+    graph = target(demo_workspace.graph(cards.DEMO, "fp32"))
     # Twenty images without a difference prove a drop below 16.1 points: z^2 / (n + z^2).
     assert verify(demo_model, [graph], few(digits), VerifyConfig(max_drop=17.0))
     result = verify(demo_model, [graph], few(digits), VerifyConfig(max_drop=15.0))
@@ -166,7 +166,7 @@ def test_max_drop_is_the_threshold(
 def test_shards_of_other_threads_are_not_joined(
     demo_workspace: Workspace, demo_model: LoadedModel, digits: ImageFolder
 ) -> None:
-    graph = target(demo_workspace.graph(zoo.DEMO, "int8"))
+    graph = target(demo_workspace.graph(cards.DEMO, "int8"))
 
     def shard(number: int, threads: int) -> Results:
         config = VerifyConfig(shard=(number, 2), threads=threads)

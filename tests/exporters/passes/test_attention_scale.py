@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from clipdeploy.vit import VisionTransformer
-from exporters.artifact import Passport
+from clipdeploy.core.passport import Passport
+from clipdeploy.models.vit import VisionTransformer
 from exporters.graphs import load_graph
 from exporters.onnx import ExportConfig, trace
 from exporters.passes.attention_scale import FoldAttentionScale

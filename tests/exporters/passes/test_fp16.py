@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from exporters.errors import GraphError
+from clipdeploy.core.errors import GraphError
 from exporters.graphs import load_graph
 from exporters.passes.fp16 import FP16_MAX, ToFloat16
 from exporters.session import OnnxSession

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch.nn import functional as F
 
-from exporters.errors import GraphError
+from clipdeploy.core.errors import GraphError
 from exporters.graphs import load_graph, write_model
 from exporters.passes.opset import SetOpset
 from exporters.session import OnnxSession

@@ -1,0 +1,1 @@
+"""Errors, files, passports, progress and display: what every package uses."""

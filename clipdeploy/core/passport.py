@@ -1,0 +1,280 @@
+"""The types that travel with every artifact: what it is, and what it was made from.
+
+A passport is a JSON block: inside an ONNX graph's metadata, inside ``calibration.json``, and beside
+an engine as ``*.engine.json``.  A later stage reads it instead of asking the user again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from clipdeploy.core.errors import ArtifactError, UsageError
+from clipdeploy.core.files import read_regular
+from clipdeploy.core.values import (
+    MOST_BATCH,
+    MOST_CLASSES,
+    MOST_EDGE,
+    Fault,
+    first_fault,
+    is_hash,
+    is_name,
+    is_number,
+    unless,
+    unless_lines,
+)
+
+__all__ = [
+    "BATCH_AXIS",
+    "CLIP_MEAN",
+    "CLIP_STD",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "PASSPORT_KEY",
+    "PASSPORT_SCHEMA",
+    "NamesFrom",
+    "Passport",
+    "Precision",
+    "Preprocess",
+    "Recipe",
+    "TensorSpec",
+    "WeightsOrigin",
+    "from_json",
+    "read_json",
+    "settings_of",
+    "to_json",
+]
+
+# The name of a symbolic batch axis.
+BATCH_AXIS = "batch"
+PASSPORT_SCHEMA = 1
+PASSPORT_KEY = "clipdeploy.passport"
+
+# openai/CLIP clip.py `_transform`, and the ImageNet statistics of torchvision's model zoo; both
+# in units of 1/255 of a uint8 sample.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
+IMAGENET_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
+
+# Who named the classes: the card, the user's file, the checkpoint; "assumed" are the card's names
+# for weights of somebody's own with as many classes; empty where nobody did.
+NamesFrom = Literal["", "card", "file", "checkpoint", "assumed"]
+Precision = Literal["fp32", "fp16", "int8", "int8-cpu"]
+
+_CROP_MODES = ("center", "squash")
+_DTYPES = ("float32", "float16", "bfloat16", "float64", "uint8", "int8", "int32", "int64", "bool")
+_MOST_AXES = 8
+_AGAIN = "it was damaged or edited by hand: make it again"
+_NAME = "a name of letters, digits and _.-"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The two choices that decide what "the model" means.
+
+    ``numerics``: ``trained`` is CLIP's mean/std, the native position grid and LayerNorm eps 1e-5,
+    as the weights were trained; ``as-shipped`` is what mmpretrain's present configs do.
+    ``resize``: ``published`` is the crop behind the published top-1, ``timm`` the card's own.
+    """
+
+    numerics: Literal["trained", "as-shipped"] = "trained"
+    resize: Literal["published", "timm"] = "published"
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How an image file becomes the network's input; see ``clipdeploy.imaging.preprocess``.
+
+    ``size`` is the crop's edge in pixels; ``mean`` and ``std`` are per RGB channel in units of
+    1/255; the short edge (``center``) or both edges (``squash``) are resized to size / crop_pct.
+    """
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    crop_pct: float = 1.0
+    crop_mode: Literal["center", "squash"] | str = "center"
+    exif_orientation: bool = True
+
+    def faults(self) -> Iterator[Fault]:
+        """Values that no preprocessing has; see :mod:`clipdeploy.core.values`."""
+        edge = 1 <= self.size <= MOST_EDGE
+        yield from unless(edge, "size", self.size, f"from 1 to {MOST_EDGE}")
+        for index, value in enumerate(self.mean):
+            yield from unless(is_number(value, -1, 1), f"mean[{index}]", value, "from -1 to 1")
+        for index, value in enumerate(self.std):
+            held = is_number(value, 1e-4, 10)
+            yield from unless(held, f"std[{index}]", value, "from 0.0001 to 10")
+        crop = is_number(self.crop_pct, 0.1, 4)
+        yield from unless(crop, "crop_pct", self.crop_pct, "from 0.1 to 4")
+        mode = self.crop_mode in _CROP_MODES
+        yield from unless(mode, "crop_mode", self.crop_mode, " or ".join(_CROP_MODES))
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph input or output: ``TensorSpec("image", "float32", ("batch", 3, 224, 224))``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def faults(self) -> Iterator[Fault]:
+        """Values that no tensor has; see :mod:`clipdeploy.core.values`."""
+        yield from unless(is_name(self.name), "name", self.name, _NAME)
+        yield from unless(self.dtype in _DTYPES, "dtype", self.dtype, f"one of {_DTYPES}")
+        axes = 1 <= len(self.shape) <= _MOST_AXES
+        yield from unless(axes, "shape", self.shape, f"of 1 to {_MOST_AXES} axes")
+        for index, axis in enumerate(self.shape):
+            most = MOST_CLASSES if index else MOST_BATCH
+            held = is_name(axis) if isinstance(axis, str) else 1 <= axis <= most
+            yield from unless(held, f"shape[{index}]", axis, f"from 1 to {most}, or {_NAME}")
+
+
+@dataclass(frozen=True)
+class WeightsOrigin:
+    """Where the weights came from.
+
+    ``kind`` is ``file`` (``path`` and ``sha256`` of a checkpoint) or ``random`` (``seed``).  No
+    accuracy verdict is given on random weights.  ``resized_position`` says that the position
+    embedding was resampled to the model's grid.
+    """
+
+    kind: Literal["file", "random"]
+    path: str = ""
+    sha256: str = ""
+    seed: int | None = None
+    layout: str = ""
+    resized_position: bool = False
+
+    @property
+    def identity(self) -> str:
+        """What makes two origins the same weights, wherever the file lies."""
+        if self.kind == "random":
+            return f"random:{self.seed}"
+        return f"{self.sha256}:resized" if self.resized_position else self.sha256
+
+    @property
+    def description(self) -> str:
+        """The weights in words: file, layout and the start of the hash, or the seed."""
+        if self.kind == "random":
+            return f"random weights, seed {self.seed}"
+        resized = ", position grid resized" if self.resized_position else ""
+        return f"{self.path}, {self.layout}, SHA-256 {self.sha256[:8]}{resized}"
+
+    def faults(self) -> Iterator[Fault]:
+        """Values that no origin has; ``path`` may be whatever a file can be called."""
+        known = not self.sha256 or is_hash(self.sha256)
+        yield from unless(known, "sha256", self.sha256, "a SHA-256 in hex")
+        yield from unless_lines("layout", self.layout)
+
+
+@dataclass(frozen=True)
+class Passport:
+    """What an artifact is and what it was made from.
+
+    ``parents`` maps a role (``source_graph``, ``calibration``) to the SHA-256 of that file;
+    ``settings`` holds the options of the stage that wrote the artifact; ``classes`` is the number
+    of logits and ``class_names`` their folder names in order, empty where nobody said;
+    ``class_names_from`` is who did.
+    """
+
+    kind: Literal["graph", "calibration", "engine"]
+    model: str
+    precision: Precision
+    weights: WeightsOrigin
+    recipe: Recipe
+    preprocess: Preprocess
+    input: TensorSpec
+    output: TensorSpec
+    classes: int
+    class_names: tuple[str, ...] = ()
+    class_names_from: NamesFrom = ""
+    parents: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    schema: int = PASSPORT_SCHEMA
+
+    def faults(self) -> Iterator[Fault]:
+        """Values that no passport has.
+
+        They become paths, code and lines of files: see :mod:`clipdeploy.core.values`.  What two fields
+        say of each other is compared in :mod:`clipdeploy.workspace.passports`.
+        """
+        yield from unless(is_name(self.model), "model", self.model, _NAME)
+        counted = 1 <= self.classes <= MOST_CLASSES
+        yield from unless(counted, "classes", self.classes, f"from 1 to {MOST_CLASSES}")
+        yield from unless_lines("class_names", self.class_names)
+        for role, digest in self.parents.items():
+            yield from unless_lines("parents", role)
+            yield from unless(is_hash(digest), f"parents.{role}", digest, "a SHA-256 in hex")
+        yield from unless_lines("settings", self.settings)
+        yield from unless_lines("versions", self.versions)
+
+
+T = TypeVar("T")
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """A configuration as a passport's ``settings`` holds it: what JSON gives back for it."""
+    settings: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(config))
+    return settings
+
+
+def to_json(value: Any) -> bytes:
+    """Any of these types as readable JSON, keys in the order of their declaration."""
+    return msgspec.json.format(msgspec.json.encode(value, enc_hook=_encode), indent=2)
+
+
+def _encode(value: object) -> str:
+    if isinstance(value, PurePath):
+        return str(value)
+    raise NotImplementedError(f"{type(value).__name__} has no JSON form")
+
+
+def from_json(data: bytes | str, kind: type[T], where: str, newest: int = PASSPORT_SCHEMA) -> T:
+    """Read a ``kind`` back from JSON, the type and the value of every field checked.
+
+    Raises:
+        ArtifactError: not JSON, a field of the wrong type or with a value that cannot be, or a
+            schema newer than this clipdeploy.
+    """
+    try:
+        raw = msgspec.json.decode(data)
+        schema = raw.get("schema", 0) if isinstance(raw, dict) else 0
+        if isinstance(schema, int) and schema > newest:
+            raise ArtifactError(
+                f"{where} was written by a newer clipdeploy (schema {schema}, "
+                f"this one reads up to {newest})",
+                hint="upgrade clipdeploy, or make the artifact again",
+            )
+        found = msgspec.convert(raw, kind)
+    except UsageError as error:
+        # A configuration that checks itself knows nothing of the file that it is in.
+        raise ArtifactError(f"{where} cannot be believed: {error.message}", hint=_AGAIN) from error
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ArtifactError(
+            f"{where} cannot be read: {error}",
+            hint="it was cut short or edited by hand: make it again",
+        ) from error
+    if fault := first_fault(found):
+        raise ArtifactError(
+            f"{where} cannot be believed: {fault}",
+            hint=_AGAIN,
+        )
+    return found
+
+
+def read_json(path: Path, kind: type[T], newest: int = PASSPORT_SCHEMA) -> T:
+    """:func:`from_json` of a file.
+
+    Raises:
+        FileError: it cannot be read, or is no regular file.
+        ArtifactError: see :func:`from_json`.
+    """
+    return from_json(read_regular(path), kind, str(path), newest)

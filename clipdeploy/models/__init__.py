@@ -1,0 +1,1 @@
+"""Model cards and checkpoints -> the PyTorch reference model."""

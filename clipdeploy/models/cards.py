@@ -1,0 +1,293 @@
+"""The model cards: what a checkpoint is called, how it is shaped, what it scored.
+
+The facts are data: a row of ``data/zoo.csv`` is a card, and adding a checkpoint adds a row.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, wraps
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from clipdeploy.core.errors import ArtifactError, UsageError
+from clipdeploy.core.passport import (
+    CLIP_MEAN,
+    CLIP_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Preprocess,
+    Recipe,
+)
+
+__all__ = [
+    "DEMO",
+    "DOWNLOAD_ROOT",
+    "ModelCard",
+    "all_cards",
+    "class_names",
+    "demo_file",
+    "find",
+    "full_name",
+    "imagenet_classes",
+    "recipe_notes",
+    "takes_any_name",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DOWNLOAD_ROOT = "https://download.openmmlab.com/mmclassification/v0/clip/"
+DEMO = "clip-vit-demo"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """One checkpoint.
+
+    Accuracies are percent on the ImageNet-1k validation set (on its own test images for the demo
+    card), ``None`` where nobody published one.  ``params`` and ``macs`` count one image of
+    ``image_size`` pixels and were computed, not quoted.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    patch: int
+    image_size: int
+    pretrain: str
+    params: int
+    macs: int
+    top1: float | None
+    top5: float | None
+    file: str
+    sha256_prefix: str
+    timm_name: str
+    timm_crop_pct: float
+    timm_crop_mode: str
+    classes: int = 1000
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+
+    @property
+    def tokens(self) -> int:
+        """Sequence length, class token included."""
+        return (self.image_size // self.patch) ** 2 + 1
+
+    @property
+    def short(self) -> bool:
+        """True if ``aliases[0]`` is its geometry's short name: it is the most accurate one."""
+        return self.aliases[:1] == (_short_alias(self.patch, self.image_size),)
+
+    @property
+    def shipped(self) -> bool:
+        """Whether the weights come with clipdeploy."""
+        return self.name == DEMO
+
+    @property
+    def url(self) -> str:
+        """Where the weights are published; empty if they are not, as the demo card's."""
+        return DOWNLOAD_ROOT + self.file if self.file else ""
+
+    def preprocess(self, recipe: Recipe) -> Preprocess:
+        """What happens to an image before the network sees it, under ``recipe``."""
+        clip = recipe.numerics == "trained"
+        timm = recipe.resize == "timm"
+        return Preprocess(
+            size=self.image_size,
+            mean=CLIP_MEAN if clip else IMAGENET_MEAN,
+            std=CLIP_STD if clip else IMAGENET_STD,
+            crop_pct=self.timm_crop_pct if timm else 1.0,
+            crop_mode=self.timm_crop_mode if timm else "center",
+            # OpenCV, behind the published numbers, honours the EXIF orientation; timm does not.
+            exif_orientation=not timm,
+        )
+
+
+def _short_alias(patch: int, image_size: int) -> str:
+    suffix = "" if image_size == 224 else f"-{image_size}px"
+    return f"clip-vit-base-p{patch}{suffix}"
+
+
+def _mmpretrain_name(name: str) -> str:
+    """What mmpretrain 1.x calls the same checkpoint: clip-vit-base-p16_X -> vit-base-p16_clip-X."""
+    geometry, _, rest = name.removeprefix("clip-").partition("_")
+    return f"{geometry}_clip-{rest}"
+
+
+def _read_rows(name: str) -> list[dict[str, str]]:
+    text = resources.files("clipdeploy").joinpath("data", name).read_text(encoding="utf-8")
+    return list(csv.DictReader(text.splitlines()))
+
+
+def _demo_card() -> ModelCard:
+    return ModelCard(
+        name=DEMO,
+        aliases=("demo",),
+        patch=4,
+        image_size=32,
+        pretrain="handwritten digits",
+        params=683_338,
+        macs=48_293_952,
+        # On the 500 held-out digits of test.zip, printed by scripts/train_demo_checkpoint.py.
+        top1=99.4,
+        top5=100.0,
+        file="",
+        sha256_prefix="",
+        timm_name="",
+        timm_crop_pct=1.0,
+        timm_crop_mode="center",
+        classes=10,
+        width=96,
+        depth=6,
+        heads=6,
+    )
+
+
+@cache
+def all_cards() -> tuple[ModelCard, ...]:
+    """All cards, in the order of the published table, the demo card last.
+
+    Raises:
+        ArtifactError: a row of the table cannot be read.
+    """
+    read = [_card(line, row) for line, row in enumerate(_read_rows("zoo.csv"), start=2)]
+    best: dict[str, ModelCard] = {}
+    for card in read:
+        alias = _short_alias(card.patch, card.image_size)
+        if alias not in best or (card.top1 or 0) > (best[alias].top1 or 0):
+            best[alias] = card
+    short = {card.name: alias for alias, card in best.items()}
+    named = [
+        replace(card, aliases=(short[card.name], *card.aliases)) if card.name in short else card
+        for card in read
+    ]
+    return (*named, _demo_card())
+
+
+def _card(line: int, row: Mapping[str, str | None]) -> ModelCard:
+    """A row of ``zoo.csv`` as a card without its short alias.
+
+    Accuracy, ``file``, its hash and what timm has may be blank: not every checkpoint is published.
+    """
+
+    def value(column: str, kind: Callable[[str], T], otherwise: T | None = None) -> T:
+        text = (row.get(column) or "").strip()
+        if not text and otherwise is not None:
+            return otherwise
+        try:
+            if not text:
+                raise ValueError("it is blank")
+            return kind(text)
+        except ValueError as error:
+            raise ArtifactError(
+                f"zoo.csv, line {line}: no value in the column {column}: {error}",
+                hint="docs/adding-a-checkpoint.md says what each column holds",
+            ) from error
+
+    name, timm_name = value("name", str), value("timm_name", str, "")
+    return ModelCard(
+        name=name,
+        aliases=tuple(filter(None, (timm_name, _mmpretrain_name(name)))),
+        patch=value("patch", _count),
+        image_size=value("image_size", _count),
+        pretrain=value("pretrain", str, "-"),
+        params=value("true_params", _count),
+        macs=value("true_macs", _count),
+        # NaN: blank, and no published figure.
+        top1=_known(value("published_top1", float, math.nan)),
+        top5=_known(value("published_top5", float, math.nan)),
+        file=value("file", str, ""),
+        sha256_prefix=value("sha256_prefix", str, ""),
+        timm_name=timm_name,
+        timm_crop_pct=value("timm_crop_pct", float, 1.0),
+        timm_crop_mode=value("timm_crop_mode", str, "center"),
+    )
+
+
+def _count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError(f"{number} is less than 1")
+    return number
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _by_name() -> dict[str, ModelCard]:
+    return {name: card for card in all_cards() for name in (card.name, *card.aliases)}
+
+
+def full_name(name: str) -> str:
+    """The name that a model's files are called by; what is no model keeps its name."""
+    card = _by_name().get(name)
+    return name if card is None else card.name
+
+
+def takes_any_name(verb: F) -> F:
+    """Let ``verb(workspace, model, ...)`` take every name of a model, as :func:`find` does."""
+
+    @wraps(verb)
+    def with_full_name(workspace: object, model: str | None, *args: Any, **options: Any) -> Any:
+        return verb(workspace, model and find(model).name, *args, **options)
+
+    return cast(F, with_full_name)
+
+
+def find(name: str) -> ModelCard:
+    """The card called ``name``, by its full name, its timm name or a short alias.
+
+    Raises:
+        UsageError: no card has that name; the nearest ones are in the hint.
+    """
+    known = _by_name()
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    hint = f"nearest: {', '.join(near)}; " if near else ""
+    raise UsageError(f"no model is called {name!r}", hint=f"{hint}see `clipdeploy zoo`")
+
+
+@cache
+def imagenet_classes() -> tuple[tuple[str, str], ...]:
+    """(wnid, label) of ImageNet's 1000 classes in logit order."""
+    return tuple((row["wnid"], row["label"]) for row in _read_rows("imagenet_classes.csv"))
+
+
+def recipe_notes(card: ModelCard) -> dict[str, str]:
+    """What each choice of a recipe means for ``card``, a sentence an option."""
+    size, grid, trained = card.image_size, card.image_size // card.patch, 224 // card.patch
+    resized = size > 224
+    squeeze = f", position grid {grid}x{grid} resized to {trained}x{trained} and back"
+    edge = math.floor(size / card.timm_crop_pct)
+    crop = f"short edge {edge}, centre crop {size}"
+    if card.timm_crop_mode == "squash":
+        crop = f"both edges {edge}, aspect ratio lost" + ("" if edge == size else f", crop {size}")
+    return {
+        "--numerics trained": f"CLIP mean and std, LayerNorm eps 1e-5, native {grid}x{grid} grid: "
+        "as the weights were trained",
+        "--numerics as-shipped": "ImageNet mean and std, LayerNorm eps 1e-6"
+        + (squeeze if resized else "")
+        + ": as mmpretrain's present config runs them",
+        "--resize published": f"short edge {size}, centre crop {size}, EXIF orientation honoured: "
+        "behind the published top-1",
+        "--resize timm": f"{crop}, EXIF orientation ignored: timm's own evaluation",
+    }
+
+
+def class_names(card: ModelCard) -> tuple[tuple[str, str], ...]:
+    """(folder name, label) of each class in logit order: wnids for ImageNet, else digits."""
+    if card.name == DEMO:
+        return tuple((str(digit), str(digit)) for digit in range(10))
+    return imagenet_classes()
+
+
+def demo_file(name: str) -> Path:
+    """The path of a file shipped with the demo card (``weights.safetensors``, ``test.zip`` ...)."""
+    return Path(str(resources.files("clipdeploy").joinpath("data", "demo", name)))

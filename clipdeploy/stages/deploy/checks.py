@@ -1,0 +1,96 @@
+"""What would make a deployment fail at its end, found before its first long stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from calibration.recipe import load_recipe
+from clipdeploy.core.errors import DatasetError, UsageError
+from clipdeploy.core.files import check_writable
+from clipdeploy.core.passport import Passport
+from clipdeploy.core.progress import Progress
+from clipdeploy.engines.backends import choose_backend, tensorrt_module
+from clipdeploy.engines.build_config import check_options
+from clipdeploy.imaging import ImageFolder, open_images
+from clipdeploy.imaging.overlap import shared_images
+from clipdeploy.imaging.survey import Few
+from clipdeploy.packaging.cpp import check_replaceable
+from clipdeploy.stages.calibrate import choose_images
+from clipdeploy.stages.deploy.config import DeployConfig
+from clipdeploy.stages.verify.setup import labelled_images, refuse_unreadable
+from clipdeploy.workspace.folder import Workspace
+
+__all__ = ["check_deployment", "check_labels"]
+
+
+def check_deployment(
+    workspace: Workspace, model: str, config: DeployConfig, progress: Progress
+) -> None:
+    """Images that are there, readable and apart; a compiler; folders that can be written.
+
+    Raises:
+        UsageError: INT8 without calibration images.
+        DatasetError: images that cannot be used, or that would judge what was made with them.
+        ArtifactError, FileError, BuildError: a recipe, a folder, TensorRT.
+    """
+    if config.quantize_recipe is not None:
+        load_recipe(config.quantize_recipe)
+    backend = choose_backend(config.build.backend).backend
+    check_options(backend, tensorrt_module(backend), config.build)
+    _there(config.val, "--val")
+    judging = open_images(config.val)
+    if config.calibration is not None:
+        _there(config.calibration, "--calibration")
+        observed = choose_images(config.calibration, config.calibrate)
+        _readable(observed, progress, skip=config.calibrate.skip_unreadable)
+        _refuse_shared(observed, judging, config)
+    elif config.calibrates and not workspace.calibration(model).exists():
+        raise UsageError(
+            "INT8 without calibration images", hint="pass --calibration CALIBRATION_IMAGES"
+        )
+    _readable(judging, progress, skip=config.verify.skip_unreadable)
+    _writable(workspace, model, config)
+
+
+def check_labels(config: DeployConfig, passport: Passport) -> None:
+    """Images of ``val`` that a verdict can come of, now that the classes are known.
+
+    Raises:
+        DatasetError: folders that are no classes, labels that cannot be read, or none at all.
+    """
+    images = labelled_images(config.val, passport, config.scope, lambda text: None)
+    if not images.labelled and passport.weights.kind != "random":
+        raise DatasetError(
+            f"not every image of {config.val} has a label: no verdict could come of them",
+            hint="class folders, or a list of names and classes: --labels FILE",
+        )
+
+
+def _there(path: Path, option: str) -> None:
+    if not path.exists():
+        raise DatasetError(f"{path} does not exist", hint=f"check the path given to {option}")
+
+
+def _readable(images: ImageFolder, progress: Progress, *, skip: bool) -> None:
+    refuse_unreadable(images, lambda text: None, progress, skip_unreadable=skip)
+
+
+def _refuse_shared(observed: ImageFolder, judging: ImageFolder, config: DeployConfig) -> None:
+    # Nothing is judged on random weights, so that no image can flatter them.
+    if config.weights.random_seed is not None:
+        return
+    if shared := shared_images(observed, judging):
+        raise DatasetError(
+            f"{judging.root} holds images of {observed.root} that INT8 would be calibrated on: "
+            f"{Few.of(shared)}",
+            hint="they cannot judge the result: take them out of --calibration or of --val",
+        )
+
+
+def _writable(workspace: Workspace, model: str, config: DeployConfig) -> None:
+    check_writable(workspace.deployment(model))
+    if config.triton is not None:
+        check_writable(config.triton / "probe")
+    if config.cpp is not None:
+        check_writable(config.cpp)
+        check_replaceable(config.cpp, force=True)

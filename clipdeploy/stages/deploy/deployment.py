@@ -1,0 +1,182 @@
+"""What a deployment made, what it rests on, and what it leaves open."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Group
+from rich.padding import Padding
+from rich.text import Text
+
+from clipdeploy.benchmark import Benchmark
+from clipdeploy.core.display import Renderable, Shown
+from clipdeploy.core.passport import Precision
+from clipdeploy.engines.builder import EngineArtifact
+from clipdeploy.packaging.cpp import CppPackage
+from clipdeploy.packaging.dockerfile import docker_commands
+from clipdeploy.packaging.triton import TritonPackage
+from clipdeploy.stages.calibrate import FEW_IMAGES
+from clipdeploy.stages.stage_log import StageRun
+from clipdeploy.verification.result import Verification
+from clipdeploy.verification.table import artifact_names
+from exporters.headers import GraphArtifact
+
+__all__ = ["Deployment", "Packages", "commands_of", "open_points", "serve_commands"]
+
+
+@dataclass(frozen=True)
+class Packages:
+    """What was packaged; ``why_not`` says why nothing was, where it was asked for.
+
+    ``artifacts`` are the files that ``made`` hold, in its order.
+    """
+
+    artifacts: tuple[Path, ...] = ()
+    triton: TritonPackage | None = None
+    cpp: CppPackage | None = None
+    why_not: str = ""
+
+    @property
+    def made(self) -> tuple[TritonPackage | CppPackage, ...]:
+        """Those that there are."""
+        return tuple(made for made in (self.triton, self.cpp) if made is not None)
+
+
+@dataclass(frozen=True)
+class Deployment(Shown):
+    """A precision of a model, built and judged; true only if the verdict passed.
+
+    ``passed``: every artifact that was judged is equivalent, and only then there are packages.
+    ``open_points`` has a sentence for everything that was not proven, ``serve`` the commands that
+    bring the packages to life.  ``calibration_images`` were observed for INT8, None without it.
+    ``report`` is the verification's page, ``page`` this deployment's.
+    """
+
+    model: str
+    precision: Precision
+    passed: bool
+    graphs: tuple[GraphArtifact, ...]
+    engines: tuple[EngineArtifact, ...]
+    calibration_images: int | None
+    verification: Verification
+    benchmark: Benchmark | None
+    packages: Packages
+    serve: tuple[str, ...]
+    open_points: tuple[str, ...]
+    report: Path
+    page: Path
+    stages: tuple[StageRun, ...]
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def __rich__(self) -> Renderable:
+        tables = [self.verification, *([self.benchmark] if self.benchmark else [])]
+        points = [Padding(Text(point), (0, 0, 0, 2)) for point in self.open_points]
+        lines = [*self.packages_in_words, f"Summary: {self.page}"]
+        parts = [part for table in tables for part in (table, Text(""))]
+        # What is to be copied is never cut.
+        whole = [Text(line, no_wrap=True, overflow="ignore") for line in lines]
+        return Group(*parts, Text("Not proven:"), *points, Text(""), *whole)
+
+    @property
+    def packages_in_words(self) -> tuple[str, ...]:
+        """Where the packages are and what brings them to life, or why there are none; by line."""
+        if self.packages.why_not:
+            return (f"No package: {self.packages.why_not}",)
+        return tuple(
+            line
+            for made in self.packages.made
+            for line in (f"Package: {made.path}", *(f"  -> {each}" for each in commands_of(made)))
+        )
+
+
+def serve_commands(packages: Packages) -> tuple[str, ...]:
+    """What builds, starts and asks what was packaged, one after the other."""
+    return tuple(command for made in packages.made for command in commands_of(made))
+
+
+def commands_of(made: TritonPackage | CppPackage) -> tuple[str, ...]:
+    """What brings one package to life, from the folder in which the deployment was made."""
+    if isinstance(made, CppPackage):
+        return made.commands
+    folder = shlex.quote(str(made.path))
+    client = shlex.quote(str(made.path / "client.py"))
+    docker = docker_commands(made.name, folder, gpus=True, known=made.server is not None)
+    return (*docker, f"python {client} IMAGE")
+
+
+def open_points(
+    verification: Verification,
+    engines: Sequence[EngineArtifact],
+    calibration_images: int | None,
+    benchmark: Benchmark | None,
+    packages: Packages,
+) -> tuple[str, ...]:
+    """A sentence for each thing that nobody has proven; never empty."""
+    return (
+        *_of_the_verdict(verification),
+        *_of_the_engines(verification, engines),
+        *_of_the_images(verification, calibration_images),
+        *_of_the_speed(benchmark, engines),
+        *_of_the_packages(packages, verification),
+    )
+
+
+def _of_the_verdict(verification: Verification) -> Iterator[str]:
+    baseline = verification.baseline
+    if verification.labelled and not verification.random_weights and baseline.status != "confirmed":
+        yield f"PyTorch's own accuracy, baseline {baseline.status}: {baseline.sentence}"
+    for name, row in zip(artifact_names(verification), verification.rows, strict=True):
+        if row.verdict != "equivalent":
+            yield f"{name}, {row.verdict}: {row.reason}"
+
+
+def _of_the_engines(verification: Verification, engines: Sequence[EngineArtifact]) -> Iterator[str]:
+    judged = {row.artifact for row in verification.rows}
+    for engine in engines:
+        if str(engine.path) not in judged:
+            yield (
+                f"{engine.path.name} was built and not executed: the verdict is on the graph that "
+                "it was compiled from, run by ONNX Runtime"
+            )
+        for fallback in engine.passport.fallbacks:
+            yield f"{engine.path.name} was not compiled as asked: {fallback}"
+
+
+def _of_the_images(verification: Verification, calibration_images: int | None) -> Iterator[str]:
+    if skipped := len(verification.skipped):
+        yield f"{skipped:,} image{'s' * (skipped > 1)} could not be read and judged nothing"
+    if calibration_images is not None and calibration_images < FEW_IMAGES:
+        yield (
+            f"INT8's ranges are those of {calibration_images} images: {FEW_IMAGES} or more would "
+            "make them those of the data"
+        )
+
+
+def _of_the_speed(benchmark: Benchmark | None, engines: Sequence[EngineArtifact]) -> Iterator[str]:
+    if benchmark is None:
+        yield "no latency was measured"
+        return
+    for left in benchmark.not_run:
+        batch = "" if left.batch is None else f" at batch {left.batch}"
+        yield f"the latency of {left.label}{batch} was not measured: {left.reason}"
+    measured = {row.artifact for row in benchmark.rows}
+    if benchmark and not any(str(engine.path) in measured for engine in engines):
+        yield "the latencies are of graphs in ONNX Runtime, and say nothing about an engine's"
+
+
+def _of_the_packages(packages: Packages, verification: Verification) -> Iterator[str]:
+    if packages.triton:
+        yield "no server has loaded the model repository here"
+        ran = any(row.kind == "engine" for row in verification.rows)
+        if ran and packages.triton.model.suffix == ".onnx":
+            yield (
+                "Triton loads no engine of TensorRT-RTX and is given the graph, judged as well: "
+                "how fast it is there was not measured"
+            )
+    if packages.cpp:
+        yield "the C++ program was not compiled here; its own test holds it against Python's logits"

@@ -1,0 +1,86 @@
+"""Verdict -> packages, and none without one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from clipdeploy.core.errors import ArtifactError
+from clipdeploy.engines.builder import EngineArtifact
+from clipdeploy.packaging.artifact import open_packable
+from clipdeploy.stages.deploy.config import DeployConfig
+from clipdeploy.stages.deploy.deployment import Packages
+from clipdeploy.stages.package import package_cpp, package_triton
+from clipdeploy.stages.verify.setup import Judgement
+from clipdeploy.workspace.folder import Workspace
+
+__all__ = ["make_packages", "no_packages"]
+
+
+def make_packages(
+    workspace: Workspace,
+    model: str,
+    config: DeployConfig,
+    engine: EngineArtifact,
+    judgement: Judgement,
+    *,
+    force: bool = False,
+) -> Packages:
+    """Package what was judged itself: the engine if it ran, else the graph it was compiled from.
+
+    Triton takes no engine of TensorRT-RTX, and gets the graph, which was judged as well.  A model
+    that the repository has already becomes its next version.
+
+    Raises:
+        ArtifactError: a file is no longer the one that was judged, or a folder holds another thing.
+        FileError: no permission, no space.
+    """
+    graph = workspace.graph(model, config.precision)
+    ran = str(engine.path) in _judged(judgement)
+    for_triton = engine.path if ran and engine.passport.backend == "tensorrt" else graph
+    for_cpp = engine.path if ran else graph
+    triton = cpp = None
+    if config.triton or not config.cpp:
+        _refuse_changed(for_triton, judgement)
+        repository = config.triton or workspace.triton(model)
+        triton = package_triton(for_triton, repository)
+    if config.cpp:
+        _refuse_changed(for_cpp, judgement)
+        cpp = package_cpp(for_cpp, config.cpp, force=force)
+    held = (*((for_triton,) if triton else ()), *((for_cpp,) if cpp else ()))
+    return Packages(held, triton, cpp)
+
+
+def no_packages(
+    workspace: Workspace, model: str, config: DeployConfig, judgement: Judgement
+) -> Packages:
+    """Why there are none; what an earlier deployment left in their place is named."""
+    assert judgement.verification is not None  # only a shard has none
+    older = [path for path in _places(workspace, model, config) if path.exists()]
+    there = f"; {', '.join(map(str, older))} is of an earlier verdict" if older else ""
+    if {row.verdict for row in judgement.verification.rows} == {"equivalent", "not executed"}:
+        return Packages(
+            why_not="the engine was not executed; run the same command where it can run, and what "
+            f"is done stays done, or pass --graphs-only to deploy the graph{there}"
+        )
+    return Packages(why_not=f"the verdict does not allow one{there}")
+
+
+def _places(workspace: Workspace, model: str, config: DeployConfig) -> list[Path]:
+    places = [config.cpp] if config.cpp else []
+    if config.triton or not config.cpp:
+        places.append((config.triton or workspace.triton(model)) / f"{model}-{config.precision}")
+    return places
+
+
+def _judged(judgement: Judgement) -> dict[str, str]:
+    """The artifacts that were run, and the SHA-256 of the files as they were then."""
+    assert judgement.evidence is not None
+    artifacts = judgement.evidence.results.question.artifacts
+    return {asked.artifact: asked.sha256 for asked in artifacts if asked.runner}
+
+
+def _refuse_changed(artifact: Path, judgement: Judgement) -> None:
+    if open_packable(artifact).sha256 != _judged(judgement).get(str(artifact)):
+        raise ArtifactError(
+            f"{artifact} is not the file that was judged", hint="run the same command again"
+        )

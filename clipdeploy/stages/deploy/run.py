@@ -1,0 +1,271 @@
+"""Weights -> package: every stage in one call, and nothing packaged that was not judged.
+
+    check -> export -> calibrate -> quantise -> build -> verify -> benchmark -> package -> summary
+
+Each stage is the one that its own command runs.  It looks whether its result is already there and
+of the same inputs, so that a run that was killed at any moment goes on, and a second run does
+nothing.
+
+Fails closed.  There is a package only after a verdict that passed, and it holds only files that
+were judged themselves, byte by byte.  On a machine that cannot execute an engine the verdict is
+NOT PROVEN, as :func:`clipdeploy.stages.verify.run.verify_model` says, and there is no package: that the
+graph in ONNX Runtime keeps its accuracy says nothing about the engine.  With
+``VerifyScope(graphs_only=True)`` the graph alone is the question, and then the graph is what is
+packaged; the engine is named among what was not proven.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from calibration.qdq import QuantizeConfig, QuantizedGraph
+from calibration.recipe import load_recipe
+from calibration.table import load_table
+from clipdeploy.benchmark.cached import KeptBenchmark, keep_benchmark
+from clipdeploy.core.device import gpus
+from clipdeploy.core.passport import Passport, Precision
+from clipdeploy.core.progress import SILENT, Progress
+from clipdeploy.engines.builder import EngineArtifact, build_engine
+from clipdeploy.models import cards
+from clipdeploy.stages.calibrate import calibrate_model
+from clipdeploy.stages.deploy.checks import check_deployment, check_labels
+from clipdeploy.stages.deploy.config import DeployConfig
+from clipdeploy.stages.deploy.deployment import Deployment, Packages, open_points, serve_commands
+from clipdeploy.stages.deploy.package import make_packages, no_packages
+from clipdeploy.stages.deploy.page import write_pages
+from clipdeploy.stages.export import export_model
+from clipdeploy.stages.quantize import config_to_build, convert_model, quantize_model
+from clipdeploy.stages.report import write_reports
+from clipdeploy.stages.stage_log import UNWATCHED, StageLog, StageWatch
+from clipdeploy.stages.verify.run import verify_model
+from clipdeploy.stages.verify.setup import Judgement
+from clipdeploy.workspace.folder import Workspace
+from exporters.headers import GraphArtifact
+
+__all__ = ["DeployConfig", "Deployment", "deploy_model"]
+
+
+def deploy_model(
+    workspace: Workspace,
+    model: str,
+    config: DeployConfig,
+    *,
+    force: bool = False,
+    watch: StageWatch = UNWATCHED,
+    note: Callable[[str], object] = lambda text: None,
+    progress: Progress = SILENT,
+) -> Deployment:
+    """Everything from weights to a package; false, and without one, unless the verdict passed.
+
+    ``watch`` is told of the stages, ``progress`` of what each is doing, ``note`` of what is odd.
+    The page about it lies in the workspace, whatever the verdict.
+
+    Raises:
+        ClipdeployError: a stage failed, or its inputs were seen to be of no use before it began.
+    """
+    name = cards.find(model).name
+    log = StageLog(config.stages, watch)
+    return _Run(workspace, name, config, force, note, progress, log).deployment()
+
+
+class _Made(Protocol):
+    @property
+    def changed(self) -> bool: ...
+
+
+def _is_new(made: _Made) -> bool:
+    return made.changed
+
+
+@dataclass
+class _Run:
+    workspace: Workspace
+    model: str
+    config: DeployConfig
+    force: bool
+    note: Callable[[str], object]
+    progress: Progress
+    log: StageLog
+    graphs: list[GraphArtifact] = field(default_factory=list)
+    engines: dict[Precision, EngineArtifact] = field(default_factory=dict)
+
+    def deployment(self) -> Deployment:
+        """All stages, one after the other."""
+        check = partial(check_deployment, self.workspace, self.model, self.config, self.progress)
+        self.log.run("check", check)
+        self._make_graphs()
+        for precision in self.config.precisions:
+            build = partial(self._build, precision)
+            built = self.log.run(f"build {precision}", build, _is_new)
+            self.engines[precision] = built
+        judgement = self._verify()
+        benchmark = self._benchmark() if self.config.benchmark else None
+        packages = self._package(judgement) if self.config.package else Packages()
+        return self._summary(judgement, benchmark, packages)
+
+    def _make_graphs(self) -> None:
+        source = self.log.run("export", self._export, _is_new)
+        self.graphs.append(source)
+        self.log.run("check labels", partial(check_labels, self.config, source.passport))
+        at = (self.workspace, self.model)
+        if "fp16" in self.config.precisions:
+            convert = partial(convert_model, *at, force=self.force, progress=self.progress)
+            half = self.log.run("convert to fp16", convert, _is_new)
+            self.graphs.append(half)
+        if self.config.calibrates:
+            if (images := self.config.calibration) is not None:
+                calibrate = partial(calibrate_model, *at, images, self.config.calibrate)
+                calibrate = partial(calibrate, force=self.force, progress=self.progress)
+                made = self.log.run("calibrate", calibrate, _is_new)
+                self._warn(made.notes())
+            quantize = partial(self._quantize, source.passport)
+            int8 = self.log.run("quantize", quantize, lambda made: made.artifact.changed)
+            self._warn(int8.quality.warnings if int8.quality is not None else ())
+            self.graphs.append(int8.artifact)
+
+    def _warn(self, warnings: tuple[str, ...]) -> None:
+        for warning in warnings:
+            self.note(warning)
+
+    def _name_skipped(self, names: tuple[str, ...]) -> None:
+        for name in names:
+            self.note(f"skipped, unreadable: {name}")
+
+    def _export(self) -> GraphArtifact:
+        return export_model(
+            self.workspace,
+            self.model,
+            self.config.weights,
+            self.config.recipe,
+            force=self.force,
+            note=self.note,
+            progress=self.progress,
+        )
+
+    def _quantize(self, passport: Passport) -> QuantizedGraph:
+        config = self._quantize_config(passport)
+        at = (self.workspace, self.model)
+        return quantize_model(*at, config, force=self.force, progress=self.progress)
+
+    def _quantize_config(self, passport: Passport) -> QuantizeConfig:
+        if (path := self.config.quantize_recipe) is not None:
+            recipe = load_recipe(path)
+            recipe.check(passport.weights.identity)
+            return replace(recipe.config, remainder="fp16")
+        asked = self.config.quantize
+        at = (self.workspace, self.model)
+        return config_to_build(*at, asked, force=self.force, note=self.note)
+
+    def _build(self, precision: Precision) -> EngineArtifact:
+        graph = self.workspace.graph(self.model, precision)
+        engine = self.workspace.engine(self.model, precision)
+        config = self.config.build
+        return build_engine(graph, engine, config, force=self.force, progress=self.progress)
+
+    def _verify(self) -> Judgement:
+        engines = [engine.path for engine in self.engines.values()]
+        judged = [] if self.config.scope.graphs_only else engines
+        artifacts = (*(graph.path for graph in self.graphs), *judged)
+        before = _state(self.workspace.verification(self.model))
+        verify = partial(
+            verify_model,
+            self.workspace,
+            self.model,
+            self.config.val,
+            self.config.verify,
+            replace(self.config.scope, artifacts=artifacts),
+            force=self.force,
+            note=self.note,
+            progress=self.progress,
+        )
+        made = self.log.run(
+            "verify", verify, lambda made: made.results is None or before != _state(made.results)
+        )
+        assert made.verification is not None  # only a shard has none
+        self._name_skipped(made.verification.skipped)
+        return made
+
+    def _benchmark(self) -> KeptBenchmark:
+        assert self.config.benchmark is not None
+        engines = [engine.path for engine in self.engines.values()]
+        chosen = self.config.precision
+        graphs = [
+            self.workspace.graph(self.model, each) for each in dict.fromkeys(("fp32", chosen))
+        ]
+        # Without a GPU no engine runs: graphs are compared, and the engine is said not to be.
+        compared = engines if gpus() else [*graphs, self.workspace.engine(self.model, chosen)]
+        measure = partial(
+            keep_benchmark,
+            compared,
+            self.workspace.benchmark(self.model),
+            self.config.benchmark,
+            force=self.force,
+            progress=self.progress,
+            note=self.note,
+        )
+        return self.log.run("benchmark", measure, _is_new)
+
+    def _package(self, judgement: Judgement) -> Packages:
+        if not judgement:
+            none = no_packages(self.workspace, self.model, self.config, judgement)
+            self.log.leave_out("package", none.why_not)
+            return none
+        engine = self.engines[self.config.precision]
+        at = (self.workspace, self.model, self.config)
+        package = partial(make_packages, *at, engine, judgement, force=self.force)
+        return self.log.run("package", package, _any_changed)
+
+    def _summary(
+        self, judgement: Judgement, kept: KeptBenchmark | None, packages: Packages
+    ) -> Deployment:
+        verification = judgement.verification
+        assert verification is not None  # only a shard has none
+        engines, images = tuple(self.engines.values()), self._calibration_images()
+        benchmark = kept.benchmark if kept else None
+        result = Deployment(
+            model=self.model,
+            precision=self.config.precision,
+            passed=bool(judgement),
+            graphs=tuple(self.graphs),
+            engines=engines,
+            calibration_images=images,
+            verification=verification,
+            benchmark=benchmark,
+            packages=packages,
+            serve=serve_commands(packages),
+            open_points=open_points(verification, engines, images, benchmark, packages),
+            report=self.workspace.report(self.model),
+            page=self.workspace.deployment(self.model),
+            stages=tuple(self.log.runs),
+        )
+        self.log.run("summary", partial(self._write, result, judgement))
+        return result
+
+    def _write(self, result: Deployment, judgement: Judgement) -> None:
+        bisection = self.workspace.bisection(self.model)
+        write_reports(judgement, [result.report], bisection=bisection)
+        assert judgement.evidence is not None
+        write_pages(result, judgement.evidence.results, self._calibration())
+
+    def _calibration(self) -> Path | None:
+        return self.workspace.calibration(self.model) if self.config.calibrates else None
+
+    def _calibration_images(self) -> int | None:
+        path = self._calibration()
+        return None if path is None else len(load_table(path).images)
+
+
+def _any_changed(packages: Packages) -> bool:
+    return any(made.changed for made in packages.made)
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    """A file as it is now: another one by its name, or written to, has another state."""
+    if not path.exists():
+        return None
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns

@@ -1,0 +1,1 @@
+"""Set up a verification, run it, merge its shards."""

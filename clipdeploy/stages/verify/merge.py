@@ -1,0 +1,132 @@
+"""Shards of a verification -> the verdict of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from clipdeploy.core.errors import ArtifactError, ClipdeployError, DatasetError
+from clipdeploy.core.files import file_errors, write_atomic
+from clipdeploy.core.locks import sole_writer
+from clipdeploy.core.paths import StrPath, as_path, as_paths
+from clipdeploy.core.progress import SILENT, Progress
+from clipdeploy.imaging import Labelling, open_images
+from clipdeploy.imaging.labelled import open_labelled
+from clipdeploy.models import cards
+from clipdeploy.models.cards import takes_any_name
+from clipdeploy.models.load import reload_model
+from clipdeploy.stages.verify.on_disk import check_against_disk, check_artifacts, check_labels
+from clipdeploy.stages.verify.setup import Judgement, VerifyScope, labelled_images
+from clipdeploy.verification.diagnosis import diagnose
+from clipdeploy.verification.disagreements import disagreements_csv
+from clipdeploy.verification.reports import Evidence
+from clipdeploy.verification.result import Baseline, Verification
+from clipdeploy.verification.results import Results, merge_results, read_results, save_results
+from clipdeploy.verification.verdicts import Limits, judge_results
+from clipdeploy.workspace.folder import Workspace
+
+__all__ = ["merge_verification"]
+
+
+@takes_any_name
+def merge_verification(
+    workspace: Workspace,
+    model: str,
+    limits: float | Limits = Limits(),
+    scope: VerifyScope = VerifyScope(),
+    parts: StrPath | Iterable[StrPath] = (),
+    *,
+    data: StrPath | None = None,
+    note: Callable[[str], object] = lambda text: None,
+    progress: Progress = SILENT,
+) -> Judgement:
+    """Shards -> the verdict of one run; without ``parts``, all shards of the workspace.
+
+    ``limits`` as a number are points of top-1.  The artifacts have to be the files that the shards
+    judged, and every image the file that its record is of; labels that ``scope`` names have to be
+    those that the shards were judged by.  ``data`` is where the images are, if
+    not where the first shard found them; without them the result says that they were not compared.
+    Shards are removed once they are joined.
+
+    Raises:
+        ClipdeployError: a shard is missing, damaged, or of another run, or an artifact or an image
+            has changed since.
+    """
+    parts = as_paths(parts)
+    data = as_path(data)
+    found = parts or sorted(workspace.folder(model).glob("verification.*-of-*.jsonl"))
+    results = merge_results([read_results(path) for path in found])
+    if results.question.model != model:
+        raise ArtifactError(
+            f"the shards are of {results.question.model}, not of {model}",
+            hint=f"pass --model {results.question.model}",
+        )
+    images = data or Path(results.data)
+    if scope.labelling != Labelling():
+        _, passport = workspace.source(model)
+        check_labels(results, open_labelled(images, passport, scope.labelling, note))
+    missing = _compare_with_disk(results, images, progress)
+    kept = workspace.verification(model)
+    with sole_writer(kept, "clipdeploy verify merge"):
+        save_results(kept, results)
+    for path in found:
+        if path.resolve() != kept.resolve():
+            with file_errors("remove", path):
+                path.unlink(missing_ok=True)
+    result = judge_results(results, limits, scope.expected)
+    result = replace(result, problems=(*result.problems, *missing))
+    if not result.baseline:
+        result = replace(
+            result,
+            baseline=_diagnose_merged(
+                workspace, model, results, result, scope, data, note, progress
+            ),
+        )
+    different = workspace.disagreements(model)
+    write_atomic(different, disagreements_csv(results))
+    return Judgement(result, kept, different, Evidence(results))
+
+
+def _compare_with_disk(results: Results, data: Path, progress: Progress) -> tuple[str, ...]:
+    """Hold the records against the files; a sentence if the images are not there.
+
+    Raises:
+        ArtifactError, DatasetError, FileError: an artifact or an image has changed.
+    """
+    check_artifacts(results)
+    try:
+        images = open_images(data)
+    except DatasetError as error:
+        return (f"the images were not compared with the records: {error.message}",)
+    check_against_disk(results, images, progress)
+    return ()
+
+
+def _diagnose_merged(
+    workspace: Workspace,
+    model: str,
+    results: Results,
+    result: Verification,
+    scope: VerifyScope,
+    data: Path | None,
+    note: Callable[[str], object],
+    progress: Progress,
+) -> Baseline:
+    _, passport = workspace.source(model)
+    where = data or Path(results.data)
+    try:
+        images = labelled_images(where, passport, scope, note)
+        reference = reload_model(cards.find(model), passport.weights, passport.recipe)
+        return diagnose(
+            result.baseline,
+            reference,
+            passport.preprocess,
+            images,
+            results.records,
+            results.question.class_names,
+            progress,
+        )
+    except ClipdeployError as error:
+        note(f"the cause was not looked for: {error}")
+        return result.baseline

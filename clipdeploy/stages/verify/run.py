@@ -1,0 +1,161 @@
+"""Artifacts against PyTorch: every one of a model, or the files that were named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from clipdeploy.core.errors import UsageError
+from clipdeploy.core.files import write_atomic
+from clipdeploy.core.locks import sole_writer
+from clipdeploy.core.paths import StrPath, as_path
+from clipdeploy.core.progress import SILENT, Progress
+from clipdeploy.imaging import select
+from clipdeploy.models.cards import takes_any_name
+from clipdeploy.stages.cluster import ClusterConfig, Shard, ShardJob, shards_on_cluster
+from clipdeploy.stages.verify.on_disk import check_against_disk
+from clipdeploy.stages.verify.setup import Bench, Judgement, VerifyScope, set_up
+from clipdeploy.verification.baseline import is_hopeless
+from clipdeploy.verification.disagreements import disagreements_csv
+from clipdeploy.verification.reports import Evidence
+from clipdeploy.verification.results import (
+    Asked,
+    Question,
+    Results,
+    merge_results,
+    read_results,
+    save_results,
+)
+from clipdeploy.verification.verifier import VerifyConfig, run_verification
+from clipdeploy.workspace.folder import Workspace
+
+__all__ = ["verify_model"]
+
+# A first look before a long run, and how many images make a run long.
+_PROBE = 256
+_LONG = 1024
+
+
+def _first_look(
+    bench: Bench, config: VerifyConfig, scope: VerifyScope, progress: Progress
+) -> Results | None:
+    """PyTorch alone on a sample before a long run; its results if no verdict can come of it."""
+    if len(bench.images.entries) < _LONG or not bench.images.labelled:
+        return None
+    sample = select(bench.images, _PROBE, seed=0)
+    alone = replace(config, shard=None, sequential=False)
+    results = run_verification(
+        bench.model,
+        bench.passport,
+        (),
+        sample,
+        alone,
+        calibrated=bench.calibrated,
+        allow_leak=True,
+        progress=progress,
+    )
+    answers = [record.reference for record in results.records]
+    return results if is_hopeless(answers, results.question, scope.expected) else None
+
+
+@takes_any_name
+def verify_model(
+    workspace: Workspace,
+    model: str,
+    data: StrPath,
+    config: VerifyConfig = VerifyConfig(),
+    scope: VerifyScope = VerifyScope(),
+    *,
+    cluster: ClusterConfig | None = None,
+    keep: StrPath | None = None,
+    force: bool = False,
+    note: Callable[[str], object] = lambda text: None,
+    progress: Progress = SILENT,
+) -> Judgement:
+    """Artifacts of ``model`` against PyTorch on labelled images.
+
+    Images that an INT8 artifact was calibrated on flatter it: they are refused, or with
+    ``allow_leak`` counted in the result.  PyTorch's own accuracy is looked at first, on a sample
+    of a long run and then on all images; where it is not what was published nothing is judged.
+    ``note`` is told what is odd about the images before the work starts.  The records are kept in
+    ``keep``, by default in the workspace, so that a killed run is gone on with and a finished one
+    is only read.  A ``cluster`` does the images in shards; the result is the same to the bit.
+
+    Raises:
+        ClipdeployError: see :mod:`clipdeploy.core.errors`.
+    """
+    data = Path(data)
+    keep = as_path(keep)
+    if cluster is not None and (config.sequential or config.shard):
+        raise UsageError(
+            "a cluster does all images, in shards that it cuts itself",
+            hint="leave out --sequential and --shard, or --ray",
+        )
+    bench = set_up(workspace, model, data, config, scope, note, progress)
+    kept = keep or workspace.verification(model, config.shard)
+    if config.shard is None and (hopeless := _first_look(bench, config, scope, progress)):
+        note("PyTorch itself misses its accuracy on a sample of the images: not going on")
+        hopeless = replace(hopeless, question=_asking(hopeless, bench))
+        verdict = bench.judge(hopeless, config.limits, scope, progress)
+        return Judgement(verdict, None, evidence=Evidence(hopeless, bench.images))
+    if cluster is not None:
+        job = _cluster_job(workspace, model, data, config, scope, len(bench.images.entries))
+        with shards_on_cluster(cluster, job, force=force, progress=progress) as parts:
+            results = merge_results([read_results(part) for part in parts])
+            check_against_disk(results, bench.images, progress)
+            with sole_writer(kept, "clipdeploy verify"):
+                save_results(kept, results)
+    else:
+        results = bench.run(config, scope, kept, progress, force)
+    if config.shard is not None:
+        return Judgement(None, kept)
+    verification = bench.judge(results, config.limits, scope, progress)
+    different = workspace.disagreements(model)
+    write_atomic(different, disagreements_csv(results))
+    return Judgement(verification, kept, different, Evidence(results, bench.images))
+
+
+def _cluster_job(
+    workspace: Workspace,
+    model: str,
+    data: Path,
+    config: VerifyConfig,
+    scope: VerifyScope,
+    images: int,
+) -> ShardJob:
+    asked = scope.labelling
+    labels = tuple(path for path in (asked.labels, asked.class_names) if path is not None)
+    return ShardJob(
+        title=f"verify {images} images",
+        run=partial(_one_shard, workspace, model, data, config, scope),
+        file=partial(workspace.verification, model),
+        most=-(-images // config.batch),
+        reads=(workspace.folder(model), data, *scope.artifacts, *labels),
+        threads=config.threads,
+        gpu=True,
+    )
+
+
+def _one_shard(
+    workspace: Workspace,
+    model: str,
+    data: Path,
+    config: VerifyConfig,
+    scope: VerifyScope,
+    shard: Shard,
+    threads: int,
+    keep: Path,
+) -> None:
+    config = replace(config, shard=shard, threads=threads)
+    verify_model(workspace, model, data, config, scope, keep=keep)
+
+
+def _asking(results: Results, bench: Bench) -> Question:
+    """The question with every artifact in it, none of which was run."""
+    why = "PyTorch itself missed its accuracy on a first look at the images"
+    asked = tuple(
+        Asked(str(t.path), t.kind, t.precision, "", "", why, t.vouched) for t in bench.targets
+    )
+    return replace(results.question, artifacts=asked)

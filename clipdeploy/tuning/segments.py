@@ -1,0 +1,347 @@
+"""Two graphs with the same names -> small graphs that can be either, one tensor at a time.
+
+A segment is what lies between two tensors of a network, such as a block.  It is cut into parts,
+each the computation of one named tensor from earlier ones:
+
+    input ── part ── part ── .. ── output          part = If(switch, candidate's nodes, reference's)
+
+Both branches are copied from their graphs as they stand, so that a segment with every switch on
+computes what the candidate does, and with every switch off what the reference does.  Tensors
+between parts are float32: a candidate's halves go there and back without loss.
+
+Where the candidate keeps a tensor t in other coordinates, a bridge says which:
+
+    t_candidate = (t - shift) / scale
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from clipdeploy.core.errors import GraphError
+
+__all__ = ["Bridge", "GraphSource", "Part", "Segment", "read_sources", "switch_input", "switchable"]
+
+_HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The computation of the tensor ``output``; parts of one ``switch`` go together."""
+
+    switch: str
+    output: str
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What computes the last part's tensor from the tensor ``input``."""
+
+    name: str
+    input: str
+    parts: tuple[Part, ...]
+
+    @property
+    def output(self) -> str:
+        """The tensor that the next segment starts from."""
+        return self.parts[-1].output
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The tensor of every part, the segment's own last."""
+        return tuple(part.output for part in self.parts)
+
+    def first_output(self, switches: Collection[str]) -> str:
+        """The first tensor that one of ``switches`` changes."""
+        return next(part.output for part in self.parts if part.switch in switches)
+
+    @property
+    def switches(self) -> tuple[str, ...]:
+        """Every switch, once, in the order of the network."""
+        return tuple(dict.fromkeys(part.switch for part in self.parts))
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """The candidate's coordinates of a tensor's last axis: (t - shift) / scale, both (C,)."""
+
+    scale: NDArray[np.float32]
+    shift: NDArray[np.float32]
+
+
+class GraphSource:
+    """A graph to copy from: its nodes and constants by the names of their tensors."""
+
+    def __init__(self, model: ModelProto, name: str) -> None:
+        self.name = name
+        self.model = model
+        graph = model.graph
+        self._nodes = list(graph.node)
+        self._producers = {
+            output: index for index, node in enumerate(self._nodes) for output in node.output
+        }
+        self._weights = {weight.name: weight for weight in graph.initializer}
+        typed = (*graph.input, *graph.value_info, *graph.output)
+        self._types = {value.name: value.type.tensor_type.elem_type for value in typed}
+
+    @property
+    def opset(self) -> int:
+        """The version of ONNX's own operators."""
+        ours = (o.version for o in self.model.opset_import if o.domain in ("", "ai.onnx"))
+        return int(max(ours))
+
+    @property
+    def unsigned(self) -> bool:
+        """Whether activations are quantised to uint8, the dialect of ONNX Runtime's CPU kernels."""
+        return any(
+            self.type_of(node.input[2]) == TensorProto.UINT8
+            for node in self._nodes
+            if node.op_type == "QuantizeLinear" and len(node.input) > 2
+        )
+
+    def producer(self, tensor: str) -> NodeProto | None:
+        """The node that computes ``tensor``, None for an input or a constant."""
+        index = self._producers.get(tensor)
+        return None if index is None else self._nodes[index]
+
+    def need(self, tensor: str) -> NodeProto:
+        """The node that computes ``tensor``.
+
+        Raises:
+            GraphError: there is none.
+        """
+        if (node := self.producer(tensor)) is None:
+            raise GraphError(
+                f"{self.name} has no tensor {tensor}",
+                hint="both graphs have to be exported by clipdeploy, from the same model",
+            )
+        return node
+
+    def type_of(self, tensor: str) -> int:
+        """The ONNX element type of ``tensor``, UNDEFINED where nothing says it."""
+        if tensor in self._weights:
+            return int(self._weights[tensor].data_type)
+        return int(self._types.get(tensor, TensorProto.UNDEFINED))
+
+    def constant(self, tensor: str) -> NDArray[np.float32] | None:
+        """A tensor that depends on no input, in its own shape, int8 dequantised; else None."""
+        if tensor in self._weights:
+            return numpy_helper.to_array(self._weights[tensor]).astype(np.float32)
+        node = self.producer(tensor)
+        if node is None or node.op_type not in ("DequantizeLinear", "Cast", "Identity"):
+            return None
+        parts = [self.constant(name) for name in node.input if name]
+        if any(part is None for part in parts):
+            return None
+        values = [part for part in parts if part is not None]
+        return values[0] if node.op_type != "DequantizeLinear" else _dequantise(node, values)
+
+    def integers(self, tensor: str, index: int) -> NDArray[np.integer[Any]] | None:
+        """What input ``index`` of the node behind ``tensor`` is dequantised from, in its own shape.
+
+        None where it is no constant, or is not dequantised.
+        """
+        node = self.producer(self.need(tensor).input[index])
+        if node is None or node.op_type != "DequantizeLinear" or node.input[0] not in self._weights:
+            return None
+        stored: NDArray[np.integer[Any]] = numpy_helper.to_array(self._weights[node.input[0]])
+        return stored
+
+    def branch(
+        self, part: Part, known: Collection[str], bridges: Mapping[str, Bridge], prefix: str
+    ) -> GraphProto:
+        """The nodes that compute ``part.output`` from tensors of ``known``, as an If's branch.
+
+        Raises:
+            GraphError: it depends on anything else, or is not there.
+        """
+        needed: set[int] = set()
+        weights: dict[str, TensorProto] = {}
+        read: dict[str, None] = {}
+        waiting = [part.output]
+        self.need(part.output)
+        while waiting:
+            tensor = waiting.pop()
+            if tensor in known:
+                read[tensor] = None
+            elif tensor in self._weights:
+                weights[tensor] = self._weights[tensor]
+            else:
+                node = self.need(tensor)
+                if (index := self._producers[tensor]) not in needed:
+                    needed.add(index)
+                    waiting.extend(name for name in node.input if name)
+        names = _Names(prefix, part.output)
+        nodes = [*self._entrances(read, bridges, names)]
+        nodes.extend(names.renamed(self._nodes[index]) for index in sorted(needed))
+        nodes.extend(self._exit(part.output, bridges, names))
+        graph = helper.make_graph(
+            nodes,
+            names.base,
+            [],
+            [helper.make_tensor_value_info(names.result, TensorProto.FLOAT, None)],
+        )
+        for name, weight in weights.items():
+            copied = graph.initializer.add()
+            copied.CopyFrom(weight)
+            copied.name = names.of(name)
+        graph.initializer.extend(names.constants)
+        return graph
+
+    def _entrances(
+        self, read: Collection[str], bridges: Mapping[str, Bridge], names: _Names
+    ) -> list[NodeProto]:
+        nodes = []
+        for tensor in read:
+            chain = tensor
+            if (bridge := bridges.get(tensor)) is not None:
+                shift = names.constant(f"{tensor}/shift", bridge.shift)
+                scale = names.constant(f"{tensor}/scale", bridge.scale)
+                nodes.append(names.node("Sub", [chain, shift], f"{tensor}/centred"))
+                nodes.append(names.node("Div", [nodes[-1].output[0], scale], f"{tensor}/scaled"))
+                chain = nodes[-1].output[0]
+            if (kind := self.type_of(tensor)) in _HALVES:
+                nodes.append(names.node("Cast", [chain], f"{tensor}/half", to=kind))
+                chain = nodes[-1].output[0]
+            names.map(tensor, chain)
+        return nodes
+
+    def _exit(self, output: str, bridges: Mapping[str, Bridge], names: _Names) -> list[NodeProto]:
+        nodes = []
+        chain = names.of(output)
+        if self.type_of(output) in _HALVES:
+            nodes.append(names.node("Cast", [chain], f"{output}/wide", to=TensorProto.FLOAT))
+            chain = nodes[-1].output[0]
+        if (bridge := bridges.get(output)) is not None:
+            scale = names.constant(f"{output}/scale", bridge.scale)
+            shift = names.constant(f"{output}/shift", bridge.shift)
+            nodes.append(names.node("Mul", [chain, scale], f"{output}/unscaled"))
+            chain = nodes[-1].output[0]
+            nodes.append(names.node("Add", [chain, shift], f"{output}/moved"))
+            chain = nodes[-1].output[0]
+        # An If's output must be computed inside the branch.
+        nodes.append(helper.make_node("Identity", [chain], [names.result], name=names.result))
+        return nodes
+
+
+class _Names:
+    """What tensors of a graph are called inside a branch: no name may hide one outside."""
+
+    def __init__(self, prefix: str, output: str) -> None:
+        self.base = f"{prefix}/{output}"
+        self.result = f"{self.base}/result"
+        self.constants: list[TensorProto] = []
+        self._outside: dict[str, str] = {}
+
+    def map(self, tensor: str, name: str) -> None:
+        """``tensor`` comes from outside, where it is called ``name``."""
+        self._outside[tensor] = name
+
+    def of(self, tensor: str) -> str:
+        """The new name of ``tensor``; an input left out stays so."""
+        return self._outside.get(tensor, f"{self.base}//{tensor}") if tensor else ""
+
+    def constant(self, name: str, array: NDArray[np.float32]) -> str:
+        """Add a constant to the branch."""
+        full = f"{self.base}//bridge/{name}"
+        if all(tensor.name != full for tensor in self.constants):
+            self.constants.append(numpy_helper.from_array(array.astype(np.float32), full))
+        return full
+
+    def node(self, op: str, inputs: list[str], name: str, to: int | None = None) -> NodeProto:
+        """A node of the border."""
+        full = f"{self.base}//bridge/{name}"
+        node = helper.make_node(op, inputs, [full], name=full)
+        if to is not None:
+            node.attribute.append(helper.make_attribute("to", to))
+        return node
+
+    def renamed(self, node: NodeProto) -> NodeProto:
+        """A copy of ``node`` under the names of this branch."""
+        copied = NodeProto()
+        copied.CopyFrom(node)
+        copied.name = f"{self.base}//{node.name}"
+        copied.input[:] = [self.of(name) for name in node.input]
+        copied.output[:] = [self.of(name) for name in node.output]
+        return copied
+
+
+def _dequantise(node: NodeProto, values: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    integers, scale = values[:2]
+    zero = values[2] if len(values) > 2 else np.zeros_like(scale)
+    axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+    if scale.ndim == 1 and integers.ndim > 1:
+        shape = [1] * integers.ndim
+        shape[axis] = -1
+        scale, zero = scale.reshape(shape), zero.reshape(shape)
+    result: NDArray[np.float32] = (integers - zero) * scale
+    return result
+
+
+def switch_input(switch: str) -> str:
+    """The graph input that ``switch`` is, a bool scalar: true for the candidate."""
+    return f"switch/{switch}"
+
+
+def switchable(
+    segment: Segment,
+    reference: GraphSource,
+    candidate: GraphSource,
+    bridges: Mapping[str, Bridge] = {},
+) -> bytes:
+    """``segment`` as a serialised model.
+
+    Inputs are its tensor and a bool scalar for each switch, outputs the tensors of its parts.
+
+    Raises:
+        GraphError: a graph lacks a tensor of the segment, or the two are of different opsets.
+    """
+    if reference.opset != candidate.opset:
+        raise GraphError(
+            f"{reference.name} has opset {reference.opset}, {candidate.name} {candidate.opset}",
+            hint="make the candidate from this reference again",
+        )
+    known = [segment.input]
+    nodes = []
+    for part in segment.parts:
+        then = candidate.branch(part, known, bridges, "candidate")
+        other = reference.branch(part, known, {}, "reference")
+        nodes.append(
+            helper.make_node(
+                "If",
+                [switch_input(part.switch)],
+                [part.output],
+                name=f"If/{part.output}",
+                then_branch=then,
+                else_branch=other,
+            )
+        )
+        known.append(part.output)
+    kind = reference.type_of(segment.input) or TensorProto.FLOAT
+    inputs = [helper.make_tensor_value_info(segment.input, kind, None)]
+    inputs += [
+        helper.make_tensor_value_info(switch_input(switch), TensorProto.BOOL, [])
+        for switch in segment.switches
+    ]
+    outputs = [
+        helper.make_tensor_value_info(part.output, TensorProto.FLOAT, None)
+        for part in segment.parts
+    ]
+    model = helper.make_model(
+        helper.make_graph(nodes, segment.name, inputs, outputs),
+        opset_imports=list(reference.model.opset_import),
+        ir_version=max(reference.model.ir_version, candidate.model.ir_version),
+    )
+    return bytes(model.SerializeToString())
+
+
+def read_sources(paths: Sequence[tuple[str, bytes]]) -> list[GraphSource]:
+    """Serialised models by name."""
+    return [GraphSource(onnx.ModelProto.FromString(data), name) for name, data in paths]

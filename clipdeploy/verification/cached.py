@@ -1,0 +1,157 @@
+"""Records that earlier runs kept, artifact by artifact: whatever is known is not computed again.
+
+A run asks all its artifacts about every image, and the next one may ask more of them, fewer or
+others: without the engines, after a build, with ``--sequential``.  Whatever decides an image's
+records beside the artifacts has to be the same, the state of the files included; then the outcomes
+of an artifact that is the same file and had the same runner are taken over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+
+from clipdeploy.core.errors import ArtifactError
+from clipdeploy.imaging import ImageFolder
+from clipdeploy.verification.records import ImageRecord, Outcome
+from clipdeploy.verification.repeats import Repeat
+from clipdeploy.verification.results import Asked, BatchResult, Results, read_results
+
+__all__ = ["KeptRecords", "read_kept"]
+
+Lane = tuple[tuple[Outcome, ...], tuple[Repeat, ...]]
+
+
+def _common(results: Results) -> Results:
+    """What has to be the same of two runs that share records."""
+    question = replace(results.question, artifacts=(), sequential=None)
+    return replace(results, question=question, batches=())
+
+
+class KeptRecords:
+    """The records of ``found`` that belong to the question of ``wanted``, a run without batches."""
+
+    def __init__(self, wanted: Results, found: Iterable[Results] = ()) -> None:
+        self._wanted = wanted
+        self._bases: dict[int, BatchResult] = {}
+        self._lanes: dict[int, dict[Asked, Lane]] = {}
+        for results in found:
+            for batch in results.batches:
+                self._add(batch, results.question.ran)
+
+    def _add(self, batch: BatchResult, artifacts: Sequence[Asked]) -> None:
+        base = _base(batch)
+        if self._bases.setdefault(batch.batch, base) != base:
+            return
+        lanes = self._lanes.setdefault(batch.batch, {})
+        for number, asked in enumerate(artifacts):
+            outcomes = tuple(record.outcomes[number] for record in batch.records)
+            lanes.setdefault(asked, (outcomes, batch.repeats[number]))
+
+    def missing(self, number: int) -> tuple[Asked, ...]:
+        """The artifacts whose answers to batch ``number`` are not known."""
+        lanes = self._lanes.get(number, {})
+        return tuple(asked for asked in self._wanted.question.ran if asked not in lanes)
+
+    def whole(self, number: int) -> BatchResult | None:
+        """Batch ``number`` with every wanted artifact, None if anything of it is not known."""
+        base = self._bases.get(number)
+        if base is None or self.missing(number):
+            return None
+        return self._with_lanes(base, self._lanes[number], self._wanted.question.ran)
+
+    def completed(self, fresh: BatchResult, asked: Sequence[Asked]) -> BatchResult | None:
+        """A batch that was run for the artifacts ``asked``, with the known ones beside them.
+
+        None where it differs from what was known of it in more than the artifacts.
+        """
+        base = _base(fresh)
+        if self._bases.get(fresh.batch, base) != base:
+            return None
+        lanes = dict(self._lanes.get(fresh.batch, {}))
+        for number, each in enumerate(asked):
+            outcomes = tuple(record.outcomes[number] for record in fresh.records)
+            lanes[each] = (outcomes, fresh.repeats[number])
+        return self._with_lanes(base, lanes, self._wanted.question.ran)
+
+    @staticmethod
+    def _with_lanes(
+        base: BatchResult, lanes: dict[Asked, Lane], artifacts: Sequence[Asked]
+    ) -> BatchResult:
+        chosen = [lanes[asked] for asked in artifacts]
+        records = tuple(
+            _with_outcomes(record, tuple(outcomes[at] for outcomes, _ in chosen))
+            for at, record in enumerate(base.records)
+        )
+        return replace(base, records=records, repeats=tuple(repeats for _, repeats in chosen))
+
+    def results(self, numbers: Iterable[int]) -> Results:
+        """The batches with these numbers that are wholly known."""
+        batches = (self.whole(number) for number in sorted(numbers))
+        return replace(self._wanted, batches=tuple(b for b in batches if b is not None))
+
+    def with_others(self, results: Results) -> Results:
+        """``results``, a finished run's, and beside them the artifacts of earlier runs.
+
+        Only those whose answers to all of these images are known.
+        """
+        ours = set(results.question.artifacts)
+        numbers = [batch.batch for batch in results.batches]
+        everywhere = [set(self._lanes.get(number, {})) for number in numbers]
+        others = set.intersection(*everywhere) - ours if everywhere else set()
+        if not others or any(self._bases.get(b.batch) != _base(b) for b in results.batches):
+            return results
+        added = tuple(sorted(others, key=lambda asked: asked.artifact))
+        both = KeptRecords(replace(results, batches=()), [results])
+        for number in numbers:
+            both._lanes[number].update({asked: self._lanes[number][asked] for asked in added})
+        artifacts = (*results.question.artifacts, *added)
+        question = replace(results.question, artifacts=artifacts)
+        both._wanted = replace(both._wanted, question=question)
+        return both.results(numbers)
+
+
+def _with_outcomes(record: ImageRecord, outcomes: tuple[Outcome, ...]) -> ImageRecord:
+    """The record with other artifacts' outcomes."""
+    return msgspec.structs.replace(record, outcomes=outcomes)
+
+
+def _base(batch: BatchResult) -> BatchResult:
+    """A batch without any artifact."""
+    records = tuple(_with_outcomes(record, ()) for record in batch.records)
+    return replace(batch, records=records, repeats=())
+
+
+def read_kept(paths: Iterable[Path], wanted: Results, images: ImageFolder) -> KeptRecords:
+    """What earlier runs left of the same question on unchanged files.
+
+    Files that are damaged, edited or of other images give nothing.
+    """
+    found = []
+    for path in paths:
+        if not path.exists() or not wanted.stamps:
+            continue
+        try:
+            results = read_results(path)
+        except ArtifactError:
+            continue
+        if _common(results) == _common(wanted) and _of_these(results, images):
+            found.append(results)
+    return KeptRecords(wanted, found)
+
+
+def _of_these(results: Results, images: ImageFolder) -> bool:
+    """Whether every record is of an image that belongs to its batch, with that image's class."""
+    size, labelled = results.question.batch, results.question.labelled
+    for batch in results.batches:
+        entries = images.entries[batch.batch * size : (batch.batch + 1) * size]
+        labels = {entry.name: entry.label if labelled else None for entry in entries}
+        kept = [(record.name, record.label) for record in batch.records]
+        if any(name not in labels or labels[name] != label for name, label in kept):
+            return False
+        if not labels.keys() >= set(batch.unreadable):
+            return False
+    return True

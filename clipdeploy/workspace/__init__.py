@@ -1,0 +1,1 @@
+"""The folder of a model's artifacts, and the checks of their passports."""

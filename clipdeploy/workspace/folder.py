@@ -1,0 +1,172 @@
+"""Where the artifacts of each model lie, and which model was the last one.
+
+artifacts/
+  workspace.json                      the last model
+  clip-vit-demo/
+    clip-vit-demo.fp32.onnx           export
+    calibration.json                  calibrate
+    calibration.1-of-4.json           calibrate --shard 1/4, until `calibrate merge`
+    clip-vit-demo.fp16.onnx           build-engine --fp16
+    clip-vit-demo.int8.onnx           quantize
+    clip-vit-demo.int8-cpu.onnx       quantize --cpu
+    recipe.json                       search: how its INT8 graph is made
+    search/                           search: what it measured, and the recipes of its front
+    clip-vit-demo.int8.engine         build-engine
+    clip-vit-demo.int8.engine.json    its passport
+    verification.jsonl                verify: a record an image
+    verification.1-of-4.jsonl         verify --shard 1/4, until `verify merge`
+    disagreements.csv                 verify: images with another answer than PyTorch's
+    bisection.json                    bisect: the last finding and its heat map, for reports
+    verification.html                 deploy, demo: the report
+    benchmark.json                    deploy: what was measured, of which artifacts
+    triton/                           deploy: a model repository
+    deployment.html                   deploy: what was built, its verdict, how to serve it
+    deployment.json                   the same as data
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipdeploy.core.errors import ArtifactError, UsageError
+from clipdeploy.core.files import write_atomic
+from clipdeploy.core.passport import Passport, Precision, read_json, to_json
+from clipdeploy.core.paths import StrPath
+from clipdeploy.core.values import Fault, is_name, unless
+from clipdeploy.models import cards
+from clipdeploy.workspace.passports import checked_passport
+
+__all__ = ["PRECISIONS", "Workspace"]
+
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+
+
+@dataclass(frozen=True)
+class _State:
+    last_model: str
+
+    def faults(self) -> Iterator[Fault]:
+        """It becomes the name of a folder; see :mod:`clipdeploy.core.values`."""
+        held = is_name(self.last_model)
+        yield from unless(held, "last_model", self.last_model, "a model's name")
+
+
+@dataclass(frozen=True, init=False)
+class Workspace:
+    """Paths under one folder; nothing is made before something is written.
+
+    A model may be given by any of its names.
+    """
+
+    root: Path
+
+    def __init__(self, root: StrPath) -> None:
+        object.__setattr__(self, "root", Path(root))
+
+    def folder(self, model: str) -> Path:
+        """The folder of one model's artifacts."""
+        return self.root / cards.full_name(model)
+
+    def graph(self, model: str, precision: Precision) -> Path:
+        """The ONNX graph of one precision."""
+        return self.folder(model) / f"{cards.full_name(model)}.{precision}.onnx"
+
+    def engine(self, model: str, precision: Precision) -> Path:
+        """The TensorRT engine of one precision."""
+        return self.folder(model) / f"{cards.full_name(model)}.{precision}.engine"
+
+    def calibration(self, model: str, shard: tuple[int, int] | None = None) -> Path:
+        """The calibration table, or one shard of it."""
+        return self.folder(model) / f"calibration{_part(shard)}.json"
+
+    def verification(self, model: str, shard: tuple[int, int] | None = None) -> Path:
+        """The records of the last verification, or of one shard of it."""
+        return self.folder(model) / f"verification{_part(shard)}.jsonl"
+
+    def bisection(self, model: str) -> Path:
+        """The last bisection's finding and heat map."""
+        return self.folder(model) / "bisection.json"
+
+    def disagreements(self, model: str) -> Path:
+        """The images that an artifact answers otherwise than PyTorch."""
+        return self.folder(model) / "disagreements.csv"
+
+    def report(self, model: str) -> Path:
+        """The report on the last verification, where nobody named another place."""
+        return self.folder(model) / "verification.html"
+
+    def benchmark(self, model: str) -> Path:
+        """What the last deployment measured."""
+        return self.folder(model) / "benchmark.json"
+
+    def deployment(self, model: str) -> Path:
+        """The page about the last deployment; the same as data lies beside it, as ``.json``."""
+        return self.folder(model) / "deployment.html"
+
+    def triton(self, model: str) -> Path:
+        """The model repository of a deployment, where nobody named another place."""
+        return self.folder(model) / "triton"
+
+    def recipe(self, model: str) -> Path:
+        """The recipe file of a search."""
+        return self.folder(model) / "recipe.json"
+
+    def search(self, model: str) -> Path:
+        """The folder of what a search measured."""
+        return self.folder(model) / "search"
+
+    def source(self, model: str) -> tuple[Path, Passport]:
+        """The FP32 graph, which everything else is made from, and its passport.
+
+        Raises:
+            UsageError: the model has not been exported here.
+            ArtifactError, GraphError, FileError: the graph cannot be read, is of another model, or
+                is not what its passport says, see :mod:`clipdeploy.workspace.passports`.
+        """
+        model = cards.full_name(model)
+        path = self.graph(model, "fp32")
+        if not path.exists():
+            raise UsageError(
+                f"{model} has not been exported in {self.root}",
+                hint=f"clipdeploy export --model {model}",
+            )
+        passport = checked_passport(path, model=model).graph
+        if passport.precision != "fp32":
+            raise ArtifactError(
+                f"{path} is of another precision than its place: it is {passport.precision}",
+                hint=f"make it again: clipdeploy export --model {model} --force",
+            )
+        return path, passport
+
+    @property
+    def _state(self) -> Path:
+        return self.root / "workspace.json"
+
+    def remember(self, model: str) -> None:
+        """Make ``model`` the one that a command without ``--model`` takes.
+
+        Raises:
+            FileError: the workspace cannot be written.
+        """
+        if not self._state.exists() or self.last_model() != model:
+            write_atomic(self._state, to_json(_State(model)))
+
+    def last_model(self) -> str:
+        """The model of the last command that had one.
+
+        Raises:
+            UsageError: there is none yet.
+            ArtifactError: ``workspace.json`` is damaged.
+        """
+        if not self._state.exists():
+            raise UsageError(
+                f"no model in the workspace {self.root} yet",
+                hint="name one: clipdeploy export --model NAME",
+            )
+        return read_json(self._state, _State).last_model
+
+
+def _part(shard: tuple[int, int] | None) -> str:
+    return ".{}-of-{}".format(*shard) if shard else ""

@@ -1,0 +1,89 @@
+"""What an ONNX file says of itself where its passport says it too: ``clipdeploy.workspace.passports``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from onnx import ModelProto, numpy_helper
+
+from clipdeploy.core.passport import Passport, Precision, Preprocess, TensorSpec
+from exporters.headers import read_skeleton
+from exporters.preprocess_graph import scale_and_offset
+from exporters.products import find_products, tensor_types
+from exporters.signature import classifier_signature
+
+__all__ = ["GraphFacts", "graph_facts"]
+
+# LayerNorm's eps under each choice of numerics, as ``clipdeploy.models.load`` builds the network.
+_EPS = {1e-5: "trained", 1e-6: "as-shipped"}
+# A few float32 steps: the file holds these numbers rounded once from float64.
+_ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """Of a graph's nodes and weights, not of its passport.
+
+    ``numerics`` is the choice that LayerNorm's eps belongs to, None if it is neither choice's, as
+    in a graph that is to be judged because of that.  ``normalises_as_told`` is False if the graph
+    takes uint8 and normalises it with another mean or std than its passport's.
+    """
+
+    input: TensorSpec
+    output: TensorSpec
+    precision: Precision
+    numerics: str | None
+    normalises_as_told: bool
+
+
+def graph_facts(path: Path, passport: Passport) -> GraphFacts:
+    """Read what the graph at ``path`` itself says; ``passport`` gives edge and classes.
+
+    Raises:
+        FileError: the file cannot be opened.
+        GraphError: no ONNX graph, or no classifier of that edge and number of classes.
+    """
+    image, logits = classifier_signature(path, passport.preprocess.size, passport.classes)
+    model = read_skeleton(path)
+    return GraphFacts(
+        image,
+        logits,
+        _precision(model),
+        _numerics(model),
+        _normalises_as_told(model, passport.preprocess),
+    )
+
+
+def _precision(model: ModelProto) -> Precision:
+    """As the stages name it: INT8 products with a float16 or a float32 rest, else the rest."""
+    halves = "fp16" in tensor_types(model)
+    if any(product.precision == "int8" for product in find_products(model)):
+        return "int8" if halves else "int8-cpu"
+    return "fp16" if halves else "fp32"
+
+
+def _numerics(model: ModelProto) -> str | None:
+    found = {
+        float(attribute.f)
+        for node in model.graph.node
+        if node.op_type == "LayerNormalization"
+        for attribute in node.attribute
+        if attribute.name == "epsilon"
+    }
+    if len(found) != 1:
+        return None
+    (eps,) = found
+    return next((name for each, name in _EPS.items() if np.isclose(each, eps, _ROUNDING, 0)), None)
+
+
+def _normalises_as_told(model: ModelProto, spec: Preprocess) -> bool:
+    scale, offset = scale_and_offset(spec)
+    wanted = {"preprocess/scale": scale, "preprocess/offset": offset}
+    for weight in model.graph.initializer:
+        if weight.name in wanted:
+            found = numpy_helper.to_array(weight).astype(np.float64).ravel()
+            if found.shape != (3,) or not np.allclose(found, wanted[weight.name], _ROUNDING, 0):
+                return False
+    return True
