@@ -15,10 +15,8 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import onnx_ir as ir
-from rich.table import Table
-from rich.text import Text
 
-from clipdeploy.core.display import Renderable, Shown
+from clipdeploy.core.display import Renderable, Shown, columns
 from clipdeploy.core.errors import GraphError
 
 __all__ = [
@@ -126,12 +124,12 @@ class Placement(Shown):
             (_BLOCK_NUMBER.sub("blocks.*", entry.name), entry.int8, entry.reason)
             for entry in self.entries
         )
-        table = Table(box=None, pad_edge=False)
-        for title in ("what", "count", "INT8", "why not"):
-            table.add_column(title, justify="right" if title == "count" else "left")
-        for (name, int8, reason), count in counts.items():
-            table.add_row(Text(name), str(count), "yes" if int8 else "no", Text(reason))
-        return table
+        rows = [
+            (name, str(count), "yes" if int8 else "no", reason)
+            for (name, int8, reason), count in counts.items()
+        ]
+        titles = ("what", "count", "INT8", "why not")
+        return columns(titles, rows, left=("what", "INT8", "why not"))
 
 
 def _bias_add(matmul: ir.Node) -> ir.Node | None:

@@ -13,8 +13,6 @@ from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
-from rich.console import Group
-from rich.text import Text
 
 from calibration.distribution import Distribution
 from calibration.plan import (
@@ -42,7 +40,7 @@ from calibration.smoothing import Folding
 from calibration.table import CalibrationTable, load_table
 from calibration.weights import float16_step, quantize_weight
 from calibration.write import QdqWriter
-from clipdeploy.core.display import Renderable, Shown
+from clipdeploy.core.display import Renderable, Shown, stacked
 from clipdeploy.core.errors import ArtifactError, CalibrationError, GraphError, UsageError
 from clipdeploy.core.files import sha256_file
 from clipdeploy.core.passport import Passport, Preprocess, settings_of
@@ -98,7 +96,7 @@ class QuantizedGraph(Shown):
 
     def __rich__(self) -> Renderable:
         warnings = () if self.quality is None else self.quality.warnings
-        return Group(self.artifact, *map(Text, ("", *warnings)), self.placement)
+        return stacked(self.artifact, "", *warnings, self.placement)
 
 
 def smooth(

@@ -17,11 +17,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from rich.table import Table
-from rich.text import Text
 
 from calibration.observers import BINS, ChannelStatistics
-from clipdeploy.core.display import Renderable, Shown
+from clipdeploy.core.display import Renderable, Shown, columns
 from clipdeploy.core.errors import ArtifactError, CalibrationError
 from clipdeploy.core.files import write_atomic
 from clipdeploy.core.passport import Preprocess, read_json, to_json
@@ -172,13 +170,11 @@ class CalibrationTable(Shown):
         return unpack(self.statistics[name])
 
     def __rich__(self) -> Renderable:
-        table = Table(box=None, pad_edge=False)
-        for title in ("tensor", "channels", "rows", "max |x|"):
-            table.add_column(title, justify="left" if title == "tensor" else "right")
-        for name, found in self.statistics.items():
-            figures = (str(found.channels), f"{found.rows:,}", f"{found.amax:.4g}")
-            table.add_row(Text(name), *figures)
-        return table
+        rows = [
+            (name, str(found.channels), f"{found.rows:,}", f"{found.amax:.4g}")
+            for name, found in self.statistics.items()
+        ]
+        return columns(("tensor", "channels", "rows", "max |x|"), rows, left=("tensor",))
 
 
 def pack(statistics: ChannelStatistics) -> PackedStatistics:

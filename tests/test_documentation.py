@@ -388,8 +388,8 @@ def test_the_row_of_the_page_becomes_a_card(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_layers_are_those_of_the_contract() -> None:
     contracts = configparser.ConfigParser()
     contracts.read(ROOT / "setup.cfg", encoding="utf-8")
-    layers = contracts["importlinter:contract:stages"]["layers"]
-    wanted = [line.replace("clipdeploy.", "") for line in layers.split("\n") if line]
+    layers = contracts["importlinter:contract:clipdeploy"]["layers"]
+    wanted = [line for line in layers.split("\n") if line]
     indented = [b for b in Page.read(DOCS / "architecture.md").blocks() if not b.language]
     shown = [re.split(r"\s{2,}", line.strip())[0] for line in indented[0].text.splitlines()]
     assert [line for line in shown if line] == wanted

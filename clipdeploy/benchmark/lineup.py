@@ -82,9 +82,9 @@ def _check_named(path: Path) -> None:
 def workspace_files(
     workspace: Workspace, model: str, *, trust: bool
 ) -> tuple[list[Path], dict[Path, str]]:
-    """Every graph and engine of a model, and why some are refused: see ``clipdeploy.workspace.passports``.
+    """Every graph and engine of a model, and why some are refused.
 
-    ``trust`` takes engines as they are.
+    See :mod:`clipdeploy.workspace.passports` for the checks.  ``trust`` loads engines unchecked.
 
     Raises:
         UsageError: the model has not been exported in the workspace.

@@ -25,7 +25,7 @@ def draw_benchmark(result: Benchmark) -> Figure:
     """Median latency with a whisker up to p90, and throughput with its interval, over the batch."""
     from matplotlib.figure import Figure
 
-    from clipdeploy.benchmark.table import hardware
+    from clipdeploy.benchmark.result import hardware
 
     figure = Figure(figsize=(10, 5.2), layout="constrained")
     latency, throughput = figure.subplots(1, 2)

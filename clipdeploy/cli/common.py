@@ -130,7 +130,7 @@ class Context:
 
 
 class RichProgress:
-    """:class:`clipdeploy.core.progress.Progress` as bars, or as a line a task where nobody watches."""
+    """Progress bars on a terminal; one line a task elsewhere."""
 
     @contextmanager
     def task(self, text: str, total: int | None = None) -> Iterator[Callable[[int], None]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import click
 
-from clipdeploy import __version__
 from clipdeploy.cli.benchmark import benchmark
 from clipdeploy.cli.bisect import bisect
 from clipdeploy.cli.build import build_engine
@@ -30,6 +31,7 @@ from clipdeploy.cli.usage import Group, group
 from clipdeploy.cli.verify import verify
 from clipdeploy.cli.zoo import zoo
 from clipdeploy.core.printable import printable
+from clipdeploy.core.version import __version__
 
 __all__ = ["main"]
 
@@ -85,6 +87,11 @@ def main() -> None:
 
     Exit codes: 0 good, 1 error, 2 usage, 3 verification failed, 130 interrupted.
     """
+    # PyTorch's OpenMP threads spin while they wait, and take the cores from the threads that decode
+    # images.  PyTorch reads the setting once, when it is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # clipdeploy refuses such images itself, with the file's name.
+    warnings.filterwarnings("ignore", message=r"Image size \(\d+ pixels\) exceeds limit")
 
 
 for command in (

@@ -8,14 +8,14 @@ imported when a result is shown.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
-    from rich.console import ConsoleRenderable, RichCast
+    from rich.console import ConsoleRenderable, Group, RichCast
     from rich.table import Table
 
-__all__ = ["Renderable", "Shown", "facts"]
+__all__ = ["Renderable", "Shown", "columns", "facts", "stacked"]
 
 Renderable: TypeAlias = "ConsoleRenderable | RichCast | str"
 
@@ -33,6 +33,28 @@ class Shown:
         from clipdeploy.core.display_html import to_html
 
         return to_html(self)
+
+
+def columns(titles: Sequence[str], rows: Iterable[Sequence[str]], *, left: Sequence[str]) -> Table:
+    """A table; the columns named in ``left`` hold text, all others hold numbers."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for title in titles:
+        table.add_column(title, justify="left" if title in left else "right")
+    for row in rows:
+        # Text: brackets in a name are no markup.
+        table.add_row(*map(Text, row))
+    return table
+
+
+def stacked(*parts: Renderable) -> Group:
+    """The parts below each other; a str is shown as it is, without markup."""
+    from rich.console import Group
+    from rich.text import Text
+
+    return Group(*(Text(part) if isinstance(part, str) else part for part in parts))
 
 
 def facts(rows: Iterable[tuple[str, str]]) -> Table:

@@ -203,8 +203,8 @@ class Passport:
     def faults(self) -> Iterator[Fault]:
         """Values that no passport has.
 
-        They become paths, code and lines of files: see :mod:`clipdeploy.core.values`.  What two fields
-        say of each other is compared in :mod:`clipdeploy.workspace.passports`.
+        They become paths, code and lines of files: see :mod:`clipdeploy.core.values`.
+        :mod:`clipdeploy.workspace.passports` compares fields with each other.
         """
         yield from unless(is_name(self.model), "model", self.model, _NAME)
         counted = 1 <= self.classes <= MOST_CLASSES

@@ -221,7 +221,7 @@ def load_engine_passport(engine: Path) -> EnginePassport:
 
 def library_versions() -> dict[str, str]:
     """Python, clipdeploy and the libraries that decide the numbers, by name."""
-    from clipdeploy import __version__
+    from clipdeploy.core.version import __version__
 
     versions = {"clipdeploy": __version__, "python": platform.python_version()}
     for name in _LIBRARIES:

@@ -14,6 +14,7 @@ from PIL import Image
 
 __all__ = [
     "HEAD_BYTES",
+    "OPEN_ERRORS",
     "begins_like_an_image",
     "has_doubtful_suffix",
     "has_image_suffix",
@@ -22,6 +23,15 @@ __all__ = [
     "opens",
 ]
 
+# What Pillow raises for a file that it cannot open; the warning, where the user's filters turn
+# warnings into errors.
+OPEN_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
 _NOT_DECODED = frozenset(("BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"))
 # Suffixes that are also those of other files: Pillow decides, by the header.
 _DOUBTFUL = frozenset((".bw", ".cur", ".im", ".ras", ".rgb", ".rgba", ".tga", ".vst", ".xpm"))
@@ -70,7 +80,7 @@ def opens(stream: IO[bytes]) -> bool:
     try:
         with Image.open(stream) as image:
             return is_decoded(image.format)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except OPEN_ERRORS:
         return False
 
 

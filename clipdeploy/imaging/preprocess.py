@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO
@@ -27,15 +26,12 @@ from PIL import Image, ImageOps
 
 from clipdeploy.core.errors import DatasetError
 from clipdeploy.core.passport import Preprocess
-from clipdeploy.imaging.formats import is_decoded
+from clipdeploy.imaging.formats import OPEN_ERRORS, is_decoded
 
 __all__ = ["crop_file", "crop_image", "decode", "open_image", "to_rgb"]
 
 # Pillow's own limit; it warns from there on and refuses from twice as many.
 _MOST_PIXELS = 89_478_485
-# Warnings are settings of the whole process, and images are decoded in threads: the limit is
-# checked here instead.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -103,7 +99,7 @@ def _open(stream: IO[bytes]) -> Image.Image:
 def _told(name: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except OPEN_ERRORS as error:
         reason = str(error).split(" <_io.")[0] or type(error).__name__
         raise DatasetError(
             f"cannot read the image {name}: {reason}",

@@ -10,10 +10,10 @@ import inspect
 from importlib import resources
 from string import Template
 
-from clipdeploy import __version__
 from clipdeploy.core.errors import ArtifactError
 from clipdeploy.core.passport import Passport
 from clipdeploy.core.values import is_name
+from clipdeploy.core.version import __version__
 from clipdeploy.imaging.preprocess import crop_image, to_rgb
 from exporters.preprocess_graph import scale_and_offset
 from exporters.samples import normalise

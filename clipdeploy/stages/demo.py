@@ -14,7 +14,8 @@ from clipdeploy.core.display import Renderable, Shown
 from clipdeploy.core.progress import SILENT, Progress
 from clipdeploy.engines.builder import EngineArtifact
 from clipdeploy.models import cards
-from clipdeploy.pipeline import DeployConfig, VerifyScope, deploy_model
+from clipdeploy.stages.deploy.run import DeployConfig, deploy_model
+from clipdeploy.stages.verify.setup import VerifyScope
 from clipdeploy.verification.result import Verification
 from clipdeploy.workspace.folder import PRECISIONS, Workspace
 from exporters.headers import GraphArtifact

@@ -27,7 +27,8 @@ def write_reports(
 
     The HTML page shows images.  After a merge they are looked for at ``data``, else where the first
     shard found them; where they are not, the page says so.  The heat map of ``bisection``, a file
-    of :meth:`clipdeploy.workspace.folder.Workspace.bisection`, is shown if it is of a judged artifact.
+    of :meth:`~clipdeploy.workspace.folder.Workspace.bisection`, is shown if it is of a judged
+    artifact.
 
     Raises:
         UsageError: a shard alone, or a suffix that is that of no report.

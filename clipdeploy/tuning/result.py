@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
 from clipdeploy.core.display import Renderable, Shown
-from clipdeploy.tuning.bisection import Measurement
+from clipdeploy.tuning.bisection import Measurement, PartError
 from clipdeploy.tuning.culprit import Culprit
 from clipdeploy.tuning.linears import LinearFacts
+from clipdeploy.tuning.tables import decibels, number_columns
 
-__all__ = ["Bisection"]
+__all__ = ["Bisection", "bisection_table"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,74 @@ class Bisection(Shown):
     sentence: str
 
     def __rich__(self) -> Renderable:
-        from clipdeploy.tuning.tables import bisection_table
-
         return bisection_table(self)
+
+
+def _blocks(result: Bisection, drop: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("block", no_wrap=True)
+    number_columns(table, ("grown", "alone", "restored", "alone " + drop, "restored " + drop))
+    for block in result.measured.blocks:
+        table.add_row(
+            block.name,
+            decibels(block.grown_db),
+            decibels(block.alone_db),
+            decibels(block.restored_db),
+            f"{block.alone_drop:.2f}",
+            f"{block.restored_drop:.2f}",
+        )
+    return table
+
+
+def _parts(result: Bisection, drop: str) -> Table:
+    linears = {fact.name: fact for fact in result.linears}
+    culprits = {culprit.name for culprit in result.culprits}
+    table = Table(box=None, pad_edge=False)
+    table.add_column("part", no_wrap=True)
+    titles = ("own", "alone", "share", "restored", "costs " + drop, "max |x|", "weight")
+    number_columns(table, titles)
+    for part in result.measured.parts:
+        if part.name.endswith(".rest") and part.name not in culprits:
+            continue
+        fact = linears.get(part.name)
+        facts = ("", "") if fact is None else (_peak(fact.peak), decibels(fact.weight_db))
+        style = "bold red" if part.name in culprits else ""
+        table.add_row(part.name, *_figures(part), *facts, style=style)
+    return table
+
+
+def _peak(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def _figures(part: PartError) -> tuple[str, ...]:
+    own = (decibels(part.own_db), decibels(part.alone_db), f"{100 * part.share:.0f} %")
+    restored = ("-", "-")
+    if part.cost is not None:
+        restored = (decibels(part.restored_db), f"{part.cost:.2f}")
+    return (*own, *restored)
+
+
+def bisection_table(result: Bisection) -> Group:
+    """The finding first, then a row a block, then a row a Linear."""
+    drop = "pts" if result.labelled else "%"
+    whole = result.measured.fidelity
+    heading = f"{result.candidate} against {result.reference}, {result.measured.images} images"
+    loss = "points of top-1 lost" if result.labelled else "% of the answers changed"
+    total = f"all of it: {decibels(whole.sqnr_db)} dB, {result.measured.drop:.2f} {loss}"
+    legend = (
+        "own, alone, restored, grown: signal over error in dB, of its output or of the logits; "
+        "alone: only this as in the candidate; restored: only this as in the reference; "
+        "share: of the error of all parts alone; costs: what restoring it gives back"
+    )
+    return Group(
+        Text(heading),
+        Text(result.sentence, style="bold"),
+        Text(total),
+        Text(""),
+        _blocks(result, drop),
+        Text(""),
+        _parts(result, drop),
+        Text(""),
+        Text(legend, style="dim"),
+    )

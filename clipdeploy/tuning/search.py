@@ -6,6 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from rich.console import Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
 from calibration.plan import PlanConfig
 from clipdeploy.core.display import Renderable, Shown
 from clipdeploy.core.errors import UsageError
@@ -13,10 +18,11 @@ from clipdeploy.core.spans import BATCH, BUDGET, IMAGES, SEARCHED_DROP, SEED, TH
 from clipdeploy.imaging import Labelling
 from clipdeploy.tuning.cost import CostModel
 from clipdeploy.tuning.pareto import Candidate
+from clipdeploy.tuning.tables import decibels, number_columns
 from clipdeploy.verification.paired import DropJudgement
 from exporters.headers import GraphArtifact
 
-__all__ = ["SearchConfig", "SearchResult"]
+__all__ = ["SearchConfig", "SearchResult", "search_table"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,55 @@ class SearchResult(Shown):
         return self.confirmed
 
     def __rich__(self) -> Renderable:
-        from clipdeploy.tuning.tables import search_table
-
         return search_table(self)
+
+
+def _front(result: SearchResult) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("point", no_wrap=True)
+    number_columns(table, ("INT8", "MACs", "cost", "drop", "dB", "within", "recipe"))
+    for point in result.points:
+        if not (point.front or point.label):
+            continue
+        table.add_row(
+            point.label or "front",
+            str(len(point.int8)),
+            f"{100 * point.int8_macs:.0f} %",
+            f"{point.cost:.3f}",
+            f"{point.drop:+.2f}",
+            decibels(point.evaluation.sqnr_db),
+            "yes" if point.feasible else "no",
+            point.recipe.rpartition("/")[2],
+            style="bold" if point.int8 == result.chosen.int8 else "",
+        )
+    return table
+
+
+def search_table(result: SearchResult) -> Group:
+    """The verdict first, then the front, then what was left out of INT8."""
+    chosen, total = result.chosen, len(result.costs.linears)
+    heading = (
+        f"{result.model}: {len(chosen.int8)} of {total} Linears in INT8, "
+        f"{100 * chosen.int8_macs:.0f} % of their MACs, cost {chosen.cost:.3f} of all FP16"
+    )
+    verdict = "CONFIRMED" if result.confirmed else "NOT CONFIRMED"
+    lines = [
+        f"searched on {result.search.n} images: {result.search.sentence}",
+        f"fresh {result.confirm.n} images: {result.confirm.sentence}",
+        f"cost: {result.costs.unit}, batch {result.costs.batch}; ranges by {result.plan.label}; "
+        f"{result.evaluations} combination{'s' * (result.evaluations > 1)} evaluated",
+        f"written: {result.artifact.path}",
+        f"recipe: {result.recipe}",
+    ]
+    if not result.finished:
+        lines.append("the budget ended the search early: run it again to go on")
+    left = ", ".join(result.excluded)
+    return Group(
+        Text(heading),
+        Text(verdict, style="bold green" if result.confirmed else "bold red"),
+        *(Padding(Text(line), (0, 0, 0, 2)) for line in lines),
+        Text(""),
+        _front(result),
+        Text(""),
+        Text(f"left in FP16: {left}" if left else "all Linears in INT8"),
+    )

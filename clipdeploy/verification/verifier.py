@@ -64,9 +64,9 @@ class VerifyConfig:
     """How images are run, and when a drop is too large.
 
     ``max_drop``: percentage points of top-1 that an artifact may lose, ``max_drop_top5`` of top-5,
-    None to leave top-5 out of the verdict.  ``shard`` (i, n) runs only
-    the i-th of n parts, for :func:`clipdeploy.stages.verify.merge.merge_verification`.  ``sequential``
-    stops as soon as every verdict is known.  ``workers`` and
+    None to leave top-5 out of the verdict.  ``shard`` (i, n) runs only the i-th of n parts, for
+    :func:`~clipdeploy.stages.verify.merge.merge_verification`.  ``sequential`` stops as soon as
+    every verdict is known.  ``workers`` and
     ``cache`` are those of :func:`clipdeploy.imaging.iter_crops`; the cache keeps the reference's
     logits as well.  ``trust`` loads engines that no passport vouches for.  ``threads`` compute on
     the CPU, 0 for as many as PyTorch takes; shards can only be joined if they had as many.

@@ -1,4 +1,4 @@
-"""What an ONNX file says of itself where its passport says it too: ``clipdeploy.workspace.passports``."""
+"""The facts of a passport as the ONNX graph itself has them, for :mod:`.passports` to compare."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """A second, independent implementation of the classifier: textbook formulas, float64 numpy.
 
-It takes a checkpoint's own tensors (timm's names) and knows nothing of ``clipdeploy.models.vit``: the
-class token is concatenated, every block computes every token, nothing is folded.
+It takes a checkpoint's own tensors (timm's names) and shares no code with
+``clipdeploy.models.vit``: the class token is concatenated, every block computes every token,
+nothing is folded.
 """
 
 from __future__ import annotations

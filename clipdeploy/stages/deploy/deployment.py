@@ -20,8 +20,7 @@ from clipdeploy.packaging.dockerfile import docker_commands
 from clipdeploy.packaging.triton import TritonPackage
 from clipdeploy.stages.calibrate import FEW_IMAGES
 from clipdeploy.stages.stage_log import StageRun
-from clipdeploy.verification.result import Verification
-from clipdeploy.verification.table import artifact_names
+from clipdeploy.verification.result import Verification, artifact_names
 from exporters.headers import GraphArtifact
 
 __all__ = ["Deployment", "Packages", "commands_of", "open_points", "serve_commands"]

@@ -62,7 +62,7 @@ def _page(result: Deployment, results: Results, calibration: Path | None) -> str
     from markupsafe import Markup
 
     from clipdeploy.benchmark.plot import draw_benchmark
-    from clipdeploy.benchmark.table import footnotes, hardware, table_rows, table_titles
+    from clipdeploy.benchmark.result import footnotes, hardware, table_rows, table_titles
     from clipdeploy.verification.reports.contents import contents_of
     from clipdeploy.verification.reports.pages import drawn, render
 

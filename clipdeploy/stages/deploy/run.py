@@ -8,8 +8,8 @@ nothing.
 
 Fails closed.  There is a package only after a verdict that passed, and it holds only files that
 were judged themselves, byte by byte.  On a machine that cannot execute an engine the verdict is
-NOT PROVEN, as :func:`clipdeploy.stages.verify.run.verify_model` says, and there is no package: that the
-graph in ONNX Runtime keeps its accuracy says nothing about the engine.  With
+NOT PROVEN (see :func:`clipdeploy.stages.verify.run.verify_model`), and there is no package: the
+accuracy of the graph in ONNX Runtime is no evidence for the engine.  With
 ``VerifyScope(graphs_only=True)`` the graph alone is the question, and then the graph is what is
 packaged; the engine is named among what was not proven.
 """

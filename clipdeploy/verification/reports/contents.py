@@ -23,16 +23,17 @@ from clipdeploy.verification.reports.evidence import (
     worst_images,
 )
 from clipdeploy.verification.reports.provenance import provenance
-from clipdeploy.verification.result import Row, Verification
-from clipdeploy.verification.results import Results
-from clipdeploy.verification.table import (
+from clipdeploy.verification.result import (
     COLUMNS,
+    Row,
+    Verification,
     artifact_names,
     baseline_lines,
     figures_of,
     heading,
     verdict_line,
 )
+from clipdeploy.verification.results import Results
 
 __all__ = ["Answer", "Contents", "Line", "Tone", "Worst", "contents_of", "tone_of"]
 

@@ -26,10 +26,15 @@ from clipdeploy.benchmark import (
 from clipdeploy.benchmark.environment import Clocks, clock_note, read_clocks, read_environment
 from clipdeploy.benchmark.lineup import NotRun, line_up, short_labels
 from clipdeploy.benchmark.plot import draw_benchmark
-from clipdeploy.benchmark.result import summary_rows
+from clipdeploy.benchmark.result import (
+    benchmark_table,
+    footnotes,
+    summary_rows,
+    table_rows,
+    table_titles,
+)
 from clipdeploy.benchmark.rounds import Contender, measure, random_images
 from clipdeploy.benchmark.run import warm_up
-from clipdeploy.benchmark.table import benchmark_table, footnotes, table_rows, table_titles
 from clipdeploy.core.device import gpus
 from clipdeploy.core.errors import (
     ArtifactError,

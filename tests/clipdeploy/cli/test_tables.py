@@ -21,14 +21,12 @@ from clipdeploy.tuning.cost import CostModel
 from clipdeploy.tuning.culprit import Culprit
 from clipdeploy.tuning.linears import LinearFacts
 from clipdeploy.tuning.pareto import Candidate, Evaluation
-from clipdeploy.tuning.result import Bisection
-from clipdeploy.tuning.search import SearchResult
-from clipdeploy.tuning.tables import bisection_table, search_table
+from clipdeploy.tuning.result import Bisection, bisection_table
+from clipdeploy.tuning.search import SearchResult, search_table
 from clipdeploy.verification.baseline import Baseline
 from clipdeploy.verification.metrics import Accuracy, Fidelity
 from clipdeploy.verification.paired import judge_drop
-from clipdeploy.verification.result import Row, Verification
-from clipdeploy.verification.table import verification_table
+from clipdeploy.verification.result import Row, Verification, verification_table
 
 LONGEST = max((card.name for card in cards.all_cards()), key=len)
 DEPTH = 12

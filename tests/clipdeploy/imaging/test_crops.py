@@ -215,7 +215,7 @@ def test_every_module_between_bytes_and_crop_is_in_the_key() -> None:
     ).stdout.split()
     ours = {name for name in loaded if name.startswith("clipdeploy.imaging.")}
     keeping = {"crop_shards", "crops", "keys", "stream", "survey"}
-    listing = {"images", "layouts", "listing", "scan_images"}
+    listing = {"images", "layouts", "listing", "scan"}
     listing |= {"classes", "devkit", "folders", "formats", "label_files", "label_rows", "labels"}
     assert ours - {f"clipdeploy.imaging.{name}" for name in keeping | listing} == {
         name for name in PIXEL_CHANGES if name.startswith("clipdeploy.")

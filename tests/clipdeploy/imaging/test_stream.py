@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import warnings
 import zipfile
 import zlib
 from collections import Counter
@@ -267,8 +268,10 @@ def test_what_is_no_image_is_named_and_the_others_are_kept(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_half_a_bomb_is_refused_too(tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize("action", ["ignore", "error"])
+def test_half_a_bomb_is_refused_too(tmp_path: Path, workers: int, action: str) -> None:
     """Where Pillow would only warn: between one and two times its limit of 89 million pixels."""
+    warnings.simplefilter(action, Image.DecompressionBombWarning)  # pytest resets the filters
     (tmp_path / "large.png").write_bytes(header_only(10_000, 10_000))
     with pytest.raises(DatasetError, match=r"large\.png: .*decompression bomb"):
         list(iter_crops(open_images(tmp_path), SPEC, workers=workers))

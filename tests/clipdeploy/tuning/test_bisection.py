@@ -190,7 +190,7 @@ def test_command_prints_json_and_draws(demo_workspace: Workspace, tmp_path: Path
 def test_table_fits_a_terminal(healthy: Bisection) -> None:
     from rich.console import Console
 
-    from clipdeploy.tuning.tables import bisection_table
+    from clipdeploy.tuning.result import bisection_table
 
     console = Console(width=80)
     with console.capture() as capture:

@@ -16,9 +16,8 @@ from clipdeploy.verification.baseline import Expected
 from clipdeploy.verification.disagreements import disagreements_of
 from clipdeploy.verification.records import ImageRecord
 from clipdeploy.verification.repeats import Repeat
-from clipdeploy.verification.result import Verification
+from clipdeploy.verification.result import Verification, verdict_line
 from clipdeploy.verification.results import Results
-from clipdeploy.verification.table import verdict_line
 from clipdeploy.verification.verdicts import Limits, judge_results
 
 Make = Callable[..., Results]

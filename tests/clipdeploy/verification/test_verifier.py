@@ -17,9 +17,8 @@ from clipdeploy.core.errors import ArtifactError, UsageError
 from clipdeploy.imaging import ImageFolder, open_images, select
 from clipdeploy.models import cards
 from clipdeploy.models.load import LoadedModel
-from clipdeploy.verification.result import Verification
+from clipdeploy.verification.result import Verification, verdict_line, verification_table
 from clipdeploy.verification.results import Results, merge_results
-from clipdeploy.verification.table import verdict_line, verification_table
 from clipdeploy.verification.targets import Target
 from clipdeploy.verification.verdicts import judge_results
 from clipdeploy.verification.verifier import VerifyConfig, run_verification
