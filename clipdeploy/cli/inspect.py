@@ -11,7 +11,7 @@ from clipdeploy.cli.params import ArtifactPath
 from clipdeploy.cli.usage import command, refuse_unused
 
 
-@command(epilog="\b\nclipdeploy inspect artifacts/MODEL/MODEL.int8.engine")
+@command(epilog="\b\nclipdeploy inspect artifacts/MODEL/int8.engine")
 @click.argument("file", type=ArtifactPath())
 @trust_option
 @stage_command

@@ -25,7 +25,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @command(
     epilog="\b\n"
     "clipdeploy package --triton models\n"
-    "clipdeploy package --cpp classify artifacts/MODEL/MODEL.fp16.onnx",
+    "clipdeploy package --cpp classify artifacts/MODEL/fp16.onnx",
 )
 @click.argument("artifact", required=False, type=ArtifactPath())
 @click.option("--triton", metavar="DIR", type=_FOLDER, help="Model repository of a Triton server.")

@@ -1,18 +1,18 @@
-"""Where the artifacts of each model lie, and which model was the last one.
+"""The folder that holds the artifacts of each model, and the last model that was used.
 
 artifacts/
   workspace.json                      the last model
   clip-vit-demo/
-    clip-vit-demo.fp32.onnx           export
+    fp32.onnx                         export
     calibration.json                  calibrate
     calibration.1-of-4.json           calibrate --shard 1/4, until `calibrate merge`
-    clip-vit-demo.fp16.onnx           build-engine --fp16
-    clip-vit-demo.int8.onnx           quantize
-    clip-vit-demo.int8-cpu.onnx       quantize --cpu
+    fp16.onnx                         build-engine --fp16
+    int8.onnx                         quantize
+    int8-cpu.onnx                     quantize --cpu
     recipe.json                       search: how its INT8 graph is made
     search/                           search: what it measured, and the recipes of its front
-    clip-vit-demo.int8.engine         build-engine
-    clip-vit-demo.int8.engine.json    its passport
+    int8.engine                       build-engine
+    int8.engine.json                  its passport
     verification.jsonl                verify: a record an image
     verification.1-of-4.jsonl         verify --shard 1/4, until `verify merge`
     disagreements.csv                 verify: images with another answer than PyTorch's
@@ -36,6 +36,7 @@ from clipdeploy.core.passport import Passport, Precision, read_json, to_json
 from clipdeploy.core.paths import StrPath
 from clipdeploy.core.values import Fault, is_name, unless
 from clipdeploy.models import cards
+from clipdeploy.workspace.names import artifact_path
 from clipdeploy.workspace.passports import checked_passport
 
 __all__ = ["PRECISIONS", "Workspace"]
@@ -71,11 +72,11 @@ class Workspace:
 
     def graph(self, model: str, precision: Precision) -> Path:
         """The ONNX graph of one precision."""
-        return self.folder(model) / f"{cards.full_name(model)}.{precision}.onnx"
+        return artifact_path(self.folder(model), cards.full_name(model), precision, "onnx")
 
     def engine(self, model: str, precision: Precision) -> Path:
         """The TensorRT engine of one precision."""
-        return self.folder(model) / f"{cards.full_name(model)}.{precision}.engine"
+        return artifact_path(self.folder(model), cards.full_name(model), precision, "engine")
 
     def calibration(self, model: str, shard: tuple[int, int] | None = None) -> Path:
         """The calibration table, or one shard of it."""

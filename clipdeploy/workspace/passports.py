@@ -28,6 +28,7 @@ from clipdeploy.engines.passport import (
 )
 from clipdeploy.models import cards
 from clipdeploy.models.cards import ModelCard
+from clipdeploy.workspace.names import artifact_path
 from exporters.headers import has_passport, read_passport
 
 __all__ = ["CheckedPassport", "check_made_from", "checked_passport", "is_vouched"]
@@ -193,9 +194,9 @@ def _decides(passport: Passport) -> dict[str, Any]:
 def _check_statements(
     path: Path, passport: Passport, reference: Passport | None, *, neighbours: bool
 ) -> None:
-    source = path.parent / f"{passport.model}.fp32.onnx"
+    source = artifact_path(path.parent, passport.model, "fp32", "onnx")
     beside = neighbours and source.name != path.name and source.exists()
-    if beside and path.name == f"{passport.model}.{passport.precision}.onnx":
+    if beside and path == artifact_path(path.parent, passport.model, passport.precision, "onnx"):
         check_made_from(path, passport.parents.get("source_graph"), source)
     if reference is not None:
         _check_same(path, passport, reference, "the reference")

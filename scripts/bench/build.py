@@ -136,7 +136,7 @@ def measure(
     """Print a line a precision; the ratios of the figures."""
     ratios = []
     for precision in precisions:
-        graph = workspace / model / f"{model}.{precision}.onnx"
+        graph = workspace / model / f"{precision}.onnx"
         peer = graph.with_name("polygraphy.engine")
         engines = {"clipdeploy": graph.with_suffix(".engine"), "polygraphy": peer}
         graph.read_bytes()

@@ -77,7 +77,7 @@ def workspace(demo_workspace: Workspace, tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_workspace_takes_a_text_and_any_name(workspace: str) -> None:
     made = Workspace(workspace)
     assert made == Workspace(Path(workspace))
-    assert made.graph(ALIAS, "fp32") == Path(workspace, cards.DEMO, f"{cards.DEMO}.fp32.onnx")
+    assert made.graph(ALIAS, "fp32") == Path(workspace, cards.DEMO, "fp32.onnx")
     assert made.engine(ALIAS, "int8").parent == made.folder(cards.DEMO)
     assert made.source(ALIAS)[1].model == cards.DEMO
 

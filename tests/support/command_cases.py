@@ -36,7 +36,7 @@ class Case:
 
 # Of each class; a search and its confirmation take half of them each.
 _FEW = 12
-_GRAPH = f"artifacts/{cards.DEMO}/{cards.DEMO}"
+_GRAPH = f"artifacts/{cards.DEMO}"
 _VERIFY = "verify --data test.zip --limit 40 --max-drop 30 --workers 0"
 _BENCHMARK = "benchmark --batch 1,8 --rounds 3 --warmup 0.01"
 CASES: dict[str, tuple[Case, ...]] = {
@@ -57,7 +57,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     ),
     "verify run": (
         Case(f"{_VERIFY} --graphs-only --report verdict.html"),
-        Case(f"{_VERIFY} {_GRAPH}.fp16.onnx foreign.onnx", slow=True),
+        Case(f"{_VERIFY} {_GRAPH}/fp16.onnx foreign.onnx", slow=True),
     ),
     "verify merge": (Case("verify merge --max-drop 20"),),
     "predict": (Case("predict digits --top 3"),),
@@ -65,15 +65,15 @@ CASES: dict[str, tuple[Case, ...]] = {
     "search": (Case("search --data few.zip --max-drop 15 --fixed-plan", slow=True),),
     "benchmark": (
         Case(_BENCHMARK),
-        Case(f"{_BENCHMARK} foreign.onnx {_GRAPH}.int8.onnx", slow=True),
+        Case(f"{_BENCHMARK} foreign.onnx {_GRAPH}/int8.onnx", slow=True),
     ),
     "inspect": (
-        Case(f"inspect {_GRAPH}.int8.onnx"),
-        Case(f"inspect {_GRAPH}.fp16.engine", engine=True),
+        Case(f"inspect {_GRAPH}/int8.onnx"),
+        Case(f"inspect {_GRAPH}/fp16.engine", engine=True),
     ),
     "package": (
         Case("package --triton models"),
-        Case(f"package {_GRAPH}.int8.onnx --cpp program"),
+        Case(f"package {_GRAPH}/int8.onnx --cpp program"),
     ),
     "doctor": (Case("doctor"),),
     "config": (Case("config"),),

@@ -71,7 +71,7 @@ class Case:
         folder = self.artifacts.folder(DEMO)
         folder.mkdir(parents=True, exist_ok=True)
         for kind in kinds:
-            name = kind if kind == "calibration.json" else f"{DEMO}.{kind}"
+            name = kind
             shutil.copy(self.demo.folder(DEMO) / name, folder / name)
 
 

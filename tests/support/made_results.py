@@ -26,7 +26,7 @@ REPEAT: dict[str, Any] = {
     "changed": 0,
 }
 
-GRAPH = Asked("clip-vit-demo.fp32.onnx", "graph", "fp32", "a" * 64, "ONNX Runtime (CPU)")
+GRAPH = Asked("fp32.onnx", "graph", "fp32", "a" * 64, "ONNX Runtime (CPU)")
 QUESTION = Question(
     model=cards.DEMO,
     weights="b" * 64,

@@ -83,7 +83,7 @@ def changed(value: Any) -> Any:
 
 
 def file(artifacts: Path, kind: str) -> Path:
-    return artifacts / cards.DEMO / f"{cards.DEMO}.{kind}"
+    return artifacts / cards.DEMO / kind
 
 
 def text_of(path: Path) -> str:

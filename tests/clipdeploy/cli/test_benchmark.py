@@ -52,7 +52,7 @@ def test_all_of_the_last_model_is_measured_and_drawn(artifacts: Path, tmp_path: 
 
 
 def test_json_is_all_that_stdout_holds(artifacts: Path) -> None:
-    graph = artifacts / cards.DEMO / "clip-vit-demo.int8.onnx"
+    graph = artifacts / cards.DEMO / "int8.onnx"
     result = run(graph, *QUICK, "--seed", "5", "--threads", "1", "--json")
     assert result.exit_code == 0, result.output
     read = json.loads(result.stdout)
@@ -84,7 +84,7 @@ def test_nothing_that_runs_is_an_error_with_the_reasons(tmp_path: Path) -> None:
 
 
 def test_one_that_runs_is_enough(artifacts: Path) -> None:
-    engine = artifacts / cards.DEMO / "clip-vit-demo.fp16.engine"
+    engine = artifacts / cards.DEMO / "fp16.engine"
     engine.write_bytes(b"no passport beside it")
     result = run(*QUICK, "--workspace", artifacts, "--json")
     assert result.exit_code == 0

@@ -47,7 +47,7 @@ def build(artifacts: Path, *words: str) -> Result:
 
 
 def engine(artifacts: Path, precision: str = "fp16") -> Path:
-    return artifacts / cards.DEMO / f"{cards.DEMO}.{precision}.engine"
+    return artifacts / cards.DEMO / f"{precision}.engine"
 
 
 def refused(result: Result, artifacts: Path, *words: str, code: int = 1) -> None:
@@ -158,7 +158,7 @@ def small_disk(engine: Path, *words: str) -> subprocess.CompletedProcess[str]:
         "from clipdeploy.engines.builder import build_engine\n"
         "build_engine(Path(sys.argv[1]), Path(sys.argv[2]))"
     )
-    graph = engine.parents[1] / "artifacts" / cards.DEMO / f"{cards.DEMO}.fp16.onnx"
+    graph = engine.parents[1] / "artifacts" / cards.DEMO / "fp16.onnx"
     command = [*words, sys.executable, "-c", code, str(graph), str(engine)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
@@ -187,7 +187,7 @@ def test_a_file_that_may_not_grow_leaves_no_engine(artifacts: Path, tmp_path: Pa
 
 def test_a_folder_that_cannot_be_written_is_told_before_the_build(artifacts: Path) -> None:
     # The superuser may write anywhere but into /proc.
-    graph = artifacts / cards.DEMO / f"{cards.DEMO}.fp16.onnx"
+    graph = artifacts / cards.DEMO / "fp16.onnx"
     started = []
 
     class Listening:
@@ -314,7 +314,7 @@ def test_without_a_gpu_inspect_does_not_speak_for_the_engine(artifacts: Path) ->
 
 def test_a_linear_that_silently_left_int8_is_told(artifacts: Path) -> None:
     """Weight scales along the input axis: accepted, dequantised, and multiplied in float16."""
-    graph = artifacts / cards.DEMO / f"{cards.DEMO}.int8.onnx"
+    graph = artifacts / cards.DEMO / "int8.onnx"
     model = onnx.load(graph)
     for node in model.graph.node:
         if node.name == "blocks.3.mlp.fc1/weight_DQ":
@@ -332,7 +332,7 @@ def test_a_linear_that_silently_left_int8_is_told(artifacts: Path) -> None:
 
 
 def test_inspect_a_graph(artifacts: Path) -> None:
-    shown = run("inspect", artifacts / cards.DEMO / f"{cards.DEMO}.fp16.onnx").stdout
+    shown = run("inspect", artifacts / cards.DEMO / "fp16.onnx").stdout
     assert "blocks.0 to 5  4 fp16           2 fp16" in shown
     assert "what the graph asks for" in shown
 

@@ -53,7 +53,7 @@ def weights(tmp_path: Path) -> Path:
 
 
 def passport_names(tmp_path: Path) -> tuple[str, ...]:
-    graph = tmp_path / "artifacts" / cards.DEMO / f"{cards.DEMO}.fp32.onnx"
+    graph = tmp_path / "artifacts" / cards.DEMO / "fp32.onnx"
     return read_passport(graph).class_names
 
 

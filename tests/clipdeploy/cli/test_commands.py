@@ -72,7 +72,7 @@ def test_the_three_commands(tmp_path: Path) -> None:
     at = ("--workspace", tmp_path / "artifacts")
     exported = run("export", "--model", "demo", *at)
     assert exported.exit_code == 0, exported.output
-    assert "clip-vit-demo.fp32.onnx" in exported.stdout
+    assert "fp32.onnx" in exported.stdout
     built = run("build-engine", "--int8", "--data", CALIBRATION, *at)
     assert built.exit_code == 0, built.output
     assert "model: clip-vit-demo (the last one of" in built.stderr
@@ -81,7 +81,7 @@ def test_the_three_commands(tmp_path: Path) -> None:
     result = json.loads(verified.stdout)
     assert result["passed"] is True
     assert [row["precision"] for row in result["rows"]] == ["fp32", "int8"]
-    engine = tmp_path / "artifacts/clip-vit-demo/clip-vit-demo.int8.engine"
+    engine = tmp_path / "artifacts/clip-vit-demo/int8.engine"
     inspected = run("inspect", engine, "--json")
     assert json.loads(inspected.stdout)["engine"]["backend"] == "tensorrt-rtx"
 
@@ -96,7 +96,7 @@ def test_an_engine_that_did_not_run_is_no_pass(artifacts: Path) -> None:
     result = run("verify", "--data", TEST, "--limit", "20", "--workspace", artifacts)
     assert result.exit_code == 3
     assert "fp16 engine" in result.stdout
-    assert "clip-vit-demo.fp16.onnx was scored in its place" in " ".join(result.stdout.split())
+    assert "fp16.onnx was scored in its place" in " ".join(result.stdout.split())
 
 
 def test_an_undecided_verdict_exits_with_three(artifacts: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_broken_jpeg_is_named_and_skipped_only_on_request(artifacts: Path, dig
     assert result.exit_code == 0
     assert "skipped, unreadable: 3/broken.jpg" in result.stderr
     assert len(json.loads(table.read_text())["images"]) == 200
-    (artifacts / cards.DEMO / "clip-vit-demo.int8.onnx").unlink()
+    (artifacts / cards.DEMO / "int8.onnx").unlink()
     verified = run("verify", "--data", digits, "--workspace", artifacts)
     refused(verified, 1, "3/broken.jpg")
 

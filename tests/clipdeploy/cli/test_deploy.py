@@ -64,7 +64,7 @@ def test_json_is_all_that_stdout_holds_and_quiet_says_nothing(artifacts: Path) -
 
 
 def test_a_regressed_graph_exits_with_three(artifacts: Path) -> None:
-    ruin(artifacts / cards.DEMO / "clip-vit-demo.int8.onnx", turn_answers)
+    ruin(artifacts / cards.DEMO / "int8.onnx", turn_answers)
     result = run(*words(artifacts, "--graphs-only"))
     assert result.exit_code == 3, result.output
     assert result.stdout.startswith("REGRESSED: int8 graph")
@@ -106,7 +106,7 @@ def test_a_setting_calibrates_int8_alone(
 def test_bad_options(more: tuple[str, ...], code: int, said: str, artifacts: Path) -> None:
     result = run(*words(artifacts, *more))
     refused(result, code, said)
-    assert not (artifacts / cards.DEMO / "clip-vit-demo.int8.engine").exists()
+    assert not (artifacts / cards.DEMO / "int8.engine").exists()
 
 
 def test_what_cannot_be_read_is_named_and_left_open(artifacts: Path, tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ def folder(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) 
     return made
 
 
-GRAPH = f"artifacts/{cards.DEMO}/{cards.DEMO}.int8.onnx"
+GRAPH = f"artifacts/{cards.DEMO}/int8.onnx"
 BAD = "--workspace regressed"
 VERIFY = "verify --data few.zip --limit 64 --max-drop 8 --workers 0 --graphs-only --no-cache"
 # So few images prove no such drop.

@@ -58,10 +58,10 @@ KILLED = (
     Killed("export --model demo", ("artifacts",)),
     Killed("quantize --range minmax"),
     Killed("calibrate --data calibration.zip --images 48", (f"{MODEL}/calibration.json",)),
-    Killed("quantize", (f"{MODEL}/{cards.DEMO}.int8.onnx",)),
+    Killed("quantize", (f"{MODEL}/int8.onnx",)),
     Killed(
         "build-engine --int8 --data calibration.zip --images 48",
-        (f"{MODEL}/{cards.DEMO}.int8.onnx", f"{MODEL}/calibration.json"),
+        (f"{MODEL}/int8.onnx", f"{MODEL}/calibration.json"),
         engine=True,
     ),
     Killed("verify --data test.zip --limit 96 --max-drop 20 --report verdict.json"),
@@ -69,8 +69,8 @@ KILLED = (
     Killed("search --data few.zip --max-drop 15 --fixed-plan"),
     Killed("benchmark --batch 1 --rounds 3 --warmup 0.01 --plot speed.svg", measured=True),
     Killed("package --triton models", quick=True),
-    Killed(f"package {MODEL}/{cards.DEMO}.int8.onnx --triton old --force", quick=True),
-    Killed(f"package {MODEL}/{cards.DEMO}.int8.onnx --cpp program --force", quick=True),
+    Killed(f"package {MODEL}/int8.onnx --triton old --force", quick=True),
+    Killed(f"package {MODEL}/int8.onnx --cpp program --force", quick=True),
 )
 
 
@@ -91,7 +91,7 @@ class Place:
             (root / name).mkdir()
         if "--force" in case.words:
             for folder, kind in (("old", "--triton"), ("program", "--cpp")):
-                words = f"package {MODEL}/{cards.DEMO}.fp32.onnx {kind} {folder}"
+                words = f"package {MODEL}/fp32.onnx {kind} {folder}"
                 name = " --name clip-vit-demo-int8" if kind == "--triton" else ""
                 assert self._server.run(self._command((words + name).split())) == 0
         for name in case.missing:
@@ -215,7 +215,7 @@ def test_a_half_written_file_is_noticed(
 ) -> None:
     place = Place(tmp_path / "place", Killed("quantize"), demo_workspace, server)
     before = place.files()
-    graph = place.root / MODEL / f"{cards.DEMO}.int8.onnx"
+    graph = place.root / MODEL / "int8.onnx"
     graph.write_bytes(graph.read_bytes()[:1000])
     with pytest.raises(AssertionError, match=r"int8\.onnx"):
         nothing_half_done(place.files(), before, before)
@@ -226,12 +226,12 @@ def test_a_half_written_file_is_noticed(
 def test_a_kill_comes_at_its_step(
     demo_workspace: Workspace, server: CommandServer, tmp_path: Path
 ) -> None:
-    case = Killed("quantize", (f"{MODEL}/{cards.DEMO}.int8.onnx",))
+    case = Killed("quantize", (f"{MODEL}/int8.onnx",))
     place, log = Place(tmp_path / "place", case, demo_workspace, server), tmp_path / "steps"
     assert server.run(place.command(steps=str(log))) == 0
     steps = log.read_text().splitlines()
     assert any(step.startswith("os.rename") and ".part" in step for step in steps)
-    graph = place.root / MODEL / f"{cards.DEMO}.int8.onnx"
+    graph = place.root / MODEL / "int8.onnx"
     graph.unlink()
     rename = next(n for n, step in enumerate(steps, 1) if step.startswith("os.rename"))
     assert server.run(place.command(kill_at=rename)) == -signal.SIGKILL

@@ -100,7 +100,7 @@ def test_names_in_settings(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_passport_of_a_graph(artifacts: Path, digits: Path) -> None:
     odd = artifacts.parent / f"{ODD}.onnx"
-    shutil.copy(artifacts / cards.DEMO / f"{cards.DEMO}.fp32.onnx", odd)
+    shutil.copy(artifacts / cards.DEMO / "fp32.onnx", odd)
     result = run("inspect", odd)
     assert result.exit_code == 0, result.output
     check(STYLE.sub("", result.output))

@@ -28,7 +28,7 @@ def artifacts(demo_workspace: Workspace, tmp_path: Path) -> Path:
 def test_the_best_artifact_of_the_last_model_is_packaged(artifacts: Path, tmp_path: Path) -> None:
     result = run("--triton", tmp_path / "models", "--workspace", artifacts)
     assert result.exit_code == 0, result.output
-    assert "clip-vit-demo.fp16.onnx" in result.stderr
+    assert "fp16.onnx" in result.stderr
     assert "clip-vit-demo-fp16: version 1 written, up to 32 images at once" in result.stdout
     again = run("--triton", tmp_path / "models", "--workspace", artifacts)
     assert "version 1 unchanged" in again.stdout
@@ -37,7 +37,7 @@ def test_the_best_artifact_of_the_last_model_is_packaged(artifacts: Path, tmp_pa
 def test_options_reach_the_configuration_and_json_tells_them(
     artifacts: Path, tmp_path: Path
 ) -> None:
-    graph = artifacts / cards.DEMO / "clip-vit-demo.int8.onnx"
+    graph = artifacts / cards.DEMO / "int8.onnx"
     words = ("--max-batch", "4", "--queue-delay", "0", "--instances", "2", "--name", "digits")
     result = run(graph, "--triton", tmp_path / "models", *words, "--json")
     assert result.exit_code == 0, result.output
@@ -54,7 +54,7 @@ def test_options_reach_the_configuration_and_json_tells_them(
 def test_a_program_is_written_with_the_commands_that_build_it(
     artifacts: Path, tmp_path: Path
 ) -> None:
-    graph, folder = artifacts / cards.DEMO / "clip-vit-demo.fp32.onnx", tmp_path / "cpp"
+    graph, folder = artifacts / cards.DEMO / "fp32.onnx", tmp_path / "cpp"
     result = run(graph, "--cpp", folder)
     assert result.exit_code == 0, result.output
     assert f"{folder}: written, for onnxruntime" in result.stdout

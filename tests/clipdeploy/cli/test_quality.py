@@ -61,7 +61,7 @@ def test_images_that_show_nothing_are_refused(
 
 
 def _quantized(artifacts: Path) -> Path:
-    return artifacts / cards.DEMO / f"{cards.DEMO}.int8.onnx"
+    return artifacts / cards.DEMO / "int8.onnx"
 
 
 @pytest.mark.parametrize(

@@ -75,8 +75,8 @@ def bisection() -> Bisection:
     blocks = tuple(BlockError(f"blocks.{i}", db, db, db, -99.99, -99.99) for i in range(DEPTH))
     facts = tuple(LinearFacts(name, 1386.4, 1.0, 3, None, 0.0, db, 1.0, 0) for name in names)
     return Bisection(
-        model=LONGEST, reference=f"artifacts/{LONGEST}/{LONGEST}.fp32.onnx",
-        candidate=f"artifacts/{LONGEST}/{LONGEST}.int8.onnx", precision="int8", data="x",
+        model=LONGEST, reference=f"artifacts/{LONGEST}/fp32.onnx",
+        candidate=f"artifacts/{LONGEST}/int8.onnx", precision="int8", data="x",
         labelled=True, random_weights=False, measured=Measurement(64, FIDELITY, parts, blocks),
         linears=facts, culprits=tuple(Culprit(n, 9.0, 1.0, 0.0, 1.0, "x") for n in names[:5]),
         sentence="one stands out",
@@ -91,7 +91,7 @@ def search() -> SearchResult:
         for number, label in enumerate(("chosen, all INT8", "all FP16", ""), 97)
     )  # fmt: skip
     judged = judge_drop(0, 0, 500, 1.0)
-    path = Path(f"artifacts/{LONGEST}/{LONGEST}.int8.onnx")
+    path = Path(f"artifacts/{LONGEST}/int8.onnx")
     costs = CostModel("macs", "FP16 MACs", 8, {})
     return SearchResult(
         LONGEST, "data", points[0], tuple(linears), points, costs, PlanConfig("percentile"),
@@ -101,7 +101,7 @@ def search() -> SearchResult:
 
 
 def test_a_verification_is_whole() -> None:
-    assert whole(verification_table(verification("a", f"{LONGEST}.fp16.engine", "b" * 70)))
+    assert whole(verification_table(verification("a", "fp16.engine", "b" * 70)))
 
 
 def test_a_bisection_is_whole() -> None:

@@ -25,7 +25,7 @@ from exporters.headers import read_passport
 
 
 def graph(artifacts: Path) -> Path:
-    return artifacts / cards.DEMO / f"{cards.DEMO}.fp32.onnx"
+    return artifacts / cards.DEMO / "fp32.onnx"
 
 
 def kept(artifacts: Path) -> list[str]:

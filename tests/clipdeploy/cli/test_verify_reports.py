@@ -72,7 +72,7 @@ def test_the_heat_map_of_a_bisected_graph_is_shown_and_of_no_other(
     at = ("--workspace", artifacts)
     found = run("bisect", *at, "--model", "demo", "--data", TEST, "--images", "2", "--batch", "2")
     assert found.exit_code == 0, found.output
-    heading = f"Where {cards.DEMO}.int8.onnx leaves PyTorch"
+    heading = "Where int8.onnx leaves PyTorch"
     again = run("verify", *VERIFY, *LIMIT, *at, "--report", page)
     assert again.exit_code == 0, again.output
     shown = read_page(page.read_text(encoding="utf-8"))

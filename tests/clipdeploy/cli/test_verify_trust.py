@@ -54,7 +54,7 @@ def folder(artifacts: Path) -> Path:
 
 
 def graph(artifacts: Path) -> Path:
-    return folder(artifacts) / f"{cards.DEMO}.fp32.onnx"
+    return folder(artifacts) / "fp32.onnx"
 
 
 def ruin(path: Path) -> None:
@@ -216,7 +216,7 @@ def test_records_are_those_of_the_artifacts_bytes(artifacts: Path) -> None:
 def test_what_is_known_of_an_artifact_is_not_computed_again(
     whole_workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = [folder(whole_workspace) / f"{cards.DEMO}.{p}.onnx" for p in ("fp32", "fp16", "int8")]
+    names = [folder(whole_workspace) / f"{p}.onnx" for p in ("fp32", "fp16", "int8")]
     three = good(verify(whole_workspace, *names, *FEW, "--json"))
     with monkeypatch.context() as patch:
         no_run(patch)
@@ -331,7 +331,7 @@ def test_a_calibration_image_saved_anew_is_a_leak(
     # What one run allowed, another one that goes by its records does not.
     refused(verify(whole_workspace, *at, data=data), 1, "was used for calibration")
     # An FP32 graph was calibrated on nothing.
-    name = folder(whole_workspace) / f"{cards.DEMO}.fp32.onnx"
+    name = folder(whole_workspace) / "fp32.onnx"
     assert good(verify(whole_workspace, name, *at, "--json", data=data))["leaked"] == 0
 
 
@@ -343,7 +343,7 @@ def test_a_calibration_that_knows_no_pixels_is_named_in_the_result(whole_workspa
     # The artifacts are those of this table: its hash is in their passport.
     at = ("--model", "demo", "--workspace", whole_workspace)
     assert run("quantize", *at, "--force").exit_code == 0
-    path = folder(whole_workspace) / f"{cards.DEMO}.int8.onnx"
+    path = folder(whole_workspace) / "int8.onnx"
     found = good(verify(whole_workspace, path, *FEW, "--json"))
     assert found["leaked"] == 0
     assert any("older clipdeploy" in each for each in found["problems"])
@@ -359,7 +359,7 @@ def test_one_saved_with_loss_is_counted(whole_workspace: Path, digits: Path) -> 
 
 @pytest.mark.parametrize("how", ["no calibration", "another calibration", "no passport"])
 def test_unknown_calibration_images_are_unknown(how: str, whole_workspace: Path) -> None:
-    path = folder(whole_workspace) / f"{cards.DEMO}.int8.onnx"
+    path = folder(whole_workspace) / "int8.onnx"
     table = folder(whole_workspace) / "calibration.json"
     at: tuple[str | Path, ...] = (path, *FEW)
     if how == "no calibration":

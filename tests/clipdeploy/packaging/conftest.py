@@ -34,7 +34,7 @@ def graphs(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) 
     """The demo model's graph in each precision, and with each kind of input."""
     folder = demo_workspace.folder(cards.DEMO)
     names = ("fp32", "fp16", "int8")
-    found = {name: folder / f"{cards.DEMO}.{name}.onnx" for name in names}
+    found = {name: folder / f"{name}.onnx" for name in names}
     made = tmp_path_factory.mktemp("graphs")
     # As `export --preprocess` and `export --batch 4` would have them, without tracing again.
     passport = read_passport(found["fp32"])

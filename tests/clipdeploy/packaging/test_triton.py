@@ -311,7 +311,7 @@ def test_an_engine_of_tensorrt_comes_before_a_graph(
     with pytest.raises(UsageError, match="nothing to package"):
         artifact_to_package(workspace, cards.DEMO)
     shutil.copytree(demo_workspace.root, workspace.root)
-    assert artifact_to_package(workspace, cards.DEMO).name == "clip-vit-demo.fp16.onnx"
+    assert artifact_to_package(workspace, cards.DEMO).name == "fp16.onnx"
     for backend, taken in (("tensorrt-rtx", "onnx"), ("tensorrt", "engine")):
         engine = described_engine("int8", backend=backend)
         for path in (engine, engine.with_name(engine.name + ".json")):

@@ -34,7 +34,7 @@ PATIENCE = 240
 
 VERIFY = (
     "verify",
-    f"artifacts/{cards.DEMO}/{cards.DEMO}.int8.onnx",
+    f"artifacts/{cards.DEMO}/int8.onnx",
     "--data",
     TEST,
     "--limit",

@@ -184,7 +184,7 @@ def test_a_regressed_result_shows_who_answers_what(ruined: Case) -> None:
     assert len(page.images) == 24
     contents = contents_of(ruined.results, judge_results(ruined.results, ruined.max_drop))
     # Three FP32 graphs are told apart by their files.
-    names = ["clip-vit-demo.fp32.onnx", "int8 graph", "wrong.onnx", "nan.onnx"]
+    names = ["fp32.onnx", "int8 graph", "wrong.onnx", "nan.onnx"]
     assert [line.artifact for line in contents.lines] == ["PyTorch", *names]
     assert list(contents.spreads) == names
     # An artifact with NaN has no figure that could pass for one.

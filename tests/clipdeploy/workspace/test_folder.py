@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,10 +37,24 @@ def test_the_last_model_is_a_name_and_no_path(name: str, tmp_path: Path) -> None
 
 def test_looking_makes_nothing(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path / "artifacts")
-    assert workspace.graph("m", "int8").name == "m.int8.onnx"
-    assert workspace.engine("m", "fp16").name == "m.fp16.engine"
+    assert workspace.graph("m", "int8").name == "int8.onnx"
+    assert workspace.engine("m", "fp16").name == "fp16.engine"
     assert workspace.calibration("m").parent == workspace.folder("m")
     assert not workspace.root.exists()
+
+
+@pytest.mark.parametrize("kind", ["graph", "engine"])
+def test_files_under_the_names_of_earlier_versions_are_found(kind: str, tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    path: Callable[[str, str], Path] = getattr(workspace, kind)
+    short = path("m", "fp16")
+    long = short.with_name(f"m.{short.name}")
+    long.parent.mkdir()
+    long.write_bytes(b"old")
+    assert path("m", "fp16") == long
+    assert path("m", "int8").name == short.name.replace("fp16", "int8")
+    short.write_bytes(b"new")
+    assert path("m", "fp16") == short
 
 
 def test_a_source_of_another_model_or_precision_is_refused(
