@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from demo_workspaces import complete_workspace, graph_workspace
 from numpy.typing import NDArray
 
 from clipdeploy.cli.settings import SETTINGS
@@ -16,7 +17,6 @@ from clipdeploy.core.passport import Recipe
 from clipdeploy.imaging import iter_crops, open_images, select
 from clipdeploy.models import cards
 from clipdeploy.models.load import LoadedModel, WeightsChoice, load_model
-from clipdeploy.pipeline import calibrate_model, convert_model, export_model, quantize_model
 from clipdeploy.workspace.folder import Workspace
 from exporters.samples import normalise
 
@@ -42,12 +42,13 @@ def python_hears_ctrl_c() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def demo_workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """The demo card exported, calibrated, converted to FP16 and quantised.  Read only."""
-    workspace = Workspace(tmp_path_factory.mktemp("demo") / "artifacts")
-    export_model(workspace, cards.DEMO)
-    convert_model(workspace, cards.DEMO)
-    calibrate_model(workspace, cards.DEMO, cards.demo_file("calibration.zip"))
-    quantize_model(workspace, cards.DEMO)
-    return workspace
+    return graph_workspace(tmp_path_factory.mktemp("demo") / "artifacts")
+
+
+@pytest.fixture(scope="session")
+def complete_demo(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """The demo workspace with shards to merge and, where it can be built, an engine.  Read only."""
+    return complete_workspace(demo_workspace, tmp_path_factory.mktemp("complete") / "artifacts")
 
 
 @pytest.fixture(scope="session")

@@ -63,7 +63,10 @@ def _deviations(parts: Sequence[PartError]) -> dict[str, float]:
     own = np.asarray([_db(part.own_db) for part in parts])
     median = float(np.median(own))
     spread = max(1.4826 * float(np.median(np.abs(own - median))), _LEAST_SPREAD_DB)
-    return {part.name: (median - value) / spread for part, value in zip(parts, own, strict=True)}
+    return {
+        part.name: (median - value) / spread
+        for part, value in zip(parts, own.tolist(), strict=True)
+    }
 
 
 def _stand_out(parts: Sequence[PartError]) -> list[tuple[PartError, float | None]]:

@@ -16,7 +16,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import pytest
 
@@ -25,22 +24,16 @@ if sys.platform == "win32":
 
 from command_cases import CASES, Case, prepare, runnable_commands
 from command_server import Command, CommandServer, command_server
+from demo_workspaces import TENSORRT
 from terminals import COLOUR, CONTROL, screen, terminal
 
 from clipdeploy.cli.main import main
-from clipdeploy.engines.build_config import BuildConfig
-from clipdeploy.models import cards
-from clipdeploy.pipeline import build_model, calibrate_model, verify_model
-from clipdeploy.stages.calibrate import CalibrateConfig
-from clipdeploy.stages.verify.setup import VerifyScope
-from clipdeploy.verification.verifier import VerifyConfig
 from clipdeploy.workspace.folder import Workspace
 
 # A command to copy into a shell is not cut, however narrow the terminal is, and no path or address.
 TO_COPY = re.compile(r".*-> |\s*\S+$")
 NUMBER = re.compile(r"[+-]?\d[\d.,:]*(?:e[+-]\d+)?")
 NARROW, BROAD = 80, 160
-TENSORRT = find_spec("tensorrt_rtx") is not None
 
 
 @dataclass(frozen=True)
@@ -50,22 +43,6 @@ class Shown:
     out: bytes
     err: bytes
     status: int
-
-
-@pytest.fixture(scope="module")
-def made(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """The demo workspace with an engine, and with shards that can be merged."""
-    workspace = Workspace(tmp_path_factory.mktemp("made") / "artifacts")
-    shutil.copytree(demo_workspace.root, workspace.root)
-    calibration, test = cards.demo_file("calibration.zip"), cards.demo_file("test.zip")
-    for part in (1, 2):
-        verify = VerifyConfig(max_drop=20, shard=(part, 2), workers=0)
-        scope = VerifyScope(graphs_only=True, limit=60)
-        calibrate_model(workspace, cards.DEMO, calibration, CalibrateConfig(24, shard=(part, 2)))
-        verify_model(workspace, cards.DEMO, test, verify, scope)
-    if TENSORRT:
-        build_model(workspace, cards.DEMO, "fp16", BuildConfig(backend="tensorrt-rtx"))
-    return workspace
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +56,15 @@ Show = Callable[..., Shown]
 
 
 @pytest.fixture(scope="module")
-def show(made: Workspace, server: CommandServer, tmp_path_factory: pytest.TempPathFactory) -> Show:
+def show(
+    complete_demo: Workspace, server: CommandServer, tmp_path_factory: pytest.TempPathFactory
+) -> Show:
     """Runs a case once for each way to look at it, in a folder of its own."""
 
     @functools.cache
     def run(words: str, columns: int | None = None, *, colour: bool = True) -> Shown:
         folder = tmp_path_factory.mktemp("run")
-        prepare(made, folder)
+        prepare(complete_demo, folder)
         env = dict.fromkeys(("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "COLORTERM"))
         env |= {"TERM": "xterm-256color"} | ({} if colour else {"NO_COLOR": "1"})
         if columns is None:
@@ -191,7 +170,7 @@ def test_quietly(case: Case, show: Show) -> None:
     )
 
 
-def test_the_server_shows_what_a_process_of_its_own_does(show: Show, made: Workspace) -> None:
+def test_the_server_shows_what_a_process_of_its_own_does(show: Show) -> None:
     words = "zoo show demo"
     done = subprocess.run(
         [sys.executable, "-m", "clipdeploy", *words.split()], capture_output=True, check=True

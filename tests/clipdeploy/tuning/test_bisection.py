@@ -17,7 +17,7 @@ from calibration.plan import PlanConfig
 from calibration.qdq import QuantizeConfig
 from clipdeploy.cli.main import main
 from clipdeploy.core.errors import ArtifactError, UsageError
-from clipdeploy.core.passport import PASSPORT_KEY, Recipe
+from clipdeploy.core.passport import PASSPORT_KEY, Recipe, from_json, to_json
 from clipdeploy.models import cards
 from clipdeploy.models.load import WeightsChoice
 from clipdeploy.pipeline import BisectConfig, Workspace, bisect_model, export_model, sample_images
@@ -151,6 +151,8 @@ def test_in_a_large_network_only_the_largest_shares_are_restored(
     (culprit,) = found.culprits
     assert culprit.gain_db is not None
     assert culprit.gain_db > 1.2
+    # What NumPy computes has no JSON form until it is Python's.
+    assert from_json(to_json(found), type(found), "the result") == found
 
 
 def test_without_passport_and_without_labels(demo_workspace: Workspace, tmp_path: Path) -> None:

@@ -1,0 +1,53 @@
+"""Workspaces of the demo model, made once and copied by who changes them."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+from clipdeploy.engines.build_config import BuildConfig
+from clipdeploy.models import cards
+from clipdeploy.pipeline import (
+    build_model,
+    calibrate_model,
+    convert_model,
+    export_model,
+    quantize_model,
+    verify_model,
+)
+from clipdeploy.stages.calibrate import CalibrateConfig
+from clipdeploy.stages.verify.setup import VerifyScope
+from clipdeploy.verification.verifier import VerifyConfig
+from clipdeploy.workspace.folder import Workspace
+
+__all__ = ["TENSORRT", "complete_workspace", "graph_workspace"]
+
+TENSORRT = find_spec("tensorrt_rtx") is not None
+
+
+def graph_workspace(root: Path) -> Workspace:
+    """The demo card exported, calibrated, converted to FP16 and quantised."""
+    workspace = Workspace(root)
+    export_model(workspace, cards.DEMO)
+    convert_model(workspace, cards.DEMO)
+    calibrate_model(workspace, cards.DEMO, cards.demo_file("calibration.zip"))
+    quantize_model(workspace, cards.DEMO)
+    return workspace
+
+
+def complete_workspace(graphs: Workspace, root: Path) -> Workspace:
+    """A copy of :func:`graph_workspace` with shards to merge, and an engine where there is
+    TensorRT-RTX.
+    """
+    workspace = Workspace(root)
+    shutil.copytree(graphs.root, workspace.root)
+    calibration, test = cards.demo_file("calibration.zip"), cards.demo_file("test.zip")
+    for part in (1, 2):
+        verify = VerifyConfig(max_drop=20, shard=(part, 2), workers=0)
+        scope = VerifyScope(graphs_only=True, limit=60)
+        calibrate_model(workspace, cards.DEMO, calibration, CalibrateConfig(24, shard=(part, 2)))
+        verify_model(workspace, cards.DEMO, test, verify, scope)
+    if TENSORRT:
+        build_model(workspace, cards.DEMO, "fp16", BuildConfig(backend="tensorrt-rtx"))
+    return workspace
