@@ -14,12 +14,12 @@ from pathlib import Path
 
 import click
 import pytest
+from command_lines import find_command, parse
 from doc_pages import Block, Page
 from script_module import load_script
 
 from calibration.plan import PlanConfig
 from clipdeploy import pipeline
-from clipdeploy.cli.common import DefaultGroup
 from clipdeploy.cli.main import main
 from clipdeploy.core.display import Shown
 from clipdeploy.models import cards
@@ -27,7 +27,8 @@ from clipdeploy.workspace.folder import Workspace
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
+PAGES = [*TOP, *sorted(DOCS.glob("*.md"))]
 COMMANDS = "docs/commands.md: python scripts/command_reference.py writes it anew"
 
 
@@ -39,38 +40,6 @@ every_page = pytest.mark.parametrize("path", PAGES, ids=named)
 
 
 # --- the commands that a page shows ---------------------------------------------------------------
-
-
-def find_command(words: Sequence[str]) -> tuple[click.Command, list[str]]:
-    """The command that these words call, and what is left for it."""
-    command, rest = main.commands.get(words[0]) if words else None, list(words[1:])
-    if command is None:
-        raise click.UsageError(f"no command {words[0] if words else ''!r}")
-    while isinstance(command, click.Group):
-        if rest and rest[0] in command.commands:
-            command = command.commands[rest.pop(0)]
-        elif isinstance(command, DefaultGroup):
-            command = command.commands[command.default]
-        else:
-            break
-    return command, rest
-
-
-def parse(words: Sequence[str]) -> None:
-    """Let click read the line as the program would.
-
-    Raises:
-        click.UsageError: the program would refuse it.
-    """
-    command, rest = find_command(words)
-    if {"-h", "--help"} & set(rest):
-        return
-    context = command.make_context("clipdeploy", rest)
-    if isinstance(command, click.Group):
-        # find_command() would have taken it, were it one of the group's commands.
-        _, left, _ = command.make_parser(context).parse_args(list(rest))
-        if left:
-            raise click.UsageError(f"no command {left[0]!r}")
 
 
 def option_names(command: click.Command) -> set[str]:

@@ -88,7 +88,8 @@ def choose_backend(wanted: Wanted) -> BackendChoice:
 def _check_usable(backend: Backend) -> None:
     if not is_installed(backend):
         package = _MODULES[backend].replace("_", "-")
-        raise BuildError(f"{package} is not installed", hint=f"pip install {package}")
+        wanted = '"clipdeploy[tensorrt]"' if backend == "tensorrt" else package
+        raise BuildError(f"{package} is not installed", hint=f"pip install {wanted}")
     if backend == "tensorrt" and not gpus():
         raise BuildError(
             "TensorRT builds only on a machine with a GPU",

@@ -76,7 +76,7 @@ def _read_ids(file: LabelFile) -> dict[int, str]:
     except ImportError as error:
         raise DatasetError(
             "meta.mat of the devkit is read with scipy, which is not installed",
-            hint="pip install scipy, or use val.txt",
+            hint='pip install "clipdeploy[devkit]", or use val.txt',
         ) from error
     try:
         synsets = loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]

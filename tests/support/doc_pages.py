@@ -34,7 +34,7 @@ class Block:
         """The words of every line that calls clipdeploy, without its own name."""
         if self.language not in ("", "sh", "console"):
             return
-        for line in self.text.replace("\\\n", " ").splitlines():
+        for line in re.sub(r"\s*\\\n\s*", " ", self.text).splitlines():
             line = re.sub(r"[\[\]]|\s+#.*", "", line.strip().removeprefix("$ "))
             # Two spaces: a row of a table.
             if line.startswith("clipdeploy ") and "  " not in line:
