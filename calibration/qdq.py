@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import onnx_ir as ir
@@ -43,7 +43,7 @@ from calibration.write import QdqWriter
 from clipdeploy.core.display import Renderable, Shown, stacked
 from clipdeploy.core.errors import ArtifactError, CalibrationError, GraphError, UsageError
 from clipdeploy.core.files import sha256_file
-from clipdeploy.core.passport import Passport, Preprocess, settings_of
+from clipdeploy.core.passport import Passport, Preprocess, ScaleForm, settings_of
 from clipdeploy.core.spans import SQNR_DB, check_numbers
 from exporters.checks import check_structure
 from exporters.graphs import load_graph, save_graph
@@ -66,10 +66,11 @@ class QuantizeConfig:
     int8 kernels on a CPU.  ``plan``: how ranges are found and outliers smoothed; ``scope``: what is
     quantised beside the Linears of the blocks.  ``min_sqnr``: the lowest signal over noise in dB
     that INT8 may leave: a Linear whose output would have less is left out, and a graph whose logits
-    have less is refused.  None judges nothing.
+    have less is refused.  None judges nothing.  ``weight_scales``: the form of the weights' scales,
+    see :mod:`calibration.write`; None is that of the TensorRT here, ``channel`` for ``fp32``.
 
     Raises:
-        UsageError: another ``remainder``, or a ``min_sqnr`` that is no number.
+        UsageError: another ``remainder`` or ``weight_scales``, or a ``min_sqnr`` that is no number.
     """
 
     exclude: tuple[str, ...] = ()
@@ -77,11 +78,22 @@ class QuantizeConfig:
     plan: PlanConfig = field(default_factory=PlanConfig)
     scope: Scope = field(default_factory=Scope)
     min_sqnr: float | None = MIN_SQNR_DB
+    weight_scales: ScaleForm | None = None
 
     def __post_init__(self) -> None:
         if self.remainder not in ("fp16", "fp32"):
             raise UsageError(
                 f"the remainder cannot be {self.remainder!r}", hint="choose fp16 or fp32"
+            )
+        if self.weight_scales not in (None, *get_args(ScaleForm)):
+            raise UsageError(
+                f"weight scales cannot have the form {self.weight_scales!r}",
+                hint=f"one of {', '.join(get_args(ScaleForm))}",
+            )
+        if self.weight_scales == "ratio" and self.remainder == "fp32":
+            raise UsageError(
+                "weight scales in ratio form are for TensorRT-RTX, remainder fp32 for ONNX Runtime",
+                hint="leave one of the two out",
             )
         check_numbers(self, min_sqnr=SQNR_DB.or_none)
 
@@ -188,7 +200,8 @@ def _write(
 ) -> dict[str, Weakest]:
     plan = config.plan
     foldings = smooth(model, table, chosen, plan.strength) if plan.smooth else {}
-    writer = QdqWriter(model.graph, unsigned=config.remainder == "fp32")
+    unsigned = config.remainder == "fp32"
+    writer = QdqWriter(model.graph, unsigned=unsigned, scales=config.weight_scales or "channel")
     sites = [site for site in find_linears(model) if site.name in chosen]
     products = find_products(model)
     found = _write_linears(writer, sites, table, foldings, config)
@@ -288,6 +301,7 @@ def quantize(
             valid.
         FileError: something cannot be read or written.
     """
+    config = replace(config, weight_scales=config.weight_scales or "channel")
     passport = read_passport(source)
     table = load_table(calibration)
     source_hash = sha256_file(source)

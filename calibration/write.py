@@ -1,8 +1,18 @@
 """QuantizeLinear / DequantizeLinear pairs into a graph.
 
     x ── Q(s_x) ── DQ(s_x) ──┐
-                             MatMul ── Add(bias)
+                             MatMul ── Add(bias)                    "channel"
     W int8 ────── DQ(s_w) ───┘
+
+    x ── Q(s_x) ── DQ(s_x) ──┐
+                             MatMul ── Mul(s_w / s) ── Add(bias)    "ratio"
+    W int8 ────── DQ(s) ─────┘
+
+The scales s_w of a weight, one for each output channel, have two forms.  TensorRT's INT8 kernels
+take all of them.  TensorRT-RTX (1.5 to 1.7) multiplies a GEMM's int32 sums only by one scale: with
+several it writes the raw sums as float16, which overflows at 65504.  In the ratio form it gets one
+scale, s = max s_w, and a Mul by the ratios, which it fuses with the Add.  Both forms hold the same
+integers.
 
 Two dialects hold the same integers.  TensorRT wants int8 with a zero point of zero, so that an
 input whose levels are not symmetric is shifted by a Sub first; ONNX Runtime's CPU kernels are
@@ -16,23 +26,32 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from clipdeploy.core.passport import ScaleForm
 from exporters.initializers import add_initializer, own_initializer
 
-__all__ = ["QdqWriter"]
+__all__ = ["QdqWriter", "ratio_name"]
 
 _MIDDLE = 128
+
+
+def ratio_name(linear: str) -> str:
+    """The node that multiplies a Linear's output by its scales' ratios, in the ratio form."""
+    return f"{linear}/ratio"
 
 
 class QdqWriter:
     """Writes pairs into ``graph``; ``unsigned`` chooses the dialect of ONNX Runtime's CPU.
 
+    ``scales``: the form of the scales of weights, see the module.
+
     With a ``zero`` level other than 0 the int8 dialect hands ``node`` an input from which
     step * zero was subtracted, and whoever writes makes up for it in the bias.
     """
 
-    def __init__(self, graph: ir.Graph, *, unsigned: bool) -> None:
+    def __init__(self, graph: ir.Graph, *, unsigned: bool, scales: ScaleForm = "channel") -> None:
         self._graph = graph
         self.unsigned = unsigned
+        self._scales = scales
 
     def _constant(self, name: str, array: NDArray[np.generic]) -> ir.Value:
         return add_initializer(self._graph, name, array)
@@ -86,8 +105,15 @@ class QdqWriter:
         scale: NDArray[np.float32],
         axis: int,
     ) -> None:
-        """Put int8 of its shape and scales (C,) along ``axis`` in the place of weight, input 1."""
+        """Put int8 of its shape and scales (C,) along ``axis`` in the place of weight, input 1.
+
+        In the ratio form a bias of ``node`` itself, its input 2, becomes an Add of its own.
+        """
         value = own_initializer(node, 1)
+        if self._scales == "ratio":
+            largest = scale.max()
+            self._multiply_output(node, name, scale / largest)
+            scale, axis = np.asarray(largest, np.float32), -1
         stored = self._constant(f"{value.name}/int8", integers)
         scales = self._constant(f"{value.name}/scale", scale)
         inputs = [stored, scales]
@@ -106,3 +132,30 @@ class QdqWriter:
         self._graph.insert_before(node, dq)
         node.replace_input_with(1, dq.outputs[0])
         del self._graph.initializers[value.name or ""]
+
+    def _multiply_output(self, node: ir.Node, name: str, ratio: NDArray[np.float32]) -> None:
+        """Multiply each output channel of ``node`` by its ``ratio`` (C,), before its bias.
+
+        The product, with its bias, takes over the name of the output and everything that reads it.
+        """
+        output = node.outputs[0]
+        # A convolution has its channels before height and width.
+        per_channel = (-1, 1, 1) if node.op_type == "Conv" else (-1,)
+        constant = self._constant(f"{name}.weight_ratio", ratio.reshape(per_channel))
+        new = [
+            self._node("Mul", ratio_name(name), [output, constant], ir.DataType.FLOAT, output, -1)
+        ]
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        if bias is not None:
+            assert bias.const_value is not None
+            added = self._constant(f"{name}.bias", bias.const_value.numpy().reshape(per_channel))
+            inputs = [new[0].outputs[0], added]
+            new.append(
+                self._node("Add", f"{name}/ratio_bias", inputs, ir.DataType.FLOAT, output, -1)
+            )
+            node.resize_inputs(2)
+        last = new[-1].outputs[0]
+        ir.convenience.replace_all_uses_with(output, last, replace_graph_outputs=True)
+        new[0].replace_input_with(0, output)
+        output.name, last.name = f"{output.name}/unscaled", output.name
+        self._graph.insert_after(node, new)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from calibration.policy import Placement
     from calibration.qdq import QuantizeConfig
     from calibration.quality import Quality
+    from clipdeploy.engines.backends import Wanted
 
 __all__ = [
     "check_plan_options",
@@ -76,6 +77,12 @@ _OPTIONS = (
         "--exclude", multiple=True, metavar="PATTERN", help="Leave Linears alone: 'blocks.0.*'."
     ),
     *_PLAN_OPTIONS,
+    click.option(
+        "--weight-scales",
+        type=click.Choice(["channel", "ratio"]),
+        help="Form of the weight scales: channel for TensorRT, ratio for TensorRT-RTX (default: "
+        "that of the backend).",
+    ),
     click.option("--quantize-attention", is_flag=True, help="Attention's two products as well."),
     click.option("--quantize-head", is_flag=True, help="The classifier as well."),
     click.option("--quantize-patch", is_flag=True, help="The patch convolution as well."),
@@ -158,7 +165,9 @@ def quantize_options(options: dict[str, Any]) -> QuantizeConfig:
         head=options["quantize_head"],
         patch=options["quantize_patch"],
     )
-    config = QuantizeConfig(options["exclude"], "fp16", plan, scope)
+    config = QuantizeConfig(
+        options["exclude"], "fp16", plan, scope, weight_scales=options["weight_scales"]
+    )
     return _with_minimum(config, options)
 
 
@@ -210,7 +219,14 @@ def quantize(context: Context, model: str | None, cpu: bool, force: bool, **reci
     from clipdeploy.stages.quantize import quantize_model
 
     config = quantize_config(context, name, recipe, "fp32" if cpu else None)
-    result = quantize_model(context.workspace, name, config, force=force, progress=context.progress)
+    result = quantize_model(
+        context.workspace,
+        name,
+        config,
+        backend=cast("Wanted", context.setting("backend") or "auto"),
+        force=force,
+        progress=context.progress,
+    )
     line = (
         f"{result.artifact.path}: {len(result.placement.quantized)} Linears and products in INT8, "
         f"{result.artifact.bytes / 1e6:.1f} MB"

@@ -41,6 +41,7 @@ __all__ = [
     "Precision",
     "Preprocess",
     "Recipe",
+    "ScaleForm",
     "TensorSpec",
     "WeightsOrigin",
     "from_json",
@@ -65,6 +66,8 @@ IMAGENET_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
 # for weights of somebody's own with as many classes; empty where nobody did.
 NamesFrom = Literal["", "card", "file", "checkpoint", "assumed"]
 Precision = Literal["fp32", "fp16", "int8", "int8-cpu"]
+# How a weight with a scale for each output channel is dequantised: see calibration/write.py.
+ScaleForm = Literal["channel", "ratio"]
 
 _CROP_MODES = ("center", "squash")
 _DTYPES = ("float32", "float16", "bfloat16", "float64", "uint8", "int8", "int32", "int64", "bool")

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from clipdeploy.core.device import gpus
 from clipdeploy.core.errors import BuildError
+from clipdeploy.core.passport import ScaleForm
 
 __all__ = [
     "Backend",
@@ -27,6 +28,7 @@ __all__ = [
     "default_capabilities",
     "hears",
     "is_installed",
+    "scale_form",
     "targets_capabilities",
     "tensorrt_module",
 ]
@@ -55,6 +57,15 @@ class BackendChoice:
 
     backend: Backend
     reason: str
+
+
+# TensorRT-RTX multiplies a GEMM's int32 sums by one scale only: calibration/write.py.
+_SCALE_FORMS: dict[Backend, ScaleForm] = {"tensorrt": "channel", "tensorrt-rtx": "ratio"}
+
+
+def scale_form(backend: Backend) -> ScaleForm:
+    """The form of the weight scales that ``backend`` computes INT8 with correctly and fast."""
+    return _SCALE_FORMS[backend]
 
 
 def is_installed(backend: Backend) -> bool:

@@ -17,11 +17,17 @@ from typing import Any
 from clipdeploy.core.cache import cache_folder
 from clipdeploy.core.device import driver, gpus
 from clipdeploy.core.display import Renderable, Shown, facts
-from clipdeploy.core.errors import ArtifactError, EngineError, FileError
+from clipdeploy.core.errors import ArtifactError, BuildError, EngineError, FileError
 from clipdeploy.core.files import atomic_path, file_errors, sha256_file
 from clipdeploy.core.passport import Passport, settings_of
 from clipdeploy.core.progress import SILENT, Progress
-from clipdeploy.engines.backends import choose_backend, targets_capabilities, tensorrt_module
+from clipdeploy.engines.backends import (
+    Backend,
+    choose_backend,
+    scale_form,
+    targets_capabilities,
+    tensorrt_module,
+)
 from clipdeploy.engines.build_config import BuildConfig, check_options
 from clipdeploy.engines.build_monitor import PERCENT
 from clipdeploy.engines.compiler import Compiler
@@ -36,6 +42,7 @@ from clipdeploy.engines.passport import (
     read_engine_passport,
     save_engine_passport,
 )
+from clipdeploy.engines.plan_text import PlanKernel, kernels_by_block, overflowing, read_kernels
 from clipdeploy.engines.plan_writer import PlanFile
 from exporters.blocks import BlockPrecision
 from exporters.headers import read_passport, read_skeleton
@@ -147,6 +154,7 @@ def build_engine(
     if isinstance(batch, int):
         config = replace(config, profiles=((batch, batch, batch),))
     choice = choose_backend(config.backend)
+    _check_scales(graph, passport, choice.backend)
     compiler = Compiler(choice.backend, tensorrt_module(choice.backend))
     check_options(choice.backend, compiler.module, config)
     wanted = _draft(passport, compiler, config)
@@ -168,6 +176,8 @@ def build_engine(
             # While the disk is waited for.
             compiled = beside.submit(_compiled_precision, log)
             plan_hash = plan.sha256()
+            kernels = plan.read(read_kernels)
+            _check_sums(graph, kernels)
         seconds = time.perf_counter() - started
         hashes = replace(
             wanted.hashes,
@@ -182,9 +192,38 @@ def build_engine(
         build_seconds=round(seconds, 3),
         asked=asked.result(),
         compiled=compiled.result(),
+        kernels=kernels_by_block(kernels),
     )
     save_engine_passport(made, engine)
     return EngineArtifact(engine, made, changed=True)
+
+
+def _check_scales(graph: Path, passport: Passport, backend: Backend) -> None:
+    """Refuse an INT8 graph whose weight scales have the form for the other flavour.
+
+    Raises:
+        BuildError: it names the command that writes the right one.
+    """
+    found, wanted = passport.settings.get("weight_scales", "channel"), scale_form(backend)
+    if passport.precision == "int8" and found != wanted:
+        raise BuildError(
+            f"{graph} has weight scales in {found} form, {backend} needs the {wanted} form",
+            hint=f"clipdeploy quantize --model {passport.model} --weight-scales {wanted}",
+        )
+
+
+def _check_sums(graph: Path, kernels: tuple[PlanKernel, ...]) -> None:
+    """Refuse a plan whose 8-bit products overflow.
+
+    Raises:
+        BuildError: it names the first such product.
+    """
+    if found := overflowing(kernels):
+        raise BuildError(
+            f"the engine of {graph} would overflow: {len(found)} 8-bit products, such as "
+            f"{found[0]}, write their int32 sums as float16",
+            hint="quantise again with --weight-scales ratio, or build --fp16",
+        )
 
 
 class _Later:

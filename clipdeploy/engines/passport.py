@@ -93,7 +93,8 @@ class EnginePassport:
     the compute capabilities that the engine runs on, such as ("8.9",), and ``hardware`` what the
     builder promised beyond them; ``gpu`` and ``driver`` are None where it was built without one.
     ``asked`` is what the graph asks for, a block at a time; ``compiled`` what the compiler says
-    that it made of it, None if it said nothing.
+    that it made of it, None if it said nothing.  ``kernels``: how many kernels each block has,
+    empty where the plan does not say.
     """
 
     graph: Passport
@@ -112,6 +113,7 @@ class EnginePassport:
     settings: dict[str, Any] = field(default_factory=dict)
     asked: tuple[BlockPrecision, ...] = ()
     compiled: ExecutedPrecision | None = None
+    kernels: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     schema: int = ENGINE_SCHEMA
 

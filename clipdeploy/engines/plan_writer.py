@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -20,6 +20,7 @@ __all__ = ["Piece", "PlanFile", "StreamingBuilder", "plan_writer"]
 
 # uint8 (bytes,); of a plan in one piece it is TensorRT's memory, which nobody copies.
 Piece = bytes | memoryview
+T = TypeVar("T")
 
 
 class PlanFile:
@@ -47,6 +48,10 @@ class PlanFile:
         hashed.result()
         # Else the whole plan would wait for the disk at the end.
         self._synced.append(self._beside.submit(os.fsync, self._stream.fileno()))
+
+    def read(self, reader: Callable[[BinaryIO], T]) -> T:
+        """What ``reader`` finds in the whole plan; it is given the open file."""
+        return reader(self._stream)
 
     def sha256(self) -> str:
         """The hex SHA-256 of all that was written, once that is on the disk."""

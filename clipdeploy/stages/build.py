@@ -61,7 +61,14 @@ def build_model(
             )
             for text in made.notes():
                 note(text)
-        quantize_model(workspace, model, quantize, force=force, progress=progress)
+        quantize_model(
+            workspace,
+            model,
+            quantize,
+            backend=config.backend,
+            force=force,
+            progress=progress,
+        )
     elif precision == "fp16":
         convert_model(workspace, model, fp16, force=force, progress=progress)
     return build_engine(

@@ -11,10 +11,11 @@ from calibration.qdq import QuantizeConfig, QuantizedGraph, quantize
 from calibration.quality import Quality
 from calibration.recipe import load_recipe
 from calibration.table import load_table
-from clipdeploy.core.errors import UsageError
+from clipdeploy.core.errors import BuildError, UsageError
 from clipdeploy.core.files import sha256_file
 from clipdeploy.core.passport import Preprocess, from_json, settings_of, to_json
 from clipdeploy.core.progress import SILENT, Progress
+from clipdeploy.engines.backends import Wanted, choose_backend, scale_form
 from clipdeploy.models.cards import takes_any_name
 from clipdeploy.stages.calibrate import is_calibrated
 from clipdeploy.stages.samples import sample_images
@@ -31,6 +32,7 @@ __all__ = [
     "model_quality",
     "quantize_model",
     "refuse_int8_only",
+    "with_scale_form",
 ]
 
 # Images on which float16 storage is judged.
@@ -43,14 +45,16 @@ def quantize_model(
     model: str,
     config: QuantizeConfig = QuantizeConfig(),
     *,
+    backend: Wanted = "auto",
     force: bool = False,
     progress: Progress = SILENT,
 ) -> QuantizedGraph:
-    """FP32 graph and calibration -> INT8 graph.
+    """FP32 graph and calibration -> INT8 graph, its weight scales in the form for ``backend``.
 
     Raises:
         ClipdeployError: see :mod:`clipdeploy.core.errors`.
     """
+    config = with_scale_form(config, backend)
     source, passport = workspace.source(model)
     calibration = workspace.calibration(model)
     if not calibration.exists():
@@ -68,6 +72,22 @@ def quantize_model(
     with progress.task(f"quantise {model}"):
         samples = sample_images(passport.preprocess, _STORAGE_IMAGES)
         return quantize(source, calibration, target, samples, config)
+
+
+def with_scale_form(config: QuantizeConfig, backend: Wanted = "auto") -> QuantizeConfig:
+    """``config`` with a form of the weight scales; ``backend`` chooses where it names none.
+
+    Without any TensorRT here it is the form for TensorRT; a later ``build-engine`` checks it.
+    """
+    if config.weight_scales is not None:
+        return config
+    if config.remainder == "fp32":
+        return replace(config, weight_scales="channel")
+    try:
+        chosen = choose_backend(backend).backend if backend == "auto" else backend
+    except BuildError:
+        chosen = "tensorrt"
+    return replace(config, weight_scales=scale_form(chosen))
 
 
 def refuse_int8_only(given: Mapping[str, bool]) -> None:
@@ -120,7 +140,10 @@ def _searched_config(
     if replace(asked, min_sqnr=default.min_sqnr) != default or graph is None or not path.exists():
         return None
     config = load_recipe(path).config
-    made = graph.passport.settings.items() >= settings_of(config).items()
+    # Both forms hold the same integers: the graph is the one that the search chose in either.
+    settings = graph.passport.settings
+    either = replace(config, weight_scales=settings.get("weight_scales", "channel"))
+    made = settings.items() >= settings_of(either).items()
     return config if made and config.remainder == "fp16" else None
 
 

@@ -88,7 +88,7 @@ class Chain:
         Raises:
             GraphError: its weight is no constant.
         """
-        weight = self.reference.constant(self.reference.need(f"{name}/MatMul").input[1])
+        weight = self.reference.constant(self.reference.product(name)[0].input[1])
         if weight is None:
             raise GraphError(f"{name} of {self.reference.name} has no constant weight")
         return int(weight.shape[0]), int(weight.shape[1])

@@ -106,11 +106,13 @@ def _weight(source: GraphSource, name: str) -> F64:
     found = source.constant(_matmul(source, name)[1])
     if found is None:
         raise GraphError(f"{name} of {source.name} has no constant weight")
-    return found.astype(np.float64)
+    weight = found.astype(np.float64)
+    ratio = source.product(name)[1]
+    return weight if ratio is None else weight * ratio
 
 
 def _matmul(source: GraphSource, name: str) -> list[str]:
-    return list(source.need(f"{name}/MatMul").input)
+    return list(source.product(name)[0].input)
 
 
 def _bias(source: GraphSource, name: str) -> F64:

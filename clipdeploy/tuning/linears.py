@@ -49,7 +49,7 @@ def linear_facts(chain: Chain, name: str, peaks: InputPeaks) -> LinearFacts:
     error = float(((found - expected) ** 2).sum())
     signal = float((expected**2).sum())
     largest = float(peaks.peaks.max(initial=0.0))
-    integers = chain.candidate.integers(f"{name}/MatMul", 1)
+    integers = chain.candidate.integers(name)
     return LinearFacts(
         name=name,
         peak=largest,

@@ -25,6 +25,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from calibration.write import ratio_name
 from clipdeploy.core.errors import GraphError
 
 __all__ = ["Bridge", "GraphSource", "Part", "Segment", "read_sources", "switch_input", "switchable"]
@@ -124,6 +125,19 @@ class GraphSource:
             )
         return node
 
+    def product(self, linear: str) -> tuple[NodeProto, NDArray[np.float32] | None]:
+        """The MatMul of a Linear, and the (Cout,) ratios that its output is multiplied by.
+
+        The ratios are None in a graph without them; see :mod:`calibration.write`.
+
+        Raises:
+            GraphError: the graph has no such Linear.
+        """
+        node = self.need(f"{linear}/MatMul")
+        if node.name != ratio_name(linear):
+            return node, None
+        return self.need(node.input[0]), self.constant(node.input[1])
+
     def type_of(self, tensor: str) -> int:
         """The ONNX element type of ``tensor``, UNDEFINED where nothing says it."""
         if tensor in self._weights:
@@ -143,12 +157,12 @@ class GraphSource:
         values = [part for part in parts if part is not None]
         return values[0] if node.op_type != "DequantizeLinear" else _dequantise(node, values)
 
-    def integers(self, tensor: str, index: int) -> NDArray[np.integer[Any]] | None:
-        """What input ``index`` of the node behind ``tensor`` is dequantised from, in its own shape.
+    def integers(self, linear: str) -> NDArray[np.integer[Any]] | None:
+        """The integers (Cin, Cout) from which a Linear's weight is dequantised.
 
-        None where it is no constant, or is not dequantised.
+        None if the weight is not a dequantised constant.
         """
-        node = self.producer(self.need(tensor).input[index])
+        node = self.producer(self.product(linear)[0].input[1])
         if node is None or node.op_type != "DequantizeLinear" or node.input[0] not in self._weights:
             return None
         stored: NDArray[np.integer[Any]] = numpy_helper.to_array(self._weights[node.input[0]])

@@ -50,7 +50,7 @@ def find_tap(source: GraphSource, name: str) -> Tap:
     Raises:
         GraphError: the graph has no such Linear.
     """
-    tensor = source.need(f"{name}/MatMul").input[0]
+    tensor = source.product(name)[0].input[0]
     node = source.producer(tensor)
     if node is None or node.op_type != "DequantizeLinear":
         return Tap(name, tensor)

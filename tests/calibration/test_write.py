@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-from calibration.write import QdqWriter
+from calibration.write import QdqWriter, ratio_name
 from exporters.graphs import structure, weight_proto
 from exporters.session import OnnxSession
 
@@ -148,3 +148,65 @@ def test_weight_with_a_second_reader_stays_for_it() -> None:
     assert model.graph.initializers["fc.weight"] is weight
     assert second.inputs[1] is weight
     assert node.inputs[1] is not weight
+
+
+def _product(op: str, *, bias: bool, output: str = "y") -> ir.Model:
+    """One product with a weight for four output channels; its output is the graph's."""
+    rng = np.random.default_rng(0)
+    shapes = {"MatMul": (8, 4), "Gemm": (4, 8), "Conv": (4, 8, 1, 1)}
+    images = {"MatMul": ["batch", 8], "Gemm": ["batch", 8], "Conv": ["batch", 8, 1, 1]}
+    answers = {"MatMul": ["batch", 4], "Gemm": ["batch", 4], "Conv": ["batch", 4, 1, 1]}
+    weights = [onnx.numpy_helper.from_array(rng.standard_normal(shapes[op]).astype("f4"), "w")]
+    if bias:
+        weights.append(onnx.numpy_helper.from_array(rng.standard_normal(4).astype("f4"), "b"))
+    extra = {"transB": 1} if op == "Gemm" else {}
+    inputs = ["x", *(weight.name for weight in weights)]
+    kind = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node(op, inputs, [output], name=f"fc/{op}", **extra)],
+        "g",
+        [onnx.helper.make_tensor_value_info("x", kind, images[op])],
+        [onnx.helper.make_tensor_value_info(output, kind, answers[op])],
+        weights,
+    )
+    opsets = [onnx.helper.make_opsetid("", 20)]
+    return ir.from_proto(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10))
+
+
+@pytest.mark.parametrize(
+    ("op", "bias"), [("MatMul", False), ("Gemm", False), ("Gemm", True), ("Conv", True)]
+)
+def test_both_forms_of_the_scales_compute_the_same(op: str, bias: bool) -> None:
+    axis = {"MatMul": 1, "Gemm": 0, "Conv": 0}[op]
+    # Powers of two, so that the ratios are exact.
+    scale = np.float32([0.5, 0.25, 2.0, 0.125])
+    shape = {"MatMul": (8, 4), "Gemm": (4, 8), "Conv": (4, 8, 1, 1)}[op]
+    integers = np.random.default_rng(2).integers(-127, 128, shape).astype(np.int8)
+    x = _images().reshape((64, 8, 1, 1) if op == "Conv" else (64, 8))
+    found = []
+    for scales in ("channel", "ratio"):
+        model = _product(op, bias=bias)
+        writer = QdqWriter(model.graph, unsigned=False, scales=scales)  # type: ignore[arg-type]
+        writer.weight(_node(model, f"fc/{op}"), "fc", integers, scale, axis)
+        stored = next(v for n, v in model.graph.initializers.items() if n.endswith("/int8"))
+        assert np.array_equal(_array(stored), integers)
+        dq = _node(model, "fc/weight_DQ")
+        assert _array(dq.inputs[1]).shape == (() if scales == "ratio" else (4,))
+        (found_y,) = _run(model, x)
+        found.append(found_y)
+    # float32 sums of eight terms up to 1000.
+    np.testing.assert_allclose(found[0], found[1], atol=2e-3)
+    # The largest scale for all channels, without the ratios, would be far off.
+    assert np.abs(found[0]).max() > 10
+
+
+def test_the_ratio_form_keeps_the_names_of_tensors() -> None:
+    model = _model()
+    integers, scale = np.ones((8, 4), np.int8), np.float32([0.5, 0.25, 2.0, 0.125])
+    node = _node(model, "fc/MatMul")
+    QdqWriter(model.graph, unsigned=False, scales="ratio").weight(node, "fc", integers, scale, 1)
+    ratio = _node(model, ratio_name("fc"))
+    assert ratio.outputs[0].name == "product"
+    assert ratio.inputs[0] is node.outputs[0]
+    assert _node(model, "fc/Add").inputs[0] is ratio.outputs[0]
+    np.testing.assert_array_equal(_array(ratio.inputs[1]), scale / 2)

@@ -149,7 +149,13 @@ class _Run:
     def _quantize(self, passport: Passport) -> QuantizedGraph:
         config = self._quantize_config(passport)
         at = (self.workspace, self.model)
-        return quantize_model(*at, config, force=self.force, progress=self.progress)
+        return quantize_model(
+            *at,
+            config,
+            backend=self.config.build.backend,
+            force=self.force,
+            progress=self.progress,
+        )
 
     def _quantize_config(self, passport: Passport) -> QuantizeConfig:
         if (path := self.config.quantize_recipe) is not None:

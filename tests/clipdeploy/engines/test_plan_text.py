@@ -1,0 +1,194 @@
+"""What plans of real TensorRT-RTX builds say, and the graphs whose products would overflow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from rtx_replay import replayed
+
+from calibration.qdq import QuantizeConfig, quantize
+from clipdeploy.core.display import Shown
+from clipdeploy.core.errors import BuildError
+from clipdeploy.core.passport import ScaleForm
+from clipdeploy.engines import builder
+from clipdeploy.engines.backends import scale_form
+from clipdeploy.engines.build_config import BuildConfig
+from clipdeploy.engines.builder import build_engine
+from clipdeploy.engines.passport import passport_path
+from clipdeploy.engines.plan_text import (
+    PlanKernel,
+    kernels_by_block,
+    overflowing,
+    read_kernels,
+)
+from clipdeploy.imaging import iter_crops, open_images
+from clipdeploy.models import cards
+from clipdeploy.models.load import LoadedModel
+from clipdeploy.stages.samples import sample_images
+from clipdeploy.workspace.folder import Workspace
+from exporters.samples import normalise
+from exporters.session import OnnxSession
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
+
+ONE_GPU = BuildConfig(compute_capability=("8.9",))
+
+
+@pytest.fixture(scope="module")
+def built(
+    demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory
+) -> dict[ScaleForm, tuple[Path, tuple[PlanKernel, ...]]]:
+    """The demo's INT8 graph in both forms, and the kernels that TensorRT-RTX compiles each to."""
+    folder = tmp_path_factory.mktemp("forms")
+    source, passport = demo_workspace.source(cards.DEMO)
+    samples = sample_images(passport.preprocess, 3)
+    forms: tuple[ScaleForm, ...] = ("channel", "ratio")
+    made = {}
+    with pytest.MonkeyPatch.context() as patch:
+        # Else the build of the channel form is refused before it begins, and after it ends.
+        patch.setattr(builder, "_check_scales", lambda *given: None)
+        patch.setattr(builder, "_check_sums", lambda *given: None)
+        for form in forms:
+            graph, engine = folder / f"{form}.onnx", folder / f"{form}.engine"
+            config = QuantizeConfig(weight_scales=form)
+            quantize(source, demo_workspace.calibration(cards.DEMO), graph, samples, config)
+            build_engine(graph, engine, ONE_GPU)
+            with engine.open("rb") as plan:
+                made[form] = graph, read_kernels(plan)
+    return made
+
+
+Built = dict[ScaleForm, tuple[Path, tuple[PlanKernel, ...]]]
+LINEARS = [
+    f"blocks.{block}.{role}/MatMul"
+    for block in range(6)
+    for role in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+]
+
+
+def test_the_channel_form_overflows_and_the_ratio_form_does_not(built: Built) -> None:
+    assert list(overflowing(built["channel"][1])) == LINEARS
+    assert overflowing(built["ratio"][1]) == ()
+    # Same work otherwise.
+    assert len(built["channel"][1]) == len(built["ratio"][1])
+
+
+def test_every_product_is_read_from_the_plan(built: Built) -> None:
+    for _, kernels in built.values():
+        eight = [k for k in kernels if k.operands and set(k.operands) == {"int8"}]
+        assert [k.layers[0] for k in eight] == LINEARS
+        assert {k.output for k in eight} == {"half"}
+        counts = kernels_by_block(kernels)
+        assert {f"blocks.{number}" for number in range(6)} < set(counts)
+        assert sum(counts.values()) == len(kernels)
+
+
+def _top1_and_sqnr(graph: bytes | Path, model: LoadedModel) -> tuple[float, float]:
+    """On the 500 held-out digits: top-1 in percent, and the SQNR of the logits in dB."""
+    spec = model.card.preprocess(model.recipe)
+    crops = list(iter_crops(open_images(cards.demo_file("test.zip")), spec))
+    images = normalise(np.stack([crop.pixels for crop in crops]), spec)
+    labels = np.array([int(crop.entry.name.split("/")[0]) for crop in crops])
+    found = OnnxSession(graph).run(images)[0].astype(np.float64)
+    with torch.inference_mode():
+        expected = model.module(torch.from_numpy(images)).double().numpy()
+    with np.errstate(invalid="ignore"):
+        error = ((found - expected) ** 2).sum()
+        db = 10 * np.log10((expected**2).sum() / error)
+    return 100 * float((found.argmax(1) == labels).mean()), float(db)
+
+
+@pytest.mark.parametrize("form", ["ratio", "channel"])
+def test_the_graph_as_the_plan_computes_it(
+    form: ScaleForm, built: Built, demo_model: LoadedModel
+) -> None:
+    graph, kernels = built[form]
+    alphas = {
+        kernel.layers[0]: kernel.alpha
+        for kernel in kernels
+        if kernel.alpha is not None and set(kernel.operands) == {"int8"}
+    }
+    top1, db = _top1_and_sqnr(replayed(graph, alphas), demo_model)
+    if form == "ratio":
+        # As ONNX Runtime computes the graph itself: 99.4 % and 41 dB.
+        assert top1 >= 99
+        assert db >= 40
+    else:
+        # NaN everywhere: argmax answers 0, and one image in ten is a 0.
+        assert top1 <= 15
+        assert not db > 0
+
+
+def _relabelled(graph: Path, target: Path, form: ScaleForm) -> Path:
+    """``graph`` with a passport that claims another form."""
+    model = onnx.load(graph)
+    for each in model.metadata_props:
+        other = "ratio" if form == "channel" else "channel"
+        each.value = each.value.replace(f'"weight_scales": "{other}"', f'"weight_scales": "{form}"')
+    onnx.save(model, target)
+    return target
+
+
+def test_a_planted_graph_of_the_wrong_form_leaves_no_engine(built: Built, tmp_path: Path) -> None:
+    planted = _relabelled(built["channel"][0], tmp_path / "int8.onnx", "ratio")
+    engine = tmp_path / "int8.engine"
+    with pytest.raises(BuildError, match=r"24 8-bit products, such as blocks\.0\.attn\.qkv"):
+        build_engine(planted, engine, ONE_GPU)
+    assert not engine.exists()
+    assert not passport_path(engine).exists()
+
+
+def test_the_wrong_form_is_refused_before_the_build(built: Built, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="channel form, tensorrt-rtx needs the ratio") as caught:
+        build_engine(built["channel"][0], tmp_path / "int8.engine", ONE_GPU)
+    assert f"quantize --model {cards.DEMO} --weight-scales ratio" in caught.value.hint
+    assert scale_form("tensorrt") == "channel"
+
+
+def test_the_passport_counts_the_kernels(built: Built, tmp_path: Path) -> None:
+    made = build_engine(built["ratio"][0], tmp_path / "int8.engine", ONE_GPU)
+    assert made.passport.kernels == kernels_by_block(built["ratio"][1])
+    assert isinstance(made, Shown)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\0", b"no text", b"main {", b"main { function={ name=a ", b"main {}", b"x" * 70_000],
+)
+def test_a_file_without_such_text_has_no_kernels(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "plan"
+    path.write_bytes(content)
+    with path.open("rb") as plan:
+        assert read_kernels(plan) == ()
+
+
+def _kernel(**changes: Any) -> PlanKernel:
+    usual: dict[str, Any] = {
+        "kind": "fully_connected",
+        "layers": ("a/MatMul",),
+        "operands": ("int8", "int8"),
+        "output": "half",
+        "alpha": 1.0,
+    }
+    return PlanKernel(**usual | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "bad"),
+    [
+        ({}, True),
+        ({"operands": ("fp8", "fp8")}, True),
+        ({"alpha": 0.5}, False),
+        ({"output": "float"}, False),
+        ({"operands": ("half", "half")}, False),
+        ({"operands": ("int8", "half")}, False),
+        ({"operands": (), "output": None, "alpha": None}, False),
+    ],
+)
+def test_only_raw_sums_of_8_bit_products_overflow(changes: dict[str, Any], bad: bool) -> None:
+    assert bool(overflowing((_kernel(**changes),))) == bad
