@@ -13,12 +13,23 @@ from demo_workspaces import complete_workspace, graph_workspace
 from numpy.typing import NDArray
 
 from clipdeploy.cli.settings import SETTINGS
+from clipdeploy.core.device import gpus
 from clipdeploy.core.passport import Recipe
 from clipdeploy.imaging import iter_crops, open_images, select
 from clipdeploy.models import cards
 from clipdeploy.models.load import LoadedModel, WeightsChoice, load_model
 from clipdeploy.workspace.folder import Workspace
 from exporters.samples import normalise
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: else the last of them would run alone, on one core."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+    if not gpus():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 @pytest.fixture(autouse=True)
