@@ -29,7 +29,7 @@ from clipdeploy.imaging.formats import (
 )
 from clipdeploy.imaging.layouts import Files, Labelling, Layout, find_layout
 from clipdeploy.imaging.listing import Listing, list_files
-from clipdeploy.imaging.survey import Few, Reading, Survey
+from clipdeploy.imaging.survey import Few, Survey
 
 __all__ = ["ImageEntry", "ImageFolder", "open_images", "select", "survey", "with_labels"]
 
@@ -250,9 +250,9 @@ def _common_folder(names: Iterable[str]) -> str:
     return "" if folder in ("", ".") else f"{folder}/"
 
 
-def survey(images: ImageFolder, reading: Reading | None = None) -> Survey:
-    """What there is and what is odd about it; ``reading`` adds what reading the images showed."""
-    origin, reading = images.origin, reading or Reading()
+def survey(images: ImageFolder) -> Survey:
+    """Count the images and classes, and collect the problems that the listing shows."""
+    origin = images.origin
     present = {entry.label for entry in images.entries} - {None}
     absent = (name for index, name in enumerate(origin.class_names) if index not in present)
     bare = (entry.name for entry in images.entries if entry.label is None)
@@ -267,9 +267,6 @@ def survey(images: ImageFolder, reading: Reading | None = None) -> Survey:
         repeated=Few.of(origin.repeated),
         ignored=Few.of(origin.ignored),
         others=Few.of(origin.others),
-        images_read=reading.read,
-        unreadable=Few.of(reading.unreadable),
-        duplicates=Few.of(reading.duplicates),
     )
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,9 @@ from clipdeploy.imaging.images import ImageEntry, ImageFolder
 from clipdeploy.imaging.loader import open_loader
 from clipdeploy.imaging.survey import Reading
 
-__all__ = ["Crop", "Skipped", "iter_crops"]
+__all__ = ["Crop", "Skipped", "iter_crops", "stack_batches"]
+
+Key = TypeVar("Key")
 
 # Images whose bytes are looked at to guess those of all.
 _WEIGHED = 16
@@ -85,6 +88,18 @@ def iter_crops(
         if shelf is not None:
             notes.cache_problem = shelf.problem
             shelf.close()
+
+
+def stack_batches(
+    crops: Iterable[tuple[Key, NDArray[np.uint8]]], size: int
+) -> Iterator[tuple[list[Key], NDArray[np.uint8]]]:
+    """Group (key, crop) pairs into batches of ``size``; the last batch may be smaller.
+
+    Each batch is the keys of B images and their crops, uint8 (B, S, S, 3).
+    """
+    remaining = iter(crops)
+    while batch := list(islice(remaining, size)):
+        yield [key for key, _ in batch], np.stack([pixels for _, pixels in batch])
 
 
 def _total_bytes(images: ImageFolder) -> float:

@@ -76,8 +76,7 @@ class Survey:
     listed in the labels but not there, ``unlabelled`` there but without a class, ``skipped`` left
     out for that reason, ``repeated`` names are listed twice with one class, ``ignored`` are links
     in archives, links to folders seen before, hidden images and what is no file, ``others`` files
-    that are no images.  ``unreadable`` and ``duplicates`` (equal bytes) are known of the
-    ``images_read`` only.
+    that are no images.
     """
 
     layout: str
@@ -90,9 +89,6 @@ class Survey:
     repeated: Few
     ignored: Few
     others: Few
-    images_read: int
-    unreadable: Few
-    duplicates: Few
 
     def __bool__(self) -> bool:
         return not self.problems()
@@ -107,8 +103,6 @@ class Survey:
             (self.repeated, "{} images are listed twice"),
             (self.ignored, "{} entries were left out"),
             (self.others, "{} files are no images and were left out"),
-            (self.unreadable, _UNREADABLE),
-            (self.duplicates, _DUPLICATES),
         )
 
 

@@ -20,7 +20,7 @@ from clipdeploy.core.errors import CheckpointError, UsageError
 from clipdeploy.core.files import file_errors
 from clipdeploy.models.cards import ModelCard
 
-__all__ = ["HUB_PREFIX", "cached_file", "fetch", "fetch_hub", "is_at_hand"]
+__all__ = ["HUB_PREFIX", "cached_file", "fetch", "fetch_hub", "is_cached"]
 
 OFFLINE_VARIABLE = "CLIPDEPLOY_OFFLINE"
 MIRROR_VARIABLE = "CLIPDEPLOY_MIRROR"
@@ -40,7 +40,7 @@ def cached_file(card: ModelCard) -> Path:
     return cache_folder() / "checkpoints" / card.file
 
 
-def is_at_hand(card: ModelCard) -> bool:
+def is_cached(card: ModelCard) -> bool:
     """Whether the card's weights need no download: they ship with clipdeploy or are cached."""
     return card.shipped or (bool(card.file) and cached_file(card).is_file())
 

@@ -23,6 +23,7 @@ from clipdeploy.imaging import (
     iter_crops,
     open_images,
     select,
+    stack_batches,
     survey,
 )
 from clipdeploy.models import cards
@@ -198,28 +199,36 @@ def test_a_survey_counts_what_is_odd(folder: Path) -> None:
     images = open_images(folder, (*CLASSES, "emu"))
     found = survey(images)
     assert not found
-    assert (found.images, found.classes, found.images_read) == (8, 2, 0)
+    assert (found.images, found.classes) == (8, 2)
     assert found.absent_classes.first == ("emu",)
     assert found.unlabelled.first == ("stray.png",)
-    assert not found.unreadable
-    assert not found.duplicates
-    reading = Reading()
-    crops = iter_crops(images, SPEC, skipped=Skipped(), reading=reading)
-    assert len(list(crops)) == 7
-    found = survey(images, reading)
-    assert found.images_read == 8
-    assert found.unreadable.first == ("dog/3.png",)
-    assert found.duplicates.first == ("dog/1.png is cat/copy.png",)
     assert found.problems() == (
         "1 images have no class: stray.png",
         "1 classes have no image: emu",
         "1 files are no images and were left out: notes.txt",
+    )
+    reading = Reading()
+    crops = iter_crops(images, SPEC, skipped=Skipped(), reading=reading)
+    assert len(list(crops)) == 7
+    assert reading.read == 8
+    assert reading.unreadable == ["dog/3.png"]
+    assert reading.duplicates == ["dog/1.png is cat/copy.png"]
+    assert reading.problems() == (
         "1 images cannot be read: dog/3.png",
         "1 images have the bytes of another one: dog/1.png is cat/copy.png",
     )
 
 
-def test_a_survey_speaks_of_the_images_that_were_chosen(folder: Path) -> None:
+def test_batches_keep_the_order_and_the_last_one_may_be_smaller() -> None:
+    crops = [(str(at), np.full((8, 8, 3), at, np.uint8)) for at in range(5)]
+    batches = list(stack_batches(iter(crops), 2))
+    assert [keys for keys, _ in batches] == [["0", "1"], ["2", "3"], ["4"]]
+    assert [pixels.shape for _, pixels in batches] == [(2, 8, 8, 3), (2, 8, 8, 3), (1, 8, 8, 3)]
+    assert np.concatenate([pixels for _, pixels in batches])[:, 0, 0, 0].tolist() == list(range(5))
+    assert list(stack_batches(iter(crops[:0]), 2)) == []
+
+
+def test_a_survey_counts_only_the_selected_images(folder: Path) -> None:
     images = open_images(folder, CLASSES)
     only_cats = ImageFolder(images.root, images.entries[:3], images.origin)
     assert survey(only_cats).absent_classes.first == ("dog",)

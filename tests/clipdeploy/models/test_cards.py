@@ -10,7 +10,7 @@ from clipdeploy.core.errors import CheckpointError, UsageError
 from clipdeploy.core.passport import CLIP_MEAN, IMAGENET_MEAN, Recipe
 from clipdeploy.models import cards
 from clipdeploy.models.checkpoints import expected_shapes
-from clipdeploy.models.download import fetch, is_at_hand
+from clipdeploy.models.download import fetch, is_cached
 from clipdeploy.models.vit import ViTConfig
 
 
@@ -135,7 +135,7 @@ def test_a_field_that_may_be_blank(
     assert ("not published" in result.stdout) == (column == "file")
     assert "" not in card.aliases
     if column in ("file", "sha256_prefix"):
-        assert not is_at_hand(card)
+        assert not is_cached(card)
         with pytest.raises(CheckpointError, match=r"of .* weights is known"):
             fetch(card)
 

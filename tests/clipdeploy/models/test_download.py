@@ -21,7 +21,7 @@ from clipdeploy.core.cache import cache_folder
 from clipdeploy.core.errors import CheckpointError, FileError, UsageError
 from clipdeploy.core.passport import Recipe
 from clipdeploy.models import cards, download
-from clipdeploy.models.download import cached_file, fetch, fetch_hub, is_at_hand
+from clipdeploy.models.download import cached_file, fetch, fetch_hub, is_cached
 from clipdeploy.models.load import WeightsChoice, load_model
 
 
@@ -63,10 +63,10 @@ def test_a_download_is_kept_and_not_fetched_again(
     card: cards.ModelCard, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from_mirror(monkeypatch, server, "whole")
-    assert not is_at_hand(card)
+    assert not is_cached(card)
     path = fetch(card, progress=False)
     assert path == cached_file(card)
-    assert is_at_hand(card)
+    assert is_cached(card)
     from_mirror(monkeypatch, server, "gone")
     assert fetch(card, progress=False) == path
     model = load_model(card, WeightsChoice(), Recipe())
