@@ -1,4 +1,4 @@
-"""Images as people have them -> crops: listed, labelled, drawn from, decoded ahead, cached."""
+"""List, label and select images, and decode them to crops ahead of use, with a cache."""
 
 from clipdeploy.imaging.crops import CropCache
 from clipdeploy.imaging.images import (

@@ -110,7 +110,7 @@ def test_a_class_tar_that_is_cut_short_is_refused(folder: Path) -> None:
     with tarfile.open(outer, "w") as archive:
         archive.add(inner, "cat.tar")
         archive.add(folder / "cat" / "512.png", "512.png")
-    with pytest.raises(DatasetError, match="breaks off"):
+    with pytest.raises(DatasetError, match="truncated or damaged"):
         list_files(outer)
 
 
@@ -142,7 +142,7 @@ def test_an_archive_cannot_reach_outside_itself(tmp_path: Path, name: str) -> No
         archive.writestr(name, b"x")
     add_member(tarred, name)
     for path in (zipped, tarred):
-        with pytest.raises(DatasetError, match=r"outside itself.*evil|outside itself.*passwd"):
+        with pytest.raises(DatasetError, match=r"outside the archive: .*(evil|passwd)"):
             list_files(path)
 
 
@@ -151,7 +151,7 @@ def test_nor_in_the_way_of_windows(tmp_path: Path, name: str) -> None:
     path = tmp_path / "evil.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(name, b"x")
-    with pytest.raises(DatasetError, match="outside itself"):
+    with pytest.raises(DatasetError, match="a path outside the archive"):
         list_files(path)
 
 
@@ -174,7 +174,7 @@ def test_links_in_archives_are_left_out_and_named(tmp_path: Path) -> None:
         archive.writestr(info, "/etc/passwd")
         archive.writestr("kept.png", b"")
     for path, ignored in (
-        (tarred, ("soft.png is a link", "hard.png is a link", "pipe.png is no regular file")),
+        (tarred, ("soft.png is a link", "hard.png is a link", "pipe.png is not a regular file")),
         (zipped, ("soft.png is a link",)),
     ):
         listing = list_files(path)
@@ -187,7 +187,7 @@ def test_a_name_twice_in_an_archive_is_refused(tmp_path: Path) -> None:
     with tarfile.open(path, "w") as archive:
         archive.addfile(tarfile.TarInfo("cat.png"))
         archive.addfile(tarfile.TarInfo("./cat.png"))
-    with pytest.raises(DatasetError, match=r"holds cat\.png 2 times"):
+    with pytest.raises(DatasetError, match=r"contains cat\.png 2 times"):
         list_files(path)
 
 
@@ -216,7 +216,7 @@ def test_a_tar_cut_short_anywhere_is_refused(folder: Path) -> None:
     for size in {cut + shift for cut in range(0, end, 512) for shift in (0, 1, 511)}:
         if size < end - 512:
             path.write_bytes(whole[:size])
-            with pytest.raises(DatasetError, match=r"no readable zip or tar"):
+            with pytest.raises(DatasetError, match=r"not a readable zip or tar"):
                 list_files(path)
 
 
@@ -230,14 +230,14 @@ def test_a_damaged_header_does_not_end_a_tar_early(folder: Path) -> None:
     # This is what would be lost without the check: tarfile itself says nothing.
     with tarfile.open(path) as archive:
         assert len(archive.getmembers()) == 3
-    with pytest.raises(DatasetError, match=f"breaks off at byte {middle}"):
+    with pytest.raises(DatasetError, match=f"truncated or damaged at byte {middle}"):
         list_files(path)
 
 
 def test_two_tars_joined_are_refused(folder: Path) -> None:
     path = pack_tar(folder)
     path.write_bytes(path.read_bytes() * 2)
-    with pytest.raises(DatasetError, match="more follows the end mark"):
+    with pytest.raises(DatasetError, match="more data follows the end mark"):
         list_files(path)
 
 
@@ -279,7 +279,7 @@ def test_a_zip_cut_short_is_refused(folder: Path, keep: float) -> None:
     path = pack_zip(folder)
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * keep)])
-    with pytest.raises(DatasetError, match="no readable zip"):
+    with pytest.raises(DatasetError, match="not a readable zip"):
         list_files(path)
 
 
@@ -289,7 +289,7 @@ def test_noise_is_no_archive(tmp_path: Path) -> None:
         path = tmp_path / "noise"
         head = (b"", b"PK\x03\x04")[seed % 2]
         path.write_bytes(head + generator.bytes(int(generator.integers(0, 4000))))
-        with pytest.raises(DatasetError, match="no readable zip"):
+        with pytest.raises(DatasetError, match="not a readable zip"):
             list_files(path)
 
 
@@ -302,7 +302,7 @@ def directory_field(path: Path, offset: int, value: int) -> None:
 
 @pytest.mark.parametrize(
     ("offset", "value", "reason"),
-    [(8, 1, "it is encrypted"), (10, 14, "zip method 14 is neither stored nor deflated")],
+    [(8, 1, "it is encrypted"), (10, 14, "its zip method 14 is neither stored nor deflated")],
 )
 def test_what_a_zip_holds_in_another_way_is_named(
     tmp_path: Path, offset: int, value: int, reason: str
@@ -339,7 +339,9 @@ def test_a_file_too_large_for_an_image_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "huge.png").touch()
     os.truncate(tmp_path / "huge.png", 1 << 40)  # sparse: it takes no room
     reader = Reader(tmp_path)
-    with pytest.raises(DatasetError, match=r"huge\.png: it has 1048576 MiB"):
+    with pytest.raises(
+        DatasetError, match=r"huge\.png: its size of 1048576 MiB is above the limit of 512 MiB"
+    ):
         reader.read("huge.png")
 
 
@@ -370,7 +372,7 @@ def test_broken_links_are_listed_and_pipes_are_not(folder: Path) -> None:
     os.mkfifo(folder / "pipe.png")
     listing = list_files(folder)
     assert {file.name for file in listing.files} == {*CONTENTS, "gone.png", "self.png", "good.png"}
-    assert listing.ignored == ("pipe.png is no regular file",)
+    assert listing.ignored == ("pipe.png is not a regular file",)
     reader = Reader(folder)
     assert reader.read("good.png") == CONTENTS["cat/511.png"]
     for name, reason in (("gone.png", "No such file"), ("self.png", "symbolic links")):

@@ -350,7 +350,7 @@ def test_a_cache_that_cannot_be_written_is_told_and_no_error(folder: Path, tmp_p
     got, reading = run(folder, cache)
     assert same(got, run(folder, None)[0])
     assert "cannot be written" in reading.cache_problem
-    assert cache.problem(SPEC) == f"nothing is cached: {tmp_path / 'crops'} is no folder"
+    assert cache.problem(SPEC) == f"nothing is cached: {tmp_path / 'crops'} is not a folder"
 
 
 def test_what_a_limit_of_zero_does_not_keep_it_does_not_serve(
@@ -378,7 +378,7 @@ def test_a_problem_is_known_before_the_run_and_only_if_there_is_one(
     with monkeypatch.context() as patch:
         usage = shutil.disk_usage(cache.folder)._replace(free=CROP_BYTES)
         patch.setattr(shutil, "disk_usage", lambda _: usage)
-        assert f"has {CROP_BYTES} bytes left" in cache.problem(SPEC)
+        assert f"has only {CROP_BYTES} bytes free" in cache.problem(SPEC)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -474,7 +474,7 @@ def test_two_processes_write_at_once_and_one_is_killed(folder: Path, cache: Crop
 @pytest.fixture
 def two_may_be_open(monkeypatch: pytest.MonkeyPatch) -> None:
     """Far fewer shards than there are."""
-    monkeypatch.setattr("clipdeploy.imaging.crops._MOST_OPEN", 2)
+    monkeypatch.setattr("clipdeploy.imaging.crops._MAX_OPEN", 2)
 
 
 def shard_each(folder: Path, cache: CropCache) -> ImageFolder:

@@ -179,7 +179,7 @@ def test_an_image_too_narrow_to_be_resized(size: tuple[int, int]) -> None:
 def test_postscript_is_not_run() -> None:
     program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) run\n"
     for read in (decode, lambda data, name: open_image(io.BytesIO(data), name)):
-        with pytest.raises(DatasetError, match="EPS is no format of photographs"):
+        with pytest.raises(DatasetError, match="the format EPS is not supported"):
             read(program, "x.png")
 
 

@@ -136,7 +136,7 @@ def test_a_field_that_may_be_blank(
     assert "" not in card.aliases
     if column in ("file", "sha256_prefix"):
         assert not is_cached(card)
-        with pytest.raises(CheckpointError, match=r"of .* weights is known"):
+        with pytest.raises(CheckpointError, match=r"of .* weights is unknown"):
             fetch(card)
 
 
@@ -146,5 +146,5 @@ def test_a_field_that_is_needed(column: str, bad: str, table: Callable[..., None
     table(**{column: bad})
     result = CliRunner().invoke(main, ["zoo"])
     assert result.exit_code == 1
-    assert f"zoo.csv, line 2: no value in the column {column}" in result.stderr
+    assert f"zoo.csv, line 2: no valid value in column {column}" in result.stderr
     assert "Traceback" not in result.output

@@ -230,7 +230,7 @@ ODD: dict[str, tuple[Callable[[], Tensor], str]] = {
         "a nested tensor of float32",
     ),
     "meta": (lambda: torch.ones(4, device="meta"), "without data"),
-    "endless": (lambda: torch.ones(1).half().expand(2**24, 2**24), "of 2 bytes"),
+    "endless": (lambda: torch.ones(1).half().expand(2**24, 2**24), "with only 2 bytes"),
 }
 
 
@@ -272,7 +272,7 @@ def test_a_dictionary_inside_itself_ends(zipped: bool, tmp_path: Path) -> None:
     inner["state_dict"] = {"model": inner}
     path = tmp_path / "loop.pth"
     torch.save(inner, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CheckpointError, match=r"entries that are no tensors: (model|state_dict)"):
+    with pytest.raises(CheckpointError, match=r"entries that are not tensors: (model|state_dict)"):
         read_checkpoint(path)
 
 

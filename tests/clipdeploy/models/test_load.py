@@ -81,7 +81,7 @@ def test_another_position_grid_needs_the_option(
     tensors = demo_tensors()
     tensors["pos_embed"] = torch.randn(1, 1 + 36, 96, generator=torch.Generator().manual_seed(0))
     save_file(tensors, tmp_path / "small.safetensors")
-    with pytest.raises(CheckpointError, match="6x6 position grid, the model a 8x8") as caught:
+    with pytest.raises(CheckpointError, match=r"6x6 .* grid, but the model has a 8x8") as caught:
         load_model(CARD, WeightsChoice(tmp_path / "small.safetensors"), Recipe())
     assert "--resize-pos-embed" in caught.value.hint
     choice = WeightsChoice(tmp_path / "small.safetensors", resize_position=True)
@@ -99,5 +99,5 @@ def test_reload_refuses_a_changed_or_missing_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="changed since"):
         reload_model(CARD, origin, Recipe())
     path.unlink()
-    with pytest.raises(ArtifactError, match="gone"):
+    with pytest.raises(ArtifactError, match="does not exist"):
         reload_model(CARD, origin, Recipe())
