@@ -46,7 +46,7 @@ THUMBNAIL_BYTES = _EDGE * _EDGE
 _ROWS_OF_16_BITS = 65535 // 255
 # Number of thumbnails compared with their neighbours at once.
 _BLOCK = 512
-# The maximum float32 rounding error of a projected thumbnail (whose values are below 8 x 255).
+# The maximum float32 rounding error of a projected thumbnail (at most 8 x 255).
 _ROUNDING = 0.01
 
 Match = Literal["same", "near", ""]

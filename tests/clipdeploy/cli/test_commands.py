@@ -133,7 +133,7 @@ def test_truncated_checkpoint(tmp_path: Path) -> None:
         path = write(tensors, tmp_path / f"{write.__name__}.pth")
         path.write_bytes(path.read_bytes()[:-100_000])
         at = ("--workspace", tmp_path / "a", "--checkpoint", path)
-        refused(run("export", "--model", "demo", *at), 1, str(path), "cut short")
+        refused(run("export", "--model", "demo", *at), 1, str(path), "truncated")
         assert nothing_left(tmp_path / "a")
 
 
@@ -179,7 +179,7 @@ def test_a_broken_jpeg_is_named_and_skipped_only_on_request(artifacts: Path, dig
 
 def test_a_label_folder_that_is_no_class(artifacts: Path, digits: Path) -> None:
     (digits / "7").rename(digits / "seven")
-    refused(run("verify", "--data", digits, "--workspace", artifacts), 1, "no class: seven")
+    refused(run("verify", "--data", digits, "--workspace", artifacts), 1, "not classes: seven")
 
 
 def unwritable_by_us(folder: Path) -> bool:

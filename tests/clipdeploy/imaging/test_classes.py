@@ -50,7 +50,7 @@ def test_names_that_cannot_be_used_are_refused(tmp_path: Path, text: str, fault:
     assert '["cat", "dog"]' in caught.value.hint
 
 
-def test_what_is_no_text_and_no_file(tmp_path: Path) -> None:
+def test_binary_and_missing_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "names").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DatasetError, match="has no valid class names"):
         read_class_names(tmp_path / "names", 3)
@@ -58,7 +58,7 @@ def test_what_is_no_text_and_no_file(tmp_path: Path) -> None:
         read_class_names(tmp_path / "nowhere", 3)
 
 
-def test_a_name_for_each_class_or_none() -> None:
+def test_names_are_given_for_every_class_or_none() -> None:
     assert Classes(3, PETS).index["emu"] == 2
     assert Classes(3).names == ()
     assert not Classes()
@@ -67,6 +67,6 @@ def test_a_name_for_each_class_or_none() -> None:
 
 
 @pytest.mark.parametrize("value", ["cat", 3, None, {0: "cat", 1: "cat"}, {True: "a"}])
-def test_other_values_are_no_names(value: object) -> None:
+def test_other_values_are_not_names(value: object) -> None:
     with pytest.raises(NamesError):
         names_from(value)

@@ -19,7 +19,7 @@ CLASSES = tuple(name for name, _ in cards.class_names(cards.find("clip-vit-base-
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 # Classes of the first validation images, 0-based in the order of the wnids.
 EXPECTED = {1: 65, 2: 970, 3: 230, 4: 809}
-# ILSVRC2012_IDs are in an order of their own; this one is made up, and is neither sorted nor ours.
+# ILSVRC2012_IDs are not in wnid order; this made-up order is neither sorted nor the logits'.
 ID_OF = {wnid: 1 + (7 * index + 3) % 1000 for index, wnid in enumerate(CLASSES)}
 
 
@@ -48,7 +48,7 @@ def val_txt(folder: Path, lines: str | None = None) -> None:
 
 
 def meta_mat() -> bytes:
-    """As the devkit's: a struct array, leaves first, then the inner nodes of WordNet."""
+    """A struct array as in the devkit: the leaves first, then the inner nodes of WordNet."""
     rows = [(ID_OF[wnid], wnid) for wnid in CLASSES] + [(1001, "n00001740")]
     kind = [("ILSVRC2012_ID", object), ("WNID", object), ("words", object)]
     synsets = np.array([(number, wnid, "words") for number, wnid in rows], kind)
@@ -91,7 +91,7 @@ def labels_of(images: ImageFolder) -> dict[int, int | None]:
         (solution, ".."),
     ],
 )
-def test_label_files_are_found_where_people_keep_them(
+def test_label_files_are_found_at_the_usual_places(
     val: Path, write: Callable[[Path], None], where: str
 ) -> None:
     write(val / where)
@@ -112,7 +112,7 @@ def test_label_files_are_read_inside_archives(
     val: Path, write: Callable[[Path], None], top: str
 ) -> None:
     write(val)
-    # Away from the folder, so that nothing lies beside them.
+    # Outside the folder, so that there are no files beside them.
     packed = val.parents[1] / "packed"
     packed.mkdir()
     with (
@@ -139,7 +139,7 @@ def test_class_folders_come_before_a_label_file(val: Path) -> None:
         (val / name_of(number)).unlink()
     val_txt(val, f"{CLASSES[7]}/{name_of(9)} 8\n")
     assert labels_of(open_images(val, CLASSES)) == {9: 7}
-    # ... unless the user says otherwise.
+    # ... unless the user sets the layout.
     assert labels_of(open_images(val, CLASSES, labelling=Labelling(layout="list"))) == {9: 8}
 
 
@@ -158,11 +158,11 @@ def test_a_named_label_file_and_a_named_layout(val: Path, tmp_path: Path) -> Non
         open_images(val, CLASSES, labelling=Labelling(layout="flat"))  # type: ignore[arg-type]
 
 
-def test_a_label_file_beside_is_left_alone_if_it_is_of_other_images(val: Path) -> None:
+def test_a_label_file_of_other_images_beside_the_folder_is_ignored(val: Path) -> None:
     for data in (b"other.JPEG 5\nworse 9999\n", b"\xff\xfe\x00 no text", b"", b"\n\n"):
         (val.parent / "val.txt").write_bytes(data)
         assert not open_images(val, CLASSES).labelled
-        # The same file inside, or named, is these images' and is refused.
+        # Inside the folder, or named by the user, the same file is refused.
         with pytest.raises(
             DatasetError, match=r"val\.txt (lists none of the 4 images|is not UTF-8 text)"
         ):
@@ -193,7 +193,7 @@ def test_a_bad_list_is_refused_by_line(val: Path, lines: str, fault: str) -> Non
     assert "\n" not in str(caught.value)
 
 
-def test_what_a_list_lacks_and_has_too_much_is_told(val: Path) -> None:
+def test_missing_repeated_and_unlabelled_images_are_reported(val: Path) -> None:
     val_txt(val, f"{name_of(1)} 65\n{name_of(1)} 65\n{name_of(2)} 970\n{name_of(77)} 3\n")
     images = open_images(val, CLASSES)
     assert not images.labelled
@@ -207,7 +207,7 @@ def test_what_a_list_lacks_and_has_too_much_is_told(val: Path) -> None:
     assert found.problems()[0] == f"1 listed images do not exist: {name_of(77)}"
 
 
-def test_a_list_may_have_a_mark_of_byte_order_tabs_and_windows_ends(val: Path) -> None:
+def test_a_list_may_have_a_byte_order_mark_tabs_and_crlf(val: Path) -> None:
     rows = "\r\n".join(f"./{name_of(number)}\t{label}" for number, label in EXPECTED.items())
     val.joinpath("val.txt").write_bytes(b"\xef\xbb\xbf" + rows.encode())
     assert labels_of(open_images(val, CLASSES)) == EXPECTED
@@ -224,7 +224,7 @@ def test_the_devkit_reads_a_subset_by_the_numbers_in_the_names(val: Path) -> Non
     assert survey(images).unlabelled.first == (name_of(5),)
 
 
-def test_the_devkit_takes_other_names_in_order_if_all_are_there(val: Path) -> None:
+def test_the_devkit_maps_other_names_in_order_if_the_set_is_complete(val: Path) -> None:
     devkit(val)
     for number in EXPECTED:
         (val / name_of(number)).rename(val / f"photo{number:05d}.JPEG")
@@ -247,7 +247,7 @@ def test_ids_of_the_devkit_are_never_guessed(val: Path) -> None:
             open_images(val, CLASSES)
 
 
-def test_without_scipy_the_devkit_says_so(val: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_devkit_without_scipy_is_an_error(val: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     devkit(val)
     monkeypatch.setitem(__import__("sys").modules, "scipy.io", None)
     with pytest.raises(DatasetError, match="scipy, which is not installed"):
@@ -279,7 +279,7 @@ def test_a_bad_solution_is_refused_by_line(val: Path) -> None:
 
 
 def test_a_shifted_label_file_would_show(val: Path) -> None:
-    """What the comparisons above must be able to see: classes off by one."""
+    """The comparisons above detect classes that are off by one."""
     val_txt(val, "".join(f"{name_of(n)} {label - 1}\n" for n, label in EXPECTED.items()))
     assert labels_of(open_images(val, CLASSES)) != EXPECTED
 

@@ -1,4 +1,4 @@
-"""The layouts of images and labels that people have, beyond ImageNet's own."""
+"""Layouts of images and labels other than ImageNet's own."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_folders_of_numbers_are_classes_in_numeric_order(
     assert f"folder {first} is the first class" in survey(images).layout
 
 
-def test_some_of_the_numbers_are_counted_as_the_user_says(tmp_path: Path) -> None:
+def test_an_incomplete_set_of_numbers_needs_first_class(tmp_path: Path) -> None:
     root = numbered(tmp_path / "some", (7, 21, 999))
     with pytest.raises(DatasetError, match=r"7 to 999: .* --first-class 0 or --first-class 1"):
         open_images(root, WNIDS)
@@ -72,7 +72,7 @@ def test_some_of_the_numbers_are_counted_as_the_user_says(tmp_path: Path) -> Non
         20,
         998,
     }
-    # With a 0 there is only one way to read them.
+    # With a 0, numbers can only start at 0.
     numbered(root, (0,))
     assert set(labels_of(open_images(root, WNIDS)).values()) == {0, 7, 21, 999}
     with pytest.raises(DatasetError, match="has a folder 0, but the model's 1000 classes are 1 to"):
@@ -83,7 +83,7 @@ def test_some_of_the_numbers_are_counted_as_the_user_says(tmp_path: Path) -> Non
     ("numbers", "fault"),
     [((0, 1000), "has a folder 1000"), ((0, 3), "two folders with the number 3")],
 )
-def test_numbers_that_are_no_classes_are_refused(
+def test_numbers_that_are_not_classes_are_refused(
     tmp_path: Path, numbers: Sequence[int], fault: str
 ) -> None:
     numbered(tmp_path, numbers)
@@ -93,7 +93,7 @@ def test_numbers_that_are_no_classes_are_refused(
         open_images(tmp_path, WNIDS)
 
 
-def test_classes_that_nobody_named_get_the_folders_names(tmp_path: Path) -> None:
+def test_unnamed_classes_get_the_folder_names(tmp_path: Path) -> None:
     root = fill(tmp_path / "val", [f"{pet}/{n}.png" for pet in reversed(PETS) for n in range(2)])
     images = open_images(root, count=3)
     assert images.origin.class_names == PETS
@@ -101,14 +101,14 @@ def test_classes_that_nobody_named_get_the_folders_names(tmp_path: Path) -> None
     assert "in the order of the folder names" in survey(images).layout
     assert labels_of(open_images(tmp_path, count=3))["val/emu/0.png"] == 2
     for count in (2, 4):
-        with pytest.raises(DatasetError, match=rf"3 class folders .* has {count} classes"):
+        with pytest.raises(DatasetError, match=rf"3 class folders .* has {count} unnamed classes"):
             open_images(root, count=count)
     with pytest.raises(DatasetError, match="3 class names for 4 classes"):
         open_images(root, PETS, count=4)
 
 
-def test_numbers_of_unnamed_classes_are_no_order_of_names(tmp_path: Path) -> None:
-    """10 is before 2 as ImageFolder sorts them: whoever trained with it has other classes."""
+def test_folder_numbers_do_not_define_the_order_of_unnamed_classes(tmp_path: Path) -> None:
+    """ImageFolder sorts 10 before 2, so a model trained with it has another order."""
     root = numbered(tmp_path, range(12))
     with pytest.raises(DatasetError, match="10 before 2") as caught:
         open_images(root, count=12)
@@ -118,7 +118,7 @@ def test_numbers_of_unnamed_classes_are_no_order_of_names(tmp_path: Path) -> Non
     )
     by_name = tuple(sorted(map(str, range(12))))
     assert labels_of(open_images(root, by_name))["10/x.png"] == 2
-    # With zeros in front both orders are one.
+    # With leading zeros both orders are equal.
     padded = numbered(tmp_path / "padded", range(12), "{:02d}")
     assert labels_of(open_images(padded, count=12))["10/x.png"] == 10
 
@@ -171,7 +171,7 @@ def test_a_bad_table_is_refused_by_line(tmp_path: Path, text: str, fault: str) -
         open_images(root, PETS, labelling=Labelling(labels=tmp_path / "mine.csv"))
 
 
-def test_a_class_that_is_a_name_and_another_ones_number_is_refused(tmp_path: Path) -> None:
+def test_a_class_name_that_is_the_number_of_another_class_is_refused(tmp_path: Path) -> None:
     root = fill(tmp_path / "images", FLAT)
     (tmp_path / "mine.csv").write_text("file,label\na.png,1\nb.png,2\n")
     with pytest.raises(DatasetError, match="1 is both a number and the name of class 0"):
@@ -182,7 +182,7 @@ def test_a_class_that_is_a_name_and_another_ones_number_is_refused(tmp_path: Pat
     assert labels_of(images) == {"a.png": 0, "b.png": 1, "c.png": None}
 
 
-def test_bare_names_are_found_in_folders_if_they_are_of_one_image(tmp_path: Path) -> None:
+def test_file_names_are_found_in_folders_if_they_are_unique(tmp_path: Path) -> None:
     root = fill(tmp_path, ["one/a.png", "one/b.png", "two/c.png"])
     (root / "val.txt").write_text("a.png 0\nb.png 2\nc.png dog\n")
     assert labels_of(open_images(root, PETS)) == {"one/a.png": 0, "one/b.png": 2, "two/c.png": 1}
@@ -191,7 +191,7 @@ def test_bare_names_are_found_in_folders_if_they_are_of_one_image(tmp_path: Path
         open_images(root, PETS)
 
 
-def test_a_label_file_names_classes_that_nobody_named(tmp_path: Path) -> None:
+def test_a_label_file_names_unnamed_classes(tmp_path: Path) -> None:
     root = fill(tmp_path, FLAT)
     (root / "val.txt").write_text("a.png cat\nb.png emu\nc.png dog\n")
     images = open_images(root, count=3)
@@ -372,7 +372,7 @@ def test_a_random_sample_is_no_part_of_the_classes(
         assert drawn(tmp_path / str(draw), classes, numbers).origin.partial == 0
     some = generator.integers(classes // 5, size=count).tolist()
     part = drawn(tmp_path / "some", classes, some)
-    # Of eight images of ten classes nobody can tell.
+    # Eight images of ten classes are too few to decide.
     assert part.origin.partial == (0 if count == 8 else len(set(some)))
 
 

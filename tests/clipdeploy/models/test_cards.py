@@ -77,7 +77,7 @@ def test_every_name_and_alias_is_unique_and_found() -> None:
             assert cards.find(name) is card
 
 
-def test_an_unknown_name_answers_with_the_nearest() -> None:
+def test_the_hint_for_an_unknown_name_has_the_nearest() -> None:
     with pytest.raises(UsageError) as caught:
         cards.find("clip-vit-base-p17")
     assert "clip-vit-base-p17" in caught.value.message
@@ -142,7 +142,7 @@ def test_a_field_that_may_be_blank(
 
 @pytest.mark.parametrize("bad", ["", "many", "0", "-4", "1.5"])
 @pytest.mark.parametrize("column", NEEDED[1:])
-def test_a_field_that_is_needed(column: str, bad: str, table: Callable[..., None]) -> None:
+def test_a_required_field(column: str, bad: str, table: Callable[..., None]) -> None:
     table(**{column: bad})
     result = CliRunner().invoke(main, ["zoo"])
     assert result.exit_code == 1

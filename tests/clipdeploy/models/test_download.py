@@ -1,4 +1,4 @@
-"""Downloads from a local server, a good one and every kind of bad one."""
+"""Downloads from a local server that works or fails in several ways."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from clipdeploy.models.load import WeightsChoice, load_model
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the server serves: the demo weights as a .pth, and as the hub has them."""
+    """The server's files: the demo weights as a .pth and in the hub's layout."""
     root = tmp_path_factory.mktemp("served")
     tensors = load_file(cards.demo_file("weights.safetensors"))
     torch.save(tensors, root / "demo.pth")
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def card(folder: Path) -> cards.ModelCard:
-    """The demo card as if its weights had to be fetched."""
+    """The demo card with weights that have to be downloaded."""
     digest = hashlib.sha256((folder / "demo.pth").read_bytes()).hexdigest()
     return replace(
         cards.find(cards.DEMO), name="clip-vit-fetched", file="demo.pth", sha256_prefix=digest[:8]
@@ -59,7 +59,7 @@ def files_under(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def test_a_download_is_kept_and_not_fetched_again(
+def test_a_download_is_cached(
     card: cards.ModelCard, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from_mirror(monkeypatch, server, "whole")
@@ -97,7 +97,7 @@ def test_a_bad_answer_is_an_error_and_leaves_no_file(
     assert fetch(card, progress=False).is_file()
 
 
-def test_silence_is_an_error(
+def test_a_stalled_server_is_an_error(
     card: cards.ModelCard, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from_mirror(monkeypatch, server, "stall")
@@ -116,7 +116,7 @@ def test_no_server_is_an_error(
 
 
 @pytest.mark.parametrize("asked", [True, False])
-def test_offline_asks_no_server(
+def test_offline_sends_no_request(
     asked: bool, card: cards.ModelCard, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if asked:
@@ -151,7 +151,7 @@ def test_a_cache_that_cannot_be_written(
 
 
 @pytest.mark.parametrize("reference", ["hf://timm", "hf://", "hf://a/b/c", "hf:///x"])
-def test_a_hub_reference_names_a_repository(reference: str) -> None:
+def test_a_hub_reference_has_owner_and_name(reference: str) -> None:
     with pytest.raises(UsageError, match="is not a Hugging Face repository"):
         fetch_hub(reference)
 
@@ -186,7 +186,7 @@ def test_hub_errors_are_one_line(server: str, tmp_path: Path) -> None:
     assert "is in the cache, and downloads are off" in said
 
 
-def test_what_a_killed_download_left_is_removed_once_it_is_old(
+def test_old_files_of_killed_downloads_are_removed(
     card: cards.ModelCard, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = cached_file(card)
@@ -203,7 +203,7 @@ def test_what_a_killed_download_left_is_removed_once_it_is_old(
     assert sorted(files_under(kept.parent)) == sorted([kept, alive, other])
 
 
-def test_torch_still_names_unfinished_downloads_so(
+def test_torch_names_unfinished_downloads_as_expected(
     card: cards.ModelCard, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []

@@ -33,7 +33,7 @@ def run(model: LoadedModel, images: NDArray[np.float32]) -> NDArray[np.float32]:
     return logits
 
 
-def test_both_wrappings_give_the_very_same_logits(
+def test_both_wrappings_give_the_same_logits(
     demo_images: NDArray[np.float32], demo_model: LoadedModel, tmp_path: Path
 ) -> None:
     tensors = demo_tensors()
@@ -46,7 +46,7 @@ def test_both_wrappings_give_the_very_same_logits(
         assert model.weights.kind == "file"
 
 
-def test_random_weights_depend_on_the_seed_alone() -> None:
+def test_random_weights_depend_only_on_the_seed() -> None:
     config = load_model(CARD, WeightsChoice(random_seed=3), Recipe()).module.config
     first, again, other = (random_tensors(config, seed) for seed in (3, 3, 4))
     assert all(torch.equal(first[name], again[name]) for name in first)
