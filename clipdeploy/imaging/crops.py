@@ -173,9 +173,9 @@ class Shelf(Generic[T]):
     """
 
     def __init__(self, cache: CropCache, name: str, shape: tuple[int, ...], dtype: type[T]) -> None:
-        """``name`` is the folder; it has to encode everything but the source that sets the arrays.
+        """Open the arrays of ``shape`` and ``dtype`` in the folder ``name``.
 
-        ``shape`` and ``dtype`` are those of one array.
+        ``name`` has to identify everything, apart from the source, that determines the arrays.
         """
         self._cache = cache
         self._shape, self._type = shape, dtype
