@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from clipdeploy.core.errors import DatasetError, UsageError
 from clipdeploy.core.passport import Passport, Preprocess
-from clipdeploy.imaging import Crop, ImageFolder, Labelling, iter_crops
+from clipdeploy.imaging import ImageFolder, Labelling, iter_crops, stack_batches
 from clipdeploy.imaging.labelled import open_labelled
 from clipdeploy.tuning.search import SearchConfig
 from clipdeploy.tuning.splits import Split, hash_images, split_images
@@ -92,17 +92,11 @@ def labelled_batches(
     Raises:
         DatasetError: an image cannot be read, or has the pixels of one of ``calibrated``.
     """
-    crops = []
-    for crop in iter_crops(mixed(split.images), spec):
-        refuse_leaks(calibrated.leaks([crop]))
-        crops.append(crop)
-        if len(crops) == batch:
-            yield _labelled(crops, spec)
-            crops = []
-    if crops:
-        yield _labelled(crops, spec)
 
+    def crops() -> Iterator[tuple[int | None, NDArray[np.uint8]]]:
+        for crop in iter_crops(mixed(split.images), spec):
+            refuse_leaks(calibrated.leaks([crop]))
+            yield crop.entry.label, crop.pixels
 
-def _labelled(crops: list[Crop], spec: Preprocess) -> Labelled:
-    labels = np.asarray([crop.entry.label for crop in crops], np.int64)
-    return Samples(np.stack([crop.pixels for crop in crops]), spec), labels
+    for labels, pixels in stack_batches(crops(), batch):
+        yield Samples(pixels, spec), np.asarray(labels, np.int64)

@@ -14,7 +14,7 @@ import numpy as np
 
 from clipdeploy.core.errors import DatasetError
 from clipdeploy.core.passport import Preprocess
-from clipdeploy.imaging import Crop, CropCache, ImageFolder, Reading, Skipped, iter_crops
+from clipdeploy.imaging import Crop, CropCache, ImageFolder, Skipped, iter_crops
 from clipdeploy.imaging.archives import ZipPlace
 from clipdeploy.imaging.crop_shards import NO_STAMP
 from clipdeploy.imaging.crops import Stamps
@@ -123,7 +123,6 @@ def decoded_batches(
     skip_unreadable: bool = False,
     workers: int | None = None,
     cache: CropCache | None = None,
-    reading: Reading | None = None,
 ) -> Generator[DecodedBatch]:
     """The batches with these ``numbers``, of at most ``size`` images, in order.
 
@@ -143,7 +142,6 @@ def decoded_batches(
         skipped=skipped if skip_unreadable else None,
         workers=workers,
         cache=cache,
-        reading=reading,
     )
     held: dict[int, list[Crop]] = defaultdict(list)
     for crop in crops:

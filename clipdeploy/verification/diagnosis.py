@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from clipdeploy.core.passport import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from clipdeploy.core.progress import SILENT, Progress
-from clipdeploy.imaging import ImageFolder, Skipped, iter_crops, select
+from clipdeploy.imaging import ImageFolder, Skipped, iter_crops, select, stack_batches
 from clipdeploy.models import cards
 from clipdeploy.models.load import LoadedModel, reload_model
 from clipdeploy.runners.torch import TorchRunner
@@ -73,23 +73,15 @@ def _variants(model: LoadedModel, spec: Preprocess) -> Iterator[_Variant]:
 def _answers(variant: _Variant, images: ImageFolder) -> dict[str, int]:
     """The first answer to each image that can be read."""
     runner = TorchRunner(variant.model.module, variant.spec)
+    order = slice(None, None, -1 if variant.swap_channels else 1)
+    crops = (
+        (crop.entry.name, crop.pixels[:, :, order])
+        for crop in iter_crops(images, variant.spec, skipped=Skipped())
+    )
     answers: dict[str, int] = {}
-    names: list[str] = []
-    crops: list[NDArray[np.uint8]] = []
-
-    def flush() -> None:
-        logits = runner(normalise(np.stack(crops), variant.spec))
+    for names, pixels in stack_batches(crops, _BATCH):
+        logits = runner(normalise(pixels, variant.spec))
         answers.update(zip(names, logits.argmax(axis=1).tolist(), strict=True))
-        names.clear()
-        crops.clear()
-
-    for crop in iter_crops(images, variant.spec, skipped=Skipped()):
-        names.append(crop.entry.name)
-        crops.append(crop.pixels[:, :, ::-1] if variant.swap_channels else crop.pixels)
-        if len(crops) == _BATCH:
-            flush()
-    if crops:
-        flush()
     return answers
 
 

@@ -25,7 +25,7 @@ from clipdeploy.core.passport import Passport
 from clipdeploy.core.progress import SILENT, Progress
 from clipdeploy.core.spans import BATCH, THREADS, WORKERS, check_numbers, check_shard
 from clipdeploy.engines.passport import library_versions
-from clipdeploy.imaging import CropCache, ImageFolder, Reading, survey
+from clipdeploy.imaging import CropCache, ImageFolder, survey
 from clipdeploy.imaging.crops import pixels_key
 from clipdeploy.models.load import LoadedModel
 from clipdeploy.runners import Runner
@@ -239,7 +239,6 @@ def run_verification(
     allow_leak: bool = False,
     keep: Path | None = None,
     force: bool = False,
-    reading: Reading | None = None,
     progress: Progress = SILENT,
 ) -> Results:
     """Records of all ``images``, or of one shard of them, in a fixed random order.
@@ -275,7 +274,7 @@ def run_verification(
         known = KeptRecords(wanted)
         if keep and partial and not force:
             known = read_kept((keep, partial), wanted, images)
-        run = _Run(opened, images, config, reading, known)
+        run = _Run(opened, images, config, known)
         return run.finish(progress, keep, partial)
 
 
@@ -284,7 +283,6 @@ class _Run:
     opened: _Opened
     images: ImageFolder
     config: VerifyConfig
-    reading: Reading | None
     known: KeptRecords
 
     def _numbers(self) -> range:
@@ -375,7 +373,6 @@ class _Run:
             skip_unreadable=self.config.skip_unreadable,
             workers=self.config.workers,
             cache=self.config.cache,
-            reading=self.reading,
         ):
             yield batch, self.opened.prepare(batch)
 

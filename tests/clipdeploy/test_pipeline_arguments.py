@@ -113,7 +113,7 @@ def test_every_verb_takes_an_alias_and_texts(workspace: str, tmp_path: Path) -> 
 def test_every_verb_refuses_a_name_that_is_no_model(workspace: str) -> None:
     at = Workspace(workspace)
     for verb in (convert_model, quantize_model, benchmark_model, pipeline.artifact_to_package):
-        with pytest.raises(UsageError, match="no model is called 'demi'"):
+        with pytest.raises(UsageError, match="unknown model 'demi'"):
             verb(at, "demi")
 
 

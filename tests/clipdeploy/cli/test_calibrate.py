@@ -147,7 +147,7 @@ def test_a_shard_that_does_not_exist(shard: str, artifacts: Path) -> None:
 def test_more_images_than_there_are(artifacts: Path) -> None:
     result = calibrate(artifacts, "--images", "201")
     assert result.exit_code == 1
-    assert "holds 200 images, 201 were asked for" in result.stderr
+    assert "contains 200 images, 201 are needed" in result.stderr
     assert not table(artifacts).exists()
 
 

@@ -137,7 +137,7 @@ def test_gaps_in_a_label_file(flat: tuple[Path, list[str]], artifacts: Path) -> 
     refused(verify(artifacts, *at, data=folder), 1, "3 of 200 images have no class: ")
     result = verify(artifacts, *at, "--skip-unlabelled", data=folder)
     assert "3 images without a class were left out: " in result.stderr
-    assert "1 listed images are not there: gone.png" in result.stderr
+    assert "1 listed images do not exist: gone.png" in result.stderr
     assert good(result)["images"] == 197
     (folder / "val.txt").write_text("\n".join(lines) + "\n")
     assert good(verify(artifacts, "--max-drop", "2", "--json", data=folder))["images"] == 200

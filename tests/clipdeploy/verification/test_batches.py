@@ -14,7 +14,7 @@ import pytest
 
 from clipdeploy.core.errors import DatasetError
 from clipdeploy.core.passport import CLIP_MEAN, CLIP_STD, Preprocess
-from clipdeploy.imaging import ImageFolder, Reading, open_images, select
+from clipdeploy.imaging import ImageFolder, open_images, select
 from clipdeploy.imaging.archives import ZipPlace
 from clipdeploy.models import cards
 from clipdeploy.verification.batches import (
@@ -99,15 +99,6 @@ def test_unreadable_images_move_no_other(
         contents(found[1]),
         contents(found[3]),
     ]
-
-
-def test_what_reading_showed_is_noted(images: ImageFolder, folder: Path) -> None:
-    twin = folder / images.entries[1].name
-    twin.write_bytes((folder / images.entries[0].name).read_bytes())
-    reading = Reading()
-    list(decoded_batches(images, SPEC, SIZE, range(5), workers=0, reading=reading))
-    assert reading.read == 30
-    assert len(reading.duplicates) == 1
 
 
 def test_the_order_is_always_the_same_mixes_classes_and_loses_nothing(images: ImageFolder) -> None:

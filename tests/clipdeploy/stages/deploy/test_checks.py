@@ -105,7 +105,7 @@ def test_images_without_labels_are_refused_before_the_calibration(
         shutil.copy(image, flat / f"{image.parent.name}_{image.name}")
     workspace.calibration(cards.DEMO).unlink()
     for asked, said in (
-        ("auto", "no labels were found"),
+        ("auto", "no labels found"),
         ("none", "no verdict could come of them"),
     ):
         scope = VerifyScope(labelling=Labelling(layout=asked))  # type: ignore[arg-type]
