@@ -1,6 +1,6 @@
-"""Whether an engine may be loaded here, told before CUDA would say it in its own words.
+"""Checks that an engine can run on this machine, before TensorRT loads it.
 
-An engine file can carry anything: only bytes that a passport vouches for are handed to TensorRT.
+An engine file can contain anything, so only bytes with the hash in the passport reach TensorRT.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["Plan", "ThisMachine", "check_machine", "preflight", "this_machine"]
 
 @dataclass(frozen=True)
 class Plan:
-    """An engine's bytes, and the passport that vouches for them; None only where it was waived."""
+    """An engine's bytes and passport; None only for a trusted engine that has none."""
 
     path: Path
     data: bytes
@@ -35,7 +35,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class ThisMachine:
-    """What an engine is held against; ``version`` is that of the engine's own flavour."""
+    """The machine to run an engine on; ``version`` is that of the engine's backend."""
 
     platform: str
     gpu: Gpu | None
@@ -43,7 +43,7 @@ class ThisMachine:
 
 
 def this_machine(passport: EnginePassport) -> ThisMachine:
-    """The machine that this process runs on."""
+    """Describe the machine that this process runs on."""
     backend = passport.backend
     version = str(tensorrt_module(backend).__version__) if is_installed(backend) else None
     devices = gpus()
@@ -59,33 +59,37 @@ def _runs_on(passport: EnginePassport, gpu: Gpu) -> bool:
 def _same_version(passport: EnginePassport, version: str) -> bool:
     if not passport.settings.get("version_compatible"):
         return passport.backend_version == version
-    # NVIDIA's developer guide, "Version Compatibility": within a major version, to newer ones.
+    # Runs on newer versions of the same major (NVIDIA's developer guide, "Version Compatibility").
     built, here = passport.backend_version.split("."), version.split(".")
     return built[0] == here[0] and [int(p) for p in built[1:2]] <= [int(p) for p in here[1:2]]
 
 
+def _no_gpu() -> EngineError:
+    return EngineError("no GPU on this machine", hint="run it on the machine that will serve")
+
+
 def check_machine(engine: Path, passport: EnginePassport, here: ThisMachine) -> None:
-    """Hold what an engine is bound to against ``here``.
+    """Check that the engine can run on the machine ``here``.
 
     Raises:
-        EngineError: another platform, no GPU, another TensorRT, another compute capability.
+        EngineError: the platform, TensorRT version or compute capability differs, or no GPU.
     """
     again = f"build it again here: {passport.rebuild}"
     if passport.platform != here.platform:
         raise EngineError(
-            f"{engine} was built for {passport.platform}, this is {here.platform}", hint=again
+            f"{engine} was built for {passport.platform}, here is {here.platform}", hint=again
         )
     if here.gpu is None:
-        raise EngineError("no GPU on this machine", hint="run it where the engine will serve")
+        raise _no_gpu()
     built = f"{passport.backend} {passport.backend_version}"
     if here.version is None:
         package = passport.backend
         raise EngineError(
-            f"{engine} was built by {built}, which is not installed here",
+            f"{engine} was built by {built}, which is not installed",
             hint=f"pip install {package}=={passport.backend_version}",
         )
     if not _same_version(passport, here.version):
-        raise EngineError(f"{engine} was built by {built}, here is {here.version}", hint=again)
+        raise EngineError(f"{engine} was built by {built}, installed is {here.version}", hint=again)
     if not _runs_on(passport, here.gpu):
         raise EngineError(
             f"{engine} runs on SM {', '.join(passport.capabilities)}; "
@@ -95,20 +99,20 @@ def check_machine(engine: Path, passport: EnginePassport, here: ThisMachine) -> 
 
 
 def preflight(engine: Path, *, trust: bool = False, here: ThisMachine | None = None) -> Plan:
-    """Read an engine that may be loaded on this machine.
+    """Read an engine and check that it can be loaded on this machine.
 
-    The bytes that were hashed are the bytes that are returned: the file is read once.  ``trust``
-    waives the passport's hash, and everything else where there is no passport at all.
+    The file is read once, so the returned bytes are the hashed bytes.  ``trust`` skips the hash,
+    and every check if there is no passport.
 
     Raises:
         FileError: the engine cannot be read.
-        ArtifactError: no passport, one of a newer clipdeploy, or one of other bytes.
-        EngineError: an engine of another machine; see :func:`check_machine`.
+        ArtifactError: no passport, one of a newer clipdeploy, or one of another file.
+        EngineError: the engine cannot run here; see :func:`check_machine`.
     """
     data = read_regular(engine)
     if trust and not passport_path(engine).exists():
         if not gpus():
-            raise EngineError("no GPU on this machine", hint="run it where the engine will serve")
+            raise _no_gpu()
         return Plan(engine, data, None)
     passport = read_engine_passport(engine)
     if not trust:

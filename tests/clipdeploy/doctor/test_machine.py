@@ -61,7 +61,7 @@ def test_a_file_in_the_place_of_the_workspace_is_told(
         ("import os; os._exit(3)", "exit code 3"),
         pytest.param(
             "import os; os.abort()",
-            "the import died of SIGABRT",
+            "the import crashed with SIGABRT",
             marks=pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals"),
         ),
     ],

@@ -144,8 +144,8 @@ class _CtrlC(set[str]):
 def test_ctrl_c_inside_the_logger_is_not_swallowed(
     compiler: Compiler, demo_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    severities = _CtrlC(backends._SMALL_TALK)
-    monkeypatch.setattr(backends, "_SMALL_TALK", severities)
+    severities = _CtrlC(backends._BELOW_WARNING)
+    monkeypatch.setattr(backends, "_BELOW_WARNING", severities)
     watch = Watch()
     graph = demo_workspace.graph(cards.DEMO, "fp16")
     with pytest.raises(KeyboardInterrupt):
@@ -171,12 +171,12 @@ def test_small_talk_takes_the_short_way_and_errors_the_long_one(
     from polygraphy.backend.trt import get_trt_logger
 
     logger, severities = get_trt_logger(), compiler.module.ILogger.Severity
-    with backends.hears() as heard:
+    with backends.capture_log() as captured:
         logger.log(severities.VERBOSE, "a layer")
         logger.log(severities.ERROR, "a refusal")
-    assert heard.log == ["a layer", "a refusal"]
-    assert heard.errors == ["a refusal"]
+    assert captured.messages == ["a layer", "a refusal"]
+    assert captured.errors == ["a refusal"]
     assert [record.getMessage() for record in python_log.buffer] == ["a refusal"]
     # And nothing of it stays behind.
     logger.log(severities.VERBOSE, "a layer of another build")
-    assert len(heard.log) == 2
+    assert len(captured.messages) == 2

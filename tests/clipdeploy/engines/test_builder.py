@@ -22,7 +22,7 @@ from clipdeploy.core.passport import Precision
 from clipdeploy.engines import backends
 from clipdeploy.engines.backends import choose_backend
 from clipdeploy.engines.build_config import BuildConfig
-from clipdeploy.engines.builder import _Later, build_engine
+from clipdeploy.engines.builder import _DeferredWork, build_engine
 from clipdeploy.engines.compiler import Compiler
 from clipdeploy.engines.passport import load_engine_passport, passport_path
 from clipdeploy.engines.plan_writer import Piece, PlanFile
@@ -70,7 +70,7 @@ def test_a_changed_engine_is_refused(engines: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no passport"):
         load_engine_passport(engine)
     passport_path(engine).write_bytes(passport_path(engines / "fp16.engine").read_bytes())
-    with pytest.raises(ArtifactError, match="not the file its passport speaks of"):
+    with pytest.raises(ArtifactError, match="not the file that its passport describes"):
         load_engine_passport(engine)
     engine.write_bytes(data)
     assert load_engine_passport(engine).plan_bytes == len(data)
@@ -128,22 +128,22 @@ def test_the_way_to_the_compiler_is_short() -> None:
 def test_most_is_said_when_later_work_starts(
     compiler: Compiler, demo_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard = backends.Heard([], [])
+    captured = backends.CapturedLog([], [])
     said: list[int] = []
-    monkeypatch.setattr(backends, "Heard", lambda log, errors: heard)
+    monkeypatch.setattr(backends, "CapturedLog", lambda log, errors: captured)
 
     def work() -> tuple[BlockPrecision, ...]:
-        said.append(len(heard.log))
+        said.append(len(captured.messages))
         return ()
 
-    with ThreadPoolExecutor(1) as beside:
-        later = _Later(beside, work)
+    with ThreadPoolExecutor(1) as pool:
+        deferred = _DeferredWork(pool, work)
         graph = demo_workspace.graph(cards.DEMO, "int8")
-        step = later.watching(lambda count: None)
+        step = deferred.track(lambda count: None)
         compiler.compile(graph, SPEC, BuildConfig(), None, ignore, step)
     # Measured: all but a few lines; the layers' own list, one line, comes at the end.
     assert said
-    assert said[0] > 0.9 * len(heard.log)
+    assert said[0] > 0.9 * len(captured.messages)
 
 
 @pytest.mark.parametrize("counts", [[], [50], [50, 25, 25], [1] * 100])
@@ -155,12 +155,12 @@ def test_later_work_is_done_once_however_far_the_build_came(counts: list[int]) -
         done.append(1)
         return (BlockPrecision("head"),)
 
-    with ThreadPoolExecutor(1) as beside:
-        later = _Later(beside, work)
-        step = later.watching(shown.append)
+    with ThreadPoolExecutor(1) as pool:
+        deferred = _DeferredWork(pool, work)
+        step = deferred.track(shown.append)
         for count in counts:
             step(count)
-        assert later.result() == (BlockPrecision("head"),)
+        assert deferred.result() == (BlockPrecision("head"),)
     assert done == [1]
     assert shown == counts
 

@@ -393,8 +393,8 @@ def test_a_layer_with_missing_fields_is_unknown_and_said() -> None:
     executed = executed_precision(parse_engine_information(_tensorrt10(gemm, {})))
     assert executed.blocks == (BlockPrecision("blocks.0", {"unknown": 1}),)
     assert executed.untold == (
-        "a nameless layer: what it computes inside",
-        "blocks.0.mlp.fc1/MatMul: a nameless layer reads nothing named",
+        "an unnamed layer: its operations are not listed",
+        "blocks.0.mlp.fc1/MatMul: an unnamed layer reads no listed tensor",
     )
 
 
@@ -415,7 +415,7 @@ def test_a_closed_layer_is_said_and_its_products_are_unknown(name: str, kind: st
     closed = _layer(kind, "", image, Name=name)
     conv = _layer("CaskConvolution", _onnx("patch_embed/Conv"), image, Weights={"Type": "Int8"})
     executed = executed_precision(parse_engine_information(_tensorrt10(conv, closed)))
-    assert executed.untold == (f"{name}: what it computes inside",)
+    assert executed.untold == (f"{name}: its operations are not listed",)
     closed["Metadata"] = _onnx("blocks.0.mlp.fc1/MatMul")
     executed = executed_precision(parse_engine_information(_tensorrt10(closed)))
     assert executed.blocks == (BlockPrecision("blocks.0", {"unknown": 1}),)
@@ -425,14 +425,14 @@ def test_a_product_that_only_other_kernels_name_is_unknown() -> None:
     layer = _layer("kgen", _onnx("head/Gemm", "head/Add"), [_tensor10("Half", 1, 768)])
     executed = executed_precision(parse_engine_information(_tensorrt10(layer)))
     assert executed.blocks == (BlockPrecision("head", {"unknown": 1}),)
-    assert executed.untold == ("head/Gemm: no kernel that multiplies matrices names it",)
+    assert executed.untold == ("head/Gemm: no matrix multiplication kernel names it",)
 
 
 def test_a_kernel_without_a_product_s_name_counts_and_is_said() -> None:
     layer = _layer("gemm", _onnx("blocks.0/strange"), [_tensor10("Half", 1, 768)])
     executed = executed_precision(parse_engine_information(_tensorrt10(layer)))
     assert executed.blocks == (BlockPrecision("graph", {"fp16": 1}),)
-    assert executed.untold == ("gemm_myl0_7: which ONNX node it computes",)
+    assert executed.untold == ("gemm_myl0_7: its ONNX node is not named",)
 
 
 def test_an_engine_without_products_is_not_fine() -> None:
@@ -445,13 +445,13 @@ def test_an_engine_without_products_is_not_fine() -> None:
 @pytest.mark.parametrize(
     ("text", "message", "hint"),
     [
-        ("", "no JSON", "JSON"),
-        ("Layer(Myelin): {ForeignNode[...]}", "no JSON: it starts with 'Layer", "JSON"),
-        ('{"Layers": [{"Name": "a"', "no JSON", "JSON"),
+        ("", "not JSON", "JSON"),
+        ("Layer(Myelin): {ForeignNode[...]}", "not JSON: it starts with 'Layer", "JSON"),
+        ('{"Layers": [{"Name": "a"', "not JSON", "JSON"),
         ("[]", 'no list of "Layers"', "get_engine_information"),
         ('{"Name": "blocks.0"}', 'no list of "Layers"', "get_engine_information"),
         ('{"Layers": {}}', 'no list of "Layers"', "get_engine_information"),
-        ('{"Layers": []}', "nothing of its layers", "DETAILED"),
+        ('{"Layers": []}', "lists no layers", "DETAILED"),
         ('{"Layers": ["a", "b"], "Bindings": ["x"]}', "names of 2 of its 2 layers", "DETAILED"),
         ('{"Layers": [{"Name": "a"}, "b"]}', "names of 1 of its 2 layers", "DETAILED"),
     ],

@@ -65,7 +65,7 @@ def test_one_flipped_bit_is_refused(where: float, engine: Path) -> None:
 def test_a_truncated_engine_is_refused(engine: Path) -> None:
     data = engine.read_bytes()
     engine.write_bytes(data[: len(data) // 2])
-    with pytest.raises(ArtifactError, match=r"bytes of .*: it was cut short"):
+    with pytest.raises(ArtifactError, match=r"of .* bytes, it was cut short"):
         preflight(engine, here=fitting(engine))
 
 
@@ -74,7 +74,7 @@ def test_the_passport_of_another_engine_is_refused(
 ) -> None:
     other = build_engine(demo_workspace.graph(cards.DEMO, "fp32"), tmp_path / "other.engine").path
     shutil.copy(passport_path(other), passport_path(engine))
-    with pytest.raises(ArtifactError, match="is not the file its passport speaks of"):
+    with pytest.raises(ArtifactError, match="is not the file that its passport describes"):
         preflight(engine, here=fitting(engine))
 
 
@@ -95,12 +95,12 @@ def test_a_passport_of_a_newer_clipdeploy_is_refused(engine: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"platform": "linux aarch64"}, r"built for linux x86_64, this is linux aarch64"),
+        ({"platform": "linux aarch64"}, r"built for linux x86_64, here is linux aarch64"),
         ({"gpu": None}, "no GPU on this machine"),
         ({"gpu": Gpu("NVIDIA H200", (9, 0))}, r"runs on SM .*; NVIDIA H200 is SM 9\.0"),
         ({"gpu": Gpu("Tesla T4", (7, 5))}, r"runs on SM .*; Tesla T4 is SM 7\.5"),
-        ({"version": "1.4.0.76"}, r"was built by tensorrt-rtx .*, here is 1\.4\.0\.76"),
-        ({"version": None}, r"which is not installed here \(pip install tensorrt-rtx=="),
+        ({"version": "1.4.0.76"}, r"was built by tensorrt-rtx .*, installed is 1\.4\.0\.76"),
+        ({"version": None}, r"which is not installed \(pip install tensorrt-rtx=="),
     ],
 )
 def test_another_machine_is_refused(change: dict[str, object], message: str, engine: Path) -> None:
