@@ -1,4 +1,4 @@
-"""What can be packaged: a graph or an engine, with everything that its passport tells."""
+"""Reads a graph or an engine, with its passport, for packaging."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Packable:
 
     @property
     def passport_json(self) -> bytes:
-        """The passport, to lie beside the file."""
+        """The passport as JSON, to be written next to the file."""
         return to_json(self.engine or self.graph)
 
     @property
     def fixed_batch(self) -> int | None:
-        """The one batch that it takes; None where the batch is free."""
+        """The fixed batch size; None if the batch is dynamic."""
         batch = self.graph.input.shape[0]
         return batch if isinstance(batch, int) else None
 
@@ -40,9 +40,9 @@ def open_packable(path: Path) -> Packable:
     """Read a file's passport and compare it with the file and its card.
 
     Raises:
-        FileError, GraphError, ArtifactError: it cannot be read, or is not what its passport says,
-            see :mod:`clipdeploy.workspace.passports`.
-        UsageError: neither a graph nor an engine.
+        FileError, GraphError, ArtifactError: the file cannot be read, or does not match its
+            passport, see :mod:`clipdeploy.workspace.passports`.
+        UsageError: the file is neither a graph nor an engine.
     """
     found = checked_passport(path)
     sha256 = found.engine.hashes.plan if found.engine else sha256_file(path)
@@ -50,9 +50,9 @@ def open_packable(path: Path) -> Packable:
 
 
 def labels(passport: Passport) -> tuple[str, ...]:
-    """A line for each logit: ``n01440764 tench, Tinca tinca``, a folder's name, or ``class 7``.
+    """One line per logit: ``n01440764 tench, Tinca tinca``, a folder's name, or ``class 7``.
 
-    A line break in a name becomes an escape: every reader of the lines counts the same ones.
+    A line break in a name is escaped, so that all programs read the same number of lines.
     """
     names = passport.class_names
     if not names:

@@ -24,7 +24,7 @@ from clipdeploy.benchmark import (
     benchmark_model,
 )
 from clipdeploy.benchmark.environment import Clocks, clock_note, read_clocks, read_environment
-from clipdeploy.benchmark.lineup import NotRun, line_up, short_labels
+from clipdeploy.benchmark.lineup import NotRun, open_cases, short_labels
 from clipdeploy.benchmark.plot import draw_benchmark
 from clipdeploy.benchmark.result import (
     benchmark_table,
@@ -33,7 +33,7 @@ from clipdeploy.benchmark.result import (
     table_rows,
     table_titles,
 )
-from clipdeploy.benchmark.rounds import Contender, measure, random_images
+from clipdeploy.benchmark.rounds import Case, measure, random_images
 from clipdeploy.benchmark.run import warm_up
 from clipdeploy.core.device import gpus
 from clipdeploy.core.errors import (
@@ -98,9 +98,9 @@ class Worker(Closing):
         self.closed += 1
 
 
-def lined_up(workers: list[Worker], batches: tuple[int, ...]) -> list[Contender]:
+def lined_up(workers: list[Worker], batches: tuple[int, ...]) -> list[Case]:
     return [
-        Contender(Path(worker.name), worker.name, worker, random_images(IMAGE, batch, 0))
+        Case(Path(worker.name), worker.name, worker, random_images(IMAGE, batch, 0))
         for worker in workers
         for batch in batches
     ]
@@ -113,8 +113,8 @@ def clock() -> Clockwork:
 
 def test_a_round_runs_everything_once_and_each_in_its_own_order(clock: Clockwork) -> None:
     names = ["a", "b", "c"]
-    contenders = lined_up([Worker(name, clock, 0.01) for name in names], (1, 8))
-    assert measure(contenders, seconds=None, rounds=20, seed=0, clock=clock) == 20
+    cases = lined_up([Worker(name, clock, 0.01) for name in names], (1, 8))
+    assert measure(cases, seconds=None, rounds=20, seed=0, clock=clock) == 20
     rounds = [clock.log[at : at + 6] for at in range(0, 120, 6)]
     everything = sorted((name, batch) for name in names for batch in (1, 8))
     assert [sorted(one) for one in rounds] == [everything] * 20
@@ -127,8 +127,8 @@ def test_a_round_runs_everything_once_and_each_in_its_own_order(clock: Clockwork
 def test_the_seed_decides_the_orders() -> None:
     def orders(seed: int) -> list[tuple[str, int]]:
         clock = Clockwork()
-        contenders = lined_up([Worker(name, clock, 0.01) for name in "abc"], (1,))
-        measure(contenders, seconds=None, rounds=10, seed=seed, clock=clock)
+        cases = lined_up([Worker(name, clock, 0.01) for name in "abc"], (1,))
+        measure(cases, seconds=None, rounds=10, seed=seed, clock=clock)
         return clock.log
 
     assert orders(0) == orders(0)
@@ -136,9 +136,9 @@ def test_the_seed_decides_the_orders() -> None:
 
 
 def test_a_slower_runner_shows_as_slower(clock: Clockwork) -> None:
-    contenders = lined_up([Worker("slow", clock, 0.02), Worker("fast", clock, 0.005)], (1, 8))
-    measure(contenders, seconds=None, rounds=12, clock=clock)
-    rows = summary_rows(contenders)
+    cases = lined_up([Worker("slow", clock, 0.02), Worker("fast", clock, 0.005)], (1, 8))
+    measure(cases, seconds=None, rounds=12, clock=clock)
+    rows = summary_rows(cases)
     assert [(row.label, row.batch) for row in rows] == [
         ("slow", 1),
         ("slow", 8),
@@ -157,12 +157,12 @@ def test_a_machine_that_slows_down_leaves_the_ratio_alone(clock: Clockwork) -> N
     def drift(pace: float) -> Callable[[float], float]:
         return lambda now: pace * (1 + 9 * min(now / 4, 1))
 
-    contenders = lined_up([Worker("slow", clock, drift(0.002)), Worker("fast", clock, 0.001)], (1,))
-    contenders[1] = replace(contenders[1], runner=Worker("fast", clock, drift(0.001)))
-    measure(contenders, seconds=None, rounds=400, clock=clock)
-    slow, fast = (np.asarray(each.seconds) for each in contenders)
+    cases = lined_up([Worker("slow", clock, drift(0.002)), Worker("fast", clock, 0.001)], (1,))
+    cases[1] = replace(cases[1], runner=Worker("fast", clock, drift(0.001)))
+    measure(cases, seconds=None, rounds=400, clock=clock)
+    slow, fast = (np.asarray(each.seconds) for each in cases)
     assert slow.max() > 5 * slow.min()
-    speedup = summary_rows(contenders)[1].speedup
+    speedup = summary_rows(cases)[1].speedup
     assert speedup is not None
     # Within a round of 3 ms to 30 ms the drift moves on by less than 7 %, to either side.
     assert speedup.value == pytest.approx(2, rel=0.02)
@@ -178,30 +178,30 @@ def test_what_is_over_first_ends_it(
     seconds: float | None, rounds: int | None, expected: int, clock: Clockwork
 ) -> None:
     # A round takes 1/8 s: the eighth ends exactly at the second, the ninth would begin there.
-    contenders = lined_up([Worker("a", clock, 1 / 16), Worker("b", clock, 1 / 16)], (1,))
-    assert measure(contenders, seconds=seconds, rounds=rounds, clock=clock) == expected
-    assert [len(each.seconds) for each in contenders] == [expected] * 2
+    cases = lined_up([Worker("a", clock, 1 / 16), Worker("b", clock, 1 / 16)], (1,))
+    assert measure(cases, seconds=seconds, rounds=rounds, clock=clock) == expected
+    assert [len(each.seconds) for each in cases] == [expected] * 2
 
 
 def test_warm_up_is_not_counted(clock: Clockwork) -> None:
-    [contender] = lined_up([Worker("a", clock, 0.125, device=0.1)], (2,))
-    contender.warm_up(1.0, clock)
-    assert contender.warmup == 4
-    assert contender.seconds == []
-    assert contender.device == []
-    contender.run(clock)
-    assert (contender.seconds, contender.device) == ([0.25], [0.2])
+    [case] = lined_up([Worker("a", clock, 0.125, device=0.1)], (2,))
+    case.warm_up(1.0, clock)
+    assert case.warmup == 4
+    assert case.seconds == []
+    assert case.device == []
+    case.run(clock)
+    assert (case.seconds, case.device) == ([0.25], [0.2])
     [cold] = lined_up([Worker("b", clock, 0.125)], (2,))
     cold.warm_up(0.0, clock)
     assert (cold.warmup, cold.device) == (1, None)
 
 
 def test_the_gpus_own_time_is_kept_apart(clock: Clockwork) -> None:
-    contenders = lined_up([Worker("gpu", clock, 0.5, device=0.25), Worker("cpu", clock, 1.0)], (2,))
-    for each in contenders:
+    cases = lined_up([Worker("gpu", clock, 0.5, device=0.25), Worker("cpu", clock, 1.0)], (2,))
+    for each in cases:
         each.warm_up(0.0, clock)
-    measure(contenders, seconds=None, rounds=6, clock=clock)
-    gpu, cpu = summary_rows(contenders)
+    measure(cases, seconds=None, rounds=6, clock=clock)
+    gpu, cpu = summary_rows(cases)
     assert gpu.device is not None
     assert (gpu.latency.p50.value, gpu.device.p50.value) == (1000, 500)
     assert cpu.device is None
@@ -232,10 +232,10 @@ def test_a_batch_is_refused_and_never_changed(
 ) -> None:
     worker = Worker("a", clock, 0.01, batches=limits)
     with ExitStack() as stack:
-        contenders, not_run = line_up(
+        cases, not_run = open_cases(
             [Path("a.engine")], (1, 4, 8), lambda path: worker, stack, refused={}, seed=0
         )
-        measure(contenders, seconds=None, rounds=3, clock=clock)
+        measure(cases, seconds=None, rounds=3, clock=clock)
     low, high = limits
     possible = {batch for batch in (1, 4, 8) if low <= batch and (high is None or batch <= high)}
     assert {batch for _, batch in clock.log} == possible
@@ -252,10 +252,10 @@ def test_what_cannot_be_opened_is_listed(clock: Clockwork) -> None:
 
     paths = [Path("bad.engine"), Path("stale.onnx"), Path("good.onnx")]
     with ExitStack() as stack:
-        contenders, not_run = line_up(
+        cases, not_run = open_cases(
             paths, (1,), open_one, stack, refused={paths[1]: "another parent"}, seed=0
         )
-    assert [each.label for each in contenders] == ["good.onnx"]
+    assert [each.label for each in cases] == ["good.onnx"]
     assert not_run == [
         NotRun("bad.engine", "bad.engine", None, "no GPU on this machine"),
         NotRun("stale.onnx", "stale.onnx", None, "another parent"),
@@ -278,8 +278,8 @@ def test_labels_are_as_short_as_they_can_be() -> None:
     [
         ({"batches": ()}, r"batches of \[\]"),
         ({"batches": (8, 0)}, r"batches of \[8, 0\]"),
-        ({"batches": (8, 8)}, "name each once"),
-        ({"seconds": None}, "without an end"),
+        ({"batches": (8, 8)}, "give each batch once"),
+        ({"seconds": None}, "has no limit"),
         ({"seconds": 0.0}, "0.0 seconds"),
         ({"seconds": float("nan")}, "nan seconds"),
         ({"rounds": 0}, "0 rounds"),
@@ -306,7 +306,7 @@ def test_the_demo_graphs_are_measured(demo_workspace: Workspace) -> None:
     assert {row.runner for row in result.rows} == {"ONNX Runtime (CPU)"}
     assert all(row.warmup == 1 and row.rounds == 2 for row in result.rows)
     assert all(row.latency.p50.value > 0 and row.latency.p99 is None for row in result.rows)
-    assert "disturbs" in notes[0]
+    assert "affect the latencies" in notes[0]
     assert "2 rounds" in notes[1]
     read = json.loads(to_json(result))
     assert read["rows"][0]["latency"]["p50"].keys() == {"value", "low", "high"}
@@ -375,12 +375,12 @@ def test_what_fails_while_it_warms_up_is_listed(clock: Clockwork) -> None:
         def __call__(self, images: NDArray[Any]) -> NDArray[np.float32]:
             raise EngineError("out of memory")
 
-    [contender] = lined_up([Refusing("a", clock, 0.1)], (1,))
+    [case] = lined_up([Refusing("a", clock, 0.1)], (1,))
     with pytest.raises(ClipdeployError, match="out of memory"):
-        contender.warm_up(0.0, clock)
+        case.warm_up(0.0, clock)
     not_run: list[NotRun] = []
     good = lined_up([Worker("b", clock, 0.1)], (1,))
-    assert warm_up([contender, *good], not_run, 0.0, clock=clock) == good
+    assert warm_up([case, *good], not_run, 0.0, clock=clock) == good
     assert not_run == [NotRun("a", "a", 1, "out of memory")]
 
 
@@ -397,12 +397,12 @@ def sample(batches: tuple[int, ...] = (1, 8, 32), rounds: int = 40) -> Benchmark
         Worker("int8.engine", clock, noisy(1e-4), device=8e-5),
         Worker("int8-cpu.onnx", clock, noisy(9e-3)),
     ]
-    contenders = lined_up(workers, batches)
-    for each in contenders:
+    cases = lined_up(workers, batches)
+    for each in cases:
         each.warm_up(0.0, clock)
         name = "ONNX Runtime (CPU)" if "onnx" in each.label else "tensorrt 10.13 on NVIDIA H200"
         each.runner.name = name
-    measure(contenders, seconds=None, rounds=rounds, clock=clock)
+    measure(cases, seconds=None, rounds=rounds, clock=clock)
     warm = Clocks(1980, 1980, 3201, 3201, 310.0, 700.0)
     environment = read_environment(warm, replace(warm, sm_mhz=1755), on_gpu=True, load=0.5)
     return Benchmark(
@@ -410,7 +410,7 @@ def sample(batches: tuple[int, ...] = (1, 8, 32), rounds: int = 40) -> Benchmark
         baseline="fp32.engine",
         config=BenchmarkConfig(),
         rounds=rounds,
-        rows=summary_rows(contenders),
+        rows=summary_rows(cases),
         not_run=(NotRun("e", "int8.engine", 64, "not possible: the engine takes 1 to 32"),),
         environment=replace(environment, gpu="NVIDIA H200"),
     )
@@ -436,7 +436,7 @@ def test_the_table_fits_a_terminal() -> None:
     assert first[5:7] == ["-", "0.3000"]
     assert first[-1] == "1"
     assert "int8.engine, batch 64: not possible: the engine takes 1 to 32" in text
-    assert "SM clock 1980 MHz at the first round, 1755 MHz after the last" in text
+    assert "SM clock 1980 MHz before the first round, 1755 MHz after the last" in text
     assert "GPU p50" not in shown(replace(sample(), rows=sample().rows[-3:]))
 
 
@@ -457,9 +457,9 @@ def test_the_table_fits_a_terminal() -> None:
 )
 def test_a_low_throughput_keeps_its_digits(seconds: float, said: str) -> None:
     clock = Clockwork()
-    contenders = lined_up([Worker("a.onnx", clock, seconds)], (1,))
-    measure(contenders, seconds=None, rounds=6, clock=clock)
-    result = replace(sample(), rows=summary_rows(contenders))
+    cases = lined_up([Worker("a.onnx", clock, seconds)], (1,))
+    measure(cases, seconds=None, rounds=6, clock=clock)
+    result = replace(sample(), rows=summary_rows(cases))
     rate = table_titles(result).index("img/s")
     assert [row[rate] for row in table_rows(result)] == [said]
 
@@ -474,11 +474,11 @@ def test_an_int8_graph_for_tensorrt_is_explained_on_a_cpu(
     result = benchmark_model(workspace, cards.DEMO, config)
     assert {row.label for row in result.rows} >= {"fp16.onnx", "int8.onnx", "int8-cpu.onnx"}
     [note] = result.notes
-    assert note.startswith("int8.onnx: INT8 with FP16 around it is for TensorRT")
+    assert note.startswith("int8.onnx: INT8 with FP16 tensors is made for TensorRT")
     assert "`clipdeploy quantize --cpu`" in note
     assert json.loads(to_json(result))["notes"] == [note]
     assert note in footnotes(result)
-    assert "INT8 with FP16 around it" in shown(result)
+    assert "INT8 with FP16 tensors" in shown(result)
     # The reason: of that graph no Linear runs in int8 here, of the other one all 24 do.
     kernels = {
         precision: optimised_kernels(workspace.graph(cards.DEMO, precision), tmp_path)
@@ -510,11 +510,11 @@ def test_brackets_in_a_name_are_no_markup() -> None:
 
 def test_clocks_and_what_is_said_of_them() -> None:
     warm = Clocks(1980, None, 3201, 3201, None, None)
-    assert "1980 MHz at the first round" in clock_note(warm, warm, gpu=True)
-    assert "unknown MHz at most" in clock_note(warm, warm, gpu=True)
+    assert "1980 MHz before the first round" in clock_note(warm, warm, gpu=True)
+    assert "unknown MHz maximum" in clock_note(warm, warm, gpu=True)
     assert "not known" in clock_note(warm, None, gpu=True)
     assert "not known" in clock_note(replace(warm, sm_mhz=None), warm, gpu=True)
-    assert "whatever else ran" in clock_note(None, None, gpu=False)
+    assert "other programs on this machine" in clock_note(None, None, gpu=False)
 
 
 def test_this_machine_is_described() -> None:
@@ -530,7 +530,7 @@ def test_the_plot_shows_the_figures() -> None:
     result = sample()
     figure = draw_benchmark(result)
     latency, throughput = figure.axes
-    assert latency.get_ylabel() == "milliseconds a batch"
+    assert latency.get_ylabel() == "milliseconds per batch"
     assert throughput.get_ylabel() == "images per second"
     assert latency.get_xlabel() == throughput.get_xlabel() == "batch (images)"
     assert [tick.get_text() for tick in latency.get_xticklabels()] == ["1", "8", "32"]

@@ -155,7 +155,7 @@ def test_it_says_what_is_wrong(built: Built, graphs: Graphs, tmp_path: Path) -> 
         ((tmp_path / "gone.onnx", image), 1, "error: ONNX Runtime: "),
         ((model, image, short), 1, "holds 3 logits, here are 30"),
         ((model, image, nan), 1, ""),
-        ((graphs["batch 4"], one), 1, "the model takes 4 images at once, here are 1"),
+        ((graphs["batch 4"], one), 1, "the model has a fixed batch of 4 images, the file has 1"),
     ):
         done = run(built.program, *words, check=False)
         assert (done.returncode, said in done.stderr) == (code, True), done.stderr
@@ -200,7 +200,7 @@ def test_the_tensorrt_flavour_runs_on_a_toy_of_tensorrt(
         np.zeros(4 * count, np.float32).tofile(images)
         done = run(program, plan, images, check=False)
         assert done.returncode == 1
-        assert f"no profile of the engine takes {count} images" in done.stderr
+        assert f"no profile of the engine accepts {count} images" in done.stderr
     plan.write_text("another version")
     done = run(program, plan, images, check=False)
     assert done.returncode == 1
@@ -263,7 +263,7 @@ def test_again_changes_nothing_and_another_asks_for_force(graphs: Graphs, tmp_pa
     assert package_cpp(graphs["fp32"], folder).changed
     (folder / "build").mkdir()
     assert not package_cpp(graphs["fp32"], folder).changed
-    with pytest.raises(ArtifactError, match="another package"):
+    with pytest.raises(ArtifactError, match="already has another package"):
         package_cpp(graphs["fp16"], folder)
     assert (folder / "build").exists()
     made = package_cpp(graphs["fp16"], folder, force=True)
@@ -275,7 +275,7 @@ def test_again_changes_nothing_and_another_asks_for_force(graphs: Graphs, tmp_pa
 def test_a_folder_of_something_else_is_never_replaced(graphs: Graphs, tmp_path: Path) -> None:
     (tmp_path / "diary.txt").write_text("dear diary")
     for force in (False, True):
-        with pytest.raises(ArtifactError, match="something else"):
+        with pytest.raises(ArtifactError, match="has other files"):
             package_cpp(graphs["fp32"], tmp_path, force=force)
     assert [path.name for path in tmp_path.iterdir()] == ["diary.txt"]
 

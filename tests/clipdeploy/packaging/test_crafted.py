@@ -167,7 +167,7 @@ def test_the_client_holds_every_text_as_a_literal(text: str, graphs: dict[str, P
     # Nothing but the literals is another statement.
     assert len(ast.parse(source).body) == len(ast.parse(plain).body)
     if not re.fullmatch(r"[\w.-]+", text) or text.startswith(("-", ".")):
-        with pytest.raises(ArtifactError, match="no name of a model"):
+        with pytest.raises(ArtifactError, match="not a valid model name"):
             client_source(text, passport)
 
 

@@ -124,9 +124,9 @@ def test_a_smaller_batch_than_the_engine_takes_can_be_chosen(
     made = package_triton(described_engine(), tmp_path, TritonConfig(max_batch=8))
     assert read_config(made.path).max_batch_size == 8
     assert made.preferred == (8,)
-    with pytest.raises(UsageError, match="takes 32 images at most"):
+    with pytest.raises(UsageError, match="accepts at most 32 images"):
         package_triton(described_engine(), tmp_path, TritonConfig(max_batch=64))
-    with pytest.raises(UsageError, match="takes 4 images at once, no more and no less"):
+    with pytest.raises(UsageError, match="has a fixed batch of 4 images"):
         package_triton(graphs["batch 4"], tmp_path, TritonConfig(max_batch=4))
 
 
@@ -179,7 +179,7 @@ def test_an_unknown_server_is_said_and_has_to_be_named(
     assert made.server is None
     assert "\nARG TRITON\nFROM" in text
     assert "--build-arg TRITON=YY.MM" in text
-    assert any("TensorRT 10.99.0.1 is known" in note for note in made.notes)
+    assert any("no Triton release with TensorRT 10.99.0.1" in note for note in made.notes)
 
 
 def test_a_version_compatible_engine_asks_the_server_to_take_it(
@@ -199,10 +199,10 @@ def test_the_table_of_servers_is_in_order() -> None:
 @pytest.mark.parametrize(
     ("changes", "said", "mend"),
     [
-        ({"backend": "tensorrt-rtx"}, "no backend of Triton", "--backend tensorrt"),
+        ({"backend": "tensorrt-rtx"}, "Triton cannot load", "--backend tensorrt"),
         ({"settings": {"strip_weights": True}}, "no weights", "without --strip-weights"),
-        ({"profiles": ((8, 8, 8),)}, "takes 1 image, and", "begin at 1"),
-        ({"profiles": ((1, 1, 2), (4, 8, 16))}, "takes 3 images, and", "leave no gap"),
+        ({"profiles": ((8, 8, 8),)}, "accepts 1 image, and", "start at 1"),
+        ({"profiles": ((1, 1, 2), (4, 8, 16))}, "accepts 3 images, and", "have no gaps"),
     ],
 )
 def test_what_triton_cannot_serve_is_refused(
@@ -272,7 +272,7 @@ def test_a_model_of_another_kind_keeps_its_name(
 def test_a_folder_that_is_no_model_is_left_alone(graphs: Graphs, tmp_path: Path) -> None:
     (tmp_path / "digits").mkdir()
     (tmp_path / "digits" / "diary.txt").write_text("dear diary")
-    with pytest.raises(ArtifactError, match="is no model"):
+    with pytest.raises(ArtifactError, match="is not a model"):
         package_triton(graphs["fp32"], tmp_path, TritonConfig("digits"))
     assert (tmp_path / "digits" / "diary.txt").exists()
 
