@@ -165,18 +165,13 @@ def hardware(result: Benchmark) -> str:
     return ", ".join([*parts, processor] if on_cpu or not parts else parts)
 
 
-def _milliseconds(estimate: Estimate | None) -> str:
-    """Format with 4 significant digits, or without decimals from 1000 on."""
+def _metric(estimate: Estimate | None, digits: int) -> str:
+    """Format with 3 or 4 significant ``digits``, or without decimals from 1000 on."""
     if estimate is None:
         return "-"
-    return f"{estimate.value:#.4g}" if estimate.value < 999.95 else f"{estimate.value:.0f}"
-
-
-def _rate(estimate: Estimate) -> str:
-    """Format with 3 significant digits, or without decimals from 1000 on."""
-    return (
-        f"{estimate.value:#.3g}".rstrip(".") if estimate.value < 999.5 else f"{estimate.value:.0f}"
-    )
+    if estimate.value >= 1000 - 0.5 * 10.0 ** (3 - digits):
+        return f"{estimate.value:.0f}"
+    return f"{estimate.value:#.{digits}g}".rstrip(".")
 
 
 def _margin(estimate: Estimate | None) -> str:
@@ -188,18 +183,14 @@ def _margin(estimate: Estimate | None) -> str:
 
 def _cells(row: BenchmarkRow, baseline: str, *, device: bool) -> list[str]:
     latency = row.latency
-    times = [
-        _milliseconds(latency.p50),
-        _margin(latency.p50),
-        _milliseconds(latency.p90),
-        _milliseconds(latency.p99),
-    ]
+    p50, p90, p99 = (_metric(each, 4) for each in (latency.p50, latency.p90, latency.p99))
+    times = [p50, _margin(latency.p50), p90, p99]
     if device:
-        times.append(_milliseconds(row.device.p50 if row.device else None))
+        times.append(_metric(row.device.p50 if row.device else None, 4))
     speedup = [f"{row.speedup.value:.2f}" if row.speedup else "-", _margin(row.speedup)]
     if row.label == baseline:
         speedup = ["1", ""]
-    return [*times, _rate(row.images_per_second), *speedup]
+    return [*times, _metric(row.images_per_second, 3), *speedup]
 
 
 def _has_device(result: Benchmark) -> bool:

@@ -1,4 +1,4 @@
-"""Defines a finding and one constructor for each level."""
+"""Defines findings, with a constructor for each level."""
 
 from __future__ import annotations
 

@@ -48,6 +48,11 @@ class CapturedLog:
     messages: list[str]
     errors: list[str]
 
+    def reason(self, error: Exception | None = None) -> str:
+        """The first line of the first error, or else of ``error``."""
+        lines = (self.errors[0] if self.errors else str(error or "")).strip().splitlines()
+        return lines[0] if lines else "no reason given"
+
 
 @dataclass(frozen=True)
 class BackendChoice:

@@ -71,11 +71,11 @@ class EngineArtifact(Shown):
         return facts([*rows, *(("NOT AS ASKED", text) for text in made.fallbacks)])
 
 
-def _unchanged(engine: Path, wanted: EnginePassport) -> EnginePassport | None:
-    """The passport of the existing engine if it matches ``wanted``, the graph's hash aside."""
+def _unchanged(engine: Path, draft: EnginePassport) -> EnginePassport | None:
+    """The passport of the existing engine if it matches ``draft``, the graph's hash aside."""
     try:
         found = read_engine_passport(engine)
-        same = all(getattr(found, name) == getattr(wanted, name) for name in _DECIDES)
+        same = all(getattr(found, name) == getattr(draft, name) for name in _DECIDES)
         return load_engine_passport(engine) if same else None
     except (ArtifactError, FileError):
         return None
@@ -149,10 +149,10 @@ def build_engine(
     choice = choose_backend(config.backend)
     compiler = Compiler(choice.backend, tensorrt_module(choice.backend))
     check_options(choice.backend, compiler.module, config)
-    wanted = _draft(passport, compiler, config)
+    draft = _draft(passport, compiler, config)
     with ThreadPoolExecutor(1) as pool:
         graph_hash = pool.submit(sha256_file, graph)
-        found = None if force else _unchanged(engine, wanted)
+        found = None if force else _unchanged(engine, draft)
         if found is not None and found.hashes.graph == graph_hash.result():
             return EngineArtifact(engine, found, changed=False)
         compiler.check_flags(config)
@@ -170,13 +170,13 @@ def build_engine(
             plan_hash = plan.sha256()
         seconds = time.perf_counter() - started
         hashes = replace(
-            wanted.hashes,
+            draft.hashes,
             plan=plan_hash,
             graph=graph_hash.result(),
             timing_cache=sha256_file(cache) if cache and cache.exists() else None,
         )
     made = replace(
-        wanted,
+        draft,
         hashes=hashes,
         plan_bytes=plan.bytes,
         build_seconds=round(seconds, 3),

@@ -236,15 +236,14 @@ class Compiler:
             except PolygraphyException as error:
                 if stop:
                     raise stop[0] from error
-                raise self._refusal(graph, log.errors, error) from error
+                raise self._refusal(graph, log.reason(error)) from error
         if stop:
             raise stop[0]
         return tuple(log.messages)
 
-    def _refusal(self, graph: Path | bytes, errors: Sequence[str], error: Exception) -> BuildError:
+    def _refusal(self, graph: Path | bytes, reason: str) -> BuildError:
         name = graph if isinstance(graph, Path) else "the graph"
-        lines = (errors[0] if errors else str(error)).strip().splitlines()
         return BuildError(
-            f"{self.backend} cannot compile {name}: {lines[0] if lines else 'no reason given'}",
+            f"{self.backend} cannot compile {name}: {reason}",
             hint="run again with --debug to see TensorRT's warnings and errors",
         )

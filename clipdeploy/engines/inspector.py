@@ -385,9 +385,9 @@ def differences(asked: Sequence[BlockPrecision], executed: ExecutedPrecision) ->
     for block in asked:
         other = found.get(block.block, BlockPrecision(block.block))
         for what in ("gemms", "attention"):
-            wanted, got = getattr(block, what), getattr(other, what)
-            if wanted != got:
-                lines.append(f"{block.block}: asked for {_counts(wanted)}, got {_counts(got)}")
+            requested, got = getattr(block, what), getattr(other, what)
+            if requested != got:
+                lines.append(f"{block.block}: asked for {_counts(requested)}, got {_counts(got)}")
     return tuple(lines)
 
 

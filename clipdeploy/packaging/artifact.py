@@ -12,7 +12,7 @@ from clipdeploy.engines.passport import EnginePassport
 from clipdeploy.models import cards
 from clipdeploy.workspace.passports import checked_passport
 
-__all__ = ["Packable", "labels", "open_packable"]
+__all__ = ["Packable", "labels", "labels_text", "open_packable"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ class Packable:
     def passport_json(self) -> bytes:
         """The passport as JSON, to be written next to the file."""
         return to_json(self.engine or self.graph)
+
+    @property
+    def runtime(self) -> str:
+        """The library that runs the file: ``onnxruntime``, ``tensorrt`` or ``tensorrt-rtx``."""
+        return self.engine.backend if self.engine else "onnxruntime"
 
     @property
     def fixed_batch(self) -> int | None:
@@ -60,6 +65,11 @@ def labels(passport: Passport) -> tuple[str, ...]:
     card = next((card for card in cards.all_cards() if card.name == passport.model), None)
     known = dict(cards.class_names(card)) if card else {}
     return tuple(_label(name, known.get(name, name)) for name in names)
+
+
+def labels_text(passport: Passport) -> bytes:
+    """The contents of ``labels.txt``, in UTF-8."""
+    return "".join(f"{label}\n" for label in labels(passport)).encode()
 
 
 def _label(name: str, label: str) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 from clipdeploy.core.display import Renderable, Shown, facts
 from clipdeploy.core.errors import ArtifactError
 from clipdeploy.core.files import atomic_folder, file_errors, sha256_file
-from clipdeploy.packaging.artifact import Packable, labels
+from clipdeploy.packaging.artifact import Packable, labels_text
 from clipdeploy.packaging.client import template
 from clipdeploy.runners.base import Images, Logits
 from clipdeploy.runners.onnx import OnnxRunner
@@ -87,7 +87,6 @@ def package_cpp(
     """
     model = folder / f"model{source.path.suffix}"
     files = _files(source, model.name, samples)
-    runtime = source.engine.backend if source.engine else "onnxruntime"
     notes: tuple[str, ...] = ()
     if source.engine:
         notes = ("logits.txt is missing: Python computes it only where the engine can run",)
@@ -98,7 +97,7 @@ def package_cpp(
             for name, data in files.items():
                 (made / name).write_bytes(data)
             shutil.copyfile(source.path, made / model.name)
-    return CppPackage(folder, model, runtime, changed or force, notes)
+    return CppPackage(folder, model, source.runtime, changed or force, notes)
 
 
 def _is_current(source: Packable, model: Path, files: Mapping[str, bytes]) -> bool:
@@ -131,7 +130,7 @@ def _files(source: Packable, model: str, samples: Samples) -> dict[str, bytes]:
     files = {name: template(name).template.encode() for name in _SOURCES}
     files |= {
         _CMAKE: _cmake(source, model).encode(),
-        "labels.txt": ("\n".join(labels(source.graph)) + "\n").encode(),
+        "labels.txt": labels_text(source.graph),
         "image.raw": images.tobytes(),
         f"{model}.json": source.passport_json,
     }
@@ -154,7 +153,7 @@ def _cmake(source: Packable, model: str) -> str:
     exact = source.graph.precision == "int8-cpu"
     return template(_CMAKE).substitute(
         model=model,
-        runtime=source.engine.backend if source.engine else "onnxruntime",
+        runtime=source.runtime,
         definitions="  target_compile_definitions(classify PRIVATE EXACT_INT8)\n" if exact else "",
         expected="" if source.engine else "logits.txt",
     )

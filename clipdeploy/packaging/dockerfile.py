@@ -30,14 +30,14 @@ def dockerfile(source: Packable, name: str) -> str:
     if engine is None:
         what, reason = (
             "an ONNX graph",
-            "# The newest release that clipdeploy knows; other releases also work.",
+            "# The newest known release; other releases also work.",
         )
     else:
         version = printable(engine.backend_version)
         what = f"an engine of TensorRT {version}"
         reason = f"# The server needs the TensorRT version of the engine: {version}."
     if release is None:
-        reason += f"\n# clipdeploy knows no such release; look it up in {MATRIX}:"
+        reason += f"\n# No known release has it; look it up in {MATRIX}:"
         reason += "\n#     docker build --build-arg TRITON=YY.MM ..."
     gpus = source.graph.precision != "int8-cpu"
     build, run = docker_commands(name, ".", gpus=gpus, known=True)

@@ -27,7 +27,7 @@ from clipdeploy.core.files import (
     write_atomic,
 )
 from clipdeploy.engines.passport import BatchProfile
-from clipdeploy.packaging.artifact import Packable, labels
+from clipdeploy.packaging.artifact import Packable, labels_text
 from clipdeploy.packaging.client import client_source
 from clipdeploy.packaging.dockerfile import dockerfile
 from clipdeploy.packaging.servers import IMAGE, MATRIX, server_for
@@ -210,7 +210,7 @@ def _shared_files(
     image = samples.of(source.fixed_batch or 1).as_input(spec)
     return {
         _CONFIG: triton_config(source, name, config).encode(),
-        "labels.txt": ("\n".join(labels(source.graph)) + "\n").encode(),
+        "labels.txt": labels_text(source.graph),
         f"warmup/{WARMUP}": image.tobytes(),
         "client.py": client_source(name, source.graph).encode(),
         "Dockerfile": dockerfile(source, name).encode(),
@@ -239,8 +239,8 @@ def _notes(source: Packable, release: str | None) -> Iterator[str]:
     if source.engine and release is None:
         version = source.engine.backend_version
         yield (
-            f"clipdeploy knows no Triton release with TensorRT {version}: find one in {MATRIX} "
-            "and pass it to docker build (see the Dockerfile)"
+            f"no known Triton release has TensorRT {version}: look it up in {MATRIX}, and pass it "
+            "to docker build (see the Dockerfile)"
         )
     if source.engine is None and source.graph.precision == "int8":
         yield (

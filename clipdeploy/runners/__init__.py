@@ -39,4 +39,4 @@ def open_runner(
         from clipdeploy.runners.engine import EngineRunner
 
         return EngineRunner(path, trust=trust, cuda_graph=cuda_graph)
-    raise UsageError(f"{path} is neither .onnx nor .engine", hint="give a graph or an engine")
+    raise UsageError(f"{path} is neither .onnx nor .engine", hint="name a graph or an engine")

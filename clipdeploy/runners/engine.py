@@ -55,9 +55,8 @@ def load_engine(plan: Plan) -> tuple[Any, trt.ICudaEngine]:
     with capture_log() as log:
         engine = runtime.deserialize_cuda_engine(plan.data)
     if engine is None:
-        reason = log.errors[0].splitlines()[0] if log.errors else "no reason given"
         raise EngineError(
-            f"TensorRT cannot load {plan.path}: {reason}",
+            f"TensorRT cannot load {plan.path}: {log.reason()}",
             hint="an engine is bound to its GPU and TensorRT version: build it again here",
         )
     _refit(module, plan, engine)

@@ -1,4 +1,4 @@
-"""Described machines: each known-bad combination is found, and a good machine has none."""
+"""Tests that known-bad combinations of made-up machines are found, and none on a good one."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ SERVER = Machine(
 
 
 def without(*names: str, **more: str) -> dict[str, str]:
-    """The server's packages, less some and with others."""
+    """The server's packages, some removed and some added."""
     return {name: v for name, v in SERVER.packages.items() if name not in names} | more
 
 
-def test_a_good_server_has_nothing_to_mend() -> None:
+def test_a_good_server_has_nothing_to_fix() -> None:
     diagnosis = diagnose(SERVER)
     assert diagnosis
     assert [f for f in diagnosis.findings if f.level != "good"] == []
@@ -52,7 +52,7 @@ def test_a_good_server_has_nothing_to_mend() -> None:
     assert {"Python", "PyTorch", "ONNX Runtime", "TensorRT", "driver", "GPU", "cache"} <= subjects
 
 
-def test_a_laptop_without_a_gpu_can_do_its_part() -> None:
+def test_a_laptop_without_a_gpu_can_run() -> None:
     cpu = Library("2.13.0+cpu")
     diagnosis = diagnose(replace(SERVER, gpus=(), driver=None, torch=cpu))
     assert diagnosis
@@ -233,7 +233,7 @@ BAD: list[tuple[str, dict[str, Any], str, str, str, str]] = [
     [row[1:] for row in BAD],
     ids=[row[0] for row in BAD],
 )
-def test_what_is_wrong_is_found_with_its_mend(
+def test_a_problem_is_found_with_its_fix(
     change: dict[str, Any], level: str, subject: str, text: str, mend: str
 ) -> None:
     diagnosis = diagnose(replace(SERVER, **change))
@@ -242,13 +242,13 @@ def test_what_is_wrong_is_found_with_its_mend(
     assert bool(diagnosis) == (not diagnosis.of("error"))
 
 
-def test_whatever_is_not_good_has_a_mend() -> None:
+def test_every_problem_has_a_fix() -> None:
     for _, change, *_ in BAD:
         for finding in diagnose(replace(SERVER, **change)).findings:
             assert bool(finding.mend) == (finding.level != "good"), finding
 
 
-def test_tensorrt_rtx_is_no_matter_where_tensorrt_serves_the_gpu() -> None:
+def test_tensorrt_rtx_may_not_support_the_gpu_if_tensorrt_does() -> None:
     assert not diagnose(replace(SERVER, gpus=(H100,))).of("warning")
 
 

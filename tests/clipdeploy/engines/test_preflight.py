@@ -1,4 +1,4 @@
-"""What is told before an engine is loaded; the engines are real, the machines are described."""
+"""Tests the checks before an engine is loaded, with real engines and made-up machines."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def built(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def engine(built: Path, tmp_path: Path) -> Path:
-    """A copy, to be spoilt."""
+    """A copy that a test may damage."""
     shutil.copy(passport_path(built), passport_path(tmp_path / built.name))
     return Path(shutil.copy(built, tmp_path))
 
 
 def fitting(engine: Path) -> ThisMachine:
-    """A machine on which the engine should run."""
+    """A machine that can run the engine."""
     passport = read_engine_passport(engine)
     return ThisMachine(passport.platform, ADA, passport.backend_version)
 
 
-def test_an_engine_that_fits_is_handed_over(engine: Path) -> None:
+def test_a_matching_engine_is_returned(engine: Path) -> None:
     plan = preflight(engine, here=fitting(engine))
     assert plan.data == engine.read_bytes()
     assert plan.passport is not None
@@ -109,7 +109,7 @@ def test_another_machine_is_refused(change: dict[str, object], message: str, eng
         preflight(engine, here=here)
 
 
-def test_trust_waives_the_hash_but_not_the_machine(engine: Path) -> None:
+def test_trust_skips_the_hash_but_not_the_machine(engine: Path) -> None:
     here = fitting(engine)
     engine.write_bytes(engine.read_bytes()[:-1])
     assert preflight(engine, trust=True, here=here).data == engine.read_bytes()
@@ -119,7 +119,7 @@ def test_trust_waives_the_hash_but_not_the_machine(engine: Path) -> None:
 
 @pytest.fixture
 def data_centre(engine: Path) -> EnginePassport:
-    """A passport as TensorRT on an A10 leaves it."""
+    """A passport as written for TensorRT on an A10."""
     return replace(
         read_engine_passport(engine),
         backend="tensorrt",
@@ -174,8 +174,8 @@ def test_version_compatibility(
             check_machine(Path("x.engine"), passport, here)
 
 
-@pytest.mark.skipif(bool(gpus()), reason="what happens where there is no GPU")
-def test_this_machine_is_the_one_that_is_asked(engine: Path) -> None:
+@pytest.mark.skipif(bool(gpus()), reason="tests a machine without a GPU")
+def test_this_machine_is_checked_by_default(engine: Path) -> None:
     with pytest.raises(EngineError, match="no GPU on this machine"):
         preflight(engine)
     save_engine_passport(replace(read_engine_passport(engine), platform="win32 AMD64"), engine)
