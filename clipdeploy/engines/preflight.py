@@ -21,7 +21,7 @@ from clipdeploy.engines.passport import (
     read_engine_passport,
 )
 
-__all__ = ["Plan", "ThisMachine", "check_machine", "preflight", "this_machine"]
+__all__ = ["Host", "Plan", "check_machine", "preflight", "read_host"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class ThisMachine:
+class Host:
     """The machine to run an engine on; ``version`` is that of the engine's backend."""
 
     platform: str
@@ -42,12 +42,12 @@ class ThisMachine:
     version: str | None
 
 
-def this_machine(passport: EnginePassport) -> ThisMachine:
+def read_host(passport: EnginePassport) -> Host:
     """Describe the machine that this process runs on."""
     backend = passport.backend
     version = str(tensorrt_module(backend).__version__) if is_installed(backend) else None
     devices = gpus()
-    return ThisMachine(platform_name(), devices[0] if devices else None, version)
+    return Host(platform_name(), devices[0] if devices else None, version)
 
 
 def _runs_on(passport: EnginePassport, gpu: Gpu) -> bool:
@@ -60,45 +60,46 @@ def _same_version(passport: EnginePassport, version: str) -> bool:
     if not passport.settings.get("version_compatible"):
         return passport.backend_version == version
     # Runs on newer versions of the same major (NVIDIA's developer guide, "Version Compatibility").
-    built, here = passport.backend_version.split("."), version.split(".")
-    return built[0] == here[0] and [int(p) for p in built[1:2]] <= [int(p) for p in here[1:2]]
+    built, found = passport.backend_version.split("."), version.split(".")
+    return built[0] == found[0] and [int(p) for p in built[1:2]] <= [int(p) for p in found[1:2]]
 
 
 def _no_gpu() -> EngineError:
     return EngineError("no GPU on this machine", hint="run it on the machine that will serve")
 
 
-def check_machine(engine: Path, passport: EnginePassport, here: ThisMachine) -> None:
-    """Check that the engine can run on the machine ``here``.
+def check_machine(engine: Path, passport: EnginePassport, host: Host) -> None:
+    """Check that the engine can run on the machine ``host``.
 
     Raises:
         EngineError: the platform, TensorRT version or compute capability differs, or no GPU.
     """
     again = f"build it again here: {passport.rebuild}"
-    if passport.platform != here.platform:
+    if passport.platform != host.platform:
         raise EngineError(
-            f"{engine} was built for {passport.platform}, here is {here.platform}", hint=again
+            f"{engine} was built for {passport.platform}, this machine is {host.platform}",
+            hint=again,
         )
-    if here.gpu is None:
+    if host.gpu is None:
         raise _no_gpu()
     built = f"{passport.backend} {passport.backend_version}"
-    if here.version is None:
+    if host.version is None:
         package = passport.backend
         raise EngineError(
             f"{engine} was built by {built}, which is not installed",
             hint=f"pip install {package}=={passport.backend_version}",
         )
-    if not _same_version(passport, here.version):
-        raise EngineError(f"{engine} was built by {built}, installed is {here.version}", hint=again)
-    if not _runs_on(passport, here.gpu):
+    if not _same_version(passport, host.version):
+        raise EngineError(f"{engine} was built by {built}, installed is {host.version}", hint=again)
+    if not _runs_on(passport, host.gpu):
         raise EngineError(
             f"{engine} runs on SM {', '.join(passport.capabilities)}; "
-            f"{here.gpu.name} is {here.gpu.sm}",
+            f"{host.gpu.name} is {host.gpu.sm}",
             hint=again,
         )
 
 
-def preflight(engine: Path, *, trust: bool = False, here: ThisMachine | None = None) -> Plan:
+def preflight(engine: Path, *, trust: bool = False, host: Host | None = None) -> Plan:
     """Read an engine and check that it can be loaded on this machine.
 
     The file is read once, so the returned bytes are the hashed bytes.  ``trust`` skips the hash,
@@ -117,5 +118,5 @@ def preflight(engine: Path, *, trust: bool = False, here: ThisMachine | None = N
     passport = read_engine_passport(engine)
     if not trust:
         check_plan(engine, passport, len(data), hashlib.sha256(data).hexdigest())
-    check_machine(engine, passport, here or this_machine(passport))
+    check_machine(engine, passport, host or read_host(passport))
     return Plan(engine, data, passport)

@@ -18,7 +18,7 @@ from clipdeploy.engines.passport import (
     read_engine_passport,
     save_engine_passport,
 )
-from clipdeploy.engines.preflight import ThisMachine, check_machine, preflight
+from clipdeploy.engines.preflight import Host, check_machine, preflight
 from clipdeploy.models import cards
 from clipdeploy.workspace.folder import Workspace
 
@@ -40,14 +40,14 @@ def engine(built: Path, tmp_path: Path) -> Path:
     return Path(shutil.copy(built, tmp_path))
 
 
-def fitting(engine: Path) -> ThisMachine:
+def fitting(engine: Path) -> Host:
     """A machine that can run the engine."""
     passport = read_engine_passport(engine)
-    return ThisMachine(passport.platform, ADA, passport.backend_version)
+    return Host(passport.platform, ADA, passport.backend_version)
 
 
 def test_a_matching_engine_is_returned(engine: Path) -> None:
-    plan = preflight(engine, here=fitting(engine))
+    plan = preflight(engine, host=fitting(engine))
     assert plan.data == engine.read_bytes()
     assert plan.passport is not None
     assert plan.passport.hashes.graph
@@ -59,14 +59,14 @@ def test_one_flipped_bit_is_refused(where: float, engine: Path) -> None:
     data[int(where * len(data))] ^= 1
     engine.write_bytes(data)
     with pytest.raises(ArtifactError, match=r"changed or replaced \(build it again: clipdeploy"):
-        preflight(engine, here=fitting(engine))
+        preflight(engine, host=fitting(engine))
 
 
 def test_a_truncated_engine_is_refused(engine: Path) -> None:
     data = engine.read_bytes()
     engine.write_bytes(data[: len(data) // 2])
     with pytest.raises(ArtifactError, match=r"of .* bytes, it was cut short"):
-        preflight(engine, here=fitting(engine))
+        preflight(engine, host=fitting(engine))
 
 
 def test_the_passport_of_another_engine_is_refused(
@@ -75,27 +75,27 @@ def test_the_passport_of_another_engine_is_refused(
     other = build_engine(demo_workspace.graph(cards.DEMO, "fp32"), tmp_path / "other.engine").path
     shutil.copy(passport_path(other), passport_path(engine))
     with pytest.raises(ArtifactError, match="is not the file that its passport describes"):
-        preflight(engine, here=fitting(engine))
+        preflight(engine, host=fitting(engine))
 
 
 def test_a_missing_passport_is_refused(engine: Path) -> None:
-    here = fitting(engine)
+    host = fitting(engine)
     passport_path(engine).unlink()
     with pytest.raises(ArtifactError, match="has no passport"):
-        preflight(engine, here=here)
+        preflight(engine, host=host)
 
 
 def test_a_passport_of_a_newer_clipdeploy_is_refused(engine: Path) -> None:
-    here, path = fitting(engine), passport_path(engine)
+    host, path = fitting(engine), passport_path(engine)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 99}))
     with pytest.raises(ArtifactError, match=r"newer clipdeploy \(schema 99"):
-        preflight(engine, here=here)
+        preflight(engine, host=host)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"platform": "linux aarch64"}, r"built for linux x86_64, here is linux aarch64"),
+        ({"platform": "linux aarch64"}, r"built for linux x86_64, this machine is linux aarch64"),
         ({"gpu": None}, "no GPU on this machine"),
         ({"gpu": Gpu("NVIDIA H200", (9, 0))}, r"runs on SM .*; NVIDIA H200 is SM 9\.0"),
         ({"gpu": Gpu("Tesla T4", (7, 5))}, r"runs on SM .*; Tesla T4 is SM 7\.5"),
@@ -104,17 +104,17 @@ def test_a_passport_of_a_newer_clipdeploy_is_refused(engine: Path) -> None:
     ],
 )
 def test_another_machine_is_refused(change: dict[str, object], message: str, engine: Path) -> None:
-    here = replace(fitting(engine), **change)  # type: ignore[arg-type]
+    host = replace(fitting(engine), **change)  # type: ignore[arg-type]
     with pytest.raises(EngineError, match=message):
-        preflight(engine, here=here)
+        preflight(engine, host=host)
 
 
 def test_trust_skips_the_hash_but_not_the_machine(engine: Path) -> None:
-    here = fitting(engine)
+    host = fitting(engine)
     engine.write_bytes(engine.read_bytes()[:-1])
-    assert preflight(engine, trust=True, here=here).data == engine.read_bytes()
+    assert preflight(engine, trust=True, host=host).data == engine.read_bytes()
     with pytest.raises(EngineError, match="no GPU"):
-        preflight(engine, trust=True, here=replace(here, gpu=None))
+        preflight(engine, trust=True, host=replace(host, gpu=None))
 
 
 @pytest.fixture
@@ -144,12 +144,12 @@ def test_hardware_compatibility(
     hardware: str, capability: tuple[int, int], runs: bool, data_centre: EnginePassport
 ) -> None:
     passport = replace(data_centre, hardware=hardware)
-    here = ThisMachine(passport.platform, Gpu("a GPU", capability), passport.backend_version)
+    host = Host(passport.platform, Gpu("a GPU", capability), passport.backend_version)
     if runs:
-        check_machine(Path("x.engine"), passport, here)
+        check_machine(Path("x.engine"), passport, host)
     else:
         with pytest.raises(EngineError, match=r"runs on SM 8\.6"):
-            check_machine(Path("x.engine"), passport, here)
+            check_machine(Path("x.engine"), passport, host)
 
 
 @pytest.mark.parametrize(
@@ -166,12 +166,12 @@ def test_version_compatibility(
     compatible: bool, version: str, runs: bool, data_centre: EnginePassport
 ) -> None:
     passport = replace(data_centre, settings={"version_compatible": compatible})
-    here = ThisMachine(passport.platform, Gpu("NVIDIA A10", (8, 6)), version)
+    host = Host(passport.platform, Gpu("NVIDIA A10", (8, 6)), version)
     if runs:
-        check_machine(Path("x.engine"), passport, here)
+        check_machine(Path("x.engine"), passport, host)
     else:
         with pytest.raises(EngineError, match=r"was built by tensorrt 10\.13"):
-            check_machine(Path("x.engine"), passport, here)
+            check_machine(Path("x.engine"), passport, host)
 
 
 @pytest.mark.skipif(bool(gpus()), reason="tests a machine without a GPU")
