@@ -125,7 +125,7 @@ def test_wrong_options_are_usage_errors(
     [
         (("--hardware-compatible", "ampere-plus"), ("--compute-capability", "8.9")),
         (("--version-compatible",), ("lean runtime", "--backend tensorrt")),
-        (("--optimization-level", "5"), ("when an engine is loaded",)),
+        (("--optimization-level", "5"), ("kernels at load time",)),
         (("--compute-capability", "9.0"), ("9.0", "12.0", "--backend tensorrt")),
         (("--backend", "tensorrt"), ("tensorrt",)),
     ],
@@ -230,7 +230,7 @@ def test_a_graph_that_asks_for_what_the_target_lacks(
     onnx.save(model, graph)
     from clipdeploy.engines.build_config import BuildConfig
 
-    with pytest.raises(BuildError, match=r"asks for fp8, which SM 8\.0 cannot compute"):
+    with pytest.raises(BuildError, match=r"uses fp8, which SM 8\.0 cannot compute"):
         build_engine(graph, tmp_path / "x.engine", BuildConfig(compute_capability=("8.0", "8.9")))
 
 

@@ -134,7 +134,7 @@ ENGINE_FAULTS: dict[str, tuple[Edit, str]] = {
     ),
     "hardware": (put("hardware", "ampere-plus"), "hardware"),
     "size": (put("plan_bytes", 1), "plan_bytes"),
-    "plan": (put("hashes.plan", "0" * 64), "the file its passport speaks of"),
+    "plan": (put("hashes.plan", "0" * 64), "the file that its passport describes"),
     "graph": (put("hashes.graph", "0" * 64), "was not made from"),
     "source": (put("hashes.source_graph", "0" * 64), "hashes.source_graph"),
     "calibration": (put("hashes.calibration", "0" * 64), "hashes.calibration"),

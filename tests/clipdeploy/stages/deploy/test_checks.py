@@ -78,7 +78,7 @@ def no_recipe(tmp_path: Path) -> DeployConfig:
         ),
         (one_broken, DatasetError, ("3/broken.png", "--skip-unreadable")),
         (file_in_the_way, FileError, ("models", "is a file, not a folder")),
-        (another_folder, ArtifactError, ("program holds something else",)),
+        (another_folder, ArtifactError, ("program has other files in it",)),
         (no_recipe, FileError, ("cannot read", "recipe.json")),
     ],
 )
