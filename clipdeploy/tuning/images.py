@@ -14,7 +14,7 @@ from clipdeploy.imaging import Crop, ImageFolder, Labelling, iter_crops
 from clipdeploy.imaging.labelled import open_labelled
 from clipdeploy.tuning.search import SearchConfig
 from clipdeploy.tuning.splits import Split, hash_images, split_images
-from clipdeploy.verification.batches import mixed
+from clipdeploy.verification.batches import shuffled
 from clipdeploy.verification.leaks import Calibrated, refuse_leaks
 from clipdeploy.verification.paired import images_needed, judge_drop
 from exporters.samples import Samples
@@ -93,7 +93,7 @@ def labelled_batches(
         DatasetError: an image cannot be read, or has the pixels of one of ``calibrated``.
     """
     crops = []
-    for crop in iter_crops(mixed(split.images), spec):
+    for crop in iter_crops(shuffled(split.images), spec):
         refuse_leaks(calibrated.leaks([crop]))
         crops.append(crop)
         if len(crops) == batch:

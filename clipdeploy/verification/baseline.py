@@ -22,7 +22,7 @@ from clipdeploy.models import cards
 from clipdeploy.verification.paired import Interval, wilson_interval
 from clipdeploy.verification.records import Answer
 from clipdeploy.verification.result import Baseline, BaselineStatus
-from clipdeploy.verification.results import Question
+from clipdeploy.verification.results import RunKey
 
 __all__ = [
     "CONFIRMING",
@@ -84,40 +84,40 @@ class Expected:
         if text in ("card", "none"):
             return cls(text)
         try:
-            figures = [float(part) for part in text.split(",")]
+            percents = [float(part) for part in text.split(",")]
         except ValueError:
-            figures = []
-        if not 1 <= len(figures) <= 2 or not all(0 <= figure <= 100 for figure in figures):
+            percents = []
+        if not 1 <= len(percents) <= 2 or not all(0 <= each <= 100 for each in percents):
             raise UsageError(
                 f"--baseline {text!r} is no accuracy", hint="card, none, or percent: 86.02,97.76"
             )
-        return cls("user", figures[0], figures[1] if len(figures) == 2 else None)
+        return cls("user", percents[0], percents[1] if len(percents) == 2 else None)
 
 
-def _published(question: Question, expected: Expected) -> tuple[float | None, float | None]:
+def _published(run_key: RunKey, expected: Expected) -> tuple[float | None, float | None]:
     if expected.source != "card":
         return expected.top1, expected.top5
-    if _is_part(question):
+    if _is_part(run_key):
         return None, None
-    card = cards.find(question.model)
+    card = cards.find(run_key.model)
     own = tuple(name for name, _ in cards.class_names(card))
     # A head with other classes is a fine-tune: nothing was published of it.
-    return (card.top1, card.top5) if question.class_names == own else (None, None)
+    return (card.top1, card.top5) if run_key.class_names == own else (None, None)
 
 
-def _is_part(question: Question) -> bool:
+def _is_part(run_key: RunKey) -> bool:
     """Whether the images are of so few classes that the published figure does not hold for them.
 
     An accuracy p over K classes, of which m have no image, is between (K p - m) / (K - m) and
     K p / (K - m) over the others: m / (K - m) apart.  Where that is less than what a check notices
     the figure is compared all the same.
     """
-    present = question.partial_classes
-    return bool(present) and 100 * (question.classes - present) / present > CONFIRMING
+    present = run_key.partial_classes
+    return bool(present) and 100 * (run_key.classes - present) / present > CONFIRMING
 
 
 @dataclass(frozen=True)
-class _Figures:
+class _Comparison:
     """The published percent of top-1 and top-5, if any, and the intervals of what was found."""
 
     top1: float | None
@@ -133,10 +133,10 @@ class _Figures:
         )
 
 
-def _within(figure: float | None, interval: Interval) -> bool:
-    if figure is None:
+def _within(published: float | None, interval: Interval) -> bool:
+    if published is None:
         return True
-    return interval.low - _ROUNDING <= figure <= interval.high + _ROUNDING
+    return interval.low - _ROUNDING <= published <= interval.high + _ROUNDING
 
 
 def _intervals(answers: Sequence[Answer], confidence: float) -> tuple[Interval, Interval]:
@@ -147,9 +147,9 @@ def _intervals(answers: Sequence[Answer], confidence: float) -> tuple[Interval, 
     return one, five
 
 
-def is_hopeless(answers: Sequence[Answer], question: Question, expected: Expected) -> bool:
+def is_hopeless(answers: Sequence[Answer], run_key: RunKey, expected: Expected) -> bool:
     """Whether a first look at a sample rules out that the baseline will be confirmed."""
-    top1, _ = _published(question, expected)
+    top1, _ = _published(run_key, expected)
     if top1 is None:
         return False
     return top1 > _intervals(answers, _HOPELESS)[0].high + _HOPELESS_MARGIN
@@ -207,14 +207,14 @@ def excluded_deficit(published: float, n: int) -> float | None:
     return published - 100 * noticed
 
 
-def _is_whole(n: int, question: Question, expected: Expected, per_class: Sequence[int]) -> bool:
+def _is_whole(n: int, run_key: RunKey, expected: Expected, per_class: Sequence[int]) -> bool:
     """Whether these are all images behind the card's figures, prepared as they were."""
-    even = len(per_class) == question.classes == _CLASSES and set(per_class) == {_PER_CLASS}
+    even = len(per_class) == run_key.classes == _CLASSES and set(per_class) == {_PER_CLASS}
     return (
         expected.source == "card"
-        and question.recipe == Recipe()
+        and run_key.recipe == Recipe()
         and even
-        and n == question.images == _CLASSES * _PER_CLASS
+        and n == run_key.images == _CLASSES * _PER_CLASS
     )
 
 
@@ -225,10 +225,10 @@ def whole_set_status(gap: float) -> BaselineStatus:
     return "unconfirmed" if gap <= _DRIFT + _TINY else "missed"
 
 
-def _of_the_whole(answers: Sequence[Answer], figures: _Figures) -> Baseline:
+def _of_the_whole(answers: Sequence[Answer], comparison: _Comparison) -> Baseline:
     pairs = [
         (k, 100 * sum(answer.right(k) for answer in answers) / len(answers), published)
-        for k, published in ((1, figures.top1), (5, figures.top5))
+        for k, published in ((1, comparison.top1), (5, comparison.top5))
         if published is not None
     ]
     gap = max(abs(found - published) for _, found, published in pairs)
@@ -246,38 +246,38 @@ def _of_the_whole(answers: Sequence[Answer], figures: _Figures) -> Baseline:
         "the preprocessing or the weights behind it",
     }
     sentence = f"PyTorch's {shown}, on the whole validation set; {meaning[status]}"
-    return figures.baseline(status, sentence, _DRIFT)
+    return comparison.baseline(status, sentence, _DRIFT)
 
 
 def _of_a_sample(
-    found: str, n: int, top1: float, figures: _Figures, whose: str, guessing: str
+    found: str, n: int, top1: float, comparison: _Comparison, whose: str, guessing: str
 ) -> Baseline:
     excludes = excluded_deficit(top1, n)
     shown = f"{found}, {top1:.2f} % {whose}"
-    if not _within(figures.top5, figures.five):
-        five = figures.five
+    if not _within(comparison.top5, comparison.five):
+        five = comparison.five
         shown += (
             f"; of top-5 the 99 % interval is {five.low:.2f} to {five.high:.2f}, "
-            f"{figures.top5:.2f} % {whose}"
+            f"{comparison.top5:.2f} % {whose}"
         )
     # Rounded up, so that it is true.
     worse = 0.0 if excludes is None else math.ceil(10 * excludes - _TINY) / 10
     noticed = f"a reference {worse:.1f} points worse would have been noticed 19 times in 20"
     if excludes is None:
         noticed = "a worse reference could not have been noticed at all"
-    if not (_within(figures.top1, figures.one) and _within(figures.top5, figures.five)):
-        return figures.baseline("missed", f"{shown}; {noticed}", excludes)
+    if not (_within(comparison.top1, comparison.one) and _within(comparison.top5, comparison.five)):
+        return comparison.baseline("missed", f"{shown}; {noticed}", excludes)
     if guessing:
-        return figures.baseline("unconfirmed", f"{shown}; {guessing}; {noticed}", excludes)
+        return comparison.baseline("unconfirmed", f"{shown}; {guessing}; {noticed}", excludes)
     if excludes is None or excludes > CONFIRMING:
         few = f"too few images to confirm it: {'only ' if excludes else ''}{noticed}"
-        return figures.baseline("unconfirmed", f"{shown}; {few}", excludes)
-    return figures.baseline("confirmed", f"{shown}; {noticed}", excludes)
+        return comparison.baseline("unconfirmed", f"{shown}; {few}", excludes)
+    return comparison.baseline("confirmed", f"{shown}; {noticed}", excludes)
 
 
 def check_baseline(
     answers: Sequence[Answer],
-    question: Question,
+    run_key: RunKey,
     expected: Expected = Expected(),
     *,
     per_class: Sequence[int] = (),
@@ -294,9 +294,9 @@ def check_baseline(
     Raises:
         UsageError: no answers.
     """
-    if question.random_weights or not question.labelled:
+    if run_key.random_weights or not run_key.labelled:
         return Baseline("skipped", "accuracy means nothing here")
-    whole = _is_whole(len(answers), question, expected, per_class)
+    whole = _is_whole(len(answers), run_key, expected, per_class)
     if different is not None and not whole:
         answers = different
     one, five = _intervals(answers, _CONFIDENCE)
@@ -305,31 +305,31 @@ def check_baseline(
         f"PyTorch's top-1 is {100 * hits / n:.2f} % of {n:,} image{'' if n == 1 else 's'} "
         f"(99 % interval {one.low:.2f} to {one.high:.2f})"
     )
-    figures = _Figures(*_published(question, expected), one, five)
-    guess, guessing = 100 / question.classes, ""
+    comparison = _Comparison(*_published(run_key, expected), one, five)
+    guess, guessing = 100 / run_key.classes, ""
     if one.low <= guess:
-        guessing = f"guessing among {question.classes:,} classes"
+        guessing = f"guessing among {run_key.classes:,} classes"
         # Half of the way from guessing to perfection, where no accuracy was published.
-        if one.high + _ROUNDING < max(figures.top1 or 0.0, (100 + guess) / 2):
-            return figures.baseline(
+        if one.high + _ROUNDING < max(comparison.top1 or 0.0, (100 + guess) / 2):
+            return comparison.baseline(
                 "implausible",
                 f"{found}, which is {guessing}: the labels or the preprocessing are not the "
                 "model's",
             )
         guessing = f"too few images to tell it from {guessing}"
-    if figures.top1 is not None:
+    if comparison.top1 is not None:
         if whole:
-            return _of_the_whole(answers, figures)
+            return _of_the_whole(answers, comparison)
         whose = "was published" if expected.source == "card" else "is expected"
-        return _of_a_sample(found, n, figures.top1, figures, whose, guessing)
+        return _of_a_sample(found, n, comparison.top1, comparison, whose, guessing)
     if guessing:
-        return figures.baseline("unconfirmed", f"{found}: {guessing}")
+        return comparison.baseline("unconfirmed", f"{found}: {guessing}")
     if expected.source == "none":
-        return figures.baseline("skipped", "the published accuracy was not looked at")
-    if _is_part(question):
-        return figures.baseline(
+        return comparison.baseline("skipped", "the published accuracy was not looked at")
+    if _is_part(run_key):
+        return comparison.baseline(
             "unpublished",
-            f"{found}, of {question.partial_classes:,} of the {question.classes:,} classes; "
+            f"{found}, of {run_key.partial_classes:,} of the {run_key.classes:,} classes; "
             "the published accuracy is over all of them",
         )
-    return figures.baseline("unpublished", "no accuracy was published of these weights")
+    return comparison.baseline("unpublished", "no accuracy was published of these weights")

@@ -27,8 +27,8 @@ __all__ = [
     "digest_of_contents",
     "digest_of_entries",
     "digest_of_files",
-    "mixed",
     "prefetched",
+    "shuffled",
 ]
 
 T = TypeVar("T")
@@ -67,7 +67,7 @@ def prefetched(items: Generator[T], depth: int = 2) -> Iterator[T]:
         items.close()
 
 
-def mixed(images: ImageFolder) -> ImageFolder:
+def shuffled(images: ImageFolder) -> ImageFolder:
     """The same images in the order in which they are verified: random, and always the same."""
     order = np.random.default_rng(_ORDER_SEED).permutation(len(images.entries))
     return ImageFolder(images.root, tuple(images.entries[i] for i in order), images.origin)

@@ -20,7 +20,7 @@ class EarlyStop:
     def __init__(self, wanted: Results, limits: Limits) -> None:
         """``wanted`` is the run's question, without a batch yet."""
         self._results, self._limits = wanted, limits
-        self._drops = [SequentialDrop(limits.top1) for _ in wanted.question.ran]
+        self._drops = [SequentialDrop(limits.top1) for _ in wanted.run_key.ran]
         self._pixels: set[str] = set()
 
     def add(self, batch: BatchResult) -> bool:

@@ -104,17 +104,19 @@ class ImageRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 def _answers(logits: Logits, labels: Sequence[int | None]) -> list[Answer]:
     # A NaN is the largest to NumPy's sort; here it is no answer at all.
-    told = ~np.isnan(logits)
-    order = np.argsort(-np.where(told, logits, -np.inf), axis=1, kind="stable")[:, :_KEPT_ANSWERS]
+    numbers = ~np.isnan(logits)
+    order = np.argsort(-np.where(numbers, logits, -np.inf), axis=1, kind="stable")[
+        :, :_KEPT_ANSWERS
+    ]
     own = np.take_along_axis(logits, np.asarray([[label or 0] for label in labels]), axis=1)
     ranks = (logits >= own).sum(axis=1) - 1
-    columns = (order, np.take_along_axis(told, order, axis=1), ranks, np.isfinite(own[:, 0]))
+    columns = (order, np.take_along_axis(numbers, order, axis=1), ranks, np.isfinite(own[:, 0]))
     answers = []
     for label, top, sound, rank, known in zip(labels, *(c.tolist() for c in columns), strict=True):
         kept = (
             top
             if all(sound)
-            else [index for index, is_told in zip(top, sound, strict=True) if is_told]
+            else [index for index, is_number in zip(top, sound, strict=True) if is_number]
         )
         answers.append(Answer(tuple(kept), rank if known and label is not None else None))
     return answers
@@ -128,10 +130,10 @@ def _outcomes(logits: Logits, reference: Logits, answers: Sequence[Answer]) -> l
         cosine = (ours * theirs).sum(axis=1) / np.maximum(norms, np.finfo(np.float64).tiny)
         columns = (difference.max(axis=1), difference.sum(axis=1), (difference**2).sum(axis=1))
     finite = np.isfinite(np.concatenate([ours, theirs], axis=1)).all(axis=1).tolist()
-    figures = np.stack([*columns, cosine], axis=1).tolist()
+    metrics = np.stack([*columns, cosine], axis=1).tolist()
     return [
         Outcome(answer, *(values if sound else [None] * len(values)))
-        for answer, sound, values in zip(answers, finite, figures, strict=True)
+        for answer, sound, values in zip(answers, finite, metrics, strict=True)
     ]
 
 

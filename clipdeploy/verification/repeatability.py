@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from clipdeploy.verification.records import ImageRecord
 from clipdeploy.verification.repeats import Repeat, excluded_share
-from clipdeploy.verification.results import Asked, Results
+from clipdeploy.verification.results import ArtifactEntry, Results
 
 __all__ = ["Repeatability", "repeatability_of"]
 
@@ -121,16 +121,16 @@ def _own_share(records: Iterable[ImageRecord], lane: int) -> float:
     return math.fsum(noise for _, noise in pairs) / signal if signal > 0 else 0.0
 
 
-def _rounding(asked: Asked) -> float:
-    if asked.precision == "fp32" and asked.kind == "graph":
+def _rounding(entry: ArtifactEntry) -> float:
+    if entry.precision == "fp32" and entry.kind == "graph":
         return _GRAPH_FP32
-    return _ROUNDING.get(asked.precision, _EIGHT_BITS)
+    return _ROUNDING.get(entry.precision, _EIGHT_BITS)
 
 
-def repeatability_of(results: Results, lane: int, asked: Asked) -> Repeatability:
+def repeatability_of(results: Results, lane: int, entry: ArtifactEntry) -> Repeatability:
     """Whether the artifact with this number among those that ran answers alike."""
     own = min(_own_share(results.records, lane), _MOST_OWN)
-    rounding = _rounding(asked)
+    rounding = _rounding(entry)
     most_mean, most_worst = 4 * own + rounding, 16 * own + 4 * rounding
     kinds: dict[tuple[str, int, int], list[Repeat]] = defaultdict(list)
     repeats = results.repeats(lane)
@@ -148,7 +148,7 @@ def repeatability_of(results: Results, lane: int, asked: Asked) -> Repeatability
     mean = max((group.mean for group in groups), default=0.0)
     worst = max((group.worst for group in groups), default=0.0)
     sizes = tuple(sorted({repeat.size for repeat in repeats}))
-    batch = results.question.batch
+    batch = results.run_key.batch
     large = sum(len(each.records) >= batch for each in results.batches)
     large += sum(repeat.kind == "mixed" and repeat.size >= batch for repeat in repeats)
     excluded, excluded_large = excluded_share(calls), excluded_share(large)

@@ -27,8 +27,8 @@ __all__ = [
     "Verification",
     "artifact_names",
     "baseline_lines",
-    "figures_of",
     "heading",
+    "metrics_of",
     "verdict_line",
     "verification_table",
 ]
@@ -272,7 +272,7 @@ def heading(result: Verification) -> str:
     return f"{result.model} on {result.images:,} images of {result.data}{copies}{stopped}{leaked}"
 
 
-def figures_of(row: Row, result: Verification) -> tuple[str, ...]:
+def metrics_of(row: Row, result: Verification) -> tuple[str, ...]:
     """A row's figures in the order of ``COLUMNS``; a dash where there is none."""
     fidelity = row.fidelity
     if fidelity is None:
@@ -302,7 +302,7 @@ def _table(result: Verification) -> Table:
         table.add_row("PyTorch", *accuracy, "", "", "", "", "reference")
     for name, row in zip(artifact_names(result), result.rows, strict=True):
         verdict = Text(row.verdict, style=_COLOURS[row.verdict])
-        table.add_row(Text(name), *figures_of(row, result), verdict)
+        table.add_row(Text(name), *metrics_of(row, result), verdict)
     return table
 
 

@@ -38,11 +38,11 @@ from clipdeploy.verification.records import ImageRecord
 from clipdeploy.verification.repeats import Repeat
 
 __all__ = [
-    "Asked",
+    "ArtifactEntry",
     "BatchResult",
-    "Question",
     "Results",
     "ResultsWriter",
+    "RunKey",
     "merge_results",
     "read_results",
     "save_results",
@@ -53,7 +53,7 @@ _MOST_IMAGES = 1_000_000_000
 
 
 @dataclass(frozen=True)
-class Asked:
+class ArtifactEntry:
     """An artifact under judgement.
 
     ``runner`` computed its logits, empty if nothing could: then ``why_not`` says why.  ``vouched``
@@ -75,7 +75,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Question:
+class RunKey:
     """All that decides the records; only results of the same question can be joined.
 
     ``decoder`` is the key of all that decides pixels, ``entries`` the SHA-256 of the images' names
@@ -96,7 +96,7 @@ class Question:
     reference: str
     classes: int
     class_names: tuple[str, ...]
-    artifacts: tuple[Asked, ...]
+    artifacts: tuple[ArtifactEntry, ...]
     images: int
     labelled: bool
     entries: str
@@ -130,9 +130,9 @@ class Question:
         return min(self.batch, self.images - number * self.batch)
 
     @property
-    def ran(self) -> tuple[Asked, ...]:
+    def ran(self) -> tuple[ArtifactEntry, ...]:
         """The artifacts that something could run, in the order of every record's outcomes."""
-        return tuple(asked for asked in self.artifacts if asked.runner)
+        return tuple(entry for entry in self.artifacts if entry.runner)
 
 
 @dataclass(frozen=True)
@@ -148,11 +148,10 @@ class BatchResult:
     repeats: tuple[tuple[Repeat, ...], ...] = ()
 
 
-@dataclass(frozen=True)
-class _Header:
+class _Header(msgspec.Struct, frozen=True):
     """``data`` and ``stamps`` (the state of the files) are this machine's, not the question's."""
 
-    question: Question
+    run_key: RunKey = msgspec.field(name="question")
     data: str
     stamps: str
     shard: tuple[int, int] | None = None
@@ -162,7 +161,7 @@ class _Header:
 class Results:
     """What is known: the question and the batches that are done, in order."""
 
-    question: Question
+    run_key: RunKey
     data: str
     batches: tuple[BatchResult, ...]
     stamps: str = ""
@@ -190,7 +189,7 @@ class Results:
     @property
     def header(self) -> _Header:
         """The first line of the file."""
-        return _Header(self.question, self.data, self.stamps, self.shard)
+        return _Header(self.run_key, self.data, self.stamps, self.shard)
 
 
 class _Line(msgspec.Struct):
@@ -274,13 +273,13 @@ def read_results(path: Path) -> Results:
     chain = _Chain()
     try:
         header = msgspec.json.decode(chain.read(first), type=_Header)
-        if (schema := header.question.schema) != RESULTS_SCHEMA:
+        if (schema := header.run_key.schema) != RESULTS_SCHEMA:
             raise ArtifactError(
                 f"{path} was written by {'a newer' if schema > RESULTS_SCHEMA else 'an older'} "
                 "clipdeploy",
                 hint="upgrade, or verify again" if schema > RESULTS_SCHEMA else "verify again",
             )
-        if fault := first_fault(header.question):
+        if fault := first_fault(header.run_key):
             raise ArtifactError(f"{path} cannot be believed: {fault}", hint="verify again")
         # What follows the last line break is nothing, or a line that was cut short.
         decoder = msgspec.json.Decoder(BatchResult)
@@ -290,7 +289,7 @@ def read_results(path: Path) -> Results:
             f"{path} holds no results that can be read: {error}", hint="verify again"
         ) from error
     batches.sort(key=lambda batch: batch.batch)
-    found = Results(header.question, header.data, tuple(batches), header.stamps, header.shard)
+    found = Results(header.run_key, header.data, tuple(batches), header.stamps, header.shard)
     if problem := _impossible(found):
         raise ArtifactError(f"{path} holds results that cannot be: {problem}", hint="verify again")
     return found
@@ -298,7 +297,7 @@ def read_results(path: Path) -> Results:
 
 def _impossible(results: Results) -> str:
     """Why these cannot be results of their question; empty if they can."""
-    question, lanes = results.question, len(results.question.ran)
+    run_key, lanes = results.run_key, len(results.run_key.ran)
     numbers = Counter(batch.batch for batch in results.batches)
     names = Counter(
         name
@@ -306,12 +305,12 @@ def _impossible(results: Results) -> str:
         for name in (*(record.name for record in batch.records), *batch.unreadable)
     )
     for number, count in numbers.items():
-        if count > 1 or not 0 <= number < question.batches:
-            return f"batch {number} is there {count} times, of {question.batches} batches"
+        if count > 1 or not 0 <= number < run_key.batches:
+            return f"batch {number} is there {count} times, of {run_key.batches} batches"
     for batch in results.batches:
         images = len(batch.records) + len(batch.unreadable)
-        if images != question.size(batch.batch):
-            return f"batch {batch.batch} has {images} images, not {question.size(batch.batch)}"
+        if images != run_key.size(batch.batch):
+            return f"batch {batch.batch} has {images} images, not {run_key.size(batch.batch)}"
         if any(len(record.outcomes) != lanes for record in batch.records):
             return f"batch {batch.batch} has outcomes of other artifacts than {lanes}"
         if len(batch.repeats) != lanes:
@@ -333,9 +332,9 @@ def merge_results(parts: Sequence[Results]) -> Results:
         )
     first = parts[0]
     for part in parts[1:]:
-        if part.question != first.question:
+        if part.run_key != first.run_key:
             raise ArtifactError(
-                f"the shards are not of one run: {_difference(first.question, part.question)}",
+                f"the shards are not of one run: {_difference(first.run_key, part.run_key)}",
                 hint="verify every shard with the same artifacts, images, versions and --threads; "
                 "if shards of an older run lie beside them, remove those or name the others",
             )
@@ -345,10 +344,10 @@ def merge_results(parts: Sequence[Results]) -> Results:
             raise ArtifactError(
                 f"two shards differ on batch {batch.batch}", hint="verify these shards again"
             )
-    missing = sorted(set(range(first.question.batches)) - set(batches))
+    missing = sorted(set(range(first.run_key.batches)) - set(batches))
     if missing:
         raise ArtifactError(
-            f"{len(missing)} of {first.question.batches} batches are missing: a shard is not "
+            f"{len(missing)} of {first.run_key.batches} batches are missing: a shard is not "
             "there or not finished",
             hint="run the missing shards, or name all of them",
         )
@@ -363,7 +362,7 @@ def merge_results(parts: Sequence[Results]) -> Results:
     return merged
 
 
-def _difference(one: Question, other: Question) -> str:
+def _difference(one: RunKey, other: RunKey) -> str:
     names = [
         name for name in one.__dataclass_fields__ if getattr(one, name) != getattr(other, name)
     ]

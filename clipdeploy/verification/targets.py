@@ -13,7 +13,7 @@ from clipdeploy.core.files import sha256_file
 from clipdeploy.core.passport import Passport, Precision
 from clipdeploy.engines.passport import EnginePassport
 from clipdeploy.runners import OnnxRunner, Runner, open_runner
-from clipdeploy.verification.results import Asked
+from clipdeploy.verification.results import ArtifactEntry
 from clipdeploy.workspace.folder import PRECISIONS, Workspace
 from clipdeploy.workspace.passports import check_made_from, checked_passport, is_vouched
 from exporters.headers import read_skeleton, weight_files
@@ -133,7 +133,7 @@ def digest_of_artifact(path: Path) -> str:
 
 def open_target(
     target: Target, *, trust: bool = False, threads: int = 0
-) -> tuple[Runner | None, Asked]:
+) -> tuple[Runner | None, ArtifactEntry]:
     """A runner of the artifact, None where nothing can run it, and how it enters the question.
 
     float16 is run as stored where no GPU computes it, see :class:`OnnxRunner`.  ``threads`` is
@@ -142,7 +142,7 @@ def open_target(
     Raises:
         GraphError, FileError: a graph that cannot be loaded.
     """
-    asked = Asked(
+    entry = ArtifactEntry(
         artifact=str(target.path),
         kind=target.kind,
         precision=target.precision,
@@ -157,7 +157,7 @@ def open_target(
         )
     except EngineError as error:
         stand_in = f"; {target.stand_in.name} was scored in its place" if target.stand_in else ""
-        return None, replace(asked, why_not=f"{error.message}{stand_in}")
+        return None, replace(entry, why_not=f"{error.message}{stand_in}")
     why_not = runner.emulation if isinstance(runner, OnnxRunner) else ""
-    asked = replace(asked, runner=runner.name, emulated=bool(why_not), why_not=why_not)
-    return runner, asked
+    entry = replace(entry, runner=runner.name, emulated=bool(why_not), why_not=why_not)
+    return runner, entry

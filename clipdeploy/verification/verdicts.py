@@ -36,7 +36,7 @@ from clipdeploy.verification.result import (
     Verdict,
     Verification,
 )
-from clipdeploy.verification.results import Asked, Question, Results
+from clipdeploy.verification.results import ArtifactEntry, Results, RunKey
 
 __all__ = ["Limits", "judge_results"]
 
@@ -71,18 +71,18 @@ class _Drops:
     reason: str
 
 
-def _judged(lost: int, gained: int, images: int, limit: float, question: Question) -> DropJudgement:
-    anytime = question.sequential is not None
+def _judged(lost: int, gained: int, images: int, limit: float, run_key: RunKey) -> DropJudgement:
+    anytime = run_key.sequential is not None
     return judge_drop(lost, gained, images, limit, anytime=anytime)
 
 
 def _drops(
-    fidelity: Fidelity, unlike: Fidelity, repeats: Repeatability, question: Question, limits: Limits
+    fidelity: Fidelity, unlike: Fidelity, repeats: Repeatability, run_key: RunKey, limits: Limits
 ) -> _Drops:
-    top1 = _judged(fidelity.lost, fidelity.gained, fidelity.images, limits.top1, question)
+    top1 = _judged(fidelity.lost, fidelity.gained, fidelity.images, limits.top1, run_key)
     limit5 = limits.top1 if limits.top5 is None else limits.top5
     counts5 = (fidelity.lost_top5, fidelity.gained_top5)
-    top5 = _judged(*counts5, fidelity.images, limit5, question)
+    top5 = _judged(*counts5, fidelity.images, limit5, run_key)
     verdict, reason = top1.verdict, top1.sentence
     if limits.top5 is not None:
         reason = f"top-1: {top1.sentence}; top-5: {top5.sentence}"
@@ -93,7 +93,7 @@ def _drops(
             "points: --max-top5-drop judges it"
         )
     if verdict == "equivalent":
-        again = _judged(unlike.lost, unlike.gained, unlike.images, limits.top1, question)
+        again = _judged(unlike.lost, unlike.gained, unlike.images, limits.top1, run_key)
         if again.verdict != "equivalent":
             verdict = "undecided"
             reason += f"; but only {unlike.images:,} images do not look like another: "
@@ -112,8 +112,8 @@ def _judge(
     fidelity: Fidelity,
     drops: _Drops | None,
     repeats: Repeatability,
-    question: Question,
-    asked: Asked,
+    run_key: RunKey,
+    entry: ArtifactEntry,
     baseline: Baseline,
 ) -> tuple[Verdict, str]:
     """The verdict on an artifact that ran, and the sentence that explains it."""
@@ -121,37 +121,37 @@ def _judge(
         return "regressed", "logits are NaN or infinite"
     if not repeats:
         return "not judged", repeats.sentence
-    if question.random_weights:
+    if run_key.random_weights:
         return "not judged", "random weights: logits only, accuracy means nothing"
     if drops is None:
         return "not judged", "images without labels: logits only"
-    if asked.emulated:
-        why = f": {asked.why_not}" if asked.why_not else ""
+    if entry.emulated:
+        why = f": {entry.why_not}" if entry.why_not else ""
         return "not judged", f"float16 was computed in float32, which hides overflow{why}"
     if not baseline:
         return "not judged", f"the baseline failed: {baseline.sentence}"
-    foreign = "" if asked.vouched else "; no passport vouches for this file"
+    foreign = "" if entry.vouched else "; no passport vouches for this file"
     return drops.verdict, drops.reason + foreign
 
 
 def _row(
-    asked: Asked,
+    entry: ArtifactEntry,
     lane: int,
     results: Results,
     found: Distinct,
     baseline: Baseline,
     limits: Limits,
 ) -> Row:
-    question = results.question
-    calibrated = None if asked.calibration is None else bool(asked.calibration)
+    run_key = results.run_key
+    calibrated = None if entry.calibration is None else bool(entry.calibration)
     row = Row(
-        artifact=asked.artifact,
-        kind=asked.kind,
-        precision=asked.precision,
-        runner=asked.runner,
-        vouched=asked.vouched,
+        artifact=entry.artifact,
+        kind=entry.kind,
+        precision=entry.precision,
+        runner=entry.runner,
+        vouched=entry.vouched,
         verdict="not executed",
-        reason=asked.why_not,
+        reason=entry.why_not,
         fidelity=None,
         drop=None,
         drop_top5=None,
@@ -160,17 +160,17 @@ def _row(
         disagreements=0,
         worst=(),
     )
-    if not asked.runner:
+    if not entry.runner:
         return row
 
-    def figures(records: Sequence[ImageRecord]) -> Fidelity:
-        return fidelity_of(records, lane, question.classes, labelled=question.labelled)
+    def fidelity_over(records: Sequence[ImageRecord]) -> Fidelity:
+        return fidelity_of(records, lane, run_key.classes, labelled=run_key.labelled)
 
-    fidelity, repeats = figures(found.records), repeatability_of(results, lane, asked)
+    fidelity, repeats = fidelity_over(found.records), repeatability_of(results, lane, entry)
     drops = None
-    if question.labelled and not question.random_weights and fidelity.finite:
-        drops = _drops(fidelity, figures(found.unlike), repeats, question, limits)
-    verdict, reason = _judge(fidelity, drops, repeats, question, asked, baseline)
+    if run_key.labelled and not run_key.random_weights and fidelity.finite:
+        drops = _drops(fidelity, fidelity_over(found.unlike), repeats, run_key, limits)
+    verdict, reason = _judge(fidelity, drops, repeats, run_key, entry, baseline)
     different = disagreements_of(found.records, lane)
     return replace(
         row,
@@ -197,56 +197,56 @@ def judge_results(
         UsageError: a limit is outside 0 to 100.
     """
     limits = limits if isinstance(limits, Limits) else Limits(limits)
-    question, records = results.question, results.records
+    run_key, records = results.run_key, results.records
     if not records:
         raise DatasetError(
             f"not one image of {results.data} could be read", hint="look at one of them"
         )
     found = distinct_records(records)
-    judged = question.labelled and not question.random_weights
+    judged = run_key.labelled and not run_key.random_weights
     # What was published of a whole set is of all its files, copies included.
     baseline = check_baseline(
         [record.reference for record in records],
-        question,
+        run_key,
         expected,
         per_class=tuple(Counter(record.label for record in records).values()),
         different=[record.reference for record in found.records],
     )
     rows, lane = [], 0
-    for asked in question.artifacts:
-        rows.append(_row(asked, lane, results, found, baseline, limits))
-        lane += bool(asked.runner)
-    unknown = any(asked.calibration is None for asked in question.artifacts)
-    matters = any(asked.calibration for asked in question.artifacts)
+    for entry in run_key.artifacts:
+        rows.append(_row(entry, lane, results, found, baseline, limits))
+        lane += bool(entry.runner)
+    unknown = any(entry.calibration is None for entry in run_key.artifacts)
+    matters = any(entry.calibration for entry in run_key.artifacts)
     leaks = [record.leak for record in records] if matters else []
     return Verification(
-        model=question.model,
+        model=run_key.model,
         data=results.data,
         images=len(found.records),
-        listed=question.images,
+        listed=run_key.images,
         copies=found.copies,
         near_copies=found.near_copies,
-        labelled=question.labelled,
+        labelled=run_key.labelled,
         skipped=tuple(sorted(results.unreadable)),
-        problems=(*question.problems, *_found_by_reading(results), *_about_copies(found, leaks)),
+        problems=(*run_key.problems, *_found_by_reading(results), *_about_copies(found, leaks)),
         leaked=None if unknown else leaks.count("same"),
         near_leaked=None if unknown else leaks.count("near"),
-        random_weights=question.random_weights,
-        class_names=question.class_names,
+        random_weights=run_key.random_weights,
+        class_names=run_key.class_names,
         max_drop=limits.top1,
         max_drop_top5=limits.top5,
-        sequential=question.sequential is not None,
+        sequential=run_key.sequential is not None,
         baseline=baseline,
         reference=accuracy_of([r.reference for r in found.records]) if judged else None,
         rows=tuple(rows),
-        left_out=_left_out(question),
+        left_out=_left_out(run_key),
         passed=bool(rows) and all(row.verdict == "equivalent" for row in rows),
     )
 
 
-def _left_out(question: Question) -> tuple[str, ...]:
+def _left_out(run_key: RunKey) -> tuple[str, ...]:
     """The engines of judged graphs that are there and were not judged."""
-    judged = {Path(asked.artifact) for asked in question.artifacts}
+    judged = {Path(entry.artifact) for entry in run_key.artifacts}
     engines = [path.with_suffix(".engine") for path in sorted(judged) if path.suffix == ".onnx"]
     return tuple(str(path) for path in engines if path not in judged and path.exists())
 

@@ -35,21 +35,21 @@ from clipdeploy.verification.batches import (
     digest_of_contents,
     digest_of_entries,
     digest_of_files,
-    mixed,
     prefetched,
+    shuffled,
 )
-from clipdeploy.verification.cached import KeptRecords, read_kept
+from clipdeploy.verification.cached import CachedRecords, read_cached
 from clipdeploy.verification.early_stop import EarlyStop
 from clipdeploy.verification.leaks import Calibrated, calibration_of, refuse_leaks
 from clipdeploy.verification.records import ImageId, Logits, measure_images
 from clipdeploy.verification.reference import Reference
 from clipdeploy.verification.repeats import Repeat, RepeatPlan, ask_again
 from clipdeploy.verification.results import (
-    Asked,
+    ArtifactEntry,
     BatchResult,
-    Question,
     Results,
     ResultsWriter,
+    RunKey,
     save_results,
 )
 from clipdeploy.verification.targets import Target, open_target
@@ -107,7 +107,7 @@ class _Lane:
     """An artifact that something can run, and how it is called in the question."""
 
     target: Target
-    asked: Asked
+    entry: ArtifactEntry
     runner: Runner
 
 
@@ -115,7 +115,7 @@ class _Lane:
 class _Opened:
     """Everything that a batch passes through."""
 
-    question: Question
+    run_key: RunKey
     reference: Reference
     lanes: tuple[_Lane, ...]
     calibrated: Calibrated
@@ -125,16 +125,16 @@ class _Opened:
         """The input of a batch, normalised if any artifact takes it so."""
         if not batch.crops:
             return None
-        samples = batch.samples(self.question.preprocess)
+        samples = batch.samples(self.run_key.preprocess)
         if any(lane.target.passport.input.dtype != "uint8" for lane in self.lanes):
             _ = samples.pixels
         return samples
 
     def record(
-        self, batch: DecodedBatch, samples: Samples | None, artifacts: Collection[Asked]
+        self, batch: DecodedBatch, samples: Samples | None, artifacts: Collection[ArtifactEntry]
     ) -> BatchResult:
         """A batch's records of these ``artifacts``, and what they answered when asked again."""
-        lanes = [lane for lane in self.lanes if lane.asked in artifacts]
+        lanes = [lane for lane in self.lanes if lane.entry in artifacts]
         crops = batch.crops
         if samples is None:
             return BatchResult(batch.number, (), batch.unreadable, ((),) * len(lanes))
@@ -142,43 +142,43 @@ class _Opened:
         if not self.allow_leak:
             refuse_leaks(leaks)
         reference = self.reference([crop.sha256 for crop in crops], samples)
-        asked = [self._ask(lane, batch.number, samples, reference) for lane in lanes]
+        answers = [self._run(lane, batch.number, samples, reference) for lane in lanes]
         records = measure_images(
             [ImageId(crop.entry.name, crop.sha256, *crop.fingerprint) for crop in crops],
-            [crop.entry.label for crop in crops] if self.question.labelled else [None] * len(crops),
+            [crop.entry.label for crop in crops] if self.run_key.labelled else [None] * len(crops),
             [leak for _, leak in leaks],
             reference,
-            [logits for logits, _ in asked],
+            [logits for logits, _ in answers],
         )
-        repeats = tuple(found for _, found in asked)
+        repeats = tuple(repeats for _, repeats in answers)
         return BatchResult(batch.number, tuple(records), batch.unreadable, repeats)
 
-    def _ask(
+    def _run(
         self, lane: _Lane, number: int, samples: Samples, reference: Logits
     ) -> tuple[Logits, tuple[Repeat, ...]]:
         """An artifact's logits of a batch, and the calls that were made again."""
         images = samples.as_input(lane.target.passport.input)
         # A copy: a runner may use the same memory for its next answer.
-        logits, wanted = np.array(lane.runner(images)), (len(images), self.question.classes)
+        logits, wanted = np.array(lane.runner(images)), (len(images), self.run_key.classes)
         if logits.shape != wanted:
             raise ArtifactError(
                 f"{lane.target.path} gave logits of shape {logits.shape}, not {wanted}",
                 hint="it is no classifier of this model: build it again",
             )
-        plan = RepeatPlan(self.question.batches, self.question.batch)
+        plan = RepeatPlan(self.run_key.batches, self.run_key.batch)
         calls = plan.calls(number, len(images), lane.runner)
         name = str(lane.target.path)
         return logits, ask_again(lane.runner, name, images, logits, reference, calls)
 
 
-def _question(
+def _run_key(
     model: LoadedModel,
     passport: Passport,
     images: ImageFolder,
     config: VerifyConfig,
     calibrated: Calibrated,
-) -> Question:
-    return Question(
+) -> RunKey:
+    return RunKey(
         model=model.card.name,
         weights=model.weights.identity,
         random_weights=model.weights.kind == "random",
@@ -206,7 +206,7 @@ def _question(
 def _open(
     model: LoadedModel,
     targets: Sequence[Target],
-    question: Question,
+    run_key: RunKey,
     config: VerifyConfig,
     calibrated: Calibrated,
     allow_leak: bool,
@@ -214,17 +214,17 @@ def _open(
 ) -> _Opened:
     lanes, artifacts = [], []
     for target in targets:
-        runner, asked = open_target(target, trust=config.trust, threads=question.threads)
-        asked = replace(asked, calibration=calibration_of(target, calibrated))
-        artifacts.append(asked)
+        runner, entry = open_target(target, trust=config.trust, threads=run_key.threads)
+        entry = replace(entry, calibration=calibration_of(target, calibrated))
+        artifacts.append(entry)
         if runner is not None:
             stack.callback(runner.close)
-            lanes.append(_Lane(target, asked, runner))
-    reference = Reference(model, question.preprocess, config.cache, question.threads)
+            lanes.append(_Lane(target, entry, runner))
+    reference = Reference(model, run_key.preprocess, config.cache, run_key.threads)
     stack.callback(reference.close)
-    asked_for = replace(question, artifacts=tuple(artifacts), reference=reference.name)
+    asked_for = replace(run_key, artifacts=tuple(artifacts), reference=reference.name)
     # An image flatters only what was calibrated on it, and no accuracy comes of random weights.
-    harmless = question.random_weights or not any(asked.calibration for asked in artifacts)
+    harmless = run_key.random_weights or not any(entry.calibration for entry in artifacts)
     return _Opened(asked_for, reference, tuple(lanes), calibrated, allow_leak or harmless)
 
 
@@ -264,17 +264,17 @@ def run_verification(
         raise UsageError(
             "without labels no verdict comes out, early or late", hint="leave out --sequential"
         )
-    images = mixed(images)
-    question = _question(model, passport, images, config, calibrated)
+    images = shuffled(images)
+    run_key = _run_key(model, passport, images, config, calibrated)
     with ExitStack() as stack:
         stack.enter_context(sole_writer(keep, "clipdeploy verify") if keep else nullcontext())
-        opened = _open(model, targets, question, config, calibrated, allow_leak, stack)
+        opened = _open(model, targets, run_key, config, calibrated, allow_leak, stack)
         stamps = digest_of_files(images) if keep else ""
-        wanted = Results(opened.question, str(images.root), (), stamps, config.shard)
+        wanted = Results(opened.run_key, str(images.root), (), stamps, config.shard)
         partial = keep.with_name(f"{keep.name}.partial") if keep else None
-        known = KeptRecords(wanted)
+        known = CachedRecords(wanted)
         if keep and partial and not force:
-            known = read_kept((keep, partial), wanted, images)
+            known = read_cached((keep, partial), wanted, images)
         run = _Run(opened, images, config, reading, known)
         return run.finish(progress, keep, partial)
 
@@ -285,11 +285,11 @@ class _Run:
     images: ImageFolder
     config: VerifyConfig
     reading: Reading | None
-    known: KeptRecords
+    known: CachedRecords
 
     def _numbers(self) -> range:
         first, step = self.config.shard or (1, 1)
-        return range(first - 1, self.opened.question.batches, step)
+        return range(first - 1, self.opened.run_key.batches, step)
 
     def finish(self, progress: Progress, keep: Path | None, partial: Path | None) -> Results:
         """The whole run; what is not known yet is computed, and kept in ``keep``."""
@@ -338,7 +338,7 @@ class _Run:
     def _stopper(self) -> Callable[[BatchResult], bool] | None:
         if not self.config.sequential:
             return None
-        nothing = Results(self.opened.question, str(self.images.root), ())
+        nothing = Results(self.opened.run_key, str(self.images.root), ())
         return EarlyStop(nothing, self.config.limits).add
 
     def _fresh(
@@ -348,28 +348,28 @@ class _Run:
         progress: Progress,
     ) -> Iterator[BatchResult]:
         """The batches that are not known yet, as they get done."""
-        question = self.opened.question
-        total = sum(question.size(number) for number in left)
+        run_key = self.opened.run_key
+        total = sum(run_key.size(number) for number in left)
         with progress.task("verify", total) as advance:
             for batch, samples in prefetched(self._prepared(left)):
                 yield (result := self._result(batch, samples))
-                advance(question.size(batch.number))
+                advance(run_key.size(batch.number))
                 if stop and stop(result):
                     return
 
     def _result(self, batch: DecodedBatch, samples: Samples | None) -> BatchResult:
         """A batch; of artifacts that are known only the others are run."""
-        asked = self.known.missing(batch.number)
-        result = self.known.completed(self.opened.record(batch, samples, asked), asked)
+        missing = self.known.missing(batch.number)
+        result = self.known.completed(self.opened.record(batch, samples, missing), missing)
         if result is None:
             # The same images were answered otherwise by the reference: nothing known is of use.
-            return self.opened.record(batch, samples, self.opened.question.ran)
+            return self.opened.record(batch, samples, self.opened.run_key.ran)
         return result
 
     def _prepared(self, numbers: Collection[int]) -> Generator[tuple[DecodedBatch, Samples | None]]:
         for batch in decoded_batches(
             self.images,
-            self.opened.question.preprocess,
+            self.opened.run_key.preprocess,
             self.config.batch,
             numbers,
             skip_unreadable=self.config.skip_unreadable,

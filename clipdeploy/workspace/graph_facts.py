@@ -35,7 +35,7 @@ class GraphFacts:
     output: TensorSpec
     precision: Precision
     numerics: str | None
-    normalises_as_told: bool
+    normalisation_matches: bool
 
 
 def graph_facts(path: Path, passport: Passport) -> GraphFacts:
@@ -52,7 +52,7 @@ def graph_facts(path: Path, passport: Passport) -> GraphFacts:
         logits,
         _precision(model),
         _numerics(model),
-        _normalises_as_told(model, passport.preprocess),
+        _normalisation_matches(model, passport.preprocess),
     )
 
 
@@ -78,7 +78,7 @@ def _numerics(model: ModelProto) -> str | None:
     return next((name for each, name in _EPS.items() if np.isclose(each, eps, _ROUNDING, 0)), None)
 
 
-def _normalises_as_told(model: ModelProto, spec: Preprocess) -> bool:
+def _normalisation_matches(model: ModelProto, spec: Preprocess) -> bool:
     scale, offset = scale_and_offset(spec)
     wanted = {"preprocess/scale": scale, "preprocess/offset": offset}
     for weight in model.graph.initializer:

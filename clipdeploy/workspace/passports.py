@@ -304,7 +304,7 @@ def _check_file(path: Path, passport: Passport) -> None:
     if facts.numerics is not None:
         found = passport.recipe.numerics
         _refuse_difference(path, found, facts.numerics, "recipe.numerics", whose, mend)
-    if not facts.normalises_as_told:
+    if not facts.normalisation_matches:
         raise ArtifactError(
             f"{path} is of another preprocess.mean or preprocess.std than the graph itself, which "
             "normalises its uint8 image with other numbers than its passport says",

@@ -57,10 +57,10 @@ def merge_verification(
     data = as_path(data)
     found = parts or sorted(workspace.folder(model).glob("verification.*-of-*.jsonl"))
     results = merge_results([read_results(path) for path in found])
-    if results.question.model != model:
+    if results.run_key.model != model:
         raise ArtifactError(
-            f"the shards are of {results.question.model}, not of {model}",
-            hint=f"pass --model {results.question.model}",
+            f"the shards are of {results.run_key.model}, not of {model}",
+            hint=f"pass --model {results.run_key.model}",
         )
     images = data or Path(results.data)
     if scope.labelling != Labelling():
@@ -124,7 +124,7 @@ def _diagnose_merged(
             passport.preprocess,
             images,
             results.records,
-            results.question.class_names,
+            results.run_key.class_names,
             progress,
         )
     except ClipdeployError as error:

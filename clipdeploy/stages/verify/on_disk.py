@@ -25,14 +25,14 @@ def check_artifacts(results: Results) -> None:
         ArtifactError: it is another one, or gone.
         FileError: it cannot be read.
     """
-    for asked in results.question.artifacts:
-        path = Path(asked.artifact)
+    for entry in results.run_key.artifacts:
+        path = Path(entry.artifact)
         if not path.exists():
             raise ArtifactError(
                 f"{path} is not there: its records cannot be held against it",
                 hint="put it back under this path, or verify again",
             )
-        if digest_of_artifact(path) != asked.sha256:
+        if digest_of_artifact(path) != entry.sha256:
             raise ArtifactError(
                 f"{path} has been replaced since the shards were verified",
                 hint="verify every shard again",

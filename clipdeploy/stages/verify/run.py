@@ -16,14 +16,14 @@ from clipdeploy.imaging import select
 from clipdeploy.models.cards import takes_any_name
 from clipdeploy.stages.cluster import ClusterConfig, Shard, ShardJob, shards_on_cluster
 from clipdeploy.stages.verify.on_disk import check_against_disk
-from clipdeploy.stages.verify.setup import Bench, Judgement, VerifyScope, set_up
+from clipdeploy.stages.verify.setup import Judgement, VerificationSetup, VerifyScope, set_up
 from clipdeploy.verification.baseline import is_hopeless
 from clipdeploy.verification.disagreements import disagreements_csv
 from clipdeploy.verification.reports import Evidence
 from clipdeploy.verification.results import (
-    Asked,
-    Question,
+    ArtifactEntry,
     Results,
+    RunKey,
     merge_results,
     read_results,
     save_results,
@@ -39,25 +39,25 @@ _LONG = 1024
 
 
 def _first_look(
-    bench: Bench, config: VerifyConfig, scope: VerifyScope, progress: Progress
+    setup: VerificationSetup, config: VerifyConfig, scope: VerifyScope, progress: Progress
 ) -> Results | None:
     """PyTorch alone on a sample before a long run; its results if no verdict can come of it."""
-    if len(bench.images.entries) < _LONG or not bench.images.labelled:
+    if len(setup.images.entries) < _LONG or not setup.images.labelled:
         return None
-    sample = select(bench.images, _PROBE, seed=0)
+    sample = select(setup.images, _PROBE, seed=0)
     alone = replace(config, shard=None, sequential=False)
     results = run_verification(
-        bench.model,
-        bench.passport,
+        setup.model,
+        setup.passport,
         (),
         sample,
         alone,
-        calibrated=bench.calibrated,
+        calibrated=setup.calibrated,
         allow_leak=True,
         progress=progress,
     )
     answers = [record.reference for record in results.records]
-    return results if is_hopeless(answers, results.question, scope.expected) else None
+    return results if is_hopeless(answers, results.run_key, scope.expected) else None
 
 
 @takes_any_name
@@ -93,28 +93,28 @@ def verify_model(
             "a cluster does all images, in shards that it cuts itself",
             hint="leave out --sequential and --shard, or --ray",
         )
-    bench = set_up(workspace, model, data, config, scope, note, progress)
+    setup = set_up(workspace, model, data, config, scope, note, progress)
     kept = keep or workspace.verification(model, config.shard)
-    if config.shard is None and (hopeless := _first_look(bench, config, scope, progress)):
+    if config.shard is None and (hopeless := _first_look(setup, config, scope, progress)):
         note("PyTorch itself misses its accuracy on a sample of the images: not going on")
-        hopeless = replace(hopeless, question=_asking(hopeless, bench))
-        verdict = bench.judge(hopeless, config.limits, scope, progress)
-        return Judgement(verdict, None, evidence=Evidence(hopeless, bench.images))
+        hopeless = replace(hopeless, run_key=_asking(hopeless, setup))
+        verdict = setup.judge(hopeless, config.limits, scope, progress)
+        return Judgement(verdict, None, evidence=Evidence(hopeless, setup.images))
     if cluster is not None:
-        job = _cluster_job(workspace, model, data, config, scope, len(bench.images.entries))
+        job = _cluster_job(workspace, model, data, config, scope, len(setup.images.entries))
         with shards_on_cluster(cluster, job, force=force, progress=progress) as parts:
             results = merge_results([read_results(part) for part in parts])
-            check_against_disk(results, bench.images, progress)
+            check_against_disk(results, setup.images, progress)
             with sole_writer(kept, "clipdeploy verify"):
                 save_results(kept, results)
     else:
-        results = bench.run(config, scope, kept, progress, force)
+        results = setup.run(config, scope, kept, progress, force)
     if config.shard is not None:
         return Judgement(None, kept)
-    verification = bench.judge(results, config.limits, scope, progress)
+    verification = setup.judge(results, config.limits, scope, progress)
     different = workspace.disagreements(model)
     write_atomic(different, disagreements_csv(results))
-    return Judgement(verification, kept, different, Evidence(results, bench.images))
+    return Judgement(verification, kept, different, Evidence(results, setup.images))
 
 
 def _cluster_job(
@@ -125,8 +125,8 @@ def _cluster_job(
     scope: VerifyScope,
     images: int,
 ) -> ShardJob:
-    asked = scope.labelling
-    labels = tuple(path for path in (asked.labels, asked.class_names) if path is not None)
+    files = (scope.labelling.labels, scope.labelling.class_names)
+    labels = tuple(path for path in files if path is not None)
     return ShardJob(
         title=f"verify {images} images",
         run=partial(_one_shard, workspace, model, data, config, scope),
@@ -152,10 +152,11 @@ def _one_shard(
     verify_model(workspace, model, data, config, scope, keep=keep)
 
 
-def _asking(results: Results, bench: Bench) -> Question:
+def _asking(results: Results, setup: VerificationSetup) -> RunKey:
     """The question with every artifact in it, none of which was run."""
     why = "PyTorch itself missed its accuracy on a first look at the images"
-    asked = tuple(
-        Asked(str(t.path), t.kind, t.precision, "", "", why, t.vouched) for t in bench.targets
+    entries = tuple(
+        ArtifactEntry(str(t.path), t.kind, t.precision, "", "", why, t.vouched)
+        for t in setup.targets
     )
-    return replace(results.question, artifacts=asked)
+    return replace(results.run_key, artifacts=entries)

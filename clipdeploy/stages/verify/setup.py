@@ -29,8 +29,8 @@ from clipdeploy.verification.verifier import VerifyConfig, run_verification
 from clipdeploy.workspace.folder import Workspace
 
 __all__ = [
-    "Bench",
     "Judgement",
+    "VerificationSetup",
     "VerifyScope",
     "labelled_images",
     "refuse_unreadable",
@@ -84,7 +84,7 @@ class Judgement(Shown):
 
 
 @dataclass(frozen=True)
-class Bench:
+class VerificationSetup:
     """A reference and what it is to judge."""
 
     model: LoadedModel
@@ -123,7 +123,7 @@ class Bench:
             self.passport.preprocess,
             self.images,
             results.records,
-            results.question.class_names,
+            results.run_key.class_names,
             progress,
         )
         return replace(result, baseline=explained)
@@ -173,7 +173,7 @@ def set_up(
     scope: VerifyScope,
     note: Callable[[str], object],
     progress: Progress,
-) -> Bench:
+) -> VerificationSetup:
     """Everything that a verification needs, loaded and checked.
 
     Raises:
@@ -205,4 +205,4 @@ def set_up(
         note(problem)
     for problem in calibrated.problems:
         note(problem)
-    return Bench(reference, passport, tuple(targets), images, calibrated)
+    return VerificationSetup(reference, passport, tuple(targets), images, calibrated)

@@ -101,6 +101,6 @@ def _content(suffix: str, result: Verification, evidence: Evidence) -> bytes:
         return html_page(contents, thumbnails, evidence.heat_map).encode()
     wanted = {worst.name for worst in contents.worst}
     records = [record for record in evidence.results.records if record.name in wanted]
-    spec = evidence.results.question.preprocess
+    spec = evidence.results.run_key.preprocess
     thumbnails = make_thumbnails(records, evidence.images, spec)
     return html_page(contents, thumbnails, evidence.heat_map).encode()

@@ -29,8 +29,8 @@ from clipdeploy.verification.result import (
     Verification,
     artifact_names,
     baseline_lines,
-    figures_of,
     heading,
+    metrics_of,
     verdict_line,
 )
 from clipdeploy.verification.results import Results
@@ -117,9 +117,9 @@ def tone_of(verdict: str) -> Tone:
 def contents_of(results: Results, result: Verification) -> Contents:
     """The report on a verification and the records that it was made from."""
     names = artifact_names(result)
-    rows = list(zip(names, result.rows, results.question.artifacts, strict=True))
+    rows = list(zip(names, result.rows, results.run_key.artifacts, strict=True))
     # Those that ran are those that the records have an outcome of, in this order.
-    ran = [(name, row) for name, row, asked in rows if asked.runner]
+    ran = [(name, row) for name, row, entry in rows if entry.runner]
     lanes = [name for name, _ in ran]
     records = results.records
     verdict, _, sentence = verdict_line(result).partition(": ")
@@ -174,7 +174,7 @@ def _reference(result: Verification) -> list[Line]:
 def _line(name: str, row: Row, result: Verification) -> Line:
     accuracy = row.fidelity.accuracy if row.fidelity and not result.random_weights else None
     details = (*_accuracies(accuracy), *("",) * (len(COLUMNS) - 2))
-    first, second, *others = zip(figures_of(row, result), details, strict=True)
+    first, second, *others = zip(metrics_of(row, result), details, strict=True)
     return Line(
         name,
         row.runner,

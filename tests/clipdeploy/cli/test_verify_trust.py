@@ -202,7 +202,7 @@ def test_records_are_those_of_the_artifacts_bytes(artifacts: Path) -> None:
     first = good(verify(artifacts, *FEW, "--json"))
     path = folder(artifacts) / "verification.jsonl"
     kept = results_file.read_results(path)
-    (old,) = kept.question.artifacts
+    (old,) = kept.run_key.artifacts
     ruin(graph(artifacts))
     from clipdeploy.core.files import sha256_file
 

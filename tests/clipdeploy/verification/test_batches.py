@@ -23,7 +23,7 @@ from clipdeploy.verification.batches import (
     digest_of_contents,
     digest_of_entries,
     digest_of_files,
-    mixed,
+    shuffled,
 )
 
 SPEC = Preprocess(32, CLIP_MEAN, CLIP_STD)
@@ -111,14 +111,14 @@ def test_what_reading_showed_is_noted(images: ImageFolder, folder: Path) -> None
 
 
 def test_the_order_is_always_the_same_mixes_classes_and_loses_nothing(images: ImageFolder) -> None:
-    one = mixed(images)
-    assert one == mixed(images)
+    one = shuffled(images)
+    assert one == shuffled(images)
     assert one.entries != images.entries
     assert set(one.entries) == set(images.entries)
     # In the order of their names seven of ten batches are of two classes at most.
     for start in range(0, 28, SIZE):
         assert len({entry.label for entry in one.entries[start : start + SIZE]}) >= 4
-    everything = mixed(open_images(cards.demo_file("test.zip"), tuple("0123456789"))).entries
+    everything = shuffled(open_images(cards.demo_file("test.zip"), tuple("0123456789"))).entries
     neighbours = sum(a.label == b.label for a, b in itertools.pairwise(everything))
     # A tenth by chance, within four standard deviations; sorted by class it is 98 %.
     assert abs(neighbours / 499 - 0.1) < 4 * (0.09 / 499) ** 0.5

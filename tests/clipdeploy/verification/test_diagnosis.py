@@ -48,7 +48,7 @@ def diagnosed(workspace: Workspace, model: LoadedModel, images: ImageFolder) -> 
     results = run_verification(model, passport, (), images, config)
     answers = [record.reference for record in results.records]
     return diagnose(
-        check_baseline(answers, results.question),
+        check_baseline(answers, results.run_key),
         model,
         passport.preprocess,
         images,

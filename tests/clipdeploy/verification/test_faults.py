@@ -32,7 +32,7 @@ from clipdeploy.runners.base import Closing
 from clipdeploy.verification import verifier
 from clipdeploy.verification.metrics import Fidelity
 from clipdeploy.verification.result import Row, Verification
-from clipdeploy.verification.results import Asked
+from clipdeploy.verification.results import ArtifactEntry
 from clipdeploy.verification.targets import Target, named_targets, open_target
 from clipdeploy.verification.verdicts import judge_results
 from clipdeploy.verification.verifier import VerifyConfig, run_verification
@@ -198,17 +198,17 @@ def judged(
     folder = tmp_path_factory.mktemp("faults")
     named = [*faulty(demo_workspace, folder), *harmless(demo_workspace, folder)]
     assert len({name for name, _ in named}) == len(named)
-    sound, asked = open_target(named[0][1])
+    sound, entry = open_target(named[0][1])
     assert sound is not None
     once = EachOnce(sound)
     spoilers = {t.path: RUN_FAULTS[name][0] for name, t in named if name in RUN_FAULTS}
     every_call = {t.path for name, t in named if name in BY_BATCH | {MIXES}}
 
-    def opened(each: Target, **options: Any) -> tuple[Runner | None, Asked]:
+    def opened(each: Target, **options: Any) -> tuple[Runner | None, ArtifactEntry]:
         if each.path not in spoilers:
             runner, known = open_target(each, **options)
             return EachOnce(runner) if runner and each.path not in every_call else runner, known
-        return BrokenRunner(once, spoilers[each.path]), replace(asked, artifact=str(each.path))
+        return BrokenRunner(once, spoilers[each.path]), replace(entry, artifact=str(each.path))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verifier, "open_target", opened)
@@ -219,13 +219,13 @@ def judged(
     return dict(zip((name for name, _ in named), result.rows, strict=True))
 
 
-def figures(row: Row) -> Fidelity:
+def fidelity(row: Row) -> Fidelity:
     assert row.fidelity is not None
     return row.fidelity
 
 
 def decibels(row: Row) -> float:
-    found = figures(row).sqnr_db
+    found = fidelity(row).sqnr_db
     assert found is not None
     return found
 
@@ -240,7 +240,7 @@ def test_a_sound_graph_is_equivalent(precision: str, judged: dict[str, Row]) -> 
     row = judged[f"sound {precision}"]
     assert row.verdict == "equivalent"
     assert decibels(row) > SOUND_DB[precision]
-    assert figures(row).agreement == 100
+    assert fidelity(row).agreement == 100
 
 
 @pytest.mark.parametrize("name", GRAPH_FAULTS)
@@ -274,11 +274,11 @@ def test_a_fault_in_the_run(name: str, judged: dict[str, Row]) -> None:
     row, sound = judged[name], judged["sound fp32"]
     if shown == "NaN":
         assert (row.verdict, row.reason) == ("regressed", "logits are NaN or infinite")
-        assert not figures(row).finite
+        assert not fidelity(row).finite
         return
     never_unnoticed(row, sound)
     if isinstance(shown, float):
-        assert figures(row).max_abs > shown > 1000 * figures(sound).max_abs
+        assert fidelity(row).max_abs > shown > 1000 * fidelity(sound).max_abs
     elif shown == "does not repeat":
         assert row.verdict == "not judged", row.reason
         assert row.reason.startswith(shown)
@@ -289,7 +289,7 @@ def test_a_fault_in_the_run(name: str, judged: dict[str, Row]) -> None:
 def test_one_wrong_image_is_the_worst_and_is_named(judged: dict[str, Row]) -> None:
     row = judged["one image's result stale"]
     assert row.disagreements == 1
-    assert row.worst[0].max_abs == figures(row).max_abs
+    assert row.worst[0].max_abs == fidelity(row).max_abs
     # It was one call: the image asked again has another answer.
     assert row.verdict == "not judged"
     assert row.reason.startswith("does not repeat")
@@ -303,7 +303,7 @@ def test_a_harmless_change(name: str, judged: dict[str, Row]) -> None:
     assert row.verdict == "equivalent", row.reason
     # Sums in another order: some float32 rounding more; float16 at both ends: the pixels' as well.
     assert decibels(row) > HARMLESS_DB[precision]
-    assert figures(row).agreement == 100
+    assert fidelity(row).agreement == 100
     assert ("no passport vouches for this file" in row.reason) == (name in CHANGES)
 
 
@@ -315,10 +315,10 @@ def run_broken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Verification:
     graph = target(workspace.graph(cards.DEMO, "fp32"))
-    runner, asked = open_target(graph)
+    runner, entry = open_target(graph)
     assert runner is not None
     broken = BrokenRunner(runner, spoil)  # type: ignore[arg-type]
-    monkeypatch.setattr(verifier, "open_target", lambda each, **options: (broken, asked))
+    monkeypatch.setattr(verifier, "open_target", lambda each, **options: (broken, entry))
     few = select(images, 20, seed=0)
     results = run_verification(model, graph.passport, [graph], few, CONFIG)
     return judge_results(results, ALLOWED)

@@ -26,12 +26,12 @@ def found(
 
     The artifact is a graph or an engine (``of``).
     """
-    asked = replace(GRAPH, precision=precision, kind=of)
-    results = made([one(i) for i in range(64)], artifacts=(asked,))
+    entry = replace(GRAPH, precision=precision, kind=of)
+    results = made([one(i) for i in range(64)], artifacts=(entry,))
     odd = again(1, **{"signal": 1600.0, "size": 16, "kind": "mixed", **call})
     first, *rest = results.batches
     batches = (replace(first, repeats=((*again(500), *odd),)), *rest)
-    return repeatability_of(replace(results, batches=batches), 0, asked)
+    return repeatability_of(replace(results, batches=batches), 0, entry)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int8-cpu"])

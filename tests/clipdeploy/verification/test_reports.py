@@ -105,7 +105,7 @@ def run(
 
 def only(results: Results, *lanes: int) -> Results:
     """The results of these artifacts alone."""
-    asked = tuple(results.question.artifacts[lane] for lane in lanes)
+    entries = tuple(results.run_key.artifacts[lane] for lane in lanes)
     batches = tuple(
         BatchResult(
             batch.batch,
@@ -117,7 +117,7 @@ def only(results: Results, *lanes: int) -> Results:
         )
         for batch in results.batches
     )
-    return replace(results, question=replace(results.question, artifacts=asked), batches=batches)
+    return replace(results, run_key=replace(results.run_key, artifacts=entries), batches=batches)
 
 
 def renamed(results: Results, old: str, new: str) -> Results:
@@ -210,16 +210,16 @@ def test_a_missed_baseline_is_no_verdict(sound: Case) -> None:
 
 
 def test_random_weights_and_images_without_labels(sound: Case) -> None:
-    question = replace(sound.results.question, random_weights=True)
-    page = replace(sound, results=replace(sound.results, question=question)).page()
+    run_key = replace(sound.results.run_key, random_weights=True)
+    page = replace(sound, results=replace(sound.results, run_key=run_key)).page()
     assert page.text.startswith("NOT JUDGED random weights have no accuracy")
     assert "✓" not in page.text
     assert "label" not in " ".join(page.sections)
-    bare = replace(sound.results.question, labelled=False)
+    bare = replace(sound.results.run_key, labelled=False)
     batches = tuple(
         replace(b, records=tuple(unlabelled(r) for r in b.records)) for b in sound.results.batches
     )
-    results = replace(sound.results, question=bare, batches=batches)
+    results = replace(sound.results, run_key=bare, batches=batches)
     page = replace(sound, results=results).page()
     assert page.text.startswith("NOT PROVEN fp32 graph not judged")
     assert "✓" not in page.text
@@ -237,11 +237,13 @@ def unlabelled(record: ImageRecord) -> ImageRecord:
 
 
 def test_nothing_that_ran_is_still_a_page(sound: Case) -> None:
-    asked = tuple(replace(a, runner="", why_not="no GPU") for a in sound.results.question.artifacts)
+    entries = tuple(
+        replace(a, runner="", why_not="no GPU") for a in sound.results.run_key.artifacts
+    )
     page = replace(
         sound,
         results=replace(
-            only(sound.results), question=replace(sound.results.question, artifacts=asked)
+            only(sound.results), run_key=replace(sound.results.run_key, artifacts=entries)
         ),
     ).page()
     assert page.text.startswith("NOT PROVEN fp32 graph not executed")
@@ -252,13 +254,13 @@ def test_nothing_that_ran_is_still_a_page(sound: Case) -> None:
 def test_names_are_text_and_nothing_else(ruined: Case) -> None:
     worst = contents_of(ruined.results, judge_results(ruined.results, 10.0)).worst[0].name
     results = renamed(ruined.results, worst, f"0/{EVIL}")
-    artifacts = results.question.artifacts
+    artifacts = results.run_key.artifacts
     evil = replace(artifacts[2], artifact=f"/tmp/{EVIL}", vouched=False)
     problems = (f"{EVIL} is odd",)
-    question = replace(
-        results.question, artifacts=(*artifacts[:2], evil, artifacts[3]), problems=problems
+    run_key = replace(
+        results.run_key, artifacts=(*artifacts[:2], evil, artifacts[3]), problems=problems
     )
-    hostile = replace(ruined, results=replace(results, question=question, data=EVIL))
+    hostile = replace(ruined, results=replace(results, run_key=run_key, data=EVIL))
     page = hostile.page()
     assert page.tags == ruined.page().tags
     assert not {"script", "iframe", "object", "link"} & page.tags

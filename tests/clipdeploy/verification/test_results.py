@@ -108,7 +108,7 @@ def test_what_is_no_results_file(tmp_path: Path) -> None:
 
 def test_a_newer_schema_is_told(whole: Results, tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    save_results(path, replace(whole, question=replace(whole.question, schema=99)))
+    save_results(path, replace(whole, run_key=replace(whole.run_key, schema=99)))
     with pytest.raises(ArtifactError, match="newer clipdeploy") as caught:
         read_results(path)
     assert "upgrade" in caught.value.hint
@@ -117,7 +117,7 @@ def test_a_newer_schema_is_told(whole: Results, tmp_path: Path) -> None:
 def test_an_older_schema_is_not_misread(whole: Results, tmp_path: Path) -> None:
     """Rows without names: with a field less they would be read as other figures."""
     path = tmp_path / "results.jsonl"
-    save_results(path, replace(whole, question=replace(whole.question, schema=2)))
+    save_results(path, replace(whole, run_key=replace(whole.run_key, schema=2)))
     with pytest.raises(ArtifactError, match="older clipdeploy") as caught:
         read_results(path)
     assert caught.value.hint == "verify again"
@@ -185,7 +185,7 @@ IMPOSSIBLE: dict[str, Callable[[Results], Results]] = {
         r, batches=(r.batches[0], replace(r.batches[0], batch=1), *r.batches[2:])
     ),
     "an artifact without outcomes": lambda r: replace(
-        r, question=replace(r.question, artifacts=r.question.artifacts * 2)
+        r, run_key=replace(r.run_key, artifacts=r.run_key.artifacts * 2)
     ),
     "nothing asked again": lambda r: replace(
         r, batches=tuple(replace(batch, repeats=()) for batch in r.batches)
@@ -249,7 +249,7 @@ def test_shards_of_another_run_are_refused_by_what_differs(
     field: str, value: object, whole: Results
 ) -> None:
     first, second = shard(whole, 1, 2), shard(whole, 2, 2)
-    other = replace(second, question=replace(second.question, **{field: value}))
+    other = replace(second, run_key=replace(second.run_key, **{field: value}))
     with pytest.raises(ArtifactError, match=f"not of one run: they differ in {field}"):
         merge_results([first, other])
 
@@ -271,7 +271,7 @@ def test_a_question_that_cannot_be(
 ) -> None:
     """The checksums are right: they have no key, and anybody can write them."""
     path = tmp_path / "results.jsonl"
-    question = replace(whole.question, **{field: value})  # type: ignore[arg-type]
-    save_results(path, replace(whole, question=question))
+    run_key = replace(whole.run_key, **{field: value})  # type: ignore[arg-type]
+    save_results(path, replace(whole, run_key=run_key))
     with pytest.raises(ArtifactError, match=f"cannot be believed: {field}"):
         read_results(path)

@@ -47,9 +47,9 @@ def stamped(source: Path, path: Path, passport: Passport | None) -> Path:
 def test_a_named_graph(source: Path, reference: Passport) -> None:
     (found,) = named_targets([source], reference, trust=False)
     assert found == Target(source, "graph", reference)
-    runner, asked = open_target(found)
+    runner, entry = open_target(found)
     assert runner is not None
-    assert (asked.precision, asked.vouched, asked.emulated) == ("fp32", True, False)
+    assert (entry.precision, entry.vouched, entry.emulated) == ("fp32", True, False)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
@@ -62,11 +62,11 @@ def test_without_a_passport_the_graph_speaks_for_itself(
     assert found.precision == precision
     assert found.passport.input == reference.input
     assert found.passport.preprocess == reference.preprocess
-    runner, asked = open_target(found)
+    runner, entry = open_target(found)
     assert runner is not None
-    assert not asked.vouched
-    assert not asked.emulated
-    assert ("float16 as stored" in asked.runner) == (precision != "fp32")
+    assert not entry.vouched
+    assert not entry.emulated
+    assert ("float16 as stored" in entry.runner) == (precision != "fp32")
 
 
 @pytest.mark.parametrize(
@@ -167,10 +167,10 @@ def test_an_engine_that_cannot_run_says_why(
     path.write_bytes(b"no plan at all")
     (found,) = named_targets([path], reference, trust=True)
     assert not found.vouched
-    runner, asked = open_target(found, trust=True)
+    runner, entry = open_target(found, trust=True)
     assert runner is None
-    assert asked.runner == ""
-    assert asked.why_not
+    assert entry.runner == ""
+    assert entry.why_not
 
 
 def test_stale_graphs_of_a_workspace_are_refused(demo_workspace: Workspace, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_weights_in_another_file_belong_to_the_graph(
 ) -> None:
     """torch.onnx writes them there: without them in its hash a run would go on with others."""
     path = stamped(demo_workspace.graph(cards.DEMO, precision), tmp_path / "g.onnx", None)
-    inside, asked = open_target(named_targets([path], reference, trust=False)[0])
+    inside, entry = open_target(named_targets([path], reference, trust=False)[0])
     onnx.save(onnx.load(path), path, save_as_external_data=True, location="g.data")
     outside, before = open_target(named_targets([path], reference, trust=False)[0])
     images = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
@@ -201,7 +201,7 @@ def test_weights_in_another_file_belong_to_the_graph(
     data = (tmp_path / "g.data").read_bytes()
     (tmp_path / "g.data").write_bytes(data[:5000] + bytes(100) + data[5100:])
     _, after = open_target(named_targets([path], reference, trust=False)[0])
-    assert after.sha256 != before.sha256 != asked.sha256
+    assert after.sha256 != before.sha256 != entry.sha256
     (tmp_path / "g.data").unlink()
     with pytest.raises(FileError, match=r"g\.data"):
         open_target(named_targets([path], reference, trust=False)[0])

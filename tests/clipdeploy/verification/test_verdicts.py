@@ -26,11 +26,11 @@ One = Callable[..., ImageRecord]
 COUNT = 500
 
 
-def asked(results: Results, **changes: Any) -> Results:
+def with_entry(results: Results, **changes: Any) -> Results:
     """The same results of an artifact of which something else is said."""
-    (graph,) = results.question.artifacts
-    question = replace(results.question, artifacts=(replace(graph, **changes),))
-    return replace(results, question=question)
+    (graph,) = results.run_key.artifacts
+    run_key = replace(results.run_key, artifacts=(replace(graph, **changes),))
+    return replace(results, run_key=run_key)
 
 
 def verdict(result: Verification) -> str:
@@ -72,12 +72,14 @@ def test_one_logit_that_is_no_number_is_enough(made: Make, one: One) -> None:
     assert result.rows[0].reason == "logits are NaN or infinite"
     # Before all else: neither random weights nor missing labels excuse it.
     for excuse in ({"random_weights": True}, {"labelled": False}):
-        spoilt = replace(results, question=replace(results.question, **excuse))
+        spoilt = replace(results, run_key=replace(results.run_key, **excuse))
         assert verdict(judge_results(spoilt, 100.0)) == "regressed"
 
 
 def test_what_did_not_run(made: Make, one: One) -> None:
-    results = asked(made([one(i, artifacts=()) for i in range(COUNT)]), runner="", why_not="no GPU")
+    results = with_entry(
+        made([one(i, artifacts=()) for i in range(COUNT)]), runner="", why_not="no GPU"
+    )
     result = judge_results(results, 100.0)
     assert verdict(result) == "not executed"
     assert result.rows[0].reason == "no GPU"
@@ -87,9 +89,9 @@ def test_what_did_not_run(made: Make, one: One) -> None:
 def test_lanes_are_those_that_ran(made: Make, one: One) -> None:
     """The artifact in the middle did not run: the last one keeps its own figures."""
     results = made([one(i, artifacts=(True, False)) for i in range(COUNT)])
-    (graph,) = results.question.artifacts
+    (graph,) = results.run_key.artifacts
     three = (graph, replace(graph, runner="", why_not="no GPU"), graph)
-    results = replace(results, question=replace(results.question, artifacts=three))
+    results = replace(results, run_key=replace(results.run_key, artifacts=three))
     result = judge_results(results, 1.0)
     assert [row.verdict for row in result.rows] == ["equivalent", "not executed", "regressed"]
     assert not result
@@ -113,7 +115,7 @@ def test_no_accuracy_no_verdict(changes: dict[str, Any], reason: str, made: Make
 
 
 def test_emulated_float16_is_never_proven(made: Make, one: One) -> None:
-    result = judge_results(asked(made([one(i) for i in range(COUNT)]), emulated=True), 100.0)
+    result = judge_results(with_entry(made([one(i) for i in range(COUNT)]), emulated=True), 100.0)
     assert verdict(result) == "not judged"
     assert "computed in float32" in result.rows[0].reason
 
@@ -131,7 +133,7 @@ def test_a_baseline_that_fails_holds_every_verdict_back(made: Make, one: One) ->
 
 
 def test_nobody_vouches(made: Make, one: One) -> None:
-    result = judge_results(asked(made([one(i) for i in range(COUNT)]), vouched=False), 1.0)
+    result = judge_results(with_entry(made([one(i) for i in range(COUNT)]), vouched=False), 1.0)
     assert verdict(result) == "equivalent"
     assert result.rows[0].reason.endswith("; no passport vouches for this file")
 
@@ -235,7 +237,7 @@ def test_what_does_not_repeat_has_no_verdict(made: Make, one: One) -> None:
     assert repeats.worst_db == pytest.approx(3.01, abs=0.01)
     # Neither missing labels nor random weights take its place.
     for changes in ({"labelled": False}, {"random_weights": True}):
-        spoilt = replace(results, question=replace(results.question, **changes))
+        spoilt = replace(results, run_key=replace(results.run_key, **changes))
         found = judge_results(with_repeats(spoilt, odd), 100.0)
         assert found.rows[0].reason.startswith("does not repeat")
     # A logit that is no number in one of two calls.
@@ -291,7 +293,7 @@ def test_leaks_count_for_what_was_calibrated(
 ) -> None:
     leaks = {3: "same", 5: "same", 8: "near"}
     records = [msgspec.structs.replace(one(i), leak=leaks.get(i, "")) for i in range(COUNT)]
-    result = judge_results(asked(made(records), calibration=calibration), 1.0)
+    result = judge_results(with_entry(made(records), calibration=calibration), 1.0)
     assert (result.leaked, result.near_leaked) == (leaked, near)
     assert result.rows[0].calibrated == (None if calibration is None else bool(calibration))
     assert any("1 images look nearly like one" in each for each in result.problems) == bool(near)
@@ -301,7 +303,7 @@ def test_engines_that_were_not_judged_are_in_the_headline(
     made: Make, one: One, tmp_path: Path
 ) -> None:
     graph = tmp_path / "model.int8.onnx"
-    results = asked(made([one(i) for i in range(COUNT)]), artifact=str(graph))
+    results = with_entry(made([one(i) for i in range(COUNT)]), artifact=str(graph))
     line = "EQUIVALENT: 1 graph loses no more than 1.00 points of top-1"
     assert verdict_line(judge_results(results, 1.0)) == line
     graph.with_suffix(".engine").write_bytes(b"")
