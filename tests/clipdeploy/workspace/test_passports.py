@@ -13,7 +13,6 @@ from passport_edits import (
     DIGITS,
     EVERY,
     GRAPHS,
-    a_three,
     changed,
     edits,
     file,
@@ -21,7 +20,6 @@ from passport_edits import (
     put,
     restamp,
     text_of,
-    with_engine,
     write_text,
 )
 from safetensors.torch import load_file, save_file
@@ -45,26 +43,6 @@ from exporters.onnx import ExportConfig
 from exporters.precision import Fp16Config
 
 
-@pytest.fixture(scope="module")
-def complete(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's workspace with an INT8 engine.  Read only."""
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
-    return with_engine(demo_workspace, tmp_path_factory.mktemp("complete") / "artifacts")
-
-
-@pytest.fixture
-def artifacts(complete: Path, tmp_path: Path) -> Path:
-    """The same, to be changed."""
-    shutil.copytree(complete, tmp_path / "artifacts")
-    return tmp_path / "artifacts"
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A held-out image of a 3."""
-    return a_three(tmp_path_factory.mktemp("three"))
-
-
 def refusal(path: Path) -> str:
     """Why a passport is not taken; empty if it is."""
     try:
@@ -80,8 +58,8 @@ FREE = ("weights.path", "weights.layout", "settings", "versions", "schema", "par
 
 
 @pytest.mark.parametrize("kind", EVERY)
-def test_any_field_that_decides_anything(kind: str, artifacts: Path) -> None:
-    path = file(artifacts, kind)
+def test_any_field_that_decides_anything(kind: str, engine_artifacts: Path) -> None:
+    path = file(engine_artifacts, kind)
     sound = text_of(path)
     # An engine's holds a copy of its graph's: no field of it is free.
     # That the FP32 graph is of these weights, verify sees: it loads them.
@@ -113,8 +91,8 @@ def test_any_field_that_decides_anything(kind: str, artifacts: Path) -> None:
     ("kind", "said"),
     [(kind, said) for kind in GRAPHS for said in ("fp32", "fp16", "int8", "int8-cpu")],
 )
-def test_a_precision_is_what_the_graph_holds(kind: str, said: str, artifacts: Path) -> None:
-    path = file(artifacts, kind)
+def test_a_precision_is_what_the_graph_holds(kind: str, said: str, engine_artifacts: Path) -> None:
+    path = file(engine_artifacts, kind)
     found = kind.removesuffix(".onnx")
     if said == found:
         assert checked_passport(path).graph.precision == said
@@ -130,16 +108,16 @@ def test_a_precision_is_what_the_graph_holds(kind: str, said: str, artifacts: Pa
 # --- what stays allowed
 
 
-def test_sound_artifacts_are_taken(artifacts: Path, three: Path) -> None:
+def test_sound_artifacts_are_taken(engine_artifacts: Path, three: Path) -> None:
     for kind in EVERY:
-        path = file(artifacts, kind)
+        path = file(engine_artifacts, kind)
         assert checked_passport(path).graph.model == cards.DEMO
-        moved = artifacts.parent / f"moved.{kind}"
+        moved = engine_artifacts.parent / f"moved.{kind}"
         shutil.copy(path, moved)
         if path.suffix == ".engine":
             shutil.copy(passport_path(path), passport_path(moved))
         assert checked_passport(moved).graph == checked_passport(path).graph
-    found = run("predict", three, "--artifact", file(artifacts, "int8.onnx"), "--json")
+    found = run("predict", three, "--artifact", file(engine_artifacts, "int8.onnx"), "--json")
     assert json.loads(found.stdout)["images"][0]["guesses"][0]["name"] == "3"
 
 
