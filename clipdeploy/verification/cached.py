@@ -1,9 +1,8 @@
-"""Records that earlier runs kept, artifact by artifact: whatever is known is not computed again.
+"""Reuses the records of earlier runs, artifact by artifact.
 
-A run asks all its artifacts about every image, and the next one may ask more of them, fewer or
-others: without the engines, after a build, with ``--sequential``.  Whatever decides an image's
-records beside the artifacts has to be the same, the state of the files included; then the outcomes
-of an artifact that is the same file and had the same runner are taken over.
+The next run may have more artifacts, fewer or others: without the engines, after a build, with
+``--sequential``. If everything else that determines an image's records is the same, including the
+state of the image files, the outcomes of an artifact with the same file and runner are reused.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ Lane = tuple[tuple[Outcome, ...], tuple[Repeat, ...]]
 
 
 def _common(results: Results) -> Results:
-    """What has to be the same of two runs that share records."""
+    """Return what must be equal in two runs that share records."""
     run_key = replace(results.run_key, artifacts=(), sequential=None)
     return replace(results, run_key=run_key, batches=())
 
 
 class CachedRecords:
-    """The records of ``found`` that belong to the question of ``wanted``, a run without batches."""
+    """The records of ``found`` that fit the run key of ``wanted``, a run without batches."""
 
     def __init__(self, wanted: Results, found: Iterable[Results] = ()) -> None:
         self._wanted = wanted
@@ -52,12 +51,12 @@ class CachedRecords:
             lanes.setdefault(entry, (outcomes, batch.repeats[number]))
 
     def missing(self, number: int) -> tuple[ArtifactEntry, ...]:
-        """The artifacts whose answers to batch ``number`` are not known."""
+        """Return the artifacts without known outcomes for batch ``number``."""
         lanes = self._lanes.get(number, {})
         return tuple(entry for entry in self._wanted.run_key.ran if entry not in lanes)
 
     def whole(self, number: int) -> BatchResult | None:
-        """Batch ``number`` with every wanted artifact, None if anything of it is not known."""
+        """Return batch ``number`` with every artifact of the run, None if anything is not known."""
         base = self._bases.get(number)
         if base is None or self.missing(number):
             return None
@@ -66,9 +65,9 @@ class CachedRecords:
     def completed(
         self, fresh: BatchResult, artifacts: Sequence[ArtifactEntry]
     ) -> BatchResult | None:
-        """A batch that was run for the artifacts ``asked``, with the known ones beside them.
+        """Add the known outcomes to a batch that was run for ``artifacts`` only.
 
-        None where it differs from what was known of it in more than the artifacts.
+        None if the batch differs from the known one in more than the artifacts.
         """
         base = _base(fresh)
         if self._bases.get(fresh.batch, base) != base:
@@ -91,14 +90,14 @@ class CachedRecords:
         return replace(base, records=records, repeats=tuple(repeats for _, repeats in chosen))
 
     def results(self, numbers: Iterable[int]) -> Results:
-        """The batches with these numbers that are wholly known."""
+        """Return those of the batches with these numbers that are completely known."""
         batches = (self.whole(number) for number in sorted(numbers))
         return replace(self._wanted, batches=tuple(b for b in batches if b is not None))
 
     def with_others(self, results: Results) -> Results:
-        """``results``, a finished run's, and beside them the artifacts of earlier runs.
+        """Add the artifacts of earlier runs to ``results`` of a finished run.
 
-        Only those whose answers to all of these images are known.
+        Only artifacts with known outcomes for all of these images are added.
         """
         ours = set(results.run_key.artifacts)
         numbers = [batch.batch for batch in results.batches]
@@ -117,20 +116,20 @@ class CachedRecords:
 
 
 def _with_outcomes(record: ImageRecord, outcomes: tuple[Outcome, ...]) -> ImageRecord:
-    """The record with other artifacts' outcomes."""
+    """Return the record with the outcomes replaced."""
     return msgspec.structs.replace(record, outcomes=outcomes)
 
 
 def _base(batch: BatchResult) -> BatchResult:
-    """A batch without any artifact."""
+    """Return a batch without any artifact."""
     records = tuple(_with_outcomes(record, ()) for record in batch.records)
     return replace(batch, records=records, repeats=())
 
 
 def read_cached(paths: Iterable[Path], wanted: Results, images: ImageFolder) -> CachedRecords:
-    """What earlier runs left of the same question on unchanged files.
+    """Read what earlier runs have recorded for the same run key and unchanged files.
 
-    Files that are damaged, edited or of other images give nothing.
+    Files that are damaged, edited or of other images are ignored.
     """
     found = []
     for path in paths:
@@ -146,7 +145,7 @@ def read_cached(paths: Iterable[Path], wanted: Results, images: ImageFolder) -> 
 
 
 def _of_these(results: Results, images: ImageFolder) -> bool:
-    """Whether every record is of an image that belongs to its batch, with that image's class."""
+    """Return whether every record is of an image that belongs to its batch, with the same class."""
     size, labelled = results.run_key.batch, results.run_key.labelled
     for batch in results.batches:
         entries = images.entries[batch.batch * size : (batch.batch + 1) * size]

@@ -1,16 +1,16 @@
-"""From records to verdicts.  It fails closed: whatever is missing can only lose an ``equivalent``.
+"""Derives verdicts from records. It fails closed: missing evidence can only lose ``equivalent``.
 
 a logit is NaN or infinite                    regressed
 the artifact did not run                      not executed
-asked again it answers otherwise              not judged
+repeated calls give other answers             not judged
 random weights, no labels                     not judged
 float16 was only emulated                     not judged
 PyTorch itself misses its accuracy            not judged
 otherwise the interval of the paired drop:    equivalent, regressed, undecided
 
 An image counts once, however many copies of it there are.  ``equivalent`` needs more than the
-interval: it must hold without the images that look nearly like another one as well, and a fault
-that spoils whole calls must be excluded down to the drop that is allowed.
+interval: it must also hold without the images that look almost like another one, and a fault that
+affects whole calls must be excluded down to the allowed drop.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from clipdeploy.verification.results import ArtifactEntry, Results, RunKey
 __all__ = ["Limits", "judge_results"]
 
 _WORST = 12
-# The worse of two verdicts on one artifact.
+# From best to worst: the worse of two verdicts on one artifact counts.
 _RANK: tuple[Verdict, ...] = ("equivalent", "undecided", "regressed")
 
 
@@ -50,7 +50,7 @@ class Limits:
     """Percentage points that an artifact may lose, of top-1 and, unless None, of top-5.
 
     Raises:
-        UsageError: outside 0 to 100.
+        UsageError: a limit is outside 0 to 100.
     """
 
     top1: float = 1.0
@@ -90,20 +90,20 @@ def _drops(
     elif top5.interval.low > 0 >= top1.interval.low:
         reason += (
             f"; top-5 is proven to drop, by {top5.interval.low:.2f} to {top5.interval.high:.2f} "
-            "points: --max-top5-drop judges it"
+            "points: pass --max-top5-drop to judge it"
         )
     if verdict == "equivalent":
         again = _judged(unlike.lost, unlike.gained, unlike.images, limits.top1, run_key)
         if again.verdict != "equivalent":
             verdict = "undecided"
-            reason += f"; but only {unlike.images:,} images do not look like another: "
+            reason += f"; but only {unlike.images:,} images do not look almost like another: "
             reason += again.sentence
         allowed = min(limits.top1, limit5) if limits.top5 is not None else limits.top1
         if repeats.excluded > allowed:
             verdict = "undecided"
             reason += (
                 f"; but of {repeats.calls:,} different calls {repeats.excluded:.2g} % could be "
-                "spoilt unseen: more images make more calls"
+                "wrong undetected: add images, which make more calls"
             )
     return _Drops(top1, top5, verdict, reason)
 
@@ -116,21 +116,21 @@ def _judge(
     entry: ArtifactEntry,
     baseline: Baseline,
 ) -> tuple[Verdict, str]:
-    """The verdict on an artifact that ran, and the sentence that explains it."""
+    """Return the verdict on an artifact that ran, and the sentence that explains it."""
     if not fidelity.finite:
         return "regressed", "logits are NaN or infinite"
     if not repeats:
         return "not judged", repeats.sentence
     if run_key.random_weights:
-        return "not judged", "random weights: logits only, accuracy means nothing"
+        return "not judged", "random weights have no accuracy: only logits were compared"
     if drops is None:
-        return "not judged", "images without labels: logits only"
+        return "not judged", "the images have no labels: only logits were compared"
     if entry.emulated:
         why = f": {entry.why_not}" if entry.why_not else ""
         return "not judged", f"float16 was computed in float32, which hides overflow{why}"
     if not baseline:
         return "not judged", f"the baseline failed: {baseline.sentence}"
-    foreign = "" if entry.vouched else "; no passport vouches for this file"
+    foreign = "" if entry.vouched else "; this file has no passport"
     return drops.verdict, drops.reason + foreign
 
 
@@ -190,21 +190,22 @@ def judge_results(
     limits: float | Limits,
     expected: Expected = Expected(),
 ) -> Verification:
-    """The verdict on every artifact of a finished run; ``limits`` as a number are of top-1.
+    """Return the verdict on every artifact of a finished run; ``limits`` as a number are of top-1.
 
     Raises:
-        DatasetError: not one image could be read.
+        DatasetError: no image could be read.
         UsageError: a limit is outside 0 to 100.
     """
     limits = limits if isinstance(limits, Limits) else Limits(limits)
     run_key, records = results.run_key, results.records
     if not records:
         raise DatasetError(
-            f"not one image of {results.data} could be read", hint="look at one of them"
+            f"no image of {results.data} could be read",
+            hint="check that these files are images and that you may read them",
         )
     found = distinct_records(records)
     judged = run_key.labelled and not run_key.random_weights
-    # What was published of a whole set is of all its files, copies included.
+    # The published accuracy of a whole set counts all its files, copies included.
     baseline = check_baseline(
         [record.reference for record in records],
         run_key,
@@ -245,28 +246,28 @@ def judge_results(
 
 
 def _left_out(run_key: RunKey) -> tuple[str, ...]:
-    """The engines of judged graphs that are there and were not judged."""
+    """Return the existing engines of judged graphs that were not judged themselves."""
     judged = {Path(entry.artifact) for entry in run_key.artifacts}
     engines = [path.with_suffix(".engine") for path in sorted(judged) if path.suffix == ".onnx"]
     return tuple(str(path) for path in engines if path not in judged and path.exists())
 
 
 def _about_copies(found: Distinct, leaks: Sequence[str]) -> tuple[str, ...]:
-    """What decoding the images showed of copies among them and of calibration images."""
+    """Return sentences on copies among the images and of calibration images."""
     sentences = []
     if found.copies:
         sentences.append(
-            f"{found.copies:,} images have the pixels of another one, with which they count once"
+            f"{found.copies:,} images have the same pixels as another one and are counted once"
         )
     if found.near_copies:
-        sentences.append(f"{found.near_copies:,} images look nearly like another one")
+        sentences.append(f"{found.near_copies:,} images look almost like another one")
     if near := leaks.count("near"):
-        sentences.append(f"{near:,} images look nearly like one that an artifact was calibrated on")
+        sentences.append(f"{near:,} images look almost like one that an artifact was calibrated on")
     return tuple(sentences)
 
 
 def _found_by_reading(results: Results) -> tuple[str, ...]:
-    """What only reading the images shows: unreadable ones, and some that are there twice."""
+    """Return problems that only decoding reveals: unreadable images and duplicate files."""
     reading = Reading()
     for record in results.records:
         reading.add(record.name, record.sha256)

@@ -1,12 +1,12 @@
-"""Run the reference and artifacts over the same images and keep a record of each image.
+"""Runs the reference and the artifacts on the same images and records every image.
 
-    images, mixed -> batches -> crops ─┬─ PyTorch, or its logits from the cache ─┬─ records -> file
-                                       └─ every artifact's runner, part of it ───┘
-                                          again: alone, at other sizes, in each profile
+    shuffled images -> batches -> crops ─┬─ PyTorch, or cached logits ─────┬─ records -> file
+                                         └─ runner of every artifact ──────┘
+                                            repeated: alone, other sizes, each profile
 
-Images come in a fixed random order: neighbours in a batch are of different classes, so that an
-artifact which takes one image's answer for another's is found out.
-:mod:`clipdeploy.verification.verdicts` makes the verdicts from the records.
+The order of the images is random and fixed. Neighbours in a batch are of different classes, which
+reveals an artifact that mixes up the images of a batch.
+:mod:`clipdeploy.verification.verdicts` derives the verdicts from the records.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from clipdeploy.verification.early_stop import EarlyStop
 from clipdeploy.verification.leaks import Calibrated, calibration_of, refuse_leaks
 from clipdeploy.verification.records import ImageId, Logits, measure_images
 from clipdeploy.verification.reference import Reference
-from clipdeploy.verification.repeats import Repeat, RepeatPlan, ask_again
+from clipdeploy.verification.repeats import Repeat, RepeatPlan, repeat_calls
 from clipdeploy.verification.results import (
     ArtifactEntry,
     BatchResult,
@@ -61,18 +61,18 @@ __all__ = ["VerifyConfig", "run_verification"]
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """How images are run, and when a drop is too large.
+    """How to run the images, and the largest drop allowed.
 
     ``max_drop``: percentage points of top-1 that an artifact may lose, ``max_drop_top5`` of top-5,
-    None to leave top-5 out of the verdict.  ``shard`` (i, n) runs only the i-th of n parts, for
-    :func:`~clipdeploy.stages.verify.merge.merge_verification`.  ``sequential`` stops as soon as
-    every verdict is known.  ``workers`` and
-    ``cache`` are those of :func:`clipdeploy.imaging.iter_crops`; the cache keeps the reference's
-    logits as well.  ``trust`` loads engines that no passport vouches for.  ``threads`` compute on
-    the CPU, 0 for as many as PyTorch takes; shards can only be joined if they had as many.
+    None to leave top-5 out of the verdict. ``shard`` (i, n) runs only the i-th of n parts, for
+    :func:`~clipdeploy.stages.verify.merge.merge_verification`. ``sequential`` stops as soon as
+    every verdict is known. ``workers`` and ``cache`` are those of
+    :func:`clipdeploy.imaging.iter_crops`; the cache keeps the reference's logits as well. ``trust``
+    loads engines without a passport. ``threads``: CPU threads, 0 for PyTorch's default; shards can
+    only be merged if they ran with the same number.
 
     Raises:
-        UsageError: a drop, a batch or a shard that cannot be, or a shard that is sequential.
+        UsageError: a drop, batch size or shard is out of range, or a shard is sequential.
     """
 
     max_drop: float = 1.0
@@ -92,19 +92,19 @@ class VerifyConfig:
         check_shard(self.shard)
         if self.shard is not None and self.sequential:
             raise UsageError(
-                "a shard cannot stop early: only all of them together have a verdict",
+                "a shard cannot stop early: only all shards together have a verdict",
                 hint="leave out --sequential or --shard",
             )
 
     @property
     def limits(self) -> Limits:
-        """The drops that are allowed."""
+        """The largest drops allowed."""
         return Limits(self.max_drop, self.max_drop_top5)
 
 
 @dataclass(frozen=True)
 class _Lane:
-    """An artifact that something can run, and how it is called in the question."""
+    """A runner and its artifact."""
 
     target: Target
     entry: ArtifactEntry
@@ -113,7 +113,7 @@ class _Lane:
 
 @dataclass(frozen=True)
 class _Opened:
-    """Everything that a batch passes through."""
+    """The reference and the runners that process a batch."""
 
     run_key: RunKey
     reference: Reference
@@ -122,7 +122,7 @@ class _Opened:
     allow_leak: bool
 
     def prepare(self, batch: DecodedBatch) -> Samples | None:
-        """The input of a batch, normalised if any artifact takes it so."""
+        """Return the input of a batch, normalised if any artifact takes normalised input."""
         if not batch.crops:
             return None
         samples = batch.samples(self.run_key.preprocess)
@@ -133,7 +133,7 @@ class _Opened:
     def record(
         self, batch: DecodedBatch, samples: Samples | None, artifacts: Collection[ArtifactEntry]
     ) -> BatchResult:
-        """A batch's records of these ``artifacts``, and what they answered when asked again."""
+        """Run ``artifacts`` on a batch; return its records and repeated calls."""
         lanes = [lane for lane in self.lanes if lane.entry in artifacts]
         crops = batch.crops
         if samples is None:
@@ -156,19 +156,19 @@ class _Opened:
     def _run(
         self, lane: _Lane, number: int, samples: Samples, reference: Logits
     ) -> tuple[Logits, tuple[Repeat, ...]]:
-        """An artifact's logits of a batch, and the calls that were made again."""
+        """Return an artifact's logits of a batch, and its repeated calls."""
         images = samples.as_input(lane.target.passport.input)
         # A copy: a runner may use the same memory for its next answer.
         logits, wanted = np.array(lane.runner(images)), (len(images), self.run_key.classes)
         if logits.shape != wanted:
             raise ArtifactError(
                 f"{lane.target.path} gave logits of shape {logits.shape}, not {wanted}",
-                hint="it is no classifier of this model: build it again",
+                hint="it is not a classifier of this model: build it again",
             )
         plan = RepeatPlan(self.run_key.batches, self.run_key.batch)
         calls = plan.calls(number, len(images), lane.runner)
         name = str(lane.target.path)
-        return logits, ask_again(lane.runner, name, images, logits, reference, calls)
+        return logits, repeat_calls(lane.runner, name, images, logits, reference, calls)
 
 
 def _run_key(
@@ -223,7 +223,7 @@ def _open(
     reference = Reference(model, run_key.preprocess, config.cache, run_key.threads)
     stack.callback(reference.close)
     asked_for = replace(run_key, artifacts=tuple(artifacts), reference=reference.name)
-    # An image flatters only what was calibrated on it, and no accuracy comes of random weights.
+    # A leak matters only to calibrated artifacts, and random weights have no accuracy.
     harmless = run_key.random_weights or not any(entry.calibration for entry in artifacts)
     return _Opened(asked_for, reference, tuple(lanes), calibrated, allow_leak or harmless)
 
@@ -242,27 +242,26 @@ def run_verification(
     reading: Reading | None = None,
     progress: Progress = SILENT,
 ) -> Results:
-    """Records of all ``images``, or of one shard of them, in a fixed random order.
+    """Return the records of all ``images``, or of one shard, in a fixed random order.
 
     Args:
         model: the reference.
-        passport: the reference's graph's; it says how images become its input.
+        passport: the passport of the reference's graph; its preprocessing is used.
         calibrated: the images that artifacts were calibrated on.
-        allow_leak: count those instead of refusing them.
-        keep: where the results are kept.  A run that was killed, or has already been done, is gone
-            on with there, unless ``force``; so is one of other artifacts, as far as they are the
-            same.
+        allow_leak: count calibration images instead of refusing them.
+        keep: the results file. Unless ``force``, the results there are reused: of a killed or
+            finished run, and of other runs for the artifacts that are the same.
 
     Raises:
-        DatasetError: an image that cannot be read, unless ``skip_unreadable``, or one that an
-            artifact was calibrated on.
-        GraphError, ArtifactError: a graph that cannot be loaded or is not what it says.
-        FileError: the results cannot be kept, or another run is keeping its own there.
-        UsageError: ``sequential`` on images without labels.
+        DatasetError: an image cannot be read, unless ``skip_unreadable``, or an artifact was
+            calibrated on it.
+        GraphError, ArtifactError: a graph cannot be loaded or does not match its passport.
+        FileError: the results cannot be written, or another run is writing there.
+        UsageError: ``sequential`` with images without labels.
     """
     if config.sequential and not images.labelled:
         raise UsageError(
-            "without labels no verdict comes out, early or late", hint="leave out --sequential"
+            "images without labels have no verdict to stop at", hint="leave out --sequential"
         )
     images = shuffled(images)
     run_key = _run_key(model, passport, images, config, calibrated)
@@ -292,7 +291,7 @@ class _Run:
         return range(first - 1, self.opened.run_key.batches, step)
 
     def finish(self, progress: Progress, keep: Path | None, partial: Path | None) -> Results:
-        """The whole run; what is not known yet is computed, and kept in ``keep``."""
+        """Run everything that is not known yet, and save the results in ``keep``."""
         known = self.known.results(self._numbers())
         self._refuse(known)
         stop = self._stopper()
@@ -316,16 +315,17 @@ class _Run:
         found = _joined(known, added)
         both = self.known.with_others(found)
         if both is not found or known.batches:
-            # In the order of the images, and with the artifacts that were not asked for this time.
+            # In the order of the images, and with the other artifacts of earlier runs.
             save_results(partial, both)
         partial.replace(keep)
         return found
 
     def _refuse(self, known: Results) -> None:
-        """An earlier run may have been allowed more than this one.
+        """Refuse reused records that this run's options do not allow.
 
         Raises:
-            DatasetError: unreadable images or leaks among the records, without leave to have them.
+            DatasetError: the records have unreadable images or leaks, which this run does not
+                allow.
         """
         if not self.opened.allow_leak:
             refuse_leaks((record.name, record.leak) for record in known.records)
@@ -347,7 +347,7 @@ class _Run:
         stop: Callable[[BatchResult], bool] | None,
         progress: Progress,
     ) -> Iterator[BatchResult]:
-        """The batches that are not known yet, as they get done."""
+        """Yield the batches that are not known yet, as they are finished."""
         run_key = self.opened.run_key
         total = sum(run_key.size(number) for number in left)
         with progress.task("verify", total) as advance:
@@ -358,11 +358,11 @@ class _Run:
                     return
 
     def _result(self, batch: DecodedBatch, samples: Samples | None) -> BatchResult:
-        """A batch; of artifacts that are known only the others are run."""
+        """Return a batch; run only the artifacts that are not known for it."""
         missing = self.known.missing(batch.number)
         result = self.known.completed(self.opened.record(batch, samples, missing), missing)
         if result is None:
-            # The same images were answered otherwise by the reference: nothing known is of use.
+            # The reference's answers have changed: the known records cannot be reused.
             return self.opened.record(batch, samples, self.opened.run_key.ran)
         return result
 

@@ -87,9 +87,9 @@ def again(calls: int, **changes: Any) -> tuple[Repeat, ...]:
 
 
 def make_results(records: Sequence[ImageRecord], **changes: Any) -> Results:
-    """Results of a whole run with these records, the question changed as given.
+    """Results of a whole run with these records, with the given changes of the run key.
 
-    Every image was asked again with another one, by each artifact.
+    Every image was repeated together with another one, on each artifact.
     """
     run_key = replace(RUN_KEY, **{"images": len(records), **changes})
     size = run_key.batch

@@ -1,4 +1,4 @@
-"""Shards of a verification -> the verdict of one run."""
+"""Merges the shards of a verification and returns the verdict of one run."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def merge_verification(
     note: Callable[[str], object] = lambda text: None,
     progress: Progress = SILENT,
 ) -> Judgement:
-    """Shards -> the verdict of one run; without ``parts``, all shards of the workspace.
+    """Merge shards and return the verdict; without ``parts``, all shards of the workspace.
 
-    ``limits`` as a number are points of top-1.  The artifacts have to be the files that the shards
-    judged, and every image the file that its record is of; labels that ``scope`` names have to be
-    those that the shards were judged by.  ``data`` is where the images are, if
-    not where the first shard found them; without them the result says that they were not compared.
-    Shards are removed once they are joined.
+    ``limits`` as a number are points of top-1. The artifacts must be the files that the shards
+    judged, and every image the file of its record; labels named in ``scope`` must be those that the
+    shards were judged by. ``data`` is the location of the images, if it is not that of the first
+    shard; if the images are missing, the result notes that they were not compared. Merged shards
+    are removed.
 
     Raises:
         ClipdeployError: a shard is missing, damaged, or of another run, or an artifact or an image
@@ -89,7 +89,7 @@ def merge_verification(
 
 
 def _compare_with_disk(results: Results, data: Path, progress: Progress) -> tuple[str, ...]:
-    """Hold the records against the files; a sentence if the images are not there.
+    """Compare the records with the files; return a sentence if the images are missing.
 
     Raises:
         ArtifactError, DatasetError, FileError: an artifact or an image has changed.
@@ -128,5 +128,6 @@ def _diagnose_merged(
             progress,
         )
     except ClipdeployError as error:
-        note(f"the cause was not looked for: {error}")
+        note(f"possible causes were not tried: {error}")
+
         return result.baseline

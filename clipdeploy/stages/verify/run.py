@@ -1,4 +1,4 @@
-"""Artifacts against PyTorch: every one of a model, or the files that were named."""
+"""Verifies artifacts against PyTorch: all artifacts of a model, or the named files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from clipdeploy.workspace.folder import Workspace
 
 __all__ = ["verify_model"]
 
-# A first look before a long run, and how many images make a run long.
+# Images of the first look, and the number of images from which a run has one.
 _PROBE = 256
 _LONG = 1024
 
@@ -41,7 +41,7 @@ _LONG = 1024
 def _first_look(
     setup: VerificationSetup, config: VerifyConfig, scope: VerifyScope, progress: Progress
 ) -> Results | None:
-    """PyTorch alone on a sample before a long run; its results if no verdict can come of it."""
+    """Run PyTorch alone on a sample of a long run; return its results if no verdict is possible."""
     if len(setup.images.entries) < _LONG or not setup.images.labelled:
         return None
     sample = select(setup.images, _PROBE, seed=0)
@@ -74,14 +74,15 @@ def verify_model(
     note: Callable[[str], object] = lambda text: None,
     progress: Progress = SILENT,
 ) -> Judgement:
-    """Artifacts of ``model`` against PyTorch on labelled images.
+    """Verify artifacts of ``model`` against PyTorch on labelled images.
 
-    Images that an INT8 artifact was calibrated on flatter it: they are refused, or with
-    ``allow_leak`` counted in the result.  PyTorch's own accuracy is looked at first, on a sample
-    of a long run and then on all images; where it is not what was published nothing is judged.
-    ``note`` is told what is odd about the images before the work starts.  The records are kept in
-    ``keep``, by default in the workspace, so that a killed run is gone on with and a finished one
-    is only read.  A ``cluster`` does the images in shards; the result is the same to the bit.
+    Images that an INT8 artifact was calibrated on would overstate its accuracy: they are refused,
+    or with ``allow_leak`` counted in the result. PyTorch's own accuracy is checked first, on a
+    sample of a long run and then on all images; if it misses the published accuracy, nothing is
+    judged. ``note`` receives sentences about problems with the images before the run starts. The
+    records are saved in ``keep``, by default in the workspace: a killed run is resumed, and a
+    finished one is only read. A ``cluster`` runs the images in shards; the result is the same to
+    the bit.
 
     Raises:
         ClipdeployError: see :mod:`clipdeploy.core.errors`.
@@ -90,14 +91,14 @@ def verify_model(
     keep = as_path(keep)
     if cluster is not None and (config.sequential or config.shard):
         raise UsageError(
-            "a cluster does all images, in shards that it cuts itself",
+            "a cluster runs all images, in shards of its own choice",
             hint="leave out --sequential and --shard, or --ray",
         )
     setup = set_up(workspace, model, data, config, scope, note, progress)
     kept = keep or workspace.verification(model, config.shard)
     if config.shard is None and (hopeless := _first_look(setup, config, scope, progress)):
-        note("PyTorch itself misses its accuracy on a sample of the images: not going on")
-        hopeless = replace(hopeless, run_key=_asking(hopeless, setup))
+        note("PyTorch itself misses its accuracy on a sample of the images: stopped")
+        hopeless = replace(hopeless, run_key=_unrun_key(hopeless, setup))
         verdict = setup.judge(hopeless, config.limits, scope, progress)
         return Judgement(verdict, None, evidence=Evidence(hopeless, setup.images))
     if cluster is not None:
@@ -152,8 +153,8 @@ def _one_shard(
     verify_model(workspace, model, data, config, scope, keep=keep)
 
 
-def _asking(results: Results, setup: VerificationSetup) -> RunKey:
-    """The question with every artifact in it, none of which was run."""
+def _unrun_key(results: Results, setup: VerificationSetup) -> RunKey:
+    """Return the run key with every artifact, none of which was run."""
     why = "PyTorch itself missed its accuracy on a first look at the images"
     entries = tuple(
         ArtifactEntry(str(t.path), t.kind, t.precision, "", "", why, t.vouched)

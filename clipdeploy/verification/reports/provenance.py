@@ -1,4 +1,4 @@
-"""What a verification rests on: files by their hashes, choices, versions."""
+"""Lists the provenance of a verification: files by their hashes, settings, versions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["provenance"]
 
 
 def provenance(results: Results) -> tuple[tuple[str, str], ...]:
-    """Pairs of what and which, in the order of a report."""
+    """Return pairs of name and value, in the order of a report."""
     return (*_files(results), *_choices(results.run_key), *results.run_key.versions.items())
 
 

@@ -127,7 +127,7 @@ def test_one_image_that_was_replaced_under_its_name(
         shutil.copy(other, bitmaps / name)
     assert verify(artifacts, *SOME, "--shard", "2/2", data=bitmaps).exit_code == 0
     shutil.copy(other, bitmaps / name)
-    refused(merge(artifacts, "--max-drop", "6"), 1, f"another {name} than the one")
+    refused(merge(artifacts, "--max-drop", "6"), 1, f"{name} in ", "is not the image that was verified")
 
 
 def test_a_merge_uses_its_shards_up(artifacts: Path) -> None:
@@ -354,7 +354,7 @@ def test_one_saved_with_loss_is_counted(whole_workspace: Path, digits: Path) -> 
     at = ("--max-drop", "6", "--workers", "0", "--graphs-only", "--json")
     found = good(verify(whole_workspace, *at, data=data))
     assert (found["leaked"], found["near_leaked"]) == (0, 1)
-    assert any("1 images look nearly like one" in each for each in found["problems"])
+    assert any("1 images look almost like one" in each for each in found["problems"])
 
 
 @pytest.mark.parametrize("how", ["no calibration", "another calibration", "no passport"])

@@ -111,7 +111,7 @@ def test_nothing_can_be_excluded_by_one_image_or_below_nothing(
     assert excluded_deficit(0.0, 50_000) is None
     baseline = check_baseline(answers(1, 0), run_key, Expected("user", 86.02))
     assert (baseline.status, baseline.excludes) == ("unconfirmed", None)
-    assert "could not have been noticed at all" in baseline.sentence
+    assert "no worse reference would have been noticed" in baseline.sentence
 
 
 def test_one_image_of_each_imagenet_class_is_enough_for_every_card_and_half_is_not() -> None:
@@ -177,9 +177,9 @@ def test_on_the_whole_set_only_rounding_is_left(
     assert baseline.excludes == pytest.approx(0.1)
     gap = max(abs(top1 - 86.02), abs(top5 - 97.76))
     said = {
-        "confirmed": "the same as rounded",
+        "confirmed": "equal after rounding",
         "unconfirmed": f"{gap:.3f} points apart: other versions of decoder and kernels",
-        "missed": f"{gap:.3f} points apart, which no chance explains",
+        "missed": f"{gap:.3f} points apart, too far for chance",
     }
     assert said[status] in baseline.sentence
 
@@ -307,7 +307,7 @@ def test_what_can_be_expected(text: str, expected: Expected) -> None:
     "text", ["", "cards", "101", "-1", "86,97,99", "86;97", "nan", "86,", "inf"]
 )
 def test_what_cannot(text: str) -> None:
-    with pytest.raises(UsageError, match="is no accuracy"):
+    with pytest.raises(UsageError, match="is not an accuracy"):
         Expected.parse(text)
 
 

@@ -189,7 +189,7 @@ def test_a_judgement_says_what_it_rests_on() -> None:
     assert "all above the 1.00 allowed" in bad.sentence
     open_ = judge_drop(3, 1, 500, 1.0)
     assert open_.verdict == "undecided"
-    assert f"about {open_.images_needed:,} in all" in open_.sentence
+    assert f"about {open_.images_needed:,} in total" in open_.sentence
     assert "anytime" in judge_drop(3, 1, 500, 1.0, anytime=True).sentence
 
 
@@ -198,17 +198,17 @@ def test_an_undecided_look_is_to_be_followed_by_a_sequential_one(b: int, c: int,
     """More fixed looks until one decides are wrong too often: scripts/bench/statistics_audit.py."""
     fixed, anytime = (judge_drop(b, c, n, 1.0, anytime=each) for each in (False, True))
     assert fixed.verdict == anytime.verdict == "undecided"
-    assert "look again with verify --sequential" in fixed.sentence
+    assert "repeat with verify --sequential" in fixed.sentence
     # Who does so already needs no such advice.
     assert "--sequential" not in anytime.sentence
-    assert "go on with more images" in anytime.sentence
+    assert "add more images" in anytime.sentence
     assert fixed.images_needed == anytime.images_needed
     assert fixed.images_needed == images_needed(b, c, n, 1.0, anytime=True)
     for counts in ((0, 0, 5000), (400, 0, 5000)):
         for each in (False, True):
             decided = judge_drop(*counts, 1.0, anytime=each)
             assert decided.verdict != "undecided"
-            assert not any(word in decided.sentence for word in ("--sequential", "go on", "again"))
+            assert not any(word in decided.sentence for word in ("--sequential", "add", "repeat"))
 
 
 @pytest.mark.parametrize("anytime", [False, True])
@@ -274,7 +274,7 @@ def test_a_drop_at_the_limit_is_never_decided(anytime: bool) -> None:
     for b, c, n, limit in ((5, 0, 500, 1.0), (7, 7, 700, 0.0), (3, 0, 1000, 0.3)):
         got = judge_drop(b, c, n, limit, anytime=anytime)
         assert (got.verdict, got.images_needed) == ("undecided", None)
-        assert "too near it" in got.sentence
+        assert "too close to it" in got.sentence
     decided = judge_drop(400, 0, 1000, 1.0, anytime=anytime)
     assert (decided.verdict, decided.images_needed) == ("regressed", None)
     assert images_needed(400, 0, 1000, 1.0, anytime=anytime) == 1000

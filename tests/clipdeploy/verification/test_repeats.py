@@ -1,4 +1,4 @@
-"""Calls that are made again: which ones, and what they show of artifacts that do not repeat."""
+"""Repeated calls: which ones are made, and what they show of unrepeatable artifacts."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from clipdeploy.runners.base import Closing, Images, Logits, in_parts
 from clipdeploy.verification.repeats import (
     Call,
     RepeatPlan,
-    ask_again,
     batch_sizes,
     excluded_share,
+    repeat_calls,
 )
 
 Answers = Callable[[Images], Logits]
@@ -144,7 +144,7 @@ def asked_again(runner: Classifier, images: int = 128) -> list[tuple[str, int, f
     for number, each in calls(runner, images).items():
         batch = images_of(16, seed=number)
         first = runner(batch)
-        for repeat in ask_again(runner, "a.onnx", batch, first, sound(batch), iter(each)):
+        for repeat in repeat_calls(runner, "a.onnx", batch, first, sound(batch), iter(each)):
             found.append((repeat.kind, repeat.size, repeat.worst))
     return found
 
@@ -240,7 +240,7 @@ def test_more_or_fewer_rows_than_images_are_refused(extra: int) -> None:
     batch = images_of(16)
     every = [call for call in calls(runner)[0] if call.kind == "profile"]
     with pytest.raises(ArtifactError, match="gave logits of shape"):
-        ask_again(runner, "a.engine", batch, sound(batch), sound(batch), iter(every))
+        repeat_calls(runner, "a.engine", batch, sound(batch), sound(batch), iter(every))
 
 
 def test_the_share_of_spoilt_calls_that_is_excluded() -> None:

@@ -42,9 +42,9 @@ from exporters.headers import read_passport
 CLASSES = tuple("0123456789")
 SECTIONS = [
     "Artifacts",
-    "What is odd about the images",
+    "Problems with the images",
     "Logits and answers",
-    "Images that stand out",
+    "Images with the largest errors",
     "Provenance",
 ]
 EVIL = '"><script>alert(1)<|*_$x_$.png'
@@ -248,7 +248,7 @@ def test_nothing_that_ran_is_still_a_page(sound: Case) -> None:
     ).page()
     assert page.text.startswith("NOT PROVEN fp32 graph not executed")
     assert "no GPU" in page.text
-    assert page.sections == ["Artifacts", "What is odd about the images", "Provenance"]
+    assert page.sections == ["Artifacts", "Problems with the images", "Provenance"]
 
 
 def test_names_are_text_and_nothing_else(ruined: Case) -> None:
@@ -267,7 +267,7 @@ def test_names_are_text_and_nothing_else(ruined: Case) -> None:
     assert f"0/{EVIL}" in page.text
     # As artifact in the table, both tables of figures, reason, provenance; as problem, as data.
     assert page.text.count(EVIL) >= 8
-    assert f"Not shown: 0/{EVIL} is no longer there" in page.text
+    assert f"Not shown: 0/{EVIL} no longer exists" in page.text
     markdown = hostile.write(".md")
     assert "<script>" not in markdown.replace("\\<script\\>", "")
     lines = [line for line in markdown.splitlines() if line.startswith("| ")]
@@ -308,8 +308,8 @@ def test_images_that_are_gone_or_changed_are_named(sound: Case, tmp_path: Path) 
     reader.close()
     page = replace(sound, images=open_images(folder, CLASSES)).page()
     assert len(page.images) == 2
-    assert f"{shown[0].name} has changed since it was judged" in page.text
-    assert f"{shown[5].name} is no longer there" in page.text
+    assert f"{shown[0].name} has changed since the verification" in page.text
+    assert f"{shown[5].name} no longer exists" in page.text
 
 
 def test_wnids_are_shown_with_their_words(sound: Case) -> None:

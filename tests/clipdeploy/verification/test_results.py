@@ -78,7 +78,7 @@ def test_cut_anywhere_it_holds_whole_batches_or_is_refused(whole: Results, tmp_p
     for cut in [*ends, *(end + 1 for end in ends), *generator.sample(range(len(data)), 40)]:
         path.write_bytes(data[:cut])
         if cut < ends[0]:
-            with pytest.raises(ArtifactError, match="holds no results that can be read"):
+            with pytest.raises(ArtifactError, match="is not a readable results file"):
                 read_results(path)
             continue
         found = read_results(path)
@@ -92,7 +92,7 @@ def test_a_damaged_line_is_refused(line: int, whole: Results, tmp_path: Path) ->
     lines = path.read_bytes().split(b"\n")
     for spoilt in (b"", lines[line][:-3], b"\xff" + lines[line], lines[line].replace(b":", b"", 1)):
         path.write_bytes(b"\n".join([*lines[:line], spoilt, *lines[line + 1 :]]))
-        with pytest.raises(ArtifactError, match="holds no results that can be read"):
+        with pytest.raises(ArtifactError, match="is not a readable results file"):
             read_results(path)
 
 
@@ -168,7 +168,7 @@ def test_an_edited_file_is_refused(name: str, whole: Results, tmp_path: Path) ->
     changed = EDITS[name](lines)
     assert changed != lines
     put_lines(path, changed)
-    with pytest.raises(ArtifactError, match="holds no results that can be read"):
+    with pytest.raises(ArtifactError, match="is not a readable results file"):
         read_results(path)
 
 
@@ -187,7 +187,7 @@ IMPOSSIBLE: dict[str, Callable[[Results], Results]] = {
     "an artifact without outcomes": lambda r: replace(
         r, run_key=replace(r.run_key, artifacts=r.run_key.artifacts * 2)
     ),
-    "nothing asked again": lambda r: replace(
+    "no repeated calls": lambda r: replace(
         r, batches=tuple(replace(batch, repeats=()) for batch in r.batches)
     ),
 }
@@ -198,7 +198,7 @@ def test_results_that_cannot_be_are_refused(name: str, whole: Results, tmp_path:
     """Their checksums are right: a program wrote them so."""
     path = tmp_path / "results.jsonl"
     save_results(path, IMPOSSIBLE[name](whole))
-    with pytest.raises(ArtifactError, match="holds results that cannot be"):
+    with pytest.raises(ArtifactError, match="has impossible results"):
         read_results(path)
 
 
@@ -273,5 +273,5 @@ def test_a_question_that_cannot_be(
     path = tmp_path / "results.jsonl"
     run_key = replace(whole.run_key, **{field: value})  # type: ignore[arg-type]
     save_results(path, replace(whole, run_key=run_key))
-    with pytest.raises(ArtifactError, match=f"cannot be believed: {field}"):
+    with pytest.raises(ArtifactError, match=f"has an invalid value: {field}"):
         read_results(path)

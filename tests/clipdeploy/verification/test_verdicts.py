@@ -101,7 +101,7 @@ def test_lanes_are_those_that_ran(made: Make, one: One) -> None:
     ("changes", "reason"),
     [
         ({"random_weights": True}, "random weights"),
-        ({"labelled": False}, "images without labels"),
+        ({"labelled": False}, "the images have no labels"),
     ],
 )
 def test_no_accuracy_no_verdict(changes: dict[str, Any], reason: str, made: Make, one: One) -> None:
@@ -135,7 +135,7 @@ def test_a_baseline_that_fails_holds_every_verdict_back(made: Make, one: One) ->
 def test_nobody_vouches(made: Make, one: One) -> None:
     result = judge_results(with_entry(made([one(i) for i in range(COUNT)]), vouched=False), 1.0)
     assert verdict(result) == "equivalent"
-    assert result.rows[0].reason.endswith("; no passport vouches for this file")
+    assert result.rows[0].reason.endswith("; this file has no passport")
 
 
 def test_a_sequential_run_is_judged_by_the_anytime_interval(made: Make, one: One) -> None:
@@ -153,7 +153,7 @@ def test_no_artifact_is_no_pass(made: Make, one: One) -> None:
 
 
 def test_nothing_read_and_no_such_limit(made: Make, one: One) -> None:
-    with pytest.raises(DatasetError, match="not one image of digits could be read"):
+    with pytest.raises(DatasetError, match="no image of digits could be read"):
         judge_results(made([]), 1.0)
     with pytest.raises(UsageError, match="largest drop of 101"):
         judge_results(made([one(0)]), 101.0)
@@ -165,7 +165,7 @@ def test_images_that_are_there_twice_are_told(made: Make, one: One) -> None:
     assert result.problems == (
         "odd",
         "1 images have the bytes of another one: 9/twin.png is 0/0.png",
-        "1 images have the pixels of another one, with which they count once",
+        "1 images have the same pixels as another one and are counted once",
     )
 
 
@@ -189,7 +189,7 @@ def test_ten_images_copied_fifty_times_are_ten(saved_again: bool, made: Make, on
     result = judge_results(made(records), 1.0, Expected("none"))
     assert (result.images, result.copies, result.listed) == (10, 490, COUNT)
     assert verdict(result) == "undecided"
-    assert any("490 images have the pixels of another one" in each for each in result.problems)
+    assert any("490 images have the same pixels as another one" in each for each in result.problems)
     drop = result.rows[0].drop
     assert drop is not None
     assert drop.n == 10
@@ -207,17 +207,17 @@ def test_near_copies_prove_nothing_by_themselves(made: Make, one: One) -> None:
     result = judge_results(made(records), 1.0, Expected("none"))
     assert (result.images, result.copies, result.near_copies) == (COUNT, 0, 490)
     assert verdict(result) == "undecided"
-    assert "only 10 images do not look like another" in result.rows[0].reason
+    assert "only 10 images do not look almost like another" in result.rows[0].reason
     # A few of them take nothing away.
     few = [*records[:30], *(one(i) for i in range(30, COUNT))]
     result = judge_results(made(few), 1.0, Expected("none"))
     assert result.near_copies == 20
     assert verdict(result) == "equivalent"
-    assert any("20 images look nearly like another one" in each for each in result.problems)
+    assert any("20 images look almost like another one" in each for each in result.problems)
 
 
 def with_repeats(results: Results, repeats: tuple[Repeat, ...]) -> Results:
-    """The same results, asked again in other calls in the first batch, and in none later."""
+    """The same results, with other repeated calls in the first batch, and none later."""
     first, *rest = results.batches
     batches = [replace(first, repeats=(repeats,)), *(replace(b, repeats=((),)) for b in rest)]
     return replace(results, batches=tuple(batches))
@@ -229,8 +229,8 @@ def test_what_does_not_repeat_has_no_verdict(made: Make, one: One) -> None:
     result = judge_results(with_repeats(results, (*again(500), *odd)), 100.0)
     assert verdict(result) == "not judged"
     reason = result.rows[0].reason
-    assert reason.startswith("does not repeat: asked 8 at once in another order")
-    assert verdict_line(result) == "NOT JUDGED: fp32 graph does not repeat"
+    assert reason.startswith("not repeatable: run 8 at once in another order")
+    assert verdict_line(result) == "NOT JUDGED: the answers of fp32 graph are not repeatable"
     repeats = result.rows[0].repeats
     assert repeats is not None
     assert not repeats
@@ -239,7 +239,7 @@ def test_what_does_not_repeat_has_no_verdict(made: Make, one: One) -> None:
     for changes in ({"labelled": False}, {"random_weights": True}):
         spoilt = replace(results, run_key=replace(results.run_key, **changes))
         found = judge_results(with_repeats(spoilt, odd), 100.0)
-        assert found.rows[0].reason.startswith("does not repeat")
+        assert found.rows[0].reason.startswith("not repeatable")
     # A logit that is no number in one of two calls.
     broken = again(1, noise=None, worst=None)
     found = judge_results(with_repeats(results, (*again(500), *broken)), 100.0)
@@ -252,7 +252,7 @@ def test_too_few_calls_do_not_exclude_faults_of_whole_calls(made: Make, one: One
     # 32 batches and 300 calls more: (1 - 0.011)^332 = 0.025.
     result = judge_results(with_repeats(results, again(300)), 1.0)
     assert verdict(result) == "undecided"
-    assert "of 332 different calls 1.1 % could be spoilt unseen" in result.rows[0].reason
+    assert "of 332 different calls 1.1 % could be wrong undetected" in result.rows[0].reason
     assert verdict(judge_results(with_repeats(results, again(300)), 1.2)) == "equivalent"
     assert verdict(judge_results(with_repeats(results, again(400)), 1.0)) == "equivalent"
 
@@ -296,7 +296,7 @@ def test_leaks_count_for_what_was_calibrated(
     result = judge_results(with_entry(made(records), calibration=calibration), 1.0)
     assert (result.leaked, result.near_leaked) == (leaked, near)
     assert result.rows[0].calibrated == (None if calibration is None else bool(calibration))
-    assert any("1 images look nearly like one" in each for each in result.problems) == bool(near)
+    assert any("1 images look almost like one" in each for each in result.problems) == bool(near)
 
 
 def test_engines_that_were_not_judged_are_in_the_headline(
