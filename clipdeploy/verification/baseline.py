@@ -30,8 +30,8 @@ __all__ = [
     "Expected",
     "check_baseline",
     "excluded_deficit",
-    "is_hopeless",
     "passing_hits",
+    "rules_out_baseline",
     "whole_set_status",
 ]
 
@@ -44,7 +44,7 @@ _POWER = 0.95
 _CONFIDENCE = 0.99
 # To stop after a first look; no correct setup is that far off. The margin in points is for
 # accuracies near 100 %, where Wilson's interval is too narrow.
-_HOPELESS, _HOPELESS_MARGIN = 0.999999, 2.0
+_RULED_OUT, _RULED_OUT_MARGIN = 0.999999, 2.0
 # Published accuracies have two decimals.
 _ROUNDING = 0.005
 # Points, 50 images of the whole set. Other versions of decoder and kernels change the answers to
@@ -151,12 +151,12 @@ def _intervals(answers: Sequence[Answer], confidence: float) -> tuple[Interval, 
     return one, five
 
 
-def is_hopeless(answers: Sequence[Answer], run_key: RunKey, expected: Expected) -> bool:
+def rules_out_baseline(answers: Sequence[Answer], run_key: RunKey, expected: Expected) -> bool:
     """Return whether a first look at a sample rules out that the baseline will be confirmed."""
     top1, _ = _published(run_key, expected)
     if top1 is None:
         return False
-    return top1 > _intervals(answers, _HOPELESS)[0].high + _HOPELESS_MARGIN
+    return top1 > _intervals(answers, _RULED_OUT)[0].high + _RULED_OUT_MARGIN
 
 
 def passing_hits(published: float, n: int) -> tuple[int, int]:
@@ -254,15 +254,15 @@ def _of_the_whole(answers: Sequence[Answer], comparison: _Comparison) -> Baselin
 
 
 def _of_a_sample(
-    found: str, n: int, top1: float, comparison: _Comparison, whose: str, guessing: str
+    found: str, n: int, top1: float, comparison: _Comparison, source: str, guessing: str
 ) -> Baseline:
     excludes = excluded_deficit(top1, n)
-    shown = f"{found}, {top1:.2f} % {whose}"
+    shown = f"{found}, {top1:.2f} % {source}"
     if not _within(comparison.top5, comparison.five):
         five = comparison.five
         shown += (
             f"; of top-5 the 99 % interval is {five.low:.2f} to {five.high:.2f}, "
-            f"{comparison.top5:.2f} % {whose}"
+            f"{comparison.top5:.2f} % {source}"
         )
     # Rounded up: a smaller deficit is not excluded.
     worse = 0.0 if excludes is None else math.ceil(10 * excludes - _TINY) / 10
@@ -324,8 +324,8 @@ def check_baseline(
     if comparison.top1 is not None:
         if whole:
             return _of_the_whole(answers, comparison)
-        whose = "was published" if expected.source == "card" else "is expected"
-        return _of_a_sample(found, n, comparison.top1, comparison, whose, guessing)
+        source = "was published" if expected.source == "card" else "is expected"
+        return _of_a_sample(found, n, comparison.top1, comparison, source, guessing)
     if guessing:
         return comparison.baseline("unconfirmed", f"{found}: {guessing}")
     if expected.source == "none":

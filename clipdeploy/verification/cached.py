@@ -150,8 +150,8 @@ def _of_these(results: Results, images: ImageFolder) -> bool:
     for batch in results.batches:
         entries = images.entries[batch.batch * size : (batch.batch + 1) * size]
         labels = {entry.name: entry.label if labelled else None for entry in entries}
-        kept = [(record.name, record.label) for record in batch.records]
-        if any(name not in labels or labels[name] != label for name, label in kept):
+        recorded = [(record.name, record.label) for record in batch.records]
+        if any(name not in labels or labels[name] != label for name, label in recorded):
             return False
         if not labels.keys() >= set(batch.unreadable):
             return False

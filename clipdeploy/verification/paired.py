@@ -214,8 +214,8 @@ def _anytime_high(b: float, c: float, n: float, confidence: float) -> float:
     low, high = (b - c) / n, 1.0
     for _ in range(6):
         points = np.linspace(low, high, 66)
-        kept = int((_log_capital(b, c, n, points[1:-1]) < enough).sum())
-        low, high = float(points[kept]), float(points[kept + 1])
+        last = int((_log_capital(b, c, n, points[1:-1]) < enough).sum())
+        low, high = float(points[last]), float(points[last + 1])
     return high
 
 

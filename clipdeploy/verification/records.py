@@ -113,12 +113,12 @@ def _answers(logits: Logits, labels: Sequence[int | None]) -> list[Answer]:
     columns = (order, np.take_along_axis(numbers, order, axis=1), ranks, np.isfinite(own[:, 0]))
     answers = []
     for label, top, sound, rank, known in zip(labels, *(c.tolist() for c in columns), strict=True):
-        kept = (
+        classes = (
             top
             if all(sound)
             else [index for index, is_number in zip(top, sound, strict=True) if is_number]
         )
-        answers.append(Answer(tuple(kept), rank if known and label is not None else None))
+        answers.append(Answer(tuple(classes), rank if known and label is not None else None))
     return answers
 
 

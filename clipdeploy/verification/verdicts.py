@@ -8,9 +8,9 @@ float16 was only emulated                     not judged
 PyTorch itself misses its accuracy            not judged
 otherwise the interval of the paired drop:    equivalent, regressed, undecided
 
-An image counts once, however many copies of it there are.  ``equivalent`` needs more than the
-interval: it must also hold without the images that look almost like another one, and a fault that
-affects whole calls must be excluded down to the allowed drop.
+Copies of an image count once. ``equivalent`` needs more than the interval: it must also hold
+without the images that look almost like another one, and a fault that affects whole calls must be
+excluded down to the allowed drop.
 """
 
 from __future__ import annotations

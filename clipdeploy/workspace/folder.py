@@ -1,4 +1,4 @@
-"""Where the artifacts of each model lie, and which model was the last one.
+"""Defines the paths of each model's artifacts, and remembers the last model.
 
 artifacts/
   workspace.json                      the last model
@@ -9,18 +9,18 @@ artifacts/
     clip-vit-demo.fp16.onnx           build-engine --fp16
     clip-vit-demo.int8.onnx           quantize
     clip-vit-demo.int8-cpu.onnx       quantize --cpu
-    recipe.json                       search: how its INT8 graph is made
-    search/                           search: what it measured, and the recipes of its front
+    recipe.json                       search: the recipe of its INT8 graph
+    search/                           search: measurements, and the recipes of the Pareto front
     clip-vit-demo.int8.engine         build-engine
     clip-vit-demo.int8.engine.json    its passport
-    verification.jsonl                verify: a record an image
+    verification.jsonl                verify: a record per image
     verification.1-of-4.jsonl         verify --shard 1/4, until `verify merge`
-    disagreements.csv                 verify: images with another answer than PyTorch's
-    bisection.json                    bisect: the last finding and its heat map, for reports
+    disagreements.csv                 verify: images with another top-1 answer than PyTorch's
+    bisection.json                    bisect: the last result and its heat map, for reports
     verification.html                 deploy, demo: the report
-    benchmark.json                    deploy: what was measured, of which artifacts
-    triton/                           deploy: a model repository
-    deployment.html                   deploy: what was built, its verdict, how to serve it
+    benchmark.json                    deploy: the benchmark, and the artifacts measured
+    triton/                           deploy: a Triton model repository
+    deployment.html                   deploy: artifacts, verdict, how to serve them
     deployment.json                   the same as data
 """
 

@@ -67,11 +67,11 @@ def merge_verification(
         _, passport = workspace.source(model)
         check_labels(results, open_labelled(images, passport, scope.labelling, note))
     missing = _compare_with_disk(results, images, progress)
-    kept = workspace.verification(model)
-    with sole_writer(kept, "clipdeploy verify merge"):
-        save_results(kept, results)
+    saved = workspace.verification(model)
+    with sole_writer(saved, "clipdeploy verify merge"):
+        save_results(saved, results)
     for path in found:
-        if path.resolve() != kept.resolve():
+        if path.resolve() != saved.resolve():
             with file_errors("remove", path):
                 path.unlink(missing_ok=True)
     result = judge_results(results, limits, scope.expected)
@@ -85,7 +85,7 @@ def merge_verification(
         )
     different = workspace.disagreements(model)
     write_atomic(different, disagreements_csv(results))
-    return Judgement(result, kept, different, Evidence(results))
+    return Judgement(result, saved, different, Evidence(results))
 
 
 def _compare_with_disk(results: Results, data: Path, progress: Progress) -> tuple[str, ...]:

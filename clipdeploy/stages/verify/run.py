@@ -17,7 +17,7 @@ from clipdeploy.models.cards import takes_any_name
 from clipdeploy.stages.cluster import ClusterConfig, Shard, ShardJob, shards_on_cluster
 from clipdeploy.stages.verify.on_disk import check_against_disk
 from clipdeploy.stages.verify.setup import Judgement, VerificationSetup, VerifyScope, set_up
-from clipdeploy.verification.baseline import is_hopeless
+from clipdeploy.verification.baseline import rules_out_baseline
 from clipdeploy.verification.disagreements import disagreements_csv
 from clipdeploy.verification.reports import Evidence
 from clipdeploy.verification.results import (
@@ -57,7 +57,7 @@ def _first_look(
         progress=progress,
     )
     answers = [record.reference for record in results.records]
-    return results if is_hopeless(answers, results.run_key, scope.expected) else None
+    return results if rules_out_baseline(answers, results.run_key, scope.expected) else None
 
 
 @takes_any_name
@@ -91,31 +91,31 @@ def verify_model(
     keep = as_path(keep)
     if cluster is not None and (config.sequential or config.shard):
         raise UsageError(
-            "a cluster runs all images, in shards of its own choice",
+            "a cluster runs all images and makes the shards itself",
             hint="leave out --sequential and --shard, or --ray",
         )
     setup = set_up(workspace, model, data, config, scope, note, progress)
-    kept = keep or workspace.verification(model, config.shard)
-    if config.shard is None and (hopeless := _first_look(setup, config, scope, progress)):
+    saved = keep or workspace.verification(model, config.shard)
+    if config.shard is None and (stopped := _first_look(setup, config, scope, progress)):
         note("PyTorch itself misses its accuracy on a sample of the images: stopped")
-        hopeless = replace(hopeless, run_key=_unrun_key(hopeless, setup))
-        verdict = setup.judge(hopeless, config.limits, scope, progress)
-        return Judgement(verdict, None, evidence=Evidence(hopeless, setup.images))
+        stopped = replace(stopped, run_key=_unrun_key(stopped, setup))
+        verdict = setup.judge(stopped, config.limits, scope, progress)
+        return Judgement(verdict, None, evidence=Evidence(stopped, setup.images))
     if cluster is not None:
         job = _cluster_job(workspace, model, data, config, scope, len(setup.images.entries))
         with shards_on_cluster(cluster, job, force=force, progress=progress) as parts:
             results = merge_results([read_results(part) for part in parts])
             check_against_disk(results, setup.images, progress)
-            with sole_writer(kept, "clipdeploy verify"):
-                save_results(kept, results)
+            with sole_writer(saved, "clipdeploy verify"):
+                save_results(saved, results)
     else:
-        results = setup.run(config, scope, kept, progress, force)
+        results = setup.run(config, scope, saved, progress, force)
     if config.shard is not None:
-        return Judgement(None, kept)
+        return Judgement(None, saved)
     verification = setup.judge(results, config.limits, scope, progress)
     different = workspace.disagreements(model)
     write_atomic(different, disagreements_csv(results))
-    return Judgement(verification, kept, different, Evidence(results, setup.images))
+    return Judgement(verification, saved, different, Evidence(results, setup.images))
 
 
 def _cluster_job(

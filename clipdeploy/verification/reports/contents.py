@@ -69,7 +69,7 @@ class Answer:
     """
 
     who: str
-    said: str
+    text: str
     right: bool | None
     detail: str = ""
     same: bool = False

@@ -58,9 +58,9 @@ def draw_spreads(spreads: Mapping[str, Spread]) -> Figure:
         if finite:
             _box(axes, place, [min(max(v, finite[0]), finite[-1]) for v in spread.percentiles])
         else:
-            said = "equal to the last bit" if spread.equal else "NaN or infinite"
+            text = "equal to the last bit" if spread.equal else "NaN or infinite"
             where = axes.get_yaxis_transform()
-            axes.text(0.5, place, said, transform=where, ha="center", va="center", color=_INK)
+            axes.text(0.5, place, text, transform=where, ha="center", va="center", color=_INK)
     return figure
 
 

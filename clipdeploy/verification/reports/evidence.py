@@ -78,9 +78,9 @@ def disagreeing_of(records: Iterable[ImageRecord], lane: int) -> Disagreeing:
 def worst_images(records: Iterable[ImageRecord], most: int, least: int) -> list[ImageRecord]:
     """Return the images with the largest errors, the worst first.
 
-    At most ``most`` on which any artifact's top-1 answer differs from the reference's, those with
-    NaN first, then by the largest logit difference. If these are fewer than ``least``, images with
-    the same answer and the largest differences follow.
+    At most ``most`` images on which any artifact's top-1 answer differs from the reference's, those
+    with NaN first, then by the largest logit difference. If these are fewer than ``least``, images
+    with the same answer and the largest differences follow.
     """
     judged = [record for record in records if record.outcomes]
     ranked = sorted(judged, key=_by_error)

@@ -127,7 +127,8 @@ def test_one_image_that_was_replaced_under_its_name(
         shutil.copy(other, bitmaps / name)
     assert verify(artifacts, *SOME, "--shard", "2/2", data=bitmaps).exit_code == 0
     shutil.copy(other, bitmaps / name)
-    refused(merge(artifacts, "--max-drop", "6"), 1, f"{name} in ", "is not the image that was verified")
+    found = merge(artifacts, "--max-drop", "6")
+    refused(found, 1, f"{name} in ", "is not the image that was verified")
 
 
 def test_a_merge_uses_its_shards_up(artifacts: Path) -> None:

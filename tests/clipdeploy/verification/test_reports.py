@@ -198,7 +198,7 @@ def test_a_regressed_result_shows_who_answers_what(ruined: Case) -> None:
     assert lost[bad[0]] > 20
     # No logit that is NaN counts as an answer, not even where its place is the label's.
     nan = [answer for image in contents.worst for answer in image.answers if answer.who == bad[1]]
-    assert {(answer.said, answer.right) for answer in nan} == {("NaN or infinite", False)}
+    assert {(answer.text, answer.right) for answer in nan} == {("NaN or infinite", False)}
 
 
 def test_a_missed_baseline_is_no_verdict(sound: Case) -> None:
