@@ -123,7 +123,7 @@ def never_silent(row: Row, sound: Row, drop: float) -> None:
     twice the sound graph's noise.
     """
     assert row.verdict != "equivalent" or drop <= ALLOWED, f"silent: {drop:.1f} points, {row}"
-    assert row.verdict != "equivalent" or decibels(row) < decibels(sound) - 3, f"unseen: {row}"
+    assert row.verdict != "equivalent" or decibels(row) < decibels(sound) - 3, f"undetected: {row}"
 
 
 def largest_difference(one: NDArray[Any], other: NDArray[Any]) -> float:

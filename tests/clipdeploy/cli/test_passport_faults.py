@@ -1,4 +1,4 @@
-"""Passports edited by hand: whatever field, artifact and command, each is refused, none believed.
+"""Edited passports are refused, for every field, artifact and command.
 
 The demo's artifacts are real, TensorRT-RTX compiles the engine; only their passports are edited.
 """
@@ -43,7 +43,7 @@ def bisect(engine_artifacts: Path, path: Path) -> Result:
 
 
 def every_command(engine_artifacts: Path, path: Path, image: Path) -> Iterator[tuple[str, Result]]:
-    """Each command that reads this artifact, on the workspace and on the file alone."""
+    """Every command that reads this artifact, in the workspace and as a single file."""
     at = ("--workspace", engine_artifacts)
     graphs_only = () if path.suffix == ".engine" else ("--graphs-only",)
     yield "verify", verify(engine_artifacts, *FEW, *graphs_only)
@@ -136,7 +136,7 @@ def test_what_an_engines_passport_says_beside_its_graphs(
 def test_an_engine_without_its_graph_is_compared_with_the_rest(
     engine_artifacts: Path, tmp_path: Path
 ) -> None:
-    """With the FP32 graph beside it, with the reference, and with the card alone."""
+    """With the FP32 graph in the same folder, with the reference, and with the card alone."""
     path = file(engine_artifacts, "int8.engine")
     alone = tmp_path / "alone" / "digits.engine"
     alone.parent.mkdir()
@@ -155,7 +155,7 @@ def test_an_engine_without_its_graph_is_compared_with_the_rest(
 def test_all_artifacts_edited_alike_are_held_against_the_card(
     engine_artifacts: Path, three: Path
 ) -> None:
-    """With every hash set right, too: no two of them contradict each other."""
+    """With every hash corrected as well: no two of them contradict each other."""
     rolled = put("class_names", [*DIGITS[1:], "0"])
     restamp(file(engine_artifacts, "fp32.onnx"), rolled)
     source = sha256_file(file(engine_artifacts, "fp32.onnx"))

@@ -374,7 +374,9 @@ def test_unknown_calibration_images_are_unknown(how: str, whole_workspace: Path)
         del proto.metadata_props[:]
         onnx.save(proto, path)
     if how != "no passport":
-        refused(verify(whole_workspace, *at), 1, "unknown whether --data holds calibration images")
+        refused(
+            verify(whole_workspace, *at), 1, "unknown whether --data contains calibration images"
+        )
     found = good(verify(whole_workspace, *at, "--allow-leak", "--json"))
     assert found["leaked"] is None
     assert found["rows"][0]["calibrated"] is None

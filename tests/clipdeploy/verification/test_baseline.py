@@ -1,4 +1,4 @@
-"""PyTorch's own accuracy against what was published, or is expected."""
+"""Compares PyTorch's own accuracy with the published or expected one."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def run_key(made: Make) -> RunKey:
 
 @pytest.fixture
 def answers(one: One) -> Callable[[int, int], list[Answer]]:
-    """So many answers, so many of which are wrong."""
+    """``count`` answers, of which ``wrong`` are wrong."""
     return lambda count, wrong: [one(i, reference=i >= wrong).reference for i in range(count)]
 
 
 Answers = Callable[[int, int], Sequence[Answer]]
 
 
-# The demo's card says 99.4 % of its 500 images.
+# The demo card's top-1 is 99.4 % on its 500 images.
 @pytest.mark.parametrize(
     ("wrong", "status"),
     [(0, "confirmed"), (3, "confirmed"), (9, "missed"), (100, "missed"), (440, "implausible")],
@@ -58,7 +58,7 @@ def test_the_cards_accuracy(wrong: int, status: str, run_key: RunKey, answers: A
 def test_few_images_miss_nothing_and_confirm_nothing(
     count: int, wrong: int, run_key: RunKey, answers: Answers
 ) -> None:
-    """99.4 % is well within what so few images can say; so would be 90 %."""
+    """99.4 % is well within the interval of so few images; so is 90 %."""
     baseline = check_baseline(answers(count, wrong), run_key)
     assert (baseline.status, bool(baseline)) == ("unconfirmed", True)
     assert baseline.excludes is not None
@@ -92,7 +92,7 @@ def test_what_is_excluded_is_what_the_check_calls_missed(count: int, published: 
     # Exactly 95 %, by SciPy's binomial; 1e-10 of bisection in the share times up to 5000 images.
     assert stats.binom.cdf(fewest - 1, count, share) == pytest.approx(0.95, abs=1e-6)
     assert fewest <= most + 1
-    # A hundredth of a point less is not noticed so surely.
+    # A deficit smaller by 0.01 points is detected with less probability.
     assert stats.binom.cdf(fewest - 1, count, share + 1e-4) < 0.95
 
 
@@ -125,7 +125,7 @@ def test_one_image_of_each_imagenet_class_is_enough_for_every_card_and_half_is_n
 
 def test_copies_of_an_image_confirm_nothing(run_key: RunKey, answers: Answers) -> None:
     copied = answers(1, 0) * 600
-    # So many images would: that they are one has to be said.
+    # As different images they would confirm; as copies of one they do not.
     assert check_baseline(copied, run_key).status == "confirmed"
     baseline = check_baseline(copied, run_key, different=copied[:1])
     assert baseline.status == "unconfirmed"
@@ -150,7 +150,7 @@ def whole(top1: float, top5: float = 97.76, count: int = 50_000) -> list[Answer]
     return [Answer((0, 1, 2, 3, 4), rank) for rank in ranks]
 
 
-# The card says 86.02 and 97.76.
+# The card's accuracies are 86.02 and 97.76.
 @pytest.mark.parametrize(
     ("top1", "top5", "status"),
     [
@@ -185,7 +185,7 @@ def test_on_the_whole_set_only_rounding_is_left(
 
 
 def test_anything_less_than_the_whole_set_is_a_sample(imagenet: RunKey) -> None:
-    """0.3 points too low: what the whole set finds, a sample of as many images lets pass."""
+    """0.3 points too low: the whole set detects it, a sample of the same size does not."""
     low = whole(85.72)
     assert check_baseline(low, imagenet, per_class=FIFTY).status == "missed"
     uneven = (49, 51, *FIFTY[2:])
@@ -215,7 +215,7 @@ def test_copies_count_on_the_whole_set_as_they_were_published(imagenet: RunKey) 
 @pytest.mark.parametrize(
     ("classes", "count", "wrong", "status"),
     [
-        # No number of right answers tells so few images of two classes from guessing.
+        # With so few images of two classes, no number of right answers differs from guessing.
         (2, 1, 0, "unconfirmed"),
         (2, 1, 1, "unconfirmed"),
         (2, 6, 0, "unconfirmed"),
@@ -324,7 +324,7 @@ def test_a_part_of_the_classes_has_no_published_accuracy(
 
 
 def test_a_few_absent_classes_are_no_excuse(run_key: RunKey, answers: Answers) -> None:
-    """Of 1000 classes 20 without an image move the accuracy by 2 points at most."""
+    """20 of 1000 classes without images change the accuracy by at most 2 points."""
     card = cards.find("clip-vit-base-p16")
     names = tuple(name for name, _ in cards.class_names(card))
     many = replace(run_key, model=card.name, classes=1000, class_names=names)

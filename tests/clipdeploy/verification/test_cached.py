@@ -1,4 +1,4 @@
-"""Records of earlier runs are taken over artifact by artifact, or not at all."""
+"""Records of earlier runs are reused artifact by artifact, or not at all."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_fewer_artifacts_are_taken_out_of_more(whole: Results) -> None:
         found = known.results(range(4))
         assert lane(found, 0) == lane(whole, number)
         assert found.repeats(0) == whole.repeats(number)
-    # In another order, and with an engine that nothing ran.
+    # In another order, and with an engine without a runner.
     found = CachedRecords(wanting(whole, SECOND, ENGINE, FIRST), [whole]).results(range(4))
     assert lane(found, 0) == lane(whole, 1)
     assert lane(found, 1) == lane(whole, 0)
@@ -75,7 +75,7 @@ def test_only_the_missing_artifact_is_run(whole: Results) -> None:
     fresh = CachedRecords(wanting(whole, SECOND), [whole]).whole(2)
     assert fresh is not None
     assert known.completed(fresh, (SECOND,)) == whole.batches[2]
-    # The same images, answered otherwise by the reference: nothing is joined.
+    # The same images with other answers of the reference: nothing is reused.
     first, *rest = fresh.records
     other = type(first)(first.image, first.label, "", 1.0, first.reference, first.outcomes)
     assert known.completed(replace(fresh, records=(other, *rest)), (SECOND,)) is None
@@ -87,7 +87,7 @@ def test_a_finished_run_keeps_the_other_artifacts(whole: Results) -> None:
     both = known.with_others(known.results(range(4)))
     assert both.run_key.artifacts == (FIRST, SECOND)
     assert both.batches == whole.batches
-    # Of a part of the images only: not worth a place in a finished file.
+    # Of a part of the images only: left out of a finished file.
     half = replace(whole, batches=whole.batches[:2])
     known = CachedRecords(wanted, [half])
     alone = CachedRecords(wanted, [whole]).results(range(4))

@@ -1,4 +1,4 @@
-"""One fault at a time, and none passes as equivalent with the figures of a sound graph.
+"""One fault at a time: none is equivalent with the metrics of a correct graph.
 
 All graphs and runners are judged in one run over the same 130 digits.  With no difference between
 artifact and reference their interval ends at 2.9 points, so that 3 are allowed.
@@ -63,7 +63,7 @@ CHANGES = {
     )
     for name, edit in changes.items()
 }
-# Wrong numbers where the graph itself takes the image's bytes: what is off, and the most dB.
+# Wrong constants in graphs that take the image's bytes: the fault, and the most dB.
 INNER_PREPROCESSING: dict[str, tuple[Callable[[Preprocess], Preprocess], float]] = {
     "ImageNet's mean and std in the graph": (
         lambda spec: replace(spec, mean=IMAGENET_MEAN, std=IMAGENET_STD),
@@ -78,14 +78,14 @@ INNER_PREPROCESSING: dict[str, tuple[Callable[[Preprocess], Preprocess], float]]
         REGRESSED,
     ),
 }
-# How a sound graph of each precision does here; in float16 and below it is the rounding.
+# The SQNR of a correct graph of each precision here; rounding limits float16 and below.
 SOUND_DB = {"fp32": 120.0, "fp16": 60.0, "int8": 39.0}
 HARMLESS_DB = {"fp32": 115.0, "fp16": 55.0, "int8": 39.0}
 
 
 @pytest.fixture(scope="module")
 def digits() -> ImageFolder:
-    """In the order of the file, sorted by class: the verifier mixes them itself."""
+    """In the order of the file, sorted by class: the verifier shuffles them itself."""
     return select(open_images(cards.demo_file("test.zip"), CLASSES), 130, seed=0)
 
 
@@ -155,9 +155,9 @@ def harmless(workspace: Workspace, folder: Path) -> Iterator[tuple[str, Target]]
     yield "fp16 at both ends", target(halves_at_both_ends(source, folder / "io.onnx"))
 
 
-# The one fault of a graph in this file that mixes images; the others take each by itself.
+# The only fault in this file that mixes images.
 MIXES = "the class token of another image"
-# Harmless changes whose kernels or nodes have to do with the batch: these are run in every call.
+# Harmless changes of kernels or nodes that depend on the batch: these run in every call.
 BY_BATCH = {
     "sound fp32",
     "sound fp16",
@@ -177,7 +177,7 @@ BY_BATCH = {
 
 
 class EachOnce(Closing):
-    """A graph's answers to each image by itself, computed once: every call costs seconds."""
+    """A graph's answers to each single image, computed once: every call costs seconds."""
 
     def __init__(self, runner: Runner) -> None:
         self._answers = Remembered(runner)

@@ -22,7 +22,7 @@ OWN = 0.0004
 def found(
     made: Make, one: One, precision: str = "fp32", of: str = "graph", **call: Any
 ) -> Repeatability:
-    """What one call over 16 images shows, beside 500 that gave the same as before.
+    """The result of one call over 16 images, besides 500 calls with equal answers.
 
     The artifact is a graph or an engine (``of``).
     """

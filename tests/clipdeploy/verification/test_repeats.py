@@ -21,7 +21,7 @@ from clipdeploy.verification.repeats import (
 )
 
 Answers = Callable[[Images], Logits]
-# Images of four numbers; a classifier of ten classes takes each to its logits by itself.
+# Images of four numbers, and a classifier of ten classes without effects between images.
 WEIGHT = np.random.default_rng(0).normal(size=(4, 10)).astype(np.float32)
 
 
@@ -81,14 +81,14 @@ def test_images_are_asked_alone_by_twos_and_at_every_size(images: int, size: int
         if call.kind == "mixed" and len(call.images) == 2
     }
     assert len(twos) >= min(images - size % images, 340)
-    # As many as the interval's own end needs: z^2 / (n + z^2) for no difference at all.
+    # As many as the interval needs without a difference: z^2 / (n + z^2).
     different = len(made) + len(mixed)
     if images >= 64:
         assert excluded_share(different) <= max(100 * 3.85 / (images + 3.85), 1.0)
     for number, each in made.items():
         count = min(size, images - number * size)
         assert all(((call.images >= 0) & (call.images < count)).all() for call in each)
-    # The calls go by the number of the batch: a shard makes those of its own batches.
+    # The calls depend on the number of the batch: a shard makes those of its batches.
     again = calls(Classifier(), images, size)
     for number, each in made.items():
         assert [(c.kind, c.images.tolist()) for c in each] == [
@@ -139,7 +139,7 @@ def test_every_profile_is_tried_at_its_ends_and_its_best() -> None:
 
 
 def asked_again(runner: Classifier, images: int = 128) -> list[tuple[str, int, float | None]]:
-    """What every call of a run over so many images showed: kind, size, worst share."""
+    """The kind, size and worst share of every call of a run over ``count`` images."""
     found = []
     for number, each in calls(runner, images).items():
         batch = images_of(16, seed=number)
@@ -247,5 +247,5 @@ def test_the_share_of_spoilt_calls_that_is_excluded() -> None:
     for count in (1, 10, 369, 5000):
         share = excluded_share(count) / 100
         assert (1 - share) ** count == pytest.approx(0.025)
-    # One point is excluded from 368 calls on, as many as 380 images bring along.
+    # One point is excluded from 368 calls on, as many as 380 images have.
     assert excluded_share(368) < 1.0 < excluded_share(366)

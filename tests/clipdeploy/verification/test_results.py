@@ -27,7 +27,7 @@ One = Callable[..., ImageRecord]
 
 @pytest.fixture
 def whole(made: Make, one: One) -> Results:
-    """Four batches: 16, 16, 16 and 2 images, one of which is off and one is NaN."""
+    """Four batches: 16, 16, 16 and 2 images, one of which is wrong and one NaN."""
     records = [one(i, artifacts=(i != 20,), finite=i != 33) for i in range(50)]
     return made(records)
 
@@ -115,7 +115,7 @@ def test_a_newer_schema_is_told(whole: Results, tmp_path: Path) -> None:
 
 
 def test_an_older_schema_is_not_misread(whole: Results, tmp_path: Path) -> None:
-    """Rows without names: with a field less they would be read as other figures."""
+    """Rows without names: with a missing field they would be read as other values."""
     path = tmp_path / "results.jsonl"
     save_results(path, replace(whole, run_key=replace(whole.run_key, schema=2)))
     with pytest.raises(ArtifactError, match="older clipdeploy") as caught:
@@ -136,7 +136,7 @@ def edited_header(lines: list[bytes]) -> list[bytes]:
 
 
 def edited_answer(lines: list[bytes]) -> list[bytes]:
-    """One of the reference's answers is said to be right."""
+    """One of the reference's answers is edited to be right."""
     return [*lines[:3], lines[3].replace(b"1],[[[", b"0],[[[", 1), *lines[4:]]
 
 
@@ -195,7 +195,7 @@ IMPOSSIBLE: dict[str, Callable[[Results], Results]] = {
 
 @pytest.mark.parametrize("name", IMPOSSIBLE)
 def test_results_that_cannot_be_are_refused(name: str, whole: Results, tmp_path: Path) -> None:
-    """Their checksums are right: a program wrote them so."""
+    """Their checksums are right, as if a program had written them."""
     path = tmp_path / "results.jsonl"
     save_results(path, IMPOSSIBLE[name](whole))
     with pytest.raises(ArtifactError, match="has impossible results"):
@@ -269,7 +269,7 @@ def test_shards_of_another_run_are_refused_by_what_differs(
 def test_a_question_that_cannot_be(
     field: str, value: object, whole: Results, tmp_path: Path
 ) -> None:
-    """The checksums are right: they have no key, and anybody can write them."""
+    """The checksums are right: they have no key, and anyone can write them."""
     path = tmp_path / "results.jsonl"
     run_key = replace(whole.run_key, **{field: value})  # type: ignore[arg-type]
     save_results(path, replace(whole, run_key=run_key))

@@ -1,4 +1,4 @@
-"""What may be judged, and what is refused before anything runs."""
+"""Which files may be judged, and which are refused before anything runs."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_other_preprocessing(
 ) -> None:
     spec = replace(reference.preprocess, **changes)
     path = stamped(source, tmp_path / "p.onnx", replace(reference, preprocess=spec))
-    with pytest.raises(ArtifactError, match=rf"another preprocess\.{what}"):
+    with pytest.raises(ArtifactError, match=rf"does not match [^:]*: preprocess\.{what}"):
         named_targets([path], reference, trust=False)
 
 
@@ -145,7 +145,7 @@ def test_what_is_no_artifact(source: Path, reference: Passport, tmp_path: Path) 
 def test_a_damaged_passport_is_not_taken_for_none(
     source: Path, reference: Passport, tmp_path: Path
 ) -> None:
-    """Else a passport of another model could be scratched until it is ignored unseen."""
+    """Otherwise damaging the passport of another model would hide it."""
     path = stamped(source, tmp_path / "g.onnx", None)
     model = onnx.load(path)
     onnx.helper.set_model_props(model, {PASSPORT_KEY: "{"})
@@ -188,7 +188,7 @@ def test_stale_graphs_of_a_workspace_are_refused(demo_workspace: Workspace, tmp_
 def test_weights_in_another_file_belong_to_the_graph(
     precision: Any, demo_workspace: Workspace, reference: Passport, tmp_path: Path
 ) -> None:
-    """torch.onnx writes them there: without them in its hash a run would go on with others."""
+    """torch.onnx writes them there: if the hash ignored them, records would be reused wrongly."""
     path = stamped(demo_workspace.graph(cards.DEMO, precision), tmp_path / "g.onnx", None)
     inside, entry = open_target(named_targets([path], reference, trust=False)[0])
     onnx.save(onnx.load(path), path, save_as_external_data=True, location="g.data")

@@ -1,4 +1,4 @@
-"""Each row of the table in the docstring of ``verdicts``, and their order."""
+"""Every row of the table in the docstring of ``verdicts``, and their order."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COUNT = 500
 
 
 def with_entry(results: Results, **changes: Any) -> Results:
-    """The same results of an artifact of which something else is said."""
+    """The same results with changes of the artifact's entry."""
     (graph,) = results.run_key.artifacts
     run_key = replace(results.run_key, artifacts=(replace(graph, **changes),))
     return replace(results, run_key=run_key)
@@ -61,7 +61,7 @@ def test_the_interval_of_the_drop(
     drop = result.rows[0].drop
     assert drop is not None
     assert (drop.b, drop.c) == (lost, gained)
-    # The same records and a drop that is allowed.
+    # The same records with a larger allowed drop.
     assert verdict(judge_results(made(records), 50.0, Expected("none"))) == "equivalent"
 
 
@@ -70,7 +70,7 @@ def test_one_logit_that_is_no_number_is_enough(made: Make, one: One) -> None:
     result = judge_results(results, 100.0)
     assert verdict(result) == "regressed"
     assert result.rows[0].reason == "logits are NaN or infinite"
-    # Before all else: neither random weights nor missing labels excuse it.
+    # First of all: neither random weights nor missing labels excuse it.
     for excuse in ({"random_weights": True}, {"labelled": False}):
         spoilt = replace(results, run_key=replace(results.run_key, **excuse))
         assert verdict(judge_results(spoilt, 100.0)) == "regressed"
@@ -87,7 +87,7 @@ def test_what_did_not_run(made: Make, one: One) -> None:
 
 
 def test_lanes_are_those_that_ran(made: Make, one: One) -> None:
-    """The artifact in the middle did not run: the last one keeps its own figures."""
+    """The artifact in the middle did not run: the last one has its own metrics."""
     results = made([one(i, artifacts=(True, False)) for i in range(COUNT)])
     (graph,) = results.run_key.artifacts
     three = (graph, replace(graph, runner="", why_not="no GPU"), graph)
@@ -126,9 +126,9 @@ def test_a_baseline_that_fails_holds_every_verdict_back(made: Make, one: One) ->
     assert result.baseline.status == "missed"
     assert verdict(result) == "not judged"
     assert result.rows[0].reason.startswith("the baseline failed: ")
-    # What it rests on is shown all the same.
+    # Its drop is shown all the same.
     assert result.rows[0].drop is not None
-    # The user may expect that.
+    # The user may expect this accuracy.
     assert verdict(judge_results(results, 100.0, Expected("user", 89.8))) == "equivalent"
 
 
@@ -140,7 +140,7 @@ def test_nobody_vouches(made: Make, one: One) -> None:
 
 def test_a_sequential_run_is_judged_by_the_anytime_interval(made: Make, one: One) -> None:
     records = [one(i) for i in range(COUNT)]
-    # One look at 500 images proves one point; any look at them needs more.
+    # A single look at 500 images proves one point; a sequential test needs more.
     assert verdict(judge_results(made(records), 1.0)) == "equivalent"
     result = judge_results(made(records, sequential=1.0), 1.0)
     assert verdict(result) == "undecided"
@@ -170,7 +170,7 @@ def test_images_that_are_there_twice_are_told(made: Make, one: One) -> None:
 
 
 def of_image(record: ImageRecord, **changes: Any) -> ImageRecord:
-    """The record, of an image of which something else is said."""
+    """The record with changes of its image."""
     image = msgspec.structs.replace(record.image, **changes)
     return msgspec.structs.replace(record, image=image)
 
@@ -193,7 +193,7 @@ def test_ten_images_copied_fifty_times_are_ten(saved_again: bool, made: Make, on
     drop = result.rows[0].drop
     assert drop is not None
     assert drop.n == 10
-    # The other way round: as many different images are enough.
+    # In contrast, as many different images are enough.
     assert verdict(judge_results(made([one(i) for i in range(COUNT)]), 1.0)) == "equivalent"
 
 
@@ -208,7 +208,7 @@ def test_near_copies_prove_nothing_by_themselves(made: Make, one: One) -> None:
     assert (result.images, result.copies, result.near_copies) == (COUNT, 0, 490)
     assert verdict(result) == "undecided"
     assert "only 10 images do not look almost like another" in result.rows[0].reason
-    # A few of them take nothing away.
+    # A few of them change nothing.
     few = [*records[:30], *(one(i) for i in range(30, COUNT))]
     result = judge_results(made(few), 1.0, Expected("none"))
     assert result.near_copies == 20
@@ -235,12 +235,12 @@ def test_what_does_not_repeat_has_no_verdict(made: Make, one: One) -> None:
     assert repeats is not None
     assert not repeats
     assert repeats.worst_db == pytest.approx(3.01, abs=0.01)
-    # Neither missing labels nor random weights take its place.
+    # Neither missing labels nor random weights override it.
     for changes in ({"labelled": False}, {"random_weights": True}):
         spoilt = replace(results, run_key=replace(results.run_key, **changes))
         found = judge_results(with_repeats(spoilt, odd), 100.0)
         assert found.rows[0].reason.startswith("not repeatable")
-    # A logit that is no number in one of two calls.
+    # A logit that is NaN in one of two calls.
     broken = again(1, noise=None, worst=None)
     found = judge_results(with_repeats(results, (*again(500), *broken)), 100.0)
     assert verdict(found) == "not judged"
@@ -258,7 +258,7 @@ def test_too_few_calls_do_not_exclude_faults_of_whole_calls(made: Make, one: One
 
 
 def test_top5_is_judged_where_a_limit_is_given(made: Make, one: One) -> None:
-    """The artifact loses 20 labels from its first five answers, of images it is wrong about."""
+    """The artifact loses 20 labels from its top 5, of images whose top-1 is wrong."""
     records = []
     for number in range(COUNT):
         wrong = number < 20

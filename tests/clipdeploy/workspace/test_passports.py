@@ -1,4 +1,4 @@
-"""What a passport is compared with, and the passports that say something else and are sound."""
+"""What a passport is compared with, and valid passports that differ from the card."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from exporters.precision import Fp16Config
 
 
 def refusal(path: Path) -> str:
-    """Why a passport is not taken; empty if it is."""
+    """Why a passport is refused; empty if it is accepted."""
     try:
         checked_passport(path)
     except ClipdeployError as error:
@@ -52,8 +52,8 @@ def refusal(path: Path) -> str:
     return ""
 
 
-# Where a checkpoint lies and how it was written decides nothing; how an artifact was made and by
-# what, and what a file's parents are where none lies beside it, nothing can be compared with.
+# The path and layout of a checkpoint do not matter. Nothing can be compared with how and by
+# what an artifact was made, nor with its parents if they are in another folder.
 FREE = ("weights.path", "weights.layout", "settings", "versions", "schema", "parents.calibration")
 
 
@@ -61,8 +61,8 @@ FREE = ("weights.path", "weights.layout", "settings", "versions", "schema", "par
 def test_any_field_that_decides_anything(kind: str, engine_artifacts: Path) -> None:
     path = file(engine_artifacts, kind)
     sound = text_of(path)
-    # An engine's holds a copy of its graph's: no field of it is free.
-    # That the FP32 graph is of these weights, verify sees: it loads them.
+    # An engine's passport has a copy of its graph's: no field of it may change.
+    # verify detects other weights of the FP32 graph, since it loads them.
     free = (*FREE, "weights.sha256", "weights.resized") if kind.startswith("fp32") else FREE
     taken = []
     engine = path.suffix == ".engine"
@@ -120,14 +120,14 @@ def test_sound_artifacts_are_taken(engine_artifacts: Path, three: Path) -> None:
 
 
 def test_other_recipes_inputs_and_weights_are_their_own(tmp_path: Path, three: Path) -> None:
-    """Every option that an export has changes the passport, and the passport stays true."""
+    """Every option of an export changes the passport, and the passport stays true."""
     shipped, timm = Workspace(tmp_path / "shipped"), Recipe("as-shipped", "timm")
     made = export_model(shipped, cards.DEMO, recipe=timm, config=ExportConfig(preprocess=True))
     assert shipped.source(cards.DEMO)[1] == made.passport
     half = convert_model(shipped, cards.DEMO, Fp16Config(half_io=True)).path
     passport = checked_passport(half, made.passport).graph
     assert (passport.input.dtype, passport.output.dtype) == ("uint8", "float16")
-    # The graph's own mean and std against other ones under a recipe that has them.
+    # The graph's mean and std, compared with those of another recipe.
     trained = cards.find(cards.DEMO).preprocess(Recipe())
     restamp(half, edits(put("recipe.numerics", "trained"), put("preprocess.mean", trained.mean)))
     restamp(half, put("preprocess.std", trained.std))
@@ -149,13 +149,13 @@ def test_the_normalisation_inside_a_graph_is_its_passports(tmp_path: Path) -> No
     values = onnx.numpy_helper.to_array(offset) * 1.1
     offset.CopyFrom(onnx.numpy_helper.from_array(values, offset.name))
     onnx.save(model, path)
-    with pytest.raises(ArtifactError, match=r"another preprocess\.mean or preprocess\.std"):
+    with pytest.raises(ArtifactError, match=r"preprocess\.mean or preprocess\.std is not what"):
         workspace.source(cards.DEMO)
 
 
 @pytest.fixture
 def fine_tuned(tmp_path: Path) -> Callable[[int], Workspace]:
-    """A checkpoint of somebody's own, with so many classes, exported."""
+    """A user's checkpoint with this many classes, exported."""
 
     def make(classes: int) -> Workspace:
         tensors = load_file(cards.demo_file("weights.safetensors"))
@@ -179,7 +179,7 @@ def test_a_fine_tune_has_a_head_and_names_of_its_own(
     half = convert_model(workspace, cards.DEMO).path
     found = run("predict", three, "--artifact", half, "--json")
     assert json.loads(found.stdout)["images"][0]["guesses"][0]["name"] == "3"
-    # Names that its FP32 graph does not have are nobody's.
+    # Names that its FP32 graph does not have are refused.
     restamp(half, put("class_names", ["ant", "bee", "cat", "dog"]))
     result = run("predict", three, "--artifact", half)
     assert result.exit_code == 1
@@ -192,7 +192,7 @@ def test_a_fine_tune_has_a_head_and_names_of_its_own(
 
 
 def test_a_fine_tune_of_as_many_classes(fine_tuned: Callable[[int], Workspace]) -> None:
-    """Names of its own are its business; the card's in another order are a mistake."""
+    """A checkpoint may have other names; the card's in another order are a mistake."""
     workspace = fine_tuned(10)
     path, passport = workspace.source(cards.DEMO)
     assert passport.class_names == tuple(DIGITS)
