@@ -268,7 +268,7 @@ def _of_a_sample(
     worse = 0.0 if excludes is None else math.ceil(10 * excludes - _TINY) / 10
     noticed = f"a reference {worse:.1f} points worse would have been noticed 19 times in 20"
     if excludes is None:
-        noticed = "no worse reference would have been noticed"
+        noticed = "a worse reference would not have been noticed"
     if not (_within(comparison.top1, comparison.one) and _within(comparison.top5, comparison.five)):
         return comparison.baseline("missed", f"{shown}; {noticed}", excludes)
     if guessing:

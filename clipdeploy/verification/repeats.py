@@ -45,7 +45,7 @@ _SEED = 0
 # the interval excludes with 380 images.
 _ALONE, _TWOS = 100, 340
 # The number of batches that are repeated unchanged, and of those that sizes and profiles are spread
-# over: fewer than even a sequential run that stops early has.
+# over; a sequential run stops later than that.
 _AGAIN, _SPREAD = 2, 8
 # Every batch size up to the first number and some larger ones, none above the number of images.
 _EVERY_SIZE, _LARGE = 32, (48, 64, 96, 128)
@@ -179,7 +179,7 @@ def repeat_calls(
         if logits.shape != wanted:
             raise ArtifactError(
                 f"{name} gave logits of shape {logits.shape} for {wanted[0]} images, not {wanted}",
-                hint="it only works at some batch sizes: export it with a symbolic batch",
+                hint="export it with a symbolic batch: it only works at some batch sizes",
             )
         # A copy: a runner may use the same memory for its next answer.
         answers.append(np.array(logits))

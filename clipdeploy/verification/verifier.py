@@ -163,7 +163,7 @@ class _Opened:
         if logits.shape != wanted:
             raise ArtifactError(
                 f"{lane.target.path} gave logits of shape {logits.shape}, not {wanted}",
-                hint="it is not a classifier of this model: build it again",
+                hint="build it again: it is not a classifier of this model",
             )
         plan = RepeatPlan(self.run_key.batches, self.run_key.batch)
         calls = plan.calls(number, len(images), lane.runner)

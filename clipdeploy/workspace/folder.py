@@ -102,7 +102,7 @@ class Workspace:
         return self.folder(model) / "benchmark.json"
 
     def deployment(self, model: str) -> Path:
-        """The page about the last deployment; the ``.json`` file beside it has the same as data."""
+        """The page about the last deployment; the ``.json`` file next to it has the same data."""
         return self.folder(model) / "deployment.html"
 
     def triton(self, model: str) -> Path:

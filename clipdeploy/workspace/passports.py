@@ -224,7 +224,7 @@ def _check_card(path: Path, passport: Passport) -> None:
         raise ArtifactError(
             f"the passport of {path} names the model {_shown(passport.model)}, and no card has "
             "that name",
-            hint="it was edited, or made by another version: `clipdeploy zoo` lists the models",
+            hint="it was edited or made by another version; `clipdeploy zoo` lists the models",
         )
     source, hint = f"the card of {card.name}", _remake_hint(card.name, passport.precision)
     expected = card.preprocess(passport.recipe)

@@ -93,5 +93,5 @@ def check_labels(results: Results, images: ImageFolder) -> None:
 def _other(record: ImageRecord, images: ImageFolder) -> DatasetError:
     return DatasetError(
         f"{record.name} in {images.root} is not the image that was verified, or is missing",
-        hint="the shards are of other images: verify them again, or name the images with --data",
+        hint="verify the shards again, or pass the images that they are of with --data",
     )
