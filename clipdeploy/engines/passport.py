@@ -93,8 +93,8 @@ class EnginePassport:
     compute capabilities that the engine runs on, such as ("8.9",), and ``hardware`` the
     compatibility level beyond them.  ``gpu`` and ``driver`` are None if the engine was built
     without a GPU.  ``asked`` lists the precisions that the graph requests, per block; ``compiled``
-    those in the build log, None if it lists no layers.  ``kernels`` counts the kernels of each block
-    in the plan, empty if the plan does not list them.
+    those in the build log, None if it lists no layers.  ``kernels`` counts the kernels of each
+    block in the plan; it is empty if the plan does not list them.
     """
 
     graph: Passport

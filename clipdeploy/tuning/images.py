@@ -14,7 +14,7 @@ from clipdeploy.imaging import ImageFolder, Labelling, iter_crops, stack_batches
 from clipdeploy.imaging.labelled import open_labelled
 from clipdeploy.tuning.search import SearchConfig
 from clipdeploy.tuning.splits import Split, hash_images, split_images
-from clipdeploy.verification.batches import mixed
+from clipdeploy.verification.batches import shuffled
 from clipdeploy.verification.leaks import Calibrated, refuse_leaks
 from clipdeploy.verification.paired import images_needed, judge_drop
 from exporters.samples import Samples
@@ -94,7 +94,7 @@ def labelled_batches(
     """
 
     def crops() -> Iterator[tuple[int | None, NDArray[np.uint8]]]:
-        for crop in iter_crops(mixed(split.images), spec):
+        for crop in iter_crops(shuffled(split.images), spec):
             refuse_leaks(calibrated.leaks([crop]))
             yield crop.entry.label, crop.pixels
 

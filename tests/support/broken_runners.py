@@ -22,7 +22,7 @@ class BrokenRunner(Closing):
     """A sound runner's logits, spoilt.
 
     Calls with ``full`` images, other ones than in the last such call, are numbered from 0 on: so a
-    fault can hit a batch once, and not when it is asked again.  Every other call has the number -1.
+    fault can hit a batch once, and not when it is repeated.  Every other call has the number -1.
     """
 
     def __init__(self, sound: Runner, spoil: Spoil, full: int = 50) -> None:
@@ -102,8 +102,8 @@ def _one_image_not_written(logits: Logits, number: int, last: Logits) -> Logits:
     return logits
 
 
-# What each must show: NaN, a proven drop, answers that do not repeat, or else a largest difference
-# of at least so much, where the sound graph has 5e-6.
+# What each must show: NaN, a proven drop, answers that are not repeatable, or else a largest
+# difference of at least so much, where the sound graph has 5e-6.
 RUN_FAULTS: dict[str, tuple[Spoil, str | float]] = {
     "NaN in one logit": (_put(np.nan), "NaN"),
     "infinity in one logit": (_put(-np.inf), "NaN"),
@@ -111,13 +111,13 @@ RUN_FAULTS: dict[str, tuple[Spoil, str | float]] = {
     "one image's result stale": (_stale_image, 1.0),
     "two images' results exchanged": (_two_swapped, 1.0),
     "one image's result not written": (_one_image_not_written, 1.0),
-    "a whole batch stale": (_stale_batch, "does not repeat"),
-    "every image one late": (lambda logits, *_: np.roll(logits, 1, axis=0), "does not repeat"),
+    "a whole batch stale": (_stale_batch, "not repeatable"),
+    "every image one late": (lambda logits, *_: np.roll(logits, 1, axis=0), "not repeatable"),
     "the first image's result for all": (
         lambda x, *_: np.repeat(x[:1], len(x), 0),
-        "does not repeat",
+        "not repeatable",
     ),
-    "padding cut at the wrong end": (_cut_at_the_wrong_end, "does not repeat"),
+    "padding cut at the wrong end": (_cut_at_the_wrong_end, "not repeatable"),
     "zeros": (lambda logits, *_: np.zeros_like(logits), "regressed"),
     "a constant": (lambda logits, *_: np.full_like(logits, 3.5), "regressed"),
     "the classes rolled": (lambda logits, *_: np.roll(logits, 1, axis=1), "regressed"),

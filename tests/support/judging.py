@@ -22,7 +22,7 @@ from clipdeploy.runners import Runner
 from clipdeploy.runners.base import Images, Logits
 from clipdeploy.verification import verifier
 from clipdeploy.verification.result import Row, Verification
-from clipdeploy.verification.results import Asked
+from clipdeploy.verification.results import ArtifactEntry
 from clipdeploy.verification.targets import Target
 from clipdeploy.verification.verdicts import judge_results
 from clipdeploy.verification.verifier import VerifyConfig, run_verification
@@ -95,11 +95,11 @@ def verification_of(
     """The same, with what a verification says beside its rows."""
     made = {Path(f"{number}.engine"): each for number, each in enumerate(runners.values())}
 
-    def opened(each: Target, **options: Any) -> tuple[Runner | None, Asked]:
+    def opened(each: Target, **options: Any) -> tuple[Runner | None, ArtifactEntry]:
         runner = made[each.path][1]()
         kind = "engine" if runner.profiles else "graph"
-        asked = Asked(str(each.path), kind, each.precision, f"{each.path}", runner.name)
-        return runner, asked
+        entry = ArtifactEntry(str(each.path), kind, each.precision, f"{each.path}", runner.name)
+        return runner, entry
 
     targets = [replace(template[precision], path=path) for path, (precision, _) in made.items()]
     with pytest.MonkeyPatch.context() as patch:
@@ -123,7 +123,7 @@ def never_silent(row: Row, sound: Row, drop: float) -> None:
     twice the sound graph's noise.
     """
     assert row.verdict != "equivalent" or drop <= ALLOWED, f"silent: {drop:.1f} points, {row}"
-    assert row.verdict != "equivalent" or decibels(row) < decibels(sound) - 3, f"unseen: {row}"
+    assert row.verdict != "equivalent" or decibels(row) < decibels(sound) - 3, f"undetected: {row}"
 
 
 def largest_difference(one: NDArray[Any], other: NDArray[Any]) -> float:

@@ -12,9 +12,9 @@ from clipdeploy.core.passport import CLIP_MEAN, CLIP_STD, Preprocess, Recipe
 from clipdeploy.models import cards
 from clipdeploy.verification.records import Answer, ImageId, ImageRecord, Outcome
 from clipdeploy.verification.repeats import Repeat
-from clipdeploy.verification.results import Asked, BatchResult, Question, Results
+from clipdeploy.verification.results import ArtifactEntry, BatchResult, Results, RunKey
 
-__all__ = ["GRAPH", "QUESTION", "again", "make_results", "record"]
+__all__ = ["GRAPH", "RUN_KEY", "again", "make_results", "record"]
 
 REPEAT: dict[str, Any] = {
     "kind": "mixed",
@@ -26,8 +26,8 @@ REPEAT: dict[str, Any] = {
     "changed": 0,
 }
 
-GRAPH = Asked("fp32.onnx", "graph", "fp32", "a" * 64, "ONNX Runtime (CPU)")
-QUESTION = Question(
+GRAPH = ArtifactEntry("fp32.onnx", "graph", "fp32", "a" * 64, "ONNX Runtime (CPU)")
+RUN_KEY = RunKey(
     model=cards.DEMO,
     weights="b" * 64,
     random_weights=False,
@@ -69,8 +69,8 @@ def record(
 ) -> ImageRecord:
     """Image ``number``, right or wrong for the reference and for each artifact."""
     label = number % 10 if labelled else None
-    figures: tuple[Any, ...] = (0.1, 0.4, 0.04, 0.999) if finite else (None,) * 4
-    outcomes = tuple(Outcome(answer(label, right=right), *figures) for right in artifacts)
+    metrics: tuple[Any, ...] = (0.1, 0.4, 0.04, 0.999) if finite else (None,) * 4
+    outcomes = tuple(Outcome(answer(label, right=right), *metrics) for right in artifacts)
     # Grey means as of noise: of no two images are they nearly equal.
     thumbnail = np.random.default_rng(number).integers(0, 256, 64, np.uint8).tobytes()
     digest = f"{number:064x}"
@@ -87,12 +87,12 @@ def again(calls: int, **changes: Any) -> tuple[Repeat, ...]:
 
 
 def make_results(records: Sequence[ImageRecord], **changes: Any) -> Results:
-    """Results of a whole run with these records, the question changed as given.
+    """Results of a whole run with these records, with the given changes of the run key.
 
-    Every image was asked again with another one, by each artifact.
+    Every image was repeated together with another one, on each artifact.
     """
-    question = replace(QUESTION, **{"images": len(records), **changes})
-    size = question.batch
+    run_key = replace(RUN_KEY, **{"images": len(records), **changes})
+    size = run_key.batch
     lanes = len(records[0].outcomes) if records else 0
     batches = tuple(
         BatchResult(
@@ -101,6 +101,6 @@ def make_results(records: Sequence[ImageRecord], **changes: Any) -> Results:
             (),
             (again(len(part)),) * lanes,
         )
-        for number in range(question.batches)
+        for number in range(run_key.batches)
     )
-    return Results(question, "digits", batches, "d" * 64)
+    return Results(run_key, "digits", batches, "d" * 64)

@@ -158,7 +158,7 @@ FAULTS: dict[str, tuple[Edit, str]] = {
         "recipe.numerics",
     ),
     "another resize alone": (put("recipe.resize", "timm"), "exif_orientation|recipe.resize"),
-    "another model": (put("model", cards.find("clip-vit-base-p16").name), "another model"),
+    "another model": (put("model", cards.find("clip-vit-base-p16").name), "model is"),
     "another kind": (put("kind", "engine"), "kind"),
     "half an input": (put("input.dtype", "float16"), "input.dtype"),
     "another input": (put("input.name", "pixels"), "input.name"),

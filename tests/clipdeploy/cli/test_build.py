@@ -300,11 +300,11 @@ def test_without_a_gpu_inspect_does_not_speak_for_the_engine(artifacts: Path) ->
     build(artifacts, "--int8")
     result = json.loads(run("inspect", engine(artifacts, "int8"), "--json").stdout)
     assert result["executed"] is None
-    assert result["note"] == "the engine was not asked: no GPU on this machine"
+    assert result["note"] == "the engine was not queried: no GPU on this machine"
     # TensorRT-RTX lists what it compiled, and here it is what was asked for.
     assert result["compiled"]["blocks"] == result["asked"]
     assert result["fallbacks"] == []
-    assert "not the engine's word" in run("inspect", engine(artifacts, "int8")).stdout
+    assert "not confirmed by the engine" in run("inspect", engine(artifacts, "int8")).stdout
     assert result["asked"][1] == {
         "block": "blocks.0",
         "gemms": {"int8": 4},
@@ -328,13 +328,13 @@ def test_a_linear_that_silently_left_int8_is_told(artifacts: Path) -> None:
     passport = build_engine(spoilt, artifacts / "spoilt.engine").passport
     assert passport.fallbacks == ("blocks.3: asked for 4 int8, got 3 int8, 1 fp16",)
     shown = run("inspect", artifacts / "spoilt.engine").stdout
-    assert "NOT AS ASKED: blocks.3: asked for 4 int8, got 3 int8, 1 fp16" in shown
+    assert "NOT AS REQUESTED: blocks.3: asked for 4 int8, got 3 int8, 1 fp16" in shown
 
 
 def test_inspect_a_graph(artifacts: Path) -> None:
     shown = run("inspect", artifacts / cards.DEMO / "fp16.onnx").stdout
     assert "blocks.0 to 5  4 fp16           2 fp16" in shown
-    assert "what the graph asks for" in shown
+    assert "as written in the graph" in shown
 
 
 def test_inspect_a_graph_that_nothing_vouches_for(tmp_path: Path) -> None:

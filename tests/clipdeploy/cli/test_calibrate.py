@@ -188,7 +188,7 @@ def test_verification_images_among_the_calibration_images(artifacts: Path) -> No
     table(artifacts).unlink()
     unknown = run("verify", "--data", TEST, *at)
     assert unknown.exit_code == 1
-    assert "unknown whether --data holds calibration images" in unknown.stderr
+    assert "unknown whether --data contains calibration images" in unknown.stderr
     anyway = run("verify", "--data", TEST, "--allow-leak", "--json", *at)
     assert json.loads(anyway.stdout)["leaked"] is None
     # Another calibration than the graph's tells nothing either.

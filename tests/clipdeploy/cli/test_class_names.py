@@ -216,7 +216,7 @@ def test_merge_holds_named_labels_against_the_shards(artifacts: Path, digits: Pa
     for shard in ("1/2", "2/2"):
         words = (*at[2:], "--shard", shard, "--labels", table)
         assert verify(artifacts, *words, data=digits).exit_code == 0
-    for wrong, said in ((other, "another class than the shards have"), ("no.txt", "no.txt")):
+    for wrong, said in ((other, "another class than the shards"), ("no.txt", "no.txt")):
         refused(merge(artifacts, "--labels", wrong), 1, said)
     assert merge(artifacts, *at[:2], "--labels", table).exit_code == 0
 

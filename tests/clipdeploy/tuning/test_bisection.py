@@ -169,7 +169,7 @@ def test_without_passport_and_without_labels(demo_workspace: Workspace, tmp_path
 def test_a_graph_of_other_weights_is_refused(demo_workspace: Workspace, tmp_path: Path) -> None:
     other = Workspace(tmp_path)
     export_model(other, cards.DEMO, WeightsChoice(random_seed=1))
-    with pytest.raises(ArtifactError, match="of another weights than the reference"):
+    with pytest.raises(ArtifactError, match="does not match the reference: weights is"):
         bisected(other, demo_workspace.graph(cards.DEMO, "int8"))
     with pytest.raises(UsageError, match="does not exist"):
         bisected(other)

@@ -66,6 +66,6 @@ def test_a_source_of_another_model_or_precision_is_refused(
         place = workspace.graph(model, "fp32")
         place.parent.mkdir()
         shutil.copy(demo_workspace.graph(cards.DEMO, precision), place)  # type: ignore[arg-type]
-        with pytest.raises(ArtifactError, match=f"is of another {what} than its place") as caught:
+        with pytest.raises(ArtifactError, match=f"does not match [^:]*: {what} is") as caught:
             workspace.source(model)
         assert f"clipdeploy export --model {model} --force" in caught.value.hint
