@@ -31,6 +31,7 @@ from calibration.weights import SMALLEST_SCALE, float16_step, quantize_weight, w
 from clipdeploy.core.errors import UsageError
 from clipdeploy.core.spans import STRENGTH, check_numbers
 from exporters.initializers import write_initializer
+from exporters.metrics import ratio_db
 
 __all__ = [
     "LinearPlan",
@@ -171,7 +172,9 @@ def plan_linear(
     from_input = float(values.density(squares).error(np.asarray([step * LEVELS]))[0])
     from_weight = float(variance @ np.einsum("ij,ij->i", error, error))
     noise = from_input + from_weight
-    db = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf
+    # A constant input has no variance, and the bias corrects the error of its mean.
+    db = ratio_db(signal, noise) if signal > 0 else None
+    db = math.inf if db is None else db
     cause = _cause_in_input(seen) if from_input > from_weight else _cause_in_weight(scale)
     return LinearPlan(step, zero, integers, scale, folding.strength, -offset, db, cause)
 

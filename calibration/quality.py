@@ -27,7 +27,8 @@ from clipdeploy.core.files import file_errors
 from clipdeploy.core.leftovers import scratch_folder
 from clipdeploy.core.passport import TensorSpec
 from exporters.graphs import write_model
-from exporters.overflow import largest_values, sqnr_db, stored_logits
+from exporters.metrics import sqnr_db
+from exporters.overflow import largest_values, stored_logits
 from exporters.samples import Samples
 from exporters.session import OnnxSession
 

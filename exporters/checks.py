@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from clipdeploy.core.errors import GraphError
+from clipdeploy.core.errors import GraphError, first_line
 from clipdeploy.core.passport import Passport, TensorSpec
 from exporters.graphs import structure, weight_proto
 from exporters.session import OnnxSession
@@ -70,8 +70,9 @@ def check_structure(model: ir.Model, passport: Passport) -> None:
     try:
         onnx.checker.check_model(_without_weights(model), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise GraphError(f"the graph of {passport.model} is not valid ONNX: {reason}") from error
+        raise GraphError(
+            f"the graph of {passport.model} is not valid ONNX: {first_line(error)}"
+        ) from error
     for role, found, promised in (
         ("input", model.graph.inputs, passport.input),
         ("output", model.graph.outputs, passport.output),

@@ -10,10 +10,10 @@ import onnx
 import onnx.inliner
 from onnx import ModelProto, NodeProto, helper
 
-from clipdeploy.core.errors import GraphError
+from clipdeploy.core.errors import GraphError, first_line
 from exporters.nested import all_nodes
 
-__all__ = ["ONNX_ERRORS", "first_line", "inlined"]
+__all__ = ["ONNX_ERRORS", "inlined"]
 
 # What onnx's C++ code raises: its own exceptions, and RuntimeError of a failed assertion.
 ONNX_ERRORS = (
@@ -23,11 +23,6 @@ ONNX_ERRORS = (
     onnx.checker.ValidationError,
     onnx.shape_inference.InferenceError,
 )
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its class where there is none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def inlined(model: ModelProto, *, any_opset: bool = False) -> ModelProto:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from clipdeploy.core.errors import GraphError
+from clipdeploy.core.errors import GraphError, first_line
 from clipdeploy.core.files import atomic_path, sha256_file
 from clipdeploy.core.passport import BATCH_AXIS, PASSPORT_KEY, Passport, settings_of, to_json
 from clipdeploy.core.progress import SILENT, Progress
@@ -101,8 +101,9 @@ def trace(module: nn.Module, passport: Passport, config: ExportConfig) -> ir.Mod
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise GraphError(f"torch.onnx cannot trace {passport.model}: {reason}") from error
+        raise GraphError(
+            f"torch.onnx cannot trace {passport.model}: {first_line(error)}"
+        ) from error
     assert program is not None
     model = program.model
     run_lean_passes(model)

@@ -30,6 +30,7 @@ from clipdeploy.core.errors import GraphError
 from clipdeploy.core.files import file_errors
 from clipdeploy.core.leftovers import scratch_folder
 from exporters.graphs import load_graph, write_model
+from exporters.metrics import sqnr_db
 from exporters.passes.fp16 import FP16_MAX
 from exporters.session import OnnxSession
 from exporters.storage import refuse_nested, store_float16
@@ -40,7 +41,6 @@ __all__ = [
     "check_storage",
     "largest_values",
     "near_limit",
-    "sqnr_db",
     "stored_logits",
     "stored_session",
 ]
@@ -173,12 +173,3 @@ def stored_logits(path: Path, images: NDArray[np.generic]) -> NDArray[np.float32
     if not np.isfinite(logits).all():
         raise GraphError("stored as float16, the logits are NaN", hint="build --fp32")
     return logits
-
-
-def sqnr_db(reference: NDArray[np.float32], found: NDArray[np.float32]) -> float | None:
-    """Signal over noise in dB of ``found`` against ``reference`` of any shape; None if equal."""
-    noise = float(((found - reference).astype(np.float64) ** 2).sum())
-    signal = float((reference.astype(np.float64) ** 2).sum())
-    if noise == 0:
-        return None
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf

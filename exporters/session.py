@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from clipdeploy.core.errors import EngineError, GraphError
+from clipdeploy.core.errors import EngineError, GraphError, first_line
 
 __all__ = ["CPU", "CUDA", "OnnxSession", "available_providers"]
 
@@ -79,7 +79,7 @@ class OnnxSession:
             )
         except Exception as error:  # ONNX Runtime's exception types share no public base class
             raise GraphError(
-                f"ONNX Runtime cannot load {self.name}: {_first_line(error)}",
+                f"ONNX Runtime cannot load {self.name}: {first_line(error)}",
                 hint="the file is cut short or no ONNX graph: export it again",
             ) from error
         # ONNX Runtime falls back to the CPU with no more than a warning.
@@ -128,10 +128,4 @@ class OnnxSession:
         try:
             return list(self._session.run(outputs, {self.input_name: images, **(extra or {})}))
         except Exception as error:  # as above
-            raise GraphError(
-                f"ONNX Runtime cannot run {self.name}: {_first_line(error)}"
-            ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise GraphError(f"ONNX Runtime cannot run {self.name}: {first_line(error)}") from error

@@ -25,8 +25,8 @@ from onnx import (
     numpy_helper,
 )
 
-from clipdeploy.core.errors import GraphError
-from exporters.functions import ONNX_ERRORS, first_line, inlined
+from clipdeploy.core.errors import GraphError, first_line
+from exporters.functions import ONNX_ERRORS, inlined
 from exporters.nested import all_graphs, all_nodes, element_type, inner_graphs
 
 __all__ = ["TYPE_ATTRIBUTES", "dense", "element_types", "flat"]

@@ -36,6 +36,7 @@ from clipdeploy.models.load import WeightsChoice
 from clipdeploy.pipeline import calibrate_model, export_model, quantize_model
 from clipdeploy.workspace.folder import Workspace
 from exporters.graphs import load_graph
+from exporters.metrics import sqnr_db
 from exporters.samples import normalise
 from exporters.session import OnnxSession
 
@@ -72,9 +73,9 @@ def digits() -> NDArray[np.float32]:
 
 
 def decibels(reference: NDArray[np.float32], found: NDArray[np.float32]) -> float:
-    """10 log10(sum reference ** 2 / sum error ** 2)."""
-    error = (found.astype(np.float64) - reference) ** 2
-    return float(10 * np.log10((reference.astype(np.float64) ** 2).sum() / error.sum()))
+    """Return the SQNR of ``found`` in dB, infinity where it equals ``reference``."""
+    db = sqnr_db(reference, found)
+    return float("inf") if db is None else db
 
 
 def channels(

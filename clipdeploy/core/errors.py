@@ -29,6 +29,7 @@ __all__ = [
     "FileError",
     "GraphError",
     "UsageError",
+    "first_line",
 ]
 
 
@@ -86,3 +87,14 @@ class EngineError(ClipdeployError):
 
 class ClusterError(ClipdeployError):
     """A Ray cluster that cannot be used, or that lost its work for good."""
+
+
+def first_line(error: BaseException | str) -> str:
+    """Return the first line of an error's message.
+
+    Returns the name of the error's class if its message is empty, and ``no reason given`` for an
+    empty string.
+    """
+    if lines := str(error).strip().splitlines():
+        return lines[0].rstrip()
+    return "no reason given" if isinstance(error, str) else type(error).__name__

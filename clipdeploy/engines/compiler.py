@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from clipdeploy.core.device import gpus
-from clipdeploy.core.errors import BuildError
+from clipdeploy.core.errors import BuildError, first_line
 from clipdeploy.core.files import check_writable
 from clipdeploy.core.interrupts import interrupts
 from clipdeploy.core.passport import TensorSpec
@@ -238,8 +238,8 @@ class Compiler:
 
     def _refusal(self, graph: Path | bytes, errors: Sequence[str], error: Exception) -> BuildError:
         name = graph if isinstance(graph, Path) else "the graph"
-        lines = (errors[0] if errors else str(error)).strip().splitlines()
+        reason = first_line(errors[0] if errors else error)
         return BuildError(
-            f"{self.backend} cannot compile {name}: {lines[0] if lines else 'no reason given'}",
+            f"{self.backend} cannot compile {name}: {reason}",
             hint="TensorRT's warnings and errors: --debug",
         )

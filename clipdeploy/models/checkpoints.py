@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clipdeploy.core.errors import CheckpointError
+from clipdeploy.core.errors import CheckpointError, first_line
 from clipdeploy.core.files import open_regular, sha256_file
 from clipdeploy.core.interrupts import interrupts
 from clipdeploy.models.vit import ViTConfig
@@ -163,7 +163,7 @@ def _reason(error: Exception) -> str:
     if not isinstance(error, _TOLD):
         return "it is damaged, or holds numbers of a type that this format does not take"
     # The first sentence: PyTorch's messages go on with advice.
-    return (text.strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+    return first_line(error).split(". ")[0]
 
 
 def _unwrap(loaded: Any, path: Path) -> tuple[StateDict, bool]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from clipdeploy.core.errors import EngineError
+from clipdeploy.core.errors import EngineError, first_line
 from clipdeploy.core.passport import TensorSpec
 from clipdeploy.engines.backends import Backend, choose_backend, hears, tensorrt_module
 from clipdeploy.engines.passport import BatchProfile
@@ -55,7 +55,7 @@ def load_engine(plan: Plan) -> tuple[Any, trt.ICudaEngine]:
     with hears() as heard:
         engine = runtime.deserialize_cuda_engine(plan.data)
     if engine is None:
-        reason = heard.errors[0].splitlines()[0] if heard.errors else "no reason given"
+        reason = first_line(heard.errors[0] if heard.errors else "")
         raise EngineError(
             f"TensorRT cannot load {plan.path}: {reason}",
             hint="an engine is bound to its GPU and TensorRT version: build it again here",

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from clipdeploy.verification.records import ImageRecord
 from clipdeploy.verification.repeats import Repeat, excluded_share
 from clipdeploy.verification.results import Asked, Results
+from exporters.metrics import BROKEN_DB, ratio_db
 
 __all__ = ["Repeatability", "repeatability_of"]
 
@@ -45,9 +46,10 @@ class Repeatability:
     neighbours; ``sizes`` are the batch sizes and ``profiles`` the engine's profiles that were
     tried; ``images`` how many answers were compared.
     ``sqnr_db`` is of the calls that differ most, ``worst_db`` of the image that does, None where
-    all are equal to the bit; ``changed`` counts other first answers.  A fault that spoils
-    ``excluded`` percent of all calls or more would have shown with probability 97.5 %, and one
-    that spoils ``excluded_large`` percent of those of a whole batch and more, and no smaller ones.
+    all are equal to the bit and -999 where one is not finite; ``changed`` counts other first
+    answers.  A fault that spoils ``excluded`` percent of all calls or more would have shown with
+    probability 97.5 %, and one that spoils ``excluded_large`` percent of those of a whole batch
+    and more, and no smaller ones.
     """
 
     steady: bool
@@ -100,18 +102,11 @@ class _Group:
         return f"{self.size} at once in another order"
 
 
-def _decibels(share: float) -> float | None:
-    """10 log10 of signal over noise: None where there is no noise."""
-    if share <= 0:
-        return None
-    return -10 * math.log10(share) if math.isfinite(share) else -math.inf
-
-
 def _shown(share: float) -> str:
-    found = _decibels(share)
-    return (
-        "equal" if found is None else "NaN or infinite" if math.isinf(found) else f"{found:.1f} dB"
-    )
+    found = ratio_db(1.0, share)
+    if found is None:
+        return "equal"
+    return "NaN or infinite" if found == BROKEN_DB else f"{found:.1f} dB"
 
 
 def _own_share(records: Iterable[ImageRecord], lane: int) -> float:
@@ -172,15 +167,10 @@ def repeatability_of(results: Results, lane: int, asked: Asked) -> Repeatability
         images=sum(repeat.size for repeat in repeats),
         sizes=sizes,
         profiles=len({repeat.profile for repeat in repeats} - {None}),
-        sqnr_db=_finite(_decibels(mean)),
-        worst_db=_finite(_decibels(worst)),
+        sqnr_db=ratio_db(1.0, mean),
+        worst_db=ratio_db(1.0, worst),
         changed=sum(repeat.changed for repeat in repeats),
         excluded=excluded,
         excluded_large=excluded_large,
         sentence=sentence,
     )
-
-
-def _finite(value: float | None) -> float | None:
-    """JSON has no infinity: logits that are not finite have no figure."""
-    return value if value is not None and math.isfinite(value) else None

@@ -48,6 +48,8 @@ from calibrate import (
 )
 from numpy.typing import NDArray
 
+from exporters.metrics import sqnr_db
+
 HERE = Path(__file__).resolve()
 FP32 = "ONNX Runtime FP32"
 BATCHES = (1, 8)
@@ -113,13 +115,17 @@ def logits_of(path: Path, images: list[NDArray[Any]]) -> NDArray[np.float64]:
     return np.concatenate(rows).astype(np.float64)
 
 
+def _decibels(reference: NDArray[np.float64], logits: NDArray[np.float64]) -> float:
+    db = sqnr_db(reference, logits)
+    return float("inf") if db is None else db
+
+
 def fidelity(reference: NDArray[np.float64], logits: NDArray[np.float64]) -> Fidelity:
     """Compare two (N, classes) arrays."""
-    signal = (reference**2).sum(axis=1)
-    noise = np.maximum(((logits - reference) ** 2).sum(axis=1), np.finfo(np.float64).tiny)
+    rows = zip(reference, logits, strict=True)
     return Fidelity(
-        sqnr=float(10 * np.log10(signal.sum() / noise.sum())),
-        worst=float((10 * np.log10(signal / noise)).min()),
+        sqnr=_decibels(reference, logits),
+        worst=min(_decibels(one, other) for one, other in rows),
         agreement=float((reference.argmax(axis=1) == logits.argmax(axis=1)).mean()),
     )
 
