@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from exporters.initializers import add_initializer, own_initializer
+from exporters.initializers import add_initializer, own_initializer, remove_unused
 
 __all__ = ["QdqWriter"]
 
@@ -33,9 +33,6 @@ class QdqWriter:
     def __init__(self, graph: ir.Graph, *, unsigned: bool) -> None:
         self._graph = graph
         self.unsigned = unsigned
-
-    def _constant(self, name: str, array: NDArray[np.generic]) -> ir.Value:
-        return add_initializer(self._graph, name, array)
 
     @staticmethod
     def _node(
@@ -56,13 +53,17 @@ class QdqWriter:
         kind: type[np.generic] = np.uint8 if self.unsigned else np.int8
         point = _MIDDLE - zero if self.unsigned else 0
         if zero and not self.unsigned:
-            shift = self._constant(f"{name}.input_shift", np.asarray(step * zero, np.float32))
+            shift = add_initializer(
+                self._graph, f"{name}.input_shift", np.asarray(step * zero, np.float32)
+            )
             nodes.append(
                 self._node("Sub", f"{name}/Sub", [value, shift], ir.DataType.FLOAT, value, -1)
             )
         source = nodes[0].outputs[0] if nodes else value
-        scale = self._constant(f"{name}.input_scale", np.asarray(step, np.float32))
-        zero_point = self._constant(f"{name}.input_zero_point", np.asarray(point, kind))
+        scale = add_initializer(self._graph, f"{name}.input_scale", np.asarray(step, np.float32))
+        zero_point = add_initializer(
+            self._graph, f"{name}.input_zero_point", np.asarray(point, kind)
+        )
         integer = ir.DataType.UINT8 if self.unsigned else ir.DataType.INT8
         q = self._node(
             "QuantizeLinear", f"{name}/Q", [source, scale, zero_point], integer, value, -1
@@ -88,13 +89,13 @@ class QdqWriter:
     ) -> None:
         """Put int8 of its shape and scales (C,) along ``axis`` in the place of weight, input 1."""
         value = own_initializer(node, 1)
-        stored = self._constant(f"{value.name}/int8", integers)
-        scales = self._constant(f"{value.name}/scale", scale)
+        stored = add_initializer(self._graph, f"{value.name}/int8", integers)
+        scales = add_initializer(self._graph, f"{value.name}/scale", scale)
         inputs = [stored, scales]
         if self.unsigned:
             # ONNX Runtime's exact kernels (session.x64quantprecision) fail without one.
             zeros = np.zeros(scale.shape, np.int8)
-            inputs.append(self._constant(f"{value.name}/zero_point", zeros))
+            inputs.append(add_initializer(self._graph, f"{value.name}/zero_point", zeros))
         dq = self._node(
             "DequantizeLinear",
             f"{name}/weight_DQ",
@@ -105,4 +106,4 @@ class QdqWriter:
         )
         self._graph.insert_before(node, dq)
         node.replace_input_with(1, dq.outputs[0])
-        del self._graph.initializers[value.name or ""]
+        remove_unused(self._graph)

@@ -10,7 +10,6 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError, EncodeError
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
-from clipdeploy.core.errors import GraphError
 from clipdeploy.core.files import (
     atomic_path,
     file_errors,
@@ -20,6 +19,7 @@ from clipdeploy.core.files import (
 )
 from clipdeploy.core.passport import PASSPORT_KEY, Passport, to_json
 from exporters.headers import GraphArtifact, not_a_graph, weight_files
+from exporters.initializers import tensor_of
 from exporters.nested import all_tensors
 from exporters.typed_graphs import dense
 
@@ -66,9 +66,7 @@ def weight_proto(value: ir.Value) -> onnx.TensorProto:
     Raises:
         GraphError: it has no data.
     """
-    if value.const_value is None:
-        raise GraphError(f"the weight {value.name} has no data")
-    tensor = ir.to_proto(value.const_value)
+    tensor = ir.to_proto(tensor_of(value))
     tensor.name = value.name or ""
     return tensor
 

@@ -20,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from clipdeploy.core.errors import GraphError
+from exporters.initializers import set_values, values_of
 from exporters.typed_graphs import TYPE_ATTRIBUTES
 
 __all__ = ["refuse_nested", "store_float16"]
@@ -127,10 +128,10 @@ _TYPES = (ir.TensorType, ir.SequenceType, ir.OptionalType)
 def _widen(value: ir.Value) -> None:
     if not _is_half(value):
         return
-    value.dtype = _WIDE
-    tensor = value.const_value
-    if tensor is not None:
-        value.const_value = ir.Tensor(tensor.numpy().astype(np.float32), name=value.name)
+    if value.const_value is None:
+        value.dtype = _WIDE
+    else:
+        set_values(value, values_of(value).astype(np.float32))
 
 
 def _widen_attributes(node: ir.Node) -> None:

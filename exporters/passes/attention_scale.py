@@ -13,7 +13,7 @@ import math
 import numpy as np
 import onnx_ir as ir
 
-from exporters.initializers import write_initializer
+from exporters.initializers import remove_unused, values_of, write_initializer
 
 __all__ = ["FoldAttentionScale"]
 
@@ -47,10 +47,9 @@ def _only_reader(value: ir.Value | None, kinds: tuple[str, ...]) -> ir.Value | N
 
 
 def _scale_columns(node: ir.Node, columns: int, scale: float) -> None:
-    value = node.inputs[1]
-    assert value is not None
-    assert value.const_value is not None
-    array = value.const_value.numpy().copy()
+    constant = node.inputs[1]
+    assert constant is not None
+    array = values_of(constant).copy()
     array[..., :columns] *= np.asarray(scale, array.dtype)
     write_initializer(node, 1, array)
 
@@ -65,14 +64,13 @@ class FoldAttentionScale(ir.passes.InPlacePass):
             source, constant = mul.inputs
             scale = _scalar(constant)
             assert source is not None
-            assert constant is not None
             assert scale is not None
             _scale_columns(matmul, columns, scale)
             _scale_columns(add, columns, scale)
             ir.convenience.replace_all_uses_with(mul.outputs[0], source)
             model.graph.remove(mul, safe=True)
-            if constant.is_initializer() and not constant.consumers():
-                del model.graph.initializers[constant.name or ""]
+        if found:
+            remove_unused(model.graph)
         return ir.passes.PassResult(model, modified=bool(found))
 
     @staticmethod

@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from clipdeploy.core.errors import GraphError
-from exporters.initializers import add_initializer
+from exporters.initializers import add_initializer, remove_unused, values_of
 from exporters.storage import refuse_nested
 
 __all__ = ["FP16_MAX", "ToFloat16"]
@@ -62,10 +62,7 @@ class ToFloat16(ir.passes.InPlacePass):
         for node in nodes:
             self._align_inputs(graph, node, precision[node])
         self._restore_outputs(graph)
-        used = {value for node in graph for value in node.inputs if value is not None}
-        for value in list(graph.initializers.values()):
-            if value not in used:
-                del graph.initializers[value.name or ""]
+        remove_unused(graph)
         return ir.passes.PassResult(model, modified=True)
 
     def _is_wide(self, node: ir.Node) -> bool:
@@ -124,10 +121,7 @@ class ToFloat16(ir.passes.InPlacePass):
 
 
 def _half_initializer(graph: ir.Graph, value: ir.Value) -> ir.Value:
-    tensor = value.const_value
-    if tensor is None:
-        raise GraphError(f"the weight {value.name} has no data")
-    array = tensor.numpy()
+    array = values_of(value)
     largest = float(np.abs(array).max(initial=0.0))
     if largest > FP16_MAX:
         raise GraphError(

@@ -18,7 +18,12 @@ import numpy as np
 import onnx_ir as ir
 
 from clipdeploy.core.errors import GraphError
-from exporters.initializers import add_initializer, write_initializer
+from exporters.initializers import (
+    add_initializer,
+    shared_initializer,
+    values_of,
+    write_initializer,
+)
 
 __all__ = ["TRACED_OPSET", "SetOpset"]
 
@@ -28,9 +33,7 @@ _FIRST_WITH_NUM_OUTPUTS = 18
 
 
 def _constant(graph: ir.Graph, name: str, number: float) -> ir.Value:
-    if name not in graph.initializers:
-        add_initializer(graph, name, np.asarray(number, np.float32))
-    return graph.initializers[name]
+    return shared_initializer(graph, name, np.asarray(number, np.float32))
 
 
 def _halve_next_weight(value: ir.Value) -> bool:
@@ -40,7 +43,7 @@ def _halve_next_weight(value: ir.Value) -> bool:
     weight = readers[0].inputs[1]
     if weight is None or weight.const_value is None:
         return False
-    write_initializer(readers[0], 1, weight.const_value.numpy() * np.float32(0.5))
+    write_initializer(readers[0], 1, values_of(weight) * np.float32(0.5))
     return True
 
 
@@ -146,7 +149,7 @@ class SetOpset(ir.passes.InPlacePass):
                 hint=f"export with --opset {_FIRST_WITH_NUM_OUTPUTS} or newer",
             )
         # Negative axes count from the last.
-        given, chosen = pads.const_value.numpy(), axes.const_value.numpy() % rank
+        given, chosen = values_of(pads), values_of(axes) % rank
         full = np.zeros(2 * rank, np.int64)
         for position, axis in enumerate(chosen):
             full[axis] = given[position]
