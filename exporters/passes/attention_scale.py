@@ -1,9 +1,9 @@
-"""Fold attention's query scale into the qkv projection, where that is exact.
+"""Folds the scale of attention's query into the qkv projection, if that is exact.
 
     s (x Wq + bq) = x (s Wq) + s bq
 
-For a power of two, such as 64 ** -0.5, scaling a float only changes its exponent: the folded graph
-computes the very same floats with one node less in every block.  Another scale is left alone.
+Scaling by a power of two, such as 64 ** -0.5, changes only the exponent of a float, so the folded
+graph computes identical values with one node less per block.  Other scales are not folded.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _single(value: ir.Value) -> bool:
 
 
 def _only_reader(value: ir.Value | None, kinds: tuple[str, ...]) -> ir.Value | None:
-    """Where ``value`` came from before it was only moved, or None if anything else reads it."""
+    """Follow ``value`` back through layout operators; None if anything else reads it."""
     while step := _producer(value, *kinds):
         assert value is not None
         if not _single(value):

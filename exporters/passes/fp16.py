@@ -1,15 +1,14 @@
-"""Store the graph's floating-point tensors as float16.
+"""Converts the float32 tensors of a graph to float16.
 
-Every float32 weight and every float32 tensor between nodes becomes float16, with a Cast after the
-image and one before the logits so that the interface stays float32.  A node is left in float32,
-between Casts, when one of its tensors is named in ``keep``: a tensor whose values come near
-float16's largest, 65504.  LayerNormalization stays one node, whose kernels accumulate in float32
-(``stash_type`` 1); decomposed, its x ** 2 overflows on a ViT's residual stream.
+Every float32 weight and every float32 tensor between nodes becomes float16.  A Cast after the image
+and one before the logits keep the interface float32.  A node with a tensor named in ``keep`` stays
+float32, between Casts; ``keep`` is for tensors with values near float16's maximum, 65504.
+LayerNormalization must remain one node, whose kernels accumulate in float32 (``stash_type`` 1): if
+decomposed, its x ** 2 overflows on a ViT's residual stream.
 
-A graph with local functions, or with an If or Loop, is refused: the tensors inside would stay
-float32 without being named.
+A graph with local functions, If or Loop is an error: tensors inside would silently stay float32.
 
-A Q/DQ graph goes through the same pass: QuantizeLinear and DequantizeLinear take their type from
+The pass also converts Q/DQ graphs: QuantizeLinear and DequantizeLinear take their type from
 their scale (ONNX operators, opset 19 and later), which is converted like any other constant.
 """
 
@@ -45,7 +44,7 @@ class ToFloat16(ir.passes.InPlacePass):
         graph = model.graph
         self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         nodes = list(graph)
-        # Asked before anything changes: inserting casts renames what a node reads.
+        # Determined first, because inserted casts change the inputs of nodes.
         precision = {node: _WIDE if self._is_wide(node) else _HALF for node in nodes}
         halves: dict[ir.Value, ir.Value] = {}
         for node in nodes:
@@ -125,7 +124,7 @@ def _half_initializer(graph: ir.Graph, value: ir.Value) -> ir.Value:
     largest = float(np.abs(array).max(initial=0.0))
     if largest > FP16_MAX:
         raise GraphError(
-            f"the weight {value.name} reaches {largest:.3g}, beyond float16's {FP16_MAX:.0f}",
+            f"the weight {value.name} reaches {largest:.3g}, above float16's {FP16_MAX:.0f}",
             hint="keep this model in FP32",
         )
     return add_initializer(graph, f"{value.name}/fp16", array.astype(np.float16))

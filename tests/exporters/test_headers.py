@@ -43,14 +43,14 @@ def test_a_cut_file_is_refused(keep: float, demo_workspace: Workspace, tmp_path:
     data = demo_workspace.graph(cards.DEMO, "fp32").read_bytes()
     path = tmp_path / "cut.onnx"
     path.write_bytes(data[: int(keep * len(data))])
-    with pytest.raises(GraphError, match=r"cut\.onnx is no readable ONNX graph"):
+    with pytest.raises(GraphError, match=r"cut\.onnx is not a readable ONNX graph"):
         read_skeleton(path)
 
 
 def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "photo.onnx"
     path.write_bytes(b"\xff\xd8\xff\xe0" + bytes(range(256)) * 64)
-    with pytest.raises(GraphError, match=r"photo\.onnx is no readable ONNX graph"):
+    with pytest.raises(GraphError, match=r"photo\.onnx is not a readable ONNX graph"):
         read_skeleton(path)
 
 
