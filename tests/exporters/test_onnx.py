@@ -259,7 +259,7 @@ def test_other_opsets_pass_the_same_checks(
 
 @pytest.mark.parametrize("opset", [16, 24])
 def test_opsets_beyond_are_refused(opset: int) -> None:
-    with pytest.raises(UsageError, match=f"opset {opset} is not supported"):
+    with pytest.raises(UsageError, match=f"invalid value {opset} for opset"):
         ExportConfig(opset)
 
 

@@ -280,12 +280,12 @@ def test_labels_are_as_short_as_they_can_be() -> None:
         ({"batches": (8, 0)}, r"batches of \[8, 0\]"),
         ({"batches": (8, 8)}, "name each once"),
         ({"seconds": None}, "without an end"),
-        ({"seconds": 0.0}, "0.0 seconds"),
-        ({"seconds": float("nan")}, "nan seconds"),
-        ({"rounds": 0}, "0 rounds"),
-        ({"warmup": -1.0}, "warm-up of -1.0"),
-        ({"seed": -1}, "seed of -1"),
-        ({"threads": -2}, "-2 threads"),
+        ({"seconds": 0.0}, "invalid value 0.0 for seconds"),
+        ({"seconds": float("nan")}, "invalid value nan for seconds"),
+        ({"rounds": 0}, "invalid value 0 for rounds"),
+        ({"warmup": -1.0}, "invalid value -1.0 for warmup"),
+        ({"seed": -1}, "invalid value -1 for seed"),
+        ({"threads": -2}, "invalid value -2 for threads"),
     ],
 )
 def test_a_config_says_what_means_nothing(settings: dict[str, Any], said: str) -> None:

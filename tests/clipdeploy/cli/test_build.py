@@ -109,7 +109,7 @@ def test_an_engine_that_nobody_vouches_for_is_built_again(spoilt: str, artifacts
         (("--profile", "1,8"), ("'1,8'", "1,8,32")),
         (("--profile", "one"), ("'one'", "MIN,OPT,MAX")),
         (("--optimization-level", "9"), ("9", "0 to 5")),
-        (("--memory-pool", "0"), ("0 MiB",)),
+        (("--memory-pool", "0"), ("invalid value 0 for --memory-pool",)),
         (("--compute-capability", "Ada"), ("'Ada'", "8.9")),
         (("--int8", "--fp16-io"), ("--fp16-io belongs to --fp16",)),
     ],
