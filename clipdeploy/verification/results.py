@@ -281,7 +281,7 @@ def read_results(path: Path) -> Results:
                 hint="upgrade, or verify again" if schema > RESULTS_SCHEMA else "verify again",
             )
         if fault := first_fault(header.question):
-            raise ArtifactError(f"{path} cannot be believed: {fault}", hint="verify again")
+            raise ArtifactError(f"{path} is invalid: {fault}", hint="verify again")
         # What follows the last line break is nothing, or a line that was cut short.
         decoder = msgspec.json.Decoder(BatchResult)
         batches = [decoder.decode(chain.read(line)) for line in lines[:-1]]

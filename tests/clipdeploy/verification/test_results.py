@@ -273,5 +273,5 @@ def test_a_question_that_cannot_be(
     path = tmp_path / "results.jsonl"
     question = replace(whole.question, **{field: value})  # type: ignore[arg-type]
     save_results(path, replace(whole, question=question))
-    with pytest.raises(ArtifactError, match=f"cannot be believed: {field}"):
+    with pytest.raises(ArtifactError, match=f"is invalid: {field}"):
         read_results(path)

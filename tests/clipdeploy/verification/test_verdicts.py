@@ -153,7 +153,7 @@ def test_no_artifact_is_no_pass(made: Make, one: One) -> None:
 def test_nothing_read_and_no_such_limit(made: Make, one: One) -> None:
     with pytest.raises(DatasetError, match="not one image of digits could be read"):
         judge_results(made([]), 1.0)
-    with pytest.raises(UsageError, match="invalid value 101.0 for --max-drop"):
+    with pytest.raises(UsageError, match=r"invalid value 101\.0 for --max-drop"):
         judge_results(made([one(0)]), 101.0)
 
 
