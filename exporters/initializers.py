@@ -64,7 +64,7 @@ def add_initializer(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> i
 
 
 def shared_initializer(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:
-    """Return the constant ``name`` of ``graph``, added with the values ``array`` if missing."""
+    """Return the constant ``name``; add it with ``array``, of any shape, if it is missing."""
     return graph.initializers.get(name) or add_initializer(graph, name, array)
 
 
@@ -90,7 +90,9 @@ def own_initializer(node: ir.Node, index: int) -> ir.Value:
 
 
 def write_initializer(node: ir.Node, index: int, array: NDArray[np.generic]) -> ir.Value:
-    """Replace the constant input ``index`` of ``node``, and of no other node, by ``array``.
+    """Replace the constant input ``index`` of ``node``, and of no other node.
+
+    ``array`` may have another shape and type.
 
     Raises:
         GraphError: the input is not a constant.

@@ -1,9 +1,9 @@
-"""Write docs/commands.md: every command, its help, its options, its example.
+"""Write docs/commands.md: help, options and examples of every command.
 
     python scripts/command_reference.py [FILE]
 
-It is made from the commands themselves: what is to be said about one is said in its help (the
-docstring, the options' ``help``, the ``epilog``).  Run this after changing them.
+The page is generated from the commands: docstrings, ``help`` of options and ``epilog``.  Run this
+after changing them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ sets is not.
 
 
 def leaves(command: click.Command, name: str) -> Iterator[tuple[str, click.Command]]:
-    """Every command that does something, by what is typed; a group's default has the group's."""
+    """Yield every command that can be run, by name; a group's default has the group's name."""
     default = command.default if isinstance(command, DefaultGroup) else None
     if default is not None:
         assert isinstance(command, click.Group)
@@ -56,7 +56,7 @@ def leaves(command: click.Command, name: str) -> Iterator[tuple[str, click.Comma
 
 
 def _options(command: click.Command, context: click.Context) -> list[tuple[str, str]]:
-    """Names and help as ``--help`` has them, in its order, ``--help`` itself left out."""
+    """Yield names and help of the options in the order of ``--help``, without ``--help``."""
     records = (
         option.get_help_record(context)
         for option in command.params
@@ -75,7 +75,7 @@ def _cell(text: str) -> str:
 
 
 def _prose(text: str) -> str:
-    r"""Help as Markdown: paragraphs; what follows a ``\b`` keeps its lines."""
+    r"""Convert help to Markdown: paragraphs; text after ``\b`` keeps its line breaks."""
     blocks = re.split(r"\n\s*\n", inspect.cleandoc(text.partition("\f")[0]))
     return "\n\n".join(map(_block, blocks))
 
@@ -98,13 +98,13 @@ def _section(name: str, command: click.Command, common: set[tuple[str, str]]) ->
 
 
 def _shared() -> list[tuple[str, str]]:
-    """The options that :func:`clipdeploy.cli.common.stage_command` adds."""
+    """Return the options that :func:`clipdeploy.cli.common.stage_command` adds."""
     command = click.command()(stage_command(lambda context: 0))
     return _options(command, click.Context(command))
 
 
 def text() -> str:
-    """The page as it stands in the file."""
+    """Return the content of the page."""
     found = list(leaves(main, "clipdeploy"))
     shared = _shared()
     without = [

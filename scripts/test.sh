@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All tests. Makes a .venv if there is none. Arguments go to pytest, such as -m 'not slow'.
+# Run all tests. Creates .venv if it is missing. Arguments are passed to pytest, such as -m 'not slow'.
 source "$(dirname "$0")/environment.sh" "[test]"
 say "running: pytest $*"
 python -m pytest "$@"

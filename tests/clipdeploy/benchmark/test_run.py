@@ -567,6 +567,6 @@ def test_the_suffix_decides_the_format(name: str, start: bytes, tmp_path: Path) 
 
 def test_another_suffix_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     for name in ("plot.pdf", "plot", "plot.png.txt"):
-        with pytest.raises(UsageError, match=r"no plot can be written as plot"):
+        with pytest.raises(UsageError, match=r"cannot save a plot as plot"):
             save_plot(draw_benchmark(sample((8,), rounds=5)), tmp_path / name)
     assert list(tmp_path.iterdir()) == []
