@@ -1,4 +1,4 @@
-"""Results that no model was run for, to be read, joined and judged."""
+"""Creates results without running a model, to test reading, merging and verdicts."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ QUESTION = Question(
 
 
 def answer(label: int | None, *, right: bool) -> Answer:
-    """An answer that is right about ``label``, or off by one with the label in the second place."""
+    """Return an answer with ``label`` first, or with another class first and it second."""
     label, known = label or 0, label is not None
     first = label if right else (label + 1) % 10
     top = (first, *(each for each in ((label + i) % 10 for i in range(10)) if each != first))
@@ -67,11 +67,11 @@ def record(
     finite: bool = True,
     labelled: bool = True,
 ) -> ImageRecord:
-    """Image ``number``, right or wrong for the reference and for each artifact."""
+    """Return the record of image ``number``, right or wrong for reference and artifacts."""
     label = number % 10 if labelled else None
     figures: tuple[Any, ...] = (0.1, 0.4, 0.04, 0.999) if finite else (None,) * 4
     outcomes = tuple(Outcome(answer(label, right=right), *figures) for right in artifacts)
-    # Grey means as of noise: of no two images are they nearly equal.
+    # Random grey means, so that no two images look like duplicates.
     thumbnail = np.random.default_rng(number).integers(0, 256, 64, np.uint8).tobytes()
     digest = f"{number:064x}"
     image = ImageId(f"{number % 10}/{number}.png", digest, digest[-32:], thumbnail)
@@ -79,7 +79,7 @@ def record(
 
 
 def again(calls: int, **changes: Any) -> tuple[Repeat, ...]:
-    """So many calls for two images each that gave the same logits as the first time."""
+    """Return repeated calls of two images each with the same logits as the first time."""
     return tuple(
         Repeat(**{**REPEAT, **changes})  # type: ignore[arg-type]
         for _ in range(calls)
@@ -87,9 +87,9 @@ def again(calls: int, **changes: Any) -> tuple[Repeat, ...]:
 
 
 def make_results(records: Sequence[ImageRecord], **changes: Any) -> Results:
-    """Results of a whole run with these records, the question changed as given.
+    """Return results of a complete run with these records and changed fields of the question.
 
-    Every image was asked again with another one, by each artifact.
+    For each artifact, every image was repeated together with another one.
     """
     question = replace(QUESTION, **{"images": len(records), **changes})
     size = question.batch
