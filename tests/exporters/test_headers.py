@@ -122,7 +122,7 @@ def test_messages_nested_without_end_are_no_graph(
     data = demo_workspace.graph(cards.DEMO, "fp32").read_bytes()
     path = tmp_path / "deep.onnx"
     path.write_bytes(data + b"\x3a" + _length(len(node)) + node)
-    with pytest.raises(ArtifactError, match="no readable ONNX graph"):
+    with pytest.raises(ArtifactError, match="not a readable ONNX graph"):
         read_passport(path)
 
 

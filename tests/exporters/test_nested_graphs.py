@@ -346,7 +346,7 @@ REFUSED = {
             y = Cast<to=1>(z)
         }
         """,
-        "Repeat has a graph inside",
+        "Repeat contains a graph",
     ),
     "a function that calls itself": (
         """
