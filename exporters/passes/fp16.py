@@ -77,22 +77,22 @@ class ToFloat16(ir.passes.InPlacePass):
                 halves[value] = _half_initializer(graph, value)
             node.replace_input_with(index, halves[value])
 
-    def _align_inputs(self, graph: ir.Graph, node: ir.Node, want: ir.DataType) -> None:
+    def _align_inputs(self, graph: ir.Graph, node: ir.Node, dtype: ir.DataType) -> None:
         for index, value in enumerate(node.inputs):
             if value is None or value.is_initializer() or value.dtype not in (_WIDE, _HALF):
                 continue
-            if value.dtype != want:
-                node.replace_input_with(index, self._cast(graph, value, want, before=node))
+            if value.dtype != dtype:
+                node.replace_input_with(index, self._cast(graph, value, dtype, before=node))
 
     def _cast(
-        self, graph: ir.Graph, value: ir.Value, want: ir.DataType, *, before: ir.Node
+        self, graph: ir.Graph, value: ir.Value, dtype: ir.DataType, *, before: ir.Node
     ) -> ir.Value:
-        key = (value, want)
+        key = (value, dtype)
         if key not in self._casts:
-            name = f"{value.name}/{'fp16' if want is _HALF else 'fp32'}"
-            cast = ir.node("Cast", [value], {"to": int(want)}, name=name)
+            name = f"{value.name}/{'fp16' if dtype is _HALF else 'fp32'}"
+            cast = ir.node("Cast", [value], {"to": int(dtype)}, name=name)
             cast.outputs[0].name = name
-            cast.outputs[0].type = ir.TensorType(want)
+            cast.outputs[0].type = ir.TensorType(dtype)
             cast.outputs[0].shape = value.shape
             producer = value.producer()
             if producer is None:

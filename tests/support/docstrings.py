@@ -92,12 +92,12 @@ def _contents(
     section = text.partition("Raises:")[2]
     for error in sorted(_raised(node)):
         if not re.search(rf"\b({error}|ClipdeployError)\b", section):
-            yield node, f"{name} raises {error}, and its docstring does not say when"
+            yield node, f"{name} raises {error}, which its docstring does not list"
     for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs):
         if _is_array(argument.annotation, rules) and not SHAPE.search(text + about):
-            yield node, f"{name} takes the array {argument.arg} of a shape that nobody tells"
+            yield node, f"{name} takes the array {argument.arg}, whose shape is not documented"
     if _is_array(node.returns, rules) and not SHAPE.search(text + about):
-        yield node, f"{name} returns an array of a shape that nobody tells"
+        yield node, f"{name} returns an array, whose shape is not documented"
 
 
 def _is_array(annotation: ast.expr | None, rules: Rules) -> bool:
