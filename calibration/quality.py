@@ -84,7 +84,7 @@ class Judge:
         half: bool,
     ) -> None:
         self._images = 0 if kept is None else len(kept.crops)
-        judged = samples if kept is None else kept.and_those(samples)
+        judged = samples if kept is None else kept.concat(samples)
         self._inputs = judged.as_input(tensor)
         self.half = half
         self.peaks: dict[str, float] = {}

@@ -23,7 +23,7 @@ from exporters.functions import inlined
 from exporters.nested import captured, element_type, is_nested, subgraphs
 from exporters.typed_graphs import element_types, flat
 
-__all__ = ["asked_precision", "find_products", "tensor_types"]
+__all__ = ["find_products", "requested_precision", "tensor_types"]
 
 # Operators and the indices of their two operands among the inputs.
 _PRODUCTS = {
@@ -151,7 +151,7 @@ def tensor_types(model: ModelProto) -> set[str]:
     return {_name(kind) or UNKNOWN for kind in element_types(model)}
 
 
-def asked_precision(model: ModelProto) -> tuple[BlockPrecision, ...]:
+def requested_precision(model: ModelProto) -> tuple[BlockPrecision, ...]:
     """Return the precision that ``model`` requests, by block, in network order.
 
     A product is int8 only if both operands come from DequantizeLinear; otherwise it runs in the

@@ -91,7 +91,7 @@ class Samples:
         batch = tensor.shape[0]
         return (self.of(batch) if isinstance(batch, int) else self).as_input(tensor)
 
-    def and_those(self, others: Samples) -> Samples:
+    def concat(self, others: Samples) -> Samples:
         """Append ``others``, which have the same preprocessing."""
         return Samples(np.concatenate([self.crops, others.crops]), self.spec)
 

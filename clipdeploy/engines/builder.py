@@ -221,9 +221,9 @@ class _Later:
 def _asked(graph: Path) -> tuple[BlockPrecision, ...]:
     """What ``graph`` asks a compiler for."""
     # Here, since every build would wait for onnx.
-    from exporters.products import asked_precision
+    from exporters.products import requested_precision
 
-    return asked_precision(read_skeleton(graph))
+    return requested_precision(read_skeleton(graph))
 
 
 def _compiled_precision(log: tuple[str, ...]) -> ExecutedPrecision | None:

@@ -130,7 +130,7 @@ class EngineLayers:
 
 @dataclass(frozen=True)
 class ExecutedPrecision:
-    """What an engine runs in: compare ``blocks`` with :func:`exporters.blocks.asked_precision`.
+    """What an engine runs in: compare ``blocks`` with :func:`exporters.blocks.requested_precision`.
 
     ``reformats`` counts layers that only change a tensor's layout or type; ``untold`` has a
     sentence for everything that the description does not tell, and is empty if it tells all.

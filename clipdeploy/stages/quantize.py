@@ -155,7 +155,7 @@ def _judged_images(workspace: Workspace, model: str, spec: Preprocess) -> Sample
     if not is_calibrated(workspace, model):
         return samples
     kept = load_table(workspace.calibration(model)).samples()
-    return samples if kept is None else kept.and_those(samples)
+    return samples if kept is None else kept.concat(samples)
 
 
 @takes_any_name
