@@ -30,7 +30,8 @@ from calibration.smoothing import Folding, find_source, fold, search_folding
 from calibration.weights import SMALLEST_SCALE, float16_step, quantize_weight, weight_error
 from clipdeploy.core.errors import UsageError
 from clipdeploy.core.spans import STRENGTH, check_numbers
-from exporters.initializers import write_initializer
+from exporters.initializers import values_of, write_initializer
+from exporters.metrics import ratio_db
 
 __all__ = [
     "LinearPlan",
@@ -113,13 +114,6 @@ class LinearPlan:
         return np.asarray(self.step * self.zero * column)
 
 
-def _weight(site: LinearSite) -> NDArray[np.float32]:
-    tensor = site.weight.const_value
-    assert tensor is not None
-    weight: NDArray[np.float32] = tensor.numpy()
-    return weight
-
-
 def fold_all(
     sites: Sequence[LinearSite],
     statistics: Mapping[str, ChannelStatistics],
@@ -139,7 +133,7 @@ def fold_all(
         if source is None or site.name not in statistics:
             continue
         values = Distribution.of(statistics[site.name])
-        folding = search_folding(values, _weight(site), strength)
+        folding = search_folding(values, values_of(site.weight), strength)
         fold(site, source, folding)
         foldings[site.name] = folding
     return foldings
@@ -149,7 +143,7 @@ def plan_linear(
     site: LinearSite, statistics: ChannelStatistics, folding: Folding | None, config: PlanConfig
 ) -> LinearPlan:
     """One Linear's numbers; ``folding`` is what was folded into its source, if anything."""
-    weight = _weight(site)
+    weight = values_of(site.weight)
     folding = folding or Folding.none(statistics.channels)
     values = seen = Distribution.of(statistics, folding.shift, folding.scale)
     squares = np.einsum("ij,ij->i", weight, weight).astype(np.float64)
@@ -171,7 +165,9 @@ def plan_linear(
     from_input = float(values.density(squares).error(np.asarray([step * LEVELS]))[0])
     from_weight = float(variance @ np.einsum("ij,ij->i", error, error))
     noise = from_input + from_weight
-    db = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf
+    # A constant input has no variance, and the bias corrects the error of its mean.
+    db = ratio_db(signal, noise) if signal > 0 else None
+    db = math.inf if db is None else db
     cause = _cause_in_input(seen) if from_input > from_weight else _cause_in_weight(scale)
     return LinearPlan(step, zero, integers, scale, folding.strength, -offset, db, cause)
 
@@ -196,8 +192,7 @@ def add_to_bias(site: LinearSite, offset: NDArray[np.float64]) -> None:
     """Add ``offset`` (Cout,) to the bias of a Linear that has one."""
     assert site.add is not None
     assert site.bias is not None
-    assert site.bias.const_value is not None
-    bias = (site.bias.const_value.numpy() + offset).astype(np.float32)
+    bias = (values_of(site.bias) + offset).astype(np.float32)
     write_initializer(site.add, 1, bias)
 
 

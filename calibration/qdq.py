@@ -48,6 +48,7 @@ from clipdeploy.core.spans import SQNR_DB, check_numbers
 from exporters.checks import check_structure
 from exporters.graphs import load_graph, save_graph
 from exporters.headers import GraphArtifact, read_passport
+from exporters.initializers import values_of
 from exporters.overflow import near_limit
 from exporters.precision import Fp16Config, half_precision
 from exporters.samples import Samples
@@ -170,8 +171,7 @@ def _write_products(
 def _write_head(writer: QdqWriter, node: ir.Node, table: CalibrationTable) -> None:
     weight = node.inputs[1]
     assert weight is not None
-    assert weight.const_value is not None
-    array = weight.const_value.numpy()
+    array = values_of(weight)
     # With transB, which torch.onnx sets, Gemm holds the weight as (Cout, Cin), else (Cin, Cout).
     turned = bool(node.attributes.get_int("transB", 0))
     integers, scale = quantize_weight(np.ascontiguousarray(array.T if turned else array))
@@ -185,8 +185,7 @@ def _write_head(writer: QdqWriter, node: ir.Node, table: CalibrationTable) -> No
 def _write_patch(writer: QdqWriter, node: ir.Node, spec: Preprocess) -> None:
     weight = node.inputs[1]
     assert weight is not None
-    assert weight.const_value is not None
-    kernel = weight.const_value.numpy()
+    kernel = values_of(weight)
     integers, scale = quantize_weight(np.ascontiguousarray(kernel.reshape(len(kernel), -1).T))
     # A pixel lies between 0 and 255: no image needs to be asked.
     mean, std = np.asarray(spec.mean), np.asarray(spec.std)

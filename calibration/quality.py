@@ -27,7 +27,8 @@ from clipdeploy.core.files import file_errors
 from clipdeploy.core.leftovers import scratch_folder
 from clipdeploy.core.passport import TensorSpec
 from exporters.graphs import write_model
-from exporters.overflow import largest_values, sqnr_db, stored_logits
+from exporters.metrics import sqnr_db
+from exporters.overflow import largest_values, stored_logits
 from exporters.samples import Samples
 from exporters.session import OnnxSession
 
@@ -83,7 +84,7 @@ class Judge:
         half: bool,
     ) -> None:
         self._images = 0 if kept is None else len(kept.crops)
-        judged = samples if kept is None else kept.and_those(samples)
+        judged = samples if kept is None else kept.concat(samples)
         self._inputs = judged.as_input(tensor)
         self.half = half
         self.peaks: dict[str, float] = {}

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from calibration.distribution import LEVELS, Distribution
 from calibration.policy import LinearSite
-from exporters.initializers import write_initializer
+from exporters.initializers import values_of, write_initializer
 
 __all__ = ["Folding", "Source", "find_source", "fold", "search_folding"]
 
@@ -210,9 +210,7 @@ def find_source(site: LinearSite, sites: dict[str, LinearSite]) -> Source | None
 
 
 def _array(value: ir.Value) -> F64:
-    tensor = value.const_value
-    assert tensor is not None
-    return tensor.numpy().astype(np.float64)
+    return values_of(value).astype(np.float64)
 
 
 def fold(site: LinearSite, source: Source, folding: Folding) -> None:

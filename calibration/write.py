@@ -27,7 +27,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from clipdeploy.core.passport import ScaleForm
-from exporters.initializers import add_initializer, own_initializer
+from exporters.initializers import add_initializer, own_initializer, remove_unused
 
 __all__ = ["QdqWriter", "ratio_name"]
 
@@ -53,9 +53,6 @@ class QdqWriter:
         self.unsigned = unsigned
         self._scales = scales
 
-    def _constant(self, name: str, array: NDArray[np.generic]) -> ir.Value:
-        return add_initializer(self._graph, name, array)
-
     @staticmethod
     def _node(
         op: str, name: str, inputs: list[ir.Value], dtype: ir.DataType, like: ir.Value, axis: int
@@ -75,13 +72,17 @@ class QdqWriter:
         kind: type[np.generic] = np.uint8 if self.unsigned else np.int8
         point = _MIDDLE - zero if self.unsigned else 0
         if zero and not self.unsigned:
-            shift = self._constant(f"{name}.input_shift", np.asarray(step * zero, np.float32))
+            shift = add_initializer(
+                self._graph, f"{name}.input_shift", np.asarray(step * zero, np.float32)
+            )
             nodes.append(
                 self._node("Sub", f"{name}/Sub", [value, shift], ir.DataType.FLOAT, value, -1)
             )
         source = nodes[0].outputs[0] if nodes else value
-        scale = self._constant(f"{name}.input_scale", np.asarray(step, np.float32))
-        zero_point = self._constant(f"{name}.input_zero_point", np.asarray(point, kind))
+        scale = add_initializer(self._graph, f"{name}.input_scale", np.asarray(step, np.float32))
+        zero_point = add_initializer(
+            self._graph, f"{name}.input_zero_point", np.asarray(point, kind)
+        )
         integer = ir.DataType.UINT8 if self.unsigned else ir.DataType.INT8
         q = self._node(
             "QuantizeLinear", f"{name}/Q", [source, scale, zero_point], integer, value, -1
@@ -114,13 +115,13 @@ class QdqWriter:
             largest = scale.max()
             self._multiply_output(node, name, scale / largest)
             scale, axis = np.asarray(largest, np.float32), -1
-        stored = self._constant(f"{value.name}/int8", integers)
-        scales = self._constant(f"{value.name}/scale", scale)
+        stored = add_initializer(self._graph, f"{value.name}/int8", integers)
+        scales = add_initializer(self._graph, f"{value.name}/scale", scale)
         inputs = [stored, scales]
         if self.unsigned:
             # ONNX Runtime's exact kernels (session.x64quantprecision) fail without one.
             zeros = np.zeros(scale.shape, np.int8)
-            inputs.append(self._constant(f"{value.name}/zero_point", zeros))
+            inputs.append(add_initializer(self._graph, f"{value.name}/zero_point", zeros))
         dq = self._node(
             "DequantizeLinear",
             f"{name}/weight_DQ",
@@ -131,7 +132,7 @@ class QdqWriter:
         )
         self._graph.insert_before(node, dq)
         node.replace_input_with(1, dq.outputs[0])
-        del self._graph.initializers[value.name or ""]
+        remove_unused(self._graph)
 
     def _multiply_output(self, node: ir.Node, name: str, ratio: NDArray[np.float32]) -> None:
         """Multiply each output channel of ``node`` by its ``ratio`` (C,), before its bias.
@@ -141,14 +142,16 @@ class QdqWriter:
         output = node.outputs[0]
         # A convolution has its channels before height and width.
         per_channel = (-1, 1, 1) if node.op_type == "Conv" else (-1,)
-        constant = self._constant(f"{name}.weight_ratio", ratio.reshape(per_channel))
+        constant = add_initializer(self._graph, f"{name}.weight_ratio", ratio.reshape(per_channel))
         new = [
             self._node("Mul", ratio_name(name), [output, constant], ir.DataType.FLOAT, output, -1)
         ]
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         if bias is not None:
             assert bias.const_value is not None
-            added = self._constant(f"{name}.bias", bias.const_value.numpy().reshape(per_channel))
+            added = add_initializer(
+                self._graph, f"{name}.bias", bias.const_value.numpy().reshape(per_channel)
+            )
             inputs = [new[0].outputs[0], added]
             new.append(
                 self._node("Add", f"{name}/ratio_bias", inputs, ir.DataType.FLOAT, output, -1)

@@ -68,7 +68,7 @@ class BenchmarkConfig:
     def __post_init__(self) -> None:
         if not self.batches or any(batch not in BATCH for batch in self.batches):
             listed = ", ".join(map(shown, self.batches))
-            raise UsageError(f"batches of [{listed}] images", hint=f"each is {BATCH.words}")
+            raise UsageError(f"batches of [{listed}] images", hint=f"each is {BATCH.text}")
         if len(set(self.batches)) < len(self.batches):
             raise UsageError(f"batches of {list(self.batches)} images", hint="give each batch once")
         if self.seconds is None and self.rounds is None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from calibration.policy import Placement
     from calibration.qdq import QuantizeConfig
     from calibration.quality import Quality
-    from clipdeploy.engines.backends import Wanted
+    from clipdeploy.engines.backends import BackendOption
 
 __all__ = [
     "check_plan_options",
@@ -223,7 +223,7 @@ def quantize(context: Context, model: str | None, cpu: bool, force: bool, **reci
         context.workspace,
         name,
         config,
-        backend=cast("Wanted", context.setting("backend") or "auto"),
+        backend=cast("BackendOption", context.setting("backend") or "auto"),
         force=force,
         progress=context.progress,
     )

@@ -260,9 +260,9 @@ class _DeferredWork:
 def _asked(graph: Path) -> tuple[BlockPrecision, ...]:
     """The precisions that ``graph`` requests."""
     # Imported here, so that a build does not wait for onnx.
-    from exporters.products import asked_precision
+    from exporters.products import requested_precision
 
-    return asked_precision(read_skeleton(graph))
+    return requested_precision(read_skeleton(graph))
 
 
 def _compiled_precision(log: tuple[str, ...]) -> ExecutedPrecision | None:

@@ -133,7 +133,7 @@ class EngineLayers:
 class ExecutedPrecision:
     """The precision that an engine computes in; true if TensorRT describes all of it.
 
-    Compare ``blocks`` with :func:`exporters.products.asked_precision`.  ``reformats`` counts the
+    Compare ``blocks`` with :func:`exporters.products.requested_precision`.  ``reformats`` counts the
     layers that only change a tensor's layout or type.  ``untold`` lists what the description leaves
     out, in one sentence each.
     """

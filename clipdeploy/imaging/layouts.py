@@ -17,7 +17,7 @@ from typing import Literal, cast, get_args
 
 from clipdeploy.core.errors import DatasetError, UsageError
 from clipdeploy.core.files import read_regular
-from clipdeploy.core.paths import hold_paths
+from clipdeploy.core.paths import convert_paths
 from clipdeploy.imaging.classes import Classes
 from clipdeploy.imaging.devkit import official_number
 from clipdeploy.imaging.folders import ClassFolders, class_folders
@@ -71,7 +71,7 @@ class Labelling:
     class_names: Path | None = None
 
     def __post_init__(self) -> None:
-        hold_paths(self, "labels", "class_names")
+        convert_paths(self, "labels", "class_names")
         if self.layout not in get_args(LayoutName):
             known = ", ".join(get_args(LayoutName))
             raise UsageError(f"unknown layout {self.layout!r}", hint=f"use one of {known}")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clipdeploy.core.errors import CheckpointError
+from clipdeploy.core.errors import CheckpointError, first_line
 from clipdeploy.core.files import open_regular, sha256_file
 from clipdeploy.core.interrupts import interrupts
 from clipdeploy.models.vit import ViTConfig
@@ -164,7 +164,7 @@ def _reason(error: Exception) -> str:
     if not isinstance(error, _FILE_ERRORS):
         return "it is damaged, or contains a dtype that the format does not support"
     # Only the first sentence: PyTorch appends advice.
-    return (text.strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+    return first_line(error).split(". ")[0]
 
 
 def _unwrap(loaded: Any, path: Path) -> tuple[StateDict, bool]:

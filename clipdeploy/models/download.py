@@ -16,7 +16,7 @@ from urllib.error import URLError
 
 from clipdeploy.core.addresses import masked, without_secrets
 from clipdeploy.core.cache import cache_folder
-from clipdeploy.core.errors import CheckpointError, UsageError
+from clipdeploy.core.errors import CheckpointError, UsageError, first_line
 from clipdeploy.core.files import file_errors
 from clipdeploy.models.cards import ModelCard
 
@@ -194,8 +194,7 @@ def fetch_hub(reference: str, *, offline: bool = False, progress: bool = True) -
 
 
 def _no_hub(reference: str, error: Exception) -> CheckpointError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return CheckpointError(
-        f"cannot download {reference}: {reason}",
+        f"cannot download {reference}: {first_line(error)}",
         hint="check the name and the connection, or download a file and pass its path",
     )

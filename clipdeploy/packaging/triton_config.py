@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from clipdeploy.core.errors import UsageError
 from clipdeploy.core.passport import TensorSpec
-from clipdeploy.core.spans import INSTANCES, MAX_BATCH, QUEUE_DELAY, check_numbers
+from clipdeploy.core.spans import BATCH, INSTANCES, QUEUE_DELAY, check_numbers
 from clipdeploy.core.values import is_name
 from clipdeploy.packaging.artifact import Packable
 from clipdeploy.packaging.pbtxt import Enum, Field, text_format
@@ -46,9 +46,7 @@ class TritonConfig:
             raise UsageError(
                 f"{self.name!r} is not a valid model name", hint="use letters, digits, - and _"
             )
-        check_numbers(
-            self, max_batch=MAX_BATCH.or_none, queue_delay=QUEUE_DELAY, instances=INSTANCES
-        )
+        check_numbers(self, max_batch=BATCH.or_none, queue_delay=QUEUE_DELAY, instances=INSTANCES)
 
 
 def check_batch(source: Packable, config: TritonConfig) -> None:

@@ -15,7 +15,7 @@ from clipdeploy.core.errors import BuildError, UsageError
 from clipdeploy.core.files import sha256_file
 from clipdeploy.core.passport import Preprocess, from_json, settings_of, to_json
 from clipdeploy.core.progress import SILENT, Progress
-from clipdeploy.engines.backends import Wanted, choose_backend, scale_form
+from clipdeploy.engines.backends import BackendOption, choose_backend, scale_form
 from clipdeploy.models.cards import takes_any_name
 from clipdeploy.stages.calibrate import is_calibrated
 from clipdeploy.stages.samples import sample_images
@@ -45,7 +45,7 @@ def quantize_model(
     model: str,
     config: QuantizeConfig = QuantizeConfig(),
     *,
-    backend: Wanted = "auto",
+    backend: BackendOption = "auto",
     force: bool = False,
     progress: Progress = SILENT,
 ) -> QuantizedGraph:
@@ -74,7 +74,7 @@ def quantize_model(
         return quantize(source, calibration, target, samples, config)
 
 
-def with_scale_form(config: QuantizeConfig, backend: Wanted = "auto") -> QuantizeConfig:
+def with_scale_form(config: QuantizeConfig, backend: BackendOption = "auto") -> QuantizeConfig:
     """``config`` with a form of the weight scales; ``backend`` chooses where it names none.
 
     Without any TensorRT here it is the form for TensorRT; a later ``build-engine`` checks it.
@@ -178,7 +178,7 @@ def _judged_images(workspace: Workspace, model: str, spec: Preprocess) -> Sample
     if not is_calibrated(workspace, model):
         return samples
     kept = load_table(workspace.calibration(model)).samples()
-    return samples if kept is None else kept.and_those(samples)
+    return samples if kept is None else kept.concat(samples)
 
 
 @takes_any_name

@@ -19,7 +19,6 @@ network only the blocks and the parts with the largest shares are restored.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
@@ -30,13 +29,12 @@ from clipdeploy.core.progress import SILENT, Progress
 from clipdeploy.tuning.chain import Chain, Tensor
 from clipdeploy.tuning.segments import Segment
 from clipdeploy.verification.metrics import Fidelity, FidelityMeter
+from exporters.metrics import BROKEN_DB, ratio_db
 
-__all__ = ["BROKEN_DB", "Batch", "BlockError", "Measurement", "PartError", "measure"]
+__all__ = ["Batch", "BlockError", "Measurement", "PartError", "measure"]
 
 Labels = NDArray[np.int64]
 
-# Stands for an output that is not finite: JSON has no infinity, and null is "no error".
-BROKEN_DB = -999.0
 # Up to so many parts all are restored, the demo's 32 among them; of more, these.
 _FEW_PARTS, _RESTORED_PARTS = 40, 12
 
@@ -115,9 +113,7 @@ class _Power:
 
     @property
     def db(self) -> float | None:
-        if not math.isfinite(self._error):
-            return BROKEN_DB
-        return 10 * math.log10(self._signal / self._error) if self._error > 0 else None
+        return ratio_db(self._signal, self._error)
 
 
 def _groups(segment: Segment) -> dict[str, frozenset[str]]:

@@ -10,6 +10,7 @@ import numpy as np
 from clipdeploy.tuning.chain import Chain
 from clipdeploy.tuning.coordinates import weight_pair
 from clipdeploy.tuning.taps import InputPeaks
+from exporters.metrics import sqnr_db
 
 __all__ = ["LinearFacts", "linear_facts"]
 
@@ -46,8 +47,6 @@ def linear_facts(chain: Chain, name: str, peaks: InputPeaks) -> LinearFacts:
         GraphError: a graph has no such Linear.
     """
     expected, found = weight_pair(chain.reference, chain.candidate, chain.bridges, name)
-    error = float(((found - expected) ** 2).sum())
-    signal = float((expected**2).sum())
     largest = float(peaks.peaks.max(initial=0.0))
     integers = chain.candidate.integers(name)
     return LinearFacts(
@@ -57,7 +56,7 @@ def linear_facts(chain: Chain, name: str, peaks: InputPeaks) -> LinearFacts:
         outliers=int((peaks.peaks * _NEAR_THE_LARGEST > largest).sum()),
         limit=peaks.limit if math.isfinite(peaks.limit) else None,
         clipped=peaks.clipped,
-        weight_db=10 * math.log10(signal / error) if error > 0 and signal > 0 else None,
+        weight_db=sqnr_db(expected, found),
         weight_ratio=float(np.linalg.norm(found)) / max(float(np.linalg.norm(expected)), 1e-30),
         weight_levels=0 if integers is None else len(np.unique(integers)),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from clipdeploy.tuning.bisection import BROKEN_DB
+from exporters.metrics import BROKEN_DB
 
 __all__ = ["decibels", "number_columns"]
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from clipdeploy.verification.paired import Interval, wilson_interval
 from clipdeploy.verification.records import Answer, ImageId, ImageRecord, Leak, measure_images
+from exporters.metrics import ratio_db
 
 __all__ = ["Accuracy", "Fidelity", "FidelityMeter", "accuracy_of", "fidelity_of"]
 
@@ -94,7 +95,7 @@ def fidelity_of(
         max_abs=max((outcome.max_abs or 0.0 for _, outcome in sound), default=0.0),
         mean_abs=math.fsum(o.sum_abs or 0.0 for _, o in sound) / max(len(sound) * classes, 1),
         cosine=min((o.cosine for _, o in sound if o.cosine is not None), default=0.0),
-        sqnr_db=10 * math.log10(signal / noise) if noise > 0 and signal > 0 else None,
+        sqnr_db=ratio_db(signal, noise),
         agreement=100.0 * sum(a.first == b.first for a, b in pairs) / len(records),
         finite=len(sound) == len(records),
         accuracy=accuracy_of(ours) if labelled else None,

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from clipdeploy.verification.records import ImageRecord
 from clipdeploy.verification.repeats import Repeat, excluded_share
 from clipdeploy.verification.results import ArtifactEntry, Results
+from exporters.metrics import BROKEN_DB, ratio_db
 
 __all__ = ["Repeatability", "repeatability_of"]
 
@@ -44,7 +45,7 @@ class Repeatability:
     with other neighbours. ``sizes`` are the batch sizes and ``profiles`` the number of engine
     profiles that were tried; ``images`` counts the compared answers. ``sqnr_db`` is that of the
     calls that differ most, ``worst_db`` of the image that differs most, None if all are equal to
-    the bit; ``changed`` counts different top-1 answers. A fault that affects at least ``excluded``
+    the bit and -999 if one is not finite; ``changed`` counts different top-1 answers. A fault that affects at least ``excluded``
     percent of all calls would have been detected with probability 97.5 %, and so would one that
     affects at least ``excluded_large`` percent of the calls of a whole batch or more, and no
     smaller calls.
@@ -100,18 +101,11 @@ class _Group:
         return f"{self.size} at once in another order"
 
 
-def _decibels(share: float) -> float | None:
-    """Return 10 log10 of signal over noise, None without noise."""
-    if share <= 0:
-        return None
-    return -10 * math.log10(share) if math.isfinite(share) else -math.inf
-
-
 def _shown(share: float) -> str:
-    found = _decibels(share)
-    return (
-        "equal" if found is None else "NaN or infinite" if math.isinf(found) else f"{found:.1f} dB"
-    )
+    found = ratio_db(1.0, share)
+    if found is None:
+        return "equal"
+    return "NaN or infinite" if found == BROKEN_DB else f"{found:.1f} dB"
 
 
 def _own_share(records: Iterable[ImageRecord], lane: int) -> float:
@@ -172,15 +166,10 @@ def repeatability_of(results: Results, lane: int, entry: ArtifactEntry) -> Repea
         images=sum(repeat.size for repeat in repeats),
         sizes=sizes,
         profiles=len({repeat.profile for repeat in repeats} - {None}),
-        sqnr_db=_finite(_decibels(mean)),
-        worst_db=_finite(_decibels(worst)),
+        sqnr_db=ratio_db(1.0, mean),
+        worst_db=ratio_db(1.0, worst),
         changed=sum(repeat.changed for repeat in repeats),
         excluded=excluded,
         excluded_large=excluded_large,
         sentence=sentence,
     )
-
-
-def _finite(value: float | None) -> float | None:
-    """Replace an infinite value by None: JSON has no infinity."""
-    return value if value is not None and math.isfinite(value) else None

@@ -28,7 +28,7 @@ from clipdeploy.engines.passport import (
 )
 from exporters.blocks import BlockPrecision
 from exporters.headers import read_passport, read_skeleton
-from exporters.products import asked_precision
+from exporters.products import requested_precision
 
 __all__ = ["Inspection", "inspect_file", "inspection_table"]
 
@@ -88,7 +88,7 @@ def _graph(path: Path) -> Inspection:
         passport,
         None,
         len(skeleton.graph.node),
-        asked_precision(skeleton),
+        requested_precision(skeleton),
         None,
         None,
         note,

@@ -1,11 +1,11 @@
-"""What activation outliers do to INT8: plain min-max beside the default recipe, in one run.
+"""Measures the effect of activation outliers on INT8: plain min-max and the default recipe.
 
     python scripts/bench/outliers.py [--variants FOLDER]
 
-The demo model and variants of it that carry the outliers of real CLIP ViTs, made by
+The models are the demo model and variants with the outliers of real CLIP ViTs, written by
 ``scripts/make_outlier_variants.py`` (about a minute; --variants takes a folder that it wrote).  For
-each: top-1 on the 500 held-out digits in PyTorch, and for both recipes top-1 and the logits'
-signal-to-noise ratio against PyTorch.  The graph is what a TensorRT engine is compiled from.
+each model: top-1 on the 500 held-out digits in PyTorch, and for both recipes top-1 and SQNR of the
+logits against PyTorch.  The graphs are the ones from which TensorRT engines are compiled.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def make_variants(folder: Path) -> None:
     """Run the script that writes the variants."""
     script = ROOT / "scripts" / "make_outlier_variants.py"
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    # More threads would change the order of sums, and with it the fine-tuned weights.
+    # The number of threads changes the order of sums, and so the fine-tuned weights.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     words = [sys.executable, str(script), "--out", str(folder)]
     subprocess.run(words, check=True, env=environment)
 
 
 def judge(workspace: Workspace, plan: PlanConfig) -> Verification:
-    """Quantise with ``plan``; the graphs on the held-out digits."""
+    """Quantise with ``plan`` and evaluate the graphs on the held-out digits."""
     quantize_model(workspace, cards.DEMO, QuantizeConfig(plan=plan, min_sqnr=None))
     test = cards.demo_file("test.zip")
     scope = VerifyScope(graphs_only=True)
@@ -59,7 +59,7 @@ def judge(workspace: Workspace, plan: PlanConfig) -> Verification:
 
 
 def main() -> None:
-    """Make the variants, quantise each twice, print the table."""
+    """Create the variants, quantise each twice and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--variants", type=Path)
     chosen = parser.parse_args()

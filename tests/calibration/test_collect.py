@@ -443,5 +443,5 @@ def test_damaged_and_missing_graphs_are_refused(
     with pytest.raises(FileError, match=r"absent\.onnx"):
         _collect(tmp_path / "absent.onnx", images)
     (tmp_path / "cut.onnx").write_bytes(graph.read_bytes()[:-1000])
-    with pytest.raises(ArtifactError, match=r"cut\.onnx is no readable ONNX graph"):
+    with pytest.raises(ArtifactError, match=r"cut\.onnx is not a readable ONNX graph"):
         _collect(tmp_path / "cut.onnx", images)

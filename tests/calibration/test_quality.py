@@ -209,5 +209,5 @@ def test_what_is_refused_and_what_is_said(
 
 @pytest.mark.parametrize("minimum", [math.nan, math.inf])
 def test_a_minimum_that_is_no_number_is_refused(minimum: float) -> None:
-    with pytest.raises(UsageError, match="a minimum SQNR of"):
+    with pytest.raises(UsageError, match=f"invalid value {minimum} for min_sqnr"):
         QuantizeConfig(min_sqnr=minimum)

@@ -413,5 +413,5 @@ def test_a_sealed_table_with_values_that_cannot_be(
     table = replace(_table(), **{field: value})  # type: ignore[arg-type]
     path = tmp_path / "calibration.json"
     save_table(table, path)
-    with pytest.raises(ArtifactError, match=f"cannot be believed: {field}"):
+    with pytest.raises(ArtifactError, match=f"is invalid: {field}"):
         load_table(path)

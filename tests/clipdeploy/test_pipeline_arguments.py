@@ -185,7 +185,7 @@ def test_profiles_that_cannot_be(profiles: Any) -> None:
 
 
 def test_classes_to_name_are_counted(demo_workspace: Workspace) -> None:
-    with pytest.raises(UsageError, match="the -1 likeliest classes"):
+    with pytest.raises(UsageError, match="invalid value -1 for top"):
         predict_images(demo_workspace, ALIAS, TEST, top=-1)
 
 

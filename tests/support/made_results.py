@@ -1,4 +1,4 @@
-"""Results that no model was run for, to be read, joined and judged."""
+"""Creates results without running a model, to test reading, merging and verdicts."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ RUN_KEY = RunKey(
 
 
 def answer(label: int | None, *, right: bool) -> Answer:
-    """An answer that is right about ``label``, or off by one with the label in the second place."""
+    """Return an answer with ``label`` first, or with another class first and it second."""
     label, known = label or 0, label is not None
     first = label if right else (label + 1) % 10
     top = (first, *(each for each in ((label + i) % 10 for i in range(10)) if each != first))
@@ -67,7 +67,7 @@ def record(
     finite: bool = True,
     labelled: bool = True,
 ) -> ImageRecord:
-    """Image ``number``, right or wrong for the reference and for each artifact."""
+    """Return the record of image ``number``, right or wrong for reference and artifacts."""
     label = number % 10 if labelled else None
     metrics: tuple[Any, ...] = (0.1, 0.4, 0.04, 0.999) if finite else (None,) * 4
     outcomes = tuple(Outcome(answer(label, right=right), *metrics) for right in artifacts)
@@ -79,7 +79,7 @@ def record(
 
 
 def again(calls: int, **changes: Any) -> tuple[Repeat, ...]:
-    """So many calls for two images each that gave the same logits as the first time."""
+    """Return repeated calls of two images each with the same logits as the first time."""
     return tuple(
         Repeat(**{**REPEAT, **changes})  # type: ignore[arg-type]
         for _ in range(calls)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from clipdeploy.verification.records import ImageRecord, Outcome
+from exporters.metrics import BROKEN_DB, ratio_db
 
 __all__ = ["Disagreeing", "Spread", "disagreeing_of", "spread_of", "worst_images"]
 
@@ -32,9 +33,10 @@ class Spread:
 
 
 def _sqnr(signal: float, noise: float) -> float:
-    if noise == 0:
+    db = ratio_db(signal, noise)
+    if db is None:
         return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+    return -math.inf if db == BROKEN_DB else db
 
 
 def spread_of(records: Sequence[ImageRecord], lane: int) -> Spread:

@@ -280,12 +280,12 @@ def test_labels_are_as_short_as_possible() -> None:
         ({"batches": (8, 0)}, r"batches of \[8, 0\]"),
         ({"batches": (8, 8)}, "give each batch once"),
         ({"seconds": None}, "has no limit"),
-        ({"seconds": 0.0}, "0.0 seconds"),
-        ({"seconds": float("nan")}, "nan seconds"),
-        ({"rounds": 0}, "0 rounds"),
-        ({"warmup": -1.0}, "warm-up of -1.0"),
-        ({"seed": -1}, "seed of -1"),
-        ({"threads": -2}, "-2 threads"),
+        ({"seconds": 0.0}, "invalid value 0.0 for seconds"),
+        ({"seconds": float("nan")}, "invalid value nan for seconds"),
+        ({"rounds": 0}, "invalid value 0 for rounds"),
+        ({"warmup": -1.0}, "invalid value -1.0 for warmup"),
+        ({"seed": -1}, "invalid value -1 for seed"),
+        ({"threads": -2}, "invalid value -2 for threads"),
     ],
 )
 def test_an_invalid_config_is_refused(settings: dict[str, Any], expected: str) -> None:
@@ -567,6 +567,6 @@ def test_the_suffix_determines_the_format(name: str, start: bytes, tmp_path: Pat
 
 def test_another_suffix_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     for name in ("plot.pdf", "plot", "plot.png.txt"):
-        with pytest.raises(UsageError, match=r"no plot can be written as plot"):
+        with pytest.raises(UsageError, match=r"cannot save a plot as plot"):
             save_plot(draw_benchmark(sample((8,), rounds=5)), tmp_path / name)
     assert list(tmp_path.iterdir()) == []

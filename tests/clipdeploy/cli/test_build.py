@@ -109,7 +109,7 @@ def test_an_engine_that_nobody_vouches_for_is_built_again(spoilt: str, artifacts
         (("--profile", "1,8"), ("'1,8'", "1,8,32")),
         (("--profile", "one"), ("'one'", "MIN,OPT,MAX")),
         (("--optimization-level", "9"), ("9", "0 to 5")),
-        (("--memory-pool", "0"), ("0 MiB",)),
+        (("--memory-pool", "0"), ("invalid value 0 for --memory-pool",)),
         (("--compute-capability", "Ada"), ("'Ada'", "8.9")),
         (("--int8", "--fp16-io"), ("--fp16-io belongs to --fp16",)),
     ],
@@ -181,7 +181,7 @@ def test_a_file_that_may_not_grow_leaves_no_engine(artifacts: Path, tmp_path: Pa
     folder = tmp_path / "small"
     folder.mkdir()
     done = small_disk(folder / "x.engine", "bash", "-c", 'ulimit -f 3000; "$@"', "-")
-    assert "files may not grow this large here" in done.stderr
+    assert "the file size limit is exceeded" in done.stderr
     assert not list(folder.iterdir())
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from calibration.plan import PlanConfig
 from clipdeploy.cli.text import wrapped
 from clipdeploy.models import cards
-from clipdeploy.tuning.bisection import BROKEN_DB, BlockError, Measurement, PartError
+from clipdeploy.tuning.bisection import BlockError, Measurement, PartError
 from clipdeploy.tuning.cost import CostModel
 from clipdeploy.tuning.culprit import Culprit
 from clipdeploy.tuning.linears import LinearFacts
@@ -27,6 +27,7 @@ from clipdeploy.verification.baseline import Baseline
 from clipdeploy.verification.metrics import Accuracy, Fidelity
 from clipdeploy.verification.paired import judge_drop
 from clipdeploy.verification.result import Row, Verification, verification_table
+from exporters.metrics import BROKEN_DB
 
 LONGEST = max((card.name for card in cards.all_cards()), key=len)
 DEPTH = 12

@@ -28,7 +28,7 @@ from clipdeploy.engines.inspector import (
 from clipdeploy.models import cards
 from clipdeploy.workspace.folder import Workspace
 from exporters.blocks import BlockPrecision
-from exporters.products import asked_precision
+from exporters.products import requested_precision
 
 Layer = dict[str, Any]
 Record = Callable[[Path], str]
@@ -97,7 +97,7 @@ def test_tensorrt_rtx_compiles_the_precisions_of_the_graph(
     graph = demo_workspace.graph(cards.DEMO, precision)
     engine = parse_build_log(_build(graph, batches=batches))
     executed = executed_precision(engine)
-    assert executed.blocks == asked_precision(onnx.load(graph))
+    assert executed.blocks == requested_precision(onnx.load(graph))
     assert executed, executed.untold
     assert [tensor.name for tensor in engine.io] == ["image", "logits"]
 
@@ -107,7 +107,7 @@ def test_a_linear_that_silently_left_int8_is_found(
 ) -> None:
     source = demo_workspace.graph(cards.DEMO, "int8")
     graph = _scales_along_the_input(source, "blocks.3.mlp.fc1", tmp_path / "axis.onnx")
-    asked = {b.block: b for b in asked_precision(onnx.load(graph))}
+    asked = {b.block: b for b in requested_precision(onnx.load(graph))}
     executed = executed_precision(parse_build_log(_build(graph)))
     differing = [block for block in executed.blocks if block != asked[block.block]]
     assert asked["blocks.3"].gemms == {"int8": 4}

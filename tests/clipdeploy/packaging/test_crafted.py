@@ -211,5 +211,5 @@ def test_a_repository_with_a_pipe(graphs: dict[str, Path], tmp_path: Path) -> No
     made = package_triton(graphs["fp16"], tmp_path)
     (made.path / "labels.txt").unlink()
     os.mkfifo(made.path / "labels.txt")
-    with pytest.raises(FileError, match="no regular file but a pipe"):
+    with pytest.raises(FileError, match="it is a pipe, not a regular file"):
         package_triton(graphs["fp16"], tmp_path)

@@ -31,7 +31,7 @@ def test_damaged_state_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../../x", "/etc", "", "..", "a/b", "a\\b", "a\x1b[2J", "a\n"])
 def test_the_last_model_is_a_name_and_no_path(name: str, tmp_path: Path) -> None:
     (tmp_path / "workspace.json").write_text(json.dumps({"last_model": name}))
-    with pytest.raises(ArtifactError, match=r"workspace\.json cannot be believed: last_model is"):
+    with pytest.raises(ArtifactError, match=r"workspace\.json is invalid: last_model is"):
         Workspace(tmp_path).last_model()
 
 
