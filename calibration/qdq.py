@@ -1,6 +1,6 @@
 """FP32 graph and calibration -> INT8 graph.
 
-:mod:`calibration.policy` decides what runs in INT8, :mod:`calibration.plan` with which numbers,
+:mod:`calibration.policy` decides what runs in INT8, :mod:`calibration.scheme` with which numbers,
 :mod:`calibration.write` writes it.
 """
 
@@ -9,20 +9,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
 
 from calibration.distribution import Distribution
-from calibration.plan import (
-    LinearPlan,
-    PlanConfig,
-    add_to_bias,
-    fold_all,
-    plan_linear,
-    plan_product,
-)
 from calibration.policy import (
     HEAD,
     PATCH,
@@ -36,6 +28,14 @@ from calibration.policy import (
     qkv_output,
 )
 from calibration.quality import MIN_SQNR_DB, Judge, Quality, Weakest, check_quality
+from calibration.scheme import (
+    LinearScheme,
+    SchemeConfig,
+    add_to_bias,
+    fold_all,
+    linear_scheme,
+    product_steps,
+)
 from calibration.smoothing import Folding
 from calibration.table import CalibrationTable, load_table
 from calibration.weights import float16_step, quantize_weight
@@ -52,29 +52,39 @@ from exporters.overflow import near_limit
 from exporters.precision import Fp16Config, half_precision
 from exporters.samples import Samples
 
-__all__ = ["QuantizeConfig", "QuantizedGraph", "quantize", "smooth"]
+__all__ = [
+    "SCHEME_KEY",
+    "QuantizeConfig",
+    "QuantizedGraph",
+    "quantize",
+    "smooth",
+    "stored_settings",
+]
 
 # QuantizeLinear and DequantizeLinear take float16 scales from here on.
 _FIRST_WITH_HALF_SCALES = 19
+# The JSON key of ``scheme`` in every passport and recipe written so far.
+SCHEME_KEY = "plan"
 
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """``exclude``: patterns of what stays as it is; ``remainder``: the rest's type.
+    """How to make the INT8 graph.
 
-    ``fp16`` is what a TensorRT engine is compiled from; ``fp32`` is what ONNX Runtime runs with
-    int8 kernels on a CPU.  ``plan``: how ranges are found and outliers smoothed; ``scope``: what is
-    quantised beside the Linears of the blocks.  ``min_sqnr``: the lowest signal over noise in dB
-    that INT8 may leave: a Linear whose output would have less is left out, and a graph whose logits
-    have less is refused.  None judges nothing.
+    ``exclude``: name patterns of Linears and products to leave unquantised.  ``remainder``: type of
+    the unquantised nodes; ``fp16`` for TensorRT engines, ``fp32`` for ONNX Runtime's int8 kernels
+    on a CPU.  ``scheme``: how ranges are found and outliers smoothed.  ``scope``: what to quantise
+    besides the Linears of the blocks.  ``min_sqnr``: lowest signal-to-noise ratio in dB; a Linear
+    whose output would fall below it is left unquantised, a graph whose logits fall below it is
+    refused.  None disables both checks.
 
     Raises:
-        UsageError: another ``remainder``, or a ``min_sqnr`` that is no number.
+        UsageError: unknown ``remainder``, or ``min_sqnr`` out of range.
     """
 
     exclude: tuple[str, ...] = ()
     remainder: Literal["fp16", "fp32"] = "fp16"
-    plan: PlanConfig = field(default_factory=PlanConfig)
+    scheme: SchemeConfig = field(default_factory=SchemeConfig)
     scope: Scope = field(default_factory=Scope)
     min_sqnr: float | None = MIN_SQNR_DB
 
@@ -84,6 +94,15 @@ class QuantizeConfig:
                 f"the remainder cannot be {self.remainder!r}", hint="choose fp16 or fp32"
             )
         check_numbers(self, min_sqnr=SQNR_DB.or_none)
+
+
+def stored_settings(config: QuantizeConfig) -> dict[str, Any]:
+    """``config`` as passports and recipes store it.
+
+    Its keys are the field names, except that ``scheme`` is stored as ``plan``: the key of earlier
+    versions, whose graphs would otherwise be made again and whose recipes would not load.
+    """
+    return {SCHEME_KEY if k == "scheme" else k: v for k, v in settings_of(config).items()}
 
 
 @dataclass(frozen=True)
@@ -126,15 +145,15 @@ def _write_linears(
     found = {}
     for site in sites:
         statistics, folding = table.of(site.name), foldings.get(site.name)
-        plan: LinearPlan = plan_linear(site, statistics, folding, config.plan)
-        found[site.name] = Weakest(site.name, plan.sqnr_db, plan.cause)
-        if config.min_sqnr is not None and plan.sqnr_db < config.min_sqnr:
+        scheme: LinearScheme = linear_scheme(site, statistics, folding, config.scheme)
+        found[site.name] = Weakest(site.name, scheme.sqnr_db, scheme.cause)
+        if config.min_sqnr is not None and scheme.sqnr_db < config.min_sqnr:
             continue
         if site.bias is not None:
-            lost = plan.shift_output if not writer.unsigned else 0.0
-            add_to_bias(site, plan.correction + lost)
-        writer.activation(site.matmul, 0, site.name, plan.step, plan.zero)
-        writer.weight(site.matmul, site.name, plan.integers, plan.weight_scale, axis=1)
+            lost = scheme.shift_output if not writer.unsigned else 0.0
+            add_to_bias(site, scheme.correction + lost)
+        writer.activation(site.matmul, 0, site.name, scheme.step, scheme.zero)
+        writer.weight(site.matmul, site.name, scheme.integers, scheme.weight_scale, axis=1)
     return found
 
 
@@ -150,7 +169,7 @@ def _write_products(
             continue
         statistics = table.of(qkv_output(f"blocks.{product.block}.attn.qkv"))
         folding = foldings.get(f"blocks.{product.block}.attn.proj")
-        steps = plan_product(product.role, statistics, folding)
+        steps = product_steps(product.role, statistics, folding)
         for index, step in enumerate(steps):
             writer.activation(product.node, index, f"{product.name}.{index}", step)
 
@@ -186,8 +205,8 @@ def _write_patch(writer: QdqWriter, node: ir.Node, spec: Preprocess) -> None:
 def _write(
     model: ir.Model, table: CalibrationTable, chosen: frozenset[str], config: QuantizeConfig
 ) -> dict[str, Weakest]:
-    plan = config.plan
-    foldings = smooth(model, table, chosen, plan.strength) if plan.smooth else {}
+    scheme = config.scheme
+    foldings = smooth(model, table, chosen, scheme.strength) if scheme.smooth else {}
     writer = QdqWriter(model.graph, unsigned=config.remainder == "fp32")
     sites = [site for site in find_linears(model) if site.name in chosen]
     products = find_products(model)
@@ -309,7 +328,7 @@ def quantize(
         parents={"source_graph": source_hash, "calibration": sha256_file(calibration)},
         settings={
             **passport.settings,
-            **settings_of(config),
+            **stored_settings(config),
             "int8_nodes": len(placement.quantized),
             "int8_left_out": left_out,
             "keep_fp32": list(keep),

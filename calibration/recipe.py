@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from calibration.qdq import QuantizeConfig
+from calibration.qdq import SCHEME_KEY, QuantizeConfig, stored_settings
 from clipdeploy.core.errors import ArtifactError
-from clipdeploy.core.files import write_atomic
-from clipdeploy.core.passport import read_json, to_json
+from clipdeploy.core.files import read_regular, write_atomic
+from clipdeploy.core.passport import from_json, settings_of, to_json
 from clipdeploy.core.values import Fault, is_name, unless, unless_lines
 
 __all__ = ["RECIPE_SCHEMA", "QuantizeRecipe", "load_recipe", "save_recipe"]
@@ -57,7 +57,8 @@ def save_recipe(recipe: QuantizeRecipe, path: Path) -> None:
     Raises:
         FileError: no permission, no space.
     """
-    write_atomic(path, to_json(recipe))
+    stored = {**settings_of(recipe), "config": stored_settings(recipe.config)}
+    write_atomic(path, to_json(stored))
 
 
 def load_recipe(path: Path) -> QuantizeRecipe:
@@ -67,4 +68,13 @@ def load_recipe(path: Path) -> QuantizeRecipe:
         FileError: it cannot be opened.
         ArtifactError: it is no recipe, or was written by a newer clipdeploy.
     """
-    return read_json(path, QuantizeRecipe, RECIPE_SCHEMA)
+    data = read_regular(path)
+    return from_json(data, QuantizeRecipe, str(path), RECIPE_SCHEMA, prepare=_with_field_names)
+
+
+def _with_field_names(raw: Any) -> Any:
+    """The JSON of a recipe, with ``config.plan`` as ``config.scheme``."""
+    if not isinstance(raw, dict) or not isinstance(raw.get("config"), dict):
+        return raw
+    config = {"scheme" if k == SCHEME_KEY else k: v for k, v in raw["config"].items()}
+    return {**raw, "config": config}

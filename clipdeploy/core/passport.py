@@ -6,7 +6,7 @@ an engine as ``*.engine.json``.  A later stage reads it instead of asking the us
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Literal, TypeVar
@@ -237,8 +237,16 @@ def _encode(value: object) -> str:
     raise NotImplementedError(f"{type(value).__name__} has no JSON form")
 
 
-def from_json(data: bytes | str, kind: type[T], where: str, newest: int = PASSPORT_SCHEMA) -> T:
+def from_json(
+    data: bytes | str,
+    kind: type[T],
+    where: str,
+    newest: int = PASSPORT_SCHEMA,
+    prepare: Callable[[Any], Any] = lambda raw: raw,
+) -> T:
     """Read a ``kind`` back from JSON, the type and the value of every field checked.
+
+    ``prepare`` may change the decoded JSON first, such as the names of its keys.
 
     Raises:
         ArtifactError: not JSON, a field of the wrong type or with a value that cannot be, or a
@@ -253,7 +261,7 @@ def from_json(data: bytes | str, kind: type[T], where: str, newest: int = PASSPO
                 f"this one reads up to {newest})",
                 hint="upgrade clipdeploy, or make the artifact again",
             )
-        found = msgspec.convert(raw, kind)
+        found = msgspec.convert(prepare(raw), kind)
     except UsageError as error:
         # A configuration that checks itself knows nothing of the file that it is in.
         raise ArtifactError(f"{where} cannot be believed: {error.message}", hint=_AGAIN) from error

@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from calibration.policy import Placement, place
-from calibration.qdq import QuantizeConfig, QuantizedGraph, quantize
+from calibration.qdq import QuantizeConfig, QuantizedGraph, quantize, stored_settings
 from calibration.quality import Quality
 from calibration.recipe import load_recipe
 from calibration.table import load_table
 from clipdeploy.core.errors import UsageError
 from clipdeploy.core.files import sha256_file
-from clipdeploy.core.passport import Preprocess, from_json, settings_of, to_json
+from clipdeploy.core.passport import Preprocess, from_json, to_json
 from clipdeploy.core.progress import SILENT, Progress
 from clipdeploy.models.cards import takes_any_name
 from clipdeploy.stages.calibrate import is_calibrated
@@ -62,7 +62,7 @@ def quantize_model(
     parents = {"source_graph": sha256_file(source), "calibration": sha256_file(calibration)}
     if not force and (found := existing_graph(target)):
         settings = found.passport.settings
-        asked = settings_of(config)
+        asked = stored_settings(config)
         if found.passport.parents == parents and settings.items() >= asked.items():
             return QuantizedGraph(found, _placement(source, config, found), int8_quality(found))
     with progress.task(f"quantise {model}"):
@@ -120,7 +120,7 @@ def _searched_config(
     if replace(asked, min_sqnr=default.min_sqnr) != default or graph is None or not path.exists():
         return None
     config = load_recipe(path).config
-    made = graph.passport.settings.items() >= settings_of(config).items()
+    made = graph.passport.settings.items() >= stored_settings(config).items()
     return config if made and config.remainder == "fp16" else None
 
 

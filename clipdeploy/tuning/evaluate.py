@@ -1,4 +1,4 @@
-"""Combinations of one plan on the search images, each evaluated once and kept.
+"""Combinations of one scheme on the search images, each evaluated once and kept.
 
 Of many combinations one is chosen because few images were lost, and partly that was luck: fresh
 images would lose more.  So the counts are held against what the error's size lets expect.  Image i
@@ -106,14 +106,14 @@ class Evaluator:
         chain: Chain,
         images: Sequence[Labelled],
         tensor: TensorSpec,
-        plan: str,
+        scheme: str,
         state: SearchState,
         path: Path,
         deadline: float | None,
         advance: Callable[[int], None],
     ) -> None:
         self._chain, self._images, self._tensor = chain, images, tensor
-        self._plan, self._state, self._path = plan, state, path
+        self._scheme, self._state, self._path = scheme, state, path
         self._deadline, self._advance = deadline, advance
         self._reference: list[Tensor] = []
 
@@ -127,7 +127,7 @@ class Evaluator:
         Raises:
             OutOfTimeError: the budget is used up.
         """
-        known = self._state.power.setdefault(self._plan, {})
+        known = self._state.power.setdefault(self._scheme, {})
         for name in self._chain.linears:
             if name not in known:
                 self._check_time()
@@ -159,7 +159,7 @@ class Evaluator:
         Raises:
             OutOfTimeError: the budget is used up, and it is not known yet.
         """
-        slot = self._state.slot(self._plan, int8)
+        slot = self._state.slot(self._scheme, int8)
         if slot not in self._state.evaluations:
             self._check_time()
             self._state.evaluations[slot] = self._run(int8)

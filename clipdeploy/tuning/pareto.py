@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 __all__ = ["Candidate", "Evaluation", "pareto_front"]
 
@@ -44,7 +44,6 @@ class Candidate:
     feasible: bool
     front: bool = False
     recipe: str = ""
-    plan: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def drop(self) -> float:

@@ -18,10 +18,11 @@ _SCHEMA = 1
 
 @dataclass
 class SearchState:
-    """``key``: everything that the figures depend on.
+    """Everything a search has measured.
 
-    ``costs``: the cost model; ``power``: by plan, each Linear's error power alone; ``evaluations``:
-    by plan and combination, see :meth:`slot`.
+    ``key``: hash of all inputs that the measurements depend on.  ``costs``: the cost model.
+    ``power``: by scheme, the error power of each Linear alone.  ``evaluations``: by scheme and
+    combination, see :meth:`slot`.
     """
 
     key: str
@@ -31,13 +32,13 @@ class SearchState:
     schema: int = _SCHEMA
 
     @staticmethod
-    def slot(plan: str, int8: frozenset[str]) -> str:
+    def slot(scheme: str, int8: frozenset[str]) -> str:
         """Where the evaluation of a combination stands."""
-        return f"{plan}: {' '.join(sorted(int8))}"
+        return f"{scheme}: {' '.join(sorted(int8))}"
 
-    def of(self, plan: str) -> dict[frozenset[str], Evaluation]:
-        """Everything that was evaluated under one plan."""
-        prefix = self.slot(plan, frozenset())
+    def of(self, scheme: str) -> dict[frozenset[str], Evaluation]:
+        """Everything that was evaluated under one scheme."""
+        prefix = self.slot(scheme, frozenset())
         return {
             frozenset(slot.removeprefix(prefix).split()): found
             for slot, found in self.evaluations.items()

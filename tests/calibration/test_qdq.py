@@ -16,13 +16,13 @@ import pytest
 from numpy.typing import NDArray
 from planted import calibrated
 
-from calibration.plan import PlanConfig
 from calibration.policy import Scope, find_linears, find_products, place
-from calibration.qdq import QuantizeConfig, quantize
+from calibration.qdq import QuantizeConfig, quantize, stored_settings
+from calibration.scheme import SchemeConfig
 from calibration.table import CalibrationTable, load_table, pack, save_table
 from clipdeploy.core.errors import ArtifactError, CalibrationError, ClipdeployError, GraphError
 from clipdeploy.core.files import sha256_file
-from clipdeploy.core.passport import Preprocess, settings_of
+from clipdeploy.core.passport import Preprocess
 from clipdeploy.models import cards
 from clipdeploy.workspace.folder import Workspace
 from exporters.graphs import load_graph
@@ -136,8 +136,8 @@ def test_pairs_sit_where_placement_says(
     scope: Scope, source: Path, calibration: Path, samples: Samples, tmp_path: Path
 ) -> None:
     # Min-max is the fastest method; where the pairs sit does not depend on it.
-    plan = PlanConfig(range_method="minmax", clip_weights=False, smooth=False)
-    config = QuantizeConfig(remainder="fp32", scope=scope, plan=plan)
+    scheme = SchemeConfig(range_method="minmax", clip_weights=False, smooth=False)
+    config = QuantizeConfig(remainder="fp32", scope=scope, scheme=scheme)
     result = quantize(source, calibration, tmp_path / "x.onnx", samples, config)
     count = 24 + 12 * scope.attention + scope.head + scope.patch
     assert len(result.placement.quantized) == count
@@ -170,8 +170,8 @@ def test_excluded_ones_stay_float(source: Path, make_int8: Make) -> None:
 def test_excluded_product_and_head_stay_float(
     source: Path, calibration: Path, samples: Samples, tmp_path: Path
 ) -> None:
-    plan = PlanConfig(range_method="minmax", clip_weights=False, smooth=False)
-    config = QuantizeConfig(("head", "*.scores", "blocks.[0-4].*"), "fp32", plan, ALL_SCOPE)
+    scheme = SchemeConfig(range_method="minmax", clip_weights=False, smooth=False)
+    config = QuantizeConfig(("head", "*.scores", "blocks.[0-4].*"), "fp32", scheme, ALL_SCOPE)
     result = quantize(source, calibration, tmp_path / "x.onnx", samples, config)
     linears = tuple(f"blocks.5.{r}" for r in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))
     assert result.placement.quantized == ("patch_embed", *linears, "blocks.5.attn.mix")
@@ -186,7 +186,7 @@ def test_passport_says_what_was_done(make_int8: Make, source: Path, calibration:
             "source_graph": sha256_file(source),
             "calibration": sha256_file(calibration),
         }
-        assert passport.settings.items() >= settings_of(config).items()
+        assert passport.settings.items() >= stored_settings(config).items()
         assert passport.settings["int8_nodes"] == 24 - 5 * (config is PARTIAL)
 
 
@@ -202,8 +202,8 @@ def test_nothing_is_quantised_when_all_is_excluded(
 def test_without_corrections_only_scales_and_zero_points_are_new(
     make_int8: Make, source: Path
 ) -> None:
-    plan = PlanConfig("minmax", False, False, False, False)
-    new = load_graph(make_int8(QuantizeConfig(remainder="fp32", plan=plan))).graph.initializers
+    scheme = SchemeConfig("minmax", False, False, False, False)
+    new = load_graph(make_int8(QuantizeConfig(remainder="fp32", scheme=scheme))).graph.initializers
     old = load_graph(source).graph.initializers
     weights = {site.weight.name for site in find_linears(load_graph(source))}
     assert weights.isdisjoint(new)
@@ -243,7 +243,7 @@ def test_both_dialects_agree(
     (other,) = OnnxSession(make_int8(CPU), exact_int8=True).run(held_out[0])
     # The same grid; FP16 rounding now and then takes the neighbouring level: 43.9 dB measured.
     assert _sqnr_db(one, other) > 42
-    minmax = QuantizeConfig(remainder="fp32", plan=PlanConfig("minmax", smooth=False))
+    minmax = QuantizeConfig(remainder="fp32", scheme=SchemeConfig("minmax", smooth=False))
     (another,) = OnnxSession(make_int8(minmax), exact_int8=True).run(held_out[0])
     assert _sqnr_db(one, another) < 42
 
@@ -286,8 +286,8 @@ def test_ruined_ranges_fall_below_the_floor(
         extremes = [x * np.float32(factor) for x in (statistics.minimum, statistics.maximum)]
         ruined[name] = pack(replace(statistics, minimum=extremes[0], maximum=extremes[1]))
     save_table(replace(table, statistics=ruined), tmp_path / "c.json")
-    plan = PlanConfig("minmax", False, False, False, False)
-    config = QuantizeConfig(remainder="fp32", plan=plan)
+    scheme = SchemeConfig("minmax", False, False, False, False)
+    config = QuantizeConfig(remainder="fp32", scheme=scheme)
     quantize(source, tmp_path / "c.json", tmp_path / "x.onnx", samples, config)
     (logits,) = OnnxSession(tmp_path / "x.onnx", exact_int8=True).run(held_out[0][:100])
     # Right ranges give plain min-max 38.5 dB.
@@ -314,7 +314,7 @@ SWITCHES = ("smooth", "shift_gelu", "clip_weights", "correct_bias")
 def test_every_switch_changes_the_graph_and_none_ruins_it(
     switch: str, make_int8: Make, held_out: HeldOut, reference: NDArray[np.float32]
 ) -> None:
-    config = QuantizeConfig(remainder="fp32", plan=PlanConfig(**{switch: False}))
+    config = QuantizeConfig(remainder="fp32", scheme=SchemeConfig(**{switch: False}))
     path, whole = make_int8(config), make_int8(CPU)
     one, other = load_graph(path).graph.initializers, load_graph(whole).graph.initializers
     assert set(one) == set(other)

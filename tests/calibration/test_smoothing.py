@@ -13,9 +13,9 @@ from script_module import load_script
 
 from calibration.distribution import Distribution
 from calibration.observers import ChannelObserver
-from calibration.plan import PlanConfig
 from calibration.policy import LinearSite, find_linears
 from calibration.qdq import QuantizeConfig, quantize, smooth
+from calibration.scheme import SchemeConfig
 from calibration.smoothing import Folding, find_source, fold, search_folding
 from calibration.table import CalibrationTable, load_table
 from clipdeploy.models import cards
@@ -28,7 +28,7 @@ from exporters.session import OnnxSession
 
 HeldOut = tuple[NDArray[np.float32], NDArray[np.int64]]
 
-PLAIN = PlanConfig("minmax", smooth=False, shift_gelu=False, clip_weights=False, correct_bias=False)
+PLAIN = SchemeConfig("minmax", False, False, False, False)
 # Logits of the demo reach 20; two float32 graphs of the same function differ by some 1e-5.
 SAME = 1e-4
 
@@ -273,7 +273,7 @@ def outliers(tmp_path_factory: pytest.TempPathFactory) -> Outliers:
 def _quality(
     graph: Path,
     table: Path,
-    plan: PlanConfig,
+    scheme: SchemeConfig,
     samples: Samples,
     folder: Path,
     held_out: HeldOut,
@@ -282,7 +282,11 @@ def _quality(
     """SQNR against PyTorch in dB and top-1 in points on the held-out digits."""
     target = folder / "quality.onnx"
     quantize(
-        graph, table, target, samples, QuantizeConfig(remainder="fp32", plan=plan, min_sqnr=None)
+        graph,
+        table,
+        target,
+        samples,
+        QuantizeConfig(remainder="fp32", scheme=scheme, min_sqnr=None),
     )
     (logits,) = OnnxSession(target).run(held_out[0])
     return _sqnr_db(reference, logits), 100 * float((logits.argmax(1) == held_out[1]).mean())
@@ -297,8 +301,8 @@ def test_default_recipe_survives_outliers_that_ruin_minmax(
     reference: NDArray[np.float32],
     tmp_path: Path,
 ) -> None:
-    def quality(graph: Path, table: Path, plan: PlanConfig) -> tuple[float, float]:
-        return _quality(graph, table, plan, samples, tmp_path, held_out, reference)
+    def quality(graph: Path, table: Path, scheme: SchemeConfig) -> tuple[float, float]:
+        return _quality(graph, table, scheme, samples, tmp_path, held_out, reference)
 
     # The variant computes the demo's own function.
     (logits,) = OnnxSession(outliers.graph).run(held_out[0])
@@ -307,12 +311,12 @@ def test_default_recipe_survives_outliers_that_ruin_minmax(
     plain_minmax, _ = quality(source, calibration, PLAIN)
     ruined, _ = quality(outliers.graph, outliers.table, PLAIN)
     assert ruined < plain_minmax - 20, f"{plain_minmax:.1f} -> {ruined:.1f} dB"
-    plain, _ = quality(source, calibration, PlanConfig())
-    kept, kept_top1 = quality(outliers.graph, outliers.table, PlanConfig())
+    plain, _ = quality(source, calibration, SchemeConfig())
+    kept, kept_top1 = quality(outliers.graph, outliers.table, SchemeConfig())
     assert kept > plain - 4, f"{plain:.1f} -> {kept:.1f} dB"
     assert abs(kept_top1 - top1) <= 1
     # It is the smoothing that does it.
-    without, _ = quality(outliers.graph, outliers.table, PlanConfig(smooth=False))
+    without, _ = quality(outliers.graph, outliers.table, SchemeConfig(smooth=False))
     assert without < plain - 4, f"{plain:.1f} -> {without:.1f} dB"
 
 

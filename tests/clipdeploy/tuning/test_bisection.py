@@ -13,8 +13,8 @@ import planted
 import pytest
 from click.testing import CliRunner
 
-from calibration.plan import PlanConfig
 from calibration.qdq import QuantizeConfig
+from calibration.scheme import SchemeConfig
 from clipdeploy.cli.main import main
 from clipdeploy.core.errors import ArtifactError, UsageError
 from clipdeploy.core.passport import PASSPORT_KEY, Recipe
@@ -107,7 +107,7 @@ def test_an_outlier_that_cannot_be_folded_is_named(
     planted.outlier_behind_gelu(demo_workspace.graph(cards.DEMO, "fp32"), source, block)
     samples = sample_images(cards.find(cards.DEMO).preprocess(Recipe()), 3)
     graph = workspace.graph(cards.DEMO, "int8-cpu")
-    config = QuantizeConfig(remainder="fp32", plan=PlanConfig("minmax"), min_sqnr=None)
+    config = QuantizeConfig(remainder="fp32", scheme=SchemeConfig("minmax"), min_sqnr=None)
     planted.quantised(source, graph, samples, config)
     found = bisected(workspace, graph)
     assert [culprit.name for culprit in found.culprits] == [f"blocks.{block}.mlp.fc2"]

@@ -33,17 +33,17 @@ from clipdeploy.core.spans import STRENGTH, check_numbers
 from exporters.initializers import write_initializer
 
 __all__ = [
-    "LinearPlan",
-    "PlanConfig",
+    "LinearScheme",
+    "SchemeConfig",
     "add_to_bias",
     "fold_all",
-    "plan_linear",
-    "plan_product",
+    "linear_scheme",
+    "product_steps",
 ]
 
 
 @dataclass(frozen=True)
-class PlanConfig:
+class SchemeConfig:
     """How ranges are found, and which corrections are made; each can be switched off.
 
     ``strength``: the smoothing's t for all Linears, from 0 (weights alone decide) to 1 (activations
@@ -64,7 +64,7 @@ class PlanConfig:
 
     @property
     def label(self) -> str:
-        """What sets the plans that a search tries apart."""
+        """What sets the schemes that a search tries apart."""
         strength = "" if self.strength is None else f", strength {self.strength:g}"
         return f"{self.range_method}{strength}"
 
@@ -88,7 +88,7 @@ class PlanConfig:
 
 
 @dataclass(frozen=True)
-class LinearPlan:
+class LinearScheme:
     """One quantised Linear.
 
     Its input x is quantised as step * (q + zero), q in int8; ``step`` is a float16 value.
@@ -128,7 +128,7 @@ def fold_all(
     """Search and write the folding of every Linear in ``statistics`` that can have one.
 
     The model stays the same.  ``sites`` are all its Linears: proj is folded into qkv also where
-    qkv itself is left alone.  ``strength`` is :class:`PlanConfig`'s.
+    qkv itself is left alone.  ``strength`` is :class:`SchemeConfig`'s.
 
     proj before qkv, because its folding changes the columns of V in qkv's weight.
     """
@@ -145,9 +145,9 @@ def fold_all(
     return foldings
 
 
-def plan_linear(
-    site: LinearSite, statistics: ChannelStatistics, folding: Folding | None, config: PlanConfig
-) -> LinearPlan:
+def linear_scheme(
+    site: LinearSite, statistics: ChannelStatistics, folding: Folding | None, config: SchemeConfig
+) -> LinearScheme:
     """One Linear's numbers; ``folding`` is what was folded into its source, if anything."""
     weight = _weight(site)
     folding = folding or Folding.none(statistics.channels)
@@ -173,7 +173,7 @@ def plan_linear(
     noise = from_input + from_weight
     db = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf
     cause = _cause_in_input(seen) if from_input > from_weight else _cause_in_weight(scale)
-    return LinearPlan(step, zero, integers, scale, folding.strength, -offset, db, cause)
+    return LinearScheme(step, zero, integers, scale, folding.strength, -offset, db, cause)
 
 
 def _cause_in_input(values: Distribution) -> str:
@@ -201,7 +201,7 @@ def add_to_bias(site: LinearSite, offset: NDArray[np.float64]) -> None:
     write_initializer(site.add, 1, bias)
 
 
-def plan_product(
+def product_steps(
     role: str, statistics: ChannelStatistics, folding: Folding | None
 ) -> tuple[float, float]:
     """The steps of both operands of attention's product ``role``, by least error of each.
