@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
 
 from calibration.observers import ChannelObserver, ChannelStatistics
 from calibration.policy import observed_tensors
@@ -32,12 +30,12 @@ from calibration.table import (
     save_table,
 )
 from clipdeploy.core.errors import CalibrationError, ClipdeployError, GraphError
-from clipdeploy.core.files import read_regular, sha256_file
-from clipdeploy.core.passport import BATCH_AXIS
+from clipdeploy.core.files import sha256_file
 from clipdeploy.core.progress import SILENT, Progress
 from exporters.graphs import load_graph
 from exporters.headers import read_passport
 from exporters.session import OnnxSession
+from exporters.tapped import add_tap, free_batch, serialised
 
 __all__ = ["ActivationCollector", "CalibrationImage", "CollectConfig", "collect"]
 
@@ -46,6 +44,7 @@ __all__ = ["ActivationCollector", "CalibrationImage", "CollectConfig", "collect"
 # quarter of the inference, gathering some costs nothing that could be measured.
 SAMPLED_TOKENS = 33
 COUNTED_TOKENS = 5
+_TOKENS = "tap/tokens"
 
 
 @dataclass(frozen=True)
@@ -96,28 +95,26 @@ def _taps(model: ir.Model) -> list[_Tap]:
     return list(taps.values())
 
 
-def _tapped(path: Path, taps: list[_Tap]) -> bytes:
-    """The graph with more outputs, and the token indices as a second input.
+def _tapped(model: ir.Model, taps: list[_Tap]) -> bytes:
+    """The graph with an output for each tap, and the token indices as a second input.
 
-    A tensor of one token is an output as it is, of one with many the sampled tokens are.
+    A tensor of one token is observed whole, of any other only the sampled tokens.
     """
-    proto = onnx.ModelProto.FromString(read_regular(path))
-    graph = proto.graph
-    # One image at a time, also through a graph that was exported for a fixed batch: its nodes hold
-    # no batch size, only its declared shapes do.
-    graph.input[0].type.tensor_type.shape.dim[0].dim_param = BATCH_AXIS
-    graph.output[0].type.tensor_type.shape.dim[0].dim_param = BATCH_AXIS
-    del graph.value_info[:]
-    graph.input.append(helper.make_tensor_value_info("tap/tokens", TensorProto.INT64, ["sampled"]))
+    # Images are run one by one, also through a graph that was exported for a fixed batch.
+    free_batch(model)
+    values = {value.name: value for _, value in observed_tensors(model)}
+    tokens = ir.Value(
+        name=_TOKENS, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["sampled"])
+    )
+    model.graph.inputs.append(tokens)
     for tap in taps:
+        value = values[tap.tensor]
         if tap.tokens == 1:
-            graph.output.append(helper.make_tensor_value_info(tap.tensor, TensorProto.FLOAT, None))
-            continue
-        name = f"tap/{tap.tensor}"
-        inputs = [tap.tensor, "tap/tokens"]
-        graph.node.append(helper.make_node("Gather", inputs, [name], name=name, axis=1))
-        graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
-    return bytes(proto.SerializeToString())
+            node = ir.node("Identity", [value])
+        else:
+            node = ir.node("Gather", [value, tokens], {"axis": 1})
+        add_tap(model, f"tap/{tap.tensor}", [node])
+    return serialised(model)
 
 
 def _sampled_tokens(sha256: str, tokens: int) -> NDArray[np.int64]:
@@ -133,9 +130,10 @@ class ActivationCollector:
 
     def __init__(self, graph: Path, threads: int = 0) -> None:
         """``threads`` are ONNX Runtime's, 0 for its own choice."""
-        self._taps = _taps(load_graph(graph))
+        model = load_graph(graph)
+        self._taps = _taps(model)
         self._tokens = max(tap.tokens for tap in self._taps)
-        self._session = OnnxSession(_tapped(graph, self._taps), name=str(graph), threads=threads)
+        self._session = OnnxSession(_tapped(model, self._taps), name=str(graph), threads=threads)
         self._observers = [ChannelObserver(tap.tensor, tap.channels) for tap in self._taps]
 
     def resume(self, table: CalibrationTable) -> None:
@@ -154,7 +152,7 @@ class ActivationCollector:
             CalibrationError: an activation is NaN or infinite.
         """
         tokens = _sampled_tokens(image.sha256, self._tokens)
-        outputs = self._session.run(image.input, {"tap/tokens": tokens})[1:]
+        outputs = self._session.run(image.input, {_TOKENS: tokens})[1:]
         for tap, observer in zip(self._taps, self._observers, strict=True):
             rows = outputs.pop(0).reshape(-1, tap.channels)
             counted = rows[:COUNTED_TOKENS]
