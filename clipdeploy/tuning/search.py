@@ -1,4 +1,4 @@
-"""What a search is asked for, and what it answers."""
+"""The configuration of a search, its result, and its table."""
 
 from __future__ import annotations
 
@@ -65,17 +65,16 @@ class SearchConfig:
             threads=THREADS,
         )
         if self.cost not in ("macs", "cpu"):
-            raise UsageError(f"no cost model {self.cost!r}", hint="macs or cpu")
+            raise UsageError(f"unknown cost model {self.cost!r}", hint="choose macs or cpu")
 
 
 @dataclass(frozen=True)
 class SearchResult(Shown):
-    """The choice, what it rests on, and the front; a truth value: the fresh images confirm it.
+    """The chosen combination and its verdicts; true if the fresh images confirm it.
 
-    ``finished``: False if the budget ended the search early.  ``points``: every combination that
-    was evaluated; those on the front have recipes.  ``scheme`` is the one that was chosen.
-    ``search`` and ``confirm`` are the verdicts on the two splits, both of the very graph that was
-    written.
+    ``excluded``: Linears in FP16.  ``points``: all evaluated combinations; those on the front have
+    recipes.  ``scheme``: the chosen scheme.  ``finished``: False if the budget ended the search
+    early.  ``search`` and ``confirm``: verdicts on the two splits, for the graph that was written.
     """
 
     model: str
@@ -122,7 +121,7 @@ def _front(result: SearchResult) -> Table:
 
 
 def search_table(result: SearchResult) -> Group:
-    """The verdict first, then the front, then what was left out of INT8."""
+    """The verdict, then the front, then the Linears in FP16."""
     chosen, total = result.chosen, len(result.costs.linears)
     heading = (
         f"{result.model}: {len(chosen.int8)} of {total} Linears in INT8, "
@@ -138,8 +137,8 @@ def search_table(result: SearchResult) -> Group:
         f"recipe: {result.recipe}",
     ]
     if not result.finished:
-        lines.append("the budget ended the search early: run it again to go on")
-    left = ", ".join(result.excluded)
+        lines.append("the budget ended the search early; run it again to continue")
+    fp16 = ", ".join(result.excluded)
     return Group(
         Text(heading),
         Text(verdict, style="bold green" if result.confirmed else "bold red"),
@@ -147,5 +146,5 @@ def search_table(result: SearchResult) -> Group:
         Text(""),
         _front(result),
         Text(""),
-        Text(f"left in FP16: {left}" if left else "all Linears in INT8"),
+        Text(f"in FP16: {fp16}" if fp16 else "all Linears in INT8"),
     )

@@ -1,4 +1,4 @@
-"""What a Linear really reads: the largest |x| of each channel, and how much its range cuts off.
+"""Measures the input of Linears: max |x| of each channel, and the share outside the int8 range.
 
 Both are reduced inside the graph, so that no activation is copied out.
 """
@@ -26,9 +26,9 @@ _INTEGERS = {int(TensorProto.INT8): (-128, 127), int(TensorProto.UINT8): (0, 255
 
 @dataclass(frozen=True)
 class Tap:
-    """The tensor that a Linear reads before it is quantised, and the range of its levels.
+    """The input tensor of a Linear before quantisation, and its int8 range.
 
-    Without quantisation the range is infinite.
+    The range is infinite if the input is not quantised.
     """
 
     name: str
@@ -39,7 +39,11 @@ class Tap:
 
 @dataclass(frozen=True)
 class InputPeaks:
-    """``peaks`` (C,): each channel's largest |x|; ``clipped``: the share of values out of range."""
+    """Statistics of a Linear's input.
+
+    ``peaks`` (C,): max |x| of each channel.  ``clipped``: share of values outside the range.
+    ``limit``: the larger end of the range, infinite without quantisation.
+    """
 
     peaks: NDArray[np.float32]
     clipped: float
@@ -47,7 +51,7 @@ class InputPeaks:
 
 
 def find_tap(source: GraphSource, name: str) -> Tap:
-    """The tap of the Linear ``name``.
+    """Find the input tensor and range of the Linear ``name``.
 
     Raises:
         GraphError: the graph has no such Linear.
@@ -72,7 +76,7 @@ def find_tap(source: GraphSource, name: str) -> Tap:
 
 
 def _before_shift(source: GraphSource, tensor: str) -> tuple[str, float]:
-    """The tensor in front of the Sub that moves a one-sided input, and by how much it does."""
+    """The input and constant of the Sub that shifts a one-sided tensor; 0.0 without a Sub."""
     node = source.producer(tensor)
     shift = source.constant(node.input[1]) if node is not None and node.op_type == "Sub" else None
     if node is None or shift is None or shift.size != 1:
@@ -81,7 +85,7 @@ def _before_shift(source: GraphSource, tensor: str) -> tuple[str, float]:
 
 
 class InputMeter:
-    """Runs a graph and keeps what its Linears read, over all images."""
+    """Runs a graph on images and accumulates statistics of the inputs of its Linears."""
 
     def __init__(self, source: GraphSource, taps: Sequence[Tap], threads: int = 0) -> None:
         self._taps = tuple(taps)
@@ -96,7 +100,7 @@ class InputMeter:
         self._images = 0
 
     def add(self, images: NDArray[np.float32]) -> None:
-        """Run one batch of images (B, ...) as the graph takes them."""
+        """Run one batch of images (B, ...) in the graph's input format."""
         found = self._session.run(images, outputs=[_output(i) for i in range(2 * len(self._taps))])
         peaks = found[::2]
         if self._peaks:
@@ -106,7 +110,7 @@ class InputMeter:
         self._images += len(images)
 
     def result(self) -> dict[str, InputPeaks]:
-        """By the names of the taps."""
+        """The statistics so far, by the name of the Linear."""
         shares = self._clipped / max(self._images, 1)
         return {
             tap.name: InputPeaks(peaks, float(share), max(-tap.low, tap.high))

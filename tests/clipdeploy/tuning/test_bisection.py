@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,18 @@ def test_a_fault_costs_points_and_restoring_gives_them_back(
     assert f"{part.cost:.1f} of the {measured.drop:.1f} points" in found.sentence
 
 
+class Counted:
+    """A progress that keeps each task's total, and what was done of it."""
+
+    def __init__(self) -> None:
+        self.tasks: dict[str, tuple[int | None, int]] = {}
+
+    @contextmanager
+    def task(self, text: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        self.tasks[text] = (total, 0)
+        yield lambda count: self.tasks.update({text: (total, self.tasks[text][1] + count)})
+
+
 def test_in_a_large_network_only_the_largest_shares_are_restored(
     demo_workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, healthy: Bisection
 ) -> None:
@@ -140,7 +153,8 @@ def test_in_a_large_network_only_the_largest_shares_are_restored(
     graph = planted.three_bits(
         demo_workspace.graph(cards.DEMO, "int8"), tmp_path / "planted.onnx", name
     )
-    found = bisected(demo_workspace, graph)
+    progress = Counted()
+    found = bisect_model(demo_workspace, cards.DEMO, TEST, graph, FEW, progress=progress)
     parts = sorted(found.measured.parts, key=lambda part: -part.share)
     blocks = {block.name for block in found.measured.blocks}
     # patch_embed and head are blocks as well as parts: they are restored as blocks.
@@ -151,6 +165,15 @@ def test_in_a_large_network_only_the_largest_shares_are_restored(
     (culprit,) = found.culprits
     assert culprit.gain_db is not None
     assert culprit.gain_db > 1.2
+    # Alone: 30 parts and 8 blocks, two of them parts as well; restored: the 8 blocks and 3 parts.
+    assert progress.tasks["bisect"] == (38 + 11, 38 + 11)
+
+
+def test_the_number_of_evaluations_is_known_from_the_start(demo_workspace: Workspace) -> None:
+    progress = Counted()
+    config = BisectConfig(3, batch=2, threads=1)
+    bisect_model(demo_workspace, cards.DEMO, TEST, config=config, progress=progress)
+    assert progress.tasks["bisect"] == (2 * (38 + 38), 2 * (38 + 38))
 
 
 def test_without_passport_and_without_labels(demo_workspace: Workspace, tmp_path: Path) -> None:
