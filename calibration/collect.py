@@ -1,8 +1,8 @@
-"""Run images through the FP32 graph and observe its tensors, one image at a time.
+"""Collects activation statistics by running images through the FP32 graph, one at a time.
 
-A few tokens of each image are gathered inside the graph, so that no activation is copied out
-whole.  One image at a time, because a batch's arithmetic depends on its size: this way a table
-depends on the set of images alone.
+A few tokens of each image are gathered inside the graph, so that no whole activation is copied out.
+Images are not batched, because the rounding of a batch depends on its size: the table depends only
+on the set of images.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from exporters.tapped import add_tap, free_batch, serialised
 
 __all__ = ["ActivationCollector", "CalibrationImage", "CollectConfig", "collect"]
 
-# Tokens of each image that are looked at, and of these the ones that are counted in histograms;
-# the class token is always one of both.  Reducing over every token inside the graph would cost a
-# quarter of the inference, gathering some costs nothing that could be measured.
+# Tokens sampled from each image for minimum and maximum, and how many of these are counted in
+# histograms; both include the class token.  Reducing over all tokens inside the graph would add a
+# quarter to the inference time, gathering some adds nothing measurable.
 SAMPLED_TOKENS = 33
 COUNTED_TOKENS = 5
 _TOKENS = "tap/tokens"
@@ -49,10 +49,11 @@ _TOKENS = "tap/tokens"
 
 @dataclass(frozen=True)
 class CalibrationImage:
-    """One image as the graph takes it, (1, ...), its name and the SHA-256 of its file.
+    """One image to calibrate with.
 
-    ``pixels`` and ``thumbnail``: see :class:`CalibrationImageRecord`.  ``crop`` is the image as
-    uint8 (S, S, 3), where it may be kept in the table.
+    ``sha256``: of its file.  ``input`` (1, ...): in the graph's input format.  ``pixels`` and
+    ``thumbnail``: see :class:`CalibrationImageRecord`.  ``crop``: the image as uint8 (S, S, 3) if
+    the table may store it.
     """
 
     name: str
@@ -64,13 +65,13 @@ class CalibrationImage:
 
     @property
     def record(self) -> CalibrationImageRecord:
-        """What a table keeps of it."""
+        """The image's entry in a table."""
         return CalibrationImageRecord(self.name, self.sha256, self.pixels, self.thumbnail)
 
 
 @dataclass(frozen=True)
 class _Tap:
-    """A tensor to observe, (batch, tokens, channels), and the names it goes by in the table."""
+    """A tensor to observe, (batch, tokens, channels), and its names in the table."""
 
     tensor: str
     tokens: int
@@ -87,7 +88,7 @@ def _taps(model: ir.Model) -> list[_Tap]:
         if shape is None or len(axes) != len(shape) - 1 or len(axes) not in (1, 2):
             raise GraphError(
                 f"{name} has shape {shape}, not (batch, tokens, channels)",
-                hint="quantise an FP32 graph that `clipdeploy export` wrote",
+                hint="use an FP32 graph that `clipdeploy export` wrote",
             )
         tokens, channels = axes if len(axes) == 2 else (1, axes[0])
         earlier = taps[tensor].names if tensor in taps else ()
@@ -118,7 +119,7 @@ def _tapped(model: ir.Model, taps: list[_Tap]) -> bytes:
 
 
 def _sampled_tokens(sha256: str, tokens: int) -> NDArray[np.int64]:
-    """Which tokens of an image are looked at: its bytes decide, not its place in a run."""
+    """Choose tokens by the image's hash, independent of its position in a run."""
     generator = np.random.default_rng(int(sha256[:16], 16))
     count = min(SAMPLED_TOKENS, tokens) - 1
     others = generator.choice(tokens - 1, size=count, replace=False) + 1
@@ -126,10 +127,10 @@ def _sampled_tokens(sha256: str, tokens: int) -> NDArray[np.int64]:
 
 
 class ActivationCollector:
-    """The tapped graph and one observer for each tap."""
+    """Runs the graph with taps and observes their tensors."""
 
     def __init__(self, graph: Path, threads: int = 0) -> None:
-        """``threads`` are ONNX Runtime's, 0 for its own choice."""
+        """``threads``: number of ONNX Runtime threads, 0 for its default."""
         model = load_graph(graph)
         self._taps = _taps(model)
         self._tokens = max(tap.tokens for tap in self._taps)
@@ -137,10 +138,10 @@ class ActivationCollector:
         self._observers = [ChannelObserver(tap.tensor, tap.channels) for tap in self._taps]
 
     def resume(self, table: CalibrationTable) -> None:
-        """Go on from the statistics of ``table``.
+        """Continue from the statistics of ``table``.
 
         Raises:
-            CalibrationError: it lacks a tensor, or has another number of channels.
+            CalibrationError: the table lacks a tensor, or its number of channels differs.
         """
         for tap, observer in zip(self._taps, self._observers, strict=True):
             observer.resume(table.of(tap.names[0]))
@@ -159,7 +160,7 @@ class ActivationCollector:
             observer.collect(rows.min(axis=0), rows.max(axis=0), counted, image.name)
 
     def statistics(self) -> dict[str, ChannelStatistics]:
-        """What was observed so far, by the names of :func:`observed_tensors`."""
+        """The statistics so far, by the names of :func:`observed_tensors`."""
         return {
             name: observer.compute()
             for tap, observer in zip(self._taps, self._observers, strict=True)
@@ -169,10 +170,11 @@ class ActivationCollector:
 
 @dataclass(frozen=True)
 class CollectConfig:
-    """``partial``: where an unfinished run is kept, ``every``: seconds from one save to the next.
+    """How to collect.
 
-    ``shard``: (i, n) if this is the i-th of n runs over parts of the images.  ``threads``: how many
-    compute, 0 for ONNX Runtime's own choice.
+    ``partial``: file that saves an unfinished run, None not to save it.  ``every``: seconds between
+    saves.  ``shard``: (i, n) for the i-th of n runs over parts of the images.  ``threads``: number
+    of ONNX Runtime threads, 0 for its default.
     """
 
     partial: Path | None = None
@@ -184,17 +186,18 @@ class CollectConfig:
 def collect(
     graph: Path,
     images: Callable[[frozenset[CalibrationImageRecord]], Iterable[CalibrationImage]],
-    wanted: Sequence[CalibrationImageRecord],
+    records: Sequence[CalibrationImageRecord],
     config: CollectConfig = CollectConfig(),
     progress: Progress = SILENT,
 ) -> CalibrationTable:
-    """Observe images in the FP32 ``graph``, going on from an unfinished run over the same images.
+    """Collect the statistics of ``records`` in the FP32 ``graph``, resuming an unfinished run.
 
-    ``images`` gives the images without those that it is told are done; ``wanted`` lists all.
+    ``images`` is called with the records that an earlier run finished, and returns the other
+    images.
 
     Raises:
-        CalibrationError: no image, or an activation that is NaN or infinite.
-        GraphError, ArtifactError, FileError: the graph cannot be used.
+        CalibrationError: no images, or an activation is NaN or infinite.
+        GraphError, ArtifactError, FileError: the graph cannot be read or run.
     """
     passport = read_passport(graph)
     empty = CalibrationTable(
@@ -208,31 +211,31 @@ def collect(
     )
     with progress.task("load the graph"):
         collector = ActivationCollector(graph, config.threads)
-    records: set[CalibrationImageRecord] = set()
+    done: set[CalibrationImageRecord] = set()
     crops: tuple[CalibrationCrop, ...] = ()
-    if (earlier := _unfinished(config.partial, empty, wanted)) is not None:
+    if (earlier := _unfinished(config.partial, empty, records)) is not None:
         collector.resume(earlier)
-        records.update(earlier.images)
+        done.update(earlier.images)
         crops = earlier.crops
 
     def table() -> CalibrationTable:
         statistics = {name: pack(found) for name, found in collector.statistics().items()}
-        images = tuple(sorted(records, key=lambda record: record.name))
+        images = tuple(sorted(done, key=lambda record: record.name))
         return replace(empty, images=images, statistics=statistics, crops=crops)
 
     saved = time.monotonic()
-    with progress.task("calibrate", len(wanted)) as advance:
-        advance(len(records))
-        for image in images(frozenset(records)):
+    with progress.task("calibrate", len(records)) as advance:
+        advance(len(done))
+        for image in images(frozenset(done)):
             collector.add(image)
-            records.add(image.record)
+            done.add(image.record)
             crops = _with_crop(crops, image)
             advance(1)
             if config.partial is not None and time.monotonic() - saved > config.every:
                 save_table(table(), config.partial)
                 saved = time.monotonic()
-    if not records:
-        raise CalibrationError("no image to calibrate with", hint="give a folder of images")
+    if not done:
+        raise CalibrationError("no images to calibrate with", hint="give a folder of images")
     return table()
 
 
@@ -245,9 +248,9 @@ def _with_crop(
 
 
 def _unfinished(
-    partial: Path | None, empty: CalibrationTable, wanted: Sequence[CalibrationImageRecord]
+    partial: Path | None, empty: CalibrationTable, records: Sequence[CalibrationImageRecord]
 ) -> CalibrationTable | None:
-    """An earlier run's table if it is whole and of this graph and these images, else None."""
+    """The saved table of an unfinished run; None if it is damaged or of other inputs."""
     if partial is None or not partial.exists():
         return None
     try:
@@ -255,4 +258,4 @@ def _unfinished(
     except ClipdeployError:
         return None
     same = replace(earlier, images=(), statistics={}, seal="", crops=()) == empty
-    return earlier if same and set(earlier.images) <= set(wanted) else None
+    return earlier if same and set(earlier.images) <= set(records) else None

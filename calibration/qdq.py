@@ -1,7 +1,7 @@
-"""FP32 graph and calibration -> INT8 graph.
+"""Makes the INT8 graph from the FP32 graph and its calibration.
 
-:mod:`calibration.policy` decides what runs in INT8, :mod:`calibration.scheme` with which numbers,
-:mod:`calibration.write` writes it.
+:mod:`calibration.policy` selects the nodes, :mod:`calibration.scheme` computes their scales and
+weights, :mod:`calibration.write` writes the Q/DQ pairs.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ __all__ = [
     "stored_settings",
 ]
 
-# QuantizeLinear and DequantizeLinear take float16 scales from here on.
+# First opset whose QuantizeLinear and DequantizeLinear take float16 scales.
 _FIRST_WITH_HALF_SCALES = 19
 # The JSON key of ``scheme`` in every passport and recipe written so far.
 SCHEME_KEY = "plan"
@@ -107,7 +107,7 @@ def stored_settings(config: QuantizeConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class QuantizedGraph(Shown):
-    """The INT8 graph, the placement report, and what INT8 costs; None if that was not judged."""
+    """The INT8 graph, its placement, and its quality; None if it was not measured."""
 
     artifact: GraphArtifact
     placement: Placement
@@ -124,7 +124,7 @@ def smooth(
     chosen: frozenset[str],
     strength: float | None = None,
 ) -> dict[str, Folding]:
-    """Fold the activation outliers of the chosen Linears into ``model``; its function stays.
+    """Fold the activation outliers of the chosen Linears into ``model``; its outputs stay the same.
 
     Raises:
         CalibrationError: the table lacks a Linear.
@@ -141,7 +141,7 @@ def _write_linears(
     foldings: dict[str, Folding],
     config: QuantizeConfig,
 ) -> dict[str, Weakest]:
-    """Quantise Linears; what was found out about each, also of those that INT8 would ruin."""
+    """Quantise all Linears that reach ``min_sqnr``; return the expected SQNR of every Linear."""
     found = {}
     for site in sites:
         statistics, folding = table.of(site.name), foldings.get(site.name)
@@ -179,14 +179,14 @@ def _write_head(writer: QdqWriter, node: ir.Node, table: CalibrationTable) -> No
     assert weight is not None
     assert weight.const_value is not None
     array = weight.const_value.numpy()
-    # With transB, which torch.onnx sets, Gemm holds the weight as (Cout, Cin), else (Cin, Cout).
-    turned = bool(node.attributes.get_int("transB", 0))
-    integers, scale = quantize_weight(np.ascontiguousarray(array.T if turned else array))
+    # With transB, which torch.onnx sets, Gemm's weight is (Cout, Cin), else (Cin, Cout).
+    transposed = bool(node.attributes.get_int("transB", 0))
+    integers, scale = quantize_weight(np.ascontiguousarray(array.T if transposed else array))
     amax = Distribution.of(table.of(HEAD)).amax
     writer.activation(node, 0, HEAD, float16_step(amax))
-    if turned:
+    if transposed:
         integers = np.ascontiguousarray(integers.T)
-    writer.weight(node, HEAD, integers, scale, axis=0 if turned else 1)
+    writer.weight(node, HEAD, integers, scale, axis=0 if transposed else 1)
 
 
 def _write_patch(writer: QdqWriter, node: ir.Node, spec: Preprocess) -> None:
@@ -195,7 +195,7 @@ def _write_patch(writer: QdqWriter, node: ir.Node, spec: Preprocess) -> None:
     assert weight.const_value is not None
     kernel = weight.const_value.numpy()
     integers, scale = quantize_weight(np.ascontiguousarray(kernel.reshape(len(kernel), -1).T))
-    # A pixel lies between 0 and 255: no image needs to be asked.
+    # Pixels are from 0 to 255, so the range is known without calibration.
     mean, std = np.asarray(spec.mean), np.asarray(spec.std)
     amax = float(np.maximum(mean / std, (1 - mean) / std).max())
     writer.activation(node, 0, PATCH, float16_step(amax))
@@ -221,15 +221,15 @@ def _write(
 
 
 def _check_table(table: CalibrationTable, passport: Passport, source: str, where: Path) -> None:
-    for what, found, wanted in (
+    for what, found, expected in (
         ("model", table.model, passport.model),
         ("weights", table.weights, passport.weights.identity),
         ("preprocessing", table.preprocess, passport.preprocess),
         ("source graph", table.source_graph, source),
     ):
-        if found != wanted:
+        if found != expected:
             raise ArtifactError(
-                f"{where} was made for another {what}: {found}, not {wanted}",
+                f"{where} was made for another {what}: {found}, not {expected}",
                 hint="calibrate this model again",
             )
 
@@ -245,23 +245,23 @@ def _need_opset(model: ir.Model, passport: Passport) -> None:
 
 
 def _left_out(found: dict[str, Weakest], minimum: float | None) -> dict[str, str]:
-    """Why each Linear that INT8 would ruin is left out.
+    """The Linears below ``minimum`` dB, each with the reason to leave it unquantised.
 
     Raises:
-        CalibrationError: INT8 would ruin all of them.
+        CalibrationError: all Linears are below it.
     """
     if minimum is None:
         return {}
-    ruined = {name: each for name, each in found.items() if each.sqnr_db < minimum}
-    if ruined and len(ruined) == len(found):
+    low = {name: each for name, each in found.items() if each.sqnr_db < minimum}
+    if low and len(low) == len(found):
         raise CalibrationError(
             f"INT8 would leave every Linear below {minimum:g} dB; "
             f"{min(found.values(), key=lambda each: each.sqnr_db)}",
-            hint="calibrate with other images, build --fp16, or give a lower --min-sqnr",
+            hint="calibrate with other images, use FP16, or give a lower --min-sqnr",
         )
     return {
         name: f"INT8 would give it an SQNR of {each.sqnr_db:.1f} dB: {each.cause}"
-        for name, each in ruined.items()
+        for name, each in low.items()
     }
 
 
@@ -272,14 +272,14 @@ def _measured(
     kept: Collection[Weakest],
     minimum: float | None,
 ) -> Quality | None:
-    """The quality of an INT8 graph whose Linears are ``kept``; None if no ``minimum`` is asked.
+    """Measure an INT8 graph with the quantised Linears ``kept``; None without a ``minimum``.
 
     Raises:
-        CalibrationError: it is below ``minimum`` dB.
+        CalibrationError: the quality is below ``minimum`` dB.
         GraphError: a tensor overflows.
     """
     if minimum is None:
-        # Without a judgement, halves may overflow all the same.
+        # float16 overflow is checked even if the quality is not.
         if judge.half:
             judge.measure(model)
         return None
@@ -295,17 +295,17 @@ def quantize(
     samples: Samples,
     config: QuantizeConfig = QuantizeConfig(),
 ) -> QuantizedGraph:
-    """Write the INT8 twin of the FP32 graph ``source``.
+    """Write the INT8 graph of the FP32 graph ``source`` to ``target``.
 
-    The images that the calibration holds, and ``samples`` (a few real images), decide with an FP16
-    remainder which tensors stay float32, and judge the result before it gets its name.
+    The images stored in the calibration and ``samples`` (a few real images) decide which tensors of
+    an FP16 remainder stay float32, and the result is measured on them before it is saved.
 
     Raises:
         ArtifactError: the calibration is damaged, or of another model or preprocessing.
-        CalibrationError: the calibration lacks a Linear, or the result is not good enough.
-        GraphError: the graph has no Linears of ours, a tensor overflows, or the result is not
+        CalibrationError: the calibration lacks a Linear, or the result is below ``min_sqnr``.
+        GraphError: clipdeploy did not export the graph, a tensor overflows, or the result is not
             valid.
-        FileError: something cannot be read or written.
+        FileError: a file cannot be read or written.
     """
     passport = read_passport(source)
     table = load_table(calibration)

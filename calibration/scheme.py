@@ -1,13 +1,13 @@
-"""What becomes of each Linear: foldings first, then its range, its int8 weight and its bias.
+"""Computes the quantisation of each Linear: folding, input range, int8 weight and bias.
 
-Bias correction: quantised, a Linear gives on average
+Bias correction: the mean output of a quantised Linear is
 
     sum_c (E[x'_c] + E[error_c]) W_q[c, :]     instead of     sum_c E[x'_c] W'[c, :]
 
-and the difference, known from the statistics, is taken off the bias (Nagel et al. 2019, "Data-free
-quantization through weight equalization and bias correction").
+The difference follows from the statistics and is subtracted from the bias (Nagel et al. 2019,
+"Data-free quantization through weight equalization and bias correction").
 
-What INT8 costs a Linear is known before it is written.  With independent channels its output has
+The SQNR of a Linear's output is estimated before it is written.  For independent channels,
 
     signal  sum_c var(x'[c]) |W'[c, :]| ** 2
     noise   sum_c E[error_c ** 2] |W'[c, :]| ** 2  +  sum_c var(x'[c]) |(W_q - W')[c, :]| ** 2
@@ -44,15 +44,17 @@ __all__ = [
 
 @dataclass(frozen=True)
 class SchemeConfig:
-    """How ranges are found, and which corrections are made; each can be switched off.
+    """How to find ranges, and which corrections to apply.
 
-    ``strength``: the smoothing's t for all Linears, from 0 (weights alone decide) to 1 (activations
-    alone), None for each Linear's own with the least expected error.
-    ``shift_gelu`` belongs to the ``auto`` range: it searches fc2's levels to both sides at once,
-    where the other methods name one range and mean it.
+    ``range_method``: see :mod:`calibration.ranges`.  ``smooth``: fold activation outliers into the
+    weights.  ``strength``: the smoothing exponent t for all Linears, from 0 (only weights decide)
+    to 1 (only activations), None for the t with the least expected error of each Linear.
+    ``shift_gelu``: shift fc2's input to use all levels; only with ``auto``, because the other
+    methods choose a symmetric range.  ``clip_weights``: search smaller weight scales.
+    ``correct_bias``: subtract the mean quantisation error from biases.
 
     Raises:
-        UsageError: there is no such range method.
+        UsageError: unknown range method, ``strength`` out of range or without smoothing.
     """
 
     range_method: RangeMethod = "auto"
@@ -64,7 +66,7 @@ class SchemeConfig:
 
     @property
     def label(self) -> str:
-        """What sets the schemes that a search tries apart."""
+        """Name of the scheme in a search: range method and strength."""
         strength = "" if self.strength is None else f", strength {self.strength:g}"
         return f"{self.range_method}{strength}"
 
@@ -76,25 +78,25 @@ class SchemeConfig:
     def __post_init__(self) -> None:
         if self.range_method not in RANGE_METHODS:
             raise UsageError(
-                f"no range method {self.range_method!r}",
-                hint=f"one of {', '.join(RANGE_METHODS)}",
+                f"unknown range method {self.range_method!r}",
+                hint=f"choose one of {', '.join(RANGE_METHODS)}",
             )
         check_numbers(self, strength=STRENGTH.or_none)
         if self.strength is not None and not self.smooth:
             raise UsageError(
-                f"a smoothing strength of {self.strength} without smoothing",
-                hint="leave one of the two out",
+                f"a smoothing strength of {self.strength} has no effect without smoothing",
+                hint="omit the strength, or enable smoothing",
             )
 
 
 @dataclass(frozen=True)
 class LinearScheme:
-    """One quantised Linear.
+    """The quantisation of one Linear.
 
-    Its input x is quantised as step * (q + zero), q in int8; ``step`` is a float16 value.
-    ``integers`` (Cin, Cout) int8 and ``weight_scale`` (Cout,) are the weight; ``strength`` is the
-    smoothing's t, None without.  ``correction`` (Cout,) is to be added to the bias.  ``sqnr_db`` is
-    the expected signal over noise of the output in dB, ``cause`` what makes most of the noise.
+    The input x is quantised as step * (q + zero) with int8 q; ``step`` is a float16 value.
+    ``integers`` (Cin, Cout) int8 and ``weight_scale`` (Cout,) are the weight.  ``strength``: the
+    smoothing exponent, None without smoothing.  ``correction`` (Cout,): to be added to the bias.
+    ``sqnr_db``: expected SQNR of the output in dB.  ``cause``: main cause of the noise.
     """
 
     step: float
@@ -108,7 +110,7 @@ class LinearScheme:
 
     @property
     def shift_output(self) -> NDArray[np.float64]:
-        """What the Linear's output loses if step * zero is subtracted from its input, (Cout,)."""
+        """Change of the output (Cout,) if step * zero is subtracted from the input."""
         column = self.integers.sum(axis=0, dtype=np.int64) * self.weight_scale.astype(np.float64)
         return np.asarray(self.step * self.zero * column)
 
@@ -125,13 +127,13 @@ def fold_all(
     statistics: Mapping[str, ChannelStatistics],
     strength: float | None = None,
 ) -> dict[str, Folding]:
-    """Search and write the folding of every Linear in ``statistics`` that can have one.
+    """Fold the input outliers of all Linears in ``statistics`` that have a source to fold into.
 
-    The model stays the same.  ``sites`` are all its Linears: proj is folded into qkv also where
-    qkv itself is left alone.  ``strength`` is :class:`SchemeConfig`'s.
-
-    proj before qkv, because its folding changes the columns of V in qkv's weight.
+    The model's outputs stay the same.  ``sites`` are all its Linears: proj is folded into qkv even
+    if qkv is not quantised.  ``strength``: see :class:`SchemeConfig`.
     """
+    # proj comes before qkv, because its folding changes the columns of V in qkv's weight.
+
     by_name = {site.name: site for site in sites}
     foldings = {}
     for site in sorted(sites, key=lambda site: site.role != "attn.proj"):
@@ -148,7 +150,7 @@ def fold_all(
 def linear_scheme(
     site: LinearSite, statistics: ChannelStatistics, folding: Folding | None, config: SchemeConfig
 ) -> LinearScheme:
-    """One Linear's numbers; ``folding`` is what was folded into its source, if anything."""
+    """Compute the quantisation of one Linear whose input was transformed by ``folding``."""
     weight = _weight(site)
     folding = folding or Folding.none(statistics.channels)
     values = seen = Distribution.of(statistics, folding.shift, folding.scale)
@@ -193,7 +195,7 @@ def _cause_in_weight(scale: NDArray[np.float32]) -> str:
 
 
 def add_to_bias(site: LinearSite, offset: NDArray[np.float64]) -> None:
-    """Add ``offset`` (Cout,) to the bias of a Linear that has one."""
+    """Add ``offset`` (Cout,) to the bias of a Linear, which must have one."""
     assert site.add is not None
     assert site.bias is not None
     assert site.bias.const_value is not None
@@ -204,9 +206,9 @@ def add_to_bias(site: LinearSite, offset: NDArray[np.float64]) -> None:
 def product_steps(
     role: str, statistics: ChannelStatistics, folding: Folding | None
 ) -> tuple[float, float]:
-    """The steps of both operands of attention's product ``role``, by least error of each.
+    """The steps of both operands of attention's product ``role``, each with the least error.
 
-    ``statistics`` are those of qkv's output; ``folding`` is what was moved into its columns of V.
+    ``statistics``: of qkv's output.  ``folding``: the one applied to its columns of V.
     """
     width = statistics.channels // 3
     parts = [statistics.channel_slice(at * width, (at + 1) * width) for at in range(3)]
@@ -214,7 +216,7 @@ def product_steps(
         limits = [choose_range(Distribution.of(part), "mse") for part in parts[:2]]
     else:
         known = folding or Folding.none(width)
-        # Softmax gives values from 0 to 1.
+        # Softmax outputs are from 0 to 1.
         values = Distribution.of(parts[2], known.shift, known.scale)
         limits = [1.0, choose_range(values, "mse")]
     return float16_step(limits[0]), float16_step(limits[1])

@@ -1,13 +1,13 @@
-"""QuantizeLinear / DequantizeLinear pairs into a graph.
+"""Writes QuantizeLinear and DequantizeLinear pairs into a graph.
 
     x ── Q(s_x) ── DQ(s_x) ──┐
                              MatMul ── Add(bias)
     W int8 ────── DQ(s_w) ───┘
 
-Two dialects hold the same integers.  TensorRT wants int8 with a zero point of zero, so that an
-input whose levels are not symmetric is shifted by a Sub first; ONNX Runtime's CPU kernels are
-fastest on uint8, whose zero point needs no Sub.  Biases stay floating point: TensorRT-RTX refuses
-an int32 DequantizeLinear.
+There are two dialects with the same integers.  TensorRT requires int8 with a zero point of zero, so
+a Sub shifts inputs with asymmetric levels first.  ONNX Runtime's CPU kernels are fastest on uint8,
+whose zero point replaces the Sub.  Biases stay floating point, because TensorRT-RTX refuses an
+int32 DequantizeLinear.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _MIDDLE = 128
 
 
 class QdqWriter:
-    """Writes pairs into ``graph``; ``unsigned`` chooses the dialect of ONNX Runtime's CPU.
+    """Writes Q/DQ pairs into ``graph``; ``unsigned`` selects the dialect of ONNX Runtime's CPU.
 
-    With a ``zero`` level other than 0 the int8 dialect hands ``node`` an input from which
-    step * zero was subtracted, and whoever writes makes up for it in the bias.
+    With a ``zero`` level other than 0, the int8 dialect subtracts step * zero from the node's
+    input; the caller must compensate for it in the bias.
     """
 
     def __init__(self, graph: ir.Graph, *, unsigned: bool) -> None:
@@ -49,7 +49,7 @@ class QdqWriter:
         return node
 
     def activation(self, node: ir.Node, index: int, name: str, step: float, zero: int = 0) -> None:
-        """Quantise what ``node`` reads at ``index`` as step * (q + zero), q from -127 to 127."""
+        """Quantise input ``index`` of ``node`` as step * (q + zero), q from -127 to 127."""
         value = node.inputs[index]
         assert value is not None
         nodes = []
@@ -86,13 +86,13 @@ class QdqWriter:
         scale: NDArray[np.float32],
         axis: int,
     ) -> None:
-        """Put int8 of its shape and scales (C,) along ``axis`` in the place of weight, input 1."""
+        """Replace the weight, input 1, by int8 of its shape and scales (C,) along ``axis``."""
         value = own_initializer(node, 1)
         stored = self._constant(f"{value.name}/int8", integers)
         scales = self._constant(f"{value.name}/scale", scale)
         inputs = [stored, scales]
         if self.unsigned:
-            # ONNX Runtime's exact kernels (session.x64quantprecision) fail without one.
+            # ONNX Runtime's exact kernels (session.x64quantprecision) need a zero point.
             zeros = np.zeros(scale.shape, np.int8)
             inputs.append(self._constant(f"{value.name}/zero_point", zeros))
         dq = self._node(

@@ -132,7 +132,7 @@ def verdict(measured: Measurement, culprits: Sequence[Culprit], *, labelled: boo
     if not culprits:
         worst = max(measured.parts, key=lambda part: part.share)
         return (
-            f"No block stands out: {_loss(measured, labelled)}, and the largest part, {worst.name}, "
+            f"No block stands out: {_loss(measured, labelled)}; the largest part, {worst.name}, "
             f"adds {100 * worst.share:.0f} % of the error."
         )
     return " ".join(_sentence(measured, culprit, labelled) for culprit in culprits)

@@ -131,7 +131,7 @@ class GraphSource:
         return int(self._types.get(tensor, TensorProto.UNDEFINED))
 
     def constant(self, tensor: str) -> NDArray[np.float32] | None:
-        """The value of a constant tensor, any shape, int8 dequantised; None if it depends on input."""
+        """A constant tensor of any shape, int8 dequantised; None if it depends on an input."""
         if tensor in self._weights:
             return numpy_helper.to_array(self._weights[tensor]).astype(np.float32)
         node = self.producer(tensor)

@@ -402,7 +402,7 @@ def test_resuming_from_a_table_that_lacks_a_tensor_is_refused(
 ) -> None:
     statistics = dict(table.statistics)
     del statistics["blocks.2.mlp.fc1"]
-    with pytest.raises(CalibrationError, match=r"has nothing about blocks\.2\.mlp\.fc1"):
+    with pytest.raises(CalibrationError, match=r"has no statistics of blocks\.2\.mlp\.fc1"):
         ActivationCollector(graph).resume(replace(table, statistics=statistics))
 
 
@@ -419,7 +419,7 @@ def test_not_finite_is_refused_with_tensor_and_image(
 
 
 def test_no_image_is_refused(graph: Path) -> None:
-    with pytest.raises(CalibrationError, match="no image to calibrate with"):
+    with pytest.raises(CalibrationError, match="no images to calibrate with"):
         _collect(graph, [])
 
 

@@ -144,7 +144,7 @@ def test_a_strength_that_means_nothing_is_refused(settings: dict[str, Any]) -> N
 
 @pytest.mark.parametrize("method", ["max", "", "MINMAX"])
 def test_unknown_range_method_is_refused(method: Any) -> None:
-    with pytest.raises(UsageError, match="no range method") as found:
+    with pytest.raises(UsageError, match="unknown range method") as found:
         SchemeConfig(range_method=method)
     assert "auto" in found.value.hint
 
