@@ -87,6 +87,11 @@ class LinearSite:
         """The current bias input of ``add``; None without a bias."""
         return None if self.add is None else self.add.inputs[1]
 
+    @property
+    def output(self) -> ir.Value:
+        """The Linear's output, after the bias."""
+        return (self.add or self.matmul).outputs[0]
+
 
 @dataclass(frozen=True)
 class PlacementEntry:
@@ -199,8 +204,7 @@ def observed_tensors(model: ir.Model) -> list[tuple[str, ir.Value]]:
     for site in find_linears(model):
         tensors.append((site.name, site.activation))
         if site.role == "attn.qkv":
-            add = site.matmul.outputs[0].consumers()[0]
-            tensors.append((qkv_output(site.name), add.outputs[0]))
+            tensors.append((qkv_output(site.name), site.output))
     head = find_node(model, HEAD, "Gemm")
     if head is not None and head.inputs[0] is not None:
         tensors.append((HEAD, head.inputs[0]))

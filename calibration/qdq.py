@@ -38,7 +38,7 @@ from calibration.scheme import (
 )
 from calibration.smoothing import Folding
 from calibration.table import CalibrationTable, load_table
-from calibration.weights import float16_step, quantize_weight
+from calibration.weights import constant, float16_step, quantize_weight
 from calibration.write import QdqWriter
 from clipdeploy.core.display import Renderable, Shown, stacked
 from clipdeploy.core.errors import ArtifactError, CalibrationError, GraphError, UsageError
@@ -175,10 +175,7 @@ def _write_products(
 
 
 def _write_head(writer: QdqWriter, node: ir.Node, table: CalibrationTable) -> None:
-    weight = node.inputs[1]
-    assert weight is not None
-    assert weight.const_value is not None
-    array = weight.const_value.numpy()
+    array = constant(node.inputs[1])
     # With transB, which torch.onnx sets, Gemm's weight is (Cout, Cin), else (Cin, Cout).
     transposed = bool(node.attributes.get_int("transB", 0))
     integers, scale = quantize_weight(np.ascontiguousarray(array.T if transposed else array))
@@ -190,10 +187,7 @@ def _write_head(writer: QdqWriter, node: ir.Node, table: CalibrationTable) -> No
 
 
 def _write_patch(writer: QdqWriter, node: ir.Node, spec: Preprocess) -> None:
-    weight = node.inputs[1]
-    assert weight is not None
-    assert weight.const_value is not None
-    kernel = weight.const_value.numpy()
+    kernel = constant(node.inputs[1])
     integers, scale = quantize_weight(np.ascontiguousarray(kernel.reshape(len(kernel), -1).T))
     # Pixels are from 0 to 255, so the range is known without calibration.
     mean, std = np.asarray(spec.mean), np.asarray(spec.std)
@@ -257,7 +251,7 @@ def _left_out(found: dict[str, Weakest], minimum: float | None) -> dict[str, str
         raise CalibrationError(
             f"INT8 would leave every Linear below {minimum:g} dB; "
             f"{min(found.values(), key=lambda each: each.sqnr_db)}",
-            hint="calibrate with other images, use FP16, or give a lower --min-sqnr",
+            hint="calibrate with other images, build with --fp16, or give a lower --min-sqnr",
         )
     return {
         name: f"INT8 would give it an SQNR of {each.sqnr_db:.1f} dB: {each.cause}"

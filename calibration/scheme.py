@@ -27,7 +27,13 @@ from calibration.observers import ChannelStatistics
 from calibration.policy import LinearSite
 from calibration.ranges import RANGE_METHODS, RangeMethod, choose_range, search_levels
 from calibration.smoothing import Folding, find_source, fold, search_folding
-from calibration.weights import SMALLEST_SCALE, float16_step, quantize_weight, weight_error
+from calibration.weights import (
+    SMALLEST_SCALE,
+    constant,
+    float16_step,
+    quantize_weight,
+    weight_error,
+)
 from clipdeploy.core.errors import UsageError
 from clipdeploy.core.spans import STRENGTH, check_numbers
 from exporters.initializers import write_initializer
@@ -110,16 +116,9 @@ class LinearScheme:
 
     @property
     def shift_output(self) -> NDArray[np.float64]:
-        """Change of the output (Cout,) if step * zero is subtracted from the input."""
+        """The amount (Cout,) that the output loses if step * zero is subtracted from the input."""
         column = self.integers.sum(axis=0, dtype=np.int64) * self.weight_scale.astype(np.float64)
         return np.asarray(self.step * self.zero * column)
-
-
-def _weight(site: LinearSite) -> NDArray[np.float32]:
-    tensor = site.weight.const_value
-    assert tensor is not None
-    weight: NDArray[np.float32] = tensor.numpy()
-    return weight
 
 
 def fold_all(
@@ -132,16 +131,15 @@ def fold_all(
     The model's outputs stay the same.  ``sites`` are all its Linears: proj is folded into qkv even
     if qkv is not quantised.  ``strength``: see :class:`SchemeConfig`.
     """
-    # proj comes before qkv, because its folding changes the columns of V in qkv's weight.
-
     by_name = {site.name: site for site in sites}
     foldings = {}
+    # proj comes before qkv, because its folding changes the columns of V in qkv's weight.
     for site in sorted(sites, key=lambda site: site.role != "attn.proj"):
         source = find_source(site, by_name) if site.bias is not None else None
         if source is None or site.name not in statistics:
             continue
         values = Distribution.of(statistics[site.name])
-        folding = search_folding(values, _weight(site), strength)
+        folding = search_folding(values, constant(site.weight), strength)
         fold(site, source, folding)
         foldings[site.name] = folding
     return foldings
@@ -151,7 +149,7 @@ def linear_scheme(
     site: LinearSite, statistics: ChannelStatistics, folding: Folding | None, config: SchemeConfig
 ) -> LinearScheme:
     """Compute the quantisation of one Linear whose input was transformed by ``folding``."""
-    weight = _weight(site)
+    weight = constant(site.weight)
     folding = folding or Folding.none(statistics.channels)
     values = seen = Distribution.of(statistics, folding.shift, folding.scale)
     squares = np.einsum("ij,ij->i", weight, weight).astype(np.float64)
@@ -197,10 +195,7 @@ def _cause_in_weight(scale: NDArray[np.float32]) -> str:
 def add_to_bias(site: LinearSite, offset: NDArray[np.float64]) -> None:
     """Add ``offset`` (Cout,) to the bias of a Linear, which must have one."""
     assert site.add is not None
-    assert site.bias is not None
-    assert site.bias.const_value is not None
-    bias = (site.bias.const_value.numpy() + offset).astype(np.float32)
-    write_initializer(site.add, 1, bias)
+    write_initializer(site.add, 1, (constant(site.bias) + offset).astype(np.float32))
 
 
 def product_steps(

@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 
 from calibration.distribution import LEVELS, Distribution
 from calibration.policy import LinearSite
+from calibration.weights import constant
 from exporters.initializers import write_initializer
 
 __all__ = ["Folding", "Source", "find_source", "fold", "search_folding"]
@@ -210,23 +211,18 @@ def find_source(site: LinearSite, sites: dict[str, LinearSite]) -> Source | None
     return _values(site, qkv) if site.role == "attn.proj" and qkv is not None else None
 
 
-def _array(value: ir.Value) -> F64:
-    tensor = value.const_value
-    assert tensor is not None
-    return tensor.numpy().astype(np.float64)
-
-
 def fold(site: LinearSite, source: Source, folding: Folding) -> None:
     """Write ``folding`` into the graph; the model's outputs stay the same."""
-    assert site.bias is not None
     assert site.add is not None
-    gain, offset = _array(source.gain), _array(source.offset)
+    gain, offset, weight, bias = (
+        constant(value).astype(np.float64)
+        for value in (source.gain, source.offset, site.weight, site.bias)
+    )
     columns = slice(source.first, source.first + len(folding.shift))
     gain[..., columns] /= folding.scale
     offset[columns] = (offset[columns] - folding.shift) / folding.scale
     write_initializer(*source.gain_at, gain.astype(np.float32))
     write_initializer(*source.offset_at, offset.astype(np.float32))
-    weight = _array(site.weight)
-    bias = _array(site.bias) + folding.shift @ weight
+    bias += folding.shift @ weight
     write_initializer(site.add, 1, bias.astype(np.float32))
     write_initializer(site.matmul, 1, (folding.scale[:, None] * weight).astype(np.float32))

@@ -10,14 +10,30 @@ variance of input channel c.
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from calibration.distribution import LEVELS
 
-__all__ = ["SMALLEST_SCALE", "float16_scale", "float16_step", "quantize_weight", "weight_error"]
+__all__ = [
+    "SMALLEST_SCALE",
+    "constant",
+    "float16_scale",
+    "float16_step",
+    "quantize_weight",
+    "weight_error",
+]
 
 SMALLEST_SCALE = float(np.finfo(np.float16).tiny)
 _CLIPS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)
+
+
+def constant(value: ir.Value | None) -> NDArray[np.float32]:
+    """The data of a weight or bias in the FP32 graph, of any shape."""
+    assert value is not None
+    assert value.const_value is not None
+    array: NDArray[np.float32] = value.const_value.numpy()
+    return array
 
 
 def float16_scale(scale: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -35,27 +35,19 @@ from calibration.policy import HEAD, PATCH, LinearSite, find_linears
 from clipdeploy.core.errors import GraphError
 from clipdeploy.tuning.segments import Bridge, GraphSource, Part, Segment
 
-__all__ = ["find_bridges", "find_segments", "linear_output", "rest_of", "weight_pair"]
+__all__ = ["find_bridges", "find_segments", "rest_of", "weight_pair"]
 
 F64 = NDArray[np.float64]
 # Two estimates agree if their common factor is below this.
 _AGREE = 1.5
 
 
-def linear_output(site: LinearSite) -> str:
-    """The output tensor of a Linear in an FP32 graph, after its bias."""
-    value = site.matmul.outputs[0]
-    return (value.consumers()[0].outputs[0] if site.bias is not None else value).name or ""
-
-
-def _only_consumer(site: LinearSite) -> str:
-    tensor = linear_output(site)
-    node = site.matmul.outputs[0]
-    value = node.consumers()[0].outputs[0] if site.bias is not None else node
-    adds = [consumer for consumer in value.consumers() if consumer.op_type == "Add"]
+def _residual_sum(site: LinearSite) -> str:
+    """The sum of a Linear's output and the residual stream."""
+    adds = [consumer for consumer in site.output.consumers() if consumer.op_type == "Add"]
     if len(adds) != 1:
         raise GraphError(
-            f"{tensor} is not added to the residual stream",
+            f"{site.output.name} is not added to the residual stream",
             hint="use a graph that `clipdeploy export` wrote",
         )
     return adds[0].outputs[0].name or ""
@@ -82,14 +74,14 @@ def find_segments(model: ir.Model) -> list[Segment]:
         roles = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
         qkv, proj, fc1, fc2 = (sites[f"blocks.{block}.{role}"] for role in roles)
         parts = (
-            Part(qkv.name, linear_output(qkv)),
+            Part(qkv.name, qkv.output.name or ""),
             Part(rest, proj.activation.name or ""),
-            Part(proj.name, linear_output(proj)),
-            Part(rest, _only_consumer(proj)),
-            Part(fc1.name, linear_output(fc1)),
+            Part(proj.name, proj.output.name or ""),
+            Part(rest, _residual_sum(proj)),
+            Part(fc1.name, fc1.output.name or ""),
             Part(rest, fc2.activation.name or ""),
-            Part(fc2.name, linear_output(fc2)),
-            Part(rest, _only_consumer(fc2)),
+            Part(fc2.name, fc2.output.name or ""),
+            Part(rest, _residual_sum(fc2)),
         )
         segments.append(Segment(f"blocks.{block}", border, parts))
         border = segments[-1].output

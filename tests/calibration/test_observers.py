@@ -166,7 +166,7 @@ def test_any_resume_gives_the_same_bits(splits: list[int]) -> None:
     observer = ChannelObserver("x", CHANNELS)
     for index, rows in enumerate(images):
         if index in splits:
-            # What was thrown in meanwhile is forgotten, waiting rows included.
+            # ``resume`` discards what was collected before, including waiting rows.
             fresh = ChannelObserver("x", CHANNELS)
             fresh.collect(rows.max(axis=0), rows.max(axis=0), 3 * rows)
             fresh.resume(observer.compute())

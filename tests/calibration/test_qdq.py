@@ -75,7 +75,7 @@ def _is_made_by(value: ir.Value | None, kind: str) -> bool:
 
 
 def _quantised_nodes(model: ir.Model) -> dict[str, list[int]]:
-    """Nodes that read a DequantizeLinear, by name, and at which inputs."""
+    """Nodes that read a DequantizeLinear, by name, with the input indices."""
     found = {}
     for node in model.graph:
         at = [i for i, value in enumerate(node.inputs) if _is_made_by(value, "DequantizeLinear")]
@@ -85,13 +85,13 @@ def _quantised_nodes(model: ir.Model) -> dict[str, list[int]]:
 
 
 def _expected_nodes(plain: Path, names: tuple[str, ...]) -> dict[str, list[int]]:
-    """What must read a DequantizeLinear if ``names`` run in INT8."""
+    """The nodes that must read a DequantizeLinear if ``names`` run in INT8."""
     products = {p.name: p.node.name or "" for p in find_products(load_graph(plain))}
     return {products.get(n, f"{n}/{KINDS.get(n, 'MatMul')}"): [0, 1] for n in names}
 
 
 def _check_graph(path: Path, plain: Path, names: tuple[str, ...], *, unsigned: bool) -> None:
-    """Walk the graph: pairs before exactly what is in ``names``, sound ones, and nowhere else."""
+    """Check that exactly the nodes in ``names`` have Q/DQ pairs, and that the pairs are valid."""
     model, before = load_graph(path), load_graph(plain)
     assert _quantised_nodes(model) == _expected_nodes(plain, names)
     kinds = {"QuantizeLinear": 0, "DequantizeLinear": 0, "Sub": 0}
@@ -119,7 +119,7 @@ def _check_graph(path: Path, plain: Path, names: tuple[str, ...], *, unsigned: b
     others = sum(node.op_type == "Sub" for node in before.graph)
     shifted = sum(n.endswith("fc2") for n in names) if not unsigned else 0
     assert kinds["Sub"] == others + shifted
-    # Nothing but pairs and their Subs is new, and the rest keeps its order.
+    # Only pairs and their Subs are new, and the other nodes keep their order.
     new = ("/Q", "/DQ", "/weight_DQ", "/Sub")
     left = [n.name for n in model.graph if not (n.name or "").endswith(new) and n.op_type != "Cast"]
     assert left == [n.name for n in before.graph if n.op_type != "Cast"]
@@ -135,7 +135,7 @@ def _check_graph(path: Path, plain: Path, names: tuple[str, ...], *, unsigned: b
 def test_pairs_sit_where_placement_says(
     scope: Scope, source: Path, calibration: Path, samples: Samples, tmp_path: Path
 ) -> None:
-    # Min-max is the fastest method; where the pairs sit does not depend on it.
+    # Min-max is the fastest method; the placement of pairs does not depend on it.
     scheme = SchemeConfig(range_method="minmax", clip_weights=False, smooth=False)
     config = QuantizeConfig(remainder="fp32", scope=scope, scheme=scheme)
     result = quantize(source, calibration, tmp_path / "x.onnx", samples, config)
@@ -229,7 +229,7 @@ def test_both_dialects_hold_the_same_integers_and_scales(make_int8: Make) -> Non
         step = float(_array(other[name.replace("zero_point", "scale")]))
         assert (point != 128) == ("fc2" in name)
         if "fc2" in name:
-            # GELU is one-sided: its zero lies near the bottom of the levels.
+            # GELU is one-sided: its zero is near the lowest level.
             assert 0 < point < 40
             shift = one[name.replace("zero_point", "shift") + "/fp16"]
             # float16 keeps eleven bits.
@@ -241,7 +241,7 @@ def test_both_dialects_agree(
 ) -> None:
     (one,) = OnnxSession(make_int8(QuantizeConfig())).run(held_out[0])
     (other,) = OnnxSession(make_int8(CPU), exact_int8=True).run(held_out[0])
-    # The same grid; FP16 rounding now and then takes the neighbouring level: 43.9 dB measured.
+    # The same grid; FP16 rounding sometimes selects the neighbouring level: 43.9 dB measured.
     assert _sqnr_db(one, other) > 42
     minmax = QuantizeConfig(remainder="fp32", scheme=SchemeConfig("minmax", smooth=False))
     (another,) = OnnxSession(make_int8(minmax), exact_int8=True).run(held_out[0])

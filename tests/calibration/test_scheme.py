@@ -53,7 +53,7 @@ def test_a_named_range_method_is_used_for_every_linear(
     # float16 keeps eleven bits.
     assert scheme.step == pytest.approx(limit / LEVELS, rel=2**-11)
     assert scheme.zero == 0
-    # The default searches fc2's levels to both sides of zero at once instead.
+    # The default searches fc2's levels on both sides of zero instead.
     assert linear_scheme(sites[name], demo_table.of(name), None, SchemeConfig()).zero > 0
 
 
@@ -70,7 +70,7 @@ def test_plain_scheme_is_the_calibrated_range(
     assert not scheme.shift_output.any()
     assert np.array_equal(_array(sites[name].bias), before)
     error = scheme.integers * scheme.weight_scale - _array(sites[name].weight)
-    # Round to nearest; the largest may lack 0.06 of a step, float16 having rounded the scale down.
+    # Round to nearest; the largest may be off by 0.06 more, if float16 rounds the scale down.
     assert (np.abs(error) <= 0.57 * scheme.weight_scale).all()
 
 
@@ -81,7 +81,7 @@ def test_levels_are_shifted_behind_gelu_only(
     scheme = linear_scheme(sites[name], demo_table.of(name), None, SchemeConfig(smooth=False))
     assert (scheme.zero > 0) == name.endswith("fc2")
     column = scheme.integers.astype(np.float64).sum(axis=0) * scheme.weight_scale
-    # Nothing but float64 rounding.
+    # Only float64 rounding.
     np.testing.assert_allclose(scheme.shift_output, scheme.step * scheme.zero * column, rtol=1e-12)
 
 
@@ -114,7 +114,7 @@ def test_bias_correction_removes_the_mean_error_of_a_linear(
     )
     error = (found - x @ weight).mean(axis=0)
     corrected = error + scheme.correction
-    # What is left is the noise of 4,000 draws and of bins: a small part of the error.
+    # The remainder is the noise of 4,000 samples and of bins: a small part of the error.
     assert np.abs(corrected).mean() < 0.5 * np.abs(error).mean()
     # Correcting in the wrong direction doubles it.
     assert np.abs(error - scheme.correction).mean() > 1.5 * np.abs(error).mean()
@@ -171,7 +171,7 @@ def test_folded_linear_is_quantised_for_what_it_will_see(
     folding = Folding(np.zeros(96), np.full(96, 4.0), 0.5)
     one = linear_scheme(sites[name], statistics, None, PLAIN)
     other = linear_scheme(sites[name], statistics, folding, PLAIN)
-    # A power of two moves no bit of a float16.
+    # A power of two does not change the mantissa of a float16.
     assert other.step == one.step / 4
     assert other.strength == 0.5
 
@@ -184,7 +184,7 @@ def test_products_have_a_step_for_each_operand(demo_table: CalibrationTable) -> 
     # Softmax reaches one: 1 / 127 in float16.
     assert soft == float(np.float16(1 / LEVELS))
     for step, largest in zip((q, k, v), parts, strict=True):
-        # Least error clips something of a tensor with tails, but not most; float16 may round up.
+        # Least error clips part of a tensor with tails, but not most of it; float16 may round up.
         assert 0.2 * largest <= step * LEVELS <= largest * (1 + 2**-10)
     folding = Folding(np.zeros(96), np.full(96, 2.0))
     assert product_steps("attn.mix", statistics, folding)[1] == pytest.approx(v / 2, rel=0.02)

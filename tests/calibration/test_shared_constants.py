@@ -1,4 +1,4 @@
-"""Quantisation of graphs whose nodes share constants: as if each node had its own."""
+"""Graphs with shared constants are quantised as if each node had separate ones."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _logits(graph: Path, images: Images, *, exact: bool = False) -> Images:
 
 @pytest.fixture(params=KINDS)
 def pair(request: pytest.FixtureRequest, source: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """One function twice: each node with its own constants, and with shared ones."""
+    """One function as two graphs: with separate constants for each node, and with shared ones."""
     own = alike(source, tmp_path / "own.onnx", request.param)
     return own, shared(own, tmp_path / "shared.onnx")
 

@@ -108,7 +108,7 @@ def test_images_are_the_same_by_name_and_bytes_whatever_is_known_of_their_pixels
 
 
 def _as_schema_2(path: Path) -> dict[str, Any]:
-    """A table as it was written and sealed before images had pixels."""
+    """A table in the schema before images had pixels, sealed."""
     raw: dict[str, Any] = json.loads(path.read_bytes())
     raw["schema"], raw["seal"] = 2, ""
     del raw["crops"]
@@ -160,7 +160,7 @@ def test_the_same_crops_are_chosen_in_any_order_and_sharding() -> None:
     assert len(chosen) == MOST_CROPS
     assert choose_crops(crops[::-1]) == chosen
     assert choose_crops((*choose_crops(crops[::2]), *choose_crops(crops[1::2]))) == chosen
-    # A copy of a file is no second picture.
+    # A copy of a file does not count as another picture.
     copies = [replace(crop, name=f"copy/{crop.name}") for crop in crops]
     assert choose_crops([*copies, *crops]) == chosen
 

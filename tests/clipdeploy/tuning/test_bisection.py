@@ -1,4 +1,4 @@
-"""A planted fault is named, exactly; a healthy model has no culprit."""
+"""Bisection names a planted fault exactly, and finds no culprit in a healthy model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from clipdeploy.tuning import bisection
 from clipdeploy.tuning.result import Bisection
 
 TEST = cards.demo_file("test.zip")
-# One thread: on a busy machine two wait for each other.
+# One thread, because two wait for each other on a busy machine.
 FEW = BisectConfig(8, batch=8, threads=1)
 Plant = Callable[[Path, Path, str], Path]
 
@@ -41,7 +41,7 @@ def bisected(
 def demo_workspace(
     demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory
 ) -> Workspace:
-    """A copy: bisecting leaves its last finding in the workspace."""
+    """A copy, because bisect saves its last finding in the workspace."""
     folder = tmp_path_factory.mktemp("bisected") / "artifacts"
     shutil.copytree(demo_workspace.root, folder)
     return Workspace(folder)
@@ -67,7 +67,7 @@ def test_powers_of_parts_add_up(healthy: Bisection) -> None:
     measured = healthy.measured
     summed = sum(10 ** -(part.alone_db / 10) for part in measured.parts if part.alone_db)
     whole = 10 ** -((measured.fidelity.sqnr_db or 0) / 10)
-    # Independent errors add up in power; 3 dB for what passes through later blocks together.
+    # Powers of independent errors add up; 3 dB for interactions in later blocks.
     assert 0.5 < summed / whole < 2
     assert sum(part.share for part in measured.parts) == pytest.approx(1)
 
@@ -132,7 +132,7 @@ def test_a_fault_costs_points_and_restoring_gives_them_back(
 
 
 class Counted:
-    """A progress that keeps each task's total, and what was done of it."""
+    """A progress that records the total and the finished units of each task."""
 
     def __init__(self) -> None:
         self.tasks: dict[str, tuple[int | None, int]] = {}
@@ -157,7 +157,7 @@ def test_in_a_large_network_only_the_largest_shares_are_restored(
     found = bisect_model(demo_workspace, cards.DEMO, TEST, graph, FEW, progress=progress)
     parts = sorted(found.measured.parts, key=lambda part: -part.share)
     blocks = {block.name for block in found.measured.blocks}
-    # patch_embed and head are blocks as well as parts: they are restored as blocks.
+    # patch_embed and head are both blocks and parts; they are restored as blocks.
     restored = [p.name for p in parts if p.cost is not None and p.name not in blocks]
     assert restored == [p.name for p in parts if p.name not in blocks][:3]
     assert all(block.restored_db is not None for block in found.measured.blocks)

@@ -48,9 +48,9 @@ from exporters.headers import read_passport
 from exporters.onnx import export_graph
 
 TEST, CALIBRATION = cards.demo_file("test.zip"), cards.demo_file("calibration.zip")
-# What the outliers ruin: no smoothing, ranges up to the largest value.
+# The scheme that outliers ruin: no smoothing, ranges up to the largest value.
 NAIVE = SchemeConfig("minmax", smooth=False)
-# Points: 250 images can tell 4 of them from none, and all-INT8 loses 5 on all images.
+# With 250 images a drop of 4 points is significant; all INT8 loses 5 on all images.
 LIMIT = 6.0
 FEW = {"search_images": 120, "max_drop": 10.0}
 
@@ -264,7 +264,7 @@ def test_no_strengths_without_smoothing_and_no_other_scheme_than_a_fixed_one() -
 def test_a_strength_is_searched_and_written(cut: Workspace, tmp_path: Path) -> None:
     shutil.copytree(cut.root, tmp_path / "copy")
     workspace = Workspace(tmp_path / "copy")
-    # The outliers of this model stand in its weights as well: those alone show them.
+    # The outliers of this model are in its weights as well, so weights alone can decide.
     scheme = SchemeConfig("minmax", strength=0.0)
     found = searched(workspace, scheme=scheme, **FEW)
     assert found.scheme == scheme
@@ -283,7 +283,7 @@ def test_confirmation_of_no_drop_claims_none() -> None:
             judge_drop(int(b), int(n - b), images, limit).verdict
             for b, n in zip(lost, changed, strict=True)
         ]
-        # Nominal is 2.5 % at a limit of nothing; three standard errors of 4,000 trials on top.
+        # Nominal is 2.5 % at a limit of zero, plus three standard errors of 4,000 trials.
         assert verdicts.count("regressed") / trials < most + 3 * np.sqrt(0.025 / trials)
 
 
