@@ -47,7 +47,7 @@ class QuantizeRecipe:
         if self.weights != weights:
             raise ArtifactError(
                 f"the recipe was found for other weights of {self.model}",
-                hint="search again for this checkpoint, or give the options instead of --recipe",
+                hint="search again for this checkpoint, or give the options one by one",
             )
 
 
