@@ -143,7 +143,7 @@ class _Runs:
 
     @property
     def count(self) -> int:
-        """Evaluations for each batch; known before the parts to restore are."""
+        """Number of evaluations of each batch, over both passes."""
         return len(self.alone) + len(self._blocks) + self._restored_parts
 
     @property
