@@ -1,4 +1,4 @@
-"""QuantizeLinear / DequantizeLinear pairs into a graph.
+"""Writes QuantizeLinear and DequantizeLinear pairs into a graph.
 
     x ── Q(s_x) ── DQ(s_x) ──┐
                              MatMul ── Add(bias)                    "channel"
@@ -8,16 +8,16 @@
                              MatMul ── Mul(s_w / s) ── Add(bias)    "ratio"
     W int8 ────── DQ(s) ─────┘
 
-The scales s_w of a weight, one for each output channel, have two forms.  TensorRT's INT8 kernels
-take all of them.  TensorRT-RTX (1.5 to 1.7) multiplies a GEMM's int32 sums only by one scale: with
-several it writes the raw sums as float16, which overflows at 65504.  In the ratio form it gets one
-scale, s = max s_w, and a Mul by the ratios, which it fuses with the Add.  Both forms hold the same
-integers.
+A weight has a scale s_w for each output channel, in one of two forms.  TensorRT's INT8 kernels
+accept all of them.  TensorRT-RTX (1.5 to 1.7) multiplies a GEMM's int32 sums by one scale only:
+with several it writes the raw sums as float16, which overflow at 65504.  The ratio form has one
+scale, s = max s_w, and a Mul by the ratios, which TensorRT-RTX fuses with the Add.  Both forms hold
+the same integers.
 
-Two dialects hold the same integers.  TensorRT wants int8 with a zero point of zero, so that an
-input whose levels are not symmetric is shifted by a Sub first; ONNX Runtime's CPU kernels are
-fastest on uint8, whose zero point needs no Sub.  Biases stay floating point: TensorRT-RTX refuses
-an int32 DequantizeLinear.
+There are two dialects with the same integers.  TensorRT requires int8 with a zero point of zero, so
+a Sub shifts inputs with asymmetric levels first.  ONNX Runtime's CPU kernels are fastest on uint8,
+whose zero point replaces the Sub.  Biases stay floating point, because TensorRT-RTX refuses an
+int32 DequantizeLinear.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ _MIDDLE = 128
 
 
 def ratio_name(linear: str) -> str:
-    """The node that multiplies a Linear's output by its scales' ratios, in the ratio form."""
+    """The name of the node that multiplies a Linear's output by the ratios of its scales."""
     return f"{linear}/ratio"
 
 
 class QdqWriter:
-    """Writes pairs into ``graph``; ``unsigned`` chooses the dialect of ONNX Runtime's CPU.
+    """Writes Q/DQ pairs into ``graph``; ``unsigned`` selects the dialect of ONNX Runtime's CPU.
 
-    ``scales``: the form of the scales of weights, see the module.
+    ``scales``: the form of the weight scales.
 
-    With a ``zero`` level other than 0 the int8 dialect hands ``node`` an input from which
-    step * zero was subtracted, and whoever writes makes up for it in the bias.
+    With a ``zero`` level other than 0, the int8 dialect subtracts step * zero from the node's
+    input; the caller must compensate for it in the bias.
     """
 
     def __init__(self, graph: ir.Graph, *, unsigned: bool, scales: ScaleForm = "channel") -> None:
@@ -65,7 +65,7 @@ class QdqWriter:
         return node
 
     def activation(self, node: ir.Node, index: int, name: str, step: float, zero: int = 0) -> None:
-        """Quantise what ``node`` reads at ``index`` as step * (q + zero), q from -127 to 127."""
+        """Quantise input ``index`` of ``node`` as step * (q + zero), q from -127 to 127."""
         value = node.inputs[index]
         assert value is not None
         nodes = []
@@ -106,9 +106,9 @@ class QdqWriter:
         scale: NDArray[np.float32],
         axis: int,
     ) -> None:
-        """Put int8 of its shape and scales (C,) along ``axis`` in the place of weight, input 1.
+        """Replace the weight, input 1, by int8 of its shape and scales (C,) along ``axis``.
 
-        In the ratio form a bias of ``node`` itself, its input 2, becomes an Add of its own.
+        In the ratio form a bias of the node, input 2, becomes an Add of its own.
         """
         value = own_initializer(node, 1)
         if self._scales == "ratio":
@@ -119,7 +119,7 @@ class QdqWriter:
         scales = add_initializer(self._graph, f"{value.name}/scale", scale)
         inputs = [stored, scales]
         if self.unsigned:
-            # ONNX Runtime's exact kernels (session.x64quantprecision) fail without one.
+            # ONNX Runtime's exact kernels (session.x64quantprecision) need a zero point.
             zeros = np.zeros(scale.shape, np.int8)
             inputs.append(add_initializer(self._graph, f"{value.name}/zero_point", zeros))
         dq = self._node(

@@ -28,18 +28,20 @@ __all__ = [
 ]
 
 
-def tensor_of(value: ir.Value) -> ir.TensorProtocol:
+def tensor_of(value: ir.Value | None) -> ir.TensorProtocol:
     """Return the tensor of a constant.
 
     Raises:
-        GraphError: ``value`` is not a constant, or its values were dropped.
+        GraphError: ``value`` is not a constant, its values were dropped, or it is an input that the
+            node leaves out.
     """
-    if value.const_value is None:
-        raise GraphError(f"the weight {value.name} has no data", hint="export the graph again")
+    if value is None or value.const_value is None:
+        name = "that a node needs" if value is None else value.name
+        raise GraphError(f"the weight {name} has no data", hint="export the graph again")
     return value.const_value
 
 
-def values_of(value: ir.Value) -> NDArray[Any]:
+def values_of(value: ir.Value | None) -> NDArray[Any]:
     """Return the values of a constant, of any shape and type.
 
     Raises:

@@ -33,6 +33,7 @@ from exporters.metrics import sqnr_db
 from exporters.passes.fp16 import FP16_MAX
 from exporters.session import OnnxSession
 from exporters.storage import refuse_nested, store_float16
+from exporters.tapped import add_tap
 from exporters.typed_graphs import flat
 
 __all__ = [
@@ -56,12 +57,7 @@ def _tap(model: ir.Model, values: Iterable[ir.Value]) -> None:
     for value in values:
         size = ir.node("Abs", [value])
         peak = ir.node("ReduceMax", [size.outputs[0]], {"keepdims": 0})
-        size.outputs[0].name = f"{_TAP}abs/{value.name}"
-        peak.outputs[0].name = f"{_TAP}{value.name}"
-        peak.outputs[0].type = ir.TensorType(_WIDE)
-        peak.outputs[0].shape = ir.Shape(())
-        model.graph.extend([size, peak])
-        model.graph.outputs.append(peak.outputs[0])
+        add_tap(model, f"{_TAP}{value.name}", [size, peak])
 
 
 def _open(

@@ -23,9 +23,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from calibration.plan import PlanConfig
 from calibration.qdq import QuantizeConfig, smooth
 from calibration.ranges import RANGE_METHODS
+from calibration.scheme import SchemeConfig
 from calibration.table import CalibrationTable, load_table
 from clipdeploy.core.files import write_atomic
 from clipdeploy.core.passport import Recipe
@@ -44,14 +44,14 @@ DEFAULT = Path(__file__).parents[1] / "docs" / "images" / "int8.svg"
 LINEAR = "blocks.3.mlp.fc1"
 IMAGES = 200
 STEPS = {
-    "min-max": PlanConfig("minmax", False, False, False, False),
-    "+ smoothing": PlanConfig("minmax", True, False, False, False),
-    "+ range by output error": PlanConfig("auto", True, False, False, False),
-    "+ GELU's shift": PlanConfig("auto", True, True, False, False),
-    "+ weight clip": PlanConfig("auto", True, True, True, False),
-    "+ bias correction": PlanConfig(),
+    "min-max": SchemeConfig("minmax", False, False, False, False),
+    "+ smoothing": SchemeConfig("minmax", True, False, False, False),
+    "+ range by output error": SchemeConfig("auto", True, False, False, False),
+    "+ GELU's shift": SchemeConfig("auto", True, True, False, False),
+    "+ weight clip": SchemeConfig("auto", True, True, True, False),
+    "+ bias correction": SchemeConfig(),
 }
-METHODS = {method: PlanConfig(method) for method in RANGE_METHODS}
+METHODS = {method: SchemeConfig(method) for method in RANGE_METHODS}
 COLOURS = {"demo": "#0072B2", "with outliers": "#D55E00"}
 
 
@@ -92,21 +92,21 @@ def channels(
 
 
 def measure(folder: Path, weights: Path | None, images: NDArray[np.float32]) -> Measured:
-    """Export, calibrate and quantise with every plan."""
+    """Export, calibrate, and quantise with every scheme."""
     workspace = Workspace(folder)
     export_model(workspace, cards.DEMO, WeightsChoice(weights))
     calibrate_model(workspace, cards.DEMO, cards.demo_file("calibration.zip"))
     (reference,) = OnnxSession(workspace.graph(cards.DEMO, "fp32")).run(images)
 
-    def fidelity(plan: PlanConfig) -> float:
-        config = QuantizeConfig(plan=plan, remainder="fp32", min_sqnr=None)
+    def fidelity(scheme: SchemeConfig) -> float:
+        config = QuantizeConfig(scheme=scheme, remainder="fp32", min_sqnr=None)
         graph = quantize_model(workspace, cards.DEMO, config).artifact.path
         (found,) = OnnxSession(graph, exact_int8=True).run(images)
         return decibels(reference, found)
 
     before, after = channels(workspace, load_table(workspace.calibration(cards.DEMO)))
-    steps = {name: fidelity(plan) for name, plan in STEPS.items()}
-    methods = {name: fidelity(plan) for name, plan in METHODS.items()}
+    steps = {name: fidelity(scheme) for name, scheme in STEPS.items()}
+    methods = {name: fidelity(scheme) for name, scheme in METHODS.items()}
     return Measured(before, after, steps, methods)
 
 

@@ -6,7 +6,7 @@ next to an engine.  Later stages read it, so the user gives each setting once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Literal, TypeVar
@@ -240,8 +240,16 @@ def _encode(value: object) -> str:
     raise NotImplementedError(f"cannot encode {type(value).__name__} as JSON")
 
 
-def from_json(data: bytes | str, kind: type[T], where: str, newest: int = PASSPORT_SCHEMA) -> T:
+def from_json(
+    data: bytes | str,
+    kind: type[T],
+    where: str,
+    newest: int = PASSPORT_SCHEMA,
+    prepare: Callable[[Any], Any] = lambda raw: raw,
+) -> T:
     """Decode a ``kind`` from JSON and check the type and the value of every field.
+
+    ``prepare`` may change the decoded JSON first, such as the names of its keys.
 
     Raises:
         ArtifactError: the data is not JSON, a field has a wrong type or an invalid value, or the
@@ -256,7 +264,7 @@ def from_json(data: bytes | str, kind: type[T], where: str, newest: int = PASSPO
                 f"this one reads up to {newest})",
                 hint="upgrade clipdeploy, or create the artifact again",
             )
-        found = msgspec.convert(raw, kind)
+        found = msgspec.convert(prepare(raw), kind)
     except UsageError as error:
         raise ArtifactError(f"{where} is invalid: {error.message}", hint=_AGAIN) from error
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

@@ -133,9 +133,9 @@ class EngineLayers:
 class ExecutedPrecision:
     """The precision that an engine computes in; true if TensorRT describes all of it.
 
-    Compare ``blocks`` with :func:`exporters.products.requested_precision`.  ``reformats`` counts the
-    layers that only change a tensor's layout or type.  ``untold`` lists what the description leaves
-    out, in one sentence each.
+    Compare ``blocks`` with :func:`exporters.products.requested_precision`.  ``reformats`` counts
+    the layers that only change a tensor's layout or type.  ``untold`` lists what the description
+    leaves out, in one sentence each.
     """
 
     blocks: tuple[BlockPrecision, ...]

@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from calibration.policy import Placement, place
-from calibration.qdq import QuantizeConfig, QuantizedGraph, quantize
+from calibration.qdq import QuantizeConfig, QuantizedGraph, quantize, stored_settings
 from calibration.quality import Quality
 from calibration.recipe import load_recipe
 from calibration.table import load_table
 from clipdeploy.core.errors import BuildError, UsageError
 from clipdeploy.core.files import sha256_file
-from clipdeploy.core.passport import Preprocess, from_json, settings_of, to_json
+from clipdeploy.core.passport import Preprocess, from_json, to_json
 from clipdeploy.core.progress import SILENT, Progress
 from clipdeploy.engines.backends import BackendOption, choose_backend, scale_form
 from clipdeploy.models.cards import takes_any_name
@@ -66,7 +66,7 @@ def quantize_model(
     parents = {"source_graph": sha256_file(source), "calibration": sha256_file(calibration)}
     if not force and (found := existing_graph(target)):
         settings = found.passport.settings
-        asked = settings_of(config)
+        asked = stored_settings(config)
         if found.passport.parents == parents and settings.items() >= asked.items():
             return QuantizedGraph(found, _placement(source, config, found), int8_quality(found))
     with progress.task(f"quantise {model}"):
@@ -140,10 +140,10 @@ def _searched_config(
     if replace(asked, min_sqnr=default.min_sqnr) != default or graph is None or not path.exists():
         return None
     config = load_recipe(path).config
-    # Both forms hold the same integers: the graph is the one that the search chose in either.
+    # Both forms hold the same integers, so the graph is the searched one in either form.
     settings = graph.passport.settings
     either = replace(config, weight_scales=settings.get("weight_scales", "channel"))
-    made = settings.items() >= settings_of(either).items()
+    made = settings.items() >= stored_settings(either).items()
     return config if made and config.remainder == "fp16" else None
 
 

@@ -1,4 +1,4 @@
-"""What can be seen about each Linear of a candidate without comparing any output."""
+"""Inspects the input range and weight of each Linear of a candidate."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from exporters.metrics import sqnr_db
 
 __all__ = ["LinearFacts", "linear_facts"]
 
-# A channel within this factor of the largest one is one of the outliers.
+# A channel within this factor of the largest one counts as an outlier.
 _NEAR_THE_LARGEST = 2.0
 
 
 @dataclass(frozen=True)
 class LinearFacts:
-    """A Linear's input and weight, in the candidate's own coordinates.
+    """Facts about a Linear's input and weight, in the candidate's coordinates.
 
-    ``peak`` and ``median_peak``: |x| of the largest and of the median channel; ``outliers``: how
-    many come near the largest; ``clipped``: the share of values outside the range that ends at
-    ``limit``, None where the input is not quantised.  ``weight_db``: the reference's weight over
-    the difference, None where there is none; ``weight_ratio``: the candidate's norm over the
-    reference's; ``weight_levels``: how many int8 levels it uses, 0 if it is no int8.
+    ``peak`` and ``median_peak``: max |x| of the largest and of the median channel.  ``outliers``:
+    number of channels within a factor of two of the largest.  ``limit``: end of the input's range,
+    None if the input is not quantised; ``clipped``: share of values outside the range.
+    ``weight_db``: SQNR of the weight, None if it equals the reference's.  ``weight_ratio``: norm of
+    the candidate's weight over the reference's.  ``weight_levels``: number of int8 levels that the
+    weight uses, 0 if it is not int8.
     """
 
     name: str
@@ -41,7 +42,7 @@ class LinearFacts:
 
 
 def linear_facts(chain: Chain, name: str, peaks: InputPeaks) -> LinearFacts:
-    """The facts of the Linear ``name``.
+    """Inspect the Linear ``name``; ``peaks`` are those of its input.
 
     Raises:
         GraphError: a graph has no such Linear.

@@ -45,10 +45,10 @@ class Repeatability:
     with other neighbours. ``sizes`` are the batch sizes and ``profiles`` the number of engine
     profiles that were tried; ``images`` counts the compared answers. ``sqnr_db`` is that of the
     calls that differ most, ``worst_db`` of the image that differs most, None if all are equal to
-    the bit and -999 if one is not finite; ``changed`` counts different top-1 answers. A fault that affects at least ``excluded``
-    percent of all calls would have been detected with probability 97.5 %, and so would one that
-    affects at least ``excluded_large`` percent of the calls of a whole batch or more, and no
-    smaller calls.
+    the bit and -999 if one is not finite; ``changed`` counts different top-1 answers. A fault that
+    affects at least ``excluded`` percent of all calls would have been detected with probability
+    97.5 %, and so would one that affects at least ``excluded_large`` percent of the calls of a whole
+    batch or more, and no smaller calls.
     """
 
     steady: bool

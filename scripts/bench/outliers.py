@@ -17,8 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from calibration.plan import PlanConfig
 from calibration.qdq import QuantizeConfig
+from calibration.scheme import SchemeConfig
 from clipdeploy.models import cards
 from clipdeploy.models.load import WeightsChoice
 from clipdeploy.pipeline import (
@@ -33,8 +33,8 @@ from clipdeploy.workspace.folder import Workspace
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECIPES = {
-    "min-max": PlanConfig("minmax", False, False, False, False),
-    "default": PlanConfig(),
+    "min-max": SchemeConfig("minmax", False, False, False, False),
+    "default": SchemeConfig(),
 }
 
 
@@ -48,9 +48,9 @@ def make_variants(folder: Path) -> None:
     subprocess.run(words, check=True, env=environment)
 
 
-def judge(workspace: Workspace, plan: PlanConfig) -> Verification:
-    """Quantise with ``plan`` and evaluate the graphs on the held-out digits."""
-    quantize_model(workspace, cards.DEMO, QuantizeConfig(plan=plan, min_sqnr=None))
+def judge(workspace: Workspace, scheme: SchemeConfig) -> Verification:
+    """Quantise with ``scheme`` and evaluate the graphs on the held-out digits."""
+    quantize_model(workspace, cards.DEMO, QuantizeConfig(scheme=scheme, min_sqnr=None))
     test = cards.demo_file("test.zip")
     scope = VerifyScope(graphs_only=True)
     result = verify_model(workspace, cards.DEMO, test, scope=scope).verification
@@ -74,8 +74,8 @@ def main() -> None:
             export_model(workspace, cards.DEMO, WeightsChoice(file))
             calibrate_model(workspace, cards.DEMO, cards.demo_file("calibration.zip"))
             cells = []
-            for plan in RECIPES.values():
-                result = judge(workspace, plan)
+            for scheme in RECIPES.values():
+                result = judge(workspace, scheme)
                 found = result.rows[1].fidelity
                 assert found is not None
                 assert found.accuracy is not None

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from outliers import make_variants
 
-from calibration.plan import PlanConfig
+from calibration.scheme import SchemeConfig
 from clipdeploy.models import cards
 from clipdeploy.models.load import WeightsChoice
 from clipdeploy.pipeline import (
@@ -31,7 +31,7 @@ from clipdeploy.pipeline import (
     search_model,
 )
 
-PLAN = PlanConfig("minmax", False, False, False, False)
+SCHEME = SchemeConfig("minmax", False, False, False, False)
 
 
 def row(name: str, found: SearchResult, seconds: float) -> str:
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--variants", type=Path)
     parser.add_argument("--max-drop", type=float, default=6.0, help="250 digits tell 4 from none")
     chosen = parser.parse_args()
-    config = SearchConfig(max_drop=chosen.max_drop, batch=125, plan=PLAN, fixed_plan=True)
+    config = SearchConfig(max_drop=chosen.max_drop, batch=125, scheme=SCHEME, fixed_scheme=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = chosen.variants or Path(temporary, "variants")
         if chosen.variants is None:

@@ -30,8 +30,8 @@ from clipdeploy.pipeline import (
     Fp16Config,
     Labelling,
     Limits,
-    PlanConfig,
     QuantizeConfig,
+    SchemeConfig,
     SearchConfig,
     TritonConfig,
     VerifyConfig,
@@ -141,7 +141,7 @@ NUMBERS: list[tuple[Callable[..., Any], str]] = [
     *((BuildConfig, name) for name in ("memory_pool_mib", "optimization_level")),
     *((TritonConfig, name) for name in ("max_batch", "queue_delay", "instances")),
     *((ExportConfig, name) for name in ("opset", "batch")),
-    (PlanConfig, "strength"),
+    (SchemeConfig, "strength"),
     (QuantizeConfig, "min_sqnr"),
     (WeightsChoice, "random_seed"),
 ]

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from calibration.plan import PlanConfig
+from calibration.scheme import SchemeConfig
 from clipdeploy.cli.text import wrapped
 from clipdeploy.models import cards
 from clipdeploy.tuning.bisection import BlockError, Measurement, PartError
@@ -95,7 +95,7 @@ def search() -> SearchResult:
     path = Path(f"artifacts/{LONGEST}/int8.onnx")
     costs = CostModel("macs", "FP16 MACs", 8, {})
     return SearchResult(
-        LONGEST, "data", points[0], tuple(linears), points, costs, PlanConfig("percentile"),
+        LONGEST, "data", points[0], tuple(linears), points, costs, SchemeConfig("percentile"),
         False, 1, judged,
         judged, False, path.with_name("recipe.json"), cast(Any, SimpleNamespace(path=path)),
     )  # fmt: skip
