@@ -287,7 +287,7 @@ def test_a_fixed_batch_is_fixed_everywhere(
 
 @pytest.mark.parametrize("batch", [0, -1])
 def test_a_batch_of_nothing_is_refused(batch: int) -> None:
-    with pytest.raises(UsageError, match="a batch of"):
+    with pytest.raises(UsageError, match=f"invalid value {batch} for batch"):
         ExportConfig(batch=batch)
 
 
