@@ -47,8 +47,8 @@ class Repeatability:
     calls that differ most, ``worst_db`` of the image that differs most, None if all are equal to
     the bit and -999 if one is not finite; ``changed`` counts different top-1 answers. A fault that
     affects at least ``excluded`` percent of all calls would have been detected with probability
-    97.5 %, and so would one that affects at least ``excluded_large`` percent of the calls of a whole
-    batch or more, and no smaller calls.
+    97.5 %, and so would one that affects at least ``excluded_large`` percent of the calls of a
+    whole batch or more, and no smaller calls.
     """
 
     steady: bool
