@@ -137,7 +137,7 @@ def test_bias_correction_lowers_the_mean_error_of_the_logits(
 
 @pytest.mark.parametrize("settings", [{"strength": 1.5}, {"strength": 0.5, "smooth": False}])
 def test_a_strength_that_means_nothing_is_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="smoothing strength"):
+    with pytest.raises(UsageError, match="strength"):
         SchemeConfig(**settings)
     assert SchemeConfig(strength=0.5).label == "auto, strength 0.5"
 
