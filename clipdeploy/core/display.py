@@ -1,9 +1,8 @@
-"""Results as tables, in a terminal and in a notebook.
+"""Displays results as tables in terminals and notebooks.
 
-A result says once how it looks, as something that rich can print.  A terminal prints that; a
-notebook, which calls ``_repr_html_``, gets the same tables and lines as HTML.  Whatever stands in
-them is text: file names and class names are escaped, and no cell is read as markup.  rich is
-imported when a result is shown.
+A result defines ``__rich__`` once.  A terminal prints that with rich; a notebook calls
+``_repr_html_`` and gets the same tables and lines as HTML.  File names and class names are escaped:
+no cell is interpreted as markup.  rich is imported when a result is shown.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ Renderable: TypeAlias = "ConsoleRenderable | RichCast | str"
 
 
 class Shown:
-    """A result that prints itself with rich and shows itself in a notebook."""
+    """Base class of results: ``__rich__`` for terminals, ``_repr_html_`` for notebooks."""
 
     __slots__ = ()
 
     def __rich__(self) -> Renderable:
-        """What a terminal prints; every result has its own."""
+        """Return what a terminal prints; each result overrides this."""
         return repr(self)
 
     def _repr_html_(self) -> str:
@@ -36,7 +35,7 @@ class Shown:
 
 
 def columns(titles: Sequence[str], rows: Iterable[Sequence[str]], *, left: Sequence[str]) -> Table:
-    """A table; the columns named in ``left`` hold text, all others hold numbers."""
+    """Return a table; columns named in ``left`` are left-aligned, all others right-aligned."""
     from rich.table import Table
     from rich.text import Text
 
@@ -44,13 +43,13 @@ def columns(titles: Sequence[str], rows: Iterable[Sequence[str]], *, left: Seque
     for title in titles:
         table.add_column(title, justify="left" if title in left else "right")
     for row in rows:
-        # Text: brackets in a name are no markup.
+        # Text, so that brackets in a name are not interpreted as markup.
         table.add_row(*map(Text, row))
     return table
 
 
 def stacked(*parts: Renderable) -> Group:
-    """The parts below each other; a str is shown as it is, without markup."""
+    """Stack parts vertically; a str is shown without markup."""
     from rich.console import Group
     from rich.text import Text
 
@@ -58,7 +57,7 @@ def stacked(*parts: Renderable) -> Group:
 
 
 def facts(rows: Iterable[tuple[str, str]]) -> Table:
-    """A name and what it is, a row each."""
+    """Return a table with one row per name and value."""
     from rich.table import Table
     from rich.text import Text
 
