@@ -98,6 +98,6 @@ def _provider(wanted: Provider) -> str:
         raise EngineError(
             "ONNX Runtime has no CUDA here: "
             + ("there is no GPU" if not gpus() else "onnxruntime without -gpu is installed"),
-            hint="leave out --provider cuda, or install onnxruntime-gpu on a machine with a GPU",
+            hint="leave out --device cuda, or install onnxruntime-gpu on a machine with a GPU",
         )
     return CUDA if there and wanted != "cpu" else CPU

@@ -39,7 +39,7 @@ def write_reports(
     bisection = as_path(bisection)
     result, evidence = judgement.verification, judgement.evidence
     if result is None or evidence is None:
-        raise UsageError("a shard has no verdict to report", hint="pass --report to `verify merge`")
+        raise UsageError("a shard has no verdict to report", hint="pass --output to `verify merge`")
     pages = any(path.suffix.lower() in HTML for path in paths)
     if pages and evidence.images is None:
         evidence = _with_images(evidence, data)

@@ -11,7 +11,7 @@ of the same cores.  Taking turns:
                   core, and nothing else
     plain loop    one process: Pillow, then ONNX Runtime, one image after another, in batches
     verify        ``run_verification``: decode, PyTorch, the FP32 graph, records, results file
-    verify --cache, again: crops and PyTorch's logits come from the cache
+    verify --cache-crops, again: crops and PyTorch's logits come from the cache
 
 Ratios are to ``pillow``.  ``--memory N`` verifies N small images instead and prints the largest
 resident size of this process and of all its decoding processes together.
@@ -180,7 +180,7 @@ def compare(images: ImageFolder, size: int, repeat: int, folder: Path) -> None:
             "pillow": pillow_alone(images, spec, stack),
             "plain loop": plain_loop(images, spec, target.path),
             "verify": verify(None),
-            "verify --cache, again": verify(cache),
+            "verify --cache-crops, again": verify(cache),
         }
         rates: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(repeat):

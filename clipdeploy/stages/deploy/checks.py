@@ -37,16 +37,16 @@ def check_deployment(
         load_recipe(config.quantize_recipe)
     backend = choose_backend(config.build.backend).backend
     check_options(backend, tensorrt_module(backend), config.build)
-    _there(config.val, "--val")
+    _there(config.val, "--val-data")
     judging = open_images(config.val)
     if config.calibration is not None:
-        _there(config.calibration, "--calibration")
+        _there(config.calibration, "--calibration-data")
         observed = choose_images(config.calibration, config.calibrate)
         _readable(observed, progress, skip=config.calibrate.skip_unreadable)
         _refuse_shared(observed, judging, config)
     elif config.calibrates and not workspace.calibration(model).exists():
         raise UsageError(
-            "INT8 without calibration images", hint="pass --calibration CALIBRATION_IMAGES"
+            "INT8 without calibration images", hint="pass --calibration-data CALIBRATION_IMAGES"
         )
     _readable(judging, progress, skip=config.verify.skip_unreadable)
     _writable(workspace, model, config)
@@ -83,7 +83,7 @@ def _refuse_shared(observed: ImageFolder, judging: ImageFolder, config: DeployCo
         raise DatasetError(
             f"{judging.root} holds images of {observed.root} that INT8 would be calibrated on: "
             f"{Few.of(shared)}",
-            hint="they cannot judge the result: take them out of --calibration or of --val",
+            hint="they cannot judge the result: remove them from --calibration-data or --val-data",
         )
 
 

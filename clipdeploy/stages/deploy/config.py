@@ -69,7 +69,7 @@ class DeployConfig:
         if unknown:
             raise UsageError(f"no engine is built in {unknown.pop()}", hint="fp32, fp16 or int8")
         if not self.calibrates:
-            chosen = {"--calibration": self.calibration, "--recipe": self.quantize_recipe}
+            chosen = {"--calibration-data": self.calibration, "--recipe": self.quantize_recipe}
             other = {"quantize": self.quantize != QuantizeConfig()}
             refuse_int8_only({name: bool(path) for name, path in chosen.items()} | other)
         if self.quantize_recipe is not None and self.quantize != QuantizeConfig():

@@ -37,7 +37,7 @@ VERIFY = (
     f"artifacts/{cards.DEMO}/{cards.DEMO}.int8.onnx",
     "--data",
     TEST,
-    "--limit",
+    "--images",
     "64",
 )
 CALIBRATE = ("calibrate", "--data", CALIBRATION, "--images", "32")
@@ -126,7 +126,7 @@ def test_interrupted_then_a_worker_killed(cluster: Cluster, folder: Path) -> Non
     first.send_signal(signal.SIGINT)
     stdout, stderr = first.communicate(timeout=PATIENCE)
     assert (first.returncode, stdout) == (130, ""), stderr
-    assert "run the same command again to go on" in stderr
+    assert "run the same command again to continue" in stderr
     wait_for(lambda: not workers_on("verify"))
     kept = shards(folder, "verification")
     assert 1 <= len(kept) < 4
@@ -152,7 +152,7 @@ def test_a_bad_image_is_told_in_one_line(cluster: Cluster, folder: Path) -> None
         archive.extractall(folder.parent / "digits")
     for image in (folder.parent / "digits").rglob("*.png"):
         image.write_bytes(b"no image")
-    words = (*VERIFY[:2], "--data", str(folder.parent / "digits"), "--limit", "64")
+    words = (*VERIFY[:2], "--data", str(folder.parent / "digits"), "--images", "64")
     run = on_cluster(cluster.address, *words)
     stdout, stderr = run.communicate(timeout=PATIENCE)
     assert (run.returncode, stdout) == (1, ""), stderr

@@ -68,9 +68,9 @@ def no_recipe(tmp_path: Path) -> DeployConfig:
 @pytest.mark.parametrize(
     ("bad", "error", "words"),
     [
-        (no_val, DatasetError, ("does not exist", "--val")),
-        (no_calibration, DatasetError, ("does not exist", "--calibration")),
-        (none_named, UsageError, ("without calibration images", "--calibration")),
+        (no_val, DatasetError, ("does not exist", "--val-data")),
+        (no_calibration, DatasetError, ("does not exist", "--calibration-data")),
+        (none_named, UsageError, ("without calibration images", "--calibration-data")),
         (
             one_shared,
             DatasetError,
@@ -117,7 +117,7 @@ def test_images_without_labels_are_refused_before_the_calibration(
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"precision": "fp16"}, "--calibration belongs to --int8"),
+        ({"precision": "fp16"}, "--calibration-data belongs to --int8"),
         ({"precision": "int8-cpu", "benchmark": None}, "no engine is built in int8-cpu"),
         ({"package": False, "cpp": Path("x")}, "not to be made"),
         ({"calibrate": CalibrateConfig(shard=(1, 2))}, "a shard alone has no verdict"),
