@@ -307,7 +307,7 @@ def build_engine(
         note_quality(context, model_quality(context.workspace, name))
     made = artifact.passport
     for fallback in made.fallbacks:
-        context.note(f"not compiled as asked: {fallback}")
+        context.note(f"not compiled as requested: {fallback}")
     emit(
         context,
         artifact,

@@ -21,6 +21,10 @@ def demo(context: Context, force: bool) -> int:
     Exports, calibrates, quantises, builds engines and verifies them on real handwritten digits.
     Everything it needs is installed with clipdeploy.
     """
+    context.note(
+        "demo: downloads nothing; the model and its images are installed with clipdeploy. "
+        f"Artifacts are written to {context.workspace.root}."
+    )
     from clipdeploy.stages.demo import run_demo
 
     result = run_demo(context.workspace, force=force, progress=context.progress)

@@ -170,10 +170,6 @@ def quantize_options(options: dict[str, Any]) -> QuantizeConfig:
         patch=options["quantize_patch"],
     )
     config = QuantizeConfig(options["exclude"], "fp16", plan, scope)
-    return _with_minimum(config, options)
-
-
-def _with_minimum(config: QuantizeConfig, options: dict[str, Any]) -> QuantizeConfig:
     minimum = options["min_sqnr"]
     return config if minimum is None else replace(config, min_sqnr=minimum)
 
@@ -192,18 +188,13 @@ def quantize_config(
         UsageError: a value is out of range.
         ArtifactError, FileError: the recipe cannot be read, or belongs to other weights.
     """
-    config = quantize_options(options)
-    if options["recipe"] is not None:
-        config = _with_minimum(_from_recipe(context, model, options["recipe"]), options)
+    from clipdeploy.stages.quantize import recipe_config
+
+    if options["recipe"] is None:
+        config = quantize_options(options)
+    else:
+        config = recipe_config(context.workspace, model, options["recipe"])
     return config if remainder is None else replace(config, remainder=remainder)
-
-
-def _from_recipe(context: Context, model: str, path: Path) -> QuantizeConfig:
-    from calibration.recipe import load_recipe
-
-    recipe = load_recipe(path)
-    recipe.check(context.workspace.source(model)[1].weights.identity)
-    return recipe.config
 
 
 @command(epilog="\b\nclipdeploy quantize\nclipdeploy quantize --cpu --exclude 'blocks.0.*'")
@@ -219,9 +210,11 @@ def quantize(context: Context, model: str | None, cpu: bool, force: bool, **reci
     """
     check_recipe_options(recipe)
     name = context.model(model)
-    from clipdeploy.stages.quantize import quantize_model
+    from clipdeploy.stages.quantize import chosen_config, quantize_model
 
     config = quantize_config(context, name, recipe, "fp32" if cpu else None)
+    if recipe["recipe"] is None:
+        config = chosen_config(context.workspace, name, config, force=force, note=context.note)
     result = quantize_model(context.workspace, name, config, force=force, progress=context.progress)
     line = (
         f"{result.artifact.path}: {len(result.placement.quantized)} Linears and products in INT8, "

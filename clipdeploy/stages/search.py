@@ -1,4 +1,4 @@
-"""INT8 or FP16 for each Linear: the fastest combination that keeps the accuracy, confirmed."""
+"""Searches for the fastest choice of INT8 or FP16 for each Linear that keeps the accuracy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from clipdeploy.core.paths import StrPath, as_path
 from clipdeploy.core.progress import SILENT, Progress
 from clipdeploy.models.cards import takes_any_name
 from clipdeploy.runners.onnx import OnnxRunner
-from clipdeploy.stages.quantize import quantize_model
+from clipdeploy.stages.quantize import calibration_file, quantize_model
 from clipdeploy.stages.samples import sample_images
 from clipdeploy.tuning.chain import Chain
 from clipdeploy.tuning.cost import CostModel, counted_costs, linear_shapes, measured_costs
@@ -41,15 +41,15 @@ from exporters.headers import GraphArtifact
 
 __all__ = ["SearchConfig", "SearchResult", "search_model"]
 
-# Tried where the plan asked for does not keep the accuracy with all Linears in INT8: other ranges,
-# then with the best of these SmoothQuant's usual strengths for all Linears.
+# Tried if the requested plan does not keep the accuracy with all Linears in INT8: other range
+# methods, then SmoothQuant's usual strengths with the best of these methods.
 _OTHER_RANGES: tuple[RangeMethod, ...] = ("auto", "percentile", "mse")
 _OTHER_STRENGTHS = (0.5, 0.75)
 _STORAGE_IMAGES = 3
 
 
 class _Search:
-    """One search: its splits, its state on disk, and the plans that it has tried."""
+    """A search: its splits, its state on disk, and the plans that it tries."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class _Search:
         self.images = list(labelled_batches(self.search, spec, config.batch, self.calibrated))
 
     def _key(self) -> str:
-        """Everything that a figure in the state depends on."""
+        """A hash of all inputs that the results in the state depend on."""
         config = replace(self.config, budget=None, max_drop=1.0, threads=0)
         parts = (
             to_json(config),
@@ -85,7 +85,7 @@ class _Search:
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
     def chain(self, plan: PlanConfig, folder: Path) -> Chain:
-        """Reference against all Linears in INT8; the flavour of the CPU runs fast here."""
+        """The reference and the graph with all Linears in INT8, for CPUs, which is fast here."""
         target = folder / f"{plan.label}.onnx"
         samples = sample_images(self.passport.preprocess, _STORAGE_IMAGES)
         config = QuantizeConfig(remainder="fp32", plan=plan, min_sqnr=None)
@@ -96,7 +96,7 @@ class _Search:
     def evaluator(
         self, chain: Chain, plan: PlanConfig, advance: Callable[[int], None]
     ) -> Evaluator:
-        """Of one plan's combinations."""
+        """An evaluator of the combinations of a plan."""
         return Evaluator(
             chain,
             self.images,
@@ -109,7 +109,7 @@ class _Search:
         )
 
     def costs(self, chain: Chain) -> CostModel:
-        """The cost model, measured or counted once."""
+        """The cost model, which is measured or counted once."""
         if self.state.costs is None:
             image = self.images[0][0].as_input(self.passport.input)[:1]
             shapes = linear_shapes(chain, image)
@@ -122,11 +122,11 @@ class _Search:
         return self.state.costs
 
     def feasible(self, found: Evaluation) -> bool:
-        """Whether the drop lies within the limit, and would on the fresh images."""
+        """Whether the drop is within the limit, and would be on the confirming images."""
         return is_feasible(found, len(self.confirm.hashes), self.config.max_drop)
 
     def plans(self, best: _Best) -> Iterator[PlanConfig]:
-        """The plan asked for, then others; the ``best`` by then is varied further."""
+        """The requested plan, then other ranges, then other strengths with the best range."""
         asked = self.config.plan
         yield asked
         if self.config.fixed_plan:
@@ -149,7 +149,7 @@ class _Best:
     chain: Chain | None = None
 
     def offer(self, found: Evaluation, plan: PlanConfig, chain: Chain) -> None:
-        """All Linears in INT8 under ``plan``."""
+        """Take ``plan`` if its all-INT8 graph has the highest SQNR so far."""
         db = math.inf if found.sqnr_db is None else found.sqnr_db
         if self.chain is None or db > self.db:
             self.db, self.plan, self.chain = db, plan, chain
@@ -158,7 +158,7 @@ class _Best:
 def _choose_plan(
     search: _Search, folder: Path, advance: Callable[[int], None]
 ) -> tuple[Chain, PlanConfig]:
-    """The first plan whose all-INT8 graph is feasible, else the one with the cleanest logits."""
+    """The first plan whose all-INT8 graph is feasible, else the one with the best logits (SQNR)."""
     best = _Best()
     for plan in search.plans(best):
         chain = search.chain(plan, folder)
@@ -172,7 +172,7 @@ def _choose_plan(
     if best.plan is None or best.chain is None:
         raise UsageError(
             "the budget ended before a single combination was evaluated",
-            hint="give more minutes with --budget; what was found is kept",
+            hint="allow more minutes with --budget; the results so far are reused",
         )
     return best.chain, best.plan
 
@@ -191,8 +191,8 @@ def search_model(
     """Choose INT8 or FP16 for every Linear, write the INT8 graph of the choice, and confirm it.
 
     ``data`` is split in two: the choice is made on one part and confirmed on the other, or on
-    ``confirm``; ``note`` is told what is odd about the images.  What was measured is kept in the
-    workspace: a killed search goes on.
+    ``confirm``.  ``note`` is called with remarks on the images.  All measurements are saved in the
+    workspace, so that an interrupted search continues.
 
     Raises:
         ClipdeployError: see :mod:`clipdeploy.core.errors`.
@@ -200,13 +200,9 @@ def search_model(
     data = Path(data)
     confirm = as_path(confirm)
     _, passport = workspace.source(model)
-    if not workspace.calibration(model).exists():
-        raise UsageError(
-            f"{model} has not been calibrated in {workspace.root}",
-            hint="clipdeploy calibrate --data CALIBRATION_IMAGES",
-        )
+    calibration = calibration_file(workspace, model)
     splits = make_splits(data, confirm, passport, config, note)
-    table = load_table(workspace.calibration(model))
+    table = load_table(calibration)
     check_splits(*splits, frozenset(record.sha256 for record in table.images))
     check_enough(splits[0], config, "search")
     check_enough(splits[1], config, "confirm")
@@ -265,7 +261,7 @@ def _run(search: _Search, folder: Path, data: Path) -> SearchResult:
 
 
 def _guess(linears: int) -> int:
-    """About how many steps a search takes: each Linear alone, the bisection, a round of trials."""
+    """An estimate of the steps of a search: each Linear alone, the bisection, a round of trials."""
     return 2 * linears + linears.bit_length()
 
 
@@ -273,17 +269,17 @@ def _config(
     search: _Search, plan: PlanConfig, costs: CostModel, int8: Combination
 ) -> QuantizeConfig:
     exclude = tuple(name for name in costs.order if name not in int8)
-    # The search judges accuracy itself, and decides which Linears stay.
+    # No min_sqnr: the search judges accuracy itself, and chooses the Linears.
     return QuantizeConfig(exclude, search.config.remainder, plan, min_sqnr=None)
 
 
 def _write(
     search: _Search, plan: PlanConfig, chosen: Combination, costs: CostModel
 ) -> tuple[Combination, GraphArtifact, Evaluation]:
-    """The graph of the choice; while the real graph fails, that of the next combination.
+    """Write the graph of the choice; if it is not feasible, that of the next combination.
 
-    A combination was judged with FP32 in the place of FP16, and with foldings as if all Linears
-    were quantised: the graph that is written has the last word.
+    Combinations were evaluated with FP32 instead of FP16, and with the foldings of a graph in which
+    all Linears are quantised.  So the written graph is evaluated again.
     """
     written = search.state.evaluations
     for int8 in _next_best(search, plan, chosen, costs):
@@ -303,7 +299,7 @@ def _write(
 def _next_best(
     search: _Search, plan: PlanConfig, chosen: Combination, costs: CostModel
 ) -> Iterator[Combination]:
-    """The choice, then what else was feasible, the cheapest first; at the end no INT8 at all."""
+    """The choice, then the other feasible combinations by cost, and at last no INT8."""
     yield chosen
     known = search.state.of(plan.label)
     feasible = (int8 for int8, found in known.items() if int8 and search.feasible(found))
@@ -315,7 +311,7 @@ def _next_best(
 
 
 def _score(search: _Search, graph: Path, images: Iterable[Labelled]) -> Evaluation:
-    """A graph on ONNX Runtime against the FP32 graph."""
+    """Compare a graph with the FP32 graph, both on ONNX Runtime."""
     threads = search.config.threads
     reference, ours = OnnxRunner(search.source, threads=threads), OnnxRunner(graph, threads=threads)
     counter = Counter()
@@ -328,10 +324,10 @@ def _score(search: _Search, graph: Path, images: Iterable[Labelled]) -> Evaluati
 def _points(
     search: _Search, plan: PlanConfig, costs: CostModel, chosen: Combination, measured: Evaluation
 ) -> list[Candidate]:
-    """Every combination of ``plan`` that was evaluated, all FP16 among them, cheapest first.
+    """All evaluated combinations of ``plan`` and all FP16, the cheapest first.
 
-    The choice stands there as its own graph was ``measured``.  Those on the front, the choice and
-    its twins get a recipe file.
+    The choice has the values ``measured`` on its written graph.  Combinations with a label or on
+    the Pareto front get a recipe file.
     """
     everything = frozenset(costs.order)
     named = {frozenset[str](): "all FP16", everything: "all INT8"}

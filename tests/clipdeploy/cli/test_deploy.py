@@ -49,7 +49,7 @@ def test_a_line_a_stage_where_nobody_watches(artifacts: Path) -> None:
     for stage in ("build int8", "verify", "package", "summary"):
         assert any(re.fullmatch(rf"{stage}: done, \d+\.\d s", line) for line in said)
     assert result.stdout.startswith("EQUIVALENT")
-    for shown in ("int8.engine was built and not executed", "docker build", "deployment.html"):
+    for shown in ("int8.engine was built but not executed", "docker build", "deployment.html"):
         assert shown in result.stdout
 
 
@@ -119,7 +119,7 @@ def test_what_cannot_be_read_is_named_and_left_open(artifacts: Path, tmp_path: P
     result = run(*asked, "--skip-unreadable")
     assert result.exit_code == 0, result.output
     assert "skipped, unreadable: 3/broken.png" in result.stderr
-    assert "1 image could not be read and judged nothing" in result.stdout
+    assert "1 image was unreadable and not used" in result.stdout
 
 
 def test_a_stage_that_failed_is_named(artifacts: Path, tmp_path: Path) -> None:

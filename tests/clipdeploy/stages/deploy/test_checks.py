@@ -106,7 +106,7 @@ def test_images_without_labels_are_refused_before_the_calibration(
     workspace.calibration(cards.DEMO).unlink()
     for asked, said in (
         ("auto", "no labels were found"),
-        ("none", "no verdict could come of them"),
+        ("none", "have a label, which a verdict needs"),
     ):
         scope = VerifyScope(labelling=Labelling(layout=asked))  # type: ignore[arg-type]
         with pytest.raises(DatasetError, match=said):
@@ -118,9 +118,9 @@ def test_images_without_labels_are_refused_before_the_calibration(
     ("wrong", "said"),
     [
         ({"precision": "fp16"}, "--calibration-data belongs to --int8"),
-        ({"precision": "int8-cpu", "benchmark": None}, "no engine is built in int8-cpu"),
-        ({"package": False, "cpp": Path("x")}, "not to be made"),
-        ({"calibrate": CalibrateConfig(shard=(1, 2))}, "a shard alone has no verdict"),
+        ({"precision": "int8-cpu", "benchmark": None}, "engines cannot be built in int8-cpu"),
+        ({"package": False, "cpp": Path("x")}, "but a folder for it was given"),
+        ({"calibrate": CalibrateConfig(shard=(1, 2))}, "a single shard has no verdict"),
     ],
 )
 def test_choices_that_do_not_go_together(wrong: dict[str, object], said: str) -> None:
