@@ -19,7 +19,7 @@ from verify_command import FEW, TEST, good, merge, refused, run, verify
 
 from clipdeploy.models import cards
 from clipdeploy.runners import OnnxRunner
-from clipdeploy.stages.verify.run import run as stage
+from clipdeploy.stages.verify import run as stage
 from exporters.graphs import load_graph, save_graph
 from exporters.headers import read_passport
 
