@@ -101,7 +101,7 @@ def test_one_that_runs_is_enough(artifacts: Path) -> None:
         (("--seconds", "0"), 2, "0.0 seconds"),
         (("--rounds", "0"), 2, "0 rounds"),
         (("--output", "speed.pdf"), 2, "speed.pdf"),
-        (("x.onnx", "--model", "demo"), 2, "--model beside files"),
+        (("x.onnx", "--model", "demo"), 2, "leave out --model"),
         (("notes.txt",), 2, "neither .onnx nor .engine"),
         (("gone.onnx",), 1, "there is no file gone.onnx"),
         (("--model", "demo"), 2, "has not been exported"),

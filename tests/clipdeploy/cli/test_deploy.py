@@ -100,7 +100,7 @@ def test_a_setting_calibrates_int8_alone(
     [
         (("--fp16",), 2, "--calibration-data belongs to --int8"),
         (("--checkpoint", "x.pth", "--random-init", "1"), 2, "exclude each other"),
-        (("--recipe", "x.json", "--no-smooth"), 2, "--recipe beside options"),
+        (("--recipe", "x.json", "--no-smooth"), 2, "a recipe contains all"),
         (("--triton", "/proc/clipdeploy"), 1, "cannot write /proc/clipdeploy"),
         (("--max-drop", "-1"), 2, "--max-drop is 0 to 100"),
     ],

@@ -259,7 +259,7 @@ def test_help_and_completion_do_not_read_a_broken_file() -> None:
     for words in (("--help",), ("verify", "run", "--help"), ("--version",), ("completion", "zsh")):
         result = run(*words)
         assert result.exit_code == 0, words
-        assert "no TOML" not in result.output
+        assert "not valid TOML" not in result.output
     refused(run("verify", "--data", "x", "--max-drop", "1"), 2, "is not valid TOML")
 
 

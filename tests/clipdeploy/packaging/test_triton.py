@@ -308,7 +308,7 @@ def test_an_engine_of_tensorrt_comes_before_a_graph(
     demo_workspace: Workspace, described_engine: DescribedEngine, tmp_path: Path
 ) -> None:
     workspace = Workspace(tmp_path / "artifacts")
-    with pytest.raises(UsageError, match="nothing to package"):
+    with pytest.raises(UsageError, match="there is no artifact of"):
         artifact_to_package(workspace, cards.DEMO)
     shutil.copytree(demo_workspace.root, workspace.root)
     assert artifact_to_package(workspace, cards.DEMO).name == "clip-vit-demo.fp16.onnx"

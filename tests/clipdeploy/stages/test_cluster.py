@@ -235,7 +235,7 @@ def test_a_shard_that_can_use_a_gpu_takes_one() -> None:
 
 @pytest.mark.parametrize("address", ["", "host", "host:", ":6379", "ray://host:1", "host:99999"])
 def test_no_address(address: str) -> None:
-    with pytest.raises(UsageError, match="no address of a Ray cluster"):
+    with pytest.raises(UsageError, match="not the address of a Ray cluster"):
         ClusterConfig(address)
 
 
