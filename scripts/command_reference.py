@@ -18,6 +18,7 @@ import click
 
 from clipdeploy.cli.common import DefaultGroup, stage_command
 from clipdeploy.cli.main import main
+from clipdeploy.cli.options import Option
 
 DEFAULT = Path(__file__).parents[1] / "docs" / "commands.md"
 _HEAD = """# The commands
@@ -32,11 +33,23 @@ _HEAD = """# The commands
 
 {table}
 
-Exit codes: 0 success, 1 error (one line with a hint), 2 invalid usage, 3 verification failed,
-130 interrupted. Results are written to stdout, progress and notes to stderr. Without `--model` a
-command uses the last model of the workspace and prints its name. Contradicting options, and options
-without effect, are usage errors, except if they are set in `clipdeploy.toml` or the environment.
+Exit codes: 0 success, 1 error, 2 usage error, 3 verification failed, 130 interrupted. An error is
+one line with the cause and what to do. Results are printed on stdout, progress and notes on stderr.
+A command without `--model` uses the last model of the workspace and prints its name. Options that
+exclude each other, and options that would have no effect, are usage errors; values from
+`clipdeploy.toml` and the environment never are.
 
+Where a command takes only one kind of images, `--data` is short for `--calibration-data` or
+`--val-data`, and `--images` for `--calibration-images` or `--val-images`.
+
+"""
+_FORMER = """
+
+## Former names
+
+These options still work under their former names and print a note.
+
+{table}
 """
 
 
@@ -116,7 +129,18 @@ def text() -> str:
     table = _table([*shared, ("-h, --help", "Show the help and exit.")])
     sections = [_section(name, command, set(shared)) for name, command in found]
     head = _HEAD.format(links=" ·\n".join(links), which=which, table=table)
-    return head + "\n\n".join(sections) + "\n"
+    return head + "\n\n".join(sections) + _FORMER.format(table=_former_names(found))
+
+
+def _former_names(commands: list[tuple[str, click.Command]]) -> str:
+    """A table of the former names, the present ones, and the commands that have them."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for name, command in commands:
+        for param in command.params:
+            for pair in param.formerly.items() if isinstance(param, Option) else ():
+                names.setdefault(pair, []).append(name.partition(" ")[2])
+    rows = [f"| `{old}` | `{new}` | {', '.join(each)} |" for (old, new), each in names.items()]
+    return "\n".join(["| former | now | commands |", "| --- | --- | --- |", *rows])
 
 
 if __name__ == "__main__":

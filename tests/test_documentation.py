@@ -71,7 +71,7 @@ def strangers(span: str) -> set[str]:
 def test_commands_of_a_page_are_understood(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if path.name == "configuration.md":
         # It shows what a setting makes of the commands.
-        monkeypatch.setenv("CLIPDEPLOY_VALIDATION", "images")
+        monkeypatch.setenv("CLIPDEPLOY_VAL_DATA", "images")
     page = Page.read(path)
     for block in page.blocks():
         for words in block.commands():
@@ -115,7 +115,7 @@ def test_a_wrong_line_is_caught(line: str) -> None:
         ("--max-drop", set()),
         ("--no-such-option", {"--no-such-option"}),
         ("export --offline/--no-ofline", {"--no-ofline"}),
-        ("verify merge --report", set()),
+        ("verify merge --output", set()),
         ("pip install --force-reinstall torch", set()),
     ],
 )

@@ -1,4 +1,4 @@
-"""``clipdeploy benchmark``: how fast the artifacts are here."""
+"""``clipdeploy benchmark``: measure latency and throughput on this machine."""
 
 from __future__ import annotations
 
@@ -8,63 +8,67 @@ from typing import Literal
 
 import click
 
-from clipdeploy.cli.common import (
-    Context,
-    emit,
+from clipdeploy.cli.common import Context, emit, stage_command
+from clipdeploy.cli.config_fields import choices_of, default_of
+from clipdeploy.cli.numbers import number, whole_numbers
+from clipdeploy.cli.options import option
+from clipdeploy.cli.params import ArtifactPath
+from clipdeploy.cli.shared_options import (
     model_option,
-    stage_command,
+    picture_option,
+    run_threads_option,
+    seed_option,
     trust_option,
 )
-from clipdeploy.cli.numbers import number, whole_numbers
-from clipdeploy.cli.params import ArtifactPath
 from clipdeploy.cli.usage import command, refuse_together, refuse_unused
 from clipdeploy.core.errors import EngineError
-from clipdeploy.core.spans import ROUNDS, SECONDS, SEED, THREADS, WARMUP
+from clipdeploy.core.spans import ROUNDS, SECONDS, WARMUP
+
+_CONFIG = "clipdeploy.benchmark.result.BenchmarkConfig"
+_SECONDS = default_of(_CONFIG, "seconds")
 
 
-@command(epilog="\b\nclipdeploy benchmark --batch 1,8,32 --plot latency.svg")
+@command(epilog="\b\nclipdeploy benchmark --batch 1,8,32 -o latency.svg")
 @click.argument("artifacts", nargs=-1, type=ArtifactPath())
 @model_option
-@click.option(
-    "--batch", default="1,8,32", show_default=True, help="Images at once; several with commas."
+@option(
+    "--batch",
+    default=",".join(map(str, default_of(_CONFIG, "batches"))),
+    metavar="N[,N...]",
+    help="Images per inference run; several sizes are separated by commas.",
 )
-@click.option(
-    "--seconds", type=number(SECONDS), help="Time for each artifact and batch.  [default: 3]"
+@option(
+    "--seconds",
+    type=number(SECONDS),
+    metavar="SECONDS",
+    help="Seconds to measure each artifact and batch size.",
+    default_text=f"{_SECONDS:g}; no limit with --rounds",
 )
-@click.option(
-    "--rounds", type=number(ROUNDS), help="Runs of each; with --seconds, what is over first counts."
+@option(
+    "--rounds",
+    type=number(ROUNDS),
+    metavar="COUNT",
+    help="Runs of each artifact and batch size; stops at whichever limit comes first.",
+    default_text="no limit",
 )
-@click.option(
+@option(
     "--warmup",
     type=number(WARMUP),
-    default=0.5,
-    show_default=True,
-    help="Seconds of running before, for each artifact and batch.",
+    default=default_of(_CONFIG, "warmup"),
+    metavar="SECONDS",
+    help="Seconds to run each artifact and batch size before measuring.",
 )
-@click.option(
-    "--threads",
-    type=number(THREADS),
-    default=0,
-    help="ONNX Runtime's on the CPU; 0: its own choice.",
+@run_threads_option
+@option(
+    "--device",
+    type=click.Choice(choices_of(_CONFIG, "provider")),
+    default=default_of(_CONFIG, "provider"),
+    formerly={"--provider": "--device"},
+    help="Device that runs ONNX graphs; auto is the GPU if ONNX Runtime can use it.",
 )
-@click.option(
-    "--provider",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    show_default=True,
-    help="Where ONNX graphs run.",
-)
-@click.option("--cuda-graph", is_flag=True, help="Replay engines as CUDA graphs.")
-@click.option(
-    "--seed",
-    type=number(SEED),
-    default=0,
-    show_default=True,
-    help="Of the pixels and of the order.",
-)
-@click.option(
-    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: .png or .svg."
-)
+@option("--cuda-graph", is_flag=True, help="Replay engines as CUDA graphs.")
+@seed_option(_CONFIG, "Seed for the input pixels and the order of runs.")
+@picture_option
 @trust_option
 @stage_command
 def benchmark(
@@ -76,17 +80,18 @@ def benchmark(
     rounds: int | None,
     warmup: float,
     threads: int,
-    provider: Literal["auto", "cpu", "cuda"],
+    device: Literal["auto", "cpu", "cuda"],
     cuda_graph: bool,
     seed: int,
     plot: Path | None,
     trust: bool,
 ) -> None:
-    """Measure latency and throughput of ARTIFACTS (.onnx, .engine), or of all of a model's.
+    """Measure the latency and throughput of artifacts.
 
-    They take turns, in rounds, so that their ratios hold on a busy machine too.
+    ARTIFACTS are .onnx and .engine files; without any, all artifacts of the model. They run in
+    turns, so that their speeds can be compared even on a busy machine.
     """
-    refuse_together("artifacts", "model", hint="no --model beside files: each has its own")
+    refuse_together("artifacts", "model", hint="leave out --model: each file has its own")
     if {path.suffix for path in artifacts} == {".onnx"}:
         refuse_unused(["cuda_graph", "trust"], "engines", "name an .engine file")
     from clipdeploy.core.plots import check_plot_path, save_plot
@@ -98,11 +103,11 @@ def benchmark(
 
     config = BenchmarkConfig(
         batches=whole_numbers(batch, "--batch", "such as 1,8,32"),
-        seconds=3.0 if seconds is None and rounds is None else seconds,
+        seconds=_SECONDS if seconds is None and rounds is None else seconds,
         rounds=rounds,
         warmup=warmup,
         seed=seed,
-        provider=provider,
+        provider=device,
         threads=threads,
         trust=trust,
         cuda_graph=cuda_graph,
@@ -118,4 +123,4 @@ def benchmark(
         raise EngineError("nothing could be measured", hint=f"{first.label}: {first.reason}")
     if plot:
         save_plot(draw_benchmark(result), plot)
-        context.note(f"drawn: {plot}")
+        context.note(f"picture: {plot}")

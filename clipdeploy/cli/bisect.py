@@ -1,4 +1,4 @@
-"""``clipdeploy bisect``: which part costs the accuracy."""
+"""``clipdeploy bisect``: find the part of a graph that costs the accuracy."""
 
 from __future__ import annotations
 
@@ -7,44 +7,52 @@ from typing import Any
 
 import click
 
-from clipdeploy.cli.common import Context, data_option, emit, model_option, stage_command
+from clipdeploy.cli.common import Context, emit, stage_command
+from clipdeploy.cli.config_fields import value_of
 from clipdeploy.cli.labelling import check_labelling, labelling, labelling_options
-from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import ArtifactPath
+from clipdeploy.cli.shared_options import (
+    batch_option,
+    model_option,
+    picture_option,
+    run_threads_option,
+    seed_option,
+    val_data_option,
+    val_images_option,
+)
 from clipdeploy.cli.usage import command
-from clipdeploy.core.spans import BATCH, IMAGES, SEED, THREADS
+
+_STAGE = "clipdeploy.stages.bisect"
+_CONFIG = f"{_STAGE}.BisectConfig"
 
 
-@command(epilog="\b\nclipdeploy bisect --data IMAGES --plot map.png")
+@command(epilog="\b\nclipdeploy bisect --data IMAGES -o map.png")
 @click.argument("graph", required=False, type=ArtifactPath(dir_okay=False))
 @model_option
-@data_option("Images, with labels if drops are to be points of top-1.", "validation")
-@click.option("--images", type=number(IMAGES), help="How many of them.  [default: up to 64]")
-@click.option("--seed", type=number(SEED), default=0, show_default=True, help="Draws them.")
-@click.option("--batch", type=number(BATCH), default=8, show_default=True, help="Images at once.")
-@click.option(
-    "--threads", type=number(THREADS), default=0, help="ONNX Runtime's; 0: its own choice."
-)
-@click.option(
-    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: .png or .svg."
-)
+@val_data_option("Images; with labels, drops are measured in points of top-1.")
+@val_images_option("Number of images.", f"all, at most {value_of(f'{_STAGE}._DEFAULT_IMAGES')}")
+@seed_option(_CONFIG, "Seed for choosing images.")
+@batch_option(_CONFIG)
+@run_threads_option
+@picture_option
 @labelling_options()
 @stage_command
 def bisect(
     context: Context,
     graph: Path | None,
     model: str | None,
-    data: Path,
-    images: int | None,
+    val_data: Path,
+    val_images: int | None,
     seed: int,
     batch: int,
     threads: int,
     plot: Path | None,
     **options: Any,
 ) -> None:
-    """Find the Linear of GRAPH (the model's INT8 graph) that costs the accuracy.
+    """Find the Linear that costs the accuracy of a graph.
 
-    GRAPH is any FP16 or INT8 .onnx with the names of the FP32 graph, which it is held against.
+    Compares GRAPH, by default the model's INT8 graph, with the FP32 graph. GRAPH is an FP16 or INT8
+    .onnx file with the node names of the FP32 graph.
     """
     from clipdeploy.core.plots import check_plot_path, save_plot
 
@@ -54,11 +62,11 @@ def bisect(
     name = context.model(model)
     from clipdeploy.stages.bisect import BisectConfig, bisect_model
 
-    config = BisectConfig(images, seed, batch, threads, labelling(options))
+    config = BisectConfig(val_images, seed, batch, threads, labelling(options))
     result = bisect_model(
         context.workspace,
         name,
-        data,
+        val_data,
         graph,
         config,
         note=context.note,
@@ -69,4 +77,4 @@ def bisect(
         from clipdeploy.tuning.drawing import draw_bisection
 
         save_plot(draw_bisection(result), plot)
-        context.note(f"drawn: {plot}")
+        context.note(f"picture: {plot}")

@@ -1,24 +1,17 @@
-"""``clipdeploy build-engine``: graph to TensorRT engine."""
+"""``clipdeploy build-engine``: compile a TensorRT engine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from clipdeploy.cli.calibrate import images_option, seed_option
-from clipdeploy.cli.common import (
-    Context,
-    data_option,
-    emit,
-    force_option,
-    model_option,
-    skip_unreadable_option,
-    stage_command,
-)
+from clipdeploy.cli.common import Context, emit, stage_command
+from clipdeploy.cli.config_fields import choices_of, default_of
 from clipdeploy.cli.numbers import number, whole_numbers
+from clipdeploy.cli.options import option
 from clipdeploy.cli.params import how_to_give, setting_option
 from clipdeploy.cli.quantize import (
     check_recipe_options,
@@ -27,7 +20,15 @@ from clipdeploy.cli.quantize import (
     recipe_names,
     recipe_options,
 )
-from clipdeploy.cli.settings import setting_called
+from clipdeploy.cli.shared_options import (
+    calibration_data_option,
+    calibration_images_option,
+    calibration_seed_option,
+    force_option,
+    model_option,
+    precision_options,
+    skip_unreadable_option,
+)
 from clipdeploy.cli.usage import (
     command,
     given,
@@ -43,75 +44,91 @@ if TYPE_CHECKING:
     from clipdeploy.engines.backends import BackendOption
     from clipdeploy.engines.build_config import BuildConfig
 
+_BUILD = "clipdeploy.engines.build_config.BuildConfig"
+_DEFAULT_PROFILE = default_of(_BUILD, "profiles")[0]
+
 backend_option = setting_option(
     "backend",
     "--backend",
-    type=click.Choice(setting_called("backend").kind.choices),
-    help="TensorRT flavour.",
+    type=click.Choice(choices_of(_BUILD, "backend")),
+    help="TensorRT variant.",
 )
-# The parameters that decide which images are observed, and those of the default profile.
-_CALIBRATION = ("images", "seed", "skip_unreadable")
+profile_option = option(
+    "--profile",
+    multiple=True,
+    metavar="MIN,OPT,MAX",
+    help="Smallest, optimal and largest batch of the engine; may be given several times.",
+    default_text=",".join(map(str, _DEFAULT_PROFILE)),
+)
+# The parameters that choose the observed images, and those of the default profile.
+_CALIBRATION = ("calibration_images", "seed", "skip_unreadable")
 _BATCHES = ("min_batch", "opt_batch", "max_batch")
+_BATCH_HELP = (
+    "Smallest batch of the engine.",
+    "Batch that the engine is optimised for.",
+    "Largest batch of the engine.",
+)
 _OPTIONS = (
     backend_option,
-    click.option(
-        "--min-batch", type=number(BATCH), default=1, show_default=True, help="Smallest batch."
+    *(
+        option(
+            f"--{name.replace('_', '-')}",
+            type=number(BATCH),
+            default=batch,
+            metavar="N",
+            help=text,
+        )
+        for name, batch, text in zip(_BATCHES, _DEFAULT_PROFILE, _BATCH_HELP, strict=True)
     ),
-    click.option(
-        "--opt-batch", type=number(BATCH), default=8, show_default=True, help="Batch to tune for."
-    ),
-    click.option(
-        "--max-batch", type=number(BATCH), default=32, show_default=True, help="Largest batch."
-    ),
-    click.option(
-        "--profile",
-        multiple=True,
-        metavar="MIN,OPT,MAX",
-        help="Instead of the three above; several times for an engine with several profiles.",
-    ),
-    click.option(
+    profile_option,
+    option(
         "--memory-pool",
         type=number(MEMORY_MIB),
         metavar="MIB",
-        help="Most scratch memory that a layer may use.",
+        help="Maximum scratch memory of a layer in MiB.",
+        default_text="TensorRT's",
     ),
-    click.option(
+    option(
         "--optimization-level",
         type=number(OPTIMIZATION),
-        metavar="0..5",
-        help="How long TensorRT searches for kernels; its own default is 3.",
+        metavar="LEVEL",
+        help="How long TensorRT searches for kernels; 5 is the longest.",
+        default_text="TensorRT's, which is 3",
     ),
-    click.option(
+    option(
         "--timing-cache/--no-timing-cache",
-        default=True,
-        show_default=True,
-        help="Keep measured kernel times: faster builds, and twice the same engine.",
+        default=default_of(_BUILD, "timing_cache"),
+        help="Cache kernel times: builds are faster, and a second build gives the same engine.",
     ),
-    click.option(
-        "--version-compatible", is_flag=True, help="Runs on newer TensorRT of the same major."
+    option(
+        "--version-compatible",
+        is_flag=True,
+        help="Let the engine run on newer TensorRT versions of the same major version.",
     ),
-    click.option(
+    option(
         "--hardware-compatible",
-        type=click.Choice(["none", "ampere-plus", "same-capability"]),
-        default="none",
-        show_default=True,
-        help="Runs on other GPUs than this one, and slower.",
+        type=click.Choice(choices_of(_BUILD, "hardware_compatible")),
+        default=default_of(_BUILD, "hardware_compatible"),
+        help="Let the engine run on other GPUs than this one, more slowly.",
     ),
-    click.option(
-        "--strip-weights", is_flag=True, help="A small plan; the graph gives the weights at load."
+    option(
+        "--strip-weights",
+        is_flag=True,
+        help="Write a small engine without weights; they are taken from the graph when it loads.",
     ),
-    click.option("--refittable", is_flag=True, help="Weights can be replaced later."),
-    click.option(
+    option("--refittable", is_flag=True, help="Allow the weights to be replaced later."),
+    option(
         "--compute-capability",
         multiple=True,
         metavar="M.N",
-        help="TensorRT-RTX: only for these GPUs, such as 8.9; Ampere and newer if left out.",
+        help="TensorRT-RTX: GPUs to build for, such as 8.9; may be given several times.",
+        default_text="Ampere and newer",
     ),
 )
 
 
 def build_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that decide how an engine is compiled; :func:`build_config` reads them."""
+    """Add the options of the compiler; :func:`build_config` reads them."""
     return with_options(_OPTIONS, function)
 
 
@@ -120,7 +137,7 @@ def build_config(options: dict[str, Any]) -> BuildConfig:
     from clipdeploy.engines.build_config import BuildConfig
 
     batches = tuple(options.pop(f"{name}_batch") for name in ("min", "opt", "max"))
-    profiles = [_profile(text) for text in options.pop("profile")]
+    profiles = read_profiles(options.pop("profile"))
     names = (
         "backend",
         "optimization_level",
@@ -132,10 +149,19 @@ def build_config(options: dict[str, Any]) -> BuildConfig:
         "compute_capability",
     )
     return BuildConfig(
-        profiles=tuple(profiles or [(batches[0], batches[1], batches[2])]),
+        profiles=profiles or ((batches[0], batches[1], batches[2]),),
         memory_pool_mib=options.pop("memory_pool"),
         **{name: options.pop(name) for name in names},
     )
+
+
+def read_profiles(texts: Iterable[str]) -> tuple[tuple[int, int, int], ...]:
+    """The values of ``--profile`` as batch profiles.
+
+    Raises:
+        UsageError: a value is not three whole numbers.
+    """
+    return tuple(map(_profile, texts))
 
 
 def _profile(text: str) -> tuple[int, int, int]:
@@ -146,33 +172,35 @@ def _profile(text: str) -> tuple[int, int, int]:
 
 
 def _calibration_images(context: Context, model: str) -> Path | None:
-    """The setting's images where nothing is calibrated, or options of calibration are given.
+    """The setting's images if the model is not calibrated or calibration options are given.
 
-    A setting takes no statistics away that somebody collected.
+    Otherwise a setting does not replace the statistics of an earlier calibration.
     """
     from clipdeploy.stages.calibrate import is_calibrated
 
     if not given_options(_CALIBRATION) and is_calibrated(context.workspace, model):
         return None
-    found = context.setting("calibration")
+    found = context.setting("calibration_data")
     if found is None:
         refuse_unused(_CALIBRATION, "--data", "pass --data CALIBRATION_IMAGES")
     if found is None and not context.workspace.calibration(model).exists():
         raise UsageError(
             f"{model} has not been calibrated in {context.workspace.root}",
-            hint=f"give {how_to_give('--data CALIBRATION_IMAGES', 'calibration')}",
+            hint=f"give {how_to_give('--data CALIBRATION_IMAGES', 'calibration_data')}",
         )
     return None if found is None else Path(str(found))
 
 
 def _check_used(precision: str, options: dict[str, Any]) -> None:
-    """Refuse options that another one, or the precision that is built, leaves without effect.
+    """Refuse options that have no effect with the precision or with other options.
 
     Raises:
-        UsageError: the first of them.
+        UsageError: it names the first one.
     """
     if precision != "int8":
-        refuse_unused(("data", *_CALIBRATION, *recipe_names()), "--int8", "build --int8")
+        refuse_unused(
+            ("calibration_data", *_CALIBRATION, *recipe_names()), "--int8", "build --int8"
+        )
     if precision != "fp16":
         refuse_unused(["fp16_io"], "--fp16", "build --fp16")
     check_recipe_options(options)
@@ -181,11 +209,11 @@ def _check_used(precision: str, options: dict[str, Any]) -> None:
 
 
 def _check_timing_cache(backend: BackendOption) -> None:
-    """Refuse a choice about measured kernel times where a build measures none.
+    """Refuse the options of the timing cache if the build measures no kernel times.
 
     Raises:
-        UsageError: the command line made one.
-        BuildError: there is no such TensorRT here.
+        UsageError: the command line gave one.
+        BuildError: that TensorRT is not installed here.
     """
     if not given("timing_cache"):
         return
@@ -198,16 +226,20 @@ def _check_timing_cache(backend: BackendOption) -> None:
 
 
 def _check_batches(context: Context, model: str) -> None:
-    """Refuse batches for a graph that was exported for a single one.
+    """Refuse batch options for a graph that was exported with a fixed batch.
 
     Raises:
-        UsageError: the command line gave some.
+        UsageError: the command line gave one.
         ClipdeployError: there is no graph, or it cannot be read.
     """
     batch = context.workspace.source(model)[1].input.shape[0]
     if isinstance(batch, int):
         owner = f"a graph of any batch (this one was exported for {batch})"
-        refuse_unused(("profile", *_BATCHES), owner, "export the model again without --batch")
+        refuse_unused(("profile", *_BATCHES), owner, "export the model again without --fixed-batch")
+
+
+def _precision_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    return with_options(precision_options("fp16"), function)
 
 
 @command(
@@ -217,20 +249,13 @@ def _check_batches(context: Context, model: str) -> None:
     "clipdeploy build-engine --int8 --data CALIBRATION_IMAGES --profile 1,8,32",
 )
 @model_option
-@click.option("--fp32", "precision", flag_value="fp32", help="Full precision.")
-@click.option(
-    "--fp16", "precision", flag_value="fp16", default=True, help="Half precision (the default)."
+@_precision_options
+@option("--fp16-io", is_flag=True, help="With --fp16: make the image and the logits FP16 as well.")
+@calibration_data_option(
+    "With --int8: calibration images, if the model has not been calibrated yet.", deferred=True
 )
-@click.option("--int8", "precision", flag_value="int8", help="INT8 Linears, the rest FP16.")
-@click.option("--fp16-io", is_flag=True, help="With --fp16: image and logits in half, too.")
-@data_option(
-    "Calibration images; with --int8, where none was calibrated yet.",
-    "calibration",
-    required=False,
-    deferred=True,
-)
-@images_option
-@seed_option
+@calibration_images_option()
+@calibration_seed_option
 @skip_unreadable_option
 @recipe_options
 @build_options
@@ -241,14 +266,17 @@ def build_engine(
     model: str | None,
     precision: Literal["fp32", "fp16", "int8"],
     fp16_io: bool,
-    data: Path | None,
-    images: int | None,
+    calibration_data: Path | None,
+    calibration_images: int | None,
     seed: int,
     skip_unreadable: bool,
     force: bool,
     **options: Any,
 ) -> None:
-    """Compile an engine; calibrates and quantises first where that is due."""
+    """Compile a TensorRT engine.
+
+    Calibrates and quantises first if necessary.
+    """
     _check_used(precision, options)
     config = build_config(options)
     _check_timing_cache(config.backend)
@@ -260,15 +288,15 @@ def build_engine(
     from exporters.precision import Fp16Config
 
     quantize = quantize_config(context, name, options, "fp16")
-    if data is None and precision == "int8":
-        data = _calibration_images(context, name)
+    if calibration_data is None and precision == "int8":
+        calibration_data = _calibration_images(context, name)
     artifact = build_model(
         context.workspace,
         name,
         precision,
         config,
-        data=data,
-        calibrate=CalibrateConfig(images, seed, skip_unreadable),
+        data=calibration_data,
+        calibrate=CalibrateConfig(calibration_images, seed, skip_unreadable),
         fp16=Fp16Config(half_io=fp16_io),
         quantize=quantize,
         force=force,
@@ -279,7 +307,7 @@ def build_engine(
         note_quality(context, model_quality(context.workspace, name))
     made = artifact.passport
     for fallback in made.fallbacks:
-        context.note(f"not compiled as asked: {fallback}")
+        context.note(f"not compiled as requested: {fallback}")
     emit(
         context,
         artifact,

@@ -1,4 +1,4 @@
-"""``clipdeploy calibrate``: images to activation statistics."""
+"""``clipdeploy calibrate``: collect activation statistics for INT8."""
 
 from __future__ import annotations
 
@@ -7,35 +7,26 @@ from typing import TYPE_CHECKING
 
 import click
 
-from clipdeploy.cli.common import (
-    Context,
+from clipdeploy.cli.common import Context, emit, stage_command
+from clipdeploy.cli.params import how_to_give
+from clipdeploy.cli.shared_options import (
+    calibration_data_option,
+    calibration_images_option,
+    calibration_seed_option,
     cluster_or_none,
-    data_option,
-    emit,
     force_option,
     model_option,
     ray_option,
     shard_option,
     shard_or_none,
     skip_unreadable_option,
-    stage_command,
     threads_option,
 )
-from clipdeploy.cli.numbers import number
-from clipdeploy.cli.params import how_to_give
 from clipdeploy.cli.usage import group
 from clipdeploy.core.errors import UsageError
-from clipdeploy.core.spans import IMAGES, SEED
 
 if TYPE_CHECKING:
     from clipdeploy.stages.calibrate import CalibrationArtifact
-
-images_option = click.option(
-    "--images", type=number(IMAGES), help="How many; all, up to 512, if left out."
-)
-seed_option = click.option(
-    "--seed", type=number(SEED), default=0, show_default=True, help="Draws the images."
-)
 
 
 @group(
@@ -43,13 +34,11 @@ seed_option = click.option(
     epilog="\b\nclipdeploy calibrate --data CALIBRATION_IMAGES --images 256",
 )
 @model_option
-@data_option(
-    "Folder or zip of calibration images; never the ones verification will use.",
-    "calibration",
-    required=False,
+@calibration_data_option(
+    "Calibration images: a folder or archive; do not use the images for verification."
 )
-@images_option
-@seed_option
+@calibration_images_option()
+@calibration_seed_option
 @shard_option("calibrate merge")
 @ray_option
 @threads_option
@@ -59,8 +48,8 @@ seed_option = click.option(
 def calibrate(
     context: Context,
     model: str | None,
-    data: Path | None,
-    images: int | None,
+    calibration_data: Path | None,
+    calibration_images: int | None,
     seed: int,
     shard: str | None,
     ray: str | None,
@@ -68,23 +57,23 @@ def calibrate(
     skip_unreadable: bool,
     force: bool,
 ) -> None:
-    """Observe the inputs of every Linear on real images.
+    """Measure the inputs of all Linears on real images, for INT8.
 
-    An interrupted run goes on where it stopped when the same command is given again.
+    To continue an interrupted run, give the same command again.
     """
     if click.get_current_context().invoked_subcommand is not None:
         return
-    if data is None:
+    if calibration_data is None:
         way = "clipdeploy calibrate --data CALIBRATION_IMAGES"
-        raise UsageError("no images", hint=how_to_give(way, "calibration"))
+        raise UsageError("no images", hint=how_to_give(way, "calibration_data"))
     name = context.model(model)
     from clipdeploy.stages.calibrate import FEW_IMAGES, CalibrateConfig, calibrate_model
 
     result = calibrate_model(
         context.workspace,
         name,
-        data,
-        CalibrateConfig(images, seed, skip_unreadable, shard_or_none(shard), threads),
+        calibration_data,
+        CalibrateConfig(calibration_images, seed, skip_unreadable, shard_or_none(shard), threads),
         cluster=cluster_or_none(ray),
         force=force,
         progress=context.progress,
@@ -93,8 +82,8 @@ def calibrate(
         context.note(text)
     if len(result.table.images) < FEW_IMAGES and shard is None:
         context.note(
-            f"only {len(result.table.images)} images: with {FEW_IMAGES} or more the ranges are "
-            "those of the data rather than of these images"
+            f"only {len(result.table.images)} images: use {FEW_IMAGES} or more, so that the ranges "
+            "represent all data and not just these images"
         )
     emit(context, _summary(result), lambda: _line(result))
 
@@ -104,7 +93,7 @@ def calibrate(
 @model_option
 @stage_command
 def merge(context: Context, shards: tuple[Path, ...], model: str | None) -> None:
-    """Join the shards of `calibrate --shard`: the given files, or all of the workspace."""
+    """Join the shards of `calibrate --shard`: the given files, or all in the workspace."""
     name = context.model(model)
     from clipdeploy.stages.calibrate import merge_calibration
 
@@ -113,7 +102,7 @@ def merge(context: Context, shards: tuple[Path, ...], model: str | None) -> None
 
 
 def _summary(result: CalibrationArtifact) -> dict[str, object]:
-    """The result without the statistics themselves, which the file holds."""
+    """The result without the statistics, which are in the file."""
     return {
         "path": str(result.path),
         "images": result.table.images,

@@ -1,7 +1,7 @@
-"""Rich's progress bars as a checklist: a line a stage, whatever state it is in.
+"""A checklist of stages, made of Rich's progress bars: one line for each stage.
 
-A line has the fields ``state``, ``doing`` (what the stage is at) and ``counted`` (whether its total
-means anything).
+A line has the fields ``state``, ``doing`` (the present task of the stage) and ``counted`` (whether
+the total of that task is known).
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ __all__ = ["checklist"]
 _DRAWN_PER_SECOND = 8
 _BAR = 12
 _MINUTE = 60
-# A terminal writes ^C where the cursor stands: at the edge it would shift all that is drawn.
+# Free columns for the ^C that a terminal prints at the cursor: without them the lines would wrap.
 _ROOM = 3
 
 
 class _While(ProgressColumn):
-    """Another column, while its stage runs, and if ``counted`` only where its total is known."""
+    """Shows a column while the stage runs; with ``counted``, only if its total is known."""
 
     max_refresh = None
 
@@ -52,7 +52,7 @@ class _While(ProgressColumn):
 
 
 class _Seconds(ProgressColumn):
-    """The time of a stage that took any, with all that it did."""
+    """The time that a stage took; empty if it was unchanged or left out."""
 
     def render(self, task: Task) -> RenderableType:
         """See the base class."""
@@ -70,7 +70,7 @@ class _Checklist(Progress):
 
 
 class _Roomy:
-    """Something that leaves the last columns of a terminal free."""
+    """Leaves the last columns of the terminal free."""
 
     def __init__(self, shown: RenderableType) -> None:
         self._shown = shown
@@ -80,7 +80,7 @@ class _Roomy:
 
 
 def checklist(console: Console | None = None) -> Progress | None:
-    """Bars to add the stages to, on stderr or another console; None where no terminal draws."""
+    """Progress bars to add stages to, on stderr or ``console``; None if that is not a terminal."""
     console = console or PlainConsole(stderr=True)
     if not console.is_terminal:
         return None

@@ -1,6 +1,6 @@
-"""What every command shares: options, progress, results as JSON, errors in one line.
+"""What all commands share: their context, errors in one line, results as text or JSON.
 
-Nothing here imports torch, onnx or TensorRT: ``--help`` has to answer at once.
+Nothing here imports torch, onnx or TensorRT, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -8,29 +8,22 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
 from clipdeploy.cli.hints import followable
-from clipdeploy.cli.numbers import number
-from clipdeploy.cli.params import (
-    ModelName,
-    current_settings,
-    fed_values,
-    setting_option,
-    typed_values,
-)
+from clipdeploy.cli.options import option, renamed
+from clipdeploy.cli.params import current_settings, fed_values, setting_option, typed_values
+from clipdeploy.cli.progress import RichProgress
 from clipdeploy.cli.streams import made_more_than_output
 from clipdeploy.cli.text import echo, echo_json, echo_line, show
-from clipdeploy.cli.usage import Group, refuse_before_subcommand
-from clipdeploy.core.errors import ClipdeployError, UsageError
+from clipdeploy.cli.usage import Command, Group, refuse_before_subcommand
+from clipdeploy.core.errors import ClipdeployError
 from clipdeploy.core.printable import printable
 from clipdeploy.core.progress import SILENT
-from clipdeploy.core.spans import THREADS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -38,40 +31,28 @@ if TYPE_CHECKING:
     from clipdeploy.cli.setting_types import Value
     from clipdeploy.cli.settings import Settings
     from clipdeploy.core.progress import Progress
-    from clipdeploy.stages.cluster import ClusterConfig
     from clipdeploy.workspace.folder import Workspace
 
 __all__ = [
+    "EXIT_INTERRUPTED",
+    "EXIT_VERIFICATION",
     "Context",
+    "DefaultCommand",
     "DefaultGroup",
-    "cluster_or_none",
-    "data_option",
     "emit",
-    "force_option",
-    "model_option",
-    "ray_option",
-    "shard_option",
-    "shard_or_none",
-    "skip_unreadable_option",
     "stage_command",
-    "threads_option",
-    "trust_option",
 ]
 
 EXIT_VERIFICATION = 3
 EXIT_INTERRUPTED = 130
-# Beside these, a command that gives a verdict makes more than its output.
+# These commands make more than their output; so do the commands with a verdict.
 _MAKES_FILES = frozenset({"export", "calibrate", "quantize", "build-engine", "bisect", "package"})
-# Columns of a bar, of a spinner with a time, and of all that stands beside a task's text.
-_BAR = 30
-_TIME = 12
-_BESIDE_TEXT = _BAR + _TIME + 14
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Context:
-    """What a command knows beside its own options."""
+    """The options shared by all commands, the workspace, the settings and the progress."""
 
     def __init__(
         self,
@@ -97,21 +78,21 @@ class Context:
 
     @functools.cached_property
     def progress(self) -> Progress:
-        """Bars on stderr; silent with ``--quiet``."""
+        """Progress bars on stderr; silent with ``--quiet``."""
         return SILENT if self.quiet else cast("Progress", RichProgress())
 
     def note(self, text: str) -> None:
-        """A line for the person at the terminal, on stderr."""
+        """Print a line on stderr, unless ``--quiet``."""
         if not self.quiet:
             echo(printable(text), err=True)
 
     @property
     def settings(self) -> Settings:
-        """What the environment and ``clipdeploy.toml`` say."""
+        """The settings from the environment and ``clipdeploy.toml``."""
         return current_settings(self._click)
 
     def setting(self, name: str) -> Value | None:
-        """What a setting gives to a ``deferred`` option, which is said; None if nobody gave it."""
+        """The value of a setting for a ``deferred`` option, with a note; None if it is not set."""
         found = self.settings.given.get(name)
         if found is None:
             return None
@@ -119,7 +100,10 @@ class Context:
         return found.value
 
     def model(self, name: str | None) -> str:
-        """The model asked for, else the settings' or the workspace's last one, which is said."""
+        """The full name of the model: ``name``, else the setting's or the workspace's last one.
+
+        A note says which model was chosen if ``name`` is None.
+        """
         from clipdeploy.models import cards
 
         if chosen := name or self.setting("model"):
@@ -129,56 +113,16 @@ class Context:
         return last
 
 
-class RichProgress:
-    """Progress bars on a terminal; one line a task elsewhere."""
+def _note_settings(context: Context, ctx: click.Context) -> None:
+    """Note the options that settings gave, because a verdict depends on them, and old names.
 
-    @contextmanager
-    def task(self, text: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-        """See :class:`clipdeploy.core.progress.Progress`."""
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            ProgressColumn,
-            SpinnerColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        from clipdeploy.cli.console import PlainConsole
-
-        console, text = PlainConsole(stderr=True), printable(text)
-        if not console.is_terminal:
-            console.print(f"{text} ...", highlight=False, markup=False, soft_wrap=True)
-            yield lambda count: None
-            return
-        # Brackets in a file's name are no markup.
-        said = TextColumn("{task.description}", markup=False)
-        columns: list[ProgressColumn] = [SpinnerColumn(), said]
-        if total:
-            left = TimeRemainingColumn(elapsed_when_finished=True)
-            columns += [BarColumn(_BAR), MofNCompleteColumn(), left]
-        else:
-            columns.append(TimeElapsedColumn())
-        # Beside a bar a long text would be cut, and the bar as well: it goes above.
-        if len(text) > console.width - (_BESIDE_TEXT if total else _TIME):
-            console.print(text, highlight=False, markup=False)
-            text = ""
-        with Progress(*columns, console=console) as bars:
-            task = bars.add_task(text, total=total)
-            yield lambda count: bars.advance(task, count)
-            bars.update(task, total=total or 1, completed=total or 1)
-
-
-def _tell_settings(context: Context, ctx: click.Context) -> None:
-    """Say which options a setting gave: what a verdict rests on has to be seen beside it.
-
-    The workspace is not told: it begins the paths that are shown.
+    The workspace is left out: all paths that are shown begin with it.
     """
-    told = fed_values(ctx, but="workspace")
-    if told and ctx.invoked_subcommand is None:
-        context.note(f"settings: {', '.join(told)}")
+    for note in (*renamed(ctx), *context.settings.renamed):
+        context.note(note)
+    fed = fed_values(ctx, but="workspace")
+    if fed and ctx.invoked_subcommand is None:
+        context.note(f"settings: {', '.join(fed)}")
 
 
 def _fail(error: ClipdeployError, *, debug: bool) -> int:
@@ -201,12 +145,12 @@ workspace_option = setting_option(
 
 
 def stage_command(function: F) -> F:
-    """Add the shared options to a command and turn its errors into one line and an exit code."""
+    """Add the shared options to a command; turn its errors into one line and an exit code."""
 
     @workspace_option
-    @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-    @click.option("--quiet", is_flag=True, help="No progress and no notes.")
-    @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+    @option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+    @option("--quiet", is_flag=True, help="Print no progress and no notes.")
+    @option("--debug", is_flag=True, help="Show the traceback of an error.")
     @functools.wraps(function)
     def command(
         *args: Any, workspace: Path, as_json: bool, quiet: bool, debug: bool, **options: Any
@@ -214,20 +158,20 @@ def stage_command(function: F) -> F:
         ctx = click.get_current_context()
         context = Context(ctx, workspace, as_json=as_json, quiet=quiet, debug=debug)
         if debug:
-            # TensorRT's messages come through Python's loggers.
+            # TensorRT's messages are passed on to Python's loggers.
             logging.basicConfig(format="%(message)s")
             logging.getLogger().handlers[0].setLevel(logging.WARNING)
         try:
             with context.settings.in_environment(typed_values(ctx)):
                 refuse_before_subcommand()
-                _tell_settings(context, ctx)
+                _note_settings(context, ctx)
                 status = function(context, *args, **options)
                 if status is not None or ctx.find_root().invoked_subcommand in _MAKES_FILES:
                     made_more_than_output()
         except ClipdeployError as error:
             status = _fail(error, debug=debug)
         except KeyboardInterrupt:
-            click.echo("interrupted; run the same command again to go on", err=True)
+            click.echo("interrupted; run the same command again to continue", err=True)
             status = EXIT_INTERRUPTED
         if status:
             sys.exit(status)
@@ -245,77 +189,10 @@ def emit(context: Context, result: object, render: Callable[[], RenderableType])
     show(render())
 
 
-model_option = setting_option(
-    "model",
-    "--model",
-    # Looked up by Context.model: beside files, a setting is no contradiction.
-    deferred=True,
-    type=ModelName(),
-    help="Model name or alias; the last one if left out.",
-)
-force_option = click.option("--force", is_flag=True, help="Do it again even if nothing changed.")
-skip_unreadable_option = click.option(
-    "--skip-unreadable", is_flag=True, help="Leave out images that cannot be read, and name them."
-)
-
-
-trust_option = click.option(
-    "--trust", is_flag=True, help="Load an engine that no passport vouches for."
-)
-
-
-ray_option = click.option(
-    "--ray",
-    metavar="ADDRESS",
-    help="Spread the work over a Ray cluster: HOST:PORT, auto, or local for this machine alone. "
-    "All nodes need the workspace and the images under the same path.",
-)
-threads_option = click.option(
-    "--threads",
-    type=number(THREADS),
-    default=0,
-    help="CPU threads of a run or, with --ray, of each shard; they decide the last bits. "
-    "A thread a core if left out.",
-)
-
-
-def cluster_or_none(address: str | None) -> ClusterConfig | None:
-    """What ``--ray`` names.
-
-    Raises:
-        UsageError: it is no address.
-    """
-    if address is None:
-        return None
-    from clipdeploy.stages.cluster import ClusterConfig
-
-    return ClusterConfig(address)
-
-
-def shard_option(merge: str) -> Callable[[F], F]:
-    """``--shard I/N``; ``merge`` is the command that joins the parts."""
-    return click.option("--shard", metavar="I/N", help=f"Only the I-th of N parts; then `{merge}`.")
-
-
-def shard_or_none(text: str | None) -> tuple[int, int] | None:
-    """``1/4`` as (1, 4).
-
-    Raises:
-        UsageError: it is no part.
-    """
-    if text is None:
-        return None
-    parts = text.split("/")
-    # Python reads no more than some thousand digits.
-    if len(parts) != 2 or not all(part.isdecimal() and len(part) < 20 for part in parts):
-        raise UsageError(f"--shard {text[:40]!r} is no part", hint="--shard 1/4 to --shard 4/4")
-    return int(parts[0]), int(parts[1])
-
-
 class DefaultGroup(Group):
-    """A group in which what is no subcommand belongs to the ``default`` one.
+    """A group that passes unknown words on to its ``default`` subcommand.
 
-    ``verify FILE`` is ``verify run FILE``, and ``verify merge`` a command of its own.
+    ``verify FILE`` is ``verify run FILE``; ``verify merge`` is a subcommand.
     """
 
     def __init__(self, *args: Any, default: str, **options: Any) -> None:
@@ -329,15 +206,14 @@ class DefaultGroup(Group):
         return super().parse_args(ctx, args)
 
 
-def data_option(
-    text: str, setting: str, *, required: bool = True, deferred: bool = False
-) -> Callable[[F], F]:
-    """``--data``, a folder or zip of images, which a setting gives where nobody types it."""
-    return setting_option(
-        setting,
-        "--data",
-        deferred=deferred,
-        type=click.Path(path_type=Path),
-        required=required,
-        help=text,
-    )
+class _GroupsPath(click.Context):
+    @property
+    def command_path(self) -> str:
+        """The group's: ``clipdeploy verify``, not ``clipdeploy verify run``."""
+        return self.parent.command_path if self.parent else super().command_path
+
+
+class DefaultCommand(Command):
+    """The default subcommand of a :class:`DefaultGroup`, with the group's name in its usage."""
+
+    context_class = _GroupsPath

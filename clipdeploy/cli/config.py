@@ -1,4 +1,4 @@
-"""``clipdeploy config``: each setting, its value, and where it came from."""
+"""``clipdeploy config``: show each setting, its value and its origin."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from clipdeploy.cli.common import Context, emit, stage_command
+from clipdeploy.cli.options import option
 from clipdeploy.cli.params import typed_values
 from clipdeploy.cli.setting_types import IMAGES, Value, as_toml
 from clipdeploy.cli.settings import (
@@ -30,10 +31,10 @@ __all__ = ["ConfigRow", "Configuration", "config", "template"]
 
 @dataclass(frozen=True)
 class ConfigRow:
-    """A setting as it holds now.
+    """A setting and its present value.
 
-    ``origin`` names the variable, the file or the option; ``value`` is None where nobody gave one
-    and there is no default, and has no passwords or tokens.
+    ``origin`` names the variable, the file or the option.  ``value`` is None if none was given and
+    there is no default; passwords and tokens in it are masked.
     """
 
     name: str
@@ -45,23 +46,25 @@ class ConfigRow:
 
 @dataclass(frozen=True)
 class Configuration:
-    """All settings, and the file that was read: None if there is none."""
+    """All settings, and the file that was read, or None."""
 
     file: Path | None
     settings: tuple[ConfigRow, ...]
 
 
 @command()
-@click.option(
-    "--init", is_flag=True, help=f"Write a commented {CONFIG_FILE} here, if there is none."
+@option(
+    "--init",
+    is_flag=True,
+    help=f"Write a {CONFIG_FILE} with comments into the working folder, unless there is one.",
 )
 @stage_command
 def config(context: Context, init: bool) -> None:
-    """Show what is set once for all commands, and where each value came from.
+    """Show the settings of all commands and their origins.
 
-    A command's options outrank the environment, the environment clipdeploy.toml, the file the
-    defaults. The file is looked for in the working folder only; CLIPDEPLOY_CONFIG names another.
-    Relative paths in it start at its own folder.
+    A command's options outrank the environment, which outranks clipdeploy.toml, which outranks the
+    defaults. The file is read from the working folder only; CLIPDEPLOY_CONFIG names another one.
+    Relative paths in it start at the file's folder.
     """
     if init:
         written = _write_template(Path(CONFIG_FILE))
@@ -79,13 +82,13 @@ def _configuration(settings: Settings, typed: dict[str, Value]) -> Configuration
         found = settings.look_up(setting)
         if setting.name in typed:
             found = Found(typed[setting.name], "command line", "command line")
-        value = setting.kind.shown(found.value) if isinstance(found.value, str) else found.value
+        value = setting.type.shown(found.value) if isinstance(found.value, str) else found.value
         rows.append(ConfigRow(setting.name, value, found.source, found.origin, setting.variable))
     return Configuration(settings.file, tuple(rows))
 
 
 def _render(shown: Configuration) -> str:
-    # No table: a path that a table wraps cannot be copied.
+    # Not a table: a path that a table wraps cannot be copied.
     rows = [("setting", "value", "from"), *map(_cells, shown.settings)]
     name, value = (max(len(row[column]) for row in rows) for column in (0, 1))
     lines = [f"{row[0]:{name}}  {row[1]:{value}}  {row[2]}" for row in rows]
@@ -102,13 +105,13 @@ def _cells(row: ConfigRow) -> tuple[str, str, str]:
 
 
 def _doubts(settings: Settings) -> list[str]:
-    """What is no error, and most likely not meant."""
+    """Notes on settings that are probably wrong but not an error."""
     known = [CONFIG_VARIABLE, *(setting.variable for setting in SETTINGS)]
-    doubts = [f"{name} is no setting ({nearest(name, known)})" for name in strangers()]
+    doubts = [f"{name} is not a setting ({nearest(name, known)})" for name in strangers()]
     for setting in SETTINGS:
         found = settings.look_up(setting)
-        if setting.kind is IMAGES and found.value and not Path(str(found.value)).exists():
-            doubts.append(f"{setting.name}: {found.value} is not there ({found.origin})")
+        if setting.type is IMAGES and found.value and not Path(str(found.value)).exists():
+            doubts.append(f"{setting.name}: {found.value} does not exist ({found.origin})")
     return doubts
 
 
@@ -116,23 +119,23 @@ def _write_template(path: Path) -> Path:
     from clipdeploy.core.files import write_atomic
 
     if os.path.lexists(path):
-        raise UsageError(f"{path} is there already", hint="change it, or move it away first")
+        raise UsageError(f"{path} exists already", hint="edit it, or move it away first")
     write_atomic(path, template().encode())
     return path
 
 
 def template() -> str:
-    """A ``clipdeploy.toml`` in which every setting is explained and commented out."""
+    """A ``clipdeploy.toml`` with all settings explained and commented out."""
     lines = [
         "# Settings of clipdeploy for this folder. A command's options outrank the environment,",
-        "# the environment this file. Relative paths start at this file's folder.",
-        "# `clipdeploy config` shows what holds.",
+        "# which outranks this file. Relative paths start at this file's folder.",
+        "# `clipdeploy config` shows the present values.",
     ]
     for setting in SETTINGS:
         unset = setting.otherwise or str(as_toml(setting.default))
         lines += [
             "",
-            f"# {setting.help} If left out: {unset}. Environment: {setting.variable}",
+            f"# {setting.help} Default: {unset}. Environment: {setting.variable}",
             f"#{setting.name} = {as_toml(setting.example)}",
         ]
     return "\n".join([*lines, ""])

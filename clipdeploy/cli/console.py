@@ -1,6 +1,6 @@
-"""Rich's console for text from outside: file names, class names, passports, messages.
+"""Rich's console without control characters from file names, class names and messages.
 
-Rich leaves ESC and other acting characters in a text, and a terminal obeys them.
+Rich itself leaves ESC and other control characters in a text, and a terminal obeys them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["PlainConsole"]
 
 
 class PlainConsole(Console):
-    """A console on which only rich itself moves the cursor, sets colours and breaks lines."""
+    """A console on which only rich moves the cursor, sets colours and breaks lines."""
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None

@@ -1,4 +1,4 @@
-"""``clipdeploy demo``: everything on the demo card."""
+"""``clipdeploy demo``: run the whole pipeline on the demo model."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from clipdeploy.cli.common import (
     EXIT_VERIFICATION,
     Context,
     emit,
-    force_option,
     stage_command,
 )
+from clipdeploy.cli.shared_options import force_option
 from clipdeploy.cli.usage import command
 
 
@@ -16,7 +16,15 @@ from clipdeploy.cli.usage import command
 @force_option
 @stage_command
 def demo(context: Context, force: bool) -> int:
-    """Export, calibrate, INT8, engines and verdict on real handwritten digits, offline."""
+    """Run the whole pipeline on the demo model, offline.
+
+    Exports, calibrates, quantises, builds engines and verifies them on real handwritten digits.
+    Everything it needs is installed with clipdeploy.
+    """
+    context.note(
+        "demo: downloads nothing; the model and its images are installed with clipdeploy. "
+        f"Artifacts are written to {context.workspace.root}."
+    )
     from clipdeploy.stages.demo import run_demo
 
     result = run_demo(context.workspace, force=force, progress=context.progress)

@@ -1,114 +1,128 @@
-"""``clipdeploy deploy``: the whole pipeline in one command."""
+"""``clipdeploy deploy``: run the whole pipeline."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from clipdeploy.cli.build import backend_option
-from clipdeploy.cli.calibrate import images_option, seed_option
-from clipdeploy.cli.common import (
-    EXIT_VERIFICATION,
-    Context,
-    emit,
-    force_option,
-    model_option,
-    skip_unreadable_option,
-    stage_command,
-    threads_option,
-)
+from clipdeploy.cli.build import backend_option, profile_option, read_profiles
+from clipdeploy.cli.common import EXIT_VERIFICATION, Context, emit, stage_command
 from clipdeploy.cli.export import weights_choice, weights_options
 from clipdeploy.cli.labelling import check_labelling, labelling_options
-from clipdeploy.cli.numbers import number
-from clipdeploy.cli.params import setting_option
+from clipdeploy.cli.options import option
 from clipdeploy.cli.quantize import (
     check_recipe_options,
     quantize_options,
     recipe_names,
     recipe_options,
 )
+from clipdeploy.cli.shared_options import (
+    calibration_data_option,
+    calibration_images_option,
+    calibration_seed_option,
+    force_option,
+    model_option,
+    precision_options,
+    skip_unreadable_option,
+    threads_option,
+    val_data_option,
+    val_images_option,
+)
 from clipdeploy.cli.stage_display import StageDisplay
-from clipdeploy.cli.usage import command, refuse_unused
+from clipdeploy.cli.usage import command, refuse_unused, with_options
 from clipdeploy.cli.verify import (
     baseline_option,
     max_drop_option,
     max_drop_top5_option,
     verify_scope,
 )
-from clipdeploy.core.spans import IMAGES
 
 if TYPE_CHECKING:
+    from clipdeploy.engines.build_config import BuildConfig
     from clipdeploy.stages.deploy.run import DeployConfig
 
-# The parameters that decide which calibration images are observed.
-_OBSERVED = ("images", "seed")
+# The parameters that choose the observed calibration images.
+_OBSERVED = ("calibration_images", "seed")
 _FOLDER = click.Path(path_type=Path, file_okay=False)
+
+
+def _precision_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    return with_options(precision_options("int8"), function)
 
 
 @command(
     epilog="\b\n"
-    "clipdeploy deploy --model clip-vit-base-p16 --calibration IMAGES --val IMAGENET_VAL\n"
-    "clipdeploy deploy --fp16 --val IMAGENET_VAL --cpp classify",
+    "clipdeploy deploy --model clip-vit-base-p16 --calibration-data IMAGES --val-data VAL\n"
+    "clipdeploy deploy --fp16 --val-data VAL --cpp classify",
 )
 @model_option
-@click.option("--fp32", "precision", flag_value="fp32", help="Full precision.")
-@click.option("--fp16", "precision", flag_value="fp16", help="Half precision.")
-@click.option(
-    "--int8", "precision", flag_value="int8", default=True, help="INT8 Linears (the default)."
-)
-@setting_option(
-    "calibration",
-    "--calibration",
-    # Asked for by _calibration: beside --fp16, a setting is no contradiction.
+@_precision_options
+@calibration_data_option(
+    "Calibration images: a folder or archive; none of them may be in --val-data.",
+    alone=False,
+    # Read by _calibration: with --fp16, the setting does not conflict.
     deferred=True,
-    type=click.Path(path_type=Path),
-    help="Folder or zip of calibration images; none of them may be among --val.",
+    formerly={"--calibration": "--calibration-data"},
 )
-@setting_option(
-    "validation",
-    "--val",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Labelled images that judge: a folder, zip or tar.",
+@val_data_option(
+    "Labelled images to judge on: a folder, zip or tar.",
+    alone=False,
+    formerly={"--val": "--val-data"},
 )
 @max_drop_option
 @max_drop_top5_option
-@click.option(
-    "--limit", type=number(IMAGES), help="Judge on so many images, spread over the classes."
+@val_images_option(
+    "Number of images to judge on, spread over the classes.",
+    "all",
+    alone=False,
+    formerly={"--limit": "--val-images"},
 )
-@click.option(
+@option(
     "--graphs-only",
     is_flag=True,
-    help="Judge and package the ONNX graphs: for a machine that cannot run the engine.",
+    help="Judge and package the ONNX graphs, on a machine that cannot run the engine.",
 )
 @baseline_option
 @labelling_options(class_names=False)
 @weights_options
-@images_option
-@seed_option
+@calibration_images_option(alone=False, formerly={"--images": "--calibration-images"})
+@calibration_seed_option
 @recipe_options
 @backend_option
-@click.option("--no-benchmark", is_flag=True, help="Measure nothing, and build nothing to compare.")
-@click.option(
+@profile_option
+@option(
+    "--no-benchmark",
+    is_flag=True,
+    help="Skip the benchmark, and do not build the engine that it compares with.",
+)
+@option(
     "--triton",
     metavar="DIR",
     type=_FOLDER,
-    help="Model repository of a Triton server.  [default: triton in the model's folder]",
+    help="Write a model repository for a Triton server into this folder.",
+    default_text="triton in the model's folder",
 )
-@click.option("--cpp", metavar="DIR", type=_FOLDER, help="C++ program with a CMakeLists.txt.")
+@option(
+    "--cpp",
+    metavar="DIR",
+    type=_FOLDER,
+    help="Write a C++ program with a CMakeLists.txt into this folder.",
+)
 @threads_option
 @skip_unreadable_option
 @force_option
 @stage_command
 def deploy(context: Context, model: str | None, **options: Any) -> int:
-    """Export, calibrate, quantise, build, verify, benchmark and package, in one go.
+    """Run all stages, from the checkpoint to a verified package.
 
-    An interrupted run goes on where it stopped when the same command is given again. There is a
-    package only after a verdict that passed; otherwise the exit code is 3. The page that says what
-    was built, what it is worth and how to serve it lies in the model's folder: deployment.html.
+    Exports, calibrates, quantises, builds, verifies, benchmarks and packages. To continue an
+    interrupted run, give the same command again. A package is made only if the verification passes;
+    otherwise the exit code is 3. The results and how to serve the package are described in
+    deployment.html in the model's folder.
     """
     config = _config(context, options)
     name = context.model(model)
@@ -130,7 +144,6 @@ def deploy(context: Context, model: str | None, **options: Any) -> int:
 
 def _config(context: Context, options: dict[str, Any]) -> DeployConfig:
     """The options as a configuration."""
-    from clipdeploy.engines.build_config import BuildConfig
     from clipdeploy.stages.calibrate import CalibrateConfig
     from clipdeploy.stages.deploy.config import SHORT_BENCHMARK, DeployConfig
     from clipdeploy.verification.verifier import VerifyConfig
@@ -139,15 +152,17 @@ def _config(context: Context, options: dict[str, Any]) -> DeployConfig:
     weights, recipe = weights_choice(context, options)
     threads, skip = options["threads"], options["skip_unreadable"]
     return DeployConfig(
-        val=options["val"],
+        val=options["val_data"],
         precision=options["precision"],
         calibration=_calibration(context, options),
         weights=weights,
         recipe=recipe,
-        calibrate=CalibrateConfig(options["images"], options["seed"], skip, threads=threads),
+        calibrate=CalibrateConfig(
+            options["calibration_images"], options["seed"], skip, threads=threads
+        ),
         quantize=quantize_options(options),
         quantize_recipe=options["recipe"],
-        build=BuildConfig(backend=options["backend"]),
+        build=_build_config(options),
         verify=VerifyConfig(
             options["max_drop"], options["max_drop_top5"], skip_unreadable=skip, threads=threads
         ),
@@ -158,24 +173,33 @@ def _config(context: Context, options: dict[str, Any]) -> DeployConfig:
     )
 
 
+def _build_config(options: dict[str, Any]) -> BuildConfig:
+    from clipdeploy.engines.build_config import BuildConfig
+
+    config = BuildConfig(backend=options["backend"])
+    profiles = read_profiles(options["profile"])
+    return replace(config, profiles=profiles) if profiles else config
+
+
 def _check_used(options: dict[str, Any]) -> None:
-    """Refuse options that another one, or the precision that is deployed, leaves without effect.
+    """Refuse options that have no effect with the precision or with other options.
 
     Raises:
-        UsageError: the first of them.
+        UsageError: it names the first one.
     """
     check_recipe_options(options)
     check_labelling(options)
     if options["precision"] != "int8":
-        names = ("calibration", *_OBSERVED, *recipe_names())
+        names = ("calibration_data", *_OBSERVED, *recipe_names())
         refuse_unused(names, "--int8", "pass --int8")
 
 
 def _calibration(context: Context, options: dict[str, Any]) -> Path | None:
-    """Of the command line or a setting; a setting is not looked at where nothing is calibrated."""
-    found: Path | None = options["calibration"]
+    """The images of the command line, else of the setting, which only INT8 reads."""
+    found: Path | None = options["calibration_data"]
     if found is None and options["precision"] == "int8":
-        if (set_once := context.setting("calibration")) is not None:
+        if (set_once := context.setting("calibration_data")) is not None:
             return Path(str(set_once))
-        refuse_unused(_OBSERVED, "--calibration", "pass --calibration CALIBRATION_IMAGES")
+        mend = "pass --calibration-data CALIBRATION_IMAGES"
+        refuse_unused(_OBSERVED, "--calibration-data", mend)
     return found

@@ -1,4 +1,4 @@
-"""``clipdeploy doctor``: what this machine has, and what is wrong with it."""
+"""``clipdeploy doctor``: check this machine."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ _MARKS = {"good": "ok", "note": "note", "warning": "warning", "error": "ERROR"}
 @command(epilog="\b\nclipdeploy doctor --json")
 @stage_command
 def doctor(context: Context) -> int:
-    """Look at this machine: libraries, GPU, driver, disk; say how to mend what is wrong.
+    """Check the libraries, GPU, driver and disk of this machine.
 
-    Exits with 1 where export, build-engine or verify cannot run.
+    Prints how to fix problems. The exit code is 1 if export, build-engine or verify cannot run.
     """
     try:
         from clipdeploy.doctor import diagnose, this_machine
     except ModuleNotFoundError as error:
-        # What the doctor itself needs is one of the findings.
+        # A package that the checks need is missing, which is a finding too.
         raise FileError(
             f"the package {error.name} is not installed", hint="pip install ."
         ) from error
 
-    with context.progress.task("look at this machine"):
+    with context.progress.task("check this machine"):
         diagnosis = diagnose(this_machine(context.workspace.root))
     emit(context, diagnosis, lambda: _render(diagnosis))
     return 0 if diagnosis else 1
 
 
 def _render(diagnosis: Diagnosis) -> str:
-    # No table: a command that a table wraps cannot be copied.
+    # Not a table: a command that a table wraps cannot be copied.
     lines = []
     for finding in diagnosis.findings:
         lines.append(f"{_MARKS[finding.level]:9}{finding.subject:14}{finding.text}")
@@ -48,6 +48,6 @@ def _render(diagnosis: Diagnosis) -> str:
 def _verdict(diagnosis: Diagnosis) -> str:
     errors, warnings = len(diagnosis.of("error")), len(diagnosis.of("warning"))
     if errors:
-        return f"{errors} to mend before export, build-engine and verify can run here."
+        return f"{errors} to fix before export, build-engine and verify can run here."
     beside = f"; {warnings} could be better" if warnings else ""
     return f"export, build-engine and verify can run here{beside}."

@@ -1,4 +1,4 @@
-"""``clipdeploy export``: checkpoint to ONNX."""
+"""``clipdeploy export``: write the FP32 graph of a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from clipdeploy.cli.common import Context, emit, force_option, model_option, stage_command
+from clipdeploy.cli.common import Context, emit, stage_command
+from clipdeploy.cli.config_fields import choices_of, default_of
 from clipdeploy.cli.labelling import class_names_option
 from clipdeploy.cli.numbers import number
+from clipdeploy.cli.options import option
 from clipdeploy.cli.params import setting_option
+from clipdeploy.cli.shared_options import force_option, model_option
 from clipdeploy.cli.usage import command, refuse_together, refuse_unused, with_options
 from clipdeploy.core.spans import BATCH, OPSET, SEED
 
@@ -25,48 +28,49 @@ def _classes(passport: Passport) -> str:
     names = passport.class_names
     if not names:
         return f"{passport.classes}, without names"
-    who = {
+    source = {
         "file": "from --class-names",
         "checkpoint": "from the checkpoint",
         "assumed": "assumed to be the model's",
     }.get(passport.class_names_from, "the model's")
-    return f"{passport.classes}, names {who}: {names[0]} to {names[-1]}"
+    return f"{passport.classes}, names {source}: {names[0]} to {names[-1]}"
 
 
+_RECIPE = "clipdeploy.core.passport.Recipe"
 _WEIGHTS_OPTIONS = (
-    click.option(
+    option(
         "--checkpoint",
         metavar="FILE",
-        help="Weights: .pth, .bin or .safetensors, or hf://OWNER/NAME.  "
-        "[default: the workspace's, else the published ones]",
+        help="Weights: a .pth, .bin or .safetensors file, or hf://OWNER/NAME.",
+        default_text="the workspace's, else the published ones",
     ),
-    click.option(
+    option(
         "--random-init",
         type=number(SEED),
         metavar="SEED",
-        help="Random weights instead, for speed and plumbing.",
+        help="Initialise the weights at random with this seed, to test speed or integration.",
     ),
-    click.option(
+    option(
         "--replace-weights",
         is_flag=True,
-        help="Take these, or the published ones, in the place of the workspace's own.",
+        help="Replace the workspace's weights by these, or by the published ones.",
     ),
-    click.option(
-        "--resize-pos-embed", is_flag=True, help="Resample a position grid of another size."
+    option(
+        "--resize-pos-embed",
+        is_flag=True,
+        help="Interpolate the position embedding of a checkpoint for another image size.",
     ),
-    click.option(
+    option(
         "--numerics",
-        type=click.Choice(["trained", "as-shipped"]),
-        default="trained",
-        show_default=True,
-        help="As the weights were trained, or as mmpretrain's present configs run them.",
+        type=click.Choice(choices_of(_RECIPE, "numerics")),
+        default=default_of(_RECIPE, "numerics"),
+        help="Run the model as the weights were trained, or as mmpretrain's configs run them now.",
     ),
-    click.option(
+    option(
         "--resize",
-        type=click.Choice(["published", "timm"]),
-        default="published",
-        show_default=True,
-        help="The crop behind the published top-1, or timm's own.",
+        type=click.Choice(choices_of(_RECIPE, "resize")),
+        default=default_of(_RECIPE, "resize"),
+        help="Resize and crop images as for the published top-1, or as timm does.",
     ),
     class_names_option,
     setting_option("offline", "--offline/--no-offline", help="Download nothing."),
@@ -74,15 +78,15 @@ _WEIGHTS_OPTIONS = (
 
 
 def weights_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that decide what the model is; :func:`weights_choice` reads them."""
+    """Add the options that choose the weights; :func:`weights_choice` reads them."""
     return with_options(_WEIGHTS_OPTIONS, function)
 
 
 def weights_choice(context: Context, options: dict[str, Any]) -> tuple[WeightsChoice, Recipe]:
-    """The values of :func:`weights_options` as a choice of weights and what is made of them.
+    """The values of :func:`weights_options`: the weights, and the recipe to run them with.
 
     Raises:
-        UsageError: weights of two kinds, or an option of a checkpoint without one.
+        UsageError: two kinds of weights, or a checkpoint option without a checkpoint.
     """
     refuse_together("checkpoint", "random_init")
     if options["checkpoint"] is None:
@@ -111,16 +115,25 @@ def weights_choice(context: Context, options: dict[str, Any]) -> tuple[WeightsCh
 )
 @model_option
 @weights_options
-@click.option(
+@option(
     "--opset",
     type=number(OPSET),
-    default=20,
-    show_default=True,
-    help="ONNX operator set, 17 to 23.",
+    default=default_of("exporters.onnx.ExportConfig", "opset"),
+    metavar="N",
+    help="Version of the ONNX operator set.",
 )
-@click.option("--batch", type=number(BATCH), help="Fix the batch size; symbolic if left out.")
-@click.option(
-    "--preprocess", is_flag=True, help="Take uint8 (B, S, S, 3): normalisation in the graph."
+@option(
+    "--fixed-batch",
+    type=number(BATCH),
+    metavar="N",
+    formerly={"--batch": "--fixed-batch"},
+    help="Batch size of the graph.",
+    default_text="symbolic: any batch",
+)
+@option(
+    "--preprocess",
+    is_flag=True,
+    help="Take uint8 images (B, S, S, 3) and normalise them in the graph.",
 )
 @force_option
 @stage_command
@@ -128,12 +141,15 @@ def export(
     context: Context,
     model: str | None,
     opset: int,
-    batch: int | None,
+    fixed_batch: int | None,
     preprocess: bool,
     force: bool,
     **options: Any,
 ) -> None:
-    """Write a checked FP32 ONNX graph with a symbolic batch."""
+    """Write the FP32 ONNX graph of a checkpoint and check it.
+
+    The graph takes batches of any size, unless --fixed-batch gives one.
+    """
     weights, recipe = weights_choice(context, options)
     name = context.model(model)
     from clipdeploy.stages.export import export_model
@@ -144,7 +160,7 @@ def export(
         name,
         weights,
         recipe,
-        ExportConfig(opset, batch, preprocess),
+        ExportConfig(opset, fixed_batch, preprocess),
         force=force,
         note=context.note,
         progress=context.progress,

@@ -1,4 +1,4 @@
-"""``clipdeploy inspect``: what a file is, by its own passport."""
+"""``clipdeploy inspect``: show the passport of a file."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from clipdeploy.cli.common import Context, emit, stage_command, trust_option
+from clipdeploy.cli.common import Context, emit, stage_command
 from clipdeploy.cli.params import ArtifactPath
+from clipdeploy.cli.shared_options import trust_option
 from clipdeploy.cli.usage import command, refuse_unused
 
 
@@ -16,10 +17,10 @@ from clipdeploy.cli.usage import command, refuse_unused
 @trust_option
 @stage_command
 def inspect(context: Context, file: Path, trust: bool) -> None:
-    """Show the passport of an .onnx or .engine file, and the precision of each block.
+    """Show a file's passport and the precision of each block.
 
-    On a machine with a GPU an engine is loaded and tells in which precision each block runs;
-    elsewhere it is said what the graph asks for.
+    FILE is an .onnx or .engine file. On a machine with a GPU an engine is loaded and the precisions
+    are those in which its blocks run; elsewhere they are those that the graph requests.
     """
     if file.suffix == ".onnx":
         refuse_unused(["trust"], "engines", "name an .engine file")

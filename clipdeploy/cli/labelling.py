@@ -1,4 +1,4 @@
-"""The options that say which class each image has; verify, merge, deploy, search and bisect."""
+"""Options that say which class each image has, for verify, merge, deploy, search and bisect."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from clipdeploy.cli.config_fields import choices_of, default_of
+from clipdeploy.cli.options import option
 from clipdeploy.cli.usage import refuse_unused, with_options
 
 if TYPE_CHECKING:
@@ -15,31 +17,39 @@ if TYPE_CHECKING:
 
 __all__ = ["check_labelling", "class_names_option", "labelling", "labelling_options"]
 
-class_names_option = click.option(
+_LABELLING = "clipdeploy.imaging.layouts.Labelling"
+
+class_names_option = option(
     "--class-names",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Names of the classes in the order of the logits: one a line, or JSON "
-    "(default: from the checkpoint, the folders or the label file).",
+    help="Names of the classes in the order of the logits: one in each line, or JSON.",
+    default_text="from the checkpoint, the folders or the label file",
 )
 _OPTIONS = (
-    click.option(
+    option(
         "--layout",
-        type=click.Choice(["auto", "folders", "list", "devkit", "solution", "none"]),
-        default="auto",
-        show_default=True,
+        type=click.Choice(choices_of(_LABELLING, "layout")),
+        default=default_of(_LABELLING, "layout"),
         help="How labels are stored: class folders, NAME CLASS list, ILSVRC devkit, CSV table, or "
         "not at all.",
     ),
-    click.option("--labels", type=click.Path(path_type=Path), help="Label file."),
-    click.option(
+    option(
+        "--labels",
+        type=click.Path(path_type=Path),
+        help="Label file.",
+        default_text="one inside or beside the folder of images",
+    ),
+    option(
         "--first-class",
         type=click.Choice(["0", "1"]),
-        help="Number of the first class, where folders or labels are numbers "
-        "(default: found from them, else 0).",
+        help="Number of the first class, if folders or labels are numbers.",
+        default_text="found from them, else 0",
     ),
-    click.option(
-        "--skip-unlabelled", is_flag=True, help="Leave images without a class out, and say so."
+    option(
+        "--skip-unlabelled",
+        is_flag=True,
+        help="Leave out images without a class and print how many there are.",
     ),
 )
 
@@ -47,7 +57,7 @@ _OPTIONS = (
 def labelling_options(
     *, class_names: bool = True
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The options that :func:`labelling` reads; ``class_names``: with the names of the classes."""
+    """The options that :func:`labelling` reads, with or without ``--class-names``."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         more = (class_names_option,) if class_names else ()
@@ -57,10 +67,10 @@ def labelling_options(
 
 
 def check_labelling(options: dict[str, Any]) -> None:
-    """Refuse labelling options that the layout has no use for.
+    """Refuse labelling options that the layout does not use.
 
     Raises:
-        UsageError: the command line gave what the layout has no use for.
+        UsageError: the command line gave such an option.
     """
     if options["layout"] in ("folders", "none"):
         refuse_unused(["labels"], "the layouts with a label file", "pass --layout list")

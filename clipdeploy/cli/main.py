@@ -1,4 +1,4 @@
-"""``clipdeploy``: the group of commands."""
+"""``clipdeploy``: the program, with its commands in the order of the pipeline."""
 
 from __future__ import annotations
 
@@ -36,19 +36,28 @@ from clipdeploy.core.version import __version__
 __all__ = ["main"]
 
 
+# The commands of the help, by heading, in the order in which they are used.
+_SECTIONS: dict[str, tuple[click.Command, ...]] = {
+    "Prepare": (zoo, export, calibrate, quantize, search, build_engine),
+    "Judge": (verify, predict, bisect, benchmark, inspect),
+    "Deploy": (package, deploy, demo),
+    "Set up": (doctor, config, completion),
+}
+
+
 @contextmanager
-def _shown_as_text() -> Iterator[None]:
-    """What click prints of a wrong argument, such as a file's name, does not act on a terminal."""
+def _without_control_characters() -> Iterator[None]:
+    """Remove control characters from click's messages, which may quote a file name."""
     try:
         yield
     except click.ClickException as error:
-        # Final for type checkers: click sets it once, from what the user typed.
+        # Declared final, but click sets it only once, from what the user typed.
         cast(Any, error).message = printable(error.message, keep="\n")
         raise
 
 
 class Program(Group):
-    """The program: its exit code is the command's, whatever happens to the output."""
+    """The program; its exit code is the command's, even if the output cannot be written."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """See :class:`click.Command`."""
@@ -62,55 +71,56 @@ class Program(Group):
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
         """See :class:`click.Command`."""
-        with _shown_as_text():
+        with _without_control_characters():
             return super().make_context(*args, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """See :class:`click.Command`; a Ctrl-C outside a stage is 130 as well."""
+        """See :class:`click.Command`; Ctrl-C outside a stage exits with 130 as well."""
         try:
-            with _shown_as_text():
+            with _without_control_characters():
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             ctx.exit(EXIT_INTERRUPTED)
 
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands in the order of the pipeline, instead of the alphabet."""
+        return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """See :class:`click.Group`; the commands are listed by section, with whole summaries."""
+        width = max(map(len, self.commands))
+        for title, commands in _SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl(
+                    [(str(each.name).ljust(width), _summary(each)) for each in commands]
+                )
+
+
+def _summary(command: click.Command) -> str:
+    """The first paragraph of the help, without a limit on its length."""
+    return " ".join(str(command.help).partition("\n\n")[0].split()).removesuffix(".")
+
 
 @group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
-    """CLIP-pretrained ViT classifiers from a PyTorch checkpoint to a proven TensorRT engine.
+    """Deploy CLIP ViT classifiers: from a PyTorch checkpoint to a verified TensorRT engine.
 
     \b
     clipdeploy export --model clip-vit-base-p16
     clipdeploy build-engine --int8 --data CALIBRATION_IMAGES
     clipdeploy verify --data IMAGENET_VAL
 
-    Exit codes: 0 good, 1 error, 2 usage, 3 verification failed, 130 interrupted.
+    Exit codes: 0 success, 1 error, 2 usage error, 3 verification failed, 130 interrupted.
     """
-    # PyTorch's OpenMP threads spin while they wait, and take the cores from the threads that decode
-    # images.  PyTorch reads the setting once, when it is imported.
+    # PyTorch's OpenMP threads spin while they wait and slow down the threads that decode images.
+    # PyTorch reads this setting once, when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # clipdeploy refuses such images itself, with the file's name.
     warnings.filterwarnings("ignore", message=r"Image size \(\d+ pixels\) exceeds limit")
 
 
-for command in (
-    zoo,
-    export,
-    calibrate,
-    quantize,
-    build_engine,
-    verify,
-    predict,
-    bisect,
-    search,
-    benchmark,
-    inspect,
-    package,
-    doctor,
-    deploy,
-    demo,
-    config,
-    completion,
-):
-    main.add_command(command)
+for commands in _SECTIONS.values():
+    for command in commands:
+        main.add_command(command)

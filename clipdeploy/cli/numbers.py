@@ -1,4 +1,4 @@
-"""Options that take a number: each has a span, and a wrong number is reported in one line."""
+"""Option types for numbers: each has a range, and a wrong number is reported in one line."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ from typing import IO, Any
 
 import click
 
+from clipdeploy.cli.options import long_name
 from clipdeploy.cli.text import echo_line
 from clipdeploy.core.errors import UsageError
 from clipdeploy.core.spans import Span
 
 __all__ = ["EarlyError", "number", "whole_numbers"]
 
+# A range with a higher upper limit only guards against typing errors; the help leaves it out.
+_LARGEST_SHOWN = 5000
+
 
 class EarlyError(click.ClickException):
-    """An error found before the command began, in one line as every error of clipdeploy."""
+    """An error found before the command began, shown in one line like all errors."""
 
     exit_code = UsageError.exit_code
 
@@ -24,7 +28,16 @@ class EarlyError(click.ClickException):
         echo_line(f"error: {self.message}", file)
 
 
+def _described(span: Span) -> str:
+    """A range for the help: ``range: 0 to 100``, or nothing if it is only a safeguard."""
+    if span.most > _LARGEST_SHOWN:
+        return ""
+    return f"range: {'above ' if span.above else ''}{span.least:g} to {span.most:g}"
+
+
 class _Whole(click.IntRange):
+    name = "integer"
+
     def __init__(self, span: Span) -> None:
         super().__init__(int(span.least), int(span.most))
         self._span = span
@@ -32,23 +45,31 @@ class _Whole(click.IntRange):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return _converted(value, int, self._span, param)
 
+    def _describe_range(self) -> str:
+        return _described(self._span)
+
 
 class _Real(click.FloatRange):
+    name = "number"
+
     def __init__(self, span: Span) -> None:
         super().__init__(span.least, span.most, min_open=span.above)
         self._span = span
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        # click's own comparison lets NaN pass.
+        # click's own comparison accepts NaN.
         return _converted(value, float, self._span, param)
+
+    def _describe_range(self) -> str:
+        return _described(self._span)
 
 
 def _converted(
     value: Any, kind: type[int] | type[float], span: Span, param: click.Parameter | None
 ) -> Any:
-    name = param.opts[0] if param else "the number"
+    name = long_name(param) if isinstance(param, click.Option) else "the number"
     if isinstance(value, str):
-        # What is no number stays a text, which no span holds.
+        # Text that is not a number stays text, which no span contains.
         with suppress(ValueError):
             value = kind(value)
     try:
@@ -59,18 +80,18 @@ def _converted(
 
 
 def number(span: Span) -> click.IntRange | click.FloatRange:
-    """The type of an option that takes a number of ``span``."""
+    """The type of an option that takes a number in ``span``."""
     return _Whole(span) if span.whole else _Real(span)
 
 
 def whole_numbers(text: str, option: str, wanted: str) -> tuple[int, ...]:
-    """Numbers with commas between them.
+    """Parse whole numbers separated by commas.
 
     Raises:
-        UsageError: something else; it says what is ``wanted``.
+        UsageError: ``text`` is something else; the hint is ``wanted``, the expected form.
     """
     parts = [part.strip() for part in text.split(",")]
-    # Python reads no more than some thousand digits.
+    # Python does not parse numbers of more than a few thousand digits.
     if not all(part.isdecimal() and len(part) < 20 for part in parts):
-        raise UsageError(f"{option} {text[:40]!r} is no list of whole numbers", hint=wanted)
+        raise UsageError(f"{option} {text[:40]!r} is not a list of whole numbers", hint=wanted)
     return tuple(int(part) for part in parts)

@@ -1,4 +1,4 @@
-"""``clipdeploy package``: an artifact made ready for production."""
+"""``clipdeploy package``: package an artifact for Triton or as a C++ program."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from clipdeploy.cli.common import Context, emit, model_option, stage_command
+from clipdeploy.cli.common import Context, emit, stage_command
+from clipdeploy.cli.config_fields import default_of
 from clipdeploy.cli.numbers import number
+from clipdeploy.cli.options import option
 from clipdeploy.cli.params import ArtifactPath
+from clipdeploy.cli.shared_options import model_option
 from clipdeploy.cli.usage import command, refuse_together, refuse_unused
 from clipdeploy.core.errors import UsageError
 from clipdeploy.core.spans import BATCH, INSTANCES, QUEUE_DELAY
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from clipdeploy.packaging.cpp import CppPackage
     from clipdeploy.packaging.triton import TritonPackage
 
+_CONFIG = "clipdeploy.packaging.triton_config.TritonConfig"
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
@@ -28,25 +32,51 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
     "clipdeploy package --cpp classify artifacts/MODEL/fp16.onnx",
 )
 @click.argument("artifact", required=False, type=ArtifactPath())
-@click.option("--triton", metavar="DIR", type=_FOLDER, help="Model repository of a Triton server.")
-@click.option("--cpp", metavar="DIR", type=_FOLDER, help="C++ program with a CMakeLists.txt.")
+@option(
+    "--triton",
+    metavar="DIR",
+    type=_FOLDER,
+    help="Add the artifact to the model repository of a Triton server in this folder.",
+)
+@option(
+    "--cpp",
+    metavar="DIR",
+    type=_FOLDER,
+    help="Write a C++ program with a CMakeLists.txt into this folder.",
+)
 @model_option
-@click.option("--name", help="On the server; MODEL-PRECISION if left out.")
-@click.option(
+@option(
+    "--name",
+    metavar="NAME",
+    help="Name of the model on the server.",
+    default_text="MODEL-PRECISION",
+)
+@option(
     "--max-batch",
     type=number(BATCH),
-    help="Largest batch.  [default: the engine's; graphs: 32]",
+    metavar="N",
+    help="Largest batch of a request.",
+    default_text="that of the engine; 32 for a graph",
 )
-@click.option(
+@option(
     "--queue-delay",
     type=number(QUEUE_DELAY),
     metavar="MICROSECONDS",
-    help="How long a request waits for others to share its batch.  [default: 500]",
+    help="How long a request waits for others to share its batch, in microseconds.",
+    default_text=str(default_of(_CONFIG, "queue_delay")),
 )
-@click.option(
-    "--instances", type=number(INSTANCES), help="Copies of the model on a GPU.  [default: 1]"
+@option(
+    "--instances",
+    type=number(INSTANCES),
+    metavar="COUNT",
+    help="Copies of the model on each GPU.",
+    default_text=str(default_of(_CONFIG, "instances")),
 )
-@click.option("--force", is_flag=True, help="Replace what is there; the newest version of a model.")
+@option(
+    "--force",
+    is_flag=True,
+    help="Replace what is there: the program, or the newest version of the model.",
+)
 @stage_command
 def package(
     context: Context,
@@ -57,14 +87,17 @@ def package(
     force: bool,
     **options: Any,
 ) -> None:
-    """Package ARTIFACT (.onnx, .engine) for production, or the best one of a model."""
-    one = "package takes one of --triton DIR and --cpp DIR"
+    """Package an artifact for Triton, or as a C++ program.
+
+    ARTIFACT is an .onnx or .engine file; without it, the best artifact of the model.
+    """
+    one = "package takes either --triton DIR or --cpp DIR"
     refuse_together("triton", "cpp", hint=one)
     if triton is None and cpp is None:
         raise UsageError(one, hint="pass one of them")
     if triton is None:
         refuse_unused(options, "--triton", "pass --triton DIR")
-    refuse_together("artifact", "model", hint="no --model beside a file: it has its own")
+    refuse_together("artifact", "model", hint="leave out --model: the file has its own")
     chosen = {option: value for option, value in options.items() if value is not None}
     from clipdeploy.packaging.triton_config import TritonConfig
     from clipdeploy.stages.package import artifact_to_package, package_cpp, package_triton
@@ -93,7 +126,7 @@ def _render_triton(made: TritonPackage) -> str:
     return "\n".join(
         [
             f"{made.path}: version {made.version} {done}, {batches} at once",
-            f"  server  {made.server or 'not known, see its Dockerfile'}",
+            f"  server  {made.server or 'unknown, see its Dockerfile'}",
             f"  client  -> python {shlex.quote(str(made.path / 'client.py'))} IMAGE",
         ]
     )

@@ -1,4 +1,4 @@
-"""Options that settings feed, and what the shell completes for models and artifacts."""
+"""Options that settings give values to, and shell completion of models and artifacts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from click.core import ParameterSource
 from click.types import StringParamType
 
 from clipdeploy.cli.numbers import EarlyError
+from clipdeploy.cli.options import Option, long_name, option
 from clipdeploy.cli.setting_types import Value, as_toml
 from clipdeploy.cli.settings import CONFIG_FILE, Settings, load_settings, setting_called
 from clipdeploy.core.errors import FileError, UsageError
@@ -38,17 +39,17 @@ _ARTIFACTS = (".onnx", ".engine")
 
 
 class SettingError(EarlyError):
-    """A setting that cannot be used, found before the command began."""
+    """A setting is wrong, found before the command began."""
 
 
 class SettingFileError(SettingError):
-    """A file of settings that cannot be read."""
+    """The settings file cannot be read."""
 
     exit_code = FileError.exit_code
 
 
 def current_settings(ctx: click.Context) -> Settings:
-    """The settings of this call, read once.
+    """The settings for this command, read once.
 
     Raises:
         SettingError: they cannot be read, or one of them is wrong.
@@ -64,12 +65,12 @@ def current_settings(ctx: click.Context) -> Settings:
     return settings
 
 
-class SettingOption(click.Option):
-    """An option that takes its value from a setting where the command line does not give it.
+class SettingOption(Option):
+    """An option that takes its value from a setting if the command line does not give it.
 
-    With ``deferred`` the option only names the setting, and the command asks
-    :meth:`clipdeploy.cli.common.Context.setting` for it where it needs one.  A flag has a second
-    form (``--offline/--no-offline``), so that the command line can outrank either value.
+    With ``deferred`` the option only shows the setting in its help; the command reads it with
+    :meth:`clipdeploy.cli.common.Context.setting` where it needs it.  A flag has a negative form
+    (``--offline/--no-offline``), so that the command line can outrank either value.
     """
 
     def __init__(
@@ -84,15 +85,14 @@ class SettingOption(click.Option):
         self.deferred = deferred
         if self.setting.default is not None:
             attrs.setdefault("default", self.setting.default)
-            attrs.setdefault("show_default", True)
         attrs.update(envvar=self.setting.variable, show_envvar=True)
         super().__init__(param_decls, **attrs)
 
     def value_from_envvar(self, ctx: click.Context) -> Any:
-        """The setting's value, of the environment or of the file.
+        """The setting's value, from the environment or the file.
 
         Raises:
-            SettingError: the settings cannot be used; not while a shell completes.
+            SettingError: the settings cannot be used; not raised during shell completion.
         """
         if self.deferred:
             return None
@@ -105,7 +105,7 @@ class SettingOption(click.Option):
         return None if found is None else found.value
 
     def process_value(self, ctx: click.Context, value: Any) -> Any:
-        """See :class:`click.Option`; where it is missing, say every way to give it."""
+        """See :class:`click.Option`; the error for a missing value lists all ways to give it."""
         try:
             return super().process_value(ctx, value)
         except click.MissingParameter as error:
@@ -114,12 +114,12 @@ class SettingOption(click.Option):
 
 
 def setting_option(setting: str, *names: str, **attrs: Any) -> Callable[[F], F]:
-    """``click.option`` that the setting feeds; its default is the setting's."""
-    return click.option(*names, cls=SettingOption, setting=setting, **attrs)
+    """An option that takes its value and its default from a setting."""
+    return option(*names, cls=SettingOption, setting=setting, **attrs)
 
 
 def how_to_give(way: str, setting: str) -> str:
-    """The three ways to give a setting, for the end of an error; ``way`` is the command line's."""
+    """The three ways to give a setting, for an error; ``way`` is that of the command line."""
     row = setting_called(setting)
     return (
         f"{way}, or once for all commands {row.variable} in the environment or "
@@ -128,7 +128,7 @@ def how_to_give(way: str, setting: str) -> str:
 
 
 def typed_values(ctx: click.Context) -> dict[str, Value]:
-    """What the command line itself gave to options of settings, by setting."""
+    """The values that the command line gave to options of settings, by setting."""
     return {
         param.setting.name: ctx.params[name]
         for name, param in _setting_options(ctx)
@@ -137,7 +137,10 @@ def typed_values(ctx: click.Context) -> dict[str, Value]:
 
 
 def fed_values(ctx: click.Context, *, but: str) -> list[str]:
-    """Which options a setting gave, all ``but`` one, as one would type them, and from where."""
+    """The options that settings gave, as one would type them, with their origins.
+
+    The setting ``but`` is left out.
+    """
     fed = []
     for name, param in _setting_options(ctx):
         given = ctx.get_parameter_source(name) is ParameterSource.ENVIRONMENT
@@ -149,7 +152,7 @@ def fed_values(ctx: click.Context, *, but: str) -> list[str]:
 
 def _typed(option: SettingOption, value: Value | None) -> str:
     if option.is_flag:
-        return (option.opts if value else option.secondary_opts)[0]
+        return long_name(option, negative=not value)
     return f"{option.opts[0]} {value}"
 
 
@@ -160,12 +163,12 @@ def _setting_options(ctx: click.Context) -> Iterator[tuple[str, SettingOption]]:
 
 
 class ModelName(StringParamType):
-    """The name of a card.  It is checked later, where an error can be told in one line."""
+    """The name of a model card, looked up later, where an error can be shown in one line."""
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """Full and short names; the names of timm and mmpretrain where only those begin so."""
+        """Full and short names; names of timm and mmpretrain only if none of ours match."""
         from click.shell_completion import CompletionItem
 
         from clipdeploy.models import cards
@@ -175,16 +178,17 @@ class ModelName(StringParamType):
         for card in cards.all_cards():
             # No comma: click's script for fish cuts a help text there.
             top1 = "" if card.top1 is None else f"top-1 {card.top1} % at "
-            told = f"{top1}{card.image_size} px"
+            described = f"{top1}{card.image_size} px"
             own = {card.name, *(card.aliases[:1] if card.short or card.name == cards.DEMO else ())}
             for name in (card.name, *card.aliases):
                 if name.startswith(incomplete):
-                    (ours if name in own else others).append(CompletionItem(name, help=told))
+                    item = CompletionItem(name, help=described)
+                    (ours if name in own else others).append(item)
         return ours or others
 
 
 class ArtifactPath(click.Path):
-    """A graph or an engine; the shell completes those of the workspace, else any file."""
+    """The path of a graph or an engine; the shell completes the workspace's, else any file."""
 
     def __init__(self, **attrs: Any) -> None:
         super().__init__(path_type=Path, **attrs)
@@ -192,7 +196,7 @@ class ArtifactPath(click.Path):
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """The artifacts whose path begins so, else what click completes for a file."""
+        """The workspace's artifacts that match, else what click completes for a file."""
         from click.shell_completion import CompletionItem
 
         workspace = ctx.params.get("workspace")

@@ -1,4 +1,4 @@
-"""``clipdeploy predict``: what is in these images?"""
+"""``clipdeploy predict``: classify images."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from pathlib import Path
 
 import click
 
-from clipdeploy.cli.common import Context, emit, model_option, stage_command
+from clipdeploy.cli.common import Context, emit, stage_command
 from clipdeploy.cli.numbers import number
+from clipdeploy.cli.options import option
 from clipdeploy.cli.params import ArtifactPath
+from clipdeploy.cli.shared_options import model_option
 from clipdeploy.cli.usage import command
 from clipdeploy.core.spans import TOP
 
@@ -16,17 +18,27 @@ from clipdeploy.core.spans import TOP
 @command(epilog="\b\nclipdeploy predict cat.jpg dog.jpg --top 3")
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @model_option
-@click.option(
+@option(
     "--artifact",
     type=ArtifactPath(),
-    help="A graph or an engine; the fastest one of the model that runs here if left out.",
+    help="Graph or engine to run.",
+    default_text="the model's fastest one that runs here",
 )
-@click.option("--top", type=number(TOP), default=5, show_default=True, help="Classes an image.")
+@option(
+    "--top",
+    type=number(TOP),
+    default=5,
+    metavar="COUNT",
+    help="Number of most likely classes to print for each image.",
+)
 @stage_command
 def predict(
     context: Context, images: tuple[Path, ...], model: str | None, artifact: Path | None, top: int
 ) -> None:
-    """Name the likeliest classes of IMAGES: files, folders or archives."""
+    """Print the most likely classes of images.
+
+    IMAGES are files, folders or archives.
+    """
     name = None if artifact is not None and model is None else context.model(model)
     from clipdeploy.stages.predict import predict_images
 

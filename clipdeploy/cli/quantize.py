@@ -1,4 +1,4 @@
-"""``clipdeploy quantize``: INT8 into the graph."""
+"""``clipdeploy quantize``: write the INT8 graph."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
-from clipdeploy.cli.common import Context, emit, force_option, model_option, stage_command
+from clipdeploy.cli.common import Context, emit, stage_command
+from clipdeploy.cli.config_fields import choices_of, default_of
 from clipdeploy.cli.numbers import number
+from clipdeploy.cli.options import option
+from clipdeploy.cli.shared_options import cpu_option, force_option, model_option
 from clipdeploy.cli.usage import (
     command,
     given,
@@ -42,70 +45,79 @@ __all__ = [
     "scheme_options",
 ]
 
+_QUANTIZE = "calibration.qdq.QuantizeConfig"
+_SCHEME = "calibration.scheme.SchemeConfig"
 _SCHEME_OPTIONS = (
-    click.option(
+    option(
         "--range",
         "range_method",
-        type=click.Choice(["auto", "minmax", "percentile", "mse", "entropy"]),
-        default="auto",
-        show_default=True,
-        help="How activation ranges are found; auto looks at the error of the Linear's output.",
+        type=click.Choice(choices_of(_SCHEME, "range_method")),
+        default=default_of(_SCHEME, "range_method"),
+        help="Method for activation ranges; auto minimises the error of the Linear's output.",
     ),
-    click.option("--no-smooth", is_flag=True, help="Leave activation outliers where they are."),
-    click.option(
+    option("--no-smooth", is_flag=True, help="Do not move activation outliers into the weights."),
+    option(
         "--strength",
         type=number(STRENGTH),
-        metavar="0..1",
-        help="How much of the outliers moves into the weights, the same for all Linears.  "
-        "[default: each Linear's own, by its expected error]",
+        metavar="FRACTION",
+        help="Share of the outliers that smoothing moves into the weights, for all Linears.",
+        default_text="chosen for each Linear by its expected error",
     ),
-    click.option(
+    option(
         "--no-shift",
         is_flag=True,
-        help="No Sub after GELU, which --range auto adds.",
+        help="Do not shift the output of GELU, as --range auto does.",
     ),
-    click.option("--no-bias-correction", is_flag=True, help="Leave biases as they are."),
-    click.option("--no-weight-clip", is_flag=True, help="Weight scales from the largest weight."),
+    option("--no-bias-correction", is_flag=True, help="Do not correct biases."),
+    option(
+        "--no-weight-clip",
+        is_flag=True,
+        help="Do not clip weights: take their scales from the largest weight.",
+    ),
 )
 _OPTIONS = (
-    click.option(
+    option(
         "--recipe",
         type=click.Path(path_type=Path, dir_okay=False),
-        help="A file that `search` wrote, instead of the options that follow.",
+        help="Recipe file written by `search`, instead of the quantisation options below.",
     ),
-    click.option(
-        "--exclude", multiple=True, metavar="PATTERN", help="Leave Linears alone: 'blocks.0.*'."
+    option(
+        "--exclude",
+        multiple=True,
+        metavar="PATTERN",
+        help="Linears to leave unquantised, such as 'blocks.0.*'; may be given several times.",
     ),
     *_SCHEME_OPTIONS,
-    click.option(
+    option(
         "--weight-scales",
-        type=click.Choice(["channel", "ratio"]),
-        help="Form of the weight scales: channel for TensorRT, ratio for TensorRT-RTX (default: "
-        "the form for the backend).",
+        type=click.Choice(choices_of(_QUANTIZE, "weight_scales")),
+        help="Form of the weight scales: channel for TensorRT, ratio for TensorRT-RTX.",
+        default_text="the form for the backend",
     ),
-    click.option("--quantize-attention", is_flag=True, help="Attention's two products as well."),
-    click.option("--quantize-head", is_flag=True, help="The classifier as well."),
-    click.option("--quantize-patch", is_flag=True, help="The patch convolution as well."),
-    click.option(
+    option("--quantize-attention", is_flag=True, help="Quantise attention's two products too."),
+    option("--quantize-head", is_flag=True, help="Quantise the classifier too."),
+    option("--quantize-patch", is_flag=True, help="Quantise the patch convolution too."),
+    option(
         "--min-sqnr",
         type=number(SQNR_DB),
         metavar="DB",
-        help="Lowest signal over noise in dB: a Linear whose output would have less is left out, a "
-        "graph whose logits have less on the calibration images is refused.  [default: 10]",
+        help="Lowest signal-to-noise ratio in dB. A Linear whose output has less is not quantised; "
+        "a graph whose logits have less on the calibration images is refused.",
+        default_text=f"{default_of('calibration.qdq.QuantizeConfig', 'min_sqnr'):g}",
     ),
 )
 
 
 def scheme_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that decide how a Linear is quantised; :func:`scheme_config` reads them."""
+    """Add the options for quantising a Linear; :func:`scheme_config` reads them."""
     return with_options(_SCHEME_OPTIONS, function)
 
 
 def check_scheme_options(options: dict[str, Any]) -> None:
-    """Refuse options of :func:`scheme_options` that the others leave without effect.
+    """Refuse options of :func:`scheme_options` that have no effect with the others.
 
     Raises:
-        UsageError: the first of them.
+        UsageError: it names the first one.
     """
     refuse_together("no_smooth", "strength")
     if options["range_method"] != "auto":
@@ -127,34 +139,34 @@ def scheme_config(options: dict[str, Any]) -> SchemeConfig:
 
 
 def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that decide how INT8 is made; :func:`quantize_config` reads them."""
+    """Add the options of quantisation; :func:`quantize_config` reads them."""
     return with_options(_OPTIONS, function)
 
 
 def recipe_names() -> list[str]:
-    """The parameters of :func:`recipe_options`."""
+    """The parameter names of :func:`recipe_options`."""
     return option_names(_OPTIONS)
 
 
 def check_recipe_options(options: dict[str, Any]) -> None:
-    """Refuse options of :func:`recipe_options` that the others leave without effect.
+    """Refuse options of :func:`recipe_options` that have no effect with the others.
 
     Raises:
-        UsageError: a recipe file beside options that it holds, or the first without effect.
+        UsageError: it names the first one, or the option given beside a recipe file.
     """
     if given("recipe"):
         refuse_together(
             *recipe_names(),
-            hint="no --recipe beside options that say how to quantise: it holds them all",
+            hint="a recipe contains all quantisation options: leave one of them out",
         )
     check_scheme_options(options)
 
 
 def quantize_options(options: dict[str, Any]) -> QuantizeConfig:
-    """The values of :func:`recipe_options` but for the recipe file, as a configuration.
+    """The values of :func:`recipe_options` without the recipe file, as a configuration.
 
     Raises:
-        UsageError: a value that cannot be.
+        UsageError: a value is out of range.
     """
     from calibration.policy import Scope
     from calibration.qdq import QuantizeConfig
@@ -168,10 +180,6 @@ def quantize_options(options: dict[str, Any]) -> QuantizeConfig:
     config = QuantizeConfig(
         options["exclude"], "fp16", scheme, scope, weight_scales=options["weight_scales"]
     )
-    return _with_minimum(config, options)
-
-
-def _with_minimum(config: QuantizeConfig, options: dict[str, Any]) -> QuantizeConfig:
     minimum = options["min_sqnr"]
     return config if minimum is None else replace(config, min_sqnr=minimum)
 
@@ -182,43 +190,41 @@ def quantize_config(
     options: dict[str, Any],
     remainder: Literal["fp16", "fp32"] | None = None,
 ) -> QuantizeConfig:
-    """The values of :func:`recipe_options` as a configuration; a recipe file's if there is one.
+    """The values of :func:`recipe_options`, or of the recipe file, as a configuration.
 
-    ``remainder`` outranks a recipe's.
+    ``remainder`` outranks that of a recipe.
 
     Raises:
-        UsageError: a value that cannot be.
-        ArtifactError, FileError: it cannot be read, or was found for other weights.
+        UsageError: a value is out of range.
+        ArtifactError, FileError: the recipe cannot be read, or belongs to other weights.
     """
-    config = quantize_options(options)
-    if options["recipe"] is not None:
-        config = _with_minimum(_from_recipe(context, model, options["recipe"]), options)
+    from clipdeploy.stages.quantize import recipe_config
+
+    if options["recipe"] is None:
+        config = quantize_options(options)
+    else:
+        config = recipe_config(context.workspace, model, options["recipe"])
     return config if remainder is None else replace(config, remainder=remainder)
-
-
-def _from_recipe(context: Context, model: str, path: Path) -> QuantizeConfig:
-    from calibration.recipe import load_recipe
-
-    recipe = load_recipe(path)
-    recipe.check(context.workspace.source(model)[1].weights.identity)
-    return recipe.config
 
 
 @command(epilog="\b\nclipdeploy quantize\nclipdeploy quantize --cpu --exclude 'blocks.0.*'")
 @model_option
 @recipe_options
-@click.option(
-    "--cpu", is_flag=True, help="For ONNX Runtime's int8 kernels on a CPU: the rest stays FP32."
-)
+@cpu_option
 @force_option
 @stage_command
 def quantize(context: Context, model: str | None, cpu: bool, force: bool, **recipe: Any) -> None:
-    """Write the INT8 (Q/DQ) graph from the FP32 graph and its calibration."""
+    """Write the INT8 graph, from the FP32 graph and its calibration.
+
+    Quantised operators are marked by QuantizeLinear and DequantizeLinear (Q/DQ).
+    """
     check_recipe_options(recipe)
     name = context.model(model)
-    from clipdeploy.stages.quantize import quantize_model
+    from clipdeploy.stages.quantize import chosen_config, quantize_model
 
     config = quantize_config(context, name, recipe, "fp32" if cpu else None)
+    if recipe["recipe"] is None:
+        config = chosen_config(context.workspace, name, config, force=force, note=context.note)
     result = quantize_model(
         context.workspace,
         name,
@@ -239,26 +245,26 @@ def quantize(context: Context, model: str | None, cpu: bool, force: bool, **reci
 
 
 def note_quality(context: Context, quality: Quality | None) -> None:
-    """Show the warnings of an INT8 graph."""
+    """Note the warnings of an INT8 graph."""
     for warning in () if quality is None else quality.warnings:
         context.note(warning)
 
 
 def _sqnr(quality: Quality) -> str:
-    """What INT8 costs, in a line."""
+    """What INT8 costs, in one line."""
     images = f"{quality.images} calibration images" if quality.images else "the sample images"
-    figure = "equal to FP32" if quality.sqnr_db is None else f"SQNR {quality.sqnr_db:.1f} dB"
-    return f"  logits: {figure} on {images}"
+    ratio = "equal to FP32" if quality.sqnr_db is None else f"SQNR {quality.sqnr_db:.1f} dB"
+    return f"  logits: {ratio} on {images}"
 
 
 def _left_out(placement: Placement) -> list[str]:
-    """What is not INT8: a line for each kind and reason."""
-    kinds: dict[tuple[str, str], int] = {}
+    """What is not INT8: a line for each group of operators with the same reason."""
+    counts: dict[tuple[str, str], int] = {}
     for entry in placement.entries:
         if not entry.int8:
-            kind = (re.sub(r"^blocks\.\d+", "blocks.*", entry.name), entry.reason)
-            kinds[kind] = kinds.get(kind, 0) + 1
+            group = (re.sub(r"^blocks\.\d+", "blocks.*", entry.name), entry.reason)
+            counts[group] = counts.get(group, 0) + 1
     return [
         f"  not INT8: {name}{f' ({count})' if count > 1 else ''}, {reason}"
-        for (name, reason), count in kinds.items()
+        for (name, reason), count in counts.items()
     ]

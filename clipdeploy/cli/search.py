@@ -1,4 +1,4 @@
-"""``clipdeploy search``: INT8 or FP16 for each Linear, under an accuracy budget."""
+"""``clipdeploy search``: choose INT8 or FP16 for each Linear within an accuracy limit."""
 
 from __future__ import annotations
 
@@ -7,69 +7,84 @@ from typing import Any, Literal
 
 import click
 
-from clipdeploy.cli.common import (
-    EXIT_VERIFICATION,
-    Context,
-    data_option,
-    emit,
-    model_option,
-    stage_command,
-)
+from clipdeploy.cli.common import EXIT_VERIFICATION, Context, emit, stage_command
+from clipdeploy.cli.config_fields import choices_of
 from clipdeploy.cli.labelling import check_labelling, labelling, labelling_options
 from clipdeploy.cli.numbers import number
+from clipdeploy.cli.options import option
 from clipdeploy.cli.params import setting_option
 from clipdeploy.cli.quantize import check_scheme_options, scheme_config, scheme_options
+from clipdeploy.cli.shared_options import (
+    batch_option,
+    cpu_option,
+    model_option,
+    picture_option,
+    run_threads_option,
+    seed_option,
+    val_data_option,
+)
 from clipdeploy.cli.usage import command, refuse_unused
-from clipdeploy.core.spans import BATCH, BUDGET, IMAGES, SEARCHED_DROP, SEED, THREADS
+from clipdeploy.core.spans import BUDGET, IMAGES, SEARCHED_DROP
+
+_CONFIG = "clipdeploy.tuning.search.SearchConfig"
 
 
 @command(epilog="\b\nclipdeploy search --data LABELLED_IMAGES --max-drop 0.5 --budget 60")
 @model_option
-@data_option("Labelled images; one part is searched on, the others confirm.", "validation")
-@click.option(
-    "--confirm", type=click.Path(path_type=Path), help="Other labelled images, to confirm on."
+@val_data_option("Labelled images: the search uses one part, the others confirm its result.")
+@option(
+    "--confirm-data",
+    type=click.Path(path_type=Path),
+    formerly={"--confirm": "--confirm-data"},
+    help="Other labelled images to confirm the result on.",
+    default_text="a part of --data",
 )
 @setting_option(
     "max_drop",
     "--max-drop",
     type=number(SEARCHED_DROP),
+    metavar="POINTS",
     help="Percentage points of top-1 that may be lost.",
 )
-@click.option(
-    "--budget", type=number(BUDGET), metavar="MINUTES", help="Stop then; a later run goes on."
+@option(
+    "--budget",
+    type=number(BUDGET),
+    metavar="MINUTES",
+    help="Stop after so many minutes; the same command continues the search.",
+    default_text="no limit",
 )
-@click.option(
-    "--search-images", type=number(IMAGES), help="How many to search on.  [default: half]"
+@option(
+    "--search-images",
+    type=number(IMAGES),
+    metavar="COUNT",
+    help="Number of images of --data to search on.",
+    default_text="half of them",
 )
-@click.option("--seed", type=number(SEED), default=0, show_default=True, help="Splits the images.")
-@click.option(
+@seed_option(_CONFIG, "Seed for splitting the images.")
+@option(
     "--cost",
-    type=click.Choice(["macs", "cpu"]),
-    help="Count MACs and bytes, or time the Linears on this CPU.  [default: macs; cpu with --cpu]",
+    type=click.Choice(choices_of(_CONFIG, "cost")),
+    help="Estimate the time from MACs and bytes, or measure the Linears on this CPU.",
+    default_text="macs; cpu with --cpu",
 )
-@click.option(
-    "--batch", type=number(BATCH), default=8, show_default=True, help="Images at once, for costs."
+@batch_option(_CONFIG, "Images per inference run, for which the time is estimated as well.")
+@run_threads_option
+@option(
+    "--fixed-plan",
+    "fixed_scheme",
+    is_flag=True,
+    help="Do not try other values of --range and --strength.",
 )
-@click.option(
-    "--threads", type=number(THREADS), default=0, help="ONNX Runtime's; 0: its own choice."
-)
-@click.option(
-    "--fixed-plan", "fixed_scheme", is_flag=True, help="Try no other --range and --strength."
-)
-@click.option(
-    "--cpu", is_flag=True, help="For ONNX Runtime's int8 kernels on a CPU: the rest stays FP32."
-)
-@click.option(
-    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: .png or .svg."
-)
+@cpu_option
+@picture_option
 @labelling_options()
 @scheme_options
 @stage_command
 def search(
     context: Context,
     model: str | None,
-    data: Path,
-    confirm: Path | None,
+    val_data: Path,
+    confirm_data: Path | None,
     max_drop: float,
     budget: float | None,
     search_images: int | None,
@@ -82,10 +97,10 @@ def search(
     plot: Path | None,
     **options: Any,
 ) -> int:
-    """Choose INT8 or FP16 for every Linear and write that INT8 graph.
+    """Choose INT8 or FP16 for each Linear and write the graph.
 
-    The least cost whose loss of top-1 is proven to lie within --max-drop.  The choice is confirmed
-    on images that the search never saw: exit 3 unless they do.
+    Finds the fastest combination that is proven to lose at most --max-drop of top-1, and confirms
+    it on images that the search did not use. The exit code is 3 if they do not confirm it.
     """
     from clipdeploy.core.plots import check_plot_path, save_plot
 
@@ -93,9 +108,9 @@ def search(
         check_plot_path(plot)
     check_scheme_options(options)
     check_labelling(options)
-    if confirm is not None:
-        # The splits are then the two sets of images themselves.
-        refuse_unused(["search_images", "seed"], "a split of --data", "leave out --confirm")
+    if confirm_data is not None:
+        # Then nothing is split.
+        refuse_unused(["search_images", "seed"], "a split of --data", "leave out --confirm-data")
     name = context.model(model)
     from clipdeploy.stages.search import search_model
     from clipdeploy.tuning.search import SearchConfig
@@ -116,9 +131,9 @@ def search(
     result = search_model(
         context.workspace,
         name,
-        data,
+        val_data,
         config,
-        confirm=confirm,
+        confirm=confirm_data,
         note=context.note,
         progress=context.progress,
     )
@@ -127,5 +142,5 @@ def search(
         from clipdeploy.tuning.drawing import draw_front
 
         save_plot(draw_front(result), plot)
-        context.note(f"drawn: {plot}")
+        context.note(f"picture: {plot}")
     return 0 if result else EXIT_VERIFICATION

@@ -1,4 +1,4 @@
-"""What a setting may be: read from a line of TOML or from the text of an environment variable."""
+"""Types of settings, read from a TOML value or from the text of an environment variable."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = [
     "IMAGES",
     "MODEL",
     "URL",
-    "Kind",
+    "SettingType",
     "Value",
     "as_toml",
     "choice",
@@ -25,18 +25,19 @@ __all__ = [
 
 Value = str | Path | float | bool
 
-# click's words for a flag in an environment variable.
+# The words that click accepts for a flag in an environment variable.
 _TRUE = ("1", "true", "t", "yes", "y", "on")
 _FALSE = ("0", "false", "f", "no", "n", "off")
 
 
 @dataclass(frozen=True)
-class Kind:
-    """``wanted`` says what it is; ``types`` are those of TOML that it is written as.
+class SettingType:
+    """How a setting is parsed and shown.
 
-    ``parse`` takes such a value, or the text of a variable.  It raises ``ValueError`` for a wrong
-    one, or :class:`UsageError` where it has more to say.  ``choices`` are all values, if few;
-    ``shown`` is a value's text as it may be printed.
+    ``wanted`` names the type in errors, ``types`` are the TOML types that it accepts.  ``parse``
+    takes a TOML value or the text of a variable; it raises ``ValueError`` for a wrong value, or
+    :class:`UsageError` with a more precise message.  ``choices`` are all possible values, if they
+    are few.  ``shown`` turns a value into text that may be printed.
     """
 
     wanted: str
@@ -46,10 +47,10 @@ class Kind:
     shown: Callable[[str], str] = str
 
     def checked(self, raw: object, where: str, example: Value) -> Value:
-        """The value of ``raw``; errors begin with ``where`` and give the ``example``.
+        """Parse ``raw``; errors begin with ``where`` and give the ``example``.
 
         Raises:
-            UsageError: it is none.
+            UsageError: the value is wrong.
         """
         given = f"{where} = {self._as_toml(raw)}"
         try:
@@ -62,12 +63,12 @@ class Kind:
             raise UsageError(f"{given}: {error.message}", hint=error.hint) from error
 
     def from_toml(self, raw: object, where: str, example: Value) -> Value:
-        """:meth:`checked` for a value of TOML, which has to have the right type as well.
+        """Parse a TOML value, which must also have the right TOML type.
 
         Raises:
-            UsageError: it is none.
+            UsageError: the value or its type is wrong.
         """
-        # type, not isinstance: a bool of Python is an int.
+        # type(), not isinstance(): a bool is an int in Python.
         if type(raw) not in self.types:
             raise UsageError(
                 f"{where} = {self._as_toml(raw)} is not {self.wanted}",
@@ -80,7 +81,7 @@ class Kind:
 
 
 def as_toml(value: object) -> str:
-    """A value as a line of TOML would have it."""
+    """A value in TOML notation."""
     if isinstance(value, str | Path):
         import json
 
@@ -120,14 +121,14 @@ def _model(raw: object) -> str:
     return str(raw)
 
 
-FOLDER = Kind("a path", (str,), _path)
-IMAGES = Kind("a path", (str,), _path)
-FLAG = Kind("true or false", (bool,), _flag)
-URL = Kind("an address", (str,), _url, shown=masked)
-MODEL = Kind("a model's name", (str,), _model)
+FOLDER = SettingType("a path", (str,), _path)
+IMAGES = SettingType("a path", (str,), _path)
+FLAG = SettingType("true or false", (bool,), _flag)
+URL = SettingType("an address", (str,), _url, shown=masked)
+MODEL = SettingType("a model's name", (str,), _model)
 
 
-def number(least: float, most: float = math.inf) -> Kind:
+def number(least: float, most: float = math.inf) -> SettingType:
     """A number from ``least`` to ``most``."""
 
     def parse(raw: object) -> float:
@@ -137,10 +138,10 @@ def number(least: float, most: float = math.inf) -> Kind:
         return value
 
     span = f"of {least:g} or more" if most == math.inf else f"from {least:g} to {most:g}"
-    return Kind(f"a number {span}", (float, int), parse)
+    return SettingType(f"a number {span}", (float, int), parse)
 
 
-def choice(*names: str) -> Kind:
+def choice(*names: str) -> SettingType:
     """One of a few names."""
 
     def parse(raw: object) -> str:
@@ -148,4 +149,4 @@ def choice(*names: str) -> Kind:
             raise ValueError(raw)
         return str(raw)
 
-    return Kind(f"one of {', '.join(names)}", (str,), parse, names)
+    return SettingType(f"one of {', '.join(names)}", (str,), parse, names)

@@ -1,14 +1,14 @@
-"""What one gives once instead of with every command: ``clipdeploy.toml`` and the environment.
+"""Settings: ``clipdeploy.toml`` and environment variables that give options their values.
 
-:data:`SETTINGS` is the table of all of them: a new setting is a new row, and
-:func:`clipdeploy.cli.params.setting_option` feeds it to an option.  The command line outranks the
-environment, the environment the file, the file the default.
+:data:`SETTINGS` lists all of them.  To add a setting, add a row there and declare its option with
+:func:`clipdeploy.cli.params.setting_option`.  The command line outranks the environment, the
+environment outranks the file, and the file outranks the default.
 
-The file is looked for in the working folder and nowhere else, so that a command means the same
-whoever gives it there; ``$CLIPDEPLOY_CONFIG`` names another one.  The Python API reads no settings
-but the environment variables that it documents.
+The file is read from the working folder only, or from the path in ``$CLIPDEPLOY_CONFIG``, so that a
+command does the same for everyone who runs it there.  The Python API reads no settings except the
+environment variables that it documents.
 
-Every ``--help`` imports this file, and so what only reading needs is imported there.
+Every ``--help`` imports this module, so modules needed only to read settings are imported later.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from clipdeploy.cli.config_fields import choices_of, default_of
 from clipdeploy.cli.setting_types import (
     FLAG,
     FOLDER,
     IMAGES,
     MODEL,
     URL,
-    Kind,
+    SettingType,
     Value,
     choice,
     number,
@@ -49,29 +50,34 @@ __all__ = [
 CONFIG_FILE = "clipdeploy.toml"
 CONFIG_VARIABLE = "CLIPDEPLOY_CONFIG"
 _PREFIX = "CLIPDEPLOY_"
-# Of a file of settings, which has a page of text.
+# Maximum size of a settings file; real ones have a page of text.
 _MOST_BYTES = 1 << 20
+_BUILD = "clipdeploy.engines.build_config.BuildConfig"
+_VERIFY = "clipdeploy.verification.verifier.VerifyConfig"
 
 Source = Literal["command line", "environment", "file", "default"]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A row: the key in the file, the environment variable, what it takes, and a line of help.
+    """A setting: its key in the file, its environment variable, its type and its help.
 
-    ``default`` is the value where nobody gives one, or None, and then ``otherwise`` says what
-    happens.  ``exported``: the library itself reads the variable, so a value of the file is put
-    there for the time of a command.
+    ``default`` is the value where none is given; where it is None, ``otherwise`` says what happens.
+    ``exported``: the library itself reads the variable, so a value from the file is put into the
+    environment while a command runs.  ``old_name`` and ``old_variable`` are former names, which
+    still work; empty if there are none.
     """
 
     name: str
     variable: str
-    kind: Kind
+    type: SettingType
     help: str
     example: Value
     default: Value | None = None
     otherwise: str = ""
     exported: bool = False
+    old_name: str = ""
+    old_variable: str = ""
 
 
 SETTINGS = (
@@ -87,33 +93,37 @@ SETTINGS = (
         "model",
         "CLIPDEPLOY_MODEL",
         MODEL,
-        "Model that a command without --model takes.",
+        "Model of a command without --model.",
         example="clip-vit-base-p16",
         otherwise="the workspace's last one",
     ),
     Setting(
-        "calibration",
-        "CLIPDEPLOY_CALIBRATION",
+        "calibration_data",
+        "CLIPDEPLOY_CALIBRATION_DATA",
         IMAGES,
         "Calibration images: a folder or an archive.",
         example="images/calibration",
         otherwise="none",
+        old_name="calibration",
+        old_variable="CLIPDEPLOY_CALIBRATION",
     ),
     Setting(
-        "validation",
-        "CLIPDEPLOY_VALIDATION",
+        "val_data",
+        "CLIPDEPLOY_VAL_DATA",
         IMAGES,
         "Labelled images that artifacts are judged on: a folder or an archive.",
         example="images/val",
         otherwise="none",
+        old_name="validation",
+        old_variable="CLIPDEPLOY_VALIDATION",
     ),
     Setting(
         "backend",
         "CLIPDEPLOY_BACKEND",
-        choice("auto", "tensorrt", "tensorrt-rtx"),
-        "TensorRT flavour that engines are built with.",
+        choice(*choices_of(_BUILD, "backend")),
+        "TensorRT variant that engines are built with.",
         example="tensorrt",
-        default="auto",
+        default=default_of(_BUILD, "backend"),
     ),
     Setting(
         "max_drop",
@@ -121,32 +131,37 @@ SETTINGS = (
         number(0, 100),
         "Percentage points of top-1 that an artifact may lose.",
         example=0.5,
-        default=1.0,
+        default=default_of(_VERIFY, "max_drop"),
     ),
     Setting(
-        "cache",
+        "home",
         "CLIPDEPLOY_HOME",
         FOLDER,
-        "Folder of downloads, timing caches and kept crops.",
+        "Folder of downloads, timing caches and cached crops.",
         example="~/.cache/clipdeploy",
         otherwise="~/.cache/clipdeploy",
         exported=True,
+        old_name="cache",
     ),
     Setting(
-        "keep_crops",
-        "CLIPDEPLOY_KEEP_CROPS",
+        "cache_crops",
+        "CLIPDEPLOY_CACHE_CROPS",
         FLAG,
-        "Keep decoded crops and PyTorch's logits for the next verification.",
+        "Cache decoded crops and PyTorch's logits for the next verification.",
         example=True,
         default=False,
+        old_name="keep_crops",
+        old_variable="CLIPDEPLOY_KEEP_CROPS",
     ),
     Setting(
-        "crops_size",
-        "CLIPDEPLOY_CROPS_SIZE",
+        "cache_size",
+        "CLIPDEPLOY_CACHE_SIZE",
         number(0),
-        "Most gigabytes of kept crops.",
+        "Maximum size of the crop cache in GB.",
         example=20.0,
         otherwise="34 GB",
+        old_name="crops_size",
+        old_variable="CLIPDEPLOY_CROPS_SIZE",
     ),
     Setting(
         "offline",
@@ -161,7 +176,7 @@ SETTINGS = (
         "mirror",
         "CLIPDEPLOY_MIRROR",
         URL,
-        "Server that published checkpoints are fetched from instead.",
+        "Server to download published checkpoints from.",
         example="https://mirror.example/clip",
         otherwise="the publisher's",
         exported=True,
@@ -170,13 +185,13 @@ SETTINGS = (
 
 
 def setting_called(name: str) -> Setting:
-    """The row of that name."""
+    """The setting of that name."""
     return next(setting for setting in SETTINGS if setting.name == name)
 
 
 @dataclass(frozen=True)
 class Found:
-    """A value and where it came from; ``origin`` is the variable's or the file's name."""
+    """A value and its origin, which is the name of a variable or a file."""
 
     value: Value | None
     source: Source
@@ -185,20 +200,24 @@ class Found:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that somebody gave, by name, and the file that was read, if any."""
+    """The settings that were given, by name, and the file that was read, if any.
+
+    ``renamed``: a note for each setting that was given by a former name.
+    """
 
     file: Path | None
     given: Mapping[str, Found]
+    renamed: tuple[str, ...] = ()
 
     def look_up(self, setting: Setting) -> Found:
-        """What holds for a setting, its default where nobody gave it."""
+        """The value of a setting: the given one, else its default."""
         return self.given.get(setting.name) or Found(setting.default, "default", "default")
 
     @contextmanager
     def in_environment(self, outranked: Mapping[str, Value]) -> Iterator[None]:
-        """Put what the library reads from the environment there, for as long as a command runs.
+        """Set the variables that the library itself reads, while a command runs.
 
-        ``outranked`` are the values of the command line, by setting.
+        ``outranked`` are the values from the command line, by setting; they outrank the settings.
         """
         given = {name: found.value for name, found in self.given.items()} | dict(outranked)
         wanted = {
@@ -226,19 +245,29 @@ def _as_text(value: Value) -> str:
 
 
 def load_settings() -> Settings:
-    """Read the file and the environment, each value checked.
+    """Read and check the settings of the file and of the environment.
 
     Raises:
-        UsageError: a file that is no TOML, an unknown key, a value that is not what it should be.
+        UsageError: the file is not valid TOML, a key is unknown, or a value is wrong.
         FileError: the file cannot be read.
     """
     path = _config_file()
-    given = {} if path is None else _from_file(path)
+    renamed: list[str] = []
+    given = {} if path is None else _from_file(path, renamed)
     for setting in SETTINGS:
-        if text := os.environ.get(setting.variable):
-            value = setting.kind.checked(text, setting.variable, setting.example)
-            given[setting.name] = Found(value, "environment", setting.variable)
-    return Settings(path, given)
+        if variable := _given_variable(setting):
+            text = os.environ[variable]
+            value = setting.type.checked(text, variable, setting.example)
+            given[setting.name] = Found(value, "environment", variable)
+            if variable != setting.variable:
+                renamed.append(f"{variable} is now {setting.variable}")
+    return Settings(path, given, tuple(renamed))
+
+
+def _given_variable(setting: Setting) -> str:
+    """The variable that gives a setting, the present one before the former one; "" if none does."""
+    names = (setting.variable, setting.old_variable)
+    return next((name for name in names if name and os.environ.get(name)), "")
 
 
 def _config_file() -> Path | None:
@@ -246,28 +275,34 @@ def _config_file() -> Path | None:
         path = Path(named).expanduser()
         if not path.exists():
             raise UsageError(
-                f"{CONFIG_VARIABLE} names {named}, which is not there",
+                f"{CONFIG_VARIABLE} is {named}, which does not exist",
                 hint=f"correct the path, or unset {CONFIG_VARIABLE}",
             )
-        # The usual way to have no file at all.
+        # The usual way to choose no file.
         return None if named == os.devnull else path
     path = Path(CONFIG_FILE)
     return path if os.path.lexists(path) else None
 
 
-def _from_file(path: Path) -> dict[str, Found]:
+def _from_file(path: Path, renamed: list[str]) -> dict[str, Found]:
     known = {setting.name: setting for setting in SETTINGS}
-    given = {}
+    former = {setting.old_name: setting for setting in SETTINGS if setting.old_name}
+    given: dict[str, Found] = {}
     for key, raw in _read(path).items():
-        if key not in known:
+        if (setting := known.get(key) or former.get(key)) is None:
             section = "the file has no sections; " if isinstance(raw, dict) else ""
+            raise UsageError(f"{path}: unknown setting {key!r}", hint=section + nearest(key, known))
+        if setting.name in given:
             raise UsageError(
-                f"{path}: no setting is called {key!r}", hint=section + nearest(key, known)
+                f"{path}: {setting.old_name} and {setting.name} are the same setting",
+                hint=f"leave out {setting.old_name}, the former name",
             )
-        value = known[key].kind.from_toml(raw, f"{path}: {key}", known[key].example)
+        if key != setting.name:
+            renamed.append(f"{path}: {key} is now {setting.name}")
+        value = setting.type.from_toml(raw, f"{path}: {key}", setting.example)
         if isinstance(value, Path):
             value = path.parent / value
-        given[key] = Found(value, "file", str(path))
+        given[setting.name] = Found(value, "file", str(path))
     return given
 
 
@@ -281,12 +316,13 @@ def _read(path: Path) -> dict[str, object]:
         return tomllib.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UsageError(
-            f"{path} is no TOML: {error}", hint='a line is NAME = VALUE, texts in quotes: "..."'
+            f"{path} is not valid TOML: {error}",
+            hint='write NAME = VALUE in each line, text in quotes: "..."',
         ) from error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint: the known name that is spelled most like ``name``, else all of them."""
+    """A hint for a misspelled ``name``: the most similar known name, else all of them."""
     import difflib
 
     names = list(known)
@@ -295,6 +331,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def strangers() -> list[str]:
-    """Variables of the environment that look like settings and are none."""
-    known = {CONFIG_VARIABLE, *(setting.variable for setting in SETTINGS)}
+    """Environment variables that look like settings but are not."""
+    known = {CONFIG_VARIABLE}
+    for setting in SETTINGS:
+        known |= {setting.variable, setting.old_variable}
     return sorted(name for name in os.environ if name.startswith(_PREFIX) and name not in known)

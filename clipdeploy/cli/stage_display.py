@@ -1,4 +1,4 @@
-"""All stages of a long run at once: a checklist on a terminal, a line a stage anywhere else."""
+"""Display of all stages of a run: a checklist on a terminal, elsewhere a line for each stage."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ if TYPE_CHECKING:
 
 __all__ = ["StageDisplay"]
 
-# The thread that draws would take its share of the processor from what is measured.
+# Stages during which nothing is drawn: the drawing thread would disturb the measurement.
 _MEASURED = ("benchmark",)
 
 
 class StageDisplay:
-    """A :class:`clipdeploy.stages.stage_log.StageWatch` and a progress, both on stderr.
+    """Show stages and their progress on stderr.
 
-    What a stage is doing shows in its line, with a bar and the time left where its length is known.
-    While a benchmark measures, nothing is drawn.  A context manager: it leaves the checklist as it
-    stands at the end, also if that end is an error or Ctrl-C.
+    Is a :class:`clipdeploy.stages.stage_log.StageWatch` and a
+    :class:`clipdeploy.core.progress.Progress`.  The line of a stage shows its present task, and a
+    bar and the remaining time if its length is known.  Nothing is drawn while a benchmark measures.
+    As a context manager, it leaves the final checklist on the terminal, also after an error or
+    Ctrl-C.
     """
 
     def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
@@ -73,7 +75,7 @@ class StageDisplay:
             self._bars.start_task(self._lines[name])
             self._show("running", "")
             if name in _MEASURED:
-                # It stands again, whole, once there is nothing to disturb.
+                # ended() draws the checklist again.
                 self._bars.live.transient = True
                 self._bars.stop()
 
@@ -95,7 +97,7 @@ class StageDisplay:
             yield lambda count: None
             return
         bars, line = self._bars, self._lines[self._now]
-        # Another total forgets the speed, which the time left comes from.
+        # A new total resets the speed, from which the remaining time is estimated.
         bars.update(line, total=0, completed=0)
         bars.update(
             line, total=total or 1, completed=0, doing=printable(text), counted=total is not None
@@ -104,7 +106,7 @@ class StageDisplay:
         bars.update(line, doing="", counted=False)
 
     def note(self, text: str) -> None:
-        """A line for the person at the terminal, above the checklist."""
+        """Print a line above the checklist."""
         if self._bars is None:
             self._say(text)
         else:

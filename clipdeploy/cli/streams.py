@@ -1,12 +1,12 @@
-"""Standard streams that cannot fail: an exit code does not depend on who reads the output.
+"""Makes standard streams accept all output, so that the exit code does not depend on the reader.
 
-A reader may have gone (``| head -1``), a disk may be full, and a stream may have been closed before
-the program started (``2>&-``).  None of that changes a verdict.  What cannot be written is dropped
-where it would have been written, below every library that prints, and :func:`closing_code` decides
-once, at the end, what the loss means.
+The reader may have closed the pipe (``| head -1``), the disk may be full, or a stream may have been
+closed before the program started (``2>&-``).  None of these changes a verdict.  Output that cannot
+be written is dropped at the lowest level, below all libraries that print, and :func:`closing_code`
+decides once, at the end, what to do about it.
 
-Whether the output was lost matters only to a command whose sole product it is, such as ``zoo``:
-with a full disk it exits with 1 instead of 0.  A reader that has gone has read what it needed.
+Lost output matters only to a command that makes nothing else, such as ``zoo``: with a full disk it
+exits with 1 instead of 0.  A closed pipe does not matter: the reader has read what it needed.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from typing import IO, Any, TextIO, cast
 __all__ = ["closing_code", "drop_impossible_sizes", "guard_streams", "made_more_than_output"]
 
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
-# The reader has gone: a pipe's, a socket's.
+# Errors of a pipe or socket that its reader has closed.
 _GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ESHUTDOWN})
-# Of a terminal; columns below these show no table, and above these are no terminal.
+# Possible sizes of a terminal: fewer columns cannot show a table.
 _SIZES = {"COLUMNS": range(20, 10_001), "LINES": range(1, 10_001)}
 _DIGITS = 5
 
 
 class _Guarded(io.FileIO):
-    """A standard stream without errors.
+    """A standard stream that raises no errors.
 
-    ``lost`` is the first error.  After it stdout takes nothing more, so that what was written has
-    no gap; stderr is tried again with every message, as each is a whole.  ``sole_product``: what is
-    written to stdout is all that the command makes.
+    ``lost`` is the first error.  After it, everything written to stdout is dropped, so that the
+    output has no gap; each message to stderr is tried again.  ``sole_product``: the command makes
+    nothing but its output.
     """
 
     def __init__(self, number: int) -> None:
         super().__init__(number, "w", closefd=False)
-        # As Python calls its own.
+        # The names of Python's own streams.
         self.name = f"<{'stdout' if number == _STDOUT else 'stderr'}>"
         self.lost: OSError | None = None
         self.sole_product = True
         self._again = number == _STDERR
 
     def write(self, data: Any, /) -> int:
-        """Write all of ``data``, or drop the rest of it; its number of bytes in either case."""
+        """Write ``data``, or drop what cannot be written; returns the size of ``data`` in bytes."""
         view = memoryview(data).cast("B")
         if self.lost is None or self._again:
             try:
@@ -57,7 +57,7 @@ class _Guarded(io.FileIO):
 
     def _write_all(self, view: memoryview) -> None:
         while view:
-            # None: another program has made the stream non-blocking, and it is full.
+            # None: another program has made the stream non-blocking, and its buffer is full.
             written = cast("int | None", super().write(view))
             if written is None:
                 select.select([], [self], [])
@@ -68,15 +68,15 @@ class _Guarded(io.FileIO):
 def guard_streams() -> None:
     """Let stdout and stderr accept everything, for the rest of the process.
 
-    Streams that were replaced, as by a test or a notebook, are left alone.  Closed descriptors
-    0 to 2 are opened on the null device: otherwise the next file that is opened would get such a
-    number, and native libraries would write their messages into it.
+    Streams replaced by a test or a notebook are left alone.  Closed descriptors 0 to 2 are opened
+    on the null device: otherwise the next file to be opened would get such a number, and native
+    libraries would write their messages into it.
     """
     for number in (_STDIN, _STDOUT, _STDERR):
         try:
             os.fstat(number)
         except OSError:
-            # The lowest free number: this one.  Programs that are started inherit it.
+            # open() takes the lowest free number, which is this one.  Child processes inherit it.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     if sys.stdin is None:
         sys.stdin = _nowhere("r")
@@ -85,7 +85,7 @@ def guard_streams() -> None:
 
 
 def _nowhere(mode: str) -> TextIO:
-    # A descriptor of its own: 0 to 2 may have become another file before this program began.
+    # A new descriptor: 0 to 2 may have been another file before this program began.
     return cast(TextIO, open(os.devnull, mode, encoding="utf-8", errors="surrogateescape"))
 
 
@@ -116,9 +116,9 @@ def _guarded(stream: TextIO | None, number: int) -> TextIO:
 
 
 def _errors(stream: io.TextIOWrapper) -> str:
-    """What is done with a character that the terminal's encoding lacks; never an exception.
+    """The error handler for characters that the encoding lacks; it never raises.
 
-    In UTF-8 only the bytes of a foreign file name are such: they are written as they are.
+    In UTF-8 only undecodable bytes of file names are such characters; they are written unchanged.
     """
     if stream.errors not in ("strict", "surrogateescape"):
         return str(stream.errors)
@@ -133,27 +133,27 @@ def _raw(stream: object) -> _Guarded | None:
 
 
 def drop_impossible_sizes() -> None:
-    """Remove ``COLUMNS`` and ``LINES`` from the environment where nothing can be shown in them.
+    """Remove impossible values of ``COLUMNS`` and ``LINES`` from the environment.
 
-    Libraries take them as they come: rich shows an empty table in 0 columns.
+    Libraries use them unchecked: rich shows an empty table in 0 columns.
     """
     for name, possible in _SIZES.items():
-        said = os.environ.get(name, "")
-        number = said.isascii() and said.isdecimal() and len(said) <= _DIGITS
-        if not number or int(said) not in possible:
+        text = os.environ.get(name, "")
+        number = text.isascii() and text.isdecimal() and len(text) <= _DIGITS
+        if not number or int(text) not in possible:
             os.environ.pop(name, None)
 
 
 def made_more_than_output() -> None:
-    """Note that the command's result is not only what it prints: a verdict, or files."""
+    """Record that the command gives a verdict or makes files, beside its output."""
     if (raw := _raw(sys.stdout)) is not None:
         raw.sole_product = False
 
 
 def closing_code(code: int) -> int:
-    """The exit code, once everything has been written; a loss on stdout is reported on stderr.
+    """Flush the streams, report lost output on stderr, and return the exit code.
 
-    It is ``code``, but for a command whose sole product was lost.
+    That is ``code``, or 1 if the lost output is all that the command makes.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

@@ -1,7 +1,7 @@
-"""Text on stdout and stderr: in a terminal words are wrapped, in a file lines are left alone.
+"""Prints text on stdout and stderr, wrapped for a terminal and unchanged for a file.
 
-Everything that is printed goes through this module or :mod:`clipdeploy.cli.console`, so that no
-name or message from outside acts on the terminal, see :mod:`clipdeploy.core.printable`.
+All output goes through this module or :mod:`clipdeploy.cli.console`, which remove control
+characters from file names and messages, see :mod:`clipdeploy.core.printable`.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 __all__ = ["COMMAND", "echo", "echo_json", "echo_line", "show", "wrapped"]
 
-# What stands behind this arrow is to be copied into a shell, and never cut.
+# A line with this arrow contains a command to copy, and is never wrapped.
 COMMAND = "-> "
-# Columns: more than any line has; of a terminal that does not say.
+# Columns of a file, more than any line has, and of a terminal of unknown size.
 _ENDLESS = 10_000
 _USUAL = 80
-# Up to where the text begins: indentation, and a label or two before a gap.
+# What precedes the text of a line: indentation, and labels followed by a gap.
 _LABELS = re.compile(r" *(?:\S(?:\S| \S){0,23} {2,})*")
 
 
 def _columns(stream: TextIO) -> int | None:
-    """Of the terminal, ``$COLUMNS`` first; None for a file or another program."""
+    """The columns of a terminal, or ``$COLUMNS``; None for a file or a pipe."""
     if not stream.isatty():
         return None
     named = os.environ.get("COLUMNS", "")
@@ -44,9 +44,9 @@ def _columns(stream: TextIO) -> int | None:
 
 
 def wrapped(text: str, columns: int) -> str:
-    """``text`` with lines of at most ``columns``; no word is cut, and no command.
+    """``text`` wrapped to ``columns``, without breaking words or commands.
 
-    What does not fit goes on below where the text of its line began.
+    Continued lines are indented to where the text of their line began.
     """
     return "\n".join(part for line in text.split("\n") for part in _wrapped(line, columns))
 
@@ -79,16 +79,13 @@ def echo_line(text: str, file: IO[Any] | None = None) -> None:
 
 
 def echo_json(data: bytes) -> None:
-    """Print JSON on stdout; inside its texts every acting character is an escape of JSON."""
-    # As bytes: JSON is UTF-8, whatever the terminal's encoding is.
+    """Print JSON on stdout, with control characters escaped."""
+    # As bytes, because JSON is UTF-8 in every locale.
     click.echo(printable(data.decode(), keep="\n", escape="json").encode())
 
 
 def show(shown: RenderableType) -> None:
-    """Print a table or a text on stdout; in a file its lines are as long as they come.
-
-    There ``$COLUMNS`` limits them, where it is set.
-    """
+    """Print a table or text on stdout; in a file, only ``$COLUMNS``, if set, limits lines."""
     if isinstance(shown, str):
         echo(shown)
         return
@@ -98,7 +95,7 @@ def show(shown: RenderableType) -> None:
 
     console = PlainConsole()
     if console.is_terminal:
-        # What is not to be wrapped, such as a command, goes over the edge and is not cut there.
+        # Not cropped: text that must not wrap, such as a command, may be wider than the terminal.
         console.print(shown, crop=False)
         return
     text = io.StringIO()

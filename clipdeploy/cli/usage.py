@@ -1,8 +1,8 @@
-"""One rule for contradictions and for options without effect, the same in every command.
+"""Usage errors for options that exclude each other or have no effect, the same in all commands.
 
-An option of the command line that the chosen mode does not use is an error, and so are two options
-that exclude each other.  What a settings file, the environment or a default gives is never a
-contradiction, and of one option that is given twice the last value counts, as everywhere.
+It is an error to give an option that the chosen mode does not use, or two options that exclude each
+other.  Values from a settings file, the environment or a default never conflict.  If the same
+option is given twice, the last value counts.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from clipdeploy.cli.options import FormerName, long_name, note_former_name
 from clipdeploy.core.errors import UsageError
 
 __all__ = [
@@ -34,42 +35,42 @@ Decorator = Callable[[Any], Any]
 
 
 def given(name: str) -> bool:
-    """Whether the command line itself gave the parameter called ``name``."""
+    """Whether the command line itself set the parameter ``name``."""
     source = click.get_current_context().get_parameter_source(name)
     return source is ParameterSource.COMMANDLINE
 
 
 def given_options(names: Iterable[str]) -> list[str]:
-    """Those of the parameters that the command line gave, as they are typed: ``--fp16-io``."""
+    """The options for those parameters that the command line set, as typed: ``--fp16-io``."""
     ctx = click.get_current_context()
     options = {option.name: option for option in ctx.command.params}
     return [_typed(options[name], ctx.params[name]) for name in names if given(name)]
 
 
 def _typed(param: click.Parameter, value: object) -> str:
-    if isinstance(param, click.Argument):
-        return param.human_readable_name
-    return (param.secondary_opts if value is False and param.secondary_opts else param.opts)[-1]
+    if isinstance(param, click.Option):
+        return long_name(param, negative=value is False)
+    return param.human_readable_name
 
 
 def with_options(options: Sequence[Decorator], function: F) -> F:
-    """Add options to a command's function, in the order in which its help lists them."""
+    """Add options to a command's function, in the order of its help."""
     for option in reversed(options):
         function = option(function)
     return function
 
 
 def option_names(options: Sequence[Decorator]) -> list[str]:
-    """The parameters that these options give values to."""
+    """The parameter names of these options."""
     made = click.command("")(with_options(options, lambda: None))
     return [param.name for param in made.params if param.name]
 
 
 def refuse_unused(names: Iterable[str], owner: str, mend: str) -> None:
-    """Refuse parameters that only ``owner`` uses, where it is not chosen.
+    """Refuse parameters that only ``owner`` uses, where ``owner`` is not chosen.
 
     Raises:
-        UsageError: the command line gave one; ``mend`` says what to give instead.
+        UsageError: the command line set one; ``mend`` says what to pass instead.
     """
     if options := given_options(names):
         raise UsageError(
@@ -82,17 +83,17 @@ def refuse_together(*names: str, hint: str = "pass one of them") -> None:
     """Refuse parameters that exclude each other.
 
     Raises:
-        UsageError: the command line gave more than one of them.
+        UsageError: the command line set more than one of them.
     """
     if len(options := given_options(names)) > 1:
         raise UsageError(f"{' and '.join(options)} exclude each other", hint=hint)
 
 
 def refuse_before_subcommand() -> None:
-    """Refuse parameters of a group before the name of a subcommand, which has its own.
+    """Refuse a group's parameters in front of a subcommand, which has its own parameters.
 
     Raises:
-        UsageError: the command line gave one.
+        UsageError: the command line set one.
     """
     ctx = click.get_current_context()
     below = ctx.invoked_subcommand
@@ -105,21 +106,28 @@ def refuse_before_subcommand() -> None:
         )
 
 
-class _OneOfAChoice:
-    """A command in which options that give the same parameter exclude each other."""
+class _CheckedOptions:
+    """A command that refuses two options for one parameter and notes old option names."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """See :class:`click.Command`."""
         assert isinstance(self, click.Command)
         if not ctx.resilient_parsing:
             _, _, order = self.make_parser(ctx).parse_args(list(args))
-            _refuse_two_of_a_choice(ctx, order)
+            _refuse_two_of_a_choice(ctx, [_present(ctx, param) for param in order])
         parsed: list[str] = super().parse_args(ctx, args)  # type: ignore[misc]
         return parsed
 
 
+def _present(ctx: click.Context, param: click.Parameter | FormerName) -> click.Parameter:
+    if isinstance(param, FormerName):
+        note_former_name(ctx, param)
+        return param.option
+    return param
+
+
 def _refuse_two_of_a_choice(ctx: click.Context, order: Iterable[click.Parameter]) -> None:
-    """``--int8 --fp16``: click itself takes the last one and says nothing."""
+    """Refuse ``--int8 --fp16``, of which click would silently take the last one."""
     chosen: dict[str | None, click.Parameter] = {}
     for param in order:
         first = chosen.setdefault(param.name, param)
@@ -128,12 +136,12 @@ def _refuse_two_of_a_choice(ctx: click.Context, order: Iterable[click.Parameter]
             raise click.UsageError(f"{pair} exclude each other: pass one of them", ctx)
 
 
-class Command(_OneOfAChoice, click.Command):
+class Command(_CheckedOptions, click.Command):
     """A command of clipdeploy."""
 
 
-class Group(_OneOfAChoice, click.Group):
-    """A group of them."""
+class Group(_CheckedOptions, click.Group):
+    """A group of commands."""
 
     command_class = Command
     group_class = type
@@ -141,7 +149,7 @@ class Group(_OneOfAChoice, click.Group):
 
 def command(name: str | None = None, **attrs: Any) -> Callable[[Callable[..., Any]], Command]:
     """``click.command`` with :class:`Command`."""
-    return click.command(name, cls=Command, **attrs)
+    return click.command(name, **{"cls": Command, **attrs})
 
 
 def group(name: str | None = None, **attrs: Any) -> Callable[[Callable[..., Any]], Group]:

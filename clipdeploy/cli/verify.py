@@ -1,4 +1,4 @@
-"""``clipdeploy verify``: the verdict."""
+"""``clipdeploy verify``: judge artifacts against PyTorch."""
 
 from __future__ import annotations
 
@@ -11,26 +11,32 @@ import click
 from clipdeploy.cli.common import (
     EXIT_VERIFICATION,
     Context,
+    DefaultCommand,
     DefaultGroup,
-    cluster_or_none,
-    data_option,
     emit,
+    stage_command,
+)
+from clipdeploy.cli.labelling import check_labelling, labelling, labelling_options
+from clipdeploy.cli.numbers import number
+from clipdeploy.cli.options import option
+from clipdeploy.cli.params import ArtifactPath, setting_option
+from clipdeploy.cli.shared_options import (
+    batch_option,
+    cluster_or_none,
     force_option,
     model_option,
     ray_option,
     shard_option,
     shard_or_none,
     skip_unreadable_option,
-    stage_command,
     threads_option,
     trust_option,
+    val_data_option,
+    val_images_option,
 )
-from clipdeploy.cli.labelling import check_labelling, labelling, labelling_options
-from clipdeploy.cli.numbers import number
-from clipdeploy.cli.params import ArtifactPath, setting_option
 from clipdeploy.cli.usage import given_options, group, refuse_together, refuse_unused, with_options
 from clipdeploy.core.errors import UsageError
-from clipdeploy.core.spans import BATCH, CACHE_GB, DROP, IMAGES, WORKERS
+from clipdeploy.core.spans import CACHE_GB, DROP, WORKERS
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -42,64 +48,72 @@ max_drop_option = setting_option(
     "max_drop",
     "--max-drop",
     type=number(DROP),
+    metavar="POINTS",
     help="Percentage points of top-1 that an artifact may lose.",
 )
-max_drop_top5_option = click.option(
+max_drop_top5_option = option(
     "--max-top5-drop",
     "max_drop_top5",
     type=number(DROP),
-    help="Percentage points of top-5 that an artifact may lose (default: top-5 is not judged).",
+    metavar="POINTS",
+    help="Percentage points of top-5 that an artifact may lose.",
+    default_text="top-5 is not judged",
 )
-baseline_option = click.option(
+baseline_option = option(
     "--baseline",
     default="card",
-    show_default=True,
     metavar="card|none|TOP1[,TOP5]",
-    help="What PyTorch itself has to reach before anything is judged.",
+    help="Accuracy in percent that PyTorch must reach first: the published one, none, or numbers.",
 )
-report_option = click.option(
-    "--report",
+report_option = option(
+    "--output",
+    "-o",
     "reports",
     type=click.Path(path_type=Path, dir_okay=False),
     multiple=True,
-    help="Write a report: .html, .md or .json; may be given several times.",
+    formerly={"--report": "--output"},
+    help="Write a report into this .html, .md or .json file; may be given several times.",
 )
 _OPTIONS = (
     model_option,
-    data_option("Labelled images: a folder, zip or tar; see --layout.", "validation"),
+    val_data_option("Labelled images: a folder, zip or tar; see --layout."),
     max_drop_option,
     max_drop_top5_option,
-    click.option(
-        "--limit", type=number(IMAGES), help="Only so many images, spread over the classes."
+    val_images_option(
+        "Number of images to judge on, spread over the classes.",
+        "all",
+        formerly={"--limit": "--images"},
     ),
-    click.option("--sequential", is_flag=True, help="Stop as soon as every verdict is known."),
-    click.option(
-        "--graphs-only", is_flag=True, help="Judge the ONNX graphs and leave the engines out."
-    ),
+    option("--sequential", is_flag=True, help="Stop as soon as all verdicts are known."),
+    option("--graphs-only", is_flag=True, help="Judge the ONNX graphs and leave out the engines."),
     baseline_option,
-    click.option(
-        "--allow-leak", is_flag=True, help="Count calibration images among --data, do not refuse."
+    option(
+        "--allow-leak",
+        is_flag=True,
+        help="Accept calibration images among --data and count them, instead of refusing them.",
     ),
     labelling_options(),
-    click.option(
-        "--batch",
-        type=number(BATCH),
-        default=16,
-        show_default=True,
-        help="Images that run at once.",
-    ),
-    click.option("--workers", type=number(WORKERS), help="Decoding processes; one a core."),
-    setting_option(
-        "keep_crops",
-        "--cache/--no-cache",
-        help="Keep decoded crops and PyTorch's logits for the next time.",
+    batch_option("clipdeploy.verification.verifier.VerifyConfig"),
+    option(
+        "--workers",
+        type=number(WORKERS),
+        metavar="COUNT",
+        help="Processes that decode images; with 0, this process does.",
+        default_text="one for each core",
     ),
     setting_option(
-        "crops_size",
+        "cache_crops",
+        "--cache-crops/--no-cache-crops",
+        formerly={"--cache": "--cache-crops", "--no-cache": "--no-cache-crops"},
+        help="Cache decoded crops and PyTorch's logits for the next run.",
+    ),
+    setting_option(
+        "cache_size",
         "--cache-size",
         type=number(CACHE_GB),
         metavar="GB",
-        help="Maximum size of the crop cache in GB; 0 keeps nothing (default 34).",
+        help="Maximum size of the crop cache in GB; with 0, nothing is cached.",
+        default_text="34",
     ),
     report_option,
     shard_option("verify merge"),
@@ -120,7 +134,7 @@ def _artifact_or_merge(
 ) -> list[CompletionItem]:
     from click.shell_completion import CompletionItem
 
-    # The group hands on to `run` what is no command of its own, and so all that is incomplete.
+    # The group passes all words that are not subcommands on to `run`, also incomplete ones.
     if incomplete and not ctx.params.get("artifacts") and "merge".startswith(incomplete):
         return [CompletionItem("merge")]
     return param.type.shell_complete(ctx, param, incomplete)
@@ -132,20 +146,21 @@ def verify() -> None:
 
 
 @verify.command(
+    cls=DefaultCommand,
     epilog="\b\n"
-    "clipdeploy verify --data IMAGENET_VAL --report verdict.html\n"
+    "clipdeploy verify --data IMAGENET_VAL -o verdict.html\n"
     "clipdeploy verify model.int8.onnx --data IMAGENET_VAL --sequential",
 )
 @click.argument("artifacts", nargs=-1, type=ArtifactPath(), shell_complete=_artifact_or_merge)
 @_options
 @stage_command
 def run(
-    context: Context, artifacts: tuple[Path, ...], model: str | None, data: Path, **options: Any
+    context: Context, artifacts: tuple[Path, ...], model: str | None, val_data: Path, **options: Any
 ) -> int:
-    """Judge the ARTIFACTS, or every graph and engine of the model, against PyTorch.
+    """Judge the ARTIFACTS, or all graphs and engines of the model, against PyTorch.
 
-    Exit code 3 unless all of them are proven to keep their accuracy. A run that was killed goes on
-    where it stopped when the same command is given again. `clipdeploy verify merge` joins shards.
+    The exit code is 3 unless all of them are proven to keep their accuracy. To continue an
+    interrupted run, give the same command again. `clipdeploy verify merge` joins shards.
     """
     _check_used(artifacts, options)
     config, reports = _config(options), options["reports"]
@@ -158,7 +173,7 @@ def run(
     result = verify_model(
         context.workspace,
         name,
-        data,
+        val_data,
         config,
         verify_scope(artifacts, options),
         cluster=cluster_or_none(options["ray"]),
@@ -166,7 +181,7 @@ def run(
         note=context.note,
         progress=context.progress,
     )
-    return _tell(context, result, reports, data)
+    return _show(context, result, reports, val_data)
 
 
 @verify.command()
@@ -176,10 +191,13 @@ def run(
 @max_drop_top5_option
 @baseline_option
 @report_option
-@click.option(
+@option(
     "--data",
+    "--val-data",
+    "val_data",
     type=click.Path(path_type=Path),
-    help="The images, if not where the first shard found them; they are compared with the records.",
+    help="The images of the shards; they are compared with the records.",
+    default_text="where the first shard found them",
 )
 @labelling_options()
 @stage_command
@@ -191,13 +209,13 @@ def merge(
     max_drop_top5: float | None,
     baseline: str,
     reports: tuple[Path, ...],
-    data: Path | None,
+    val_data: Path | None,
     **options: Any,
 ) -> int:
-    """Join the shards of `verify --shard` to the verdict of one run.
+    """Join the shards of `verify --shard` into one verdict.
 
     Takes the given files, or all shards of the workspace, and removes them once they are joined.
-    Artifacts and images have to be the files that the shards judged.
+    Artifacts and images must be the files that the shards judged.
     """
     check_labelling(options)
     _check_reports(reports, None)
@@ -214,24 +232,24 @@ def merge(
         Limits(max_drop, max_drop_top5),
         scope,
         shards,
-        data=data,
+        data=val_data,
         note=context.note,
         progress=context.progress,
     )
-    return _tell(context, result, reports, data)
+    return _show(context, result, reports, val_data)
 
 
 def _check_used(artifacts: tuple[Path, ...], options: dict[str, Any]) -> None:
     """Refuse options that this run would not use.
 
     Raises:
-        UsageError: the first of them.
+        UsageError: it names the first one.
     """
     if any(path.suffix == ".engine" for path in artifacts):
-        hint = "leave it out, or name the graphs alone"
+        hint = "leave it out, or name only graphs"
         refuse_together("artifacts", "graphs_only", hint=hint)
-    if not options["cache"]:
-        refuse_unused(["cache_size"], "--cache", "pass --cache")
+    if not options["cache_crops"]:
+        refuse_unused(["cache_size"], "--cache-crops", "pass --cache-crops")
     if options["graphs_only"] or (artifacts and all(path.suffix == ".onnx" for path in artifacts)):
         refuse_unused(["trust"], "engines", "name an .engine file")
     check_labelling(options)
@@ -239,7 +257,7 @@ def _check_used(artifacts: tuple[Path, ...], options: dict[str, Any]) -> None:
 
 def _check_reports(reports: tuple[Path, ...], shard: tuple[int, int] | None) -> None:
     if reports and shard:
-        raise UsageError("a shard has no verdict to report", hint="pass --report to `verify merge`")
+        raise UsageError("a shard has no verdict to report", hint="pass --output to `verify merge`")
     if reports:
         from clipdeploy.verification.reports import check_report_paths
 
@@ -258,7 +276,7 @@ def _config(options: dict[str, Any]) -> VerifyConfig:
         batch=options["batch"],
         skip_unreadable=options["skip_unreadable"],
         workers=options["workers"],
-        cache=cache if options["cache"] else None,
+        cache=cache if options["cache_crops"] else None,
         shard=shard_or_none(options["shard"]),
         sequential=options["sequential"],
         trust=options["trust"],
@@ -267,21 +285,21 @@ def _config(options: dict[str, Any]) -> VerifyConfig:
 
 
 def verify_scope(artifacts: tuple[Path, ...], options: dict[str, Any]) -> VerifyScope:
-    """The options that say what is judged on which images, as a configuration."""
+    """The options that choose artifacts and images, as a configuration."""
     from clipdeploy.stages.verify.setup import VerifyScope
     from clipdeploy.verification.baseline import Expected
 
     return VerifyScope(
         artifacts=artifacts,
         graphs_only=options["graphs_only"],
-        limit=options["limit"],
+        limit=options["val_images"],
         labelling=labelling(options),
         allow_leak=options["allow_leak"],
         expected=Expected.parse(options["baseline"]),
     )
 
 
-def _tell(context: Context, result: Judgement, reports: tuple[Path, ...], data: Path | None) -> int:
+def _show(context: Context, result: Judgement, reports: tuple[Path, ...], data: Path | None) -> int:
     verification = result.verification
     if verification is None:
         emit(context, {"results": str(result.results)}, lambda: f"{result.results}")
@@ -289,16 +307,16 @@ def _tell(context: Context, result: Judgement, reports: tuple[Path, ...], data: 
     for skipped in verification.skipped:
         context.note(f"skipped, unreadable: {skipped}")
     if reports:
-        # Before the result is printed: its reader may be gone by then.
+        # Before the result is printed, because its reader may have closed the pipe after that.
         from clipdeploy.stages.report import write_reports
 
         found = context.workspace.bisection(verification.model)
         write_reports(result, reports, data=data, bisection=found)
     emit(context, verification, lambda: verification)
     if result.disagreements is not None and any(row.disagreements for row in verification.rows):
-        context.note(f"images with another answer than PyTorch's: {result.disagreements}")
+        context.note(f"images on which an artifact disagrees with PyTorch: {result.disagreements}")
     for path in reports:
         context.note(f"report: {path}")
     if any(row.kind == "engine" and row.verdict == "not executed" for row in verification.rows):
-        context.note("engines were not executed here; --graphs-only judges the graphs alone")
+        context.note("engines were not executed here; --graphs-only judges only the graphs")
     return 0 if verification else EXIT_VERIFICATION

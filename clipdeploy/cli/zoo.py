@@ -1,4 +1,4 @@
-"""``clipdeploy zoo``: the model cards."""
+"""``clipdeploy zoo``: list the models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _table(cards: tuple[ModelCard, ...]) -> Group:
 
     from clipdeploy.models.download import is_cached
 
-    # Patch and image size are in the name: so the table fits 80 columns.
+    # Without patch and image size, which are in the name, the table fits 80 columns.
     table = Table(box=None, pad_edge=False, padding=(0, 1))
     table.add_column("model", overflow="fold")
     for title in ("GMACs", "top-1", "top-5"):
@@ -72,7 +72,7 @@ def _describe(card: ModelCard) -> str:
 @group(invoke_without_command=True)
 @stage_command
 def zoo(context: Context) -> None:
-    """List the models; `zoo show NAME` tells more about one."""
+    """List the models; `zoo show NAME` describes one."""
     if click.get_current_context().invoked_subcommand is None:
         _list(context)
 
@@ -80,7 +80,7 @@ def zoo(context: Context) -> None:
 @zoo.command("list")
 @stage_command
 def list_cards(context: Context) -> None:
-    """Every model: geometry, size, published accuracy."""
+    """List all models: size and published accuracy."""
     _list(context)
 
 
@@ -97,7 +97,7 @@ def _list(context: Context) -> None:
 @click.argument("name", type=ModelName())
 @stage_command
 def show(context: Context, name: str) -> None:
-    """One model, by name, timm name or alias."""
+    """Describe one model, by its name, timm name or alias."""
     from clipdeploy.models.cards import find
 
     card = find(name)

@@ -99,6 +99,6 @@ def _provider(requested: Provider) -> str:
         raise EngineError(
             "ONNX Runtime cannot use CUDA: "
             + ("there is no GPU" if not gpus() else "onnxruntime without -gpu is installed"),
-            hint="leave out --provider cuda, or install onnxruntime-gpu on a machine with a GPU",
+            hint="leave out --device cuda, or install onnxruntime-gpu on a machine with a GPU",
         )
     return CUDA if has_cuda and requested != "cpu" else CPU

@@ -1,5 +1,5 @@
-"""A stage a file: export -> calibrate -> quantise -> build -> verify.
+"""The stages of the pipeline, one module each: export, calibrate, quantise, build, verify.
 
-Each function is one command's work: it looks whether the artifact is already there and made from
-the same inputs with the same settings, makes it if not, and returns what it made.
+Each stage is a function that does the work of one command.  It returns the existing artifact if
+that was made from the same inputs with the same settings, and otherwise makes it.
 """

@@ -1,4 +1,4 @@
-"""A graph against its FP32 reference, part by part: which one costs the accuracy."""
+"""Compares a graph with its FP32 reference part by part, to find what costs the accuracy."""
 
 from __future__ import annotations
 
@@ -37,12 +37,14 @@ _DEFAULT_IMAGES = 64
 
 @dataclass(frozen=True)
 class BisectConfig:
-    """``images``: how many, None for up to 64; ``seed`` draws them; ``batch``: how many at once.
+    """How a graph is compared with its reference.
 
-    ``threads``: ONNX Runtime's, 0 for its own choice; ``labelling``: the classes of the images.
+    ``images`` is the number of images, None for all up to 64, and ``seed`` chooses them.  ``batch``
+    images run at once.  ``threads`` are ONNX Runtime's CPU threads, 0 for its own choice.
+    ``labelling`` says which class each image has.
 
     Raises:
-        UsageError: a number that cannot be.
+        UsageError: a number is out of range.
     """
 
     images: int | None = None
@@ -70,11 +72,10 @@ def _existing(candidate: Path) -> Path:
 
 
 def _candidate_passport(candidate: Path, reference: Passport) -> Passport | None:
-    """The candidate's passport, None if it has lost it.
+    """The candidate's passport; None if it has none.
 
     Raises:
-        ArtifactError, GraphError: it cannot be read, or says something else than the reference or
-            the graph itself.
+        ArtifactError, GraphError: it cannot be read, or does not match the reference or the graph.
     """
     return checked_passport(candidate, reference).graph if is_vouched(candidate) else None
 
@@ -90,10 +91,10 @@ def bisect_model(
     note: Callable[[str], object] = lambda text: None,
     progress: Progress = SILENT,
 ) -> Bisection:
-    """Find the part of ``candidate``, the INT8 graph if left out, that costs the accuracy.
+    """Find the part of ``candidate`` that costs the accuracy; by default of the INT8 graph.
 
-    It may be any FP16 or INT8 graph with the node names of the FP32 graph, passport or not.
-    ``note`` is told what is odd about the images.
+    ``candidate`` is an FP16 or INT8 graph with the node names of the FP32 graph, with or without a
+    passport.  ``note`` is called with remarks on the images.
 
     Raises:
         ClipdeployError: see :mod:`clipdeploy.core.errors`.
@@ -140,12 +141,12 @@ def bisect_model(
         culprits=culprits,
         sentence=verdict(measured, culprits, labelled=labelled),
     )
-    _keep_picture(found, candidate, workspace.bisection(model))
+    _save_picture(found, candidate, workspace.bisection(model))
     return found
 
 
-def _keep_picture(found: Bisection, candidate: Path, path: Path) -> None:
-    """What the reports of ``verify`` show of it."""
+def _save_picture(found: Bisection, candidate: Path, path: Path) -> None:
+    """Save the heat map that the reports of ``verify`` show."""
     svg = inline_svg(draw_bisection(found, titled=False), "bisection")
     picture = HeatMap(candidate.name, sha256_file(candidate), found.sentence, svg)
     write_atomic(path, to_json(picture))

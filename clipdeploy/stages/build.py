@@ -1,4 +1,4 @@
-"""Graph -> engine, whatever has to come first."""
+"""Builds an engine, calibrating and quantising first if necessary."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from clipdeploy.engines.builder import EngineArtifact, build_engine
 from clipdeploy.models.cards import takes_any_name
 from clipdeploy.stages.calibrate import CalibrateConfig, calibrate_model
 from clipdeploy.stages.quantize import (
-    config_to_build,
+    chosen_config,
     convert_model,
     quantize_model,
     refuse_int8_only,
+    refuse_unbuildable,
 )
 from clipdeploy.workspace.folder import Workspace
 from exporters.precision import Fp16Config
@@ -41,20 +42,21 @@ def build_model(
     note: Callable[[str], object] = lambda text: None,
     progress: Progress = SILENT,
 ) -> EngineArtifact:
-    """Graph -> engine; calibration and quantisation first where they are due.
+    """Build an engine of ``precision``; calibrate and quantise first if necessary.
 
-    An INT8 graph that a search wrote is kept, unless ``quantize`` or ``force`` says otherwise;
-    ``note`` is told, and what is odd about the images of ``data``.
+    ``data`` are calibration images; None uses the calibration in the workspace.  An INT8 graph that
+    a search wrote is kept unless ``quantize`` or ``force`` is given.  ``note`` is called with
+    remarks on the images and the graph.
 
     Raises:
-        UsageError: a configuration that ``precision`` does not use.
+        UsageError: a configuration that ``precision`` does not use, or that has no engine.
         ClipdeployError: see :mod:`clipdeploy.core.errors`.
     """
     data = as_path(data)
     _refuse_unused(precision, data, calibrate, fp16, quantize)
     workspace.source(model)
     if precision == "int8":
-        quantize = config_to_build(workspace, model, quantize, force=force, note=note)
+        quantize = chosen_config(workspace, model, quantize, force=force, note=note)
         if data is not None:
             made = calibrate_model(
                 workspace, model, data, calibrate, force=force, progress=progress
@@ -87,14 +89,15 @@ def _refuse_unused(
     fp16: Fp16Config,
     quantize: QuantizeConfig,
 ) -> None:
-    """Refuse what would have no effect, as the command does with its options.
+    """Refuse arguments that would have no effect, and a remainder that no engine is built from.
 
     Raises:
-        UsageError: it names the first argument without effect.
+        UsageError: it names the first one.
     """
     if precision != "int8":
         refuse_int8_only({"data": data is not None, "quantize": quantize != QuantizeConfig()})
+    refuse_unbuildable(quantize)
     if data is None and calibrate != CalibrateConfig():
-        raise UsageError("calibrate belongs to data", hint="leave it out, or give images")
+        raise UsageError("calibrate belongs to data", hint="leave it out, or pass images")
     if precision != "fp16" and fp16 != Fp16Config():
         raise UsageError("fp16 belongs to an engine in FP16", hint="leave it out, or build fp16")

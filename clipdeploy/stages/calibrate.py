@@ -1,4 +1,4 @@
-"""Images -> ``calibration.json``: which images, which shard, going on from an unfinished run."""
+"""Collects activation statistics on calibration images, in shards or in one run that resumes."""
 
 from __future__ import annotations
 
@@ -44,22 +44,23 @@ __all__ = [
     "merge_calibration",
 ]
 
-# Fewer give the ranges of these images rather than those of the data.
+# With fewer images, the ranges may not represent the data.
 FEW_IMAGES = 128
 _DEFAULT_IMAGES = 512
-# Of a cluster's shards: fewer are not worth the time that it takes to load a graph.
+# Minimum number of images in a shard: with fewer, loading the graph takes longer than running it.
 _SHARD_IMAGES = 8
 
 
 @dataclass(frozen=True)
 class CalibrateConfig:
-    """``images``: how many, ``None`` for all up to 512; ``seed`` draws them.
+    """Which images are observed, and how.
 
-    ``shard`` (i, n) observes only the i-th of n parts of them, for :func:`merge_calibration`.
-    ``threads`` compute, 0 for ONNX Runtime's own choice.
+    ``images`` is the number of images, None for all up to 512, and ``seed`` chooses them.
+    ``shard`` (i, n) observes only part i of n, for :func:`merge_calibration`.  ``threads`` are CPU
+    threads, 0 for ONNX Runtime's own choice.
 
     Raises:
-        UsageError: a number that cannot be, or no such shard.
+        UsageError: a number or the shard is out of range.
     """
 
     images: int | None = None
@@ -75,10 +76,10 @@ class CalibrateConfig:
 
 @dataclass(frozen=True)
 class CalibrationArtifact(Shown):
-    """The table, its path, and the images that were skipped.
+    """The table of statistics, its path, and the unreadable images that were skipped.
 
-    ``problems``: a sentence for each thing that is odd about the listed files, such as files that
-    are no images.
+    ``problems`` has a sentence for each finding about the files, such as files that are not images.
+    ``changed`` is False if an existing table was reused.
     """
 
     path: Path
@@ -89,18 +90,18 @@ class CalibrationArtifact(Shown):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What is unusual about the images."""
+        """Warnings about the images."""
         return image_warnings(self.table)
 
     def notes(self) -> tuple[str, ...]:
-        """What a user should know of the images, a sentence each."""
+        """All findings about the images, as sentences."""
         skipped = (f"skipped, unreadable: {name}" for name in self.skipped)
         return (*self.problems, *skipped, *self.warnings)
 
     def __rich__(self) -> Renderable:
         rows = [
             ("calibration", f"{self.path}: {len(self.table.images)} images"),
-            ("made", "now" if self.changed else "before; nothing has changed since"),
+            ("made", "now" if self.changed else "earlier; nothing has changed since"),
             *(("unusual", warning) for warning in self.warnings),
             *(("skipped, unreadable", name) for name in self.skipped),
         ]
@@ -117,17 +118,17 @@ def _calibration_images(
 
 
 def choose_images(data: Path, config: CalibrateConfig) -> ImageFolder:
-    """The images of ``data`` that a calibration with this ``config`` observes.
+    """The images of ``data`` that ``config`` chooses.
 
     Raises:
-        DatasetError: there are too few, or they are of one class.
+        DatasetError: there are too few images, or they are all of one class.
     """
     everything = open_images(data)
     folders = {entry.name.rpartition("/")[0] for entry in everything.entries}
     if len(folders) == 1 and "" not in folders and len(everything.entries) > 1:
         raise DatasetError(
             f"all images of {data} are of one class, {folders.pop()}",
-            hint="calibrate with images of all classes, as they will be served",
+            hint="calibrate with images of all classes",
         )
     count = config.images or min(len(everything.entries), _DEFAULT_IMAGES)
     chosen = select(everything, count, config.seed)
@@ -149,10 +150,10 @@ def calibrate_model(
     force: bool = False,
     progress: Progress = SILENT,
 ) -> CalibrationArtifact:
-    """Images -> ``calibration.json``, or one shard of it; an unfinished run is gone on with.
+    """Collect activation statistics on the images of ``data`` and save them as a table.
 
-    The table is kept in ``keep``, by default in the workspace.  A ``cluster`` observes the images
-    in shards; the table is the same to the bit.
+    Continues an interrupted run.  The table is saved to ``keep``, by default in the workspace.  A
+    ``cluster`` observes the images in shards and gives the same table, bit for bit.
 
     Raises:
         ClipdeployError: see :mod:`clipdeploy.core.errors`.
@@ -160,16 +161,16 @@ def calibrate_model(
     data = Path(data)
     keep = as_path(keep)
     if cluster is not None and config.shard:
-        raise UsageError("a cluster cuts the shards itself", hint="leave out --shard or --ray")
+        raise UsageError("a cluster makes the shards itself", hint="leave out --shard or --ray")
     graph, passport = workspace.source(model)
     chosen = choose_images(data, config)
-    odd = survey(chosen).problems()
+    problems = survey(chosen).problems()
     path = keep or workspace.calibration(model, config.shard)
     wanted = _records(chosen)
     if not force and path.exists():
         table = load_table(path)
         if table.source_graph == sha256_file(graph) and _has_all(table, wanted):
-            return CalibrationArtifact(path, table, (), changed=False, problems=odd)
+            return CalibrationArtifact(path, table, (), changed=False, problems=problems)
     if cluster is not None:
         job = _cluster_job(workspace, model, data, config, len(chosen.entries))
         with shards_on_cluster(cluster, job, force=force, progress=progress) as parts:
@@ -194,12 +195,12 @@ def calibrate_model(
         with file_errors("remove", unfinished):
             unfinished.unlink(missing_ok=True)
     names = tuple(skipped.names if skipped else ())
-    return CalibrationArtifact(path, table, names, changed=True, problems=odd)
+    return CalibrationArtifact(path, table, names, changed=True, problems=problems)
 
 
 @takes_any_name
 def is_calibrated(workspace: Workspace, model: str) -> bool:
-    """Whether the workspace has a table, of whichever images, of the graph that is there now.
+    """Whether the workspace has a table for its present FP32 graph, from any images.
 
     Raises:
         ClipdeployError: the graph or the table cannot be read.
@@ -245,10 +246,10 @@ def _with_skipped(merged: CalibrationArtifact, chosen: ImageFolder) -> Calibrati
 def merge_calibration(
     workspace: Workspace, model: str, parts: StrPath | Iterable[StrPath] = ()
 ) -> CalibrationArtifact:
-    """Shards -> ``calibration.json``; without ``parts``, all shards of the workspace.
+    """Join shards into one table; without ``parts``, all shards in the workspace.
 
     Raises:
-        ClipdeployError: a shard is missing, damaged, or of another run.
+        ClipdeployError: a shard is missing, damaged, or belongs to another run.
     """
     parts = as_paths(parts)
     found = parts or sorted(workspace.folder(model).glob("calibration.*-of-*.json"))
@@ -264,7 +265,7 @@ def merge_calibration(
 
 
 def _has_all(table: CalibrationTable, wanted: Sequence[CalibrationImageRecord]) -> bool:
-    """Whether a table is of these images, and knows their pixels, by which copies are found."""
+    """Whether a table is of these images and has the hashes of their pixels, which find copies."""
     return table.images == wanted and all(image.decoded for image in table.images)
 
 

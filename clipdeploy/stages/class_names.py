@@ -1,10 +1,11 @@
-"""Whose names the classes of a model have, in the order of its logits.
+"""Chooses the names of a model's classes, in the order of its logits.
 
-file         the user's, --class-names
-checkpoint   of the data set that it was trained on, where the file holds them
-card         of the published weights, and of random ones
-assumed      the card's, for a checkpoint of somebody's own with as many classes: said aloud
-(nobody)     any other number of classes; folders or labels name them when images are judged
+source       names
+file         those of the file given with --class-names
+checkpoint   those stored in the checkpoint
+card         those of the model card, for published and for random weights
+assumed      those of the model card, for other weights with as many classes; with a note
+(empty)      none, for any other number of classes; folders or labels name them in `verify`
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ __all__ = ["ClassNames", "name_classes"]
 
 @dataclass(frozen=True)
 class ClassNames:
-    """The names, who gave them, and what may be wrong with that, as a sentence or empty."""
+    """The names, their source, and a sentence if they may be wrong, else an empty one."""
 
     names: tuple[str, ...] = ()
     source: NamesFrom = ""
@@ -34,13 +35,13 @@ class ClassNames:
 def name_classes(
     model: LoadedModel, weights: WeightsChoice, before: Passport | None = None
 ) -> ClassNames:
-    """The names of the model's classes; ``before`` is the passport of the graph that is there.
+    """The names of the model's classes; ``before`` is the passport of the existing graph.
 
-    Names that the user gave once are kept with the same weights.
+    Names from a file are kept as long as the weights are the same.
 
     Raises:
-        FileError, DatasetError: the user's file cannot be read, or has other names or numbers.
-        CheckpointError: the checkpoint names another number of classes than its head has.
+        FileError, DatasetError: the file cannot be read, or its names do not fit the model.
+        CheckpointError: the checkpoint has another number of class names than its head has classes.
     """
     card, count = model.card, model.module.config.classes
     if weights.class_names is not None:
@@ -56,14 +57,14 @@ def name_classes(
         return ClassNames(_of_checkpoint(model, count), "checkpoint")
     if len(own) != count:
         return ClassNames(
-            doubt=f"nobody named the {count} classes of this checkpoint: verify takes the names of "
-            "folders or labels, predict and packages number them; name them with --class-names FILE"
+            doubt=f"the {count} classes of this checkpoint have no names: verify takes those of "
+            "folders or labels, predict and packages use numbers; pass --class-names FILE"
         )
     return ClassNames(
         own,
         "assumed",
         f"the checkpoint does not name its {count} classes: those of {card.name} are assumed "
-        f"({own[0]}, {own[1]}, ...); if it has others, name them with --class-names FILE",
+        f"({own[0]}, {own[1]}, ...); if that is wrong, pass --class-names FILE",
     )
 
 
@@ -74,11 +75,11 @@ def _of_checkpoint(model: LoadedModel, count: int) -> tuple[str, ...]:
     except NamesError as error:
         raise CheckpointError(
             f"the class names in {path} cannot be used: {error}",
-            hint="name them in the order of the logits: --class-names FILE",
+            hint="pass the names in the order of the logits with --class-names FILE",
         ) from error
     if len(names) != count:
         raise CheckpointError(
             f"{path} names {len(names)} classes, its head has {count}",
-            hint="name them in the order of the logits: --class-names FILE",
+            hint="pass the names in the order of the logits with --class-names FILE",
         )
     return names

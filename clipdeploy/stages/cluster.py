@@ -1,11 +1,11 @@
-"""Shards as tasks of a Ray cluster, or of this machine.
+"""Runs shards as tasks of a Ray cluster, or of Ray on this machine.
 
     this process                          a worker
-    the shards        -- Ray tasks -->    does one shard in a folder of its own
-    the shard's file  <-- its bytes --    gives the file's content
+    the shards        -- Ray tasks -->    processes one shard in a temporary folder
+    the shard's file  <-- its bytes --    returns the file's content
 
-Ray does a shard again when its process or its node dies.  Workers write nothing that others see:
-an attempt that was given up for lost, and was not, cannot spoil the one that took its place.
+Ray repeats a shard if its process or node dies.  Workers write no shared files, so that an attempt
+that Ray wrongly gave up cannot damage the result of the attempt that replaced it.
 """
 
 from __future__ import annotations
@@ -38,48 +38,47 @@ Shard = tuple[int, int]
 
 _LOCAL, _AUTO = "local", "auto"
 _SHARDS_PER_SLOT = 4
-# Deaths that one shard survives; what kills a fourth process is the shard itself.
+# Repetitions of a shard whose process died; after a fourth death the shard itself is the cause.
 _RETRIES = 3
 _ANSWER_SECONDS = 5.0
-# Two for the answer, the others to start Python on a busy machine.
+# Two seconds for the answer, the rest to start Python on a busy machine.
 _HEALTH_SECONDS = 60.0
 _LOOK_SECONDS = 5.0
-_START = "`ray start --head` starts one and says its address; --ray local needs none"
+_START = "start one with `ray start --head`, which prints its address, or use --ray local"
 
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """``address``: HOST:PORT of a Ray cluster, or ``auto`` or ``local``.
+    """``address``: HOST:PORT of a Ray cluster, ``auto`` or ``local``.
 
-    ``auto`` is the one that this machine belongs to, ``local`` one that is started here and stopped
-    afterwards.
+    ``auto`` is the cluster of this machine; ``local`` starts one here and stops it afterwards.
 
     Raises:
-        UsageError: it is no address.
+        UsageError: ``address`` is none of these.
     """
 
     address: str = _LOCAL
 
     def __post_init__(self) -> None:
         host, colon, port = self.address.rpartition(":")
-        # Python reads no more than some thousand digits.
+        # Python does not parse numbers of more than a few thousand digits.
         digits = port.isdecimal() and len(port) < 6
         named = bool(host) and colon == ":" and digits and int(port) < 1 << 16
         if self.address not in (_LOCAL, _AUTO) and ("/" in host or not named):
             raise UsageError(
-                f"{self.address[:60]!r} is no address of a Ray cluster",
+                f"{self.address[:60]!r} is not the address of a Ray cluster",
                 hint="--ray HOST:6379 on a machine of the cluster, --ray auto, or --ray local",
             )
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """Work that can be cut into at most ``most`` shards.
+    """Work that can be divided into at most ``most`` shards.
 
-    ``run`` does shard (i, n) with so many threads and writes its file to the given path, where
-    what an earlier run left of it may lie.  ``file`` is where the shard's file goes in the end.
-    Both are pickled.  ``reads`` are the paths that ``run`` needs, ``gpu`` says that it takes one
-    where there is one.  ``threads`` 0 are as many as PyTorch takes here.
+    ``run`` takes a shard (i, n), a number of threads and a path, and writes the shard's file there;
+    an unfinished file of an earlier run may exist at that path.  ``file`` gives the final path of a
+    shard's file.  Both are pickled.  ``reads`` are the paths that ``run`` needs.  With ``gpu``, a
+    shard uses a GPU if there is one.  With ``threads`` 0, PyTorch's number of threads here is used.
     """
 
     title: str
@@ -92,8 +91,8 @@ class ShardJob:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a shard takes of a node, and how many run at once on how many nodes."""
+class Allocation:
+    """The CPUs and GPUs of a shard, and how many shards run at once on how many nodes."""
 
     cpus: int
     gpus: int
@@ -101,11 +100,11 @@ class Plan:
     nodes: int
 
     @classmethod
-    def of(cls, nodes: Sequence[Mapping[str, Any]], threads: int, *, gpu: bool) -> Plan:
-        """For ``nodes`` as ``ray.nodes()`` lists them.
+    def of(cls, nodes: Sequence[Mapping[str, Any]], threads: int, *, gpu: bool) -> Allocation:
+        """The allocation for ``nodes``, as listed by ``ray.nodes()``.
 
-        A shard takes a CPU for each thread, or all of the largest node if that has fewer; with
-        ``gpu``, a GPU wherever a node has any.  Nodes that are too small have no slot.
+        A shard takes a CPU for each thread, or all CPUs of the largest node if that has fewer; with
+        ``gpu``, also a GPU if any node has one.  Nodes that are too small run no shards.
         """
         found = [node["Resources"] for node in nodes if node["Alive"]]
         with_gpu = [node for node in found if node.get("GPU", 0) >= 1] if gpu else []
@@ -123,34 +122,33 @@ class Plan:
 def shards_on_cluster(
     cluster: ClusterConfig, job: ShardJob, *, force: bool = False, progress: Progress = SILENT
 ) -> Iterator[list[Path]]:
-    """Have all shards done and give their files, which are removed if the block ends well.
+    """Process all shards and yield their files, which are removed if the block succeeds.
 
-    A run that breaks off leaves the files of the shards that are done.  The next one hands them to
-    its workers, which check them and take them; ``force`` removes them first.
+    An interrupted run leaves the files of finished shards, which the next run checks and reuses;
+    ``force`` removes them first.
 
     Raises:
         ClusterError: Ray is not installed, the cluster cannot be used, or a shard was lost.
-        ClipdeployError: what a shard raised.
+        ClipdeployError: a shard raised it.
     """
     threads = job.threads or _threads()
     with _connected(cluster.address) as (ray, own):
-        plan = Plan.of(ray.nodes(), threads, gpu=job.gpu)
-        if not plan.slots:
-            raise ClusterError(
-                "no node of the cluster has a CPU to give", hint="look at `ray status`"
-            )
-        shards = _shards(job, plan.slots)
+        allocation = Allocation.of(ray.nodes(), threads, gpu=job.gpu)
+        if not allocation.slots:
+            raise ClusterError("no node of the cluster has a free CPU", hint="check `ray status`")
+        shards = _shards(job, allocation.slots)
         files = [job.file(shard) for shard in shards]
         if force:
             _remove(files)
-        title = f"{job.title} in {len(shards)} shards, {plan.slots} at once on {_nodes(plan.nodes)}"
+        title = f"{job.title} in {len(shards)} shards, {allocation.slots} at once on "
+        title += _nodes(allocation.nodes)
         with progress.task(title, len(shards)) as advance:
 
             def done(shard: Shard, content: bytes) -> None:
                 write_atomic(job.file(shard), content)
                 advance(1)
 
-            _run(ray, own, job, plan, threads, shards, done)
+            _run(ray, own, job, allocation, threads, shards, done)
     yield files
     _remove(files)
 
@@ -172,7 +170,7 @@ def _remove(files: Sequence[Path]) -> None:
 
 
 def _shards(job: ShardJob, slots: int) -> list[Shard]:
-    """A few for each slot; as many as a run that broke off had, if that is enough."""
+    """A few shards for each slot, or as many as an interrupted run had, if those are enough."""
     count = min(job.most, slots * _SHARDS_PER_SLOT)
     left = [parts for parts in _left(job) if min(slots, job.most) <= parts <= job.most]
     if left:
@@ -181,7 +179,7 @@ def _shards(job: ShardJob, slots: int) -> list[Shard]:
 
 
 def _left(job: ShardJob) -> list[int]:
-    """The number of parts of every shard whose file lies there."""
+    """The number of parts of each existing shard file."""
     found = []
     for path in job.file((1, 1)).parent.iterdir():
         if match := re.search(r"\.(\d+)-of-(\d+)\.", path.name):
@@ -206,14 +204,14 @@ def _ray() -> ModuleType:
 
 @contextmanager
 def _connected(address: str) -> Iterator[tuple[ModuleType, bool]]:
-    """Ray, connected, and whether it was connected here: then that ends with the block."""
+    """Connect to Ray; yields its module, and whether this call connected and will disconnect."""
     ray = _ray()
     if ray.is_initialized():
         yield ray, False
         return
     if address not in (_LOCAL, _AUTO):
         _knock(address)
-    # Ray prints on stdout that a worker died, which no option of its changes.
+    # Ray prints on stdout that a worker died, and has no option against that.
     with redirect_stdout(sys.stderr):
         try:
             _connect(ray, address)
@@ -233,12 +231,12 @@ def _connect(ray: ModuleType, address: str) -> None:
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(
-            f"no Ray cluster can be used at {address}: {first_line(error)}", hint=_START
+            f"cannot use a Ray cluster at {address}: {first_line(error)}", hint=_START
         ) from error
 
 
 def _environment() -> dict[str, str]:
-    """What a worker needs of ours: it starts with its node's environment, in another folder."""
+    """Variables to pass to workers, which have their node's environment and another folder."""
     ours = {k: v for k, v in os.environ.items() if k.startswith("CLIPDEPLOY_")}
     if paths := os.environ.get("PYTHONPATH"):
         ours["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep)))
@@ -246,7 +244,7 @@ def _environment() -> dict[str, str]:
 
 
 def _knock(address: str) -> None:
-    """Find out in seconds what Ray itself finds out in minutes."""
+    """Check in seconds that there is a cluster; Ray itself takes minutes to give up."""
     host, _, port = address.rpartition(":")
     check = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     try:
@@ -254,24 +252,24 @@ def _knock(address: str) -> None:
         subprocess.run(check, capture_output=True, check=True, timeout=_HEALTH_SECONDS)
     except OSError as error:
         why = error.strerror or str(error)
-        raise ClusterError(f"nothing answers at {address}: {why}", hint=_START) from error
+        raise ClusterError(f"no answer from {address}: {why}", hint=_START) from error
     except subprocess.SubprocessError as error:
-        raise ClusterError(f"what answers at {address} is no Ray cluster", hint=_START) from error
+        raise ClusterError(f"{address} is not a Ray cluster", hint=_START) from error
 
 
 def _run(
     ray: ModuleType,
     own: bool,
     job: ShardJob,
-    plan: Plan,
+    allocation: Allocation,
     threads: int,
     shards: Sequence[Shard],
     done: Callable[[Shard, bytes], None],
 ) -> None:
     task = ray.remote(_do_shard).options(
         name=job.title,
-        num_cpus=plan.cpus,
-        num_gpus=plan.gpus,
+        num_cpus=allocation.cpus,
+        num_gpus=allocation.gpus,
         max_retries=_RETRIES,
         retry_exceptions=False,
         scheduling_strategy="SPREAD",
@@ -284,14 +282,14 @@ def _run(
             for reference in ready:
                 shard = pending.pop(reference)
                 done(shard, _content(ray, reference, shard))
-            if not ready and not Plan.of(ray.nodes(), threads, gpu=job.gpu).slots:
+            if not ready and not Allocation.of(ray.nodes(), threads, gpu=job.gpu).slots:
                 raise ClusterError(
-                    f"no node is left that could do the other {len(pending)} shards",
-                    hint="run the same command again on a whole cluster to go on",
+                    f"no node is left for the remaining {len(pending)} shards",
+                    hint="restart the nodes, then run the same command again to continue",
                 )
     except BaseException:
-        # Our own disconnecting ends them.  Cancelling by force what has just ended makes Ray abort
-        # this process.
+        # Disconnecting ends our own tasks.  Ray aborts this process if a task is cancelled by force
+        # just after its end.
         if not own:
             for reference in pending:
                 ray.cancel(reference)
@@ -299,12 +297,15 @@ def _run(
 
 
 def _do_shard(job: ShardJob, shard: Shard, threads: int, folder: Path) -> bytes:
-    """On the worker: the content of the shard's file.  Relative paths start at ``folder``."""
+    """Process a shard on a worker and return the content of its file.
+
+    Relative paths start at ``folder``.
+    """
     for path in (folder, *(folder / path for path in job.reads)):
         if not path.exists():
             raise ClusterError(
-                f"node {socket.gethostname()} does not see {path}",
-                hint="workspace and images have to be on a file system that all nodes share, "
+                f"node {socket.gethostname()} cannot access {path}",
+                hint="workspace and images must be on a file system that all nodes share, "
                 "under the same path",
             )
     os.chdir(folder)
@@ -326,7 +327,7 @@ def _content(ray: ModuleType, reference: ObjectRef[bytes], shard: Shard) -> byte
         raise
     except ray.exceptions.RayError as error:
         raise ClusterError(
-            "shard {}/{} was lost, and {} times again: ".format(*shard, _RETRIES)
+            "shard {}/{} was lost in {} attempts: ".format(*shard, _RETRIES + 1)
             + first_line(error),
-            hint="if memory ran out use fewer shards at once, with more --threads each",
+            hint="if memory ran out, use fewer shards at once: give each more --threads",
         ) from error

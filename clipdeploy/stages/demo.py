@@ -1,4 +1,4 @@
-"""The whole pipeline on the demo card and its real images."""
+"""Runs the whole pipeline on the demo model and its real images."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ __all__ = ["DemoResult", "run_demo"]
 
 @dataclass(frozen=True)
 class DemoResult(Shown):
-    """What the demo made, and the verdict on it.
+    """The artifacts of the demo and their verdict.
 
-    ``engines_executed`` is False where there is no GPU: then the verdict is on the very graphs
-    that the engines were compiled from, run by ONNX Runtime.  ``report`` is an HTML page.
+    ``engines_executed`` is False without a GPU: then the verdict is on the graphs that the engines
+    were compiled from, run by ONNX Runtime.  ``report`` is the path of an HTML page.
     """
 
     graph: GraphArtifact
@@ -41,8 +41,8 @@ class DemoResult(Shown):
         note = (
             "The engines ran on this machine's GPU."
             if self.engines_executed
-            else "No GPU here: the engines were built, not executed. The verdict is on the graphs "
-            "that they were compiled from, run by ONNX Runtime."
+            else "This machine has no GPU: the engines were built but not executed. The verdict is "
+            "on the graphs that they were compiled from, run by ONNX Runtime."
         )
         report = Text(f"Report: {self.report}", no_wrap=True, overflow="ignore")
         parts = (self.verification, _engines(self.engines), Text(note), report)
@@ -52,8 +52,8 @@ class DemoResult(Shown):
 def _engines(engines: tuple[EngineArtifact, ...]) -> Table:
     table = Table(box=None, pad_edge=False)
     for title in ("engine", "bytes", "build s", "TensorRT"):
-        figures = title in ("bytes", "build s")
-        table.add_column(title, justify="right" if figures else "left", overflow="fold")
+        numbers = title in ("bytes", "build s")
+        table.add_column(title, justify="right" if numbers else "left", overflow="fold")
     for engine in engines:
         made = engine.passport
         table.add_row(
@@ -69,6 +69,8 @@ def run_demo(
     workspace: Workspace, *, force: bool = False, progress: Progress = SILENT
 ) -> DemoResult:
     """Export, calibrate, quantise, build FP32, FP16 and INT8 engines, verify on held-out digits.
+
+    Needs no network: weights and images are part of the package.
 
     Raises:
         ClipdeployError: a stage failed.

@@ -1,4 +1,4 @@
-"""Checkpoint -> checked FP32 graph."""
+"""Exports a checkpoint to an FP32 graph and checks it."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ def export_model(
     note: Callable[[str], object] = lambda text: None,
     progress: Progress = SILENT,
 ) -> GraphArtifact:
-    """Checkpoint -> checked FP32 graph in the workspace.
+    """Export the FP32 graph of a model into the workspace and check it.
 
-    Without a choice of ``weights`` a workspace that was exported with a checkpoint or a seed of the
-    user's keeps it, and no other one is taken unless ``weights.replace``.  ``note`` is told where
-    the names of the classes come from, if they may be the wrong ones.
+    A workspace keeps the checkpoint or seed that it was exported with: if ``weights`` names none,
+    that one is used, and others are refused unless ``weights.replace``.  ``note`` is called if the
+    names of the classes may be wrong.
 
     Raises:
-        UsageError: other weights than the workspace's own, which were not to be replaced.
-        ClipdeployError: see :mod:`clipdeploy.core.errors`; nothing is left behind.
+        UsageError: ``weights`` differ from the workspace's and do not replace them.
+        ClipdeployError: see :mod:`clipdeploy.core.errors`; no file is left behind.
     """
     card = cards.find(name)
     with progress.task(f"load {card.name}"):
@@ -78,7 +78,7 @@ def export_model(
             *(passport.weights.identity, recipe, settings),
             *(passport.versions, passport.class_names),
         )
-        # A reference that cannot be loaded again from where it was is of no use.
+        # The graph is not reused if its checkpoint, the reference of `verify`, has moved.
         if same and (old.weights.path == passport.weights.path or Path(old.weights.path).is_file()):
             workspace.remember(card.name)
             return found

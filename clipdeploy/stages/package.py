@@ -1,4 +1,4 @@
-"""Artifact -> what production takes: a Triton model repository, a C++ program."""
+"""Packages an artifact for production: a Triton model repository or a C++ program."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from clipdeploy.workspace.folder import Workspace
 __all__ = ["artifact_to_package", "package_cpp", "package_triton"]
 
 _ENGINES: tuple[Precision, ...] = ("int8", "fp16", "fp32")
-# On GPUs ONNX Runtime has few INT8 kernels: FP16 is the faster graph.
+# FP16 first: ONNX Runtime has few INT8 kernels for GPUs.
 _GRAPHS: tuple[Precision, ...] = ("fp16", "fp32", "int8", "int8-cpu")
 
 
 @takes_any_name
 def artifact_to_package(workspace: Workspace, model: str) -> Path:
-    """The artifact of a model that serves best: an engine of TensorRT before a graph.
+    """The best artifact of a model to package: a TensorRT engine, else a graph.
 
     Raises:
-        UsageError: there is nothing to package yet.
+        UsageError: there is no artifact.
     """
     for precision in _ENGINES:
         engine = workspace.engine(model, precision)
@@ -41,7 +41,7 @@ def artifact_to_package(workspace: Workspace, model: str) -> Path:
         if graph.exists():
             return graph
     raise UsageError(
-        f"{model} has nothing to package in {workspace.root}",
+        f"there is no artifact of {model} in {workspace.root}",
         hint=f"clipdeploy export --model {model}",
     )
 
@@ -60,7 +60,7 @@ def package_triton(
     *,
     force: bool = False,
 ) -> TritonPackage:
-    """Make ``artifact``, a graph or an engine, a model of Triton's ``repository``.
+    """Add ``artifact``, a graph or an engine, to the model ``repository`` of a Triton server.
 
     Raises:
         ClipdeployError: see :func:`clipdeploy.packaging.triton.package_triton`.

@@ -1,4 +1,4 @@
-"""Images -> their likeliest classes, from any artifact."""
+"""Classifies images with any artifact."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class Guess:
-    """One class: its index, its folder's name, what it is called, its softmax in percent."""
+    """A class: its index, the name of its folder, its label, and its softmax in percent."""
 
     index: int
     name: str
@@ -47,7 +47,7 @@ class Guess:
 
 @dataclass(frozen=True)
 class Prediction:
-    """An image and its classes, the likeliest first."""
+    """An image and its classes, the most likely one first."""
 
     image: str
     guesses: tuple[Guess, ...]
@@ -55,10 +55,10 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Predictions(Shown):
-    """What an artifact says of images, and what ran it.
+    """The predictions of an artifact, and the runner that ran it.
 
-    ``problems``: a sentence for each thing that is odd about the folders and archives, such as
-    files that are no images.
+    ``problems`` has a sentence for each finding about the folders and archives, such as files that
+    are not images.
     """
 
     model: str
@@ -81,7 +81,7 @@ class Predictions(Shown):
 
 
 def _default(workspace: Workspace, model: str) -> Path:
-    """The fastest artifact that can run here: an engine on a GPU, else a graph."""
+    """The fastest artifact that runs here: an engine with a GPU, else a graph."""
     engines = [workspace.engine(model, precision) for precision in reversed(PRECISIONS)]
     graphs = [workspace.graph(model, precision) for precision in ("int8-cpu", "fp32")]
     source, _ = workspace.source(model)
@@ -94,13 +94,13 @@ def _target(workspace: Workspace, model: str | None, artifact: Path | None) -> T
         _, reference = workspace.source(model)
         return named_targets([artifact or _default(workspace, model)], reference, trust=False)[0]
     if artifact is None:
-        raise UsageError("neither a model nor an artifact", hint="name one of them")
+        raise UsageError("neither a model nor an artifact was given", hint="give one of them")
     found = checked_passport(artifact)
     return Target(artifact, "engine" if found.engine else "graph", found.graph)
 
 
 def _files(paths: Sequence[Path], problems: list[str]) -> Iterator[tuple[str, bytes]]:
-    """Names and bytes of all images; ``problems`` grows by what is odd about them."""
+    """Yield the name and bytes of each image; append findings about the folders to ``problems``."""
     for path in paths:
         archive = path.suffix in (".zip", ".tar") and path.is_file()
         if not (archive or path.is_dir()):
@@ -117,9 +117,9 @@ def _files(paths: Sequence[Path], problems: list[str]) -> Iterator[tuple[str, by
 
 
 def _words(target: Target) -> list[tuple[str, str]]:
-    """Folder name and word of every class, the number where nobody named it."""
+    """Folder name and label of each class; its number if it has no name."""
     passport = target.passport
-    # Without a passport nothing says that the weights are those that the names belong to.
+    # Without a passport the names may belong to other weights.
     stated = passport.class_names if target.vouched else ()
     known = cards.class_names(cards.find(passport.model))
     if tuple(name for name, _ in known) == stated:
@@ -149,7 +149,7 @@ def _predictions(
             if not np.isfinite(logits).all():
                 raise EngineError(
                     f"{target.path} gives NaN or infinite logits for {name}",
-                    hint="it is damaged, or overflows: clipdeploy verify tells more",
+                    hint="it is damaged or overflows; clipdeploy verify shows where",
                 )
             yield Prediction(name, _guesses(logits, words, top))
 
@@ -164,14 +164,14 @@ def predict_images(
     top: int = 5,
     progress: Progress = SILENT,
 ) -> Predictions:
-    """The ``top`` classes of image files, or of all images in folders and archives.
+    """The ``top`` most likely classes of image files, or of all images in folders and archives.
 
-    ``model`` may be left out where ``artifact``, a graph or an engine, says what it is of; without
-    an ``artifact`` the fastest one of the model that runs here is taken.  Classes of a graph
-    without a passport are numbers: nothing says that the model's names are theirs.
+    ``artifact`` is a graph or an engine, by default the model's fastest one that runs here.
+    ``model`` may be None if the artifact has a passport.  The classes of a graph without a passport
+    are numbers, because the model's names may not be theirs.
 
     Raises:
-        ClipdeployError: see :mod:`clipdeploy.core.errors`; an image that cannot be read is one.
+        ClipdeployError: see :mod:`clipdeploy.core.errors`; also if an image cannot be read.
     """
     TOP.check(top, "top")
     paths = as_paths(paths)

@@ -1,4 +1,4 @@
-"""FP32 graph -> FP16 graph, or with its calibration -> INT8 graph."""
+"""Makes the FP16 graph, and the INT8 graph with its calibration, from the FP32 graph."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from calibration.table import load_table
 from clipdeploy.core.errors import BuildError, UsageError
 from clipdeploy.core.files import sha256_file
 from clipdeploy.core.passport import Preprocess, from_json, to_json
+from clipdeploy.core.paths import StrPath
 from clipdeploy.core.progress import SILENT, Progress
 from clipdeploy.engines.backends import BackendOption, choose_backend, scale_form
 from clipdeploy.models.cards import takes_any_name
@@ -26,16 +27,19 @@ from exporters.precision import Fp16Config, convert_to_fp16
 from exporters.samples import Samples
 
 __all__ = [
-    "config_to_build",
+    "calibration_file",
+    "chosen_config",
     "convert_model",
     "int8_quality",
     "model_quality",
     "quantize_model",
+    "recipe_config",
     "refuse_int8_only",
+    "refuse_unbuildable",
     "with_scale_form",
 ]
 
-# Images on which float16 storage is judged.
+# Number of sample images on which float16 storage is checked.
 _STORAGE_IMAGES = 3
 
 
@@ -49,20 +53,19 @@ def quantize_model(
     force: bool = False,
     progress: Progress = SILENT,
 ) -> QuantizedGraph:
-    """FP32 graph and calibration -> INT8 graph, its weight scales in the form for ``backend``.
+    """Write the INT8 graph, from the FP32 graph and its calibration.
+
+    An existing graph is reused if it was made from the same files with the same ``config``.  To
+    keep the graph that a search wrote, take ``config`` from :func:`chosen_config`.
+    The weight scales have the form for ``backend`` unless ``config`` names one.
 
     Raises:
         ClipdeployError: see :mod:`clipdeploy.core.errors`.
     """
     config = with_scale_form(config, backend)
     source, passport = workspace.source(model)
-    calibration = workspace.calibration(model)
-    if not calibration.exists():
-        raise UsageError(
-            f"{model} has not been calibrated in {workspace.root}",
-            hint="clipdeploy calibrate --data CALIBRATION_IMAGES",
-        )
-    target = workspace.graph(model, "int8" if config.remainder == "fp16" else "int8-cpu")
+    calibration = calibration_file(workspace, model)
+    target = _target(workspace, model, config)
     parents = {"source_graph": sha256_file(source), "calibration": sha256_file(calibration)}
     if not force and (found := existing_graph(target)):
         settings = found.passport.settings
@@ -75,9 +78,9 @@ def quantize_model(
 
 
 def with_scale_form(config: QuantizeConfig, backend: BackendOption = "auto") -> QuantizeConfig:
-    """``config`` with a form of the weight scales; ``backend`` chooses where it names none.
+    """``config`` with a form of the weight scales; ``backend`` decides unless ``config`` names one.
 
-    Without any TensorRT here it is the form for TensorRT; a later ``build-engine`` checks it.
+    If no TensorRT is installed, the form is that for TensorRT; ``build-engine`` checks it later.
     """
     if config.weight_scales is not None:
         return config
@@ -90,11 +93,30 @@ def with_scale_form(config: QuantizeConfig, backend: BackendOption = "auto") -> 
     return replace(config, weight_scales=scale_form(chosen))
 
 
-def refuse_int8_only(given: Mapping[str, bool]) -> None:
-    """Refuse choices that only INT8 uses, where none is made; ``given`` says which there are.
+def _target(workspace: Workspace, model: str, config: QuantizeConfig) -> Path:
+    return workspace.graph(model, "int8" if config.remainder == "fp16" else "int8-cpu")
+
+
+def calibration_file(workspace: Workspace, model: str) -> Path:
+    """The model's calibration.
 
     Raises:
-        UsageError: it names the first.
+        UsageError: the model has not been calibrated.
+    """
+    path = workspace.calibration(model)
+    if not path.exists():
+        raise UsageError(
+            f"{model} has not been calibrated in {workspace.root}",
+            hint="clipdeploy calibrate --data CALIBRATION_IMAGES",
+        )
+    return path
+
+
+def refuse_int8_only(given: Mapping[str, bool]) -> None:
+    """Refuse arguments that only INT8 uses; ``given`` says for each name whether it was given.
+
+    Raises:
+        UsageError: it names the first one that was given.
     """
     for name, is_given in given.items():
         if is_given:
@@ -102,7 +124,32 @@ def refuse_int8_only(given: Mapping[str, bool]) -> None:
 
 
 @takes_any_name
-def config_to_build(
+def recipe_config(workspace: Workspace, model: str, path: StrPath) -> QuantizeConfig:
+    """The configuration in a recipe file.
+
+    Raises:
+        ArtifactError, FileError: it cannot be read, or belongs to other weights than the model's.
+    """
+    recipe = load_recipe(Path(path))
+    recipe.check(workspace.source(model)[1].weights.identity)
+    return recipe.config
+
+
+def refuse_unbuildable(config: QuantizeConfig) -> None:
+    """Refuse a configuration whose INT8 graph is only for ONNX Runtime on a CPU.
+
+    Raises:
+        UsageError: the remainder is not FP16.
+    """
+    if config.remainder != "fp16":
+        raise UsageError(
+            f"no engine is built from INT8 with the rest in {config.remainder}",
+            hint="leave the remainder at fp16; fp32 is for graphs on a CPU",
+        )
+
+
+@takes_any_name
+def chosen_config(
     workspace: Workspace,
     model: str,
     asked: QuantizeConfig = QuantizeConfig(),
@@ -110,41 +157,41 @@ def config_to_build(
     force: bool = False,
     note: Callable[[str], object] = lambda text: None,
 ) -> QuantizeConfig:
-    """How the INT8 graph of an engine is made: as ``asked``, or as a search chose.
+    """The configuration of the INT8 graph: ``asked``, or that of a search.
 
-    Without INT8 options an engine takes the graph that a search wrote; ``force`` makes it anew.
+    A graph that a search wrote is kept if ``asked`` is the default, apart from ``remainder``,
+    ``min_sqnr`` and ``weight_scales``; ``force`` replaces it.  ``note`` is called if it is kept.
 
     Raises:
-        UsageError: a remainder that no engine is built from.
-        ClipdeployError: a recipe that cannot be read.
+        ClipdeployError: the recipe or the graph of the search cannot be read.
     """
-    if asked.remainder != "fp16":
-        raise UsageError(
-            f"no engine is built from INT8 with the rest in {asked.remainder}",
-            hint="leave the remainder at fp16; fp32 is for graphs on a CPU",
-        )
     searched = None if force else _searched_config(workspace, model, asked)
     if searched is None:
         return asked
-    note("INT8 as the search chose; --force or other options make it anew")
+    note("keeping the INT8 graph of the search; --force or INT8 options replace it")
     return searched
 
 
 def _searched_config(
     workspace: Workspace, model: str, asked: QuantizeConfig
 ) -> QuantizeConfig | None:
-    """What the INT8 graph was made with, if a search wrote it and ``asked`` is only the default."""
+    """The configuration of the INT8 graph, if a search wrote it and ``asked`` is the default."""
+    default = QuantizeConfig(remainder=asked.remainder)
     path = workspace.recipe(model)
-    graph = existing_graph(workspace.graph(model, "int8"))
-    default = QuantizeConfig()
-    if replace(asked, min_sqnr=default.min_sqnr) != default or graph is None or not path.exists():
+    other = replace(asked, min_sqnr=default.min_sqnr, weight_scales=None)
+    if other != default or not path.exists():
+        return None
+    if (graph := existing_graph(_target(workspace, model, asked))) is None:
         return None
     config = load_recipe(path).config
+    if config.remainder != asked.remainder:
+        return None
     # Both forms hold the same integers, so the graph is the searched one in either form.
     settings = graph.passport.settings
     either = replace(config, weight_scales=settings.get("weight_scales", "channel"))
-    made = settings.items() >= stored_settings(either).items()
-    return config if made and config.remainder == "fp16" else None
+    if not settings.items() >= stored_settings(either).items():
+        return None
+    return replace(config, weight_scales=asked.weight_scales or config.weight_scales)
 
 
 def _placement(source: Path, config: QuantizeConfig, made: GraphArtifact) -> Placement:
@@ -153,7 +200,7 @@ def _placement(source: Path, config: QuantizeConfig, made: GraphArtifact) -> Pla
 
 
 def model_quality(workspace: Workspace, model: str) -> Quality | None:
-    """:func:`int8_quality` of the INT8 graph in the workspace; None without one.
+    """The :func:`int8_quality` of the INT8 graph in the workspace; None if there is none.
 
     Raises:
         ArtifactError: its passport cannot be read.
@@ -163,17 +210,17 @@ def model_quality(workspace: Workspace, model: str) -> Quality | None:
 
 
 def int8_quality(graph: GraphArtifact) -> Quality | None:
-    """What was measured when an INT8 graph was made; None if nothing was.
+    """The quality that was measured when an INT8 graph was made; None if it was not measured.
 
     Raises:
-        ArtifactError: its passport does not hold what it should.
+        ArtifactError: the passport of the graph is invalid.
     """
     found = graph.passport.settings.get("quality")
     return None if found is None else from_json(to_json(found), Quality, str(graph.path))
 
 
 def _judged_images(workspace: Workspace, model: str, spec: Preprocess) -> Samples:
-    """Images to judge float16 storage on: sample images, and the calibration's if there is one."""
+    """Images to check float16 storage with: sample images and any calibration images."""
     samples = sample_images(spec, _STORAGE_IMAGES)
     if not is_calibrated(workspace, model):
         return samples
@@ -190,7 +237,9 @@ def convert_model(
     force: bool = False,
     progress: Progress = SILENT,
 ) -> GraphArtifact:
-    """FP32 graph -> FP16 graph.
+    """Write the FP16 graph, from the FP32 graph.
+
+    An existing graph is reused if it was made from the same file with the same ``config``.
 
     Raises:
         ClipdeployError: see :mod:`clipdeploy.core.errors`.

@@ -1,4 +1,4 @@
-"""A verification as files that a person reads or a program does."""
+"""Writes reports of a verification."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def write_reports(
     data: StrPath | None = None,
     bisection: StrPath | None = None,
 ) -> None:
-    """Write a report at each path: ``.html``, ``.md`` or ``.json``.
+    """Write a report to each path, in the format of its suffix: .html, .md or .json.
 
-    The HTML page shows images.  After a merge they are looked for at ``data``, else where the first
-    shard found them; where they are not, the page says so.  The heat map of ``bisection``, a file
-    of :meth:`~clipdeploy.workspace.folder.Workspace.bisection`, is shown if it is of a judged
-    artifact.
+    The HTML page shows images.  After a merge they are read from ``data``, by default from where
+    the first shard found them; if they are missing, the page says so.  The heat map in
+    ``bisection``, a file of :meth:`~clipdeploy.workspace.folder.Workspace.bisection`, is shown if
+    its graph was judged.
 
     Raises:
-        UsageError: a shard alone, or a suffix that is that of no report.
+        UsageError: the judgement is of a single shard, or a suffix is unknown.
         FileError: a report cannot be written.
     """
     paths = as_paths(paths)
@@ -39,7 +39,7 @@ def write_reports(
     bisection = as_path(bisection)
     result, evidence = judgement.verification, judgement.evidence
     if result is None or evidence is None:
-        raise UsageError("a shard has no verdict to report", hint="pass --report to `verify merge`")
+        raise UsageError("a shard has no verdict to report", hint="pass --output to `verify merge`")
     pages = any(path.suffix.lower() in HTML for path in paths)
     if pages and evidence.images is None:
         evidence = _with_images(evidence, data)
@@ -50,7 +50,7 @@ def write_reports(
 
 
 def _heat_map(path: Path, evidence: Evidence) -> HeatMap | None:
-    """The last bisection's, if it was of one of the artifacts as they are now."""
+    """The heat map of the last bisection, if its graph is one of the judged files."""
     if not path.exists():
         return None
     try:

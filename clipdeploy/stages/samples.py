@@ -1,4 +1,4 @@
-"""Real images that every stage can check its graph with."""
+"""Sample images for checking graphs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ __all__ = ["sample_images"]
 
 
 def sample_images(spec: Preprocess, count: int = max(PARITY_BATCHES)) -> Samples:
-    """A few real images to check graphs with: the demo card's digits."""
+    """A few real images to check graphs with: digits of the demo model."""
     digits = select(open_images(cards.demo_file("calibration.zip")), count, seed=0)
     return Samples(np.stack([crop.pixels for crop in iter_crops(digits, spec)]), spec)

@@ -1,4 +1,4 @@
-"""INT8 or FP16 for each Linear: the fastest combination that keeps the accuracy, confirmed."""
+"""Searches for the fastest choice of INT8 or FP16 for each Linear that keeps the accuracy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from clipdeploy.core.paths import StrPath, as_path
 from clipdeploy.core.progress import SILENT, Progress
 from clipdeploy.models.cards import takes_any_name
 from clipdeploy.runners.onnx import OnnxRunner
-from clipdeploy.stages.quantize import quantize_model
+from clipdeploy.stages.quantize import calibration_file, quantize_model
 from clipdeploy.stages.samples import sample_images
 from clipdeploy.tuning.chain import Chain
 from clipdeploy.tuning.cost import CostModel, counted_costs, linear_shapes, measured_costs
@@ -74,7 +74,7 @@ class _Search:
         self.images = list(labelled_batches(self.search, spec, config.batch, self.calibrated))
 
     def _key(self) -> str:
-        """Everything that a figure in the state depends on."""
+        """A hash of all inputs that the results in the state depend on."""
         config = replace(self.config, budget=None, max_drop=1.0, threads=0)
         parts = (
             to_json(config),
@@ -109,7 +109,7 @@ class _Search:
         )
 
     def costs(self, chain: Chain) -> CostModel:
-        """The cost model, measured or counted once."""
+        """The cost model, which is measured or counted once."""
         if self.state.costs is None:
             image = self.images[0][0].as_input(self.passport.input)[:1]
             shapes = linear_shapes(chain, image)
@@ -122,7 +122,7 @@ class _Search:
         return self.state.costs
 
     def feasible(self, found: Evaluation) -> bool:
-        """Whether the drop lies within the limit, and would on the fresh images."""
+        """Whether the drop is within the limit, and would be on the confirming images."""
         return is_feasible(found, len(self.confirm.hashes), self.config.max_drop)
 
     def schemes(self, best: _Best) -> Iterator[SchemeConfig]:
@@ -172,7 +172,7 @@ def _choose_scheme(
     if best.scheme is None or best.chain is None:
         raise UsageError(
             "the budget ended before a single combination was evaluated",
-            hint="give more minutes with --budget; what was found is kept",
+            hint="allow more minutes with --budget; the results so far are reused",
         )
     return best.chain, best.scheme
 
@@ -191,8 +191,8 @@ def search_model(
     """Choose INT8 or FP16 for every Linear, write the INT8 graph of the choice, and confirm it.
 
     ``data`` is split in two: the choice is made on one part and confirmed on the other, or on
-    ``confirm``; ``note`` is told what is odd about the images.  What was measured is kept in the
-    workspace: a killed search goes on.
+    ``confirm``.  ``note`` is called with remarks on the images.  All measurements are saved in the
+    workspace, so that an interrupted search continues.
 
     Raises:
         ClipdeployError: see :mod:`clipdeploy.core.errors`.
@@ -200,13 +200,9 @@ def search_model(
     data = Path(data)
     confirm = as_path(confirm)
     _, passport = workspace.source(model)
-    if not workspace.calibration(model).exists():
-        raise UsageError(
-            f"{model} has not been calibrated in {workspace.root}",
-            hint="clipdeploy calibrate --data CALIBRATION_IMAGES",
-        )
+    calibration = calibration_file(workspace, model)
     splits = make_splits(data, confirm, passport, config, note)
-    table = load_table(workspace.calibration(model))
+    table = load_table(calibration)
     check_splits(*splits, frozenset(record.sha256 for record in table.images))
     check_enough(splits[0], config, "search")
     check_enough(splits[1], config, "confirm")
@@ -265,7 +261,7 @@ def _run(search: _Search, folder: Path, data: Path) -> SearchResult:
 
 
 def _guess(linears: int) -> int:
-    """About how many steps a search takes: each Linear alone, the bisection, a round of trials."""
+    """An estimate of the steps of a search: each Linear alone, the bisection, a round of trials."""
     return 2 * linears + linears.bit_length()
 
 
@@ -280,10 +276,10 @@ def _config(
 def _write(
     search: _Search, scheme: SchemeConfig, chosen: Combination, costs: CostModel
 ) -> tuple[Combination, GraphArtifact, Evaluation]:
-    """The graph of the choice; while the real graph fails, that of the next combination.
+    """Write the graph of the choice; if it is not feasible, that of the next combination.
 
-    A combination was judged with FP32 in the place of FP16, and with foldings as if all Linears
-    were quantised: the graph that is written has the last word.
+    Combinations were evaluated with FP32 instead of FP16, and with the foldings of a graph in which
+    all Linears are quantised.  So the written graph is evaluated again.
     """
     written = search.state.evaluations
     for int8 in _next_best(search, scheme, chosen, costs):
@@ -303,7 +299,7 @@ def _write(
 def _next_best(
     search: _Search, scheme: SchemeConfig, chosen: Combination, costs: CostModel
 ) -> Iterator[Combination]:
-    """The choice, then what else was feasible, the cheapest first; at the end no INT8 at all."""
+    """The choice, then the other feasible combinations by cost, and at last no INT8."""
     yield chosen
     known = search.state.of(scheme.label)
     feasible = (int8 for int8, found in known.items() if int8 and search.feasible(found))
@@ -315,7 +311,7 @@ def _next_best(
 
 
 def _score(search: _Search, graph: Path, images: Iterable[Labelled]) -> Evaluation:
-    """A graph on ONNX Runtime against the FP32 graph."""
+    """Compare a graph with the FP32 graph, both on ONNX Runtime."""
     threads = search.config.threads
     reference, ours = OnnxRunner(search.source, threads=threads), OnnxRunner(graph, threads=threads)
     counter = Counter()
@@ -334,8 +330,8 @@ def _points(
 ) -> list[Candidate]:
     """Every combination of ``scheme`` that was evaluated, all FP16 among them, cheapest first.
 
-    The choice stands there as its own graph was ``measured``.  Those on the front, the choice and
-    its twins get a recipe file.
+    The choice has the values ``measured`` on its written graph.  Combinations with a label or on
+    the Pareto front get a recipe file.
     """
     everything = frozenset(costs.order)
     named = {frozenset[str](): "all FP16", everything: "all INT8"}

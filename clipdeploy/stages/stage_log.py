@@ -1,4 +1,4 @@
-"""Stages one after the other: what each did, how long it took, and who is told meanwhile."""
+"""Runs stages in order, records their outcome and time, and reports them to a watcher."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class StageRun:
-    """A stage that is over; ``why`` is a sentence where it was left out."""
+    """A finished stage; ``why`` is a sentence if it was left out."""
 
     name: str
     state: StageState
@@ -24,34 +24,34 @@ class StageRun:
 
 
 class StageWatch(Protocol):
-    """Anything that shows where a run of stages is; the command line shows a checklist."""
+    """Shows the progress of a run of stages; the command line shows a checklist."""
 
     def planned(self, names: Sequence[str]) -> None:
-        """All stages, before the first one starts."""
+        """Called with the names of all stages, before the first one starts."""
 
     def started(self, name: str) -> None:
-        """This one runs now."""
+        """Called when a stage starts."""
 
     def ended(self, run: StageRun) -> None:
-        """This one is over."""
+        """Called when a stage has ended."""
 
 
 class _Unwatched:
     def planned(self, names: Sequence[str]) -> None:
-        """Nobody looks."""
+        """Does nothing."""
 
     def started(self, name: str) -> None:
-        """Nobody looks."""
+        """Does nothing."""
 
     def ended(self, run: StageRun) -> None:
-        """Nobody looks."""
+        """Does nothing."""
 
 
 UNWATCHED: StageWatch = _Unwatched()
 
 
 class StageLog:
-    """Runs stages and keeps what came of each."""
+    """Runs stages and records the outcome of each in ``runs``."""
 
     def __init__(self, names: Sequence[str], watch: StageWatch = UNWATCHED) -> None:
         self.runs: list[StageRun] = []
@@ -61,7 +61,7 @@ class StageLog:
     def run(
         self, name: str, work: Callable[[], T], changed: Callable[[T], bool] = lambda made: True
     ) -> T:
-        """Do the ``work`` of a stage; ``changed`` says of its result whether it was made now."""
+        """Run the ``work`` of a stage; ``changed`` tells from its result whether it is new."""
         self._watch.started(name)
         begun = time.perf_counter()
         made = work()
@@ -70,7 +70,7 @@ class StageLog:
         return made
 
     def leave_out(self, name: str, why: str) -> None:
-        """A stage that was planned and is not to be."""
+        """Record that a planned stage was left out, and ``why``."""
         self._end(StageRun(name, "left out", 0.0, why))
 
     def _end(self, run: StageRun) -> None:

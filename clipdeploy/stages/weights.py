@@ -1,7 +1,7 @@
-"""A workspace keeps the weights that it was exported with, until another choice is made on purpose.
+"""Loads the weights of a workspace, and keeps them from being replaced by accident.
 
-Published weights can be had again at any time, so that a checkpoint or a seed which is named takes
-their place.  A checkpoint of the user's, or a seed, gives way only to ``WeightsChoice.replace``.
+Published weights are replaced by any checkpoint or seed that is given, because they can be
+downloaded again.  The user's checkpoint or seed is replaced only with ``WeightsChoice.replace``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _GRAPHS: tuple[Precision, ...] = (*PRECISIONS, "int8-cpu")
 def own_weights(workspace: Workspace, card: ModelCard) -> WeightsOrigin | None:
     """The user's checkpoint or seed that the workspace was exported with; None if there is none.
 
-    The FP32 graph says so; where it is gone or damaged, what was made from it.
+    Read from the FP32 graph; if that is missing or damaged, from the graphs made from it.
     """
     recorded = next(_recorded(workspace, card), None)
     if recorded is None or _is_replaceable(card, recorded):
@@ -50,11 +50,11 @@ def _is_replaceable(card: ModelCard, weights: WeightsOrigin) -> bool:
 def load_weights(
     workspace: Workspace, card: ModelCard, choice: WeightsChoice, recipe: Recipe
 ) -> LoadedModel:
-    """The model with the weights of ``choice``, or where it names none with the workspace's own.
+    """The model with the weights of ``choice``; if it names none, with those of the workspace.
 
     Raises:
-        UsageError: ``choice`` names other weights than the workspace's own, and does not replace.
-        ArtifactError: the workspace's own checkpoint is gone, or has changed.
+        UsageError: ``choice`` names other weights than the workspace's and does not replace them.
+        ArtifactError: the checkpoint of the workspace is missing or has changed.
         CheckpointError, FileError: see :func:`clipdeploy.models.load.load_model`.
     """
     own = own_weights(workspace, card)
@@ -67,6 +67,6 @@ def load_weights(
         raise UsageError(
             f"{workspace.folder(card.name)} was exported with {own.description}, not with "
             f"{model.weights.description}",
-            hint="pass --replace-weights to take the others, or another --workspace",
+            hint="pass --replace-weights to use the new ones, or another --workspace",
         )
     return model

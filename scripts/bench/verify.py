@@ -11,7 +11,7 @@ compete for the same cores.  Runs alternate between:
                   core
     plain loop    one process: Pillow image by image, then ONNX Runtime in batches
     verify        ``run_verification``: decode, PyTorch, the FP32 graph, records, results file
-    verify --cache, again: crops and PyTorch's logits come from the cache
+    verify --cache-crops, again: crops and PyTorch's logits come from the cache
 
 Ratios are relative to ``pillow``.  ``--memory N`` verifies N small images instead and prints the
 peak resident size of this process and its decoding processes together.
@@ -180,7 +180,7 @@ def compare(images: ImageFolder, size: int, repeat: int, folder: Path) -> None:
             "pillow": pillow_alone(images, spec, stack),
             "plain loop": plain_loop(images, spec, target.path),
             "verify": verify(None),
-            "verify --cache, again": verify(cache),
+            "verify --cache-crops, again": verify(cache),
         }
         rates: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(repeat):

@@ -54,7 +54,7 @@ from clipdeploy.pipeline import (
     verify_model,
     write_reports,
 )
-from clipdeploy.stages.quantize import config_to_build
+from clipdeploy.stages.quantize import chosen_config
 from exporters.headers import read_passport
 
 ALIAS = "demo"
@@ -206,14 +206,14 @@ def test_a_searched_graph_is_kept(searched: Workspace) -> None:
     before = sha256_file(graph)
     engine = build_model(searched, ALIAS, "int8", note=said.append)
     assert sha256_file(graph) == before == engine.passport.hashes.graph
-    assert said == ["INT8 as the search chose; --force or other options make it anew"]
+    assert said == ["keeping the INT8 graph of the search; --force or INT8 options replace it"]
 
 
 def test_a_searched_graph_gives_way_to_another_choice(searched: Workspace) -> None:
-    assert config_to_build(searched, ALIAS).exclude == SKIPPED_FIRST
-    assert config_to_build(searched, ALIAS, force=True) == QuantizeConfig()
+    assert chosen_config(searched, ALIAS).exclude == SKIPPED_FIRST
+    assert chosen_config(searched, ALIAS, force=True) == QuantizeConfig()
     asked = QuantizeConfig(("head",))
-    assert config_to_build(searched, ALIAS, asked) == asked
+    assert chosen_config(searched, ALIAS, asked) == asked
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ class Case:
 # Images per class; a search and its confirmation use half of them each.
 _FEW = 12
 _GRAPH = f"artifacts/{cards.DEMO}"
-_VERIFY = "verify --data test.zip --limit 40 --max-drop 30 --workers 0"
+_VERIFY = "verify --data test.zip --images 40 --max-drop 30 --workers 0"
 _BENCHMARK = "benchmark --batch 1,8 --rounds 3 --warmup 0.01"
 CASES: dict[str, tuple[Case, ...]] = {
     "zoo": (Case("zoo"),),
@@ -56,7 +56,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("build-engine --int8", engine=True, slow=True),
     ),
     "verify run": (
-        Case(f"{_VERIFY} --graphs-only --report verdict.html"),
+        Case(f"{_VERIFY} --graphs-only --output verdict.html"),
         Case(f"{_VERIFY} {_GRAPH}/fp16.onnx foreign.onnx", slow=True),
     ),
     "verify merge": (Case("verify merge --max-drop 20"),),
@@ -80,7 +80,8 @@ CASES: dict[str, tuple[Case, ...]] = {
     "completion": (Case("completion bash", program=True),),
     "deploy": (
         Case(
-            "deploy --calibration calibration.zip --val test.zip --graphs-only --no-benchmark",
+            "deploy --calibration-data calibration.zip --val-data test.zip --graphs-only "
+            "--no-benchmark",
             engine=True,
             slow=True,
         ),

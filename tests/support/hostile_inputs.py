@@ -131,7 +131,7 @@ _USES: tuple[Callable[[Path], list[Any]], ...] = (
     lambda graph: ["package", graph, "--triton", "{out}"],
     lambda graph: ["package", graph, "--cpp", "{out}"],
     lambda graph: ["predict", "3.png", "--artifact", graph],
-    lambda graph: ["verify", "--data", cards.demo_file("test.zip"), "--limit", "2"],
+    lambda graph: ["verify", "--data", cards.demo_file("test.zip"), "--images", "2"],
     lambda graph: ["quantize"],
     lambda graph: ["benchmark", graph, "--seconds", "0.1"],
 )
@@ -370,7 +370,7 @@ _TAKES_NAMES: tuple[Callable[[str], list[Any]], ...] = (
     lambda name: ["inspect", f"{name}.onnx"],
     lambda name: ["predict", f"{name}.png", "--model", "demo"],
     lambda name: ["zoo", "show", name],
-    lambda name: ["deploy", "--model", "demo", "--fp16", "--val", name],
+    lambda name: ["deploy", "--model", "demo", "--fp16", "--val-data", name],
     lambda name: ["bisect", "--model", "demo", "--data", name],
     lambda name: ["search", "--model", "demo", "--data", name],
     lambda name: ["build-engine", "--model", name],
@@ -425,7 +425,7 @@ _AT: dict[str, Callable[[Path], list[Any]]] = {
     "x.json": lambda path: ["quantize", "--model", "demo", "--recipe", path],
     "x.txt": lambda path: [
         *("verify", "--model", "demo", "--data", cards.demo_file("test.zip")),
-        *("--limit", "2", "--labels", path),
+        *("--images", "2", "--labels", path),
     ],
     "clipdeploy.toml": lambda path: ["config"],
     "artifacts/workspace.json": lambda path: ["package", "--triton", "{out}"],

@@ -15,7 +15,7 @@ __all__ = ["FEW", "TEST", "good", "merge", "refused", "run", "verify"]
 
 TEST = cards.demo_file("test.zip")
 # With 64 images and no difference a drop below 5.7 points is proven.
-FEW = ("--limit", "64", "--max-drop", "6", "--batch", "8", "--workers", "0")
+FEW = ("--images", "64", "--max-drop", "6", "--batch", "8", "--workers", "0")
 
 
 def run(*words: str | Path) -> Result:

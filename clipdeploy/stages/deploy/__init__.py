@@ -1,1 +1,1 @@
-"""All stages in order, then the package."""
+"""Runs all stages in order and packages the result."""

@@ -1,4 +1,4 @@
-"""What would make a deployment fail at its end, found before its first long stage."""
+"""Checks before the first long stage of a deployment, for problems that would appear at its end."""
 
 from __future__ import annotations
 
@@ -26,47 +26,47 @@ __all__ = ["check_deployment", "check_labels"]
 def check_deployment(
     workspace: Workspace, model: str, config: DeployConfig, progress: Progress
 ) -> None:
-    """Images that are there, readable and apart; a compiler; folders that can be written.
+    """Check the images, the compiler, the recipe and the folders of a deployment.
 
     Raises:
         UsageError: INT8 without calibration images.
-        DatasetError: images that cannot be used, or that would judge what was made with them.
-        ArtifactError, FileError, BuildError: a recipe, a folder, TensorRT.
+        DatasetError: images are missing or unreadable, or calibration images are also judged on.
+        ArtifactError, FileError, BuildError: the recipe, a folder or TensorRT cannot be used.
     """
     if config.quantize_recipe is not None:
         load_recipe(config.quantize_recipe)
     backend = choose_backend(config.build.backend).backend
     check_options(backend, tensorrt_module(backend), config.build)
-    _there(config.val, "--val")
+    _check_exists(config.val, "--val-data")
     judging = open_images(config.val)
     if config.calibration is not None:
-        _there(config.calibration, "--calibration")
+        _check_exists(config.calibration, "--calibration-data")
         observed = choose_images(config.calibration, config.calibrate)
         _readable(observed, progress, skip=config.calibrate.skip_unreadable)
         _refuse_shared(observed, judging, config)
     elif config.calibrates and not workspace.calibration(model).exists():
         raise UsageError(
-            "INT8 without calibration images", hint="pass --calibration CALIBRATION_IMAGES"
+            "INT8 without calibration images", hint="pass --calibration-data CALIBRATION_IMAGES"
         )
     _readable(judging, progress, skip=config.verify.skip_unreadable)
     _writable(workspace, model, config)
 
 
 def check_labels(config: DeployConfig, passport: Passport) -> None:
-    """Images of ``val`` that a verdict can come of, now that the classes are known.
+    """Check the labels of the images to judge on, once the classes are known.
 
     Raises:
-        DatasetError: folders that are no classes, labels that cannot be read, or none at all.
+        DatasetError: folders are not classes, or labels are unreadable or missing.
     """
     images = labelled_images(config.val, passport, config.scope, lambda text: None)
     if not images.labelled and passport.weights.kind != "random":
         raise DatasetError(
-            f"not every image of {config.val} has a label: no verdict could come of them",
-            hint="class folders, or a list of names and classes: --labels FILE",
+            f"not all images of {config.val} have a label, which a verdict needs",
+            hint="use class folders, or pass a list of names and classes with --labels FILE",
         )
 
 
-def _there(path: Path, option: str) -> None:
+def _check_exists(path: Path, option: str) -> None:
     if not path.exists():
         raise DatasetError(f"{path} does not exist", hint=f"check the path given to {option}")
 
@@ -76,14 +76,14 @@ def _readable(images: ImageFolder, progress: Progress, *, skip: bool) -> None:
 
 
 def _refuse_shared(observed: ImageFolder, judging: ImageFolder, config: DeployConfig) -> None:
-    # Nothing is judged on random weights, so that no image can flatter them.
+    # The accuracy of random weights is not judged.
     if config.weights.random_seed is not None:
         return
     if shared := shared_images(observed, judging):
         raise DatasetError(
             f"{judging.root} holds images of {observed.root} that INT8 would be calibrated on: "
             f"{Few.of(shared)}",
-            hint="they cannot judge the result: take them out of --calibration or of --val",
+            hint="remove them from --calibration-data or --val-data",
         )
 
 

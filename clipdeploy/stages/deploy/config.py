@@ -1,4 +1,4 @@
-"""What a deployment is asked for."""
+"""The configuration of a deployment."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from clipdeploy.core.paths import convert_paths
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.models.load import WeightsChoice
 from clipdeploy.stages.calibrate import CalibrateConfig
-from clipdeploy.stages.quantize import refuse_int8_only
+from clipdeploy.stages.quantize import refuse_int8_only, refuse_unbuildable
 from clipdeploy.stages.verify.setup import VerifyScope
 from clipdeploy.verification.verifier import VerifyConfig
 from clipdeploy.workspace.folder import PRECISIONS
 
 __all__ = ["SHORT_BENCHMARK", "DeployConfig"]
 
-# Which precision is the faster one shows in seconds.
+# Two seconds are enough to see which precision is faster.
 SHORT_BENCHMARK = BenchmarkConfig(batches=(1, 8), seconds=2.0)
 
-# What the benchmark holds a precision against: the one that it is chosen instead of.
+# The precisions that the benchmark compares each precision with.
 _INSTEAD_OF: dict[Precision, tuple[Precision, ...]] = {
     "fp32": (),
     "fp16": ("fp32",),
@@ -33,17 +33,17 @@ _INSTEAD_OF: dict[Precision, tuple[Precision, ...]] = {
 
 @dataclass(frozen=True)
 class DeployConfig:
-    """One precision of a model, from its weights to a package.
+    """How one precision of a model is deployed, from its weights to a package.
 
-    ``val`` holds labelled images, ``calibration`` those that INT8 is calibrated on; None takes the
-    calibration that lies in the workspace.  ``beside`` are precisions that are built and judged as
-    well; None is what the benchmark compares with, and nothing without a ``benchmark``.
-    ``quantize_recipe`` is a file of :mod:`calibration.recipe`, instead of ``quantize``.  Of
-    ``scope`` the artifacts are chosen by the deployment.  ``triton`` and ``cpp`` are where packages
-    go; with neither, a model repository in the model's folder; without ``package``, none is made.
+    ``val`` are labelled images to judge on.  ``calibration`` are the calibration images of INT8;
+    None uses the calibration in the workspace.  ``beside`` are further precisions to build and
+    judge; None are those that the ``benchmark`` compares with.  ``quantize_recipe`` is a file of
+    :mod:`calibration.recipe`, used instead of ``quantize``.  The artifacts in ``scope`` are
+    ignored.  ``triton`` and ``cpp`` are the folders of packages; with neither, a model repository
+    is written into the model's folder.  With ``package`` False, no package is made.
 
     Raises:
-        UsageError: choices that do not go together.
+        UsageError: values that exclude each other.
     """
 
     val: Path
@@ -67,23 +67,28 @@ class DeployConfig:
         convert_paths(self, "val", "calibration", "quantize_recipe", "triton", "cpp")
         unknown = set(self.precisions) - set(PRECISIONS)
         if unknown:
-            raise UsageError(f"no engine is built in {unknown.pop()}", hint="fp32, fp16 or int8")
+            raise UsageError(
+                f"engines cannot be built in {unknown.pop()}", hint="fp32, fp16 or int8"
+            )
         if not self.calibrates:
-            chosen = {"--calibration": self.calibration, "--recipe": self.quantize_recipe}
+            chosen = {"--calibration-data": self.calibration, "--recipe": self.quantize_recipe}
             other = {"quantize": self.quantize != QuantizeConfig()}
             refuse_int8_only({name: bool(path) for name, path in chosen.items()} | other)
+        refuse_unbuildable(self.quantize)
         if self.quantize_recipe is not None and self.quantize != QuantizeConfig():
-            raise UsageError("a recipe's file and another way to quantise", hint="choose one")
+            raise UsageError("a recipe file excludes other INT8 options", hint="pass one of them")
         if not self.package and (self.triton or self.cpp):
-            raise UsageError("a folder for a package that is not to be made", hint="leave it out")
+            raise UsageError(
+                "no package is made, but a folder for it was given", hint="leave it out"
+            )
         if self.calibrate.shard or self.verify.shard:
             raise UsageError(
-                "a shard alone has no verdict", hint="shards are for `calibrate` and `verify`"
+                "a single shard has no verdict", hint="use shards with `calibrate` and `verify`"
             )
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
-        """Everything that is built, from the widest to the narrowest."""
+        """All precisions that are built, from FP32 to INT8."""
         others = self.beside
         if others is None:
             others = _INSTEAD_OF.get(self.precision, ()) if self.benchmark else ()
@@ -92,12 +97,12 @@ class DeployConfig:
 
     @property
     def calibrates(self) -> bool:
-        """Whether images are observed for INT8."""
+        """Whether INT8 is among the precisions."""
         return "int8" in self.precisions
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """The stages that it takes, in their order."""
+        """The names of the stages, in order."""
         int8 = ("calibrate", "quantize") if self.calibrates else ()
         return (
             "check",

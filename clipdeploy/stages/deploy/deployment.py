@@ -1,4 +1,4 @@
-"""What a deployment made, what it rests on, and what it leaves open."""
+"""The result of a deployment: artifacts, verdict, packages and open points."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ __all__ = ["Deployment", "Packages", "commands_of", "open_points", "serve_comman
 
 @dataclass(frozen=True)
 class Packages:
-    """What was packaged; ``why_not`` says why nothing was, where it was asked for.
+    """The packages of a deployment; ``why_not`` says why there are none, if they were requested.
 
-    ``artifacts`` are the files that ``made`` hold, in its order.
+    ``artifacts`` are the packaged files, in the order of ``made``.
     """
 
     artifacts: tuple[Path, ...] = ()
@@ -40,7 +40,7 @@ class Packages:
 
     @property
     def made(self) -> tuple[TritonPackage | CppPackage, ...]:
-        """Those that there are."""
+        """The packages that were made."""
         return tuple(made for made in (self.triton, self.cpp) if made is not None)
 
 
@@ -48,10 +48,10 @@ class Packages:
 class Deployment(Shown):
     """A precision of a model, built and judged; true only if the verdict passed.
 
-    ``passed``: every artifact that was judged is equivalent, and only then there are packages.
-    ``open_points`` has a sentence for everything that was not proven, ``serve`` the commands that
-    bring the packages to life.  ``calibration_images`` were observed for INT8, None without it.
-    ``report`` is the verification's page, ``page`` this deployment's.
+    ``passed``: all judged artifacts are equivalent to PyTorch; otherwise there are no packages.
+    ``open_points`` has a sentence for each thing that was not proven.  ``serve`` are the commands
+    that build and start the packages.  ``calibration_images`` is the number of calibration images,
+    None without INT8.  ``report`` is the page of the verification, ``page`` that of the deployment.
     """
 
     model: str
@@ -77,13 +77,13 @@ class Deployment(Shown):
         points = [Padding(Text(point), (0, 0, 0, 2)) for point in self.open_points]
         lines = [*self.packages_in_words, f"Summary: {self.page}"]
         parts = [part for table in tables for part in (table, Text(""))]
-        # What is to be copied is never cut.
+        # Commands and paths, which are copied, are never wrapped.
         whole = [Text(line, no_wrap=True, overflow="ignore") for line in lines]
         return Group(*parts, Text("Not proven:"), *points, Text(""), *whole)
 
     @property
     def packages_in_words(self) -> tuple[str, ...]:
-        """Where the packages are and what brings them to life, or why there are none; by line."""
+        """Lines with the packages and their commands, or the reason why there are none."""
         if self.packages.why_not:
             return (f"No package: {self.packages.why_not}",)
         return tuple(
@@ -94,12 +94,12 @@ class Deployment(Shown):
 
 
 def serve_commands(packages: Packages) -> tuple[str, ...]:
-    """What builds, starts and asks what was packaged, one after the other."""
+    """The commands that build, start and test all packages."""
     return tuple(command for made in packages.made for command in commands_of(made))
 
 
 def commands_of(made: TritonPackage | CppPackage) -> tuple[str, ...]:
-    """What brings one package to life, from the folder in which the deployment was made."""
+    """The commands that build and start a package, run from the folder of the deployment."""
     if isinstance(made, CppPackage):
         return made.commands
     folder = shlex.quote(str(made.path))
@@ -115,7 +115,7 @@ def open_points(
     benchmark: Benchmark | None,
     packages: Packages,
 ) -> tuple[str, ...]:
-    """A sentence for each thing that nobody has proven; never empty."""
+    """A sentence for each thing that was not proven; never empty."""
     return (
         *_of_the_verdict(verification),
         *_of_the_engines(verification, engines),
@@ -139,20 +139,21 @@ def _of_the_engines(verification: Verification, engines: Sequence[EngineArtifact
     for engine in engines:
         if str(engine.path) not in judged:
             yield (
-                f"{engine.path.name} was built and not executed: the verdict is on the graph that "
+                f"{engine.path.name} was built but not executed: the verdict is on the graph that "
                 "it was compiled from, run by ONNX Runtime"
             )
         for fallback in engine.passport.fallbacks:
-            yield f"{engine.path.name} was not compiled as asked: {fallback}"
+            yield f"{engine.path.name} was not compiled as requested: {fallback}"
 
 
 def _of_the_images(verification: Verification, calibration_images: int | None) -> Iterator[str]:
     if skipped := len(verification.skipped):
-        yield f"{skipped:,} image{'s' * (skipped > 1)} could not be read and judged nothing"
+        were = "images were" if skipped > 1 else "image was"
+        yield f"{skipped:,} {were} unreadable and not used"
     if calibration_images is not None and calibration_images < FEW_IMAGES:
         yield (
-            f"INT8's ranges are those of {calibration_images} images: {FEW_IMAGES} or more would "
-            "make them those of the data"
+            f"the INT8 ranges are from only {calibration_images} images: with {FEW_IMAGES} or more "
+            "they represent the data better"
         )
 
 
@@ -165,7 +166,7 @@ def _of_the_speed(benchmark: Benchmark | None, engines: Sequence[EngineArtifact]
         yield f"the latency of {left.label}{batch} was not measured: {left.reason}"
     measured = {row.artifact for row in benchmark.rows}
     if benchmark and not any(str(engine.path) in measured for engine in engines):
-        yield "the latencies are of graphs in ONNX Runtime, and say nothing about an engine's"
+        yield "the latencies are those of graphs in ONNX Runtime, not of the engine"
 
 
 def _of_the_packages(packages: Packages, verification: Verification) -> Iterator[str]:
@@ -174,8 +175,8 @@ def _of_the_packages(packages: Packages, verification: Verification) -> Iterator
         ran = any(row.kind == "engine" for row in verification.rows)
         if ran and packages.triton.model.suffix == ".onnx":
             yield (
-                "Triton loads no engine of TensorRT-RTX and is given the graph, judged as well: "
-                "how fast it is there was not measured"
+                "Triton cannot load TensorRT-RTX engines and gets the graph, which was judged as "
+                "well: its speed there was not measured"
             )
     if packages.cpp:
-        yield "the C++ program was not compiled here; its own test holds it against Python's logits"
+        yield "the C++ program was not compiled here; its own test compares it with Python's logits"

@@ -1,4 +1,4 @@
-"""Verdict -> packages, and none without one."""
+"""Packages a deployment if its verdict passed."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def make_packages(
     *,
     force: bool = False,
 ) -> Packages:
-    """Package what was judged itself: the engine if it ran, else the graph it was compiled from.
+    """Package the judged engine if it was executed, else the graph that it was compiled from.
 
-    Triton takes no engine of TensorRT-RTX, and gets the graph, which was judged as well.  A model
-    that the repository has already becomes its next version.
+    Triton cannot load TensorRT-RTX engines, so it gets the graph, which was judged as well.  A
+    model that the repository contains already gets a new version.
 
     Raises:
-        ArtifactError: a file is no longer the one that was judged, or a folder holds another thing.
-        FileError: no permission, no space.
+        ArtifactError: a file has changed since it was judged, or a folder contains something else.
+        FileError: no permission or no space.
     """
     graph = workspace.graph(model, config.precision)
     ran = str(engine.path) in _judged(judgement)
@@ -53,14 +53,14 @@ def make_packages(
 def no_packages(
     workspace: Workspace, model: str, config: DeployConfig, judgement: Judgement
 ) -> Packages:
-    """Why there are none; what an earlier deployment left in their place is named."""
+    """The reason for not packaging, and packages that an earlier deployment left."""
     assert judgement.verification is not None  # only a shard has none
     older = [path for path in _places(workspace, model, config) if path.exists()]
-    there = f"; {', '.join(map(str, older))} is of an earlier verdict" if older else ""
+    there = f"; {', '.join(map(str, older))} is from an earlier verdict" if older else ""
     if {row.verdict for row in judgement.verification.rows} == {"equivalent", "not executed"}:
         return Packages(
-            why_not="the engine was not executed; run the same command where it can run, and what "
-            f"is done stays done, or pass --graphs-only to deploy the graph{there}"
+            why_not="the engine was not executed; run the same command on a machine that can run "
+            f"it, which reuses all results, or pass --graphs-only to deploy the graph{there}"
         )
     return Packages(why_not=f"the verdict does not allow one{there}")
 
@@ -73,7 +73,7 @@ def _places(workspace: Workspace, model: str, config: DeployConfig) -> list[Path
 
 
 def _judged(judgement: Judgement) -> dict[str, str]:
-    """The artifacts that were run, and the SHA-256 of the files as they were then."""
+    """The artifacts that were run, and the SHA-256 of their files at that time."""
     assert judgement.evidence is not None
     artifacts = judgement.evidence.results.run_key.artifacts
     return {entry.artifact: entry.sha256 for entry in artifacts if entry.runner}

@@ -1,7 +1,7 @@
-"""A deployment as a page and as data, side by side in the model's folder.
+"""Writes the page of a deployment and the same content as JSON, into the model's folder.
 
-The page has the look of a verification's report and the same table; it shows nothing of how long
-the stages took, so that the same results make the same bytes.
+The page has the style and the table of a verification's report.  It leaves out the times of the
+stages, so that equal results give equal bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _TEMPLATES = "stages/deploy/templates"
 
 @dataclass(frozen=True)
 class BuiltFile:
-    """A file of a deployment: what it is, its bytes and hash, and what made it."""
+    """A file of a deployment: its kind, size, hash, and how it was made."""
 
     path: Path
     kind: str
@@ -32,7 +32,7 @@ class BuiltFile:
 
 
 def built_files(result: Deployment, calibration: Path | None) -> Iterator[BuiltFile]:
-    """Graphs, the calibration, engines, in the order that they were made in."""
+    """The graphs, the calibration and the engines, in the order in which they were made."""
     for graph in result.graphs:
         kind = f"{graph.passport.precision} graph"
         yield BuiltFile(graph.path, kind, graph.bytes, graph.sha256, f"{graph.nodes} nodes")
@@ -48,17 +48,17 @@ def built_files(result: Deployment, calibration: Path | None) -> Iterator[BuiltF
 
 
 def write_pages(result: Deployment, results: Results, calibration: Path | None) -> None:
-    """Write the page, and the same as data beside it.
+    """Write the page, and the same content as JSON beside it.
 
     Raises:
-        FileError: no permission, no space.
+        FileError: no permission or no space.
     """
     write_atomic(result.page.with_suffix(".json"), to_json(result) + b"\n")
     write_atomic(result.page, _page(result, results, calibration).encode())
 
 
 def _page(result: Deployment, results: Results, calibration: Path | None) -> str:
-    # Jinja and matplotlib take a while to import.
+    # Imported here because Jinja and matplotlib take long to import.
     from markupsafe import Markup
 
     from clipdeploy.benchmark.plot import draw_benchmark

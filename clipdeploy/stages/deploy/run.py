@@ -1,17 +1,15 @@
-"""Weights -> package: every stage in one call, and nothing packaged that was not judged.
+"""Runs all stages from weights to a package, and packages only what was judged.
 
     check -> export -> calibrate -> quantise -> build -> verify -> benchmark -> package -> summary
 
-Each stage is the one that its own command runs.  It looks whether its result is already there and
-of the same inputs, so that a run that was killed at any moment goes on, and a second run does
-nothing.
+Each stage is that of its own command.  It reuses its result if that exists and was made from the
+same inputs, so that an interrupted run continues and a second run does nothing.
 
-Fails closed.  There is a package only after a verdict that passed, and it holds only files that
-were judged themselves, byte by byte.  On a machine that cannot execute an engine the verdict is
-NOT PROVEN (see :func:`clipdeploy.stages.verify.run.verify_model`), and there is no package: the
-accuracy of the graph in ONNX Runtime is no evidence for the engine.  With
-``VerifyScope(graphs_only=True)`` the graph alone is the question, and then the graph is what is
-packaged; the engine is named among what was not proven.
+A package is made only if the verdict passed, and contains only files that were themselves judged,
+with the same bytes.  On a machine that cannot execute an engine the verdict is NOT PROVEN (see
+:func:`clipdeploy.stages.verify.run.verify_model`) and no package is made, because the accuracy of
+the graph in ONNX Runtime does not prove that of the engine.  With ``VerifyScope(graphs_only=True)``
+only the graph is judged and packaged; the engine is listed among what was not proven.
 """
 
 from __future__ import annotations
@@ -23,11 +21,10 @@ from pathlib import Path
 from typing import Protocol
 
 from calibration.qdq import QuantizeConfig, QuantizedGraph
-from calibration.recipe import load_recipe
 from calibration.table import load_table
 from clipdeploy.benchmark.cached import CachedBenchmark, cached_benchmark
 from clipdeploy.core.device import gpus
-from clipdeploy.core.passport import Passport, Precision
+from clipdeploy.core.passport import Precision
 from clipdeploy.core.progress import SILENT, Progress
 from clipdeploy.engines.builder import EngineArtifact, build_engine
 from clipdeploy.models import cards
@@ -38,7 +35,12 @@ from clipdeploy.stages.deploy.deployment import Deployment, Packages, open_point
 from clipdeploy.stages.deploy.package import make_packages, no_packages
 from clipdeploy.stages.deploy.page import write_pages
 from clipdeploy.stages.export import export_model
-from clipdeploy.stages.quantize import config_to_build, convert_model, quantize_model
+from clipdeploy.stages.quantize import (
+    chosen_config,
+    convert_model,
+    quantize_model,
+    recipe_config,
+)
 from clipdeploy.stages.report import write_reports
 from clipdeploy.stages.stage_log import UNWATCHED, StageLog, StageWatch
 from clipdeploy.stages.verify.run import verify_model
@@ -59,13 +61,13 @@ def deploy_model(
     note: Callable[[str], object] = lambda text: None,
     progress: Progress = SILENT,
 ) -> Deployment:
-    """Everything from weights to a package; false, and without one, unless the verdict passed.
+    """Run all stages from weights to a package; the result is false unless the verdict passed.
 
-    ``watch`` is told of the stages, ``progress`` of what each is doing, ``note`` of what is odd.
-    The page about it lies in the workspace, whatever the verdict.
+    ``watch`` is called for each stage, ``progress`` for the tasks in it, and ``note`` with remarks.
+    The page of the deployment is written into the workspace whatever the verdict is.
 
     Raises:
-        ClipdeployError: a stage failed, or its inputs were seen to be of no use before it began.
+        ClipdeployError: a stage failed, or a check before the first stage.
     """
     name = cards.find(model).name
     log = StageLog(config.stages, watch)
@@ -94,7 +96,7 @@ class _Run:
     engines: dict[Precision, EngineArtifact] = field(default_factory=dict)
 
     def deployment(self) -> Deployment:
-        """All stages, one after the other."""
+        """Run all stages in order."""
         check = partial(check_deployment, self.workspace, self.model, self.config, self.progress)
         self.log.run("check", check)
         self._make_graphs()
@@ -122,8 +124,7 @@ class _Run:
                 calibrate = partial(calibrate, force=self.force, progress=self.progress)
                 made = self.log.run("calibrate", calibrate, _is_new)
                 self._warn(made.notes())
-            quantize = partial(self._quantize, source.passport)
-            int8 = self.log.run("quantize", quantize, lambda made: made.artifact.changed)
+            int8 = self.log.run("quantize", self._quantize, lambda made: made.artifact.changed)
             self._warn(int8.quality.warnings if int8.quality is not None else ())
             self.graphs.append(int8.artifact)
 
@@ -131,7 +132,7 @@ class _Run:
         for warning in warnings:
             self.note(warning)
 
-    def _name_skipped(self, names: tuple[str, ...]) -> None:
+    def _note_skipped(self, names: tuple[str, ...]) -> None:
         for name in names:
             self.note(f"skipped, unreadable: {name}")
 
@@ -146,8 +147,8 @@ class _Run:
             progress=self.progress,
         )
 
-    def _quantize(self, passport: Passport) -> QuantizedGraph:
-        config = self._quantize_config(passport)
+    def _quantize(self) -> QuantizedGraph:
+        config = self._quantize_config()
         at = (self.workspace, self.model)
         return quantize_model(
             *at,
@@ -157,14 +158,11 @@ class _Run:
             progress=self.progress,
         )
 
-    def _quantize_config(self, passport: Passport) -> QuantizeConfig:
-        if (path := self.config.quantize_recipe) is not None:
-            recipe = load_recipe(path)
-            recipe.check(passport.weights.identity)
-            return replace(recipe.config, remainder="fp16")
-        asked = self.config.quantize
+    def _quantize_config(self) -> QuantizeConfig:
         at = (self.workspace, self.model)
-        return config_to_build(*at, asked, force=self.force, note=self.note)
+        if (path := self.config.quantize_recipe) is not None:
+            return replace(recipe_config(*at, path), remainder="fp16")
+        return chosen_config(*at, self.config.quantize, force=self.force, note=self.note)
 
     def _build(self, precision: Precision) -> EngineArtifact:
         graph = self.workspace.graph(self.model, precision)
@@ -192,7 +190,7 @@ class _Run:
             "verify", verify, lambda made: made.results is None or before != _state(made.results)
         )
         assert made.verification is not None  # only a shard has none
-        self._name_skipped(made.verification.skipped)
+        self._note_skipped(made.verification.skipped)
         return made
 
     def _benchmark(self) -> CachedBenchmark:
@@ -202,7 +200,7 @@ class _Run:
         graphs = [
             self.workspace.graph(self.model, each) for each in dict.fromkeys(("fp32", chosen))
         ]
-        # Without a GPU no engine runs: graphs are compared, and the engine is said not to be.
+        # Without a GPU graphs are compared, and the engine is listed as not measured.
         compared = engines if gpus() else [*graphs, self.workspace.engine(self.model, chosen)]
         measure = partial(
             cached_benchmark,
@@ -270,7 +268,7 @@ def _any_changed(packages: Packages) -> bool:
 
 
 def _state(path: Path) -> tuple[int, int] | None:
-    """A file as it is now: another one by its name, or written to, has another state."""
+    """The identity and the modification time of a file; None if it does not exist."""
     if not path.exists():
         return None
     found = path.stat()

@@ -34,9 +34,11 @@ def digits(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder, and nothing set."""
+    """An empty working folder, without settings."""
     for setting in SETTINGS:
-        monkeypatch.delenv(setting.variable, raising=False)
+        for variable in (setting.variable, setting.old_variable):
+            if variable:
+                monkeypatch.delenv(variable, raising=False)
     monkeypatch.delenv("CLIPDEPLOY_CONFIG")
     monkeypatch.chdir(tmp_path)
     return tmp_path

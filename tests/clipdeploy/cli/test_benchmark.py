@@ -18,7 +18,7 @@ from clipdeploy.cli.benchmark import benchmark
 from clipdeploy.models import cards
 from clipdeploy.workspace.folder import Workspace
 
-QUICK = ("--rounds", "2", "--warmup", "0", "--batch", "1,3", "--provider", "cpu")
+QUICK = ("--rounds", "2", "--warmup", "0", "--batch", "1,3", "--device", "cpu")
 COMMAND = "from clipdeploy.cli.benchmark import benchmark; benchmark(prog_name='benchmark')"
 
 
@@ -41,7 +41,7 @@ def artifacts(demo_workspace: Workspace, tmp_path: Path) -> Path:
 
 
 def test_all_of_the_last_model_is_measured_and_drawn(artifacts: Path, tmp_path: Path) -> None:
-    result = run(*QUICK, "--workspace", artifacts, "--plot", tmp_path / "new" / "speed.svg")
+    result = run(*QUICK, "--workspace", artifacts, "--output", tmp_path / "new" / "speed.svg")
     assert result.exit_code == 0, result.output
     assert "model: clip-vit-demo (the last one of" in result.stderr
     assert "other programs on this machine affect the latencies" in result.stderr
@@ -76,7 +76,7 @@ def test_nothing_that_runs_is_an_error_with_the_reasons(tmp_path: Path) -> None:
     engine = tmp_path / "vit.int8.engine"
     engine.write_bytes(b"no passport beside it")
     plot = tmp_path / "speed.png"
-    result = run(engine, *QUICK, "--plot", plot)
+    result = run(engine, *QUICK, "--output", plot)
     assert result.exit_code == 1
     assert "int8.engine: " in result.stdout
     assert "error: nothing could be measured (int8.engine: " in result.stderr
@@ -100,8 +100,8 @@ def test_one_that_runs_is_enough(artifacts: Path) -> None:
         (("--batch", "0"), 2, "batches of [0]"),
         (("--seconds", "0"), 2, "0.0 seconds"),
         (("--rounds", "0"), 2, "0 rounds"),
-        (("--plot", "speed.pdf"), 2, "speed.pdf"),
-        (("x.onnx", "--model", "demo"), 2, "--model beside files"),
+        (("--output", "speed.pdf"), 2, "speed.pdf"),
+        (("x.onnx", "--model", "demo"), 2, "leave out --model"),
         (("notes.txt",), 2, "neither .onnx nor .engine"),
         (("gone.onnx",), 1, "there is no file gone.onnx"),
         (("--model", "demo"), 2, "has not been exported"),
@@ -132,7 +132,7 @@ def test_an_interrupt_leaves_no_plot(artifacts: Path, tmp_path: Path) -> None:
     plot = tmp_path / "plots" / "speed.png"
     words = ["--workspace", str(artifacts), "--seconds", "600", "--warmup", "0"]
     process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, *words, "--plot", str(plot)],
+        [sys.executable, "-c", COMMAND, *words, "--output", str(plot)],
         preexec_fn=hear_interrupts,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -217,7 +217,7 @@ def test_quantize_says_what_stays_float(artifacts: Path) -> None:
     assert "not INT8: head, not requested with --quantize-head" in result.stdout
     cpu = run("quantize", "--cpu", *at)
     assert "int8-cpu.onnx" in cpu.stdout
-    verified = run("verify", "--data", TEST, "--json", "--limit", "100", *at)
+    verified = run("verify", "--data", TEST, "--json", "--images", "100", *at)
     rows = json.loads(verified.stdout)["rows"]
     assert [row["precision"] for row in rows] == ["fp32", "int8", "int8-cpu"]
 

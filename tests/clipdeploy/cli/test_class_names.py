@@ -62,7 +62,7 @@ def test_folders_name_the_classes_that_nobody_named(
 ) -> None:
     result = export(tmp_path, weights)
     assert result.exit_code == 0, result.output
-    assert "nobody named the 4 classes" in result.stderr
+    assert "the 4 classes of this checkpoint have no names" in result.stderr
     assert "classes: 4, without names" in result.stdout
     result = verify(tmp_path / "artifacts", *PASSING, data=bugs)
     found = good(result)

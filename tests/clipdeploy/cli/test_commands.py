@@ -93,14 +93,14 @@ def test_an_engine_that_did_not_run_is_no_pass(artifacts: Path) -> None:
     if gpus():
         pytest.skip("the engine can run here")
     assert run("build-engine", "--fp16", "--workspace", artifacts).exit_code == 0
-    result = run("verify", "--data", TEST, "--limit", "20", "--workspace", artifacts)
+    result = run("verify", "--data", TEST, "--images", "20", "--workspace", artifacts)
     assert result.exit_code == 3
     assert "fp16 engine" in result.stdout
     assert "fp16.onnx was scored in its place" in " ".join(result.stdout.split())
 
 
 def test_an_undecided_verdict_exits_with_three(artifacts: Path) -> None:
-    at = ("--workspace", artifacts, "--data", TEST, "--limit", "50")
+    at = ("--workspace", artifacts, "--data", TEST, "--images", "50")
     result = run("verify", *at)
     assert result.exit_code == 3
     assert "UNDECIDED: about" in result.stdout
@@ -111,7 +111,7 @@ def test_an_undecided_verdict_exits_with_three(artifacts: Path) -> None:
 def test_random_weights_get_no_verdict(tmp_path: Path, digits: Path) -> None:
     at = ("--workspace", tmp_path / "artifacts")
     assert run("export", "--model", "demo", "--random-init", "0", *at).exit_code == 0
-    result = run("verify", "--data", digits, "--limit", "10", *at)
+    result = run("verify", "--data", digits, "--images", "10", *at)
     assert result.exit_code == 3
     assert "NOT JUDGED: random weights have no accuracy" in result.stdout
 
@@ -276,7 +276,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
         (("calibrate", "--data", CALIBRATION), "images"),
         (("quantize",), "placement"),
         (("build-engine", "--fp16"), "passport"),
-        (("verify", "--data", TEST, "--max-drop", "30", "--limit", "10", "--graphs-only"), "rows"),
+        (("verify", "--data", TEST, "--max-drop", "30", "--images", "10", "--graphs-only"), "rows"),
     ],
 )
 def test_json_is_all_that_stdout_holds(words: tuple[str, ...], key: str, artifacts: Path) -> None:
@@ -289,7 +289,9 @@ def test_json_is_all_that_stdout_holds(words: tuple[str, ...], key: str, artifac
 
 def test_export_options_reach_the_graph(tmp_path: Path) -> None:
     at = ("--model", "demo", "--workspace", tmp_path / "a", "--json")
-    result = run("export", *at, "--batch", "2", "--preprocess", "--opset", "18", "--resize", "timm")
+    result = run(
+        "export", *at, "--fixed-batch", "2", "--preprocess", "--opset", "18", "--resize", "timm"
+    )
     assert result.exit_code == 0, result.output
     passport = json.loads(result.stdout)["passport"]
     assert passport["input"] == {"name": "image", "dtype": "uint8", "shape": [2, 32, 32, 3]}
@@ -301,7 +303,7 @@ def test_export_options_reach_the_graph(tmp_path: Path) -> None:
     ("words", "said"),
     [
         (("export", "--model", "demo", "--opset", "16"), "invalid value 16 for --opset"),
-        (("export", "--model", "demo", "--batch", "0"), "invalid value 0 for --batch"),
+        (("export", "--model", "demo", "--fixed-batch", "0"), "invalid value 0 for --fixed-batch"),
         (("build-engine", "--int8", "--fp16-io"), "--fp16-io belongs to --fp16"),
         (
             ("export", "--model", "demo", "--checkpoint", "hf://timm"),

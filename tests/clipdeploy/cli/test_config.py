@@ -39,7 +39,7 @@ def rows(shown: str) -> dict[str, tuple[str, str]]:
 
 
 def test_each_value_and_where_it_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    write("max_drop = 0.5", 'workspace = "out"', "keep_crops = true")
+    write("max_drop = 0.5", 'workspace = "out"', "cache_crops = true")
     monkeypatch.setenv("CLIPDEPLOY_MAX_DROP", "0.25")
     result = run("config")
     assert result.exit_code == 0, result.output
@@ -47,7 +47,7 @@ def test_each_value_and_where_it_came_from(monkeypatch: pytest.MonkeyPatch) -> N
     assert list(shown) == ["setting", *(setting.name for setting in SETTINGS)]
     assert shown["max_drop"] == ("0.25", "CLIPDEPLOY_MAX_DROP")
     assert shown["workspace"] == ("out", CONFIG_FILE)
-    assert shown["keep_crops"] == ("true", CONFIG_FILE)
+    assert shown["cache_crops"] == ("true", CONFIG_FILE)
     assert shown["backend"] == ("auto", "default")
     assert shown["model"] == ("the workspace's last one", "default")
 
@@ -61,7 +61,7 @@ def test_the_command_line_outranks_here_too() -> None:
 
 
 def test_json_has_values_of_their_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    write("max_drop = 1", 'validation = "val"')
+    write("max_drop = 1", 'val_data = "val"')
     monkeypatch.setenv("CLIPDEPLOY_OFFLINE", "1")
     read = json.loads(run("config", "--json").stdout)
     assert read["file"] == CONFIG_FILE
@@ -74,7 +74,7 @@ def test_json_has_values_of_their_type(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     assert by_name["offline"]["value"] is True
     assert by_name["offline"]["source"] == "environment"
-    assert by_name["validation"]["value"] == "val"
+    assert by_name["val_data"]["value"] == "val"
     assert by_name["model"]["value"] is None
     assert by_name["model"]["source"] == "default"
 
@@ -87,13 +87,13 @@ def test_without_a_file_it_says_how_to_get_one() -> None:
 
 
 def test_what_is_most_likely_not_meant(monkeypatch: pytest.MonkeyPatch) -> None:
-    write('validation = "gone"', 'calibration = "."')
+    write('val_data = "gone"', 'calibration_data = "."')
     monkeypatch.setenv("CLIPDEPLOY_WORKSPCE", "x")
     result = run("config")
     assert result.exit_code == 0
-    assert "validation: gone is not there (clipdeploy.toml)" in result.stderr
-    assert "calibration" not in result.stderr
-    assert "CLIPDEPLOY_WORKSPCE is no setting (nearest: CLIPDEPLOY_WORKSPACE)" in result.stderr
+    assert "val_data: gone does not exist (clipdeploy.toml)" in result.stderr
+    assert "calibration_data" not in result.stderr
+    assert "CLIPDEPLOY_WORKSPCE is not a setting (nearest: CLIPDEPLOY_WORKSPACE)" in result.stderr
     assert run("config", "--quiet").stderr == ""
 
 
@@ -105,7 +105,7 @@ def test_init_writes_a_template_and_never_overwrites(cwd: Path) -> None:
     write("max_drop = 0.5")
     again = run("config", "--init")
     assert again.exit_code == 2
-    assert "clipdeploy.toml is there already" in again.stderr
+    assert "clipdeploy.toml exists already" in again.stderr
     assert Path(CONFIG_FILE).read_text(encoding="utf-8") == "max_drop = 0.5"
     assert [path.name for path in cwd.iterdir()] == [CONFIG_FILE]
 
@@ -126,15 +126,15 @@ def test_a_model_of_the_settings_contradicts_no_file(
     graph = demo_workspace.graph(cards.DEMO, "fp32")
     words = ("benchmark", graph, "--batch", "1", "--rounds", "1", "--warmup", "0")
     assert run(*words).exit_code == 0
-    assert "--model beside files" in run(*words, "--model", "demo").stderr
+    assert "leave out --model" in run(*words, "--model", "demo").stderr
 
 
 def test_a_verdict_says_which_settings_it_rests_on(
     demo_workspace: Workspace, tmp_path: Path
 ) -> None:
     shutil.copytree(demo_workspace.root, tmp_path / "copy")
-    write(f'workspace = "{tmp_path / "copy"}"', f'validation = "{TEST}"', "max_drop = 30")
-    words = ("verify", "--model", "demo", "--limit", "20", "--json")
+    write(f'workspace = "{tmp_path / "copy"}"', f'val_data = "{TEST}"', "max_drop = 30")
+    words = ("verify", "--model", "demo", "--images", "20", "--json")
     result = run(*words)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["max_drop"] == 30
@@ -165,17 +165,17 @@ def test_a_setting_fills_a_gap_and_replaces_no_calibration(cwd: Path, artifacts:
     build = ("build-engine", "--int8", "--range", "minmax")
     without = run(*build, "--model", "demo")
     assert without.exit_code == 2
-    for way in ("has not been calibrated", "--data", "CLIPDEPLOY_CALIBRATION", CONFIG_FILE):
+    for way in ("has not been calibrated", "--data", "CLIPDEPLOY_CALIBRATION_DATA", CONFIG_FILE):
         assert way in without.stderr
-    write('model = "demo"', 'calibration = "digits"', 'backend = "tensorrt-rtx"')
+    write('model = "demo"', 'calibration_data = "digits"', 'backend = "tensorrt-rtx"')
     built = run(*build)
     assert built.exit_code == 0, built.output
-    assert "calibration: digits (clipdeploy.toml)" in built.stderr
+    assert "calibration_data: digits (clipdeploy.toml)" in built.stderr
     assert "settings: --backend tensorrt-rtx (clipdeploy.toml)" in built.stderr
     first = calibrated_on(artifacts)
     assert len(first) == 30
     few_digits(TEST, cwd / "others")
-    write('model = "demo"', 'calibration = "others"')
+    write('model = "demo"', 'calibration_data = "others"')
     kept = run(*build)
     assert kept.exit_code == 0, kept.output
     assert "calibration:" not in kept.stderr
@@ -186,7 +186,7 @@ def test_a_setting_fills_a_gap_and_replaces_no_calibration(cwd: Path, artifacts:
 
 
 def test_calibrate_takes_the_setting_and_merge_ignores_it(cwd: Path, artifacts: Path) -> None:
-    write(f'calibration = "{CALIBRATION}"')
+    write(f'calibration_data = "{CALIBRATION}"')
     shard = run("calibrate", "--shard", "1/1", "--images", "20", "--model", "demo")
     assert shard.exit_code == 0, shard.output
     assert f"settings: --data {CALIBRATION} (clipdeploy.toml)" in shard.stderr

@@ -24,7 +24,7 @@ from clipdeploy.workspace.folder import Workspace
 
 CALIBRATION = cards.demo_file("calibration.zip")
 # 64 images without a difference prove a drop below 5.7 points.
-FEW = ("--limit", "64", "--max-drop", "6", "--no-benchmark")
+FEW = ("--val-images", "64", "--max-drop", "6", "--no-benchmark")
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def artifacts(demo_workspace: Workspace, tmp_path: Path) -> Path:
 
 def words(artifacts: Path, *more: str | Path, val: Path = TEST) -> tuple[str | Path, ...]:
     at = ("--model", "demo", "--workspace", artifacts)
-    return ("deploy", "--calibration", CALIBRATION, "--val", val, *at, *FEW, *more)
+    return ("deploy", "--calibration-data", CALIBRATION, "--val-data", val, *at, *FEW, *more)
 
 
 def test_a_line_a_stage_where_nobody_watches(artifacts: Path) -> None:
@@ -49,7 +49,7 @@ def test_a_line_a_stage_where_nobody_watches(artifacts: Path) -> None:
     for stage in ("build int8", "verify", "package", "summary"):
         assert any(re.fullmatch(rf"{stage}: done, \d+\.\d s", line) for line in said)
     assert result.stdout.startswith("EQUIVALENT")
-    for shown in ("int8.engine was built and not executed", "docker build", "deployment.html"):
+    for shown in ("int8.engine was built but not executed", "docker build", "deployment.html"):
         assert shown in result.stdout
 
 
@@ -86,19 +86,21 @@ def test_an_engine_that_did_not_run_exits_with_three(artifacts: Path) -> None:
 def test_a_setting_calibrates_int8_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, told: bool
 ) -> None:
-    monkeypatch.setenv("CLIPDEPLOY_CALIBRATION", str(CALIBRATION))
+    monkeypatch.setenv("CLIPDEPLOY_CALIBRATION_DATA", str(CALIBRATION))
     at = ("--model", "demo", "--workspace", tmp_path / "artifacts")
-    result = run("deploy", precision, "--val", tmp_path / "nothing", *at)
-    refused(result, 1, "does not exist", "--val")
-    assert (f"calibration: {CALIBRATION} (CLIPDEPLOY_CALIBRATION)" in result.stderr) is told
+    result = run("deploy", precision, "--val-data", tmp_path / "nothing", *at)
+    refused(result, 1, "does not exist", "--val-data")
+    assert (
+        f"calibration_data: {CALIBRATION} (CLIPDEPLOY_CALIBRATION_DATA)" in result.stderr
+    ) is told
 
 
 @pytest.mark.parametrize(
     ("more", "code", "said"),
     [
-        (("--fp16",), 2, "--calibration belongs to --int8"),
+        (("--fp16",), 2, "--calibration-data belongs to --int8"),
         (("--checkpoint", "x.pth", "--random-init", "1"), 2, "exclude each other"),
-        (("--recipe", "x.json", "--no-smooth"), 2, "--recipe beside options"),
+        (("--recipe", "x.json", "--no-smooth"), 2, "a recipe contains all"),
         (("--triton", "/proc/clipdeploy"), 1, "cannot write /proc/clipdeploy"),
         (("--max-drop", "-1"), 2, "--max-drop is 0 to 100"),
     ],
@@ -112,17 +114,17 @@ def test_bad_options(more: tuple[str, ...], code: int, said: str, artifacts: Pat
 def test_what_cannot_be_read_is_named_and_left_open(artifacts: Path, tmp_path: Path) -> None:
     val = copied(TEST, tmp_path / "val", 7)
     (val / "3" / "broken.png").write_bytes(b"\x89PNG and no more")
-    asked = words(artifacts, "--graphs-only", "--limit", "71", val=val)
+    asked = words(artifacts, "--graphs-only", "--val-images", "71", val=val)
     refused(run(*asked), 1, "3/broken.png", "--skip-unreadable")
     result = run(*asked, "--skip-unreadable")
     assert result.exit_code == 0, result.output
     assert "skipped, unreadable: 3/broken.png" in result.stderr
-    assert "1 image could not be read and judged nothing" in result.stdout
+    assert "1 image was unreadable and not used" in result.stdout
 
 
 def test_a_stage_that_failed_is_named(artifacts: Path, tmp_path: Path) -> None:
     result = run(*words(artifacts, val=tmp_path / "nothing"))
-    refused(result, 1, "does not exist", "--val")
+    refused(result, 1, "does not exist", "--val-data")
     told = [line for line in result.stderr.splitlines() if not line.startswith("settings: ")]
     assert told[:2] == ["check ...", "check: failed"]
 

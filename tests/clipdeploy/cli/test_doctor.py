@@ -44,7 +44,7 @@ def test_a_machine_that_cannot_run_the_main_job_exits_with_one(
     assert result.exit_code == 1
     assert "ERROR    PyTorch       not installed\n" in result.stdout
     assert "-> pip install torch\n" in result.stdout
-    assert "1 to mend before export" in result.stdout
+    assert "1 to fix before export" in result.stdout
 
 
 def test_the_workspace_asked_for_is_looked_at(

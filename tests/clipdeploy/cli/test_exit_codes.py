@@ -240,9 +240,9 @@ def folder(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) 
 
 GRAPH = f"artifacts/{cards.DEMO}/int8.onnx"
 BAD = "--workspace regressed"
-VERIFY = "verify --data few.zip --limit 64 --max-drop 8 --workers 0 --graphs-only --no-cache"
+VERIFY = "verify --data few.zip --images 64 --max-drop 8 --workers 0 --graphs-only --no-cache-crops"
 # So few images prove no such drop.
-DEPLOY = "deploy --fp16 --val few.zip --max-drop 0.01 --graphs-only --no-benchmark"
+DEPLOY = "deploy --fp16 --val-data few.zip --max-drop 0.01 --graphs-only --no-benchmark"
 NEEDS_TENSORRT = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="needs TensorRT-RTX")
 REAL = [
     (f"{VERIFY} --json", "all closed", 0),

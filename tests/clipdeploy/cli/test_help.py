@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import click
 import pytest
+from click.testing import CliRunner
 from command_cases import every_command
 
 from clipdeploy.cli.main import main
@@ -90,3 +91,27 @@ def test_what_costs_much_is_noticed() -> None:
     assert time.perf_counter() - started >= LIMIT
     # Waiting costs nothing.
     assert least_cpu_seconds([sys.executable, "-c", f"import time; time.sleep({LIMIT})"]) < LIMIT
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_main_help_lists_all_commands_in_whole_lines(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = CliRunner().invoke(main, ["--help"], terminal_width=columns).output.splitlines()
+    listed = lines[lines.index("Prepare:") :]
+    assert not any("..." in line for line in listed)
+    assert max(map(len, lines)) <= columns
+    commands = [line.split()[0] for line in listed if line.startswith("  ")]
+    # No summary is continued on a second line.
+    assert commands == list(main.commands)
+    headings = [line for line in listed if line and not line.startswith(" ")]
+    assert headings == ["Prepare:", "Judge:", "Deploy:", "Set up:"]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["merge", "--help"], ["run", "--help"], []])
+def test_the_usage_of_verify_names_verify(words: list[str]) -> None:
+    program = [sys.executable, "-m", "clipdeploy", "verify"]
+    done = subprocess.run([*program, *words], capture_output=True, text=True, check=False)
+    below = " merge" if "merge" in words else ""
+    assert (done.stdout or done.stderr).startswith(f"Usage: clipdeploy verify{below} [OPTIONS] [")

@@ -109,7 +109,7 @@ def test_an_unreadable_image_in_commands_with_and_without_the_option(
 
 def test_too_many_images_are_asked_for(artifacts: Path, digits: Path) -> None:
     at = ("--data", digits, "--model", "demo", "--workspace", artifacts)
-    for words in (("calibrate", "--images", "900"), ("verify", "--limit", "900", "--graphs-only")):
+    for words in (("calibrate", "--images", "900"), ("verify", "--images", "900", "--graphs-only")):
         result = run(*words, *at)
         assert result.exit_code == 1, result.output
         assert "900 are needed (use fewer images, or add some)" in result.stderr

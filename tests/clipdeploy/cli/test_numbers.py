@@ -36,7 +36,7 @@ NEEDED = {
     "calibrate": "--data images",
     "search": "--data images",
     "bisect": "--data images",
-    "deploy": "--val images",
+    "deploy": "--val-data images",
     "predict": "image.png",
     "package": "--triton t",
     "verify run": "--data images",
@@ -114,11 +114,11 @@ def test_numbers_inside_a_text(text: str, cwd: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-1", "1e300"])
-@pytest.mark.parametrize("name", ["max_drop", "crops_size"])
+@pytest.mark.parametrize("name", ["max_drop", "cache_size"])
 def test_settings_have_the_same_spans(name: str, value: str, cwd: Path) -> None:
     (cwd / "clipdeploy.toml").write_text(f"{name} = {value}\n")
     assert name in {setting.name for setting in SETTINGS}
-    result = run("verify", "--data", "images", "--cache", "--model", "demo")
+    result = run("verify", "--data", "images", "--cache-crops", "--model", "demo")
     assert result.exit_code == 2, result.output
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ")

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from clipdeploy.cli.common import RichProgress
 from clipdeploy.cli.console import PlainConsole
 from clipdeploy.cli.main import main
+from clipdeploy.cli.progress import RichProgress
 from clipdeploy.cli.stage_display import StageDisplay
 from clipdeploy.core.printable import is_one_line
 from clipdeploy.models import cards

@@ -70,7 +70,7 @@ def test_a_program_is_written_with_the_commands_that_build_it(
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        ((), 2, "package takes one of --triton DIR and --cpp DIR"),
+        ((), 2, "package takes either --triton DIR or --cpp DIR"),
         (("--triton", "a", "--cpp", "b"), 2, "one of --triton DIR and --cpp DIR"),
         (("--triton", "models", "--name", "a/b"), 2, "'a/b' is not a valid"),
         (("--triton", "models", "--max-batch", "0"), 2, "--max-batch 0 is too small"),
@@ -79,8 +79,8 @@ def test_a_program_is_written_with_the_commands_that_build_it(
         (("notes.txt", "--triton", "models"), 2, "neither .onnx nor .engine"),
         (("gone.onnx", "--triton", "models"), 1, "gone.onnx"),
         (("gone.engine", "--triton", "models"), 1, "has no passport"),
-        (("x.onnx", "--model", "demo", "--triton", "models"), 2, "--model beside a file"),
-        (("--model", "demo", "--triton", "models"), 2, "nothing to package"),
+        (("x.onnx", "--model", "demo", "--triton", "models"), 2, "leave out --model"),
+        (("--model", "demo", "--triton", "models"), 2, "there is no artifact of"),
     ],
 )
 def test_wrong_words_are_refused_in_one_line(

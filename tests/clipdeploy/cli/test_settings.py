@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from clipdeploy.cli.main import main
 from clipdeploy.cli.params import SettingOption
-from clipdeploy.cli.setting_types import FLAG, FOLDER, IMAGES, MODEL, URL, Kind, as_toml
+from clipdeploy.cli.setting_types import FLAG, FOLDER, IMAGES, MODEL, URL, SettingType, as_toml
 from clipdeploy.cli.settings import (
     CONFIG_FILE,
     SETTINGS,
@@ -51,23 +51,23 @@ def write(*lines: str, to: Path = Path(CONFIG_FILE)) -> None:
     to.write_text("\n".join(lines), encoding="utf-8")
 
 
-def three_values(kind: Kind) -> tuple[Any, Any, Any]:
-    """Values that all hold for a kind and whose neighbours differ: of file, variable, option."""
-    if kind.choices:
-        return kind.choices[-1], kind.choices[-2], kind.choices[-1]
-    if kind is FLAG:
+def three_values(type_: SettingType) -> tuple[Any, Any, Any]:
+    """Values that all hold for a type and whose neighbours differ: of file, variable, option."""
+    if type_.choices:
+        return type_.choices[-1], type_.choices[-2], type_.choices[-1]
+    if type_ is FLAG:
         return True, False, True
-    if kind is MODEL:
+    if type_ is MODEL:
         return tuple(card.name for card in cards.all_cards()[:3])
-    if kind is URL:
+    if type_ is URL:
         return "https://a.example", "https://b.example", "https://c.example"
-    if kind in (FOLDER, IMAGES):
+    if type_ in (FOLDER, IMAGES):
         return "a", "b", "c"
     return 0.25, 0.5, 0.75
 
 
-def the_same(kind: Kind, value: object, expected: object) -> bool:
-    return value == (Path(str(expected)) if kind in (FOLDER, IMAGES) else expected)
+def the_same(type_: SettingType, value: object, expected: object) -> bool:
+    return value == (Path(str(expected)) if type_ in (FOLDER, IMAGES) else expected)
 
 
 def fed_options() -> Iterator[tuple[tuple[str, ...], SettingOption]]:
@@ -110,16 +110,16 @@ def typed(option: SettingOption, value: object) -> list[str]:
 def test_environment_over_file_over_default(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kind, (filed, exported, _) = setting.kind, three_values(setting.kind)
+    type_, (filed, exported, _) = setting.type, three_values(setting.type)
     found = load_settings().look_up(setting)
     assert (found.value, found.source) == (setting.default, "default")
     write(f"{setting.name} = {as_toml(filed)}")
     found = load_settings().look_up(setting)
-    assert the_same(kind, found.value, filed)
+    assert the_same(type_, found.value, filed)
     assert (found.source, found.origin) == ("file", CONFIG_FILE)
-    monkeypatch.setenv(setting.variable, str(exported).lower() if kind is FLAG else str(exported))
+    monkeypatch.setenv(setting.variable, str(exported).lower() if type_ is FLAG else str(exported))
     found = load_settings().look_up(setting)
-    assert the_same(kind, found.value, exported)
+    assert the_same(type_, found.value, exported)
     assert (found.source, found.origin) == ("environment", setting.variable)
     monkeypatch.setenv(setting.variable, "")
     assert load_settings().look_up(setting).source == "file"
@@ -130,14 +130,14 @@ def test_command_line_over_environment_over_file(
     words: tuple[str, ...], option: SettingOption, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setting, name = option.setting, str(option.name)
-    kind, (filed, exported, given) = setting.kind, three_values(setting.kind)
+    type_, (filed, exported, given) = setting.type, three_values(setting.type)
     assert parsed(words)[name] == setting.default
     write(f"{setting.name} = {as_toml(filed)}")
     if not option.deferred:
-        assert the_same(kind, parsed(words)[name], filed)
+        assert the_same(type_, parsed(words)[name], filed)
         monkeypatch.setenv(setting.variable, str(exported))
-        assert the_same(kind, parsed(words)[name], exported)
-    assert the_same(kind, parsed(words, *typed(option, given))[name], given)
+        assert the_same(type_, parsed(words)[name], exported)
+    assert the_same(type_, parsed(words, *typed(option, given))[name], given)
 
 
 @pytest.mark.parametrize(("words", "option"), FED)
@@ -174,18 +174,18 @@ def test_examples_and_wrong_types(setting: Setting) -> None:
     with pytest.raises(UsageError) as refusal:
         load_settings()
     said = str(refusal.value)
-    assert f"{CONFIG_FILE}: {setting.name} = [1, 2] is not {setting.kind.wanted}" in said
+    assert f"{CONFIG_FILE}: {setting.name} = [1, 2] is not {setting.type.wanted}" in said
     assert f"such as {as_toml(setting.example)}" in said
 
 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("workspace = artifacts", "is no TOML"),
-        ("= 1", "is no TOML"),
-        ("max_drop = 1\nmax_drop = 2", "is no TOML"),
-        ("max_drop = " + "9" * 5000, "is no TOML"),
-        ("max_dorp = 1", "no setting is called 'max_dorp' (nearest: max_drop)"),
+        ("workspace = artifacts", "is not valid TOML"),
+        ("= 1", "is not valid TOML"),
+        ("max_drop = 1\nmax_drop = 2", "is not valid TOML"),
+        ("max_drop = " + "9" * 5000, "is not valid TOML"),
+        ("max_dorp = 1", "unknown setting 'max_dorp' (nearest: max_drop)"),
         ("max-drop = 1", "nearest: max_drop"),
         ("zzz = 1", "there are workspace, model"),
         ("[verify]\nmax_drop = 1", "the file has no sections"),
@@ -194,12 +194,12 @@ def test_examples_and_wrong_types(setting: Setting) -> None:
         ("max_drop = -0.1", "max_drop = -0.1 is not a number from 0 to 100"),
         ("max_drop = 100.5", "is not a number from 0 to 100"),
         ("max_drop = nan", "is not a number from 0 to 100"),
-        ("crops_size = inf", "crops_size = inf is not a number of 0 or more"),
+        ("cache_size = inf", "cache_size = inf is not a number of 0 or more"),
         ("offline = 1", "offline = 1 is not true or false"),
         ('offline = "yes"', 'offline = "yes" is not true or false'),
         ("workspace = 3", 'workspace = 3 is not a path (such as "artifacts")'),
-        ('validation = ""', 'validation = "" is not a path'),
-        ('cache = "~nobody-of-this-name/x"', "is not a path"),
+        ('val_data = ""', 'val_data = "" is not a path'),
+        ('home = "~nobody-of-this-name/x"', "is not a path"),
         ('backend = "tensort"', "is not one of auto, tensorrt, tensorrt-rtx"),
         ('model = "clip-vit-bas-p16"', "unknown model 'clip-vit-bas-p16' (nearest: "),
         ('mirror = "mirror.example"', "is not an address"),
@@ -219,7 +219,7 @@ def test_a_wrong_file_ends_a_command_in_one_line(line: str, said: str) -> None:
         ("CLIPDEPLOY_OFFLINE", "perhaps", "is not true or false"),
         ("CLIPDEPLOY_BACKEND", "a\nb", '"a\\nb" is not one of auto'),
         ("CLIPDEPLOY_MODEL", "vit", "unknown model 'vit'"),
-        ("CLIPDEPLOY_CONFIG", "nowhere.toml", "names nowhere.toml, which is not there"),
+        ("CLIPDEPLOY_CONFIG", "nowhere.toml", "is nowhere.toml, which does not exist"),
     ],
 )
 def test_a_wrong_variable_ends_a_command_in_one_line(
@@ -246,7 +246,7 @@ def test_a_file_that_cannot_be_read(cwd: Path) -> None:
 
 def test_a_file_that_is_not_utf8(cwd: Path) -> None:
     (cwd / CONFIG_FILE).write_bytes(b'workspace = "\xff"')
-    refused(run("zoo", "list"), 2, "clipdeploy.toml is no TOML")
+    refused(run("zoo", "list"), 2, "clipdeploy.toml is not valid TOML")
 
 
 def test_a_byte_order_mark_of_an_editor_is_no_matter(cwd: Path) -> None:
@@ -259,8 +259,8 @@ def test_help_and_completion_do_not_read_a_broken_file() -> None:
     for words in (("--help",), ("verify", "run", "--help"), ("--version",), ("completion", "zsh")):
         result = run(*words)
         assert result.exit_code == 0, words
-        assert "no TOML" not in result.output
-    refused(run("verify", "--data", "x", "--max-drop", "1"), 2, "is no TOML")
+        assert "not valid TOML" not in result.output
+    refused(run("verify", "--data", "x", "--max-drop", "1"), 2, "is not valid TOML")
 
 
 def test_only_the_working_folder_is_looked_in(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,12 +278,12 @@ def test_relative_paths_start_at_the_file_or_at_the_working_folder(
     cwd: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = cwd / "kept" / "settings.toml"
-    write('workspace = "out"', 'validation = "/data/val"', 'calibration = "~/cal"', to=kept)
+    write('workspace = "out"', 'val_data = "/data/val"', 'calibration_data = "~/cal"', to=kept)
     monkeypatch.setenv("CLIPDEPLOY_CONFIG", str(kept))
     given = load_settings().given
     assert given["workspace"].value == cwd / "kept" / "out"
-    assert given["validation"].value == Path("/data/val")
-    assert given["calibration"].value == Path.home() / "cal"
+    assert given["val_data"].value == Path("/data/val")
+    assert given["calibration_data"].value == Path.home() / "cal"
     monkeypatch.setenv("CLIPDEPLOY_WORKSPACE", "out")
     assert load_settings().given["workspace"].value == Path("out")
 
@@ -293,7 +293,7 @@ def test_the_library_sees_the_file_for_as_long_as_a_command_runs(
 ) -> None:
     card = cards.find("clip-vit-base-p16")
     before = cache_folder(), address(card)
-    write('cache = "kept"', 'mirror = "https://mirror.example/"', "offline = true")
+    write('home = "kept"', 'mirror = "https://mirror.example/"', "offline = true")
     settings = load_settings()
     with settings.in_environment({}):
         assert cache_folder() == cwd / "kept"
@@ -324,10 +324,10 @@ def test_a_download_is_forbidden_and_allowed_again(monkeypatch: pytest.MonkeyPat
 
 def test_missing_images_name_the_three_ways() -> None:
     for words, variable, line in (
-        (("calibrate",), "CLIPDEPLOY_CALIBRATION", 'calibration = "images/calibration"'),
-        (("verify",), "CLIPDEPLOY_VALIDATION", 'validation = "images/val"'),
-        (("search",), "CLIPDEPLOY_VALIDATION", 'validation = "images/val"'),
-        (("bisect",), "CLIPDEPLOY_VALIDATION", 'validation = "images/val"'),
+        (("calibrate",), "CLIPDEPLOY_CALIBRATION_DATA", 'calibration_data = "images/calibration"'),
+        (("verify",), "CLIPDEPLOY_VAL_DATA", 'val_data = "images/val"'),
+        (("search",), "CLIPDEPLOY_VAL_DATA", 'val_data = "images/val"'),
+        (("bisect",), "CLIPDEPLOY_VAL_DATA", 'val_data = "images/val"'),
     ):
         result = run(*words)
         assert result.exit_code == 2
@@ -361,7 +361,7 @@ def _documented(setting: Setting) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def test_kinds_take_what_they_show() -> None:
+def test_types_take_what_they_show() -> None:
     assert as_toml(Path('a "b"')) == json.dumps('a "b"')
     assert as_toml(True) == "true"
     assert setting_called("max_drop").default == 1.0

@@ -28,15 +28,15 @@ INT8 = (
     "--quantize-attention",
     "--quantize-head",
     "--quantize-patch",
-    "--images 20",
+    "--calibration-images 20",
     "--seed 0",
 )
-DEPLOY = "deploy --val images"
+DEPLOY = "deploy --val-data images"
 WITHOUT_INT8 = [
     *(f"{command} {option}" for option in INT8 for command in ("build-engine", f"{DEPLOY} --fp16")),
     "build-engine --fp32 --data images",
     "build-engine --skip-unreadable",
-    f"{DEPLOY} --fp32 --calibration images",
+    f"{DEPLOY} --fp32 --calibration-data images",
 ]
 UNUSED = [
     *((words, "--int8") for words in WITHOUT_INT8),
@@ -50,12 +50,12 @@ UNUSED = [
     (f"{DEPLOY} --range percentile --no-shift", "--range auto"),
     (f"{DEPLOY} --layout none --labels list", "the layouts with a label file"),
     ("search --data images --range minmax --no-shift", "--range auto"),
-    ("search --data images --confirm others --search-images 9", "a split of --data"),
-    ("search --data images --confirm others --seed 1", "a split of --data"),
+    ("search --data images --confirm-data others --search-images 9", "a split of --data"),
+    ("search --data images --confirm-data others --seed 1", "a split of --data"),
     ("export --model demo --resize-pos-embed", "--checkpoint"),
     ("export --model demo --random-init 1 --resize-pos-embed", "--checkpoint"),
-    ("verify --data images --cache-size 5", "--cache"),
-    ("verify --data images --no-cache --cache-size 5", "--cache"),
+    ("verify --data images --cache-size 5", "--cache-crops"),
+    ("verify --data images --no-cache-crops --cache-size 5", "--cache-crops"),
     ("verify --data images --graphs-only --trust", "engines"),
     ("verify a.onnx b.onnx --data images --trust", "engines"),
     ("verify --data images --layout folders --labels list", "the layouts with a label file"),
@@ -127,16 +127,16 @@ def test_options_of_calibration_where_nothing_is_calibrated(
     assert f"{option.split()[0]} belongs to --data: " in result.stderr
 
 
-@pytest.mark.parametrize("option", ["--images 20", "--seed 3"])
+@pytest.mark.parametrize("option", ["--calibration-images 20", "--seed 3"])
 def test_options_of_calibration_images_that_deploy_does_not_have(option: str, cwd: Path) -> None:
     result = run(*DEPLOY.split(), "--model", "demo", *option.split())
     assert result.exit_code == 2, result.output
-    assert f"{option.split()[0]} belongs to --calibration: " in result.stderr
+    assert f"{option.split()[0]} belongs to --calibration-data: " in result.stderr
 
 
 @pytest.mark.parametrize("option", ["--profile 1,2,4", "--max-batch 8", "--min-batch 1"])
 def test_batches_of_a_graph_of_one_batch(option: str, cwd: Path) -> None:
-    assert run("export", "--model", "demo", "--batch", "4").exit_code == 0
+    assert run("export", "--model", "demo", "--fixed-batch", "4").exit_code == 0
     result = run("build-engine", *option.split())
     assert result.exit_code == 2, result.output
     assert "belongs to a graph of any batch (this one was exported for 4)" in result.stderr
@@ -152,9 +152,10 @@ def test_kernel_times_where_none_are_measured(option: str, cwd: Path) -> None:
 
 def test_a_setting_is_no_contradiction(cwd: Path) -> None:
     (cwd / "clipdeploy.toml").write_text(
-        'calibration = "images"\nvalidation = "images"\ncrops_size = 5\nmodel = "demo"\n'
+        'calibration_data = "images"\nval_data = "images"\ncache_size = 5\nmodel = "demo"\n'
     )
-    for words in ("build-engine", "deploy --fp16", "verify --no-cache", "package a.onnx --cpp c"):
+    verify = "verify --no-cache-crops"
+    for words in ("build-engine", "deploy --fp16", verify, "package a.onnx --cpp c"):
         result = run(*words.split())
         for said in ("belongs to", "exclude each other", "no effect"):
             assert said not in result.output
@@ -162,7 +163,8 @@ def test_a_setting_is_no_contradiction(cwd: Path) -> None:
 
 
 def test_limits_of_a_shard_are_not_forgotten(artifacts: Path, cwd: Path) -> None:
-    at = ("--data", cards.demo_file("test.zip"), "--limit", "32", "--graphs-only", "--workers", "0")
+    images = ("--data", cards.demo_file("test.zip"), "--images", "32")
+    at = (*images, "--graphs-only", "--workers", "0")
     result = run(
         "verify", *at, "--shard", "1/2", "--max-drop", "6", "--baseline", "none", "--model", "demo"
     )

@@ -163,19 +163,19 @@ def test_a_finished_run_is_only_read(artifacts: Path, monkeypatch: pytest.Monkey
 
 
 def test_from_the_cache_it_is_the_same(artifacts: Path, digits: Path) -> None:
-    few = ("--limit", "64", "--max-drop", "6", "--workers", "0", "--json", "--force")
+    few = ("--images", "64", "--max-drop", "6", "--workers", "0", "--json", "--force")
     # The files' states are not trusted before they have settled.
     for path in digits.rglob("*.png"):
         os.utime(path, (1, 1))
     plain = verify(artifacts, *few, data=digits)
-    first = verify(artifacts, *few, "--cache", data=digits)
+    first = verify(artifacts, *few, "--cache-crops", data=digits)
     cache = Path(os.environ["CLIPDEPLOY_HOME"]) / "crops"
     written = sorted(path.name for path in cache.rglob("*") if path.is_file())
     assert written
-    second = verify(artifacts, *few, "--cache", data=digits)
+    second = verify(artifacts, *few, "--cache-crops", data=digits)
     assert good(plain)
     assert plain.stdout == first.stdout == second.stdout
-    tiny = verify(artifacts, *few, "--cache", "--cache-size", "0", data=digits)
+    tiny = verify(artifacts, *few, "--cache-crops", "--cache-size", "0", data=digits)
     assert tiny.stdout == plain.stdout
 
 
@@ -192,7 +192,7 @@ def test_sequential_stops_early_and_says_so(artifacts: Path) -> None:
     shown = verify(artifacts, *at)
     assert "(stopped early, of 500)" in " ".join(shown.stdout.split())
     # What it leaves is no full run.
-    whole = good(verify(artifacts, "--max-drop", "20", "--limit", "100", "--json"))
+    whole = good(verify(artifacts, "--max-drop", "20", "--images", "100", "--json"))
     assert whole["images"] == whole["listed"] == 100
 
 

@@ -1,4 +1,4 @@
-"""``verify --report`` as a user types it; the page in a real browser, the JSON by its schema."""
+"""``verify --output`` as a user types it; the page in a real browser, the JSON by its schema."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from clipdeploy.workspace.folder import Workspace
 ROOT = Path(__file__).resolve().parents[3]
 TEST = cards.demo_file("test.zip")
 VERIFY = ("--model", "demo", "--max-drop", "10")
-LIMIT = ("--data", str(TEST), "--limit", "60")
+LIMIT = ("--data", str(TEST), "--images", "60")
 
 
 def run(*words: str | Path) -> Result:
@@ -47,7 +47,7 @@ def reported(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("reports")
     shutil.copytree(demo_workspace.root, folder / "artifacts")
     paths = [folder / f"verdict.{suffix}" for suffix in ("html", "md", "json")]
-    reports = [word for path in paths for word in ("--report", path)]
+    reports = [word for path in paths for word in ("--output", path)]
     at = ("--workspace", folder / "artifacts")
     result = run("verify", *VERIFY, *LIMIT, *reports, "--json", *at)
     assert result.exit_code == 0, result.output
@@ -73,7 +73,7 @@ def test_the_heat_map_of_a_bisected_graph_is_shown_and_of_no_other(
     found = run("bisect", *at, "--model", "demo", "--data", TEST, "--images", "2", "--batch", "2")
     assert found.exit_code == 0, found.output
     heading = "Where int8.onnx diverges from PyTorch"
-    again = run("verify", *VERIFY, *LIMIT, *at, "--report", page)
+    again = run("verify", *VERIFY, *LIMIT, *at, "--output", page)
     assert again.exit_code == 0, again.output
     shown = read_page(page.read_text(encoding="utf-8"))
     assert heading in shown.text
@@ -83,13 +83,13 @@ def test_the_heat_map_of_a_bisected_graph_is_shown_and_of_no_other(
     raw = json.loads(kept.read_text(encoding="utf-8"))
     raw["svg"] += "</svg></div><h1>FORGED</h1><style>table { display: none }</style>"
     kept.write_text(json.dumps(raw), encoding="utf-8")
-    run("verify", *VERIFY, *LIMIT, *at, "--report", page)
+    run("verify", *VERIFY, *LIMIT, *at, "--output", page)
     written = page.read_text(encoding="utf-8")
     assert heading in read_page(written).text
     assert "FORGED" not in written
     quantised = run("quantize", *at, "--model", "demo", "--exclude", "blocks.0.*")
     assert quantised.exit_code == 0, quantised.output
-    run("verify", *VERIFY, *LIMIT, *at, "--report", page)
+    run("verify", *VERIFY, *LIMIT, *at, "--output", page)
     assert heading not in read_page(page.read_text(encoding="utf-8")).text
 
 
@@ -178,15 +178,15 @@ def test_bad_reports_are_refused_before_the_work(reported: Reported, tmp_path: P
     # The data does not exist: had the work begun, that would be the error.
     run_it = ("verify", "--data", tmp_path / "none", *at)
     for command in (run_it, ("verify", "merge", *at)):
-        result = run(*command, "--report", tmp_path / "a.html", "--report", "b.pdf")
+        result = run(*command, "--output", tmp_path / "a.html", "--output", "b.pdf")
         assert result.exit_code == 2, result.output
         assert "b.pdf is not a report" in result.stderr
         assert ".html, .md or .json" in result.stderr
     (tmp_path / "file").write_text("in the way")
-    result = run(*run_it, "--report", tmp_path / "file" / "a.html")
+    result = run(*run_it, "--output", tmp_path / "file" / "a.html")
     assert result.exit_code == 1
     assert f"cannot write {tmp_path / 'file' / 'a.html'}" in result.stderr
-    shard = run(*run_it, "--shard", "1/2", "--report", tmp_path / "a.html")
+    shard = run(*run_it, "--shard", "1/2", "--output", tmp_path / "a.html")
     assert shard.exit_code == 2
     assert "a shard has no verdict to report" in shard.stderr
 
@@ -196,7 +196,7 @@ def test_merged_shards_with_and_without_the_images(reported: Reported, tmp_path:
     shutil.copy(TEST, images)
     at = ("--workspace", reported.artifacts)
     for shard in ("1/2", "2/2"):
-        part = ("--data", images, "--limit", "60", "--shard", shard)
+        part = ("--data", images, "--images", "60", "--shard", shard)
         assert run("verify", "--model", "demo", *part, *at).exit_code == 0
     page = tmp_path / "page.html"
     folder = reported.artifacts / cards.DEMO
@@ -206,7 +206,7 @@ def test_merged_shards_with_and_without_the_images(reported: Reported, tmp_path:
         # A merge uses its shards up.
         for path, data in shards.items():
             path.write_bytes(data)
-        return run("verify", "merge", *VERIFY, *at, "--report", page, *more)
+        return run("verify", "merge", *VERIFY, *at, "--output", page, *more)
 
     assert merge().exit_code == 0
     whole = page.read_bytes()

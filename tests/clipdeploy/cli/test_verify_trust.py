@@ -81,7 +81,7 @@ def shards(artifacts: Path, data: Path, *more: str) -> None:
 
 
 def test_shards_of_an_artifact_that_was_replaced_since(artifacts: Path) -> None:
-    shards(artifacts, TEST, "--limit", "64")
+    shards(artifacts, TEST, "--images", "64")
     before = graph(artifacts).read_bytes()
     ruin(graph(artifacts))
     refused(merge(artifacts, "--max-drop", "6"), 1, "fp32.onnx has been replaced since")
@@ -132,7 +132,7 @@ def test_one_image_that_was_replaced_under_its_name(
 
 
 def test_a_merge_uses_its_shards_up(artifacts: Path) -> None:
-    shards(artifacts, TEST, "--limit", "64")
+    shards(artifacts, TEST, "--images", "64")
     assert good(merge(artifacts, "--max-drop", "6", "--json"))
     assert sorted(path.name for path in folder(artifacts).glob("verification*")) == [
         "verification.jsonl"
@@ -226,7 +226,7 @@ def test_what_is_known_of_an_artifact_is_not_computed_again(
             rows = {row["artifact"]: row for row in three["rows"]}
             assert found["rows"] == [rows[str(name)] for name in chosen]
         # An early stop goes by the same records.
-        at = ("--limit", "64", "--batch", "8", "--workers", "0", "--max-drop", "30")
+        at = ("--images", "64", "--batch", "8", "--workers", "0", "--max-drop", "30")
         assert good(verify(whole_workspace, *names, *at, "--sequential", "--json"))["sequential"]
     other = whole_workspace / "other.onnx"
     shutil.copy(names[0], other)
@@ -245,7 +245,7 @@ def test_without_a_gpu_the_way_out_is_named_and_costs_nothing(
     stopped = verify(artifacts, *FEW)
     assert stopped.exit_code == 3
     assert "fp32 engine not executed" in " ".join(stopped.stdout.split())
-    assert "--graphs-only judges the graphs alone" in stopped.stderr
+    assert "--graphs-only judges only the graphs" in stopped.stderr
     no_run(monkeypatch)
     result = verify(artifacts, *FEW, "--graphs-only")
     assert result.exit_code == 0

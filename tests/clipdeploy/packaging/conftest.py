@@ -36,7 +36,7 @@ def graphs(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) 
     names = ("fp32", "fp16", "int8")
     found = {name: folder / f"{name}.onnx" for name in names}
     made = tmp_path_factory.mktemp("graphs")
-    # Like `export --preprocess` and `export --batch 4`, without tracing again.
+    # Like `export --preprocess` and `export --fixed-batch 4`, without tracing again.
     passport = read_passport(found["fp32"])
     uint8 = load_graph(found["fp32"])
     add_preprocessing(uint8, passport.preprocess)

@@ -310,7 +310,7 @@ def test_an_engine_of_tensorrt_is_preferred_to_a_graph(
     demo_workspace: Workspace, described_engine: DescribedEngine, tmp_path: Path
 ) -> None:
     workspace = Workspace(tmp_path / "artifacts")
-    with pytest.raises(UsageError, match="nothing to package"):
+    with pytest.raises(UsageError, match="there is no artifact of"):
         artifact_to_package(workspace, cards.DEMO)
     shutil.copytree(demo_workspace.root, workspace.root)
     assert artifact_to_package(workspace, cards.DEMO).name == "fp16.onnx"

@@ -52,7 +52,7 @@ def test_names_that_nobody_gave_are_assumed_aloud_or_missing() -> None:
     assert "does not name its 1000 classes" in found.doubt
     found = name_classes(fine_tune(None, 20), WeightsChoice())
     assert (found.names, found.source) == ((), "")
-    assert "nobody named the 20 classes" in found.doubt
+    assert "the 20 classes of this checkpoint have no names" in found.doubt
 
 
 @pytest.mark.parametrize("names", ["words", 3, ["a"] * 1000, {"a": "b"}, LABELS[:-1]])

@@ -20,7 +20,7 @@ from interrupts import hear_interrupts
 from clipdeploy.cli.main import main
 from clipdeploy.core.errors import ClusterError, UsageError
 from clipdeploy.models import cards
-from clipdeploy.stages.cluster import ClusterConfig, Plan, Shard, ShardJob, shards_on_cluster
+from clipdeploy.stages.cluster import Allocation, ClusterConfig, Shard, ShardJob, shards_on_cluster
 from clipdeploy.verification.results import read_results
 from clipdeploy.workspace.folder import Workspace
 
@@ -37,7 +37,7 @@ VERIFY = (
     f"artifacts/{cards.DEMO}/int8.onnx",
     "--data",
     TEST,
-    "--limit",
+    "--images",
     "64",
 )
 CALIBRATE = ("calibrate", "--data", CALIBRATION, "--images", "32")
@@ -126,7 +126,7 @@ def test_interrupted_then_a_worker_killed(cluster: Cluster, folder: Path) -> Non
     first.send_signal(signal.SIGINT)
     stdout, stderr = first.communicate(timeout=PATIENCE)
     assert (first.returncode, stdout) == (130, ""), stderr
-    assert "run the same command again to go on" in stderr
+    assert "run the same command again to continue" in stderr
     wait_for(lambda: not workers_on("verify"))
     kept = shards(folder, "verification")
     assert 1 <= len(kept) < 4
@@ -152,7 +152,7 @@ def test_a_bad_image_is_told_in_one_line(cluster: Cluster, folder: Path) -> None
         archive.extractall(folder.parent / "digits")
     for image in (folder.parent / "digits").rglob("*.png"):
         image.write_bytes(b"no image")
-    words = (*VERIFY[:2], "--data", str(folder.parent / "digits"), "--limit", "64")
+    words = (*VERIFY[:2], "--data", str(folder.parent / "digits"), "--images", "64")
     run = on_cluster(cluster.address, *words)
     stdout, stderr = run.communicate(timeout=PATIENCE)
     assert (run.returncode, stdout) == (1, ""), stderr
@@ -172,11 +172,11 @@ def job(folder: Path, run: Callable[[Shard, int, Path], object], *reads: Path) -
     ("run", "reads", "told"),
     [
         # By value: a worker cannot import this file.
-        (lambda shard, threads, path: os._exit(1), ".", r"shard ./2 was lost, and 3 times again: "),
+        (lambda shard, threads, path: os._exit(1), ".", r"shard ./2 was lost in 4 attempts: "),
         (
             lambda shard, threads, path: path.touch(),
             "no such folder",
-            r"does not see /.*/no such folder \(",
+            r"cannot access /.*/no such folder \(",
         ),
     ],
 )
@@ -221,21 +221,21 @@ def node(cpus: float, gpus: float = 0, *, alive: bool = True) -> dict[str, Any]:
 
 def test_a_shard_takes_a_cpu_for_each_thread() -> None:
     nodes = [node(0), node(16), node(8), node(2), node(16, alive=False)]
-    assert Plan.of(nodes, 4, gpu=True) == Plan(cpus=4, gpus=0, slots=6, nodes=2)
+    assert Allocation.of(nodes, 4, gpu=True) == Allocation(cpus=4, gpus=0, slots=6, nodes=2)
     # More threads than any node has CPUs: as many threads all the same, on a node alone.
-    assert Plan.of(nodes, 32, gpu=False) == Plan(cpus=16, gpus=0, slots=1, nodes=1)
-    assert Plan.of([node(0)], 4, gpu=False).slots == 0
+    assert Allocation.of(nodes, 32, gpu=False) == Allocation(cpus=16, gpus=0, slots=1, nodes=1)
+    assert Allocation.of([node(0)], 4, gpu=False).slots == 0
 
 
 def test_a_shard_that_can_use_a_gpu_takes_one() -> None:
     nodes = [node(32, 4), node(64)]
-    assert Plan.of(nodes, 16, gpu=True) == Plan(cpus=8, gpus=1, slots=4, nodes=1)
-    assert Plan.of(nodes, 16, gpu=False) == Plan(cpus=16, gpus=0, slots=6, nodes=2)
+    assert Allocation.of(nodes, 16, gpu=True) == Allocation(cpus=8, gpus=1, slots=4, nodes=1)
+    assert Allocation.of(nodes, 16, gpu=False) == Allocation(cpus=16, gpus=0, slots=6, nodes=2)
 
 
 @pytest.mark.parametrize("address", ["", "host", "host:", ":6379", "ray://host:1", "host:99999"])
 def test_no_address(address: str) -> None:
-    with pytest.raises(UsageError, match="no address of a Ray cluster"):
+    with pytest.raises(UsageError, match="not the address of a Ray cluster"):
         ClusterConfig(address)
 
 
@@ -244,7 +244,7 @@ def test_nothing_answers(folder: Path) -> None:
     # Port 1 is reserved, and nothing listens there.
     result = here(*CALIBRATE, "--force", "--ray", "127.0.0.1:1")
     assert result.exit_code == 1
-    assert "error: nothing answers at 127.0.0.1:1" in result.stderr
+    assert "error: no answer from 127.0.0.1:1" in result.stderr
     assert result.stdout == ""
 
 

@@ -1,24 +1,35 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+from verify_command import run
 
 from calibration.qdq import QuantizeConfig
 from calibration.recipe import QuantizeRecipe, save_recipe
+from clipdeploy.core.errors import ArtifactError
 from clipdeploy.engines import backends
 from clipdeploy.engines.backends import BackendOption, choose_backend, scale_form
 from clipdeploy.models import cards
 from clipdeploy.stages.quantize import (
     _judged_images,
-    config_to_build,
+    chosen_config,
     model_quality,
     quantize_model,
+    recipe_config,
     with_scale_form,
 )
 from clipdeploy.workspace.folder import Workspace
+
+
+@pytest.fixture
+def calibrated(demo_workspace: Workspace, tmp_path: Path) -> Workspace:
+    """A copy of the demo's workspace, to change its INT8 graphs."""
+    shutil.copytree(demo_workspace.root, tmp_path / "copy")
+    return Workspace(tmp_path / "copy")
 
 
 def test_float16_is_judged_on_calibration_images_where_there_are_some(
@@ -90,6 +101,61 @@ def test_a_searched_graph_stays_searched_in_the_other_form(
     save_recipe(QuantizeRecipe(cards.DEMO, weights, config), workspace.recipe(cards.DEMO))
     for backend in ("tensorrt", "tensorrt-rtx"):
         quantize_model(workspace, cards.DEMO, config, backend=backend)  # type: ignore[arg-type]
-        assert config_to_build(workspace, cards.DEMO) == config
+        assert chosen_config(workspace, cards.DEMO) == config
     quantize_model(workspace, cards.DEMO)
-    assert config_to_build(workspace, cards.DEMO) == QuantizeConfig()
+    assert chosen_config(workspace, cards.DEMO) == QuantizeConfig()
+
+
+def searched(workspace: Workspace, remainder: Literal["fp16", "fp32"]) -> QuantizeConfig:
+    """The INT8 graph and the recipe that a search leaves."""
+    config = QuantizeConfig(("blocks.0.*",), remainder, min_sqnr=None)
+    made = quantize_model(workspace, cards.DEMO, config).artifact
+    recipe = QuantizeRecipe(cards.DEMO, made.passport.weights.identity, config, {})
+    save_recipe(recipe, workspace.recipe(cards.DEMO))
+    return config
+
+
+@pytest.mark.parametrize("remainder", ["fp16", "fp32"])
+def test_the_graph_of_a_search_is_kept(
+    remainder: Literal["fp16", "fp32"], calibrated: Workspace
+) -> None:
+    config = searched(calibrated, remainder)
+    at, notes = (calibrated, cards.DEMO), list[str]()
+    default = QuantizeConfig(remainder=remainder)
+    assert chosen_config(*at, default, note=notes.append) == config
+    assert chosen_config(*at, replace(default, min_sqnr=5), note=notes.append) == config
+    assert len(notes) == 2
+    assert chosen_config(*at, default, force=True) == default
+    # Other options, or the graph for other runtimes.
+    for asked in (
+        QuantizeConfig(("head",), remainder),
+        QuantizeConfig(remainder="fp32" if remainder == "fp16" else "fp16"),
+    ):
+        assert chosen_config(*at, asked, note=notes.append) == asked
+    assert len(notes) == 2
+    # A graph of later options is not the search's.
+    quantize_model(*at, default, force=True)
+    assert chosen_config(*at, default) == default
+
+
+def test_the_command_keeps_the_graph_of_a_search(calibrated: Workspace) -> None:
+    searched(calibrated, "fp16")
+    graph = calibrated.graph(cards.DEMO, "int8")
+    before = graph.read_bytes()
+    at = ("--model", "demo", "--workspace", calibrated.root)
+    kept = run("quantize", *at)
+    assert kept.exit_code == 0
+    assert "keeping the INT8 graph of the search" in kept.stderr
+    assert "(unchanged)" in kept.stdout
+    assert graph.read_bytes() == before
+    replaced = run("quantize", "--force", *at)
+    assert replaced.exit_code == 0
+    assert "keeping" not in replaced.stderr
+    assert graph.read_bytes() != before
+
+
+def test_a_recipe_of_other_weights_is_refused(calibrated: Workspace, tmp_path: Path) -> None:
+    config = QuantizeConfig(("blocks.0.*",))
+    save_recipe(QuantizeRecipe(cards.DEMO, "other", config, {}), tmp_path / "recipe.json")
+    with pytest.raises(ArtifactError):
+        recipe_config(calibrated, cards.DEMO, tmp_path / "recipe.json")

@@ -201,7 +201,7 @@ def test_a_graph_of_other_weights_is_refused(demo_workspace: Workspace, tmp_path
 def test_command_prints_json_and_draws(demo_workspace: Workspace, tmp_path: Path) -> None:
     plot = tmp_path / "map.svg"
     words = ["bisect", "--workspace", str(demo_workspace.root), "--model", cards.DEMO]
-    words += ["--data", str(TEST), "--images", "4", "--threads", "1", "--plot", str(plot)]
+    words += ["--data", str(TEST), "--images", "4", "--threads", "1", "--output", str(plot)]
     result = CliRunner().invoke(main, [*words, "--json"], catch_exceptions=False)
     assert result.exit_code == 0
     found = json.loads(result.stdout)

@@ -364,7 +364,7 @@ def test_search_command_draws(cut: Workspace, small: SearchResult, tmp_path: Pat
     words = ["search", "--workspace", str(cut.root), "--model", cards.DEMO, "--quiet"]
     words += ["--data", str(TEST), "--max-drop", "10", "--threads", "1", "--batch", "120"]
     words += ["--search-images", "120"]
-    words += ["--no-smooth", "--range", "minmax", "--fixed-plan", "--plot", str(plot)]
+    words += ["--no-smooth", "--range", "minmax", "--fixed-plan", "--output", str(plot)]
     result = CliRunner().invoke(main, words)
     assert result.exit_code == (0 if small.confirmed else 3), result.output
     assert "CONFIRMED" in result.stdout

@@ -68,9 +68,9 @@ def no_recipe(tmp_path: Path) -> DeployConfig:
 @pytest.mark.parametrize(
     ("bad", "error", "words"),
     [
-        (no_val, DatasetError, ("does not exist", "--val")),
-        (no_calibration, DatasetError, ("does not exist", "--calibration")),
-        (none_named, UsageError, ("without calibration images", "--calibration")),
+        (no_val, DatasetError, ("does not exist", "--val-data")),
+        (no_calibration, DatasetError, ("does not exist", "--calibration-data")),
+        (none_named, UsageError, ("without calibration images", "--calibration-data")),
         (
             one_shared,
             DatasetError,
@@ -105,8 +105,8 @@ def test_images_without_labels_are_refused_before_the_calibration(
         shutil.copy(image, flat / f"{image.parent.name}_{image.name}")
     workspace.calibration(cards.DEMO).unlink()
     for asked, said in (
-        ("auto", "no labels found"),
-        ("none", "no verdict could come of them"),
+        ("auto", "no labels were found"),
+        ("none", "have a label, which a verdict needs"),
     ):
         scope = VerifyScope(labelling=Labelling(layout=asked))  # type: ignore[arg-type]
         with pytest.raises(DatasetError, match=said):
@@ -117,10 +117,10 @@ def test_images_without_labels_are_refused_before_the_calibration(
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"precision": "fp16"}, "--calibration belongs to --int8"),
-        ({"precision": "int8-cpu", "benchmark": None}, "no engine is built in int8-cpu"),
-        ({"package": False, "cpp": Path("x")}, "not to be made"),
-        ({"calibrate": CalibrateConfig(shard=(1, 2))}, "a shard alone has no verdict"),
+        ({"precision": "fp16"}, "--calibration-data belongs to --int8"),
+        ({"precision": "int8-cpu", "benchmark": None}, "engines cannot be built in int8-cpu"),
+        ({"package": False, "cpp": Path("x")}, "but a folder for it was given"),
+        ({"calibrate": CalibrateConfig(shard=(1, 2))}, "a single shard has no verdict"),
     ],
 )
 def test_choices_that_do_not_go_together(wrong: dict[str, object], said: str) -> None:

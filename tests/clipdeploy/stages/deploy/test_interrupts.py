@@ -14,7 +14,7 @@ from interrupts import hear_interrupts
 
 DEPLOY = [
     *(sys.executable, "-m", "clipdeploy", "deploy", "--model", "demo", "--no-benchmark"),
-    *("--calibration", str(CALIBRATION), "--val", str(TEST), "--graphs-only"),
+    *("--calibration-data", str(CALIBRATION), "--val-data", str(TEST), "--graphs-only"),
 ]
 MOMENTS = ("export", "calibrate", "build int8", "verify", "package", "summary")
 
