@@ -1,1 +1,1 @@
-"""Activation ranges from images, and INT8 written into the graph."""
+"""Collects activation statistics from images, and writes INT8 graphs."""

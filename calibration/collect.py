@@ -1,8 +1,8 @@
-"""Run images through the FP32 graph and observe its tensors, one image at a time.
+"""Collects activation statistics by running images through the FP32 graph, one at a time.
 
-A few tokens of each image are gathered inside the graph, so that no activation is copied out
-whole.  One image at a time, because a batch's arithmetic depends on its size: this way a table
-depends on the set of images alone.
+A few tokens of each image are gathered inside the graph, so that no whole activation is copied out.
+Images are not batched, because the rounding of a batch depends on its size: the table depends only
+on the set of images.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
 
 from calibration.observers import ChannelObserver, ChannelStatistics
 from calibration.policy import observed_tensors
@@ -32,28 +30,30 @@ from calibration.table import (
     save_table,
 )
 from clipdeploy.core.errors import CalibrationError, ClipdeployError, GraphError
-from clipdeploy.core.files import read_regular, sha256_file
-from clipdeploy.core.passport import BATCH_AXIS
+from clipdeploy.core.files import sha256_file
 from clipdeploy.core.progress import SILENT, Progress
 from exporters.graphs import load_graph
 from exporters.headers import read_passport
 from exporters.session import OnnxSession
+from exporters.tapped import add_tap, free_batch, serialised
 
 __all__ = ["ActivationCollector", "CalibrationImage", "CollectConfig", "collect"]
 
-# Tokens of each image that are looked at, and of these the ones that are counted in histograms;
-# the class token is always one of both.  Reducing over every token inside the graph would cost a
-# quarter of the inference, gathering some costs nothing that could be measured.
+# Tokens sampled from each image for minimum and maximum, and how many of these are counted in
+# histograms; both include the class token.  Reducing over all tokens inside the graph would add a
+# quarter to the inference time, gathering some adds nothing measurable.
 SAMPLED_TOKENS = 33
 COUNTED_TOKENS = 5
+_TOKENS = "tap/tokens"
 
 
 @dataclass(frozen=True)
 class CalibrationImage:
-    """One image as the graph takes it, (1, ...), its name and the SHA-256 of its file.
+    """One image to calibrate with.
 
-    ``pixels`` and ``thumbnail``: see :class:`CalibrationImageRecord`.  ``crop`` is the image as
-    uint8 (S, S, 3), where it may be kept in the table.
+    ``sha256``: of its file.  ``input`` (1, ...): in the graph's input format.  ``pixels`` and
+    ``thumbnail``: see :class:`CalibrationImageRecord`.  ``crop``: the image as uint8 (S, S, 3) if
+    the table may store it.
     """
 
     name: str
@@ -65,13 +65,13 @@ class CalibrationImage:
 
     @property
     def record(self) -> CalibrationImageRecord:
-        """What a table keeps of it."""
+        """The image's entry in a table."""
         return CalibrationImageRecord(self.name, self.sha256, self.pixels, self.thumbnail)
 
 
 @dataclass(frozen=True)
 class _Tap:
-    """A tensor to observe, (batch, tokens, channels), and the names it goes by in the table."""
+    """A tensor to observe, (batch, tokens, channels), and its names in the table."""
 
     tensor: str
     tokens: int
@@ -88,7 +88,7 @@ def _taps(model: ir.Model) -> list[_Tap]:
         if shape is None or len(axes) != len(shape) - 1 or len(axes) not in (1, 2):
             raise GraphError(
                 f"{name} has shape {shape}, not (batch, tokens, channels)",
-                hint="quantise an FP32 graph that `clipdeploy export` wrote",
+                hint="use an FP32 graph that `clipdeploy export` wrote",
             )
         tokens, channels = axes if len(axes) == 2 else (1, axes[0])
         earlier = taps[tensor].names if tensor in taps else ()
@@ -96,32 +96,30 @@ def _taps(model: ir.Model) -> list[_Tap]:
     return list(taps.values())
 
 
-def _tapped(path: Path, taps: list[_Tap]) -> bytes:
-    """The graph with more outputs, and the token indices as a second input.
+def _tapped(model: ir.Model, taps: list[_Tap]) -> bytes:
+    """The graph with an output for each tap, and the token indices as a second input.
 
-    A tensor of one token is an output as it is, of one with many the sampled tokens are.
+    A tensor of one token is observed whole, of any other only the sampled tokens.
     """
-    proto = onnx.ModelProto.FromString(read_regular(path))
-    graph = proto.graph
-    # One image at a time, also through a graph that was exported for a fixed batch: its nodes hold
-    # no batch size, only its declared shapes do.
-    graph.input[0].type.tensor_type.shape.dim[0].dim_param = BATCH_AXIS
-    graph.output[0].type.tensor_type.shape.dim[0].dim_param = BATCH_AXIS
-    del graph.value_info[:]
-    graph.input.append(helper.make_tensor_value_info("tap/tokens", TensorProto.INT64, ["sampled"]))
+    # Images are run one by one, also through a graph that was exported for a fixed batch.
+    free_batch(model)
+    values = {value.name: value for _, value in observed_tensors(model)}
+    tokens = ir.Value(
+        name=_TOKENS, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["sampled"])
+    )
+    model.graph.inputs.append(tokens)
     for tap in taps:
+        value = values[tap.tensor]
         if tap.tokens == 1:
-            graph.output.append(helper.make_tensor_value_info(tap.tensor, TensorProto.FLOAT, None))
-            continue
-        name = f"tap/{tap.tensor}"
-        inputs = [tap.tensor, "tap/tokens"]
-        graph.node.append(helper.make_node("Gather", inputs, [name], name=name, axis=1))
-        graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
-    return bytes(proto.SerializeToString())
+            node = ir.node("Identity", [value])
+        else:
+            node = ir.node("Gather", [value, tokens], {"axis": 1})
+        add_tap(model, f"tap/{tap.tensor}", [node])
+    return serialised(model)
 
 
 def _sampled_tokens(sha256: str, tokens: int) -> NDArray[np.int64]:
-    """Which tokens of an image are looked at: its bytes decide, not its place in a run."""
+    """Choose tokens by the image's hash, independent of its position in a run."""
     generator = np.random.default_rng(int(sha256[:16], 16))
     count = min(SAMPLED_TOKENS, tokens) - 1
     others = generator.choice(tokens - 1, size=count, replace=False) + 1
@@ -129,20 +127,21 @@ def _sampled_tokens(sha256: str, tokens: int) -> NDArray[np.int64]:
 
 
 class ActivationCollector:
-    """The tapped graph and one observer for each tap."""
+    """Runs the graph with taps and observes their tensors."""
 
     def __init__(self, graph: Path, threads: int = 0) -> None:
-        """``threads`` are ONNX Runtime's, 0 for its own choice."""
-        self._taps = _taps(load_graph(graph))
+        """``threads``: number of ONNX Runtime threads, 0 for its default."""
+        model = load_graph(graph)
+        self._taps = _taps(model)
         self._tokens = max(tap.tokens for tap in self._taps)
-        self._session = OnnxSession(_tapped(graph, self._taps), name=str(graph), threads=threads)
+        self._session = OnnxSession(_tapped(model, self._taps), name=str(graph), threads=threads)
         self._observers = [ChannelObserver(tap.tensor, tap.channels) for tap in self._taps]
 
     def resume(self, table: CalibrationTable) -> None:
-        """Go on from the statistics of ``table``.
+        """Continue from the statistics of ``table``.
 
         Raises:
-            CalibrationError: it lacks a tensor, or has another number of channels.
+            CalibrationError: the table lacks a tensor, or its number of channels differs.
         """
         for tap, observer in zip(self._taps, self._observers, strict=True):
             observer.resume(table.of(tap.names[0]))
@@ -154,14 +153,14 @@ class ActivationCollector:
             CalibrationError: an activation is NaN or infinite.
         """
         tokens = _sampled_tokens(image.sha256, self._tokens)
-        outputs = self._session.run(image.input, {"tap/tokens": tokens})[1:]
+        outputs = self._session.run(image.input, {_TOKENS: tokens})[1:]
         for tap, observer in zip(self._taps, self._observers, strict=True):
             rows = outputs.pop(0).reshape(-1, tap.channels)
             counted = rows[:COUNTED_TOKENS]
             observer.collect(rows.min(axis=0), rows.max(axis=0), counted, image.name)
 
     def statistics(self) -> dict[str, ChannelStatistics]:
-        """What was observed so far, by the names of :func:`observed_tensors`."""
+        """The statistics so far, by the names of :func:`observed_tensors`."""
         return {
             name: observer.compute()
             for tap, observer in zip(self._taps, self._observers, strict=True)
@@ -171,10 +170,11 @@ class ActivationCollector:
 
 @dataclass(frozen=True)
 class CollectConfig:
-    """``partial``: where an unfinished run is kept, ``every``: seconds from one save to the next.
+    """How to collect.
 
-    ``shard``: (i, n) if this is the i-th of n runs over parts of the images.  ``threads``: how many
-    compute, 0 for ONNX Runtime's own choice.
+    ``partial``: file that saves an unfinished run, None not to save it.  ``every``: seconds between
+    saves.  ``shard``: (i, n) for the i-th of n runs over parts of the images.  ``threads``: number
+    of ONNX Runtime threads, 0 for its default.
     """
 
     partial: Path | None = None
@@ -186,17 +186,18 @@ class CollectConfig:
 def collect(
     graph: Path,
     images: Callable[[frozenset[CalibrationImageRecord]], Iterable[CalibrationImage]],
-    wanted: Sequence[CalibrationImageRecord],
+    records: Sequence[CalibrationImageRecord],
     config: CollectConfig = CollectConfig(),
     progress: Progress = SILENT,
 ) -> CalibrationTable:
-    """Observe images in the FP32 ``graph``, going on from an unfinished run over the same images.
+    """Collect the statistics of ``records`` in the FP32 ``graph``, resuming an unfinished run.
 
-    ``images`` gives the images without those that it is told are done; ``wanted`` lists all.
+    ``images`` is called with the records that an earlier run finished, and returns the other
+    images.
 
     Raises:
-        CalibrationError: no image, or an activation that is NaN or infinite.
-        GraphError, ArtifactError, FileError: the graph cannot be used.
+        CalibrationError: no images, or an activation is NaN or infinite.
+        GraphError, ArtifactError, FileError: the graph cannot be read or run.
     """
     passport = read_passport(graph)
     empty = CalibrationTable(
@@ -210,31 +211,31 @@ def collect(
     )
     with progress.task("load the graph"):
         collector = ActivationCollector(graph, config.threads)
-    records: set[CalibrationImageRecord] = set()
+    done: set[CalibrationImageRecord] = set()
     crops: tuple[CalibrationCrop, ...] = ()
-    if (earlier := _unfinished(config.partial, empty, wanted)) is not None:
+    if (earlier := _unfinished(config.partial, empty, records)) is not None:
         collector.resume(earlier)
-        records.update(earlier.images)
+        done.update(earlier.images)
         crops = earlier.crops
 
     def table() -> CalibrationTable:
         statistics = {name: pack(found) for name, found in collector.statistics().items()}
-        images = tuple(sorted(records, key=lambda record: record.name))
+        images = tuple(sorted(done, key=lambda record: record.name))
         return replace(empty, images=images, statistics=statistics, crops=crops)
 
     saved = time.monotonic()
-    with progress.task("calibrate", len(wanted)) as advance:
-        advance(len(records))
-        for image in images(frozenset(records)):
+    with progress.task("calibrate", len(records)) as advance:
+        advance(len(done))
+        for image in images(frozenset(done)):
             collector.add(image)
-            records.add(image.record)
+            done.add(image.record)
             crops = _with_crop(crops, image)
             advance(1)
             if config.partial is not None and time.monotonic() - saved > config.every:
                 save_table(table(), config.partial)
                 saved = time.monotonic()
-    if not records:
-        raise CalibrationError("no image to calibrate with", hint="give a folder of images")
+    if not done:
+        raise CalibrationError("no images to calibrate with", hint="give a folder of images")
     return table()
 
 
@@ -247,9 +248,9 @@ def _with_crop(
 
 
 def _unfinished(
-    partial: Path | None, empty: CalibrationTable, wanted: Sequence[CalibrationImageRecord]
+    partial: Path | None, empty: CalibrationTable, records: Sequence[CalibrationImageRecord]
 ) -> CalibrationTable | None:
-    """An earlier run's table if it is whole and of this graph and these images, else None."""
+    """The saved table of an unfinished run; None if it is damaged or of other inputs."""
     if partial is None or not partial.exists():
         return None
     try:
@@ -257,4 +258,4 @@ def _unfinished(
     except ClipdeployError:
         return None
     same = replace(earlier, images=(), statistics={}, seal="", crops=()) == empty
-    return earlier if same and set(earlier.images) <= set(wanted) else None
+    return earlier if same and set(earlier.images) <= set(records) else None

@@ -1,19 +1,20 @@
-"""A tensor's observed values as piecewise uniform densities, and what rounding does to them.
+"""Models a tensor's values as piecewise uniform densities, and computes their rounding error.
 
-Each occupied histogram bin of each channel is an interval [low, high] with a count; inside it the
-values are taken as uniform, and no interval reaches beyond the channel's exact extremes.  Under
+Each occupied histogram bin of a channel becomes an interval [low, high] with a count.  Values are
+assumed to be uniform inside it, and intervals end at the channel's exact extremes.  Under
 
     x' = (x - shift) / scale           per channel
 
-an interval stays an interval, so that shifting and smoothing need no second look at the images.
+an interval remains an interval, so that shifting and smoothing do not read the images again.
 
-Quantising x to step d with 127 levels to each side has, in units u = x / d, the squared error
+Quantising x to step d with 127 levels on each side of zero has, in units u = x / d, the squared
+error
 
     e(u) = (u - round(u)) ** 2         |u| <= 127.5
     e(u) = (|u| - 127) ** 2            beyond
 
-whose integral is closed: with n = round(u), f = u - n it is n / 12 + f ** 3 / 3 up to 127.5, so
-that the mean error over an interval is exact at any step, be the interval wider or narrower.
+With n = round(u) and f = u - n, its integral up to 127.5 is n / 12 + f ** 3 / 3.  The mean error
+over an interval is therefore exact for any step and any width.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ __all__ = ["LEVELS", "Density", "Distribution", "mean_error", "squared_error"]
 F64 = NDArray[np.float64]
 
 LEVELS = 127
-# A step of the coarsest useful range still spans a dozen of these bins.
+# Even one step of the widest useful range spans a dozen of these bins.
 _DENSITY_BINS = 4096
 
 
@@ -47,13 +48,13 @@ def _squared_integral(u: F64) -> F64:
 
 
 def squared_error(low: F64, high: F64, step: float | F64) -> F64:
-    """Mean squared error of values uniform in [low, high], quantised to ``step``; same shape."""
+    """Mean squared error of values uniform in [low, high] (any shape), quantised to ``step``."""
     a, b = low / step, high / step
     return np.asarray(step * step * (_squared_integral(b) - _squared_integral(a)) / (b - a))
 
 
 def _error_integral(u: F64) -> F64:
-    """The integral of quantised(u) - u from 0 to |u|; even in u."""
+    """The integral of quantised(u) - u from 0 to |u|, an even function of u."""
     size = np.abs(u)
     inside = np.minimum(size, LEVELS + 0.5)
     fraction = inside - np.rint(inside)
@@ -62,14 +63,14 @@ def _error_integral(u: F64) -> F64:
 
 
 def mean_error(low: F64, high: F64, step: float) -> F64:
-    """Mean of quantised - x over values uniform in [low, high], quantised to ``step``."""
+    """Mean of quantised - x over values uniform in [low, high] (any shape)."""
     a, b = low / step, high / step
     return np.asarray(step * (_error_integral(b) - _error_integral(a)) / (b - a))
 
 
 @dataclass(frozen=True)
 class Density:
-    """Mass of x' in equal bins over [-largest, largest], all channels together, each weighted."""
+    """Weighted mass of x' over all channels, in equal bins over [-largest, largest]."""
 
     mass: F64
     largest: float
@@ -81,23 +82,24 @@ class Density:
         return self.mass[half:] + self.mass[:half][::-1]
 
     def error(self, limit: NDArray[np.floating[Any]]) -> F64:
-        """Weighted squared error when quantised to limit / 127, for each ``limit`` (K,)."""
+        """Weighted squared error with step limit / 127, for each ``limit`` (K,)."""
         mass = self.folded
         edges = np.linspace(0, self.largest, len(mass) + 1)
         steps = limit.astype(np.float64)[:, None] / LEVELS
         return np.asarray(squared_error(edges[None, :-1], edges[None, 1:], steps) @ mass)
 
     def shifted_error(self, shift: float, step: float) -> float:
-        """Weighted squared error when x' - shift is quantised to ``step``."""
+        """Weighted squared error of x' - shift, quantised to ``step``."""
         edges = np.linspace(-self.largest, self.largest, len(self.mass) + 1) - shift
         return float(squared_error(edges[:-1], edges[1:], step) @ self.mass)
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """Intervals [low, high] (K,) with ``count`` values of ``channel`` each, of C ``channels``.
+    """The values of a tensor with C channels as K intervals.
 
-    ``smallest`` and ``largest`` (C,) are each channel's exact extremes.
+    ``low``, ``high``, ``count`` and ``channel`` are (K,).  ``smallest``, ``largest`` and ``mean``
+    (C,) are each channel's exact extremes and mean; ``rows`` is the number of counted tokens.
     """
 
     low: F64
@@ -113,13 +115,13 @@ class Distribution:
     def of(
         cls, statistics: ChannelStatistics, shift: F64 | float = 0.0, scale: F64 | float = 1.0
     ) -> Distribution:
-        """The distribution of (x - shift) / scale, both (C,) or the same for all channels."""
+        """The distribution of (x - shift) / scale; both are (C,) or scalars."""
         edges = bin_edges()
         channel, sign, cell = np.nonzero(statistics.counts)
         near, far = edges[cell], edges[cell + 1]
         smallest = statistics.minimum.astype(np.float64)
         largest = statistics.maximum.astype(np.float64)
-        # The last bin holds everything beyond: up to the channel's extreme.
+        # The last bin also holds larger values, up to the channel's extreme.
         far = np.where(cell == BINS - 1, np.inf, far)
         low = np.where(sign == 0, near, -far)
         high = np.where(sign == 0, far, -near)
@@ -129,7 +131,7 @@ class Distribution:
         shifts, scales = shift * ones, scale * ones
         low = (low - shifts[channel]) / scales[channel]
         high = (high - shifts[channel]) / scales[channel]
-        # A channel that never moves still needs an interval to be uniform in.
+        # A constant channel needs an interval of nonzero width as well.
         high = np.maximum(high, low + 1e-9 * (1 + np.abs(low)))
         return cls(
             low,
@@ -144,7 +146,7 @@ class Distribution:
 
     @property
     def amax(self) -> float:
-        """The largest |x'| of all channels."""
+        """The largest |x'| over all channels."""
         return float(max(np.abs(self.smallest).max(), np.abs(self.largest).max()))
 
     def _per_channel(self, values: F64) -> F64:
@@ -160,11 +162,11 @@ class Distribution:
         return self._per_channel(mean_error(self.low, self.high, step))
 
     def density(self, weight: F64 | float = 1.0) -> Density:
-        """All channels together, channel c counted ``weight[c]`` times, a value of a row once."""
+        """The density over all channels, weighted by ``weight``, a scalar or (C,)."""
         size = 2 * _DENSITY_BINS
         weights = weight * np.ones(len(self.mean))
         ends = np.maximum(np.abs(self.smallest), np.abs(self.largest))
-        # A little more than the largest value that counts, so that none lies on the very edge.
+        # Slightly above the largest weighted value, so that no value falls on the last edge.
         largest = max(float(np.where(weights > 0, ends, 0.0).max()), 1e-12) * (1 + 1e-6)
         height = self.count * weights[self.channel] / (self.high - self.low)
         bins_per_unit = _DENSITY_BINS / largest

@@ -1,13 +1,13 @@
-"""What is remembered of a tensor: per channel, exact extremes, a fixed histogram and the sum.
+"""Accumulates statistics of a tensor: exact extremes, a fixed histogram and the sum per channel.
 
-A value's bin is read off its float32 bits: the sign, the exponent and the top three bits of the
-mantissa; eight bins an octave, 24 octaves from 2 ** -13 to 2 ** 11, for each sign:
+The bin of a value is given by its float32 bits: the sign, the exponent and the top three bits of
+the mantissa.  There are eight bins per octave and 24 octaves from 2 ** -13 to 2 ** 11 per sign:
 
     bin(x) = clip((bits(|x|) >> 20) - FIRST, 0, BINS - 1)
 
-No first pass has to find a range, the memory is the same for one image and for a million, and
-everything kept is a count, an integer sum, a minimum or a maximum, so that merging is exact: any
-order and any sharding of the images gives the same statistics, bit for bit.
+The bins need no first pass to find a range, and memory does not grow with the number of images.
+Only counts, integer sums, minima and maxima are stored, so merging is exact: any order and any
+sharding of the images gives the same statistics, bit for bit.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _MANTISSA_BITS = 3
 _SHIFT = 23 - _MANTISSA_BITS
 _LOWEST_EXPONENT = -13
 _FIRST = (127 + _LOWEST_EXPONENT) << _MANTISSA_BITS
-# Sums are kept as integers in units of 2 ** -24, below half a float32 ulp of any value over 1.
+# Sums are integers in units of 2 ** -24, below half a float32 ulp of any value over 1.
 _FIXED_POINT = float(1 << 24)
-# Far beyond any activation; up to here 2 ** 19 rows add up in an int64 without overflow.
+# Far beyond any activation; an int64 holds the sum of 2 ** 19 rows of such values.
 _LARGEST = float(1 << 20)
 _IMAGES_AT_ONCE = 32
 _MOST_ROWS = np.iinfo(np.int32).max
 
 
 def bin_edges() -> NDArray[np.float64]:
-    """The (BINS + 1,) edges of the bins of |x|; the first is 0, beyond the last is the last bin."""
+    """The (BINS + 1,) edges of the bins of |x|; the first is 0, the last bin is open-ended."""
     bits = (np.arange(BINS + 1, dtype=np.int64) + _FIRST) << _SHIFT
     edges = bits.astype(np.int32).view(np.float32).astype(np.float64)
     edges[0] = 0.0
@@ -44,11 +44,11 @@ def bin_edges() -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """What was observed of a tensor with C channels.
+    """Statistics of a tensor with C channels.
 
-    ``minimum`` and ``maximum`` (C,) float32 are over all tokens that were looked at; ``counts``
-    (C, 2, BINS) int32, positive values first, and ``total`` (C,) int64, the sum in units of
-    2 ** -24, are over the ``rows`` tokens that were counted.
+    ``minimum`` and ``maximum`` (C,) float32 are over all sampled tokens.  ``counts`` (C, 2, BINS)
+    int32, positive values first, and ``total`` (C,) int64, the sum in units of 2 ** -24, are over
+    the ``rows`` counted tokens.
     """
 
     minimum: NDArray[np.float32]
@@ -59,7 +59,7 @@ class ChannelStatistics:
 
     @property
     def channels(self) -> int:
-        """C."""
+        """The number of channels C."""
         return int(self.minimum.shape[0])
 
     @property
@@ -69,7 +69,7 @@ class ChannelStatistics:
 
     @property
     def mean(self) -> NDArray[np.float64]:
-        """The mean of each channel over the sampled tokens, (C,)."""
+        """The mean of each channel over the counted tokens, (C,)."""
         return self.total / (_FIXED_POINT * max(self.rows, 1))
 
     def channel_slice(self, first: int, last: int) -> ChannelStatistics:
@@ -83,7 +83,7 @@ class ChannelStatistics:
         """The statistics of both sets of images; exact, commutative and associative.
 
         Raises:
-            CalibrationError: the numbers of channels differ, or there are over 2 ** 31 rows.
+            CalibrationError: the numbers of channels differ, or there are more than 2 ** 31 rows.
         """
         if self.channels != other.channels:
             raise CalibrationError(
@@ -101,7 +101,7 @@ class ChannelStatistics:
 
 
 class ChannelObserver:
-    """Collects one tensor's statistics: ``collect`` any number of times, ``compute``, ``reset``."""
+    """Accumulates the statistics of one tensor: ``collect`` repeatedly, ``compute``, ``reset``."""
 
     def __init__(self, name: str, channels: int) -> None:
         self.name = name
@@ -110,7 +110,7 @@ class ChannelObserver:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Discard everything collected."""
         self._minimum = np.full(self.channels, np.inf, np.float32)
         self._maximum = np.full(self.channels, -np.inf, np.float32)
         self._counts = np.zeros(self.channels * 2 * BINS, np.int32)
@@ -119,14 +119,14 @@ class ChannelObserver:
         self._waiting: list[NDArray[np.float32]] = []
 
     def resume(self, earlier: ChannelStatistics) -> None:
-        """Go on from statistics that were computed before.
+        """Continue from earlier statistics.
 
         Raises:
-            CalibrationError: they have another number of channels.
+            CalibrationError: the number of channels differs.
         """
         if earlier.channels != self.channels:
             raise CalibrationError(
-                f"{self.name} has {self.channels} channels, the earlier run saw {earlier.channels}"
+                f"{self.name} has {self.channels} channels, the earlier run {earlier.channels}"
             )
         self._minimum, self._maximum = earlier.minimum.copy(), earlier.maximum.copy()
         self._counts = earlier.counts.reshape(-1).copy()
@@ -144,7 +144,8 @@ class ChannelObserver:
         """Add one image: its extremes per channel (C,), and the tokens to count (K, C) float32.
 
         Raises:
-            CalibrationError: NaN or inf, an absurdly large value, or another number of channels.
+            CalibrationError: a value is NaN, infinite or above 2 ** 20, or the number of channels
+                differs.
         """
         shapes = (minimum.shape, maximum.shape, rows.shape[1:])
         if any(shape != (self.channels,) for shape in shapes) or rows.ndim != 2:
@@ -156,16 +157,16 @@ class ChannelObserver:
         if not np.isfinite(largest) or not np.isfinite(rows).all():
             raise CalibrationError(
                 f"{self.name} is NaN or infinite on {image or 'this image'}",
-                hint="the model overflows on it: check the image and the checkpoint",
+                hint="the model overflows: check the image and the checkpoint",
             )
         if self._rows + len(rows) > _MOST_ROWS:
             raise CalibrationError(f"{self.name}: more than {_MOST_ROWS} rows cannot be counted")
         if largest > _LARGEST:
             raise CalibrationError(
                 f"{self.name} reaches {largest:.1e} on {image or 'this image'}",
-                hint="no trained model does: check the checkpoint",
+                hint="no trained model has such values: check the checkpoint",
             )
-        # Adding zero turns -0.0 into 0.0, whose order numpy's minimum would otherwise remember.
+        # Adding zero turns -0.0 into 0.0: numpy's minimum of the two depends on their order.
         self._minimum = np.minimum(self._minimum, minimum) + np.float32(0)
         self._maximum = np.maximum(self._maximum, maximum) + np.float32(0)
         self._waiting.append(rows.copy())
@@ -174,10 +175,10 @@ class ChannelObserver:
             self._count()
 
     def _count(self) -> None:
-        """Count the rows that wait.
+        """Add the waiting rows to the histogram.
 
-        Many at once and channel by channel: one image's counts would be scattered over the whole
-        histogram, which no cache holds.
+        Many images at once, channel by channel: the counts of one image are scattered over the
+        whole histogram, which does not fit a CPU cache.
         """
         if not self._waiting:
             return
@@ -197,7 +198,7 @@ class ChannelObserver:
             CalibrationError: nothing was collected.
         """
         if not self._rows:
-            raise CalibrationError(f"{self.name} has seen no image")
+            raise CalibrationError(f"no images were collected for {self.name}")
         self._count()
         return ChannelStatistics(
             self._minimum.copy(),

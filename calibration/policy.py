@@ -1,9 +1,9 @@
-"""Which nodes of a graph may run in INT8, decided by block role, not by operator type.
+"""Selects the nodes to run in INT8 by their role in the block, not by operator type.
 
-Quantised are the Linears of the blocks: ``attn.qkv``, ``attn.proj``, ``mlp.fc1``, ``mlp.fc2``; on
-request also attention's two products, the patch convolution and the head.  Never the residual Adds,
-LayerNorm, softmax or GELU: quantised residuals are what kills INT8 on ViTs (onnxsim#1742: 85 % with
-the Linears alone, 5 % with the defaults).
+The Linears of the blocks are quantised: ``attn.qkv``, ``attn.proj``, ``mlp.fc1`` and ``mlp.fc2``;
+on request also attention's two products, the patch convolution and the head.  Residual Adds,
+LayerNorm, softmax and GELU never are: quantised residuals ruin INT8 on ViTs (onnxsim#1742: 85 %
+with only the Linears quantised, 5 % with the defaults).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _ATTENTION = re.compile(r"^blocks\.(\d+)\.attn$")
 
 @dataclass(frozen=True)
 class Scope:
-    """What is quantised beside the Linears of the blocks."""
+    """What to quantise besides the Linears of the blocks."""
 
     attention: bool = False
     head: bool = False
@@ -52,7 +52,7 @@ class Scope:
 
 @dataclass(frozen=True)
 class ProductSite:
-    """A product of two activations: ``blocks.7.attn.scores`` = q k^T or ``.mix`` = softmax v."""
+    """A product of two activations: ``blocks.7.attn.scores`` = q k^T, ``.mix`` = softmax v."""
 
     name: str
     role: str
@@ -62,9 +62,10 @@ class ProductSite:
 
 @dataclass(frozen=True)
 class LinearSite:
-    """One Linear of the graph: ``x @ weight (Cin, Cout) + bias (Cout,)``, the sum made by ``add``.
+    """One Linear: ``x @ weight (Cin, Cout) + bias (Cout,)``; the node ``add`` adds the bias.
 
-    ``activation`` is x as the FP32 graph has it, whatever is written before the MatMul later.
+    ``activation`` is x in the FP32 graph; it does not change if nodes are inserted before the
+    MatMul.
     """
 
     name: str
@@ -76,20 +77,25 @@ class LinearSite:
 
     @property
     def weight(self) -> ir.Value:
-        """What the MatMul reads as its weight now."""
+        """The MatMul's current weight input."""
         value = self.matmul.inputs[1]
         assert value is not None
         return value
 
     @property
     def bias(self) -> ir.Value | None:
-        """What ``add`` adds now; None without one."""
+        """The current bias input of ``add``; None without a bias."""
         return None if self.add is None else self.add.inputs[1]
+
+    @property
+    def output(self) -> ir.Value:
+        """The Linear's output, after the bias."""
+        return (self.add or self.matmul).outputs[0]
 
 
 @dataclass(frozen=True)
 class PlacementEntry:
-    """Whether a Linear or product runs in INT8, and why not where it does not."""
+    """Whether a Linear or product runs in INT8, and the reason if it does not."""
 
     name: str
     role: str
@@ -99,17 +105,17 @@ class PlacementEntry:
 
 @dataclass(frozen=True)
 class Placement(Shown):
-    """The placement report: one entry for everything that could run in INT8."""
+    """The placement report: one entry for each node that could run in INT8."""
 
     entries: tuple[PlacementEntry, ...]
 
     @property
     def quantized(self) -> tuple[str, ...]:
-        """Names of what runs in INT8."""
+        """Names of the Linears and products in INT8."""
         return tuple(entry.name for entry in self.entries if entry.int8)
 
     def without(self, reasons: Mapping[str, str]) -> Placement:
-        """The same, with some names left out for a reason each."""
+        """This placement with the names in ``reasons`` not in INT8, each for its reason."""
         return Placement(
             tuple(
                 replace(entry, int8=False, reason=reasons[entry.name])
@@ -141,10 +147,10 @@ def _bias_add(matmul: ir.Node) -> ir.Node | None:
 
 
 def find_linears(model: ir.Model) -> list[LinearSite]:
-    """Every Linear of the blocks, in the order of the graph.
+    """All Linears of the blocks in graph order.
 
     Raises:
-        GraphError: the graph has none, so it was not exported by clipdeploy.
+        GraphError: there are none, so clipdeploy did not export the graph.
     """
     sites = []
     for node in model.graph:
@@ -160,13 +166,13 @@ def find_linears(model: ir.Model) -> list[LinearSite]:
     if not sites:
         raise GraphError(
             "the graph has no Linear named blocks.N.attn.qkv, .attn.proj, .mlp.fc1 or .mlp.fc2",
-            hint="quantise an FP32 graph that `clipdeploy export` wrote",
+            hint="use an FP32 graph that `clipdeploy export` wrote",
         )
     return sites
 
 
 def find_products(model: ir.Model) -> list[ProductSite]:
-    """Attention's two products in every block, in the order of the graph."""
+    """Attention's two products of all blocks in graph order."""
     found = []
     for node in model.graph:
         match = _ATTENTION.match((node.name or "").rpartition("/")[0])
@@ -184,22 +190,21 @@ def find_node(model: ir.Model, name: str, kind: str) -> ir.Node | None:
 
 
 def qkv_output(name: str) -> str:
-    """What the output of the qkv Linear ``name`` is called in a calibration table."""
+    """The name of the qkv Linear's output in a calibration table."""
     return f"{name}/output"
 
 
 def observed_tensors(model: ir.Model) -> list[tuple[str, ir.Value]]:
-    """Every tensor that calibration looks at, by its name in the table.
+    """The tensors that calibration observes, with their names in the table.
 
-    The input of each Linear under the Linear's name, the output of qkv for attention's products,
-    and the head's input: whatever is quantised later, no image needs to be read again.
+    These are the input of each Linear, named after the Linear, the output of qkv for attention's
+    products, and the head's input: enough for any choice of nodes to quantise.
     """
     tensors = []
     for site in find_linears(model):
         tensors.append((site.name, site.activation))
         if site.role == "attn.qkv":
-            add = site.matmul.outputs[0].consumers()[0]
-            tensors.append((qkv_output(site.name), add.outputs[0]))
+            tensors.append((qkv_output(site.name), site.output))
     head = find_node(model, HEAD, "Gemm")
     if head is not None and head.inputs[0] is not None:
         tensors.append((HEAD, head.inputs[0]))
@@ -207,20 +212,20 @@ def observed_tensors(model: ir.Model) -> list[tuple[str, ir.Value]]:
 
 
 def place(model: ir.Model, exclude: tuple[str, ...] = (), scope: Scope = Scope()) -> Placement:
-    """Decide for everything that could run in INT8; ``exclude`` has patterns like ``blocks.0.*``.
+    """Decide which nodes run in INT8; ``exclude`` lists name patterns like ``blocks.0.*``.
 
     Raises:
-        GraphError: a pattern that matches nothing, or a graph without Linears.
+        GraphError: a pattern matches nothing, or the graph has no Linears.
     """
     sites = find_linears(model)
     candidates = [(site.name, site.role, "") for site in sites]
     if find_node(model, PATCH, "Conv") is not None:
-        candidates.insert(0, (PATCH, PATCH, "" if scope.patch else _not_asked("patch")))
+        candidates.insert(0, (PATCH, PATCH, "" if scope.patch else _not_requested("patch")))
     for product in find_products(model):
-        reason = "" if scope.attention else _not_asked("attention")
+        reason = "" if scope.attention else _not_requested("attention")
         candidates.append((product.name, product.role, reason))
     if find_node(model, HEAD, "Gemm") is not None:
-        candidates.append((HEAD, HEAD, "" if scope.head else _not_asked("head")))
+        candidates.append((HEAD, HEAD, "" if scope.head else _not_requested("head")))
     _check_patterns(exclude, [name for name, _, _ in candidates], sites[0].name)
     entries = []
     for name, role, reason in candidates:
@@ -230,8 +235,8 @@ def place(model: ir.Model, exclude: tuple[str, ...] = (), scope: Scope = Scope()
     return Placement(tuple(entries))
 
 
-def _not_asked(what: str) -> str:
-    return f"not asked for with --quantize-{what}"
+def _not_requested(what: str) -> str:
+    return f"not requested with --quantize-{what}"
 
 
 def _check_patterns(patterns: Iterable[str], names: list[str], example: str) -> None:
@@ -239,5 +244,5 @@ def _check_patterns(patterns: Iterable[str], names: list[str], example: str) -> 
         if not any(fnmatchcase(name, pattern) for name in names):
             raise GraphError(
                 f"--exclude {pattern!r} matches no Linear",
-                hint=f"names look like {example}; patterns like 'blocks.0.*'",
+                hint=f"use names like {example}, or patterns like 'blocks.0.*'",
             )

@@ -1,7 +1,7 @@
-"""FP32 graph and calibration -> INT8 graph.
+"""Makes the INT8 graph from the FP32 graph and its calibration.
 
-:mod:`calibration.policy` decides what runs in INT8, :mod:`calibration.plan` with which numbers,
-:mod:`calibration.write` writes it.
+:mod:`calibration.policy` selects the nodes, :mod:`calibration.scheme` computes their scales and
+weights, :mod:`calibration.write` writes the Q/DQ pairs.
 """
 
 from __future__ import annotations
@@ -9,20 +9,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx_ir as ir
 
 from calibration.distribution import Distribution
-from calibration.plan import (
-    LinearPlan,
-    PlanConfig,
-    add_to_bias,
-    fold_all,
-    plan_linear,
-    plan_product,
-)
 from calibration.policy import (
     HEAD,
     PATCH,
@@ -36,6 +28,14 @@ from calibration.policy import (
     qkv_output,
 )
 from calibration.quality import MIN_SQNR_DB, Judge, Quality, Weakest, check_quality
+from calibration.scheme import (
+    LinearScheme,
+    SchemeConfig,
+    add_to_bias,
+    fold_all,
+    linear_scheme,
+    product_steps,
+)
 from calibration.smoothing import Folding
 from calibration.table import CalibrationTable, load_table
 from calibration.weights import float16_step, quantize_weight
@@ -48,34 +48,46 @@ from clipdeploy.core.spans import SQNR_DB, check_numbers
 from exporters.checks import check_structure
 from exporters.graphs import load_graph, save_graph
 from exporters.headers import GraphArtifact, read_passport
+from exporters.initializers import values_of
 from exporters.overflow import near_limit
 from exporters.precision import Fp16Config, half_precision
 from exporters.samples import Samples
 
-__all__ = ["QuantizeConfig", "QuantizedGraph", "quantize", "smooth"]
+__all__ = [
+    "SCHEME_KEY",
+    "QuantizeConfig",
+    "QuantizedGraph",
+    "quantize",
+    "smooth",
+    "stored_settings",
+]
 
-# QuantizeLinear and DequantizeLinear take float16 scales from here on.
+# First opset whose QuantizeLinear and DequantizeLinear take float16 scales.
 _FIRST_WITH_HALF_SCALES = 19
+# The JSON key of ``scheme`` in every passport and recipe written so far.
+SCHEME_KEY = "plan"
 
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """``exclude``: patterns of what stays as it is; ``remainder``: the rest's type.
+    """How to make the INT8 graph.
 
-    ``fp16`` is what a TensorRT engine is compiled from; ``fp32`` is what ONNX Runtime runs with
-    int8 kernels on a CPU.  ``plan``: how ranges are found and outliers smoothed; ``scope``: what is
-    quantised beside the Linears of the blocks.  ``min_sqnr``: the lowest signal over noise in dB
-    that INT8 may leave: a Linear whose output would have less is left out, and a graph whose logits
-    have less is refused.  None judges nothing.  ``weight_scales``: the form of the weights' scales,
-    see :mod:`calibration.write`; None is that of the TensorRT here, ``channel`` for ``fp32``.
+    ``exclude``: name patterns of Linears and products to leave unquantised.  ``remainder``: type of
+    the unquantised nodes; ``fp16`` for TensorRT engines, ``fp32`` for ONNX Runtime's int8 kernels
+    on a CPU.  ``scheme``: how ranges are found and outliers smoothed.  ``scope``: what to quantise
+    besides the Linears of the blocks.  ``min_sqnr``: lowest signal-to-noise ratio in dB; a Linear
+    whose output would fall below it is left unquantised, a graph whose logits fall below it is
+    refused.  None disables both checks.  ``weight_scales``: form of the weight scales, see
+    :mod:`calibration.write`; None selects the form for the installed TensorRT, or ``channel`` for
+    ``fp32``.
 
     Raises:
-        UsageError: another ``remainder`` or ``weight_scales``, or a ``min_sqnr`` that is no number.
+        UsageError: unknown ``remainder`` or ``weight_scales``, or ``min_sqnr`` out of range.
     """
 
     exclude: tuple[str, ...] = ()
     remainder: Literal["fp16", "fp32"] = "fp16"
-    plan: PlanConfig = field(default_factory=PlanConfig)
+    scheme: SchemeConfig = field(default_factory=SchemeConfig)
     scope: Scope = field(default_factory=Scope)
     min_sqnr: float | None = MIN_SQNR_DB
     weight_scales: ScaleForm | None = None
@@ -98,9 +110,18 @@ class QuantizeConfig:
         check_numbers(self, min_sqnr=SQNR_DB.or_none)
 
 
+def stored_settings(config: QuantizeConfig) -> dict[str, Any]:
+    """``config`` as passports and recipes store it.
+
+    Its keys are the field names, except that ``scheme`` is stored as ``plan``: the key of earlier
+    versions, whose graphs would otherwise be made again and whose recipes would not load.
+    """
+    return {SCHEME_KEY if k == "scheme" else k: v for k, v in settings_of(config).items()}
+
+
 @dataclass(frozen=True)
 class QuantizedGraph(Shown):
-    """The INT8 graph, the placement report, and what INT8 costs; None if that was not judged."""
+    """The INT8 graph, its placement, and its quality; None if it was not measured."""
 
     artifact: GraphArtifact
     placement: Placement
@@ -117,7 +138,7 @@ def smooth(
     chosen: frozenset[str],
     strength: float | None = None,
 ) -> dict[str, Folding]:
-    """Fold the activation outliers of the chosen Linears into ``model``; its function stays.
+    """Fold the activation outliers of the chosen Linears into ``model``; its outputs stay the same.
 
     Raises:
         CalibrationError: the table lacks a Linear.
@@ -134,19 +155,19 @@ def _write_linears(
     foldings: dict[str, Folding],
     config: QuantizeConfig,
 ) -> dict[str, Weakest]:
-    """Quantise Linears; what was found out about each, also of those that INT8 would ruin."""
+    """Quantise all Linears that reach ``min_sqnr``; return the expected SQNR of every Linear."""
     found = {}
     for site in sites:
         statistics, folding = table.of(site.name), foldings.get(site.name)
-        plan: LinearPlan = plan_linear(site, statistics, folding, config.plan)
-        found[site.name] = Weakest(site.name, plan.sqnr_db, plan.cause)
-        if config.min_sqnr is not None and plan.sqnr_db < config.min_sqnr:
+        scheme: LinearScheme = linear_scheme(site, statistics, folding, config.scheme)
+        found[site.name] = Weakest(site.name, scheme.sqnr_db, scheme.cause)
+        if config.min_sqnr is not None and scheme.sqnr_db < config.min_sqnr:
             continue
         if site.bias is not None:
-            lost = plan.shift_output if not writer.unsigned else 0.0
-            add_to_bias(site, plan.correction + lost)
-        writer.activation(site.matmul, 0, site.name, plan.step, plan.zero)
-        writer.weight(site.matmul, site.name, plan.integers, plan.weight_scale, axis=1)
+            lost = scheme.shift_output if not writer.unsigned else 0.0
+            add_to_bias(site, scheme.correction + lost)
+        writer.activation(site.matmul, 0, site.name, scheme.step, scheme.zero)
+        writer.weight(site.matmul, site.name, scheme.integers, scheme.weight_scale, axis=1)
     return found
 
 
@@ -162,33 +183,27 @@ def _write_products(
             continue
         statistics = table.of(qkv_output(f"blocks.{product.block}.attn.qkv"))
         folding = foldings.get(f"blocks.{product.block}.attn.proj")
-        steps = plan_product(product.role, statistics, folding)
+        steps = product_steps(product.role, statistics, folding)
         for index, step in enumerate(steps):
             writer.activation(product.node, index, f"{product.name}.{index}", step)
 
 
 def _write_head(writer: QdqWriter, node: ir.Node, table: CalibrationTable) -> None:
-    weight = node.inputs[1]
-    assert weight is not None
-    assert weight.const_value is not None
-    array = weight.const_value.numpy()
-    # With transB, which torch.onnx sets, Gemm holds the weight as (Cout, Cin), else (Cin, Cout).
-    turned = bool(node.attributes.get_int("transB", 0))
-    integers, scale = quantize_weight(np.ascontiguousarray(array.T if turned else array))
+    array = values_of(node.inputs[1])
+    # With transB, which torch.onnx sets, Gemm's weight is (Cout, Cin), else (Cin, Cout).
+    transposed = bool(node.attributes.get_int("transB", 0))
+    integers, scale = quantize_weight(np.ascontiguousarray(array.T if transposed else array))
     amax = Distribution.of(table.of(HEAD)).amax
     writer.activation(node, 0, HEAD, float16_step(amax))
-    if turned:
+    if transposed:
         integers = np.ascontiguousarray(integers.T)
-    writer.weight(node, HEAD, integers, scale, axis=0 if turned else 1)
+    writer.weight(node, HEAD, integers, scale, axis=0 if transposed else 1)
 
 
 def _write_patch(writer: QdqWriter, node: ir.Node, spec: Preprocess) -> None:
-    weight = node.inputs[1]
-    assert weight is not None
-    assert weight.const_value is not None
-    kernel = weight.const_value.numpy()
+    kernel = values_of(node.inputs[1])
     integers, scale = quantize_weight(np.ascontiguousarray(kernel.reshape(len(kernel), -1).T))
-    # A pixel lies between 0 and 255: no image needs to be asked.
+    # Pixels are from 0 to 255, so the range is known without calibration.
     mean, std = np.asarray(spec.mean), np.asarray(spec.std)
     amax = float(np.maximum(mean / std, (1 - mean) / std).max())
     writer.activation(node, 0, PATCH, float16_step(amax))
@@ -198,8 +213,8 @@ def _write_patch(writer: QdqWriter, node: ir.Node, spec: Preprocess) -> None:
 def _write(
     model: ir.Model, table: CalibrationTable, chosen: frozenset[str], config: QuantizeConfig
 ) -> dict[str, Weakest]:
-    plan = config.plan
-    foldings = smooth(model, table, chosen, plan.strength) if plan.smooth else {}
+    scheme = config.scheme
+    foldings = smooth(model, table, chosen, scheme.strength) if scheme.smooth else {}
     unsigned = config.remainder == "fp32"
     writer = QdqWriter(model.graph, unsigned=unsigned, scales=config.weight_scales or "channel")
     sites = [site for site in find_linears(model) if site.name in chosen]
@@ -215,15 +230,15 @@ def _write(
 
 
 def _check_table(table: CalibrationTable, passport: Passport, source: str, where: Path) -> None:
-    for what, found, wanted in (
+    for what, found, expected in (
         ("model", table.model, passport.model),
         ("weights", table.weights, passport.weights.identity),
         ("preprocessing", table.preprocess, passport.preprocess),
         ("source graph", table.source_graph, source),
     ):
-        if found != wanted:
+        if found != expected:
             raise ArtifactError(
-                f"{where} was made for another {what}: {found}, not {wanted}",
+                f"{where} was made for another {what}: {found}, not {expected}",
                 hint="calibrate this model again",
             )
 
@@ -239,23 +254,23 @@ def _need_opset(model: ir.Model, passport: Passport) -> None:
 
 
 def _left_out(found: dict[str, Weakest], minimum: float | None) -> dict[str, str]:
-    """Why each Linear that INT8 would ruin is left out.
+    """The Linears below ``minimum`` dB, each with the reason to leave it unquantised.
 
     Raises:
-        CalibrationError: INT8 would ruin all of them.
+        CalibrationError: all Linears are below it.
     """
     if minimum is None:
         return {}
-    ruined = {name: each for name, each in found.items() if each.sqnr_db < minimum}
-    if ruined and len(ruined) == len(found):
+    low = {name: each for name, each in found.items() if each.sqnr_db < minimum}
+    if low and len(low) == len(found):
         raise CalibrationError(
             f"INT8 would leave every Linear below {minimum:g} dB; "
             f"{min(found.values(), key=lambda each: each.sqnr_db)}",
-            hint="calibrate with other images, build --fp16, or give a lower --min-sqnr",
+            hint="calibrate with other images, build with --fp16, or give a lower --min-sqnr",
         )
     return {
         name: f"INT8 would give it an SQNR of {each.sqnr_db:.1f} dB: {each.cause}"
-        for name, each in ruined.items()
+        for name, each in low.items()
     }
 
 
@@ -266,14 +281,14 @@ def _measured(
     kept: Collection[Weakest],
     minimum: float | None,
 ) -> Quality | None:
-    """The quality of an INT8 graph whose Linears are ``kept``; None if no ``minimum`` is asked.
+    """Measure an INT8 graph with the quantised Linears ``kept``; None without a ``minimum``.
 
     Raises:
-        CalibrationError: it is below ``minimum`` dB.
+        CalibrationError: the quality is below ``minimum`` dB.
         GraphError: a tensor overflows.
     """
     if minimum is None:
-        # Without a judgement, halves may overflow all the same.
+        # float16 overflow is checked even if the quality is not.
         if judge.half:
             judge.measure(model)
         return None
@@ -289,17 +304,17 @@ def quantize(
     samples: Samples,
     config: QuantizeConfig = QuantizeConfig(),
 ) -> QuantizedGraph:
-    """Write the INT8 twin of the FP32 graph ``source``.
+    """Write the INT8 graph of the FP32 graph ``source`` to ``target``.
 
-    The images that the calibration holds, and ``samples`` (a few real images), decide with an FP16
-    remainder which tensors stay float32, and judge the result before it gets its name.
+    The images stored in the calibration and ``samples`` (a few real images) decide which tensors of
+    an FP16 remainder stay float32, and the result is measured on them before it is saved.
 
     Raises:
         ArtifactError: the calibration is damaged, or of another model or preprocessing.
-        CalibrationError: the calibration lacks a Linear, or the result is not good enough.
-        GraphError: the graph has no Linears of ours, a tensor overflows, or the result is not
+        CalibrationError: the calibration lacks a Linear, or the result is below ``min_sqnr``.
+        GraphError: clipdeploy did not export the graph, a tensor overflows, or the result is not
             valid.
-        FileError: something cannot be read or written.
+        FileError: a file cannot be read or written.
     """
     config = replace(config, weight_scales=config.weight_scales or "channel")
     passport = read_passport(source)
@@ -323,7 +338,7 @@ def quantize(
         parents={"source_graph": source_hash, "calibration": sha256_file(calibration)},
         settings={
             **passport.settings,
-            **settings_of(config),
+            **stored_settings(config),
             "int8_nodes": len(placement.quantized),
             "int8_left_out": left_out,
             "keep_fp32": list(keep),

@@ -1,14 +1,14 @@
-"""What INT8 costs the logits, and when that is too much.
+"""Measures the error that INT8 adds to the logits, and refuses graphs with too much of it.
 
     SQNR = 10 log10(sum l^2 / sum (l' - l)^2)  dB
 
-over the logits l of the FP32 and l' of the INT8 graph, on images that were calibrated with.  Ranges
-of blank or dim images fit those images only: the same figure on clipdeploy's own sample images, and
-the grey levels of the calibration images, show that.
+with the logits l of the FP32 and l' of the INT8 graph, on calibration images.  Ranges found on
+blank or dim images fit only those: the SQNR on clipdeploy's sample images and the grey levels of
+the calibration images detect that.
 
-At 0 dB the error is as large as the logits and the answer is chance.  On the demo model with the
-outliers of real ViTs plain min-max costs 7.2 points of top-1 at 5.4 dB and 3.6 points at 7.1 dB,
-and nothing at 36 dB (``scripts/bench/outliers.py``).
+At 0 dB the error is as large as the logits and answers are random.  On the demo model with the
+outliers of real ViTs, plain min-max costs 7.2 points of top-1 at 5.4 dB and 3.6 points at 7.1 dB;
+36 dB cost none (``scripts/bench/outliers.py``).
 """
 
 from __future__ import annotations
@@ -27,21 +27,22 @@ from clipdeploy.core.files import file_errors
 from clipdeploy.core.leftovers import scratch_folder
 from clipdeploy.core.passport import TensorSpec
 from exporters.graphs import write_model
-from exporters.overflow import largest_values, sqnr_db, stored_logits
+from exporters.metrics import sqnr_db
+from exporters.overflow import largest_values, stored_logits
 from exporters.samples import Samples
 from exporters.session import OnnxSession
 
 __all__ = ["MIN_SQNR_DB", "Judge", "Quality", "Weakest", "check_quality"]
 
-# Noise of a tenth of the signal; see above.
+# The noise power is a tenth of the signal power.
 MIN_SQNR_DB = 10.0
-# Up to this much above the minimum a graph is made with a warning.
+# A graph less than this above the minimum is written with a warning.
 _MARGIN_DB = 10.0
 
 
 @dataclass(frozen=True)
 class Weakest:
-    """The Linear with the lowest expected SQNR of its output, and what its noise is from."""
+    """The Linear with the lowest expected SQNR of its output, and the main cause of its noise."""
 
     name: str
     sqnr_db: float
@@ -53,10 +54,11 @@ class Weakest:
 
 @dataclass(frozen=True)
 class Quality:
-    """``sqnr_db`` of the logits on ``images`` calibration images, None where there is no error.
+    """The SQNR of an INT8 graph's logits in dB, None without error.
 
-    ``images`` is 0 where the table holds none of them: then both figures are those of the sample
-    images.  ``warnings`` are sentences for the user.
+    ``sqnr_db``: on ``images`` calibration images, or on the sample images if the table stores no
+    images (``images`` is 0).  ``sample_sqnr_db``: on the sample images.  ``warnings``: sentences
+    for the user.
     """
 
     sqnr_db: float | None
@@ -67,10 +69,10 @@ class Quality:
 
 
 class Judge:
-    """The FP32 logits of calibration images and of samples, to hold INT8 logits against.
+    """Compares INT8 graphs with the FP32 logits of calibration images and sample images.
 
-    ``kept`` are those that the calibration holds.  ``half``: whether the INT8 graph stores halves;
-    then ``peaks`` has max |x| of each tensor of the FP32 graph.
+    ``kept``: the images stored in the calibration.  ``half``: whether the INT8 graph stores
+    float16; then ``peaks`` is max |x| of each tensor of the FP32 graph.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class Judge:
         half: bool,
     ) -> None:
         self._images = 0 if kept is None else len(kept.crops)
-        judged = samples if kept is None else kept.and_those(samples)
+        judged = samples if kept is None else kept.concat(samples)
         self._inputs = judged.as_input(tensor)
         self.half = half
         self.peaks: dict[str, float] = {}
@@ -97,7 +99,7 @@ class Judge:
         return np.concatenate([found for (found,) in session.run_all(self._inputs)])
 
     def measure(self, model: ir.Model) -> Quality:
-        """The quality of an INT8 graph.
+        """Run an INT8 graph and compare its logits.
 
         Raises:
             GraphError: a tensor overflows.
@@ -115,14 +117,14 @@ class Judge:
 
 
 def check_quality(quality: Quality, table: CalibrationTable, minimum: float) -> tuple[str, ...]:
-    """What the user should know of a graph that is good enough.
+    """Check an INT8 graph's quality, and return warnings for the user.
 
     Raises:
-        CalibrationError: it is not: its SQNR is below ``minimum`` dB on the calibration images, or
-            on the sample images where the calibration images are flat or unknown.
+        CalibrationError: the SQNR is below ``minimum`` dB on the calibration images, or on the
+            sample images if the calibration images are flat or not stored.
     """
     weakest = "" if quality.weakest is None else f"; {quality.weakest}"
-    hint = "leave that Linear out with --exclude, or accept it with a lower --min-sqnr"
+    hint = "exclude that Linear with --exclude, or accept the graph with a lower --min-sqnr"
     if _below(quality.sqnr_db, minimum):
         raise CalibrationError(
             f"the INT8 logits have an SQNR of {quality.sqnr_db:.1f} dB on the "
@@ -137,11 +139,11 @@ def check_quality(quality: Quality, table: CalibrationTable, minimum: float) -> 
             raise CalibrationError(
                 f"the INT8 logits have an SQNR of {found}, below {minimum:g} dB: the calibration "
                 f"images are dim or flat, their grey levels spread by {flatness(table):.0f} of 255",
-                hint="calibrate with images as they will be served, or give a lower --min-sqnr",
+                hint="calibrate with images like those in production, or give a lower --min-sqnr",
             )
         warnings.append(
-            f"the INT8 logits have only {found}: the ranges fit the calibration images alone; "
-            "calibrate with more kinds of images if others will be served"
+            f"the INT8 logits have only {found}: the ranges fit only the calibration images; "
+            "calibrate with more kinds of images if production has others"
         )
     if _below(quality.sqnr_db, minimum + _MARGIN_DB):
         warnings.append(

@@ -1,14 +1,14 @@
-"""Which range of a tensor its 127 levels to each side should span.
+"""Chooses the range that the 127 levels on each side of zero span.
 
-All methods read the same collected statistics:
+All methods use the same collected statistics:
 
-    minmax      the largest value seen
+    minmax      the largest value observed
     percentile  the 99.99th percentile of |x|
     mse         least squared error of the tensor
     entropy     least Kullback-Leibler divergence from the tensor's histogram (NVIDIA, "8-bit
                 inference with TensorRT", GTC 2017)
-    auto        least squared error of the Linear's output: a channel c of the tensor weighs
-                |W[c, :]| ** 2, because that is what its error is multiplied with
+    auto        least squared error of the Linear's output: the weight of channel c is
+                |W[c, :]| ** 2, by which the Linear multiplies its squared error
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RangeMethod = Literal["auto", "minmax", "percentile", "mse", "entropy"]
 RANGE_METHODS: tuple[RangeMethod, ...] = get_args(RangeMethod)
 
 _PERCENTILE = 99.99
-# Candidate ranges: from the largest value down to a hundredth of it, then 1 % apart about the best.
+# Candidate ranges: from the largest value down to a hundredth of it, then 1 % apart near the best.
 _COARSE = 0.9 ** np.arange(44)
 _FINE = 1.0 + np.arange(-9, 10) / 100
 _ENTROPY_BINS = 2048
@@ -59,7 +59,7 @@ def _divergence(reference: NDArray[np.float64], kept: int) -> float:
     cells = np.bincount(level, occupied, minlength=LEVELS + 1)
     q = np.where(occupied, sums[level] / np.maximum(cells[level], 1), 0.0)
     seen = (p > 0) & (q > 0)
-    # Mass where the copy has none counts as if the copy had a trace of it there.
+    # Mass in bins where the copy is empty counts as if the copy had a trace of mass there.
     lost = p[(p > 0) & (q <= 0)].sum() / p.sum()
     p, q = p[seen] / p.sum(), q[seen] / q.sum()
     return float((p * np.log(p / q)).sum() + lost * np.log(1e9))
@@ -80,18 +80,18 @@ _TENSOR_METHODS: dict[str, Callable[[Density], float]] = {
 
 
 def search_levels(values: Distribution, channel_weight: NDArray[np.float64]) -> tuple[float, int]:
-    """Step and zero level of a one-sided tensor, by least error of the Linear's output.
+    """Step and zero level of a one-sided tensor with the least error of the Linear's output.
 
-    GELU's output lies in [-0.17, M]: levels to both sides of zero alike would leave nearly half of
-    them unused.  x is quantised as step * (q + zero), q from -127 to 127; ``zero`` is a whole
-    number, so that subtracting step * zero first and a zero point of -zero are the same grid.
-    ``channel_weight`` (C,) is that of :func:`choose_range`.
+    GELU's output is in [-0.17, M]: symmetric levels would leave nearly half of them unused.  x is
+    quantised as step * (q + zero), q from -127 to 127.  ``zero`` is an integer, so that subtracting
+    step * zero first gives the same grid as a zero point of -zero.  ``channel_weight`` (C,): see
+    :func:`choose_range`.
     """
     density = values.density(channel_weight)
     low, high = float(values.smallest.min()), float(values.largest.max())
     best, least = (density.largest / LEVELS, 0), np.inf
     for part in (*(0.95 ** np.arange(40)), 0.0):
-        # Zero itself is always a level, so that the zero point fits uint8.
+        # Zero is always a level, so that the zero point fits uint8.
         bottom, top = min(low, 0.0), max(high * part, -low, 1e-12)
         step = float16_step((top - bottom) / 2)
         zero = round((top + bottom) / 2 / step)
@@ -103,18 +103,19 @@ def search_levels(values: Distribution, channel_weight: NDArray[np.float64]) -> 
 def choose_range(
     values: Distribution, method: RangeMethod, channel_weight: NDArray[np.float64] | float = 1.0
 ) -> float:
-    """The |x| that 127 stands for.
+    """The |x| that level 127 represents.
 
-    ``channel_weight`` (C,) is |W[c, :]| ** 2 of the Linear that reads the tensor; only ``auto``
-    looks at it.
+    ``channel_weight`` (C,): |W[c, :]| ** 2 of the Linear that reads the tensor; used by ``auto``.
 
     Raises:
-        UsageError: no such method.
+        UsageError: unknown method.
     """
     if method == "minmax":
         return values.amax
     if method == "auto":
         return min(_least_error(values.density(channel_weight)), values.amax)
     if method not in _TENSOR_METHODS:
-        raise UsageError(f"no range method {method!r}", hint=f"one of {', '.join(RANGE_METHODS)}")
+        raise UsageError(
+            f"unknown range method {method!r}", hint=f"choose one of {', '.join(RANGE_METHODS)}"
+        )
     return min(_TENSOR_METHODS[method](values.density()), values.amax)

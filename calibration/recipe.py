@@ -1,7 +1,7 @@
-"""A recipe file: how an INT8 graph is made, to be made again.
+"""Reads and writes recipe files, which hold the configuration of an INT8 graph.
 
-It holds a :class:`calibration.qdq.QuantizeConfig` and says where it came from.  Only the
-configuration is used; the weights it was found for are compared, and others are refused.
+A recipe holds a :class:`calibration.qdq.QuantizeConfig` and its origin.  It applies only to the
+weights for which a search found it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from calibration.qdq import QuantizeConfig
+from calibration.qdq import SCHEME_KEY, QuantizeConfig, stored_settings
 from clipdeploy.core.errors import ArtifactError
-from clipdeploy.core.files import write_atomic
-from clipdeploy.core.passport import read_json, to_json
+from clipdeploy.core.files import read_regular, write_atomic
+from clipdeploy.core.passport import from_json, settings_of, to_json
 from clipdeploy.core.values import Fault, is_name, unless, unless_lines
 
 __all__ = ["RECIPE_SCHEMA", "QuantizeRecipe", "load_recipe", "save_recipe"]
@@ -24,7 +24,7 @@ RECIPE_SCHEMA = 1
 
 @dataclass(frozen=True)
 class QuantizeRecipe:
-    """``weights`` is the identity of the checkpoint it was found for; ``found`` says how."""
+    """``weights``: identity of the checkpoint it applies to.  ``found``: settings of the search."""
 
     model: str
     weights: str
@@ -33,38 +33,48 @@ class QuantizeRecipe:
     schema: int = RECIPE_SCHEMA
 
     def faults(self) -> Iterator[Fault]:
-        """Values that no recipe has; see :mod:`clipdeploy.core.values`."""
+        """Invalid values; see :mod:`clipdeploy.core.values`."""
         yield from unless(is_name(self.model), "model", self.model, "a model's name")
         yield from unless_lines("weights", self.weights)
         yield from unless_lines("config.exclude", self.config.exclude)
 
     def check(self, weights: str) -> None:
-        """Refuse other weights than those it was found for.
+        """Check that the recipe applies to ``weights``.
 
         Raises:
-            ArtifactError: they are others.
+            ArtifactError: it was found for other weights.
         """
         if self.weights != weights:
             raise ArtifactError(
                 f"the recipe was found for other weights of {self.model}",
-                hint="search again for this checkpoint, or pass the options one by one",
+                hint="search again for this checkpoint, or give the options one by one",
             )
 
 
 def save_recipe(recipe: QuantizeRecipe, path: Path) -> None:
-    """Write a recipe.
+    """Write a recipe; ``config.scheme`` is stored as ``plan``, see :func:`stored_settings`.
 
     Raises:
-        FileError: no permission, no space.
+        FileError: no permission, or no space.
     """
-    write_atomic(path, to_json(recipe))
+    stored = {**settings_of(recipe), "config": stored_settings(recipe.config)}
+    write_atomic(path, to_json(stored))
 
 
 def load_recipe(path: Path) -> QuantizeRecipe:
     """Read a recipe.
 
     Raises:
-        FileError: it cannot be opened.
-        ArtifactError: it is no recipe, or was written by a newer clipdeploy.
+        FileError: the file cannot be opened.
+        ArtifactError: it is not a recipe, or a newer clipdeploy wrote it.
     """
-    return read_json(path, QuantizeRecipe, RECIPE_SCHEMA)
+    data = read_regular(path)
+    return from_json(data, QuantizeRecipe, str(path), RECIPE_SCHEMA, prepare=_with_field_names)
+
+
+def _with_field_names(raw: Any) -> Any:
+    """Rename the stored key ``config.plan`` to the field name ``config.scheme``."""
+    if not isinstance(raw, dict) or not isinstance(raw.get("config"), dict):
+        return raw
+    config = {"scheme" if k == SCHEME_KEY else k: v for k, v in raw["config"].items()}
+    return {**raw, "config": config}

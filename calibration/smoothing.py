@@ -1,25 +1,26 @@
-"""Move activation outliers into the weights, exactly and without a node more.
+"""Moves activation outliers into the weights, without changing outputs or adding nodes.
 
-A Linear y = x W + b whose input was shifted and scaled per channel gives the same y:
+A Linear y = x W + b with its input shifted and scaled per channel gives the same y:
 
     x' = (x - m) / s,    W' = diag(s) W,    b' = b + m W
 
-and both can be had where x is made (SmoothQuant, Xiao et al. 2022; the shift: Outlier
+Both are applied where x is computed (SmoothQuant, Xiao et al. 2022; the shift: Outlier
 Suppression+, Wei et al. 2023):
 
     qkv, fc1   x = LayerNorm(r) gamma + beta:      gamma' = gamma / s,  beta' = (beta - m) / s
-    proj       x = softmax(..) V, rows of softmax sum to one:
+    proj       x = softmax(..) V, where rows of softmax sum to one:
                columns of V in qkv:  W_v' = W_v / s,  b_v' = (b_v - m) / s
 
-fc2 reads GELU's output, through which nothing can be moved.
+fc2 reads GELU's output, and GELU does not commute with a shift or scale.
 
-A common factor k of all channels is free: s k in the place of s leaves both errors as they are.  It
-is 1 unless float16 could not hold what follows: scales below its smallest normal number are lost
-(a norm's gain 10^4 times as large and the next weight 10^4 times as small give the same function),
-and so is a step above its largest.  Then k brings x' and W' to the same size.
+A common factor k of all channels is free: s k instead of s leaves both errors unchanged.  k is 1
+unless the result exceeds float16: it loses scales below its smallest normal number and steps above
+its largest, which occurs if, say, a norm's gain is 10^4 times larger and the next weight 10^4 times
+smaller, for the same function.  k then brings x' and W' to the same size.
 
-m is the middle of each channel's range.  s is searched among a[c] ** t / w[c] ** (1 - t), a[c] half
-the channel's range and w[c] its largest weight, t from 0 to 1, by the expected squared error of y:
+m is the middle of each channel's range.  s is a[c] ** t / w[c] ** (1 - t), with a[c] half the
+channel's range, w[c] its largest weight, and the t from 0 to 1 with the least expected squared
+error of y:
 
     (R / 127) ** 2 / 12  sum_c |W'[c, :]| ** 2 / 4                 input, R = max_c a[c] / s[c]
     sum_j (max_c |W'[c, j]| / 127) ** 2 / 12  sum_c var(x'[c])     weight
@@ -35,28 +36,28 @@ from numpy.typing import NDArray
 
 from calibration.distribution import LEVELS, Distribution
 from calibration.policy import LinearSite
-from exporters.initializers import write_initializer
+from exporters.initializers import values_of, write_initializer
 
 __all__ = ["Folding", "Source", "find_source", "fold", "search_folding"]
 
 F64 = NDArray[np.float64]
 
-# A weight's error is the same for every token and adds up; the input's is another for each and
-# averages out in attention. Of shares 1, 0.3, 0.1, 0.03 and 0 the demo model's logits were best at
-# 0.1 (by 1.6 dB over 1), ViT-B/16's with random weights at 0.3 (by 0.3 dB): a quarter suits both.
+# A weight's error is the same for all tokens and adds up; the input's differs by token and averages
+# out in attention. Of shares 1, 0.3, 0.1, 0.03 and 0 the demo model's logits were best at 0.1 (by
+# 1.6 dB over 1), ViT-B/16's with random weights at 0.3 (by 0.3 dB): a quarter suits both.
 _INPUT_SHARE = 0.25
 _STRENGTHS = np.linspace(0.0, 1.0, 21)
-# The largest value of a tensor whose steps float16 holds well: a channel's step may be a sixteenth
-# of the largest channel's; and a sixteenth of float16's largest number.
+# Bounds of a tensor's largest value so that float16 holds its steps: a channel's step may be a
+# sixteenth of the largest channel's, and there is a margin of 16 to float16's largest number.
 _SMALLEST = 16 * LEVELS * float(np.finfo(np.float16).tiny)
 _LARGEST = float(np.finfo(np.float16).max) / 16
-# A channel that hardly moves is not blown up by more than this, beside the widest one.
+# Lower limit of a channel's range relative to the widest channel's.
 _NARROWEST = 1e-4
 
 
 @dataclass(frozen=True)
 class Folding:
-    """x' = (x - shift) / scale per channel, both (C,); ``strength`` is t, None for no scaling."""
+    """x' = (x - shift) / scale per channel, both (C,); ``strength`` is t, None without scaling."""
 
     shift: F64
     scale: F64
@@ -64,15 +65,15 @@ class Folding:
 
     @classmethod
     def none(cls, channels: int) -> Folding:
-        """The folding that changes nothing."""
+        """The identity folding of ``channels`` channels."""
         return cls(np.zeros(channels), np.ones(channels))
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a Linear's input is made: its gain and offset per channel, each an input of a node.
+    """The per-channel gain and offset that produce a Linear's input, each an input of a node.
 
-    ``gain`` has the channels along its last axis, in columns ``first`` and following.
+    The channels are along the last axis of ``gain``, from column ``first`` on.
     """
 
     gain_at: tuple[ir.Node, int]
@@ -81,12 +82,12 @@ class Source:
 
     @property
     def gain(self) -> ir.Value:
-        """The gain as it is now."""
+        """The current gain."""
         return _at(*self.gain_at)
 
     @property
     def offset(self) -> ir.Value:
-        """The offset (C,) as it is now."""
+        """The current offset (C,)."""
         return _at(*self.offset_at)
 
 
@@ -109,15 +110,15 @@ def _expected_error(
 def search_folding(
     values: Distribution, weight: NDArray[np.float32], strength: float | None = None
 ) -> Folding:
-    """The shift and scale of a Linear's input, from its statistics and its weight (C, Cout).
+    """Choose shift and scale of a Linear's input from its distribution and weight (C, Cout).
 
-    ``strength``: t, None for the one with the least expected error.
+    ``strength``: t, None to use the t with the least expected error.
     """
     shift = (values.smallest + values.largest) / 2
     spread = (values.largest - values.smallest) / 2
     spread = np.maximum(spread, max(float(spread.max()) * _NARROWEST, 1e-12))
-    # Of identical images nothing is known but the middle.
-    moves = float(spread.max()) > _NARROWEST * float(np.abs(shift).max())
+    # Identical images show the middle of each range, but not its width.
+    varies = float(spread.max()) > _NARROWEST * float(np.abs(shift).max())
     magnitudes = np.abs(weight)
     top = magnitudes.max(axis=1).astype(np.float64)
     top = np.maximum(top, max(float(top.max()) * _NARROWEST, 1e-12))
@@ -130,12 +131,12 @@ def search_folding(
     def folding(strength: float) -> Folding:
         scale = spread**strength / top ** (1 - strength)
         scale /= np.exp(np.log(scale).mean())
-        factor = _common_factor(spread / scale, top * scale) if moves else 1.0
+        factor = _common_factor(spread / scale, top * scale) if varies else 1.0
         return Folding(shift, scale * factor, strength)
 
     if strength is not None:
         return folding(strength)
-    ones = np.full_like(shift, _common_factor(spread, top) if moves else 1.0)
+    ones = np.full_like(shift, _common_factor(spread, top) if varies else 1.0)
     best, least = Folding(shift, ones), error(ones)
     for candidate in map(folding, _STRENGTHS.tolist()):
         if (found := error(candidate.scale)) < least:
@@ -144,14 +145,14 @@ def search_folding(
 
 
 def _common_factor(spread: F64, top: F64) -> float:
-    """A power of two k, so that float16 holds the steps of x' / k and of k W'.
+    """A power of two k for which float16 holds the steps of x' / k and of k W'.
 
     ``spread`` (C,) is half of each channel's range, ``top`` (C,) its largest weight.
     """
     activations, weights = float(spread.max()), float(top.max())
     if all(_SMALLEST <= size <= _LARGEST for size in (activations, weights)):
         return 1.0
-    # The exponent alone changes: the integers are those of k = 1 in infinite precision.
+    # A power of two changes only exponents: the integers equal those for k = 1.
     return float(2.0 ** np.rint(np.log2(activations / weights) / 2))
 
 
@@ -168,7 +169,7 @@ def _layernorm(value: ir.Value) -> Source | None:
 
 
 def _reduces_channels(node: ir.Node) -> bool:
-    """Whether a LayerNormalization or Softmax works along the last axis, which is its default."""
+    """Whether a LayerNormalization or Softmax reduces the last axis, as by default."""
     rank = len(node.outputs[0].shape or ())
     return node.attributes.get_int("axis", -1) in (-1, rank - 1)
 
@@ -202,30 +203,25 @@ def _values(proj: LinearSite, qkv: LinearSite) -> Source | None:
 
 
 def find_source(site: LinearSite, sites: dict[str, LinearSite]) -> Source | None:
-    """Where the input of ``site`` is made, if a folding can be moved there; else None."""
+    """The source into which the folding of ``site`` can be written; None without one."""
     if site.role in ("attn.qkv", "mlp.fc1"):
         return _layernorm(site.activation)
     qkv = sites.get(f"blocks.{site.block}.attn.qkv")
     return _values(site, qkv) if site.role == "attn.proj" and qkv is not None else None
 
 
-def _array(value: ir.Value) -> F64:
-    tensor = value.const_value
-    assert tensor is not None
-    return tensor.numpy().astype(np.float64)
-
-
 def fold(site: LinearSite, source: Source, folding: Folding) -> None:
-    """Write ``folding`` into the graph: the function of the model stays the same."""
-    assert site.bias is not None
+    """Write ``folding`` into the graph; the model's outputs stay the same."""
     assert site.add is not None
-    gain, offset = _array(source.gain), _array(source.offset)
+    gain, offset, weight, bias = (
+        values_of(value).astype(np.float64)
+        for value in (source.gain, source.offset, site.weight, site.bias)
+    )
     columns = slice(source.first, source.first + len(folding.shift))
     gain[..., columns] /= folding.scale
     offset[columns] = (offset[columns] - folding.shift) / folding.scale
     write_initializer(*source.gain_at, gain.astype(np.float32))
     write_initializer(*source.offset_at, offset.astype(np.float32))
-    weight = _array(site.weight)
-    bias = _array(site.bias) + folding.shift @ weight
+    bias += folding.shift @ weight
     write_initializer(site.add, 1, bias.astype(np.float32))
     write_initializer(site.matmul, 1, (folding.scale[:, None] * weight).astype(np.float32))

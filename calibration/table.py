@@ -1,8 +1,8 @@
-"""``calibration.json``: the statistics of a model's activations on named images, sealed.
+"""Reads, writes and merges ``calibration.json``, the activation statistics of a model.
 
-The file holds everything that quantisation needs, and the names and hashes of the images that it
-came from.  ``seal`` is the SHA-256 of the rest, so that a table which was cut short or edited by
-hand is refused rather than believed.
+The file holds everything that quantisation needs, and the names and hashes of the calibration
+images.  ``seal`` is the SHA-256 of the other fields: a table that was truncated or edited is
+refused.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ __all__ = [
 
 
 _SCHEMA = 4
-# Tables before this schema hold nothing of an image's decoded pixels.
+# First schema with a hash and a thumbnail of each image's decoded pixels.
 _SCHEMA_WITH_PIXELS = 3
-# Tables before this schema hold no crops.
+# First schema with crops.
 _SCHEMA_WITH_CROPS = 4
-# Crops that a table holds.
+# Number of crops stored in a table.
 MOST_CROPS = 8
-# More than any layer or cluster has.
+# Upper limits for values read from a file.
 _MOST_CHANNELS = 1_000_000
 _MOST_SHARDS = 1_000_000
 
 
 @dataclass(frozen=True)
 class CalibrationImageRecord:
-    """An image that was used: its path inside the data folder, and the SHA-256 of its bytes.
+    """A calibration image: its path inside the data folder, and the SHA-256 of its bytes.
 
-    ``pixels`` and ``thumbnail`` are the hash in hex and the 8 x 8 grey means of its decoded crop,
-    see :mod:`clipdeploy.imaging.fingerprints`; empty if they are unknown.  Records are the same if
-    name and bytes are: which images there are is known before they are decoded.
+    ``pixels`` and ``thumbnail``: hash in hex and 8 x 8 grey means of the decoded crop, see
+    :mod:`clipdeploy.imaging.fingerprints`; empty if unknown.  Records compare by name and bytes
+    only, because images are listed before they are decoded.
     """
 
     name: str
@@ -72,7 +72,7 @@ class CalibrationImageRecord:
 
 @dataclass(frozen=True)
 class CalibrationCrop:
-    """An image that the quantised graph is judged on: ``pixels`` are uint8 (S, S, 3), zlib."""
+    """An image to measure the quantised graph on; ``pixels`` are uint8 (S, S, 3), zlib."""
 
     name: str
     sha256: str
@@ -80,19 +80,19 @@ class CalibrationCrop:
 
     @classmethod
     def of(cls, name: str, sha256: str, pixels: NDArray[np.uint8]) -> CalibrationCrop:
-        """Of a crop, uint8 (S, S, 3)."""
+        """Compress a crop, uint8 (S, S, 3)."""
         return cls(name, sha256, zlib.compress(np.ascontiguousarray(pixels).tobytes()))
 
 
 def choose_crops(crops: Iterable[CalibrationCrop]) -> tuple[CalibrationCrop, ...]:
-    """Those of the lowest SHA-256, each picture once: any order, any sharding chooses the same."""
+    """The crops with the lowest SHA-256, without copies; independent of order and sharding."""
     known = {crop.sha256: crop for crop in sorted(crops, key=lambda crop: crop.name, reverse=True)}
     return tuple(known[sha256] for sha256 in sorted(known)[:MOST_CROPS])
 
 
 @dataclass(frozen=True)
 class PackedStatistics:
-    """:class:`ChannelStatistics` as JSON can carry it: little-endian arrays, zlib, base64."""
+    """:class:`ChannelStatistics` for JSON: little-endian arrays, zlib, base64."""
 
     channels: int
     rows: int
@@ -102,7 +102,7 @@ class PackedStatistics:
     total: bytes
 
     def faults(self) -> Iterator[Fault]:
-        """Values that no statistics have; see :mod:`clipdeploy.core.values`."""
+        """Invalid values; see :mod:`clipdeploy.core.values`."""
         held = 1 <= self.channels <= _MOST_CHANNELS
         yield from unless(held, "channels", self.channels, f"from 1 to {_MOST_CHANNELS}")
         yield from unless(self.rows >= 0, "rows", self.rows, "0 or more")
@@ -112,10 +112,10 @@ class PackedStatistics:
 
 @dataclass(frozen=True)
 class CalibrationTable(Shown):
-    """Statistics by Linear name (``blocks.7.mlp.fc2``), and what they were collected from.
+    """Statistics by Linear name (``blocks.7.mlp.fc2``), and their origin.
 
-    ``source_graph`` is the SHA-256 of the FP32 graph; ``weights`` the identity of its checkpoint;
-    ``shard`` is (i, n) for the i-th of n parts.  ``crops`` are a few of the images themselves.
+    ``source_graph``: SHA-256 of the FP32 graph.  ``weights``: identity of its checkpoint.
+    ``shard``: (i, n) for the i-th of n parts.  ``crops``: a few of the images.
     """
 
     model: str
@@ -130,10 +130,10 @@ class CalibrationTable(Shown):
     crops: tuple[CalibrationCrop, ...] = ()
 
     def samples(self) -> Samples | None:
-        """The images that the table holds; None in a table of an older clipdeploy.
+        """The stored images; None in a table of an older clipdeploy.
 
         Raises:
-            CalibrationError: they are not of the size that they should be.
+            CalibrationError: an image does not have the size of ``preprocess``.
         """
         size = self.preprocess.size
         try:
@@ -145,7 +145,7 @@ class CalibrationTable(Shown):
         return Samples(np.stack(arrays), self.preprocess) if arrays else None
 
     def faults(self) -> Iterator[Fault]:
-        """Values that no table has; see :mod:`clipdeploy.core.values`."""
+        """Invalid values; see :mod:`clipdeploy.core.values`."""
         yield from unless(is_name(self.model), "model", self.model, "a model's name")
         yield from unless_lines("weights", self.weights)
         digest = self.source_graph
@@ -165,7 +165,7 @@ class CalibrationTable(Shown):
         """
         if name not in self.statistics:
             raise CalibrationError(
-                f"the calibration has nothing about {name}", hint="calibrate this model again"
+                f"the calibration has no statistics of {name}", hint="calibrate this model again"
             )
         return unpack(self.statistics[name])
 
@@ -178,7 +178,7 @@ class CalibrationTable(Shown):
 
 
 def pack(statistics: ChannelStatistics) -> PackedStatistics:
-    """Make statistics fit for JSON; the same statistics give the same bytes."""
+    """Compress statistics for JSON; the same statistics give the same bytes."""
     extremes = np.stack([statistics.minimum, statistics.maximum]).astype("<f4")
     return PackedStatistics(
         channels=statistics.channels,
@@ -194,7 +194,7 @@ def unpack(packed: PackedStatistics) -> ChannelStatistics:
     """The inverse of :func:`pack`.
 
     Raises:
-        CalibrationError: the bytes are not the arrays they should be.
+        CalibrationError: the bytes are damaged.
     """
     channels = packed.channels
     try:
@@ -215,11 +215,11 @@ def unpack(packed: PackedStatistics) -> ChannelStatistics:
 
 
 def _array(data: bytes, dtype: str, *shape: int) -> NDArray[np.generic]:
-    """The array of ``shape`` that was packed; no more bytes than it has are unpacked."""
+    """The packed array of ``shape``; decompresses no more bytes than it needs."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = zlib.decompressobj().decompress(data, size + 1)
     if len(raw) != size:
-        raise ValueError(f"they are not {shape} numbers")
+        raise ValueError(f"the data do not have shape {shape}")
     return np.frombuffer(raw, dtype).reshape(shape)
 
 
@@ -227,7 +227,7 @@ def _seal(table: CalibrationTable) -> str:
     content = replace(table, seal="")
     if table.schema >= _SCHEMA_WITH_CROPS:
         return hashlib.sha256(msgspec.json.encode(content)).hexdigest()
-    # As it was sealed, without fields that there were not yet: whatever is in them breaks the seal.
+    # Sealed without the fields that its schema lacks; a value in one of them breaks the seal.
     built = msgspec.to_builtins(content)
     if not built["crops"]:
         del built["crops"]
@@ -239,34 +239,37 @@ def _seal(table: CalibrationTable) -> str:
 
 
 def merge_tables(parts: Sequence[CalibrationTable]) -> CalibrationTable:
-    """One table of all shards of a run, equal to that of an unbroken run, bit for bit.
+    """Merge all shards of a run into a table that equals that of an unsharded run, bit for bit.
 
     Raises:
-        CalibrationError: a shard is missing, there twice, or of another run.
+        CalibrationError: a shard is missing, repeated, or of another run.
     """
     if not parts:
-        raise CalibrationError("no shard to merge", hint="calibrate with --shard 1/N and so on")
+        raise CalibrationError("no shard to merge", hint="calibrate with --shard 1/N to N/N")
     first = parts[0]
     if first.shard is None:
-        raise CalibrationError("this is no shard: it is a whole calibration already")
+        raise CalibrationError(
+            "the calibration is not a shard", hint="use it as it is, or calibrate with --shard I/N"
+        )
     count = first.shard[1]
     numbers = sorted(part.shard[0] for part in parts if part.shard is not None)
     if numbers != list(range(1, count + 1)) or len(numbers) != len(parts):
         raise CalibrationError(
-            f"shards {numbers} of {count} are here, 1 to {count} are needed, each once"
+            f"found shards {numbers} of {count}, but 1 to {count} are needed, each once"
         )
     merged = {name: unpack(packed) for name, packed in first.statistics.items()}
     for part in parts[1:]:
         if _origin(part) != _origin(first) or part.statistics.keys() != merged.keys():
             raise CalibrationError(
-                f"shards {first.shard} and {part.shard} are of different runs",
+                f"shards {first.shard} and {part.shard} are from different runs",
                 hint="calibrate all shards from the same graph",
             )
         merged = {name: found.merge(part.of(name)) for name, found in merged.items()}
     images = sorted((image for part in parts for image in part.images), key=lambda i: i.name)
     if len({image.name for image in images}) != len(images):
         raise CalibrationError(
-            "the shards share images", hint="calibrate every shard with one --seed and one --data"
+            "the shards share images",
+            hint="calibrate all shards with the same --seed and --data",
         )
     return replace(
         first,
@@ -288,7 +291,7 @@ def save_table(table: CalibrationTable, path: Path) -> CalibrationTable:
     """Seal a table and write it.
 
     Raises:
-        FileError: no permission, no space.
+        FileError: no permission, or no space.
     """
     sealed = replace(table, seal=_seal(table))
     write_atomic(path, to_json(sealed))
@@ -296,16 +299,16 @@ def save_table(table: CalibrationTable, path: Path) -> CalibrationTable:
 
 
 def load_table(path: Path) -> CalibrationTable:
-    """Read a table and hold it against its seal.
+    """Read a table and check its seal.
 
     Raises:
-        FileError: it cannot be opened.
-        ArtifactError: it was cut short, edited, or written by a newer clipdeploy.
+        FileError: the file cannot be opened.
+        ArtifactError: it is truncated, edited, or from a newer clipdeploy.
     """
     table = read_json(path, CalibrationTable, _SCHEMA)
     if table.seal != _seal(table):
         raise ArtifactError(
-            f"{path} does not match its own seal: it was edited or damaged",
+            f"{path} does not match its seal: it was edited or damaged",
             hint="calibrate again",
         )
     return table

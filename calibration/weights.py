@@ -1,9 +1,10 @@
-"""A Linear's weight in int8, symmetric, one scale for each output channel.
+"""Quantises a Linear's weight to int8: symmetric, with one scale per output channel.
 
     W'[:, j] = s[j] round(W[:, j] / s[j])          |round(...)| <= 127
 
-With clipping, s[j] is not max |W[:, j]| / 127 but the one of a few smaller steps whose error costs
-the output least: sum_c v[c] (W' - W)[c, j] ** 2, v[c] being the variance of input channel c.
+Without clipping, s[j] is max |W[:, j]| / 127.  With clipping, a few smaller scales are tried, and
+the one with the least output error sum_c v[c] (W' - W)[c, j] ** 2 is used, where v[c] is the
+variance of input channel c.
 """
 
 from __future__ import annotations
@@ -13,22 +14,28 @@ from numpy.typing import NDArray
 
 from calibration.distribution import LEVELS
 
-__all__ = ["SMALLEST_SCALE", "float16_scale", "float16_step", "quantize_weight", "weight_error"]
+__all__ = [
+    "SMALLEST_SCALE",
+    "float16_scale",
+    "float16_step",
+    "quantize_weight",
+    "weight_error",
+]
 
 SMALLEST_SCALE = float(np.finfo(np.float16).tiny)
 _CLIPS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)
 
 
 def float16_scale(scale: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Scales of any shape, rounded to float16 values, none below float16's smallest normal number.
+    """Round scales of any shape to float16 values, at least float16's smallest normal number.
 
-    The FP16 and the FP32 flavour of a graph then hold the same integers and the same scales.
+    The INT8 graphs with an FP16 and an FP32 remainder then have equal integers and scales.
     """
     return np.maximum(scale, SMALLEST_SCALE).astype(np.float16).astype(np.float32)
 
 
 def float16_step(limit: float) -> float:
-    """The step whose 127th multiple is ``limit``, a float16 value."""
+    """The step limit / 127, rounded to a float16 value."""
     return float(float16_scale(np.asarray([limit / LEVELS]))[0])
 
 
@@ -42,9 +49,9 @@ def _rounded(weight: NDArray[np.float32], scale: NDArray[np.float32]) -> NDArray
 def quantize_weight(
     weight: NDArray[np.float32], variance: NDArray[np.float64] | None = None
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """(Cin, Cout) float32 -> int8 of the same shape, and the (Cout,) scales, float16 values.
+    """Quantise a weight (Cin, Cout); return int8 of the same shape, and float16 scales (Cout,).
 
-    ``variance`` (Cin,) of the inputs turns clipping on.
+    ``variance`` (Cin,): of the inputs, enables clipping.
     """
     largest = np.abs(weight).max(axis=0).astype(np.float64)
     widest = float16_scale(largest / LEVELS)

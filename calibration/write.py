@@ -1,4 +1,4 @@
-"""QuantizeLinear / DequantizeLinear pairs into a graph.
+"""Writes QuantizeLinear and DequantizeLinear pairs into a graph.
 
     x ── Q(s_x) ── DQ(s_x) ──┐
                              MatMul ── Add(bias)                    "channel"
@@ -8,16 +8,16 @@
                              MatMul ── Mul(s_w / s) ── Add(bias)    "ratio"
     W int8 ────── DQ(s) ─────┘
 
-The scales s_w of a weight, one for each output channel, have two forms.  TensorRT's INT8 kernels
-take all of them.  TensorRT-RTX (1.5 to 1.7) multiplies a GEMM's int32 sums only by one scale: with
-several it writes the raw sums as float16, which overflows at 65504.  In the ratio form it gets one
-scale, s = max s_w, and a Mul by the ratios, which it fuses with the Add.  Both forms hold the same
-integers.
+A weight has a scale s_w for each output channel, in one of two forms.  TensorRT's INT8 kernels
+accept all of them.  TensorRT-RTX (1.5 to 1.7) multiplies a GEMM's int32 sums by one scale only:
+with several it writes the raw sums as float16, which overflow at 65504.  The ratio form has one
+scale, s = max s_w, and a Mul by the ratios, which TensorRT-RTX fuses with the Add.  Both forms hold
+the same integers.
 
-Two dialects hold the same integers.  TensorRT wants int8 with a zero point of zero, so that an
-input whose levels are not symmetric is shifted by a Sub first; ONNX Runtime's CPU kernels are
-fastest on uint8, whose zero point needs no Sub.  Biases stay floating point: TensorRT-RTX refuses
-an int32 DequantizeLinear.
+There are two dialects with the same integers.  TensorRT requires int8 with a zero point of zero, so
+a Sub shifts inputs with asymmetric levels first.  ONNX Runtime's CPU kernels are fastest on uint8,
+whose zero point replaces the Sub.  Biases stay floating point, because TensorRT-RTX refuses an
+int32 DequantizeLinear.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from clipdeploy.core.passport import ScaleForm
-from exporters.initializers import add_initializer, own_initializer
+from exporters.initializers import add_initializer, own_initializer, remove_unused
 
 __all__ = ["QdqWriter", "ratio_name"]
 
@@ -35,26 +35,23 @@ _MIDDLE = 128
 
 
 def ratio_name(linear: str) -> str:
-    """The node that multiplies a Linear's output by its scales' ratios, in the ratio form."""
+    """The name of the node that multiplies a Linear's output by the ratios of its scales."""
     return f"{linear}/ratio"
 
 
 class QdqWriter:
-    """Writes pairs into ``graph``; ``unsigned`` chooses the dialect of ONNX Runtime's CPU.
+    """Writes Q/DQ pairs into ``graph``; ``unsigned`` selects the dialect of ONNX Runtime's CPU.
 
-    ``scales``: the form of the scales of weights, see the module.
+    ``scales``: the form of the weight scales.
 
-    With a ``zero`` level other than 0 the int8 dialect hands ``node`` an input from which
-    step * zero was subtracted, and whoever writes makes up for it in the bias.
+    With a ``zero`` level other than 0, the int8 dialect subtracts step * zero from the node's
+    input; the caller must compensate for it in the bias.
     """
 
     def __init__(self, graph: ir.Graph, *, unsigned: bool, scales: ScaleForm = "channel") -> None:
         self._graph = graph
         self.unsigned = unsigned
         self._scales = scales
-
-    def _constant(self, name: str, array: NDArray[np.generic]) -> ir.Value:
-        return add_initializer(self._graph, name, array)
 
     @staticmethod
     def _node(
@@ -68,20 +65,24 @@ class QdqWriter:
         return node
 
     def activation(self, node: ir.Node, index: int, name: str, step: float, zero: int = 0) -> None:
-        """Quantise what ``node`` reads at ``index`` as step * (q + zero), q from -127 to 127."""
+        """Quantise input ``index`` of ``node`` as step * (q + zero), q from -127 to 127."""
         value = node.inputs[index]
         assert value is not None
         nodes = []
         kind: type[np.generic] = np.uint8 if self.unsigned else np.int8
         point = _MIDDLE - zero if self.unsigned else 0
         if zero and not self.unsigned:
-            shift = self._constant(f"{name}.input_shift", np.asarray(step * zero, np.float32))
+            shift = add_initializer(
+                self._graph, f"{name}.input_shift", np.asarray(step * zero, np.float32)
+            )
             nodes.append(
                 self._node("Sub", f"{name}/Sub", [value, shift], ir.DataType.FLOAT, value, -1)
             )
         source = nodes[0].outputs[0] if nodes else value
-        scale = self._constant(f"{name}.input_scale", np.asarray(step, np.float32))
-        zero_point = self._constant(f"{name}.input_zero_point", np.asarray(point, kind))
+        scale = add_initializer(self._graph, f"{name}.input_scale", np.asarray(step, np.float32))
+        zero_point = add_initializer(
+            self._graph, f"{name}.input_zero_point", np.asarray(point, kind)
+        )
         integer = ir.DataType.UINT8 if self.unsigned else ir.DataType.INT8
         q = self._node(
             "QuantizeLinear", f"{name}/Q", [source, scale, zero_point], integer, value, -1
@@ -105,22 +106,22 @@ class QdqWriter:
         scale: NDArray[np.float32],
         axis: int,
     ) -> None:
-        """Put int8 of its shape and scales (C,) along ``axis`` in the place of weight, input 1.
+        """Replace the weight, input 1, by int8 of its shape and scales (C,) along ``axis``.
 
-        In the ratio form a bias of ``node`` itself, its input 2, becomes an Add of its own.
+        In the ratio form a bias of the node, input 2, becomes an Add of its own.
         """
         value = own_initializer(node, 1)
         if self._scales == "ratio":
             largest = scale.max()
             self._multiply_output(node, name, scale / largest)
             scale, axis = np.asarray(largest, np.float32), -1
-        stored = self._constant(f"{value.name}/int8", integers)
-        scales = self._constant(f"{value.name}/scale", scale)
+        stored = add_initializer(self._graph, f"{value.name}/int8", integers)
+        scales = add_initializer(self._graph, f"{value.name}/scale", scale)
         inputs = [stored, scales]
         if self.unsigned:
-            # ONNX Runtime's exact kernels (session.x64quantprecision) fail without one.
+            # ONNX Runtime's exact kernels (session.x64quantprecision) need a zero point.
             zeros = np.zeros(scale.shape, np.int8)
-            inputs.append(self._constant(f"{value.name}/zero_point", zeros))
+            inputs.append(add_initializer(self._graph, f"{value.name}/zero_point", zeros))
         dq = self._node(
             "DequantizeLinear",
             f"{name}/weight_DQ",
@@ -131,7 +132,7 @@ class QdqWriter:
         )
         self._graph.insert_before(node, dq)
         node.replace_input_with(1, dq.outputs[0])
-        del self._graph.initializers[value.name or ""]
+        remove_unused(self._graph)
 
     def _multiply_output(self, node: ir.Node, name: str, ratio: NDArray[np.float32]) -> None:
         """Multiply each output channel of ``node`` by its ``ratio`` (C,), before its bias.
@@ -141,14 +142,16 @@ class QdqWriter:
         output = node.outputs[0]
         # A convolution has its channels before height and width.
         per_channel = (-1, 1, 1) if node.op_type == "Conv" else (-1,)
-        constant = self._constant(f"{name}.weight_ratio", ratio.reshape(per_channel))
+        constant = add_initializer(self._graph, f"{name}.weight_ratio", ratio.reshape(per_channel))
         new = [
             self._node("Mul", ratio_name(name), [output, constant], ir.DataType.FLOAT, output, -1)
         ]
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         if bias is not None:
             assert bias.const_value is not None
-            added = self._constant(f"{name}.bias", bias.const_value.numpy().reshape(per_channel))
+            added = add_initializer(
+                self._graph, f"{name}.bias", bias.const_value.numpy().reshape(per_channel)
+            )
             inputs = [new[0].outputs[0], added]
             new.append(
                 self._node("Add", f"{name}/ratio_bias", inputs, ir.DataType.FLOAT, output, -1)

@@ -16,9 +16,9 @@ The commands call the same functions.  A result is a table where a notebook or r
 truth value where it is a verdict.  ``docs/python.md`` has every verb with an example.
 """
 
-from calibration.plan import PlanConfig
 from calibration.policy import Scope
 from calibration.qdq import QuantizeConfig, QuantizedGraph
+from calibration.scheme import SchemeConfig
 from clipdeploy.benchmark import (
     Benchmark,
     BenchmarkConfig,
@@ -67,6 +67,9 @@ from exporters.headers import GraphArtifact
 from exporters.onnx import ExportConfig
 from exporters.precision import Fp16Config
 
+# The name of SchemeConfig in earlier versions; deprecated.
+PlanConfig = SchemeConfig
+
 __all__ = [
     "Benchmark",
     "BenchmarkConfig",
@@ -89,11 +92,11 @@ __all__ = [
     "Judgement",
     "Labelling",
     "Limits",
-    "PlanConfig",
     "Predictions",
     "QuantizeConfig",
     "QuantizedGraph",
     "Recipe",
+    "SchemeConfig",
     "Scope",
     "SearchConfig",
     "SearchResult",

@@ -1,1 +1,1 @@
-"""``nn.Module`` to checked ONNX graphs, and the artifact types every later stage speaks."""
+"""Exports PyTorch modules to checked ONNX graphs; reads, checks and changes such graphs."""

@@ -1,6 +1,6 @@
-"""In which precision the matrix products of a network run, a block at a time.
+"""Counts the matrix products of a network by block and precision.
 
-:mod:`exporters.products` tells it of an ONNX graph, :mod:`clipdeploy.engines.inspector` of an
+:mod:`exporters.products` finds them in an ONNX graph, :mod:`clipdeploy.engines.inspector` in an
 engine.
 """
 
@@ -19,11 +19,11 @@ _BLOCK = re.compile(r"^blocks[._](\d+)(?=[._/]|$)")
 
 @dataclass(frozen=True)
 class BlockPrecision:
-    """How many matrix products of one block run in which precision.
+    """Number of matrix products of one block in each precision.
 
-    ``gemms`` counts products with a weight, convolutions among them, ``attention`` products of two
+    ``gemms`` counts products with a weight, including convolutions, ``attention`` products of two
     activations: ``BlockPrecision("blocks.3", {"int8": 4}, {"fp16": 2})``.  Precisions are int8,
-    fp16, fp32, else ONNX's name in small letters (bf16, fp8), or ``unknown``.
+    fp16, fp32, other ONNX types in lower case (bf16, fp8), or ``unknown``.
     """
 
     block: str
@@ -33,7 +33,7 @@ class BlockPrecision:
 
 @dataclass(frozen=True)
 class Product:
-    """One matrix product; ``attention`` if both of its operands are activations."""
+    """A matrix product; ``attention`` is True if both operands are activations."""
 
     name: str
     block: str
@@ -42,11 +42,11 @@ class Product:
 
 
 def block_of(name: str) -> str:
-    """The block that a node belongs to, by its name.
+    """Return the block that a node belongs to, from the node's name.
 
-    ``blocks.3.mlp.fc1/MatMul`` -> ``blocks.3`` (also from ``blocks_3``, as TensorRT 10 spells
-    layers), ``head/Gemm`` -> ``head``, ``/encoder/q/MatMul`` -> ``encoder``; ``graph`` for a name
-    without a path.
+    ``blocks.3.mlp.fc1/MatMul`` -> ``blocks.3`` (also from ``blocks_3``, TensorRT 10's spelling),
+    ``head/Gemm`` -> ``head``, ``/encoder/q/MatMul`` -> ``encoder``; ``graph`` for a name without a
+    path.
     """
     if match := _BLOCK.match(name):
         return f"blocks.{match[1]}"
@@ -55,7 +55,7 @@ def block_of(name: str) -> str:
 
 
 def by_block(products: Iterable[Product]) -> tuple[BlockPrecision, ...]:
-    """Count ``products``; the blocks come in the order of their first product."""
+    """Count ``products`` by block, in the order of each block's first product."""
     blocks: dict[str, BlockPrecision] = {}
     for product in products:
         block = blocks.setdefault(product.block, BlockPrecision(product.block))

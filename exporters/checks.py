@@ -1,4 +1,4 @@
-"""What a graph must prove before its file gets a name.  A failed check is an error."""
+"""Checks an exported graph before it is saved.  A failed check is an error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from clipdeploy.core.errors import GraphError
+from clipdeploy.core.errors import GraphError, first_line
 from clipdeploy.core.passport import Passport, TensorSpec
 from exporters.graphs import structure, weight_proto
 from exporters.session import OnnxSession
@@ -23,17 +23,17 @@ __all__ = [
     "parity_bound",
 ]
 
-# One image, the traced size, and a size that no power-of-two kernel divides.
+# One image, the traced size, and a size that is not a multiple of any kernel's power of two.
 PARITY_BATCHES = (1, 2, 7)
 
-# Of the logits' spread, because an error in the network grows with the logits: ten times the head's
-# weight is ten times the logits, float32 rounding and mistake alike.  float32 against float64 costs
-# 5e-7 (clip-vit-demo) to 4e-6 (ViT-B/32); tanh GELU, the smallest mistake that matters, 1.9e-4 (two
-# blocks) to 8e-4 (ViT-B/32).
+# Relative to the spread of the logits, because errors scale with the logits: a ten times larger
+# head weight makes the logits and all their errors ten times larger.  Computing in float32 instead
+# of float64 costs 5e-7 (clip-vit-demo) to 4e-6 (ViT-B/32); tanh GELU, the smallest mistake to find,
+# 1.9e-4 (two blocks) to 8e-4 (ViT-B/32).
 PARITY_TOLERANCE = 1e-4
 
-# What the logits have in common (a large bias) is no spread, but float32 rounds by its size: once a
-# term of the head's sum, in no order that the runtimes share.
+# A large common bias adds nothing to the spread, but float32 rounding grows with it: each term of
+# the head's sum is rounded, and runtimes sum in different orders.
 _ROUNDING = 8 * float(np.finfo(np.float32).eps)
 
 _STRUCTURE_ONLY_BYTES = 1024
@@ -47,7 +47,7 @@ def _spec(value: ir.Value) -> TensorSpec:
 
 
 def _without_weights(model: ir.Model) -> onnx.ModelProto:
-    """The graph with every large weight as an input: all the structure, none of the bytes."""
+    """Return the graph with each large weight replaced by an input of its type and shape."""
     proto = structure(model)
     for value in model.graph.initializers.values():
         tensor = value.const_value
@@ -62,36 +62,37 @@ def _without_weights(model: ir.Model) -> onnx.ModelProto:
 
 
 def check_structure(model: ir.Model, passport: Passport) -> None:
-    """ONNX's own checker with full shape inference, then the promises of the passport.
+    """Run ONNX's checker with full shape inference and compare the graph with its passport.
 
     Raises:
-        GraphError: the graph is invalid, or its input or output is not what the passport says.
+        GraphError: the graph is invalid, or its input or output differs from the passport's.
     """
     try:
         onnx.checker.check_model(_without_weights(model), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise GraphError(f"the graph of {passport.model} is not valid ONNX: {reason}") from error
-    for role, found, promised in (
+        raise GraphError(
+            f"the graph of {passport.model} is not valid ONNX: {first_line(error)}"
+        ) from error
+    for role, found, expected in (
         ("input", model.graph.inputs, passport.input),
         ("output", model.graph.outputs, passport.output),
     ):
         specs = [_spec(value) for value in found]
-        if specs != [promised]:
+        if specs != [expected]:
             raise GraphError(
-                f"the graph of {passport.model} has {role} {specs}, promised was {promised}"
+                f"the graph of {passport.model} has {role} {specs}, its passport has {expected}"
             )
 
 
 def parity_bound(
     reference: Iterable[NDArray[np.float32]], tolerance: float = PARITY_TOLERANCE
 ) -> float:
-    """How far a logit may lie from its reference.
+    """Return the largest allowed difference between a logit and its reference.
 
         tolerance RMS(l - mean l) + 8 eps max |l|
 
     The mean is over the classes of an image, RMS and maximum over all logits l of ``reference``,
-    (b, classes) each.  A single class has nothing to be compared with: its RMS is that of l.
+    (b, classes) each.  With a single class the mean is not subtracted.
     """
     logits = np.concatenate(list(reference)).astype(np.float64)
     middle = logits.mean(axis=1, keepdims=True) if logits.shape[1] > 1 else 0.0
@@ -105,9 +106,10 @@ def check_parity(
     reference: dict[int, NDArray[np.float32]],
     tolerance: float = PARITY_TOLERANCE,
 ) -> float:
-    """Run the graph at every reference batch; the largest difference of a logit.
+    """Run the graph at every reference batch size; return the largest difference of a logit.
 
-    ``images`` are (B, 3, S, S); ``reference`` holds PyTorch's logits (b, classes) of the first b.
+    ``images`` are (B, 3, S, S); ``reference`` maps b to PyTorch's logits (b, classes) of the first
+    b images.
 
     Raises:
         GraphError: a logit differs by more than :func:`parity_bound`, or is not finite.
@@ -118,11 +120,11 @@ def check_parity(
         logits = session.run(images[:count])[0]
         if logits.shape != expected.shape:
             raise GraphError(
-                f"at batch {count} the graph gives {logits.shape}, PyTorch {expected.shape}"
+                f"at batch {count} the graph returns shape {logits.shape}, PyTorch {expected.shape}"
             )
-        for whose, values in (("the graph's", logits), ("PyTorch's", expected)):
+        for owner, values in (("the graph's", logits), ("PyTorch's", expected)):
             if not np.isfinite(values).all():
-                raise GraphError(f"at batch {count} {whose} logits are not finite")
+                raise GraphError(f"at batch {count} {owner} logits are not finite")
         worst = max(worst, float(np.abs(logits - expected).max()))
     bound = parity_bound(reference.values(), tolerance)
     if not worst <= bound:

@@ -1,7 +1,6 @@
-"""The nodes of an ONNX model's local functions in the place of every call.
+"""Inlines the local functions of an ONNX model.
 
-A local function has no types of its own: its operators are written once and run in the type of
-whatever a caller passes in.
+The tensors of a local function have no types: they depend on what each call passes in.
 """
 
 from __future__ import annotations
@@ -10,12 +9,12 @@ import onnx
 import onnx.inliner
 from onnx import ModelProto, NodeProto, helper
 
-from clipdeploy.core.errors import GraphError
+from clipdeploy.core.errors import GraphError, first_line
 from exporters.nested import all_nodes
 
-__all__ = ["ONNX_ERRORS", "first_line", "inlined"]
+__all__ = ["ONNX_ERRORS", "inlined"]
 
-# What onnx's C++ code raises: its own exceptions, and RuntimeError of a failed assertion.
+# Exceptions of onnx's C++ code; a failed assertion is a RuntimeError.
 ONNX_ERRORS = (
     RuntimeError,
     ValueError,
@@ -25,20 +24,15 @@ ONNX_ERRORS = (
 )
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its class where there is none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def inlined(model: ModelProto, *, any_opset: bool = False) -> ModelProto:
-    """``model`` with the nodes of each local function in the place of every call.
+    """Return ``model`` with each call of a local function replaced by the function's nodes.
 
-    A function of another opset is converted to the model's.  Where that fails, ``any_opset`` takes
-    its nodes as they are, as ONNX Runtime does: enough to see which types occur.  Without functions
-    the very object is returned.
+    A function of another opset is converted to the model's.  If that fails and ``any_opset`` is
+    set, its nodes are used without conversion, as in ONNX Runtime, which is enough to see which
+    types occur.  A model without functions is returned unchanged.
 
     Raises:
-        GraphError: a function calls itself, is not defined or cannot be converted.
+        GraphError: a function is recursive, undefined or cannot be converted.
     """
     if not model.functions:
         return model
@@ -47,15 +41,14 @@ def inlined(model: ModelProto, *, any_opset: bool = False) -> ModelProto:
         found = onnx.inliner.inline_local_functions(model, convert_version=True)
         if not found.functions:
             return found
-        reason = "it is of an opset that cannot be converted to the graph's"
+        reason = "their opset cannot be converted to the graph's"
     except ONNX_ERRORS as error:
         reason = first_line(error)
     if any_opset:
         return _as_one_opset(model)
     names = ", ".join(f"{each.domain}::{each.name}" for each in model.functions[:3])
     raise GraphError(
-        f"the local functions of the graph ({names}) cannot be put in place of their calls: "
-        f"{reason}",
+        f"the local functions of the graph ({names}) cannot be inlined: {reason}",
         hint="inline them before, with onnx.inliner.inline_local_functions",
     )
 
@@ -65,12 +58,12 @@ def _function_key(node: NodeProto) -> tuple[str, str, str]:
 
 
 def _with_defaults(model: ModelProto) -> ModelProto:
-    """A copy in which every call of a function names all attributes that have defaults.
+    """Return a copy in which every call of a function has all attributes with defaults.
 
-    onnx's inliner leaves out an attribute that only the function's default gives.
+    onnx's inliner drops an attribute that has a value only through the function's default.
 
     Raises:
-        GraphError: a default that depends on what the caller's caller left out.
+        GraphError: a function passes on an attribute that its own caller left out.
     """
     whole = ModelProto()
     whole.CopyFrom(model)
@@ -78,9 +71,9 @@ def _with_defaults(model: ModelProto) -> ModelProto:
         (each.domain, each.name, each.overload): list(each.attribute_proto)
         for each in model.functions
     }
-    handed_on: dict[tuple[str, str, str], set[str]] = {}
+    passed_on: dict[tuple[str, str, str], set[str]] = {}
     for function in whole.functions:
-        names = handed_on.setdefault((function.domain, function.name, function.overload), set())
+        names = passed_on.setdefault((function.domain, function.name, function.overload), set())
         for node in all_nodes(ModelProto(functions=[function])):
             known = {each.name for each in defaults.get(_function_key(node), ())}
             names.update(a.ref_attr_name for a in node.attribute if a.name in known)
@@ -90,11 +83,11 @@ def _with_defaults(model: ModelProto) -> ModelProto:
         missing = [each for each in defaults.get(key, ()) if each.name not in given]
         node.attribute.extend(missing)
         given.update(each.name for each in missing)
-        if left_out := handed_on.get(key, set()) - given - {""}:
+        if left_out := passed_on.get(key, set()) - given - {""}:
             raise GraphError(
                 f"the call of {node.domain}::{node.op_type} leaves out {min(left_out)}, for which "
                 "a function inside it has a default",
-                hint="inline the graph's local functions before",
+                hint="inline them with onnx.inliner.inline_local_functions first",
             )
     return whole
 
@@ -111,6 +104,6 @@ def _as_one_opset(model: ModelProto) -> ModelProto:
         return onnx.inliner.inline_local_functions(plain)
     except ONNX_ERRORS as error:
         raise GraphError(
-            f"the local functions of the graph cannot be read: {first_line(error)}",
+            f"the local functions of the graph cannot be inlined: {first_line(error)}",
             hint="inline them before, with onnx.inliner.inline_local_functions",
         ) from error

@@ -1,4 +1,4 @@
-"""Reading and writing whole ONNX files, weights and all."""
+"""Loads and saves complete ONNX files, including their weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError, EncodeError
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
-from clipdeploy.core.errors import GraphError
 from clipdeploy.core.files import (
     atomic_path,
     file_errors,
@@ -20,6 +19,7 @@ from clipdeploy.core.files import (
 )
 from clipdeploy.core.passport import PASSPORT_KEY, Passport, to_json
 from exporters.headers import GraphArtifact, not_a_graph, weight_files
+from exporters.initializers import tensor_of
 from exporters.nested import all_tensors
 from exporters.typed_graphs import dense
 
@@ -37,7 +37,7 @@ _PRODUCER = "clipdeploy"
 
 
 def structure(model: ir.Model) -> onnx.ModelProto:
-    """The graph without its initializers: every node, name, type and piece of metadata."""
+    """Return the model without its initializers: nodes, names, types and metadata."""
     proto = onnx.ModelProto(ir_version=model.ir_version, producer_name=_PRODUCER)
     proto.opset_import.extend(
         onnx.helper.make_opsetid(domain, version)
@@ -61,25 +61,23 @@ def structure(model: ir.Model) -> onnx.ModelProto:
 
 
 def weight_proto(value: ir.Value) -> onnx.TensorProto:
-    """An initializer as protobuf.
+    """Return an initializer as protobuf.
 
     Raises:
         GraphError: it has no data.
     """
-    if value.const_value is None:
-        raise GraphError(f"the weight {value.name} has no data")
-    tensor = ir.to_proto(value.const_value)
+    tensor = ir.to_proto(tensor_of(value))
     tensor.name = value.name or ""
     return tensor
 
 
 def model_pieces(model: ir.Model) -> Iterator[bytes]:
-    """``model`` as consecutive pieces of one protobuf message, a weight each.
+    """Yield ``model`` as consecutive pieces of one protobuf message, one weight per piece.
 
-    Protobuf defines a concatenation of messages as their merge, so each weight is a model that
-    holds nothing else, and no more than one weight is in memory twice (protobuf.dev, "Encoding",
-    on merging embedded messages).  The nodes and the passport come last: a file that was cut
-    between two pieces has neither, and is recognised.
+    A concatenation of protobuf messages is parsed as their merge (protobuf.dev, "Encoding").  So
+    each piece is a model with a single weight, and only one weight at a time is in memory twice.
+    The nodes and the passport come last: a file truncated between two pieces has neither and is
+    rejected.
     """
     for value in model.graph.initializers.values():
         weight = onnx.GraphProto(initializer=[weight_proto(value)])
@@ -100,13 +98,13 @@ def save_graph(
     passport: Passport,
     check: Callable[[Path], object] = lambda written: None,
 ) -> GraphArtifact:
-    """Write ``model`` with its passport.
+    """Write ``model`` with its passport to ``path``.
 
-    The file appears under ``path`` only when it is whole and ``check``, called with the path of
-    the written file, has not raised.
+    ``check`` is called with the path of a temporary file.  The file is renamed to ``path`` only if
+    it is complete and ``check`` raised nothing.
 
     Raises:
-        FileError: no permission, no space.
+        FileError: the file cannot be written.
     """
     model.metadata_props[PASSPORT_KEY] = to_json(passport).decode()
     with atomic_path(path) as temporary:
@@ -120,14 +118,14 @@ def save_graph(
 def load_graph(
     path: Path, prepare: Callable[[onnx.ModelProto], onnx.ModelProto] = dense
 ) -> ir.Model:
-    """Read an ONNX file, and its weights where they lie in a file beside it.
+    """Load an ONNX file, including external data files in its folder.
 
-    ``prepare`` may change the graph before it is taken apart, see :mod:`exporters.typed_graphs`;
-    weights in a file beside have no values there.
+    ``prepare`` may change the protobuf model before it is converted, see
+    :mod:`exporters.typed_graphs`; external weights have no values at that point.
 
     Raises:
         FileError: a file cannot be opened.
-        GraphError: it is no ONNX file, or ``prepare`` refuses it.
+        GraphError: it is not an ONNX file, or ``prepare`` raised this error.
     """
     data = read_regular(path)
     broken = not_a_graph(path)
@@ -139,7 +137,7 @@ def load_graph(
         raise broken from error
     if not model.graph.outputs:
         raise broken
-    # Weights in a file beside it: what is written from here holds its own.
+    # External weights are loaded, so that the graph can be saved as a single file.
     with file_errors("read the weights of", path):
         for graph in (model.graph, *(function.graph for function in model.functions.values())):
             ir.external_data.set_base_dir(graph, path.parent)
@@ -149,12 +147,12 @@ def load_graph(
 
 
 def read_whole(path: Path) -> bytes:
-    """An ONNX file's bytes; weights in files beside it are put inside.
+    """Return the bytes of an ONNX file with external weights moved inside.
 
     Raises:
         FileError: a file cannot be read.
-        GraphError: it is no ONNX file, names a file that is not beside it, or one that is too short
-            for its weights.
+        GraphError: it is not an ONNX file, or an external data file is in another folder or too
+            short for its weights.
     """
     files = weight_files(path)
     data = read_regular(path)

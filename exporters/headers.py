@@ -1,8 +1,8 @@
-"""An ONNX file without the bytes of its weights: its nodes, and the passport inside it.
+"""Reads the nodes and the passport of an ONNX file without loading its weights.
 
-A ViT-B is 350 MB of weights around 60 kB of graph.  The file is mapped into memory and walked field
-by field (protobuf.dev, "Encoding"), and the fields that hold weights are never touched.  The
-passport takes no more than that: onnx is imported where somebody asks for the nodes.
+A ViT-B has 350 MB of weights and 60 kB of graph.  The file is memory-mapped and parsed field by
+field (protobuf.dev, "Encoding"); fields that hold weights are skipped.  Reading a passport does not
+import onnx.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ __all__ = [
     "weight_files",
 ]
 
-# Field numbers of onnx.proto3: of ModelProto, GraphProto, and of an entry of metadata_props.
+# Field numbers in onnx.proto3 of ModelProto, GraphProto and StringStringEntryProto.
 _GRAPH, _METADATA = 7, 14
 _NODE = 1
 _KEY, _VALUE = 1, 2
 # ModelProto.graph, GraphProto.initializer, TensorProto.raw_data.
 _WEIGHTS = (_GRAPH, 5, 9)
-# Where a message holds tensors, and messages that hold some: by the field's number.
+# The fields of each message that contain tensors, directly or in another message, by number.
 _WITH_TENSORS = {
     "model": {_GRAPH: "graph", 25: "function"},
     "graph": {_NODE: "node", 5: "tensor", 15: "sparse"},
@@ -51,13 +51,16 @@ _WITH_TENSORS = {
 # TensorProto.external_data, TensorProto.data_location, and its value EXTERNAL.
 _EXTERNAL, _LOCATION, _OUTSIDE = 13, 14, 1
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
-# Shapes, scales and other constants that say something about the graph stay.
+# Constants up to this size in bytes are kept: shapes, axes, scales.
 _SMALL = 4096
 
 
 @dataclass(frozen=True)
 class GraphArtifact(Shown):
-    """An ONNX file, its hash and its passport; ``changed`` is False if it was already there."""
+    """An ONNX file: path, SHA-256, passport, size and node count.
+
+    ``changed`` is False if the file existed already and was reused.
+    """
 
     path: Path
     sha256: str
@@ -89,23 +92,23 @@ def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
 
 
 def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """Each field between ``at`` and ``end``: number, start, start of its payload, end."""
+    """Yield number, start, payload start and end of each field between ``at`` and ``end``."""
     while at < end:
         start = at
         key, at = _varint(data, at)
-        kind = key & 7
-        if kind == _LENGTH:
+        wire_type = key & 7
+        if wire_type == _LENGTH:
             size, at = _varint(data, at)
             payload, at = at, at + size
-        elif kind == _VARINT:
+        elif wire_type == _VARINT:
             payload = at
             _, at = _varint(data, at)
-        elif kind in (_FIXED32, _FIXED64):
-            payload, at = at, at + (4 if kind == _FIXED32 else 8)
+        elif wire_type in (_FIXED32, _FIXED64):
+            payload, at = at, at + (4 if wire_type == _FIXED32 else 8)
         else:
-            raise ValueError(f"wire type {kind}")
+            raise ValueError(f"wire type {wire_type}")
         if at > end:
-            raise ValueError("cut short")
+            raise ValueError("truncated")
         yield key >> 3, start, payload, at
 
 
@@ -117,40 +120,41 @@ def _encoded(number: int, payload: bytes) -> bytes:
     return bytes([number << 3 | _LENGTH]) + bytes([*length, size]) + payload
 
 
-def _lean(data: mmap.mmap, at: int, end: int, path: tuple[int, ...]) -> bytes:
-    """The message between ``at`` and ``end`` without the weights; ``path`` leads down to them."""
+def _without_weights(data: mmap.mmap, at: int, end: int, path: tuple[int, ...]) -> bytes:
+    """Return a message without its weights; ``path`` holds the field numbers down to them."""
     pieces = []
     for number, start, payload, stop in _fields(data, at, end):
         if number != path[0] or stop - payload <= _SMALL:
             pieces.append(data[start:stop])
         elif len(path) > 1:
-            pieces.append(_encoded(number, _lean(data, payload, stop, path[1:])))
+            inner = _without_weights(data, payload, stop, path[1:])
+            pieces.append(_encoded(number, inner))
     return b"".join(pieces)
 
 
-def _messages(data: mmap.mmap, at: int, end: int, wanted: int) -> Iterator[tuple[int, int]]:
-    """Start and end of each field ``wanted`` of the message between ``at`` and ``end``."""
+def _messages(data: mmap.mmap, at: int, end: int, field: int) -> Iterator[tuple[int, int]]:
+    """Yield payload start and end of each occurrence of a field number in a message."""
     for number, _, payload, stop in _fields(data, at, end):
-        if number == wanted:
+        if number == field:
             yield payload, stop
 
 
-def _text(data: mmap.mmap, at: int, end: int, wanted: int) -> str:
-    """The string ``wanted`` of the message between ``at`` and ``end``, empty if it is not there."""
-    found = [data[start:stop] for start, stop in _messages(data, at, end, wanted)]
+def _text(data: mmap.mmap, at: int, end: int, field: int) -> str:
+    """Return a string field of a message, or an empty string if the field is missing."""
+    found = [data[start:stop] for start, stop in _messages(data, at, end, field)]
     return found[-1].decode() if found else ""
 
 
 def not_a_graph(path: Path) -> GraphError:
-    """The error about a file whose bytes are no ONNX graph."""
+    """Return the error for a file that cannot be parsed as an ONNX graph."""
     return GraphError(
-        f"{path} is no readable ONNX graph",
-        hint="it is cut short or of another kind: export it again",
+        f"{path} is not a readable ONNX graph",
+        hint="it is truncated or another type of file: export it again",
     )
 
 
 def _tensors(data: mmap.mmap, at: int, end: int, kind: str = "model") -> Iterator[tuple[int, int]]:
-    """Start and end of every tensor inside the message of a ``kind``, at any depth."""
+    """Yield start and end of every tensor in a message of type ``kind``, at any depth."""
     if kind == "tensor":
         yield at, end
         return
@@ -161,9 +165,9 @@ def _tensors(data: mmap.mmap, at: int, end: int, kind: str = "model") -> Iterato
 
 
 def _outside_file(data: mmap.mmap, at: int, end: int) -> str | None:
-    """The file that holds the values of a tensor; None if the tensor holds them itself."""
+    """Return the external file with the values of a tensor, None if they are in the tensor."""
     found = [entry for number, *entry in _fields(data, at, end) if number == _LOCATION]
-    # An entry is where the field starts, where its value does, and where it ends.
+    # Each entry is (field start, payload start, end).
     if not any(_varint(data, start)[0] == _OUTSIDE for _, start, _ in found):
         return None
     entries = {
@@ -175,7 +179,7 @@ def _outside_file(data: mmap.mmap, at: int, end: int) -> str | None:
 
 @contextmanager
 def _mapped(path: Path) -> Iterator[mmap.mmap]:
-    """The bytes of an ONNX file; the block may find that they are none."""
+    """Yield the memory-mapped bytes of an ONNX file; report parse errors of the block."""
     broken = not_a_graph(path)
     with file_errors("read", path), open_regular(path) as stream:
         if not os.fstat(stream.fileno()).st_size:
@@ -188,29 +192,29 @@ def _mapped(path: Path) -> Iterator[mmap.mmap]:
 
 
 def read_skeleton(path: Path) -> onnx.ModelProto:
-    """Read an ONNX file; the initializers keep their names, types and shapes, not their values.
+    """Read an ONNX file without the values of large initializers: names, types and shapes only.
 
     Raises:
         FileError: the file cannot be opened.
-        GraphError: it is no ONNX file, or is cut short.
+        GraphError: it is not an ONNX file, or is truncated.
     """
     import onnx
     from google.protobuf.message import DecodeError
 
     with _mapped(path) as data:
-        lean = _lean(data, 0, len(data), _WEIGHTS)
+        light = _without_weights(data, 0, len(data), _WEIGHTS)
         try:
-            model: onnx.ModelProto = onnx.ModelProto.FromString(lean)
+            model: onnx.ModelProto = onnx.ModelProto.FromString(light)
         except DecodeError as error:
             raise ValueError(str(error)) from error
     return model
 
 
 def weight_files(path: Path) -> tuple[Path, ...]:
-    """The files beside an ONNX file that hold weights of it (ONNX's external data), by name.
+    """Return the external data files of an ONNX file, sorted by name.
 
     Raises:
-        FileError, GraphError: the file cannot be read, or names a file that is not beside it.
+        FileError, GraphError: the file cannot be read, or its external data is in another folder.
     """
     from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
@@ -222,17 +226,17 @@ def weight_files(path: Path) -> tuple[Path, ...]:
         if uses_external_data(tensor)
     }
     for name in names:
-        inside = PurePosixPath(name.replace("\\", "/"))
-        if inside.is_absolute() or ".." in inside.parts:
+        location = PurePosixPath(name.replace("\\", "/"))
+        if location.is_absolute() or ".." in location.parts:
             raise GraphError(
                 f"{path} keeps weights in {name}, outside its folder",
-                hint="put them beside it and save it again",
+                hint="move them into the folder of the graph and save it again",
             )
     return tuple(path.parent / name for name in sorted(names))
 
 
 def existing_graph(path: Path) -> GraphArtifact | None:
-    """The graph at ``path`` if it is there and readable, marked as unchanged; None otherwise."""
+    """Return the graph at ``path`` with ``changed`` False, None if missing or not readable."""
     try:
         passport, nodes = _read_header(path)
     except (ArtifactError, FileError):
@@ -241,35 +245,35 @@ def existing_graph(path: Path) -> GraphArtifact | None:
 
 
 def has_passport(path: Path) -> bool:
-    """Whether an ONNX file has a passport, readable or not.
+    """Return whether an ONNX file contains a passport, valid or not.
 
     Raises:
         FileError: the file cannot be opened.
-        GraphError: it is no ONNX file.
+        GraphError: it is not an ONNX file.
     """
     return _header(path)[0] is not None
 
 
 def read_passport(path: Path) -> Passport:
-    """The passport inside an ONNX file.
+    """Return the passport in an ONNX file.
 
     Raises:
         FileError: the file cannot be opened.
-        ArtifactError: it has no passport, one that cannot be read or has values that cannot be, or
-            weights in another file: the hashes by which artifacts are compared are those of one.
+        ArtifactError: the passport is missing or invalid, or the weights are in another file, which
+            the SHA-256 of this file does not cover.
     """
     return _read_header(path)[0]
 
 
 def _outside_weights(path: Path) -> str | None:
-    """A file that holds weights of an ONNX file; None if it holds all of them itself."""
+    """Return the first external data file of an ONNX file, None if all weights are inside."""
     with _mapped(path) as data:
         files = (_outside_file(data, *tensor) for tensor in _tensors(data, 0, len(data)))
         return next((name for name in files if name is not None), None)
 
 
 def _header(path: Path) -> tuple[str | None, int]:
-    """The passport as text, None if there is none, and the number of nodes."""
+    """Return the passport as text, None if it is missing, and the number of nodes."""
     with _mapped(path) as data:
         whole = 0, len(data)
         entries = {
@@ -293,7 +297,7 @@ def _read_header(path: Path) -> tuple[Passport, int]:
         )
     if outside is not None:
         raise ArtifactError(
-            f"{path} keeps weights in {outside}, and its passport vouches for one file alone",
+            f"{path} keeps weights in {outside}, which its passport does not cover",
             hint="export it again, or save it with its weights inside",
         )
     return from_json(text, Passport, f"the passport of {path}"), nodes

@@ -1,4 +1,4 @@
-"""Walks through every node and tensor of an ONNX model, also those of functions and branches."""
+"""Iterates over every node and tensor of an ONNX model, including functions and branches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = [
 
 
 def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
-    """The graphs in the attributes of ``node``: the branches of an If, the body of a Loop."""
+    """Yield the graphs in the attributes of ``node``: branches of an If, the body of a Loop."""
     for attribute in node.attribute:
         if attribute.type == AttributeProto.GRAPH:
             yield attribute.g
@@ -28,7 +28,7 @@ def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
 
 
 def all_graphs(graph: GraphProto) -> Iterator[GraphProto]:
-    """``graph`` and every graph inside it, at any depth, outer ones first."""
+    """Yield ``graph`` and every graph inside it, at any depth, outer ones first."""
     yield graph
     for node in graph.node:
         for inner in subgraphs(node):
@@ -36,7 +36,7 @@ def all_graphs(graph: GraphProto) -> Iterator[GraphProto]:
 
 
 def all_nodes(model: ModelProto) -> Iterator[NodeProto]:
-    """Every node of ``model``, those of functions and branches too; they may be changed."""
+    """Yield every node of ``model``, including functions and branches; nodes may be changed."""
     tops = [*model.graph.node, *(node for each in model.functions for node in each.node)]
     for node in tops:
         yield node
@@ -46,14 +46,14 @@ def all_nodes(model: ModelProto) -> Iterator[NodeProto]:
 
 
 def inner_graphs(model: ModelProto) -> Iterator[GraphProto]:
-    """The graph of ``model``, and every graph inside a node of it or of its functions."""
+    """Yield the graph of ``model`` and every graph inside its nodes and functions."""
     yield model.graph
     for node in all_nodes(model):
         yield from subgraphs(node)
 
 
 def all_tensors(model: ModelProto) -> Iterator[TensorProto]:
-    """Every constant of ``model``: initializers and attributes, also of functions and branches."""
+    """Yield every constant of ``model``: initializers and attributes, at any depth."""
     for graph in inner_graphs(model):
         yield from graph.initializer
     for node in all_nodes(model):
@@ -64,27 +64,27 @@ def all_tensors(model: ModelProto) -> Iterator[TensorProto]:
 
 
 def is_nested(model: ModelProto) -> bool:
-    """Whether ``model`` has local functions, or nodes with graphs inside."""
+    """Return whether ``model`` has local functions or nodes that contain graphs."""
     inner = (graph for node in model.graph.node for graph in subgraphs(node))
     return bool(model.functions) or next(inner, None) is not None
 
 
 def captured(node: NodeProto) -> set[str]:
-    """Names of the tensors that the graphs inside ``node`` read from outside."""
+    """Return the names of the outer tensors that the graphs inside ``node`` read."""
     read: set[str] = set()
     for graph in subgraphs(node):
         own = {value.name for value in graph.input}
         own |= {weight.name for weight in graph.initializer}
-        wanted = {value.name for value in graph.output}
+        needed = {value.name for value in graph.output}
         for inner in graph.node:
-            wanted |= set(inner.input) | captured(inner)
+            needed |= set(inner.input) | captured(inner)
             own |= set(inner.output)
-        read |= wanted - own
+        read |= needed - own
     return read - {""}
 
 
 def element_type(kind: TypeProto) -> int:
-    """The ONNX element type of a tensor, or of the tensors in a sequence or an optional."""
+    """Return the ONNX element type of a tensor, a sequence of tensors or an optional."""
     which = kind.WhichOneof("value")
     if which in ("tensor_type", "sparse_tensor_type"):
         return int(getattr(kind, which).elem_type)

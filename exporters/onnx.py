@@ -1,4 +1,4 @@
-"""``nn.Module`` -> lean ONNX graph, checked before it gets its name."""
+"""Exports a PyTorch module to an ONNX graph and checks it before the file is saved."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from clipdeploy.core.errors import GraphError
+from clipdeploy.core.errors import GraphError, first_line
 from clipdeploy.core.files import atomic_path, sha256_file
 from clipdeploy.core.passport import BATCH_AXIS, PASSPORT_KEY, Passport, settings_of, to_json
 from clipdeploy.core.progress import SILENT, Progress
@@ -35,14 +35,14 @@ __all__ = ["ExportConfig", "export_graph", "trace"]
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """How a graph is written.
+    """Options of the ONNX export.
 
     ``opset`` is the ONNX operator set, 17 to 23; 20 is the first with Gelu as one node.  ``batch``
-    fixes the batch size, ``None`` leaves it symbolic.  ``preprocess`` makes the input uint8
-    (B, S, S, 3) and puts normalisation and layout into the graph.
+    is a fixed batch size, ``None`` keeps it symbolic.  With ``preprocess`` the graph takes uint8
+    (B, S, S, 3) and normalises and transposes it itself.
 
     Raises:
-        UsageError: an operator set or a batch that cannot be.
+        UsageError: ``opset`` or ``batch`` is out of range.
     """
 
     opset: int = 20
@@ -55,7 +55,7 @@ class ExportConfig:
 
 @contextlib.contextmanager
 def _quiet_torch() -> Iterator[None]:
-    """torch.onnx speaks of torchvision, of its own deprecations and of every step it takes."""
+    """Suppress torch.onnx's log lines, warnings and progress on stdout while the block runs."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -76,16 +76,15 @@ def _fix_batch(model: ir.Model, batch: int) -> None:
 
 
 def trace(module: nn.Module, passport: Passport, config: ExportConfig) -> ir.Model:
-    """Trace ``module`` to a graph with lean, named nodes.
+    """Trace ``module`` to an ONNX graph, run the graph passes and apply ``config``.
 
-    ``passport`` describes ``module``: its input is float32 (B, 3, S, S) whatever ``config`` makes
-    of it.
+    ``passport`` describes ``module``, so its input is float32 (B, 3, S, S) for every ``config``.
 
     Raises:
         GraphError: torch.onnx could not trace the module.
     """
     shape = tuple(axis for axis in passport.input.shape[1:] if isinstance(axis, int))
-    # Two images, not one: torch.export would take a batch of one for a constant.
+    # Two images: torch.export treats an axis of size 1 as a constant.
     example = torch.zeros(2, *shape)
     batch = torch.export.Dim(BATCH_AXIS, min=1)
     try:
@@ -101,8 +100,9 @@ def trace(module: nn.Module, passport: Passport, config: ExportConfig) -> ir.Mod
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise GraphError(f"torch.onnx cannot trace {passport.model}: {reason}") from error
+        raise GraphError(
+            f"torch.onnx cannot trace {passport.model}: {first_line(error)}"
+        ) from error
     assert program is not None
     model = program.model
     run_lean_passes(model)
@@ -115,8 +115,8 @@ def trace(module: nn.Module, passport: Passport, config: ExportConfig) -> ir.Mod
 
 
 def _drop_weights(model: ir.Model, module: nn.Module | None) -> None:
-    # Deleting the two would not do: onnxscript's rewrite rules are global and remember the last
-    # graph that they looked at, and through it the parameters.
+    # Deleting the model does not free the memory: onnxscript's global rewrite rules keep a
+    # reference to the last graph, and so to the parameters.
     for value in model.graph.initializers.values():
         value.const_value = None
     for parameter in module.parameters() if module is not None else ():
@@ -124,8 +124,8 @@ def _drop_weights(model: ir.Model, module: nn.Module | None) -> None:
     gc.collect()
 
 
-def _promised(passport: Passport, config: ExportConfig) -> Passport:
-    """What the graph will say of itself, from what ``passport`` says of the module."""
+def _graph_passport(passport: Passport, config: ExportConfig) -> Passport:
+    """Return the passport of the graph, from the passport of the module."""
     batch = BATCH_AXIS if config.batch is None else config.batch
     passport = replace(
         passport,
@@ -154,25 +154,25 @@ def export_graph(
     *,
     release: bool = False,
 ) -> GraphArtifact:
-    """Export ``module`` to ``path``, which appears only once every check has passed.
+    """Export ``module`` to ``path``; the file is created only if every check passes.
 
     Args:
-        module: a float32 classifier in evaluation mode, (B, 3, S, S) -> (B, classes).
-        passport: what is to be said of ``module``; its input and output specs are checked.
-        samples: real images for the parity check, 7 or so.
-        release: give the module's memory back once it is no longer needed: its parameters are
-            empty when this returns.
+        module: float32 classifier in evaluation mode, (B, 3, S, S) -> (B, classes).
+        passport: description of ``module``; the graph's input and output are checked against it.
+        samples: real images for the parity check, about 7.
+        release: free the module's parameters before the parity check, to save memory; they are
+            empty afterwards.
 
     Raises:
-        GraphError: the module cannot be traced, the graph breaks a promise, or its logits are not
-            the module's.
+        GraphError: the module cannot be traced, the graph is invalid or differs from ``passport``,
+            or its logits differ from the module's.
         FileError: the file cannot be written.
     """
     batches = PARITY_BATCHES if config.batch is None else (config.batch,)
     samples = samples.of(max(PARITY_BATCHES) if config.batch is None else config.batch)
     with progress.task(f"trace {passport.model}"):
         model = trace(module, passport, config)
-    passport = _promised(passport, config)
+    passport = _graph_passport(passport, config)
     model.metadata_props[PASSPORT_KEY] = to_json(passport).decode()
     with progress.task("reference logits"):
         reference = _reference(module, samples.pixels, batches)

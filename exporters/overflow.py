@@ -1,19 +1,18 @@
-"""What float16 storage does to a graph, judged on real images without a GPU.
+"""Finds float16 overflow by running a graph on real images, without a GPU.
 
-ONNX Runtime's CPU provider computes float16 nodes in float32 and so hides overflow: a graph that is
-ruined on a GPU scores perfectly there.  Two instruments see through it:
+ONNX Runtime's CPU provider computes float16 nodes in float32, which hides overflow: a graph that
+overflows on a GPU gives correct logits there.  Two functions detect it:
 
-* :func:`largest_values` runs the float32 graph and gives max |x| of every floating-point tensor;
-  those near float16's largest, 65504, must stay float32.
-* :func:`check_storage` rewrites a float16 graph so that every node computes in float32 and every
-  result really passes through float16 storage, x -> Cast(float16) -> Cast(float32), and refuses a
-  graph in which a tensor overflows there.  That is what TensorRT's kernels do at worst: they
-  accumulate in float32 and store halves.  :func:`stored_session` runs the same rewritten graph on
-  as many images as one likes.
+* :func:`largest_values` runs the float32 graph and returns max |x| of every floating-point tensor;
+  those near float16's maximum, 65504, must stay float32.
+* :func:`check_storage` rewrites a float16 graph so that every node computes in float32 and rounds
+  its result to float16, x -> Cast(float16) -> Cast(float32), and raises an error if a tensor
+  overflows.  TensorRT's kernels are at least as precise: they accumulate in float32 and store
+  float16.  :func:`stored_session` runs the same rewritten graph on any number of images.
 
-All of them look into local functions.  :func:`stored_session` also rewrites the graphs inside If,
-Loop, Scan and SequenceMap, see :mod:`exporters.storage`; the other two, whose graphs come from
-clipdeploy and have none, refuse them.
+Local functions are inlined.  :func:`stored_session` also rewrites the graphs inside If, Loop, Scan
+and SequenceMap, see :mod:`exporters.storage`.  The other two raise an error for those; graphs
+exported by clipdeploy have none.
 """
 
 from __future__ import annotations
@@ -30,9 +29,11 @@ from clipdeploy.core.errors import GraphError
 from clipdeploy.core.files import file_errors
 from clipdeploy.core.leftovers import scratch_folder
 from exporters.graphs import load_graph, write_model
+from exporters.metrics import sqnr_db
 from exporters.passes.fp16 import FP16_MAX
 from exporters.session import OnnxSession
 from exporters.storage import refuse_nested, store_float16
+from exporters.tapped import add_tap
 from exporters.typed_graphs import flat
 
 __all__ = [
@@ -40,12 +41,11 @@ __all__ = [
     "check_storage",
     "largest_values",
     "near_limit",
-    "sqnr_db",
     "stored_logits",
     "stored_session",
 ]
 
-# Images that were not looked at may go further than those that were: leave a factor of two.
+# Other images may reach larger values than the samples: leave a factor of two.
 NEAR_LIMIT = FP16_MAX / 2
 
 _WIDE = ir.DataType.FLOAT
@@ -57,23 +57,18 @@ def _tap(model: ir.Model, values: Iterable[ir.Value]) -> None:
     for value in values:
         size = ir.node("Abs", [value])
         peak = ir.node("ReduceMax", [size.outputs[0]], {"keepdims": 0})
-        size.outputs[0].name = f"{_TAP}abs/{value.name}"
-        peak.outputs[0].name = f"{_TAP}{value.name}"
-        peak.outputs[0].type = ir.TensorType(_WIDE)
-        peak.outputs[0].shape = ir.Shape(())
-        model.graph.extend([size, peak])
-        model.graph.outputs.append(peak.outputs[0])
+        add_tap(model, f"{_TAP}{value.name}", [size, peak])
 
 
 def _open(
     instrument: Callable[[], ir.Model], *, lean: bool = True, threads: int = 0
 ) -> OnnxSession:
-    # Through a file, so that the graph is not in memory beside ONNX Runtime's copy of it.
+    # Written to a file, so that the graph is not in memory twice.
     with scratch_folder() as folder:
         path = folder / "instrumented.onnx"
         with file_errors("write", path):
             write_model(instrument(), path)
-        # Not optimised: ONNX Runtime removes pairs of casts, and the rounding with them.
+        # Without optimisation, which would remove pairs of casts and so the rounding.
         return OnnxSession(path, lean=lean, optimise=False, threads=threads)
 
 
@@ -87,7 +82,7 @@ def _run(
     for found, *peaks in session.run_all(images):
         logits.append(found)
         for name, peak in zip(names, peaks, strict=True):
-            # maximum, unlike max, keeps a NaN.
+            # Unlike max, np.maximum propagates NaN.
             largest[name] = float(np.maximum(largest.get(name, -math.inf), peak))
     return np.concatenate(logits), largest
 
@@ -95,10 +90,10 @@ def _run(
 def largest_values(
     source: Path, images: NDArray[np.generic]
 ) -> tuple[NDArray[np.float32], dict[str, float]]:
-    """Logits (B, classes) of a float32 graph, and max |x| of each of its tensors by name.
+    """Return the logits (B, classes) of a float32 graph, and max |x| of each tensor by name.
 
     Raises:
-        GraphError, FileError: the graph cannot be read or run, or has others inside.
+        GraphError, FileError: the graph cannot be read or run, or contains other graphs.
     """
 
     def tapped() -> ir.Model:
@@ -111,16 +106,16 @@ def largest_values(
 
 
 def near_limit(peaks: dict[str, float]) -> tuple[str, ...]:
-    """Names of tensors that come within a factor of two of float16's largest, in graph order."""
+    """Return the names of tensors that exceed half of float16's maximum, in graph order."""
     return tuple(name for name, peak in peaks.items() if not peak < NEAR_LIMIT)
 
 
 def stored_session(path: Path, *, threads: int = 0) -> OnnxSession:
-    """A float16 graph with every tensor stored as float16; its floating-point input is float32.
+    """Open a float16 graph in which every tensor is rounded to float16; float inputs are float32.
 
     Raises:
-        GraphError, FileError: the graph cannot be read or loaded, or a tensor of it cannot be
-            stored as float16: its type is unknown, or its operator cannot be rewritten.
+        GraphError, FileError: the graph cannot be read or loaded, the type of a tensor is unknown,
+            or an operator cannot be rewritten.
     """
 
     def stored() -> ir.Model:
@@ -134,10 +129,10 @@ def stored_session(path: Path, *, threads: int = 0) -> OnnxSession:
 def check_storage(
     path: Path, images: NDArray[np.generic], reference: NDArray[np.float32]
 ) -> float | None:
-    """Run a float16 graph with every tensor stored as float16; its logits' SQNR in dB.
+    """Return the SQNR in dB of a float16 graph's logits, every tensor rounded to float16.
 
-    ``reference`` (B, classes) are the float32 graph's logits of ``images``; ``None`` is returned
-    where the two are equal.
+    ``reference`` (B, classes) are the float32 graph's logits of ``images``.  Returns None if the
+    logits are equal, see :func:`exporters.metrics.sqnr_db`.
 
     Raises:
         GraphError: see :func:`stored_logits`.
@@ -146,13 +141,12 @@ def check_storage(
 
 
 def stored_logits(path: Path, images: NDArray[np.generic]) -> NDArray[np.float32]:
-    """Logits (B, classes) of a float16 graph with every tensor stored as float16.
+    """Return the logits (B, classes) of a float16 graph, every tensor rounded to float16.
 
-    ``images`` (B, ...) are as the graph takes them.
+    ``images`` (B, ...) match the graph's input.
 
     Raises:
-        GraphError: a tensor overflows; its name and the largest tensor before it are named.  Or
-            the graph has others inside.
+        GraphError: a tensor overflows, or the graph contains other graphs.
     """
 
     def tapped() -> ir.Model:
@@ -167,18 +161,9 @@ def stored_logits(path: Path, images: NDArray[np.generic]) -> NDArray[np.float32
         if not math.isfinite(peak):
             raise GraphError(
                 f"stored as float16, {name.removesuffix('/stored')} overflows "
-                f"(float16 ends at {FP16_MAX:.0f})",
-                hint="keep it in float32, or build --fp32",
+                f"(float16's maximum is {FP16_MAX:.0f})",
+                hint="keep this tensor in float32, or build with --fp32",
             )
     if not np.isfinite(logits).all():
-        raise GraphError("stored as float16, the logits are NaN", hint="build --fp32")
+        raise GraphError("stored as float16, the logits are NaN", hint="build with --fp32")
     return logits
-
-
-def sqnr_db(reference: NDArray[np.float32], found: NDArray[np.float32]) -> float | None:
-    """Signal over noise in dB of ``found`` against ``reference`` of any shape; None if equal."""
-    noise = float(((found - reference).astype(np.float64) ** 2).sum())
-    signal = float((reference.astype(np.float64) ** 2).sum())
-    if noise == 0:
-        return None
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf

@@ -1,4 +1,4 @@
-"""FP32 graph -> strongly typed FP16 graph."""
+"""Converts an FP32 graph to a strongly typed FP16 graph."""
 
 from __future__ import annotations
 
@@ -24,14 +24,17 @@ __all__ = ["Fp16Config", "convert_to_fp16", "half_precision", "io_passport"]
 _FLOAT_INPUTS = ("float32", "float16")
 
 
-# float16 keeps eleven bits, and sound graphs have 50 dB or more.  At 20 dB the error is a tenth of
-# the logits: weights have become zero.
+# float16 has 11 significant bits, and correct graphs have 50 dB or more.  At 20 dB the error is a
+# tenth of the logits, which happens when weights underflow to zero.
 _LEAST_DB = 20.0
 
 
 @dataclass(frozen=True)
 class Fp16Config:
-    """``keep`` names tensors that stay float32; ``half_io`` makes image and logits float16 too."""
+    """Options of the FP16 conversion.
+
+    ``keep`` names tensors that stay float32; ``half_io`` makes image and logits float16 too.
+    """
 
     keep: tuple[str, ...] = ()
     half_io: bool = False
@@ -41,19 +44,20 @@ def half_precision(model: ir.Model, config: Fp16Config = Fp16Config()) -> None:
     """Convert ``model`` to float16 in place; see :mod:`exporters.passes.fp16`.
 
     Raises:
-        GraphError: a weight lies beyond float16's range, ``keep`` names no tensor of the graph, or
-            the graph has local functions, or others inside.
+        GraphError: a weight is outside float16's range, ``keep`` names an unknown tensor, or the
+            graph contains other graphs or local functions.
     """
     known = {value.name for node in model.graph for value in (*node.inputs, *node.outputs) if value}
     if unknown := [name for name in config.keep if name not in known]:
         raise GraphError(
-            f"no tensor is called {unknown[0]!r}", hint="see the graph's names with a viewer"
+            f"the graph has no tensor {unknown[0]!r}",
+            hint="look up the tensor names in a graph viewer such as Netron",
         )
     ToFloat16((*config.keep, *PREPROCESS_TENSORS), half_io=config.half_io)(model)
 
 
 def io_passport(passport: Passport, config: Fp16Config) -> Passport:
-    """``passport`` with the interface's types as ``config`` makes them; a uint8 image stays so."""
+    """Return ``passport`` with float16 or float32 input and output types; uint8 stays uint8."""
     dtype = "float16" if config.half_io else "float32"
     image = dtype if passport.input.dtype in _FLOAT_INPUTS else passport.input.dtype
     return replace(
@@ -69,15 +73,15 @@ def convert_to_fp16(
     samples: Samples,
     config: Fp16Config = Fp16Config(),
 ) -> GraphArtifact:
-    """Write the FP16 twin of an FP32 graph.
+    """Convert the FP32 graph ``source`` to FP16 and save it as ``target``.
 
-    Tensors whose values on ``samples``, a few real images, come near float16's largest stay
-    float32; the passport names them under ``keep_fp32``, and those that ``config`` does not name
-    under ``near_limit``.
+    Tensors whose values on ``samples``, a few real images, exceed half of float16's maximum stay
+    float32.  The passport lists all float32 tensors under ``keep_fp32``, and those that ``config``
+    does not name under ``near_limit``.
 
     Raises:
-        GraphError: a weight or a tensor overflows float16, the logits lose more than float16
-            should cost them, or the result is no valid graph.
+        GraphError: a weight or a tensor overflows float16, the logits have an SQNR below 20 dB, or
+            the result is not a valid graph.
         FileError, ArtifactError: ``source`` cannot be read, or ``target`` written.
     """
     passport = read_passport(source)
@@ -106,7 +110,7 @@ def convert_to_fp16(
             raise GraphError(
                 f"stored as float16, the logits have an SQNR of {db:.1f} dB, below {_LEAST_DB:g}: "
                 "weights or activations are too small for float16",
-                hint="build --fp32",
+                hint="build with --fp32",
             )
 
     return save_graph(model, target, passport, check)

@@ -1,9 +1,9 @@
-"""Put the image's normalisation and layout into the graph.
+"""Adds the normalisation and transposition of images to a graph.
 
     uint8 (B, S, S, 3) -> Cast -> Transpose -> * 1 / (255 std) -> - mean / std -> (B, 3, S, S)
 
-The graph then takes the crop as it comes from the decoder, a quarter of the bytes.  Decoding,
-resizing and cropping stay outside: they are Pillow's arithmetic, which no ONNX operator has.
+The graph then takes uint8 crops, a quarter of the bytes of float32.  Decoding, resizing and
+cropping are not included: no ONNX operator computes them exactly like Pillow.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from exporters.initializers import add_initializer
 
 __all__ = ["PREPROCESS_TENSORS", "add_preprocessing", "preprocessed_passport", "scale_and_offset"]
 
-# An FP16 graph keeps these in float32: halves would round every pixel before it is normalised.
+# These stay float32 in an FP16 graph: float16 would round every pixel before normalisation.
 PREPROCESS_TENSORS = ("preprocess/float", "preprocess/planar", "preprocess/scaled")
 _NORMALISED = "preprocess/normalised"
 
 
 def scale_and_offset(spec: Preprocess) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """x / 255 normalised as one multiplication and one addition: (3,) and (3,) float32.
+    """Return the scale (3,) and offset (3,), float32, that normalise a uint8 image.
 
     (x / 255 - mean) / std = x * (1 / (255 std)) + (-mean / std), rounded once from float64.
     """
@@ -34,14 +34,14 @@ def scale_and_offset(spec: Preprocess) -> tuple[NDArray[np.float32], NDArray[np.
 
 
 def preprocessed_passport(passport: Passport) -> Passport:
-    """``passport`` with the input that :func:`add_preprocessing` gives the graph."""
+    """Return ``passport`` with the input of a graph after :func:`add_preprocessing`."""
     batch, channels, height, width = passport.input.shape
     spec = replace(passport.input, dtype="uint8", shape=(batch, height, width, channels))
     return replace(passport, input=spec)
 
 
 def add_preprocessing(model: ir.Model, spec: Preprocess) -> None:
-    """Give ``model`` a uint8 (B, S, S, 3) input in place of its float32 (B, 3, S, S) one."""
+    """Replace the float32 (B, 3, S, S) input of ``model`` by a uint8 (B, S, S, 3) one."""
     graph = model.graph
     old = graph.inputs[0]
     assert old.shape is not None

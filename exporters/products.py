@@ -1,14 +1,14 @@
-"""What an ONNX graph asks for: the precision of every matrix product, a block at a time.
+"""Finds the precision of every matrix product of an ONNX graph, grouped by block.
 
     x ── Q ── DQ ──┐
-                   MatMul        int8, since both of its operands are dequantised int8
+                   MatMul        int8, because both operands are dequantised int8
     W int8 ── DQ ──┘
 
-A strongly typed compiler takes the rest from the types of the tensors.  What the engine then really
-does may differ; :mod:`clipdeploy.engines.inspector` tells that in the same terms.
+All other products run in the type of their tensors: the compiler is strongly typed.  The built
+engine may differ; :mod:`clipdeploy.engines.inspector` reports its precision in the same form.
 
-Products inside local functions, If, Loop and Scan count like all others, those of a function once
-for each call; see :mod:`exporters.typed_graphs`.
+Products inside local functions, If, Loop and Scan are counted too, those of a function once per
+call; see :mod:`exporters.typed_graphs`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from exporters.functions import inlined
 from exporters.nested import captured, element_type, is_nested, subgraphs
 from exporters.typed_graphs import element_types, flat
 
-__all__ = ["asked_precision", "find_products", "tensor_types"]
+__all__ = ["find_products", "requested_precision", "tensor_types"]
 
-# The operators, and where their two operands stand among the inputs.
+# Operators and the indices of their two operands among the inputs.
 _PRODUCTS = {
     "MatMul": (0, 1),
     "Gemm": (0, 1),
@@ -36,7 +36,7 @@ _PRODUCTS = {
     "QLinearMatMul": (0, 3),
     "QLinearConv": (0, 3),
 }
-# TensorRT moves these across a DequantizeLinear, so that the product still reads integers.
+# TensorRT moves DequantizeLinear past these, so the product still reads integers.
 _LAYOUT = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
 _NAMES: dict[int, str] = {
     TensorProto.FLOAT: "fp32",
@@ -47,7 +47,7 @@ _NAMES: dict[int, str] = {
     TensorProto.FLOAT8E5M2: "fp8",
     TensorProto.FLOAT4E2M1: "fp4",
     TensorProto.INT8: "int8",
-    # ONNX Runtime's CPU kernels take uint8 activations with int8 weights: both are INT8 products.
+    # Products of uint8 activations and int8 weights, as in ONNX Runtime's CPU kernels.
     TensorProto.UINT8: "int8",
 }
 
@@ -59,7 +59,7 @@ def _name(kind: int) -> str | None:
 
 
 class _Graph:
-    """What is known of the tensors of a graph, by name; those of ``outer`` are seen from inside."""
+    """Types, producers and constants of a graph's tensors, including those of ``outer``."""
 
     def __init__(self, graph: GraphProto, outer: _Graph | None = None) -> None:
         typed = (*graph.input, *graph.value_info, *graph.output)
@@ -68,7 +68,7 @@ class _Graph:
         self._types |= {weight.name: weight.data_type for weight in graph.initializer}
         self._producers: dict[str, NodeProto] = dict(outer._producers) if outer else {}
         self._producers |= {name: node for node in graph.node for name in node.output}
-        # Everything that does not depend on the graph's inputs.
+        # Tensors that do not depend on the graph's inputs.
         self.constants: set[str] = set(outer.constants) if outer else set()
         self.constants |= {weight.name for weight in graph.initializer}
         for node in graph.node:
@@ -77,16 +77,16 @@ class _Graph:
                 self.constants.update(node.output)
 
     def _type(self, name: str) -> str | None:
-        """Its precision, None if nothing says it."""
+        """Return the precision of a tensor, None if its type is unknown."""
         return _name(self._types.get(name, TensorProto.UNDEFINED))
 
     def _dequantised(self, node: NodeProto) -> str:
-        # The zero point has the type of the integers, and as a constant it always says so.
+        # The zero point has the type of the integers, and its type is known if it is a constant.
         kinds = [self._type(name) for name in node.input[::2] if name]
         return next((kind for kind in kinds if kind is not None), UNKNOWN)
 
     def _stored(self, name: str) -> str | None:
-        """The type of the integers behind a tensor if it is dequantised; None otherwise."""
+        """Return the integer type of a dequantised tensor, None for other tensors."""
         while (node := self._producers.get(name)) is not None:
             if node.op_type == "DequantizeLinear":
                 return self._dequantised(node)
@@ -96,22 +96,22 @@ class _Graph:
         return None
 
     def precision(self, operands: list[str]) -> str:
-        """What a product of these tensors runs in."""
+        """Return the precision of a product of these tensors."""
         stored = {self._stored(name) for name in operands}
-        # The operators want one type of both operands: one of them speaks for the other.
+        # Both operands have the same type, so one known type is enough.
         found = {self._type(name) for name in operands} if None in stored else stored
         kinds = found - {None}
         return kinds.pop() or UNKNOWN if len(kinds) == 1 else UNKNOWN
 
 
 def find_products(model: ModelProto) -> list[Product]:
-    """Every matrix product of ``model``, in the order of the graph; weights need no values.
+    """Return every matrix product of ``model`` in graph order; weights may lack values.
 
     Raises:
-        GraphError: local functions that cannot be read.
+        GraphError: a local function cannot be inlined.
     """
     if is_nested(model):
-        # A function's tensors have no types of their own, and a branch's seldom say theirs.
+        # Tensors of functions have no declared types, and those of branches often lack them.
         model = _typed(model)
     return list(_products(model.graph, None))
 
@@ -122,7 +122,7 @@ def _typed(model: ModelProto) -> ModelProto:
     try:
         return flat(copy)
     except GraphError:
-        # The types contradict each other, which is for those to say who run the graph.
+        # Contradicting types are an error only when the graph is run.
         return copy
 
 
@@ -141,21 +141,20 @@ def _products(graph: GraphProto, outer: _Graph | None) -> Iterator[Product]:
 
 
 def tensor_types(model: ModelProto) -> set[str]:
-    """Every type that a tensor of ``model`` has, by the names of :class:`BlockPrecision`.
+    """Return the types of all tensors of ``model``, named as in :class:`BlockPrecision`.
 
-    Tensors inside local functions, If, Loop and Scan count, and so do tensors whose type is not
-    written down but follows from their operator's.
+    Tensors inside local functions, If, Loop and Scan are included, and so are inferred types.
 
     Raises:
-        GraphError: local functions that cannot be read.
+        GraphError: a local function cannot be inlined.
     """
     return {_name(kind) or UNKNOWN for kind in element_types(model)}
 
 
-def asked_precision(model: ModelProto) -> tuple[BlockPrecision, ...]:
-    """What ``model`` asks a compiler for, a block at a time, in the order of the network.
+def requested_precision(model: ModelProto) -> tuple[BlockPrecision, ...]:
+    """Return the precision that ``model`` requests, by block, in network order.
 
-    A product is int8 only if both of its operands come from DequantizeLinear; otherwise it runs in
-    the type of its operands.  Blocks are told by the names of nodes, see :func:`block_of`.
+    A product is int8 only if both operands come from DequantizeLinear; otherwise it runs in the
+    type of its operands.  Blocks are identified by node names, see :func:`block_of`.
     """
     return by_block(find_products(model))

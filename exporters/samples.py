@@ -1,4 +1,4 @@
-"""A few images in every form that a graph may take them in."""
+"""Converts image crops to the inputs of graphs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from exporters.preprocess_graph import scale_and_offset
 
 __all__ = ["Samples", "normalise", "stack_crops"]
 
-# One batch is computed on while the next is prepared: more memory would wait for nothing.
+# One batch is in use while the next is prepared.
 _BUFFERS = Buffers(keep=2)
 
 
@@ -26,12 +26,12 @@ def normalise(
 ) -> NDArray[np.float32]:
     """uint8 (B, S, S, 3) -> float32 (B, 3, S, S), ``(x / 255 - mean) / std`` per channel.
 
-    ``out`` takes the result; it has its shape and type.
+    The result is written to ``out`` if given, an array of its shape and type.
     """
     scale, offset = scale_and_offset(spec)
     count, height, width, channels = crops.shape
     planar = np.empty((count, channels, height, width), np.float32) if out is None else out
-    # A few images at once, so that each step finds them in the processor's cache.
+    # A few images at a time, so that they stay in the processor's cache between steps.
     step = max(1, (512 << 10) // max(1, height * width * channels))
     for start in range(0, count, step):
         part = planar[start : start + step]
@@ -42,9 +42,9 @@ def normalise(
 
 
 def stack_crops(crops: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """B crops, uint8 (S, S, 3) each -> (B, S, S, 3).
+    """Stack B crops, uint8 (S, S, 3) each, to (B, S, S, 3).
 
-    Nothing is copied where they lie one behind the other in one array, as crops from the cache do.
+    Crops that are consecutive in one array, such as cached ones, are not copied.
     """
     base, size = crops[0].base, crops[0].nbytes
     if not isinstance(base, np.ndarray) or base.dtype != np.uint8 or base.ndim != 1:
@@ -68,38 +68,38 @@ def _address(array: NDArray[np.uint8]) -> int:
 
 @dataclass(frozen=True)
 class Samples:
-    """Crops, uint8 (B, S, S, 3), and what each kind of graph input makes of them."""
+    """Crops, uint8 (B, S, S, 3), and the preprocessing that makes them graph inputs."""
 
     crops: NDArray[np.uint8]
     spec: Preprocess
 
     @cached_property
     def pixels(self) -> NDArray[np.float32]:
-        """Normalised, float32 (B, 3, S, S)."""
+        """The normalised crops, float32 (B, 3, S, S)."""
         count, height, width, channels = self.crops.shape
         out = _BUFFERS.empty((count, channels, height, width), np.float32)
         return normalise(self.crops, self.spec, out)
 
     def as_input(self, tensor: TensorSpec) -> NDArray[Any]:
-        """What a graph with input ``tensor`` takes: uint8 crops, or float16 or float32 pixels."""
+        """Return the input of a graph with the spec ``tensor``: uint8, float16 or float32."""
         return (
             self.crops if tensor.dtype == "uint8" else self.pixels.astype(tensor.dtype, copy=False)
         )
 
     def feed(self, tensor: TensorSpec) -> NDArray[Any]:
-        """:meth:`as_input`, with as many images as a graph of a fixed batch takes."""
+        """Return :meth:`as_input`, repeated or cut to the graph's batch size if that is fixed."""
         batch = tensor.shape[0]
         return (self.of(batch) if isinstance(batch, int) else self).as_input(tensor)
 
-    def and_those(self, others: Samples) -> Samples:
-        """These images, then ``others`` of the same preprocessing."""
+    def concat(self, others: Samples) -> Samples:
+        """Append ``others``, which have the same preprocessing."""
         return Samples(np.concatenate([self.crops, others.crops]), self.spec)
 
     def of(self, count: int) -> Samples:
-        """``count`` images: the first ones, over again where there are fewer.
+        """Return the first ``count`` images, repeated if there are fewer.
 
         Raises:
-            GraphError: there is none.
+            GraphError: there are no images.
         """
         if not len(self.crops):
             raise GraphError("no image to check the graph with")

@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions, with its failures told as graph errors."""
+"""Runs ONNX graphs with ONNX Runtime and reports its failures as clipdeploy errors."""
 
 from __future__ import annotations
 
@@ -10,39 +10,38 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from clipdeploy.core.errors import EngineError, GraphError
+from clipdeploy.core.errors import EngineError, GraphError, first_line
 
 __all__ = ["CPU", "CUDA", "OnnxSession", "available_providers"]
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _FATAL_ONLY = 4
-# Images of a symbolic batch that are run together.
-_AT_ONCE = 8
+# Images per run of a graph with a symbolic batch.
+_BATCH = 8
 
 
 def available_providers() -> list[str]:
-    """The execution providers that this ONNX Runtime was built with."""
+    """Return the execution providers of the installed ONNX Runtime."""
     return list(ort.get_available_providers())
 
 
 def _with_options(provider: str) -> str | tuple[str, dict[str, str]]:
-    # TF32 keeps 10 of float32's 23 bits of mantissa: an FP32 graph is to be run in FP32.
+    # TF32 has 10 mantissa bits instead of 23; an FP32 graph must run in FP32.
     return (CUDA, {"use_tf32": "0"}) if provider == CUDA else provider
 
 
 class OnnxSession:
-    """A graph with one image input, opened once and run many times.
+    """An ONNX Runtime session of a graph with one image input.
 
-    ``source`` is a file or a serialised model.  ``lean`` skips ONNX Runtime's re-packing of
-    weights: half the memory, slower runs; for a graph that is run only a few times.  Without
-    ``optimise`` every node is computed as it stands.  ``exact_int8`` is for a graph of the uint8
-    dialect: on processors without VNNI the fast kernels add pairs of uint8 x int8 products in
-    int16, which saturates (13 dB on the demo model); slower ones do not.  With VNNI it changes
-    nothing.
+    ``source`` is a file or a serialised model.  ``lean`` skips ONNX Runtime's prepacking of
+    weights, which halves the memory and slows down each run.  ``optimise=False`` disables graph
+    optimisation.  ``exact_int8`` is for graphs with uint8 activations: on processors without VNNI
+    the fast kernels add pairs of uint8 x int8 products in int16, which saturates (13 dB on the
+    demo model), and this option selects slower exact kernels.  With VNNI it has no effect.
 
     Raises:
-        GraphError: ONNX Runtime cannot load it.
-        EngineError: the first provider is not to be had, and ONNX Runtime took another.
+        GraphError: ONNX Runtime cannot load the graph.
+        EngineError: the first provider is not available.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class OnnxSession:
         options = ort.SessionOptions()
         options.log_severity_level = _FATAL_ONLY
         options.intra_op_num_threads = threads
-        # Threads that go on spinning after a run take the cores from whatever runs next.
+        # Threads that spin after a run take CPU time from the next program.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if exact_int8:
             options.add_session_config_entry("session.x64quantprecision", "1")
@@ -69,7 +68,7 @@ class OnnxSession:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False
         if CUDA in providers and hasattr(ort, "preload_dlls"):
-            # Finds the CUDA libraries that PyTorch's wheels bring.
+            # Finds the CUDA libraries in PyTorch's wheels.
             ort.preload_dlls()
         model = str(source) if isinstance(source, Path) else source
         self.name = str(source) if isinstance(source, Path) else name
@@ -77,16 +76,16 @@ class OnnxSession:
             self._session = ort.InferenceSession(
                 model, options, providers=[_with_options(provider) for provider in providers]
             )
-        except Exception as error:  # ONNX Runtime's exception types share no public base class
+        except Exception as error:  # ONNX Runtime's exceptions share no public base class
             raise GraphError(
-                f"ONNX Runtime cannot load {self.name}: {_first_line(error)}",
-                hint="the file is cut short or no ONNX graph: export it again",
+                f"ONNX Runtime cannot load {self.name}: {first_line(error)}",
+                hint="the file is truncated or not an ONNX graph: export it again",
             ) from error
-        # ONNX Runtime falls back to the CPU with no more than a warning.
+        # ONNX Runtime falls back to the CPU with only a warning.
         if self._session.get_providers()[0] != providers[0]:
             raise EngineError(
                 f"ONNX Runtime cannot use {providers[0]} here: its CUDA libraries do not load",
-                hint="install the CUDA and cuDNN that this onnxruntime-gpu was built for",
+                hint="install the CUDA and cuDNN versions that this onnxruntime-gpu was built for",
             )
         image = self._session.get_inputs()[0]
         self.input_name: str = image.name
@@ -95,7 +94,7 @@ class OnnxSession:
         self.output_names: list[str] = [output.name for output in self._session.get_outputs()]
 
     def run_all(self, images: NDArray[Any]) -> Iterator[list[NDArray[np.float32]]]:
-        """:meth:`run` for any number of images (N, ...), a few at once.
+        """Run any number of images (N, ...) in batches.
 
         Yields:
             The outputs (B, ...) of the next B images.
@@ -103,7 +102,7 @@ class OnnxSession:
         Raises:
             GraphError: see :meth:`run`.
         """
-        count = self.batch or _AT_ONCE
+        count = self.batch or _BATCH
         for start in range(0, len(images), count):
             part = images[start : start + count]
             if self.batch is None or len(part) == count:
@@ -118,20 +117,14 @@ class OnnxSession:
         extra: Mapping[str, NDArray[Any]] | None = None,
         outputs: Sequence[str] | None = None,
     ) -> list[NDArray[np.float32]]:
-        """Outputs for one batch of input, (B, ...) each: all, or those named in ``outputs``.
+        """Run one batch; return the outputs (B, ...) named in ``outputs``, by default all.
 
-        ``extra`` feeds further inputs.
+        ``extra`` holds further inputs by name.
 
         Raises:
-            GraphError: ONNX Runtime refused the input or failed inside.
+            GraphError: ONNX Runtime rejected the input or failed.
         """
         try:
             return list(self._session.run(outputs, {self.input_name: images, **(extra or {})}))
         except Exception as error:  # as above
-            raise GraphError(
-                f"ONNX Runtime cannot run {self.name}: {_first_line(error)}"
-            ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise GraphError(f"ONNX Runtime cannot run {self.name}: {first_line(error)}") from error

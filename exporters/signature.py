@@ -1,4 +1,4 @@
-"""What an ONNX file takes and gives, told from the graph alone: for files without a passport."""
+"""Reads the input and output of an ONNX file without a passport."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def _shown(specs: Sequence[TensorSpec]) -> str:
 
 
 def _is_image(spec: TensorSpec, size: int) -> bool:
-    """float (B, 3, S, S), or uint8 (B, S, S, 3); a free edge may be S."""
-    wanted = (size, size, 3) if spec.dtype == "uint8" else (3, size, size)
-    fits = zip(spec.shape[1:], wanted, strict=False)
+    """Return whether this is float (B, 3, S, S) or uint8 (B, S, S, 3); axes may be symbolic."""
+    expected = (size, size, 3) if spec.dtype == "uint8" else (3, size, size)
+    fits = zip(spec.shape[1:], expected, strict=False)
     return (
         spec.dtype in _IMAGE_TYPES
         and len(spec.shape) == 4
@@ -50,11 +50,14 @@ def _is_logits(spec: TensorSpec, classes: int) -> bool:
 
 
 def classifier_signature(path: Path, size: int, classes: int) -> tuple[TensorSpec, TensorSpec]:
-    """The image input and the logits output of a graph: edge ``size``, ``classes`` logits.
+    """Return the image input and the logits output of a graph.
+
+    ``size`` is the expected edge in pixels, ``classes`` the expected number of logits.
 
     Raises:
         FileError: the file cannot be opened.
-        GraphError: no ONNX graph, or not one image input and one logits output of that size.
+        GraphError: it is not an ONNX graph with one image input and one logits output of these
+            sizes.
     """
     graph = read_skeleton(path).graph
     weights = {weight.name for weight in graph.initializer}
@@ -63,18 +66,18 @@ def classifier_signature(path: Path, size: int, classes: int) -> tuple[TensorSpe
     if len(inputs) != 1 or not _is_image(inputs[0], size):
         raise GraphError(
             f"{path} takes {_shown(inputs)}, not one image of {size} pixels",
-            hint="a classifier takes float (B, 3, S, S) or uint8 (B, S, S, 3); name its --model",
+            hint="a classifier takes float (B, 3, S, S) or uint8 (B, S, S, 3); pass its --model",
         )
     if len(outputs) != 1 or not _is_logits(outputs[0], classes):
         raise GraphError(
             f"{path} gives {_shown(outputs)}, not logits of {classes} classes",
-            hint="a classifier gives one output (B, classes); name its --model",
+            hint="a classifier gives one output (B, classes); pass its --model",
         )
     return inputs[0], outputs[0]
 
 
 def stores_float16(source: Path | ModelProto) -> bool:
-    """Whether any tensor of a graph is float16, also inside local functions, If, Loop and Scan.
+    """Return whether any tensor of a graph is float16, at any depth.
 
     Raises:
         FileError, GraphError: the graph cannot be read.
@@ -83,7 +86,7 @@ def stores_float16(source: Path | ModelProto) -> bool:
 
 
 def stored_types(source: Path | ModelProto) -> set[str]:
-    """The types of a graph's tensors, see :func:`exporters.products.tensor_types`.
+    """Return the types of a graph's tensors, see :func:`exporters.products.tensor_types`.
 
     Raises:
         FileError, GraphError: the graph cannot be read.

@@ -1,9 +1,8 @@
-"""An ONNX model in which every tensor has its type, at any depth.
+"""Infers the type of every tensor of an ONNX model, at any depth.
 
-Calls of local functions are replaced by their nodes, see :mod:`exporters.functions`, and then the
-types of all tensors are inferred, branch by branch.  A declared type (``value_info``) counts only
-where an operator is unknown to ONNX; a declaration that contradicts the inferred type is refused,
-as ONNX Runtime refuses it.
+Local functions are inlined, see :mod:`exporters.functions`, and then types are inferred, including
+those in branches.  A declared type (``value_info``) is used only for operators that ONNX does not
+define.  A declaration that contradicts the inferred type is an error, as in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from onnx import (
     numpy_helper,
 )
 
-from clipdeploy.core.errors import GraphError
-from exporters.functions import ONNX_ERRORS, first_line, inlined
+from clipdeploy.core.errors import GraphError, first_line
+from exporters.functions import ONNX_ERRORS, inlined
 from exporters.nested import all_graphs, all_nodes, element_type, inner_graphs
 
 __all__ = ["TYPE_ATTRIBUTES", "dense", "element_types", "flat"]
@@ -34,9 +33,9 @@ __all__ = ["TYPE_ATTRIBUTES", "dense", "element_types", "flat"]
 # Integer attributes that name an element type (ONNX operators, opsets 7 to 26).
 TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype", "output_datatype")
 
-# Initializers up to so many bytes stay for inference: shapes, axes, numbers of elements.
+# Initializers up to this size in bytes are kept for inference: shapes, axes, element counts.
 _SMALL = 1024
-_KINDS = frozenset(TensorProto.DataType.values())
+_ELEMENT_TYPES = frozenset(TensorProto.DataType.values())
 
 
 def _densified(sparse: SparseTensorProto) -> TensorProto:
@@ -53,7 +52,7 @@ def _densified(sparse: SparseTensorProto) -> TensorProto:
 
 
 def dense(model: ModelProto) -> ModelProto:
-    """``model``, its sparse constants made dense in place, as ONNX Runtime does on loading.
+    """Convert the sparse constants of ``model`` to dense ones, in place, as ONNX Runtime does.
 
     Raises:
         GraphError: a sparse constant is malformed.
@@ -74,20 +73,19 @@ def dense(model: ModelProto) -> ModelProto:
 
 
 def flat(model: ModelProto) -> ModelProto:
-    """``model`` without local functions and sparse constants, and with the type of every tensor.
+    """Inline local functions, make sparse constants dense and infer the type of every tensor.
 
-    Graphs inside nodes stay where they are; their tensors have types as well.  ``model`` may be
-    changed.
+    Graphs inside nodes are kept, and their tensors get types as well.  ``model`` may be changed.
 
     Raises:
-        GraphError: functions that cannot be inlined, types that contradict each other.
+        GraphError: a function cannot be inlined, or types contradict each other.
     """
     whole = inlined(dense(model))
     return _with_types(whole)
 
 
 def _with_types(model: ModelProto) -> ModelProto:
-    # Inference serialises the model: large weights only pass their types.
+    # Inference serialises the model, so large weights are replaced by inputs of their type.
     light = ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
     light.graph.CopyFrom(_without_data(model.graph))
     versions = {each.domain: each.version for each in model.opset_import}
@@ -110,13 +108,13 @@ def _with_types(model: ModelProto) -> ModelProto:
 
 
 def _without_data(graph: GraphProto) -> GraphProto:
-    """The graph with every large initializer as an input."""
+    """Return the graph with each large initializer replaced by an input."""
     light = GraphProto(name=graph.name, node=graph.node, value_info=graph.value_info)
     light.input.extend(graph.input)
     light.output.extend(graph.output)
     listed = {value.name for value in graph.input}
     for weight in graph.initializer:
-        if weight.ByteSize() <= _SMALL and not _is_lean(weight):
+        if weight.ByteSize() <= _SMALL and not _lacks_values(weight):
             light.initializer.append(weight)
         elif weight.name not in listed:
             light.input.append(
@@ -125,8 +123,8 @@ def _without_data(graph: GraphProto) -> GraphProto:
     return light
 
 
-def _is_lean(weight: TensorProto) -> bool:
-    """Whether an initializer has no values here: a skeleton's, or one in a file beside."""
+def _lacks_values(weight: TensorProto) -> bool:
+    """Return whether the values of an initializer were skipped or are in an external file."""
     if weight.data_location == TensorProto.EXTERNAL:
         return True
     data = (weight.raw_data, weight.float_data, weight.int32_data, weight.int64_data)
@@ -135,7 +133,7 @@ def _is_lean(weight: TensorProto) -> bool:
 
 
 def _forget_types(graph: GraphProto, versions: dict[str, int]) -> None:
-    """Remove the declared types of what ONNX's own operators give: they are inferred."""
+    """Remove the declared types of outputs of ONNX's operators, which are inferred instead."""
     known = set()
     for node in graph.node:
         domain = "" if node.domain == "ai.onnx" else node.domain
@@ -151,32 +149,32 @@ def _forget_types(graph: GraphProto, versions: dict[str, int]) -> None:
 
 
 def _take_declared(declared: GraphProto, inferred: GraphProto) -> None:
-    """Give ``inferred`` the types that only ``declared`` has.
+    """Copy types that only ``declared`` has to ``inferred``.
 
     Raises:
-        GraphError: the two say different types of one tensor.
+        GraphError: the two have different types for one tensor.
     """
     outputs = {value.name: value for value in inferred.output}
     known = {value.name: value for value in inferred.value_info}
-    # The shape of an output that somebody declared is more than what is inferred.
+    # A declared output is copied for its shape, which inference may not find.
     for value in (*declared.value_info, *declared.output):
-        said = element_type(value.type)
-        there = outputs.get(value.name, known.get(value.name))
-        found = element_type(there.type) if there is not None else TensorProto.UNDEFINED
-        if said and found and said != found:
+        expected = element_type(value.type)
+        existing = outputs.get(value.name, known.get(value.name))
+        found = element_type(existing.type) if existing is not None else TensorProto.UNDEFINED
+        if expected and found and expected != found:
             raise GraphError(
-                f"{value.name} is declared {_type_name(said)}, but its operator gives "
+                f"{value.name} is declared {_type_name(expected)}, but its operator gives "
                 f"{_type_name(found)}",
                 hint="remove the graph's value_info, or export it again",
             )
-        if not said:
+        if not expected:
             continue
         if value.name in outputs:
             outputs[value.name].CopyFrom(value)
-        elif there is None:
+        elif existing is None:
             inferred.value_info.append(value)
         elif not found:
-            there.CopyFrom(value)
+            existing.CopyFrom(value)
 
 
 def _type_name(kind: int) -> str:
@@ -184,19 +182,19 @@ def _type_name(kind: int) -> str:
 
 
 def element_types(model: ModelProto) -> set[int]:
-    """The ONNX element types of all tensors of ``model``, at any depth.
+    """Return the ONNX element types of all tensors of ``model``, at any depth.
 
-    What is declared and what is inferred both count, and what operators' attributes name: a type
-    that occurs is among them, though perhaps another too.
+    Declared types, inferred types and types in operator attributes are included, so the result may
+    contain a type that no tensor has.
 
     Raises:
-        GraphError: local functions that cannot be read.
+        GraphError: a local function cannot be inlined.
     """
     whole = ModelProto()
     whole.CopyFrom(inlined(model, any_opset=True))
     found = _declared_types(whole.graph)
-    # Types that contradict each other are for those to refuse who run the graph.  No type comes
-    # into a graph that is not written down somewhere, and what is written down is here already.
+    # Contradicting types are an error only when the graph is run.  Every type of a graph is written
+    # down somewhere in it, and those were collected above.
     with suppress(GraphError):
         found |= _declared_types(_with_types(dense(whole)).graph)
     return found - {TensorProto.UNDEFINED}
@@ -217,9 +215,9 @@ def _declared_types(graph: GraphProto) -> set[int]:
 
 def _attribute_types(attribute: AttributeProto) -> set[int]:
     if attribute.type == AttributeProto.INT:
-        # Operators beyond ONNX's own have further names for it: data_type, compute_type.
+        # Custom operators use further attribute names, such as data_type and compute_type.
         named = attribute.name in TYPE_ATTRIBUTES or attribute.name.endswith("type")
-        return {attribute.i} & _KINDS if named else set()
+        return {attribute.i} & _ELEMENT_TYPES if named else set()
     tensors = [attribute.t] if attribute.HasField("t") else []
     found = {tensor.data_type for tensor in (*tensors, *attribute.tensors)}
     if attribute.HasField("sparse_tensor"):

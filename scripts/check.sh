@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, format, types and layers. Makes a .venv if there is none.
+# Check lint, format, types and layers. Creates .venv if it is missing.
 source "$(dirname "$0")/environment.sh" "[check]"
 say "ruff"
 ruff check .

@@ -1,5 +1,5 @@
-# Sourced by the other scripts: make sure that .venv exists and holds clipdeploy with the extras
-# named in $1 (such as "[test]"), and put it first on the PATH.
+# Sourced by the other scripts: install clipdeploy with the extras in $1 (such as "[test]") into .venv
+# and put it first on the PATH.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -12,7 +12,7 @@ if [ ! -x .venv/bin/python ]; then
   say "creating .venv with $("$python" --version)"
   "$python" -m venv .venv
 fi
-# The stamp holds what was installed, so that a second run starts at once.
+# The stamp records what was installed, so that later runs skip the installation.
 stamp=.venv/installed
 wanted="${1:-} $(cat setup.cfg constraints.txt | cksum)"
 if ! grep -qxF "$wanted" "$stamp" 2>/dev/null; then

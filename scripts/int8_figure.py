@@ -1,12 +1,12 @@
-"""Draw docs/images/int8.svg: what each step of the INT8 recipe does, measured.
+"""Write docs/images/int8.svg: the measured effect of each step of the INT8 recipe.
 
     python scripts/int8_figure.py [FILE]
 
-The demo model, and the same function with the channel outliers of real CLIP ViTs in it
-(``scripts/make_outlier_variants.py``), both calibrated on the demo's calibration digits.  Left: the
-channels of one Linear's input, before and after smoothing.  Middle and right: the signal-to-noise
-ratio of the logits on held-out digits, with the steps switched on one after the other, and with
-each range method.  The graphs are those of ``quantize --cpu``, run by ONNX Runtime.
+The models are the demo model and an equivalent one with the channel outliers of real CLIP ViTs
+(``scripts/make_outlier_variants.py``), calibrated on the demo's calibration digits.  Left: channels
+of one Linear's input, before and after smoothing.  Middle and right: SQNR of the logits on held-out
+digits, with the steps enabled one after another, and with each range method.  The graphs are those
+of ``quantize --cpu``, run with ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from calibration.plan import PlanConfig
 from calibration.qdq import QuantizeConfig, smooth
 from calibration.ranges import RANGE_METHODS
+from calibration.scheme import SchemeConfig
 from calibration.table import CalibrationTable, load_table
 from clipdeploy.core.files import write_atomic
 from clipdeploy.core.passport import Recipe
@@ -36,6 +36,7 @@ from clipdeploy.models.load import WeightsChoice
 from clipdeploy.pipeline import calibrate_model, export_model, quantize_model
 from clipdeploy.workspace.folder import Workspace
 from exporters.graphs import load_graph
+from exporters.metrics import sqnr_db
 from exporters.samples import normalise
 from exporters.session import OnnxSession
 
@@ -43,20 +44,20 @@ DEFAULT = Path(__file__).parents[1] / "docs" / "images" / "int8.svg"
 LINEAR = "blocks.3.mlp.fc1"
 IMAGES = 200
 STEPS = {
-    "min-max": PlanConfig("minmax", False, False, False, False),
-    "+ smoothing": PlanConfig("minmax", True, False, False, False),
-    "+ range by output error": PlanConfig("auto", True, False, False, False),
-    "+ GELU's shift": PlanConfig("auto", True, True, False, False),
-    "+ weight clip": PlanConfig("auto", True, True, True, False),
-    "+ bias correction": PlanConfig(),
+    "min-max": SchemeConfig("minmax", False, False, False, False),
+    "+ smoothing": SchemeConfig("minmax", True, False, False, False),
+    "+ range by output error": SchemeConfig("auto", True, False, False, False),
+    "+ GELU's shift": SchemeConfig("auto", True, True, False, False),
+    "+ weight clip": SchemeConfig("auto", True, True, True, False),
+    "+ bias correction": SchemeConfig(),
 }
-METHODS = {method: PlanConfig(method) for method in RANGE_METHODS}
+METHODS = {method: SchemeConfig(method) for method in RANGE_METHODS}
 COLOURS = {"demo": "#0072B2", "with outliers": "#D55E00"}
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One model: its channels before and after smoothing, and dB by step and by method."""
+    """Results of one model: channels before and after smoothing, dB by step and by method."""
 
     before: NDArray[np.float64]
     after: NDArray[np.float64]
@@ -65,22 +66,22 @@ class Measured:
 
 
 def digits() -> NDArray[np.float32]:
-    """Held-out digits, normalised, (IMAGES, 3, 32, 32)."""
+    """Return held-out digits, normalised, (IMAGES, 3, 32, 32)."""
     spec = cards.find(cards.DEMO).preprocess(Recipe())
     chosen = select(open_images(cards.demo_file("test.zip")), IMAGES, seed=0)
     return normalise(np.stack([crop.pixels for crop in iter_crops(chosen, spec)]), spec)
 
 
 def decibels(reference: NDArray[np.float32], found: NDArray[np.float32]) -> float:
-    """10 log10(sum reference ** 2 / sum error ** 2)."""
-    error = (found.astype(np.float64) - reference) ** 2
-    return float(10 * np.log10((reference.astype(np.float64) ** 2).sum() / error.sum()))
+    """Return the SQNR of ``found`` in dB, infinity where it equals ``reference``."""
+    db = sqnr_db(reference, found)
+    return float("inf") if db is None else db
 
 
 def channels(
     workspace: Workspace, table: CalibrationTable
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The largest |x| of each channel of LINEAR's input, before and after smoothing."""
+    """Return max |x| of each channel of LINEAR's input, before and after smoothing."""
     model = load_graph(workspace.graph(cards.DEMO, "fp32"))
     names = frozenset(name for name in table.statistics if name.startswith("blocks."))
     folding = smooth(model, table, names)[LINEAR]
@@ -91,26 +92,26 @@ def channels(
 
 
 def measure(folder: Path, weights: Path | None, images: NDArray[np.float32]) -> Measured:
-    """Export, calibrate, and quantise with every plan."""
+    """Export, calibrate, and quantise with every scheme."""
     workspace = Workspace(folder)
     export_model(workspace, cards.DEMO, WeightsChoice(weights))
     calibrate_model(workspace, cards.DEMO, cards.demo_file("calibration.zip"))
     (reference,) = OnnxSession(workspace.graph(cards.DEMO, "fp32")).run(images)
 
-    def fidelity(plan: PlanConfig) -> float:
-        config = QuantizeConfig(plan=plan, remainder="fp32", min_sqnr=None)
+    def fidelity(scheme: SchemeConfig) -> float:
+        config = QuantizeConfig(scheme=scheme, remainder="fp32", min_sqnr=None)
         graph = quantize_model(workspace, cards.DEMO, config).artifact.path
         (found,) = OnnxSession(graph, exact_int8=True).run(images)
         return decibels(reference, found)
 
     before, after = channels(workspace, load_table(workspace.calibration(cards.DEMO)))
-    steps = {name: fidelity(plan) for name, plan in STEPS.items()}
-    methods = {name: fidelity(plan) for name, plan in METHODS.items()}
+    steps = {name: fidelity(scheme) for name, scheme in STEPS.items()}
+    methods = {name: fidelity(scheme) for name, scheme in METHODS.items()}
     return Measured(before, after, steps, methods)
 
 
 def bars(axes: Axes, title: str, values: dict[str, dict[str, float]]) -> None:
-    """A pair of bars a row, with their numbers."""
+    """Draw a labelled pair of bars per row."""
     names = list(next(iter(values.values())))
     for index, (model, found) in enumerate(values.items()):
         places = np.arange(len(names)) + (index - 0.5) * 0.38
@@ -125,7 +126,7 @@ def bars(axes: Axes, title: str, values: dict[str, dict[str, float]]) -> None:
 
 
 def draw(models: dict[str, Measured]) -> Figure:
-    """The figure."""
+    """Draw the figure."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     for name, found in models.items():
@@ -142,7 +143,7 @@ def draw(models: dict[str, Measured]) -> Figure:
 
 
 def main() -> None:
-    """Measure both models, print the numbers, draw them."""
+    """Measure both models, print the numbers and write the figure."""
     images = digits()
     models = {}
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,27 +1,27 @@
-"""Give the demo card's weights the activation outliers of full-size CLIP ViTs.
+"""Create variants of the demo's weights with the activation outliers of full-size CLIP ViTs.
 
     python scripts/make_outlier_variants.py [--out outlier-variants]
 
 Writes ``channels.safetensors``, ``massive.safetensors`` and ``both.safetensors`` in timm's layout.
 
-``channels`` computes the demo's own function.  With a factor f per channel, 1 for most,
+``channels`` computes the same function as the demo.  With a factor f per channel, 1 for most,
 
     LayerNorm, Linear:  gamma -> f gamma,  beta -> f beta,  W[:, c] -> W[:, c] / f
     V, proj:            Wv[c] -> f Wv[c],  bv -> f bv,      W[:, c] -> W[:, c] / f
 
-the latter because softmax(scores) @ v mixes tokens, never channels.
+the latter because softmax(scores) @ v mixes tokens, not channels.
 
-``massive`` adds a constant m of hundreds to two channels of the residual stream, early.  A later
-LayerNorm then sees x + m, with mean(m) = u and S = sqrt(E[s^2] + var(m)) in place of each token's
-standard deviation s.  To first order
+``massive`` adds a constant m of several hundred to two channels of the residual stream in an early
+block.  The input of later LayerNorms is then x + m, with mean(m) = u, and S = sqrt(E[s^2] + var(m))
+replaces each token's standard deviation s.  To first order
 
     gamma (x - mean(x)) / s = g (x + m - mean(x + m)) / S + g u / S,  g = gamma S E[1 / s]
 
-in every other channel; what is lost, the token's own s and the two channels, a short fine-tune on
-the training digits mends.  ``both`` is ``channels`` applied to ``massive``.
+in all other channels.  A short fine-tune on the training digits recovers what is lost: each token's
+s and the two channels.  ``both`` is ``channels`` applied to ``massive``.
 
-The epochs are fixed and the calibration and test digits are trained on by nobody.  A variant that
-lacks a promised property is refused: exit status 1 and nothing is written.
+The number of epochs is fixed, and calibration and test digits are not used for training.  If a
+variant lacks a required property the exit code is 1 and nothing is written.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ FACTORS = (20.0, 100.0)
 MASSIVE_BLOCK = 1
 MASSIVE_CHANNELS = 2
 MASSIVE_BIAS = (400.0, 1200.0)
-# The massive channels stand about seven standard deviations off the mean in every later LayerNorm;
-# trained networks answer with small gains there.
+# The massive channels are about seven standard deviations from the mean in every later LayerNorm;
+# trained networks have small gains there.
 MASSIVE_GAIN = 0.02
 
 REQUIRED_TOP1 = 98.0
@@ -66,11 +66,11 @@ REQUIRED_RATIO = 10.0
 
 @dataclass(frozen=True)
 class Measured:
-    """What a variant does on N images.
+    """Measurements of a variant on N images.
 
     ``residual`` holds each channel's amax (width,) of the residual stream after each block.
-    ``norm_ratios`` and ``v_ratios`` hold, a block's LayerNorm or attention each, the largest
-    channel's amax over the median channel's: of the LayerNorm's output and of proj's input.
+    ``norm_ratios`` and ``v_ratios`` hold, for each LayerNorm or attention, the largest channel's
+    amax divided by the median channel's: of the LayerNorm's output and of proj's input.
     """
 
     top1: float
@@ -80,13 +80,13 @@ class Measured:
 
     @property
     def largest(self) -> tuple[float, ...]:
-        """The largest |x| of the residual stream after each block."""
+        """Max |x| of the residual stream after each block."""
         return tuple(float(amax.max()) for amax in self.residual)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant's weights, what they do, and for a copy of a function how far off it is.
+    """A variant's weights, its measurements, and its difference from the parent if equivalent.
 
     ``difference`` maps the dtype of weights and arithmetic to the largest |logit - parent's|.
     """
@@ -98,15 +98,15 @@ class Variant:
 
 
 def depth_of(tensors: Tensors) -> int:
-    """The number of blocks."""
+    """Return the number of blocks."""
     return sum(name.endswith("mlp.fc2.bias") for name in tensors)
 
 
 def add_channel_outliers(tensors: Tensors, seed: int) -> Tensors:
-    """Scale a few channels up behind every block's norm1, norm2 and V, and down in the next Linear.
+    """Scale a few output channels of each norm1, norm2 and V up, and down in the next Linear.
 
-    The function stays the same.  The channels and their factors, log-uniform in ``FACTORS``, differ
-    from place to place and depend on ``seed`` alone, not on the tensors' dtype.
+    The function stays the same.  The channels and their factors, log-uniform in ``FACTORS``, are
+    drawn for each layer and depend on ``seed`` only, not on the tensors' dtype.
     """
     generator = np.random.default_rng(seed)
     made = {name: value.clone() for name, value in tensors.items()}
@@ -133,7 +133,7 @@ def add_channel_outliers(tensors: Tensors, seed: int) -> Tensors:
 
 
 def norm_deviations(tensors: Tensors, images: Tensor) -> dict[str, Tensor]:
-    """LayerNorm's name -> each token's standard deviation at its input, on ``images``."""
+    """Return each token's standard deviation at the input of each LayerNorm, by its name."""
     model = build(tensors)
     found: dict[str, Tensor] = {}
 
@@ -151,11 +151,12 @@ def norm_deviations(tensors: Tensors, images: Tensor) -> dict[str, Tensor]:
 def add_massive_channels(
     tensors: Tensors, images: Tensor, seed: int, block: int = MASSIVE_BLOCK
 ) -> Tensors:
-    """Add a large constant to two residual channels behind ``block`` and retune the later norms.
+    """Add a large constant to two residual channels after ``block`` and adapt the later norms.
 
-    The function is only roughly kept: fine-tune the result.  ``images``, float32 (N, 3, S, S),
-    are training images, to measure the later LayerNorms' inputs with.  The constants' signs
-    alternate, so that the mean moves little; their sizes are uniform in ``MASSIVE_BIAS``.
+    The function is kept only approximately: fine-tune the result.  ``images``, float32
+    (N, 3, S, S), are training images on which the inputs of later LayerNorms are measured.  The
+    signs of the constants alternate, so that the mean changes little; their sizes are uniform in
+    ``MASSIVE_BIAS``.
     """
     generator = np.random.default_rng(seed)
     made = {name: value.clone() for name, value in tensors.items()}
@@ -181,7 +182,7 @@ def add_massive_channels(
 
 
 def build(tensors: Tensors) -> VisionTransformer:
-    """The demo network with ``tensors``, timm's names, in their dtype and evaluation mode."""
+    """Build the demo network from ``tensors`` (timm's names), in their dtype, in eval mode."""
     state = dict(tensors)
     position = state.pop("pos_embed").clone()
     position[:, :1] += state.pop("cls_token")
@@ -193,7 +194,7 @@ def build(tensors: Tensors) -> VisionTransformer:
 
 
 def canonical(model: VisionTransformer) -> Tensors:
-    """The weights of ``model`` under timm's names: ``build`` undone, the class token apart."""
+    """Return the weights of ``model`` under timm's names, with a separate class token."""
     made = {name: value.detach().clone() for name, value in model.state_dict().items()}
     position = made.pop("position")
     made["cls_token"] = position[:, :1].clone()
@@ -204,14 +205,14 @@ def canonical(model: VisionTransformer) -> Tensors:
 
 
 def fine_tune(tensors: Tensors, images: Tensor, labels: Tensor, epochs: int) -> Tensors:
-    """Train every weight for ``epochs``, as ``train_demo_checkpoint.py`` does."""
+    """Train all weights for ``epochs``, like ``train_demo_checkpoint.py``."""
     model = build(tensors)
     train(model, images, labels, epochs)
     return canonical(model)
 
 
 def measure(tensors: Tensors, images: Tensor, labels: Tensor) -> Measured:
-    """Run ``images``, float32 (N, 3, S, S), and look inside the network."""
+    """Run ``images``, float32 (N, 3, S, S), and measure activations and accuracy."""
     model = build(tensors)
     residual: list[Tensor] = []
     norms: list[float] = []
@@ -235,14 +236,14 @@ def measure(tensors: Tensors, images: Tensor, labels: Tensor) -> Measured:
 
 
 def logit_difference(parent: Tensors, child: Tensors, images: Tensor) -> float:
-    """The largest |logit - parent's| on ``images``, computed in the tensors' dtype."""
+    """Return the largest |logit - parent's| on ``images``, computed in the tensors' dtype."""
     with torch.inference_mode():
         images = images.to(parent["norm.weight"].dtype)
         return float((build(child)(images) - build(parent)(images)).abs().max())
 
 
 def function_differences(parent: Tensors, seed: int, images: Tensor) -> dict[torch.dtype, float]:
-    """``logit_difference`` of the channel outliers in float32 and float64."""
+    """Return ``logit_difference`` of the channel outliers in float32 and float64."""
     found = {}
     for dtype in LARGEST_DIFFERENCE:
         cast = {name: value.to(dtype) for name, value in parent.items()}
@@ -251,7 +252,7 @@ def function_differences(parent: Tensors, seed: int, images: Tensor) -> dict[tor
 
 
 def problems(variant: Variant) -> list[str]:
-    """The promised properties that ``variant`` lacks, a sentence each; NaN keeps no promise."""
+    """Return a sentence for each required property that ``variant`` lacks; NaN always fails."""
     found = []
     measured = variant.measured
     if not measured.top1 >= REQUIRED_TOP1:
@@ -277,7 +278,7 @@ def problems(variant: Variant) -> list[str]:
 
 
 def table(variants: list[Variant]) -> str:
-    """One row a variant; ratios are the largest of all blocks."""
+    """Return one row per variant; ratios are the largest of all blocks."""
     lines = [
         f"{'variant':<10}{'top-1 %':>8}{'dlogit f32':>12}{'dlogit f64':>12}{'norm ratio':>12}"
         f"{'V ratio':>9}{'max |x|':>9}  after each block"
@@ -295,7 +296,7 @@ def table(variants: list[Variant]) -> str:
 
 
 def held_back() -> set[int]:
-    """The ``load_digits`` indices of the shipped calibration and test images."""
+    """Return the ``load_digits`` indices of the shipped calibration and test images."""
     found = set()
     for archive in ("calibration.zip", "test.zip"):
         with zipfile.ZipFile(cards.demo_file(archive)) as images:
@@ -304,7 +305,7 @@ def held_back() -> set[int]:
 
 
 def make_variants(training: Digits, test: Digits, epochs: int) -> list[Variant]:
-    """The parent, called ``demo``, and its three variants."""
+    """Create the parent, named ``demo``, and its three variants."""
     spec = cards.find(cards.DEMO).preprocess(Recipe())
     train_images, train_labels = pixels(training, spec), torch.from_numpy(training.labels)
     images, labels = pixels(test, spec), torch.from_numpy(test.labels)
@@ -325,7 +326,7 @@ def make_variants(training: Digits, test: Digits, epochs: int) -> list[Variant]:
 
 
 def main() -> int:
-    """Make, judge, write."""
+    """Create the variants, check them and write them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("outlier-variants"))
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="of the fine-tune")

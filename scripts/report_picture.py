@@ -1,8 +1,8 @@
-"""Take docs/images/report.png, a picture of the report that ``clipdeploy demo`` writes.
+"""Write docs/images/report.png, a screenshot of the report of ``clipdeploy demo``.
 
     python scripts/report_picture.py [FILE]
 
-Needs Chromium, see scripts/system_packages.sh.
+Requires Chromium, see scripts/system_packages.sh.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from clipdeploy.pipeline import (
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = ROOT / "docs" / "images" / "report.png"
-# Named as someone in a clone would name it: it stands in the report.
+# A relative path, as the user of a clone would pass it, because the report shows it.
 TEST = Path("clipdeploy/data/demo/test.zip")
 WIDTH, HEIGHT = 1100, 1350
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -39,7 +39,7 @@ COLOURS = 64
 
 
 def write_report(folder: Path) -> Path:
-    """Every stage on the demo card, and the report."""
+    """Run every stage on the demo card and write the report."""
     workspace = Workspace(folder)
     export_model(workspace, cards.DEMO)
     convert_model(workspace, cards.DEMO)
@@ -52,7 +52,7 @@ def write_report(folder: Path) -> Path:
 
 
 def photograph(page: Path, picture: Path) -> None:
-    """What a browser shows of the page's top, in few colours."""
+    """Render the top of the page with a browser, in few colours."""
     browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if browser is None:
         sys.exit("no Chromium: apt-get install chromium fonts-dejavu-core")
@@ -65,7 +65,7 @@ def photograph(page: Path, picture: Path) -> None:
 
 
 def main() -> None:
-    """Verify, report, photograph."""
+    """Run the stages and write the screenshot."""
     target = Path(sys.argv[1] if len(sys.argv) > 1 else DEFAULT).resolve()
     os.chdir(ROOT)
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What some tests need beside Python, on Debian and as root: a browser that looks at the HTML report,
-# a compiler and ONNX Runtime's C headers for the C++ sample. Without them those tests are skipped and
-# say so. Source it: it may export ONNXRUNTIME_INCLUDE_DIR.
+# Install the system packages of some tests, on Debian and as root: a browser for the HTML report, a
+# compiler and ONNX Runtime's C headers for the C++ sample. Without them these tests are skipped.
+# Source this file: it may export ONNXRUNTIME_INCLUDE_DIR.
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
   echo "system_packages.sh: not root on Debian, nothing installed" >&2
   return 0 2>/dev/null || exit 0
@@ -10,7 +10,7 @@ packages=(chromium fonts-dejavu-core g++ cmake)
 install() { apt-get install -y -qq --no-install-recommends "$@" >/dev/null; }
 apt-get update -qq || true
 install "${packages[@]}" || echo "system_packages.sh: ${packages[*]} could not be installed" >&2
-# Debian has the headers from 13 on, and 12 can unpack those. The library is that of Python's wheel.
+# Debian 13 and later have the headers; Debian 12 can unpack them. The library is from Python's wheel.
 if ! install libonnxruntime-dev 2>/dev/null && [ -f /etc/apt/sources.list.d/debian.sources ]; then
   apt=$(mktemp -d)
   mkdir -p "$apt/sources" "$apt/lists/partial" "$apt/cache/archives/partial"

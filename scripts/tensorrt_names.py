@@ -1,11 +1,11 @@
-"""Write down which names TensorRT's Python module has, from a wheel of its type stubs.
+"""Extract the names in TensorRT's Python module from a wheel of its type stubs.
 
     pip download --no-deps tensorrt-stubs==10.13.0.35.1
     python scripts/tensorrt_names.py tensorrt_stubs-10.13.0.35.1-py3-none-any.whl
 
 writes ``tests/support/tensorrt_names.json``: every class with its attributes, and the functions.
-TensorRT itself cannot be installed without NVIDIA's libraries; the tests hold the names that the
-code uses against this list, and against ``tensorrt_rtx``, which they import.
+TensorRT itself cannot be installed without NVIDIA's libraries.  The tests compare the names in
+the code with this list, and with ``tensorrt_rtx``, which they import.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ TARGET = Path(__file__).resolve().parent.parent / "tests" / "support" / "tensorr
 
 
 def names_of(wheel: Path) -> dict[str, list[str]]:
-    """Class -> its public attributes and methods; a function has none.
+    """Map each class to its public attributes and methods, each function to an empty list.
 
-    Line by line: the stubs are not everywhere valid Python.
+    Parsed line by line, because parts of the stubs are not valid Python.
     """
     found: dict[str, list[str]] = {}
     with zipfile.ZipFile(wheel) as archive:
@@ -34,7 +34,7 @@ def names_of(wheel: Path) -> dict[str, list[str]]:
                     inside = found.setdefault(match[1], [])
                 elif match := re.match(r"    (?:def )?([a-zA-Z]\w*|__members__)\b[(:]", line):
                     inside.append(match[1])
-    # The layers of a network are the parser's business.
+    # Layers of a network are created by the parser only.
     return {
         name: sorted(set(inside))
         for name, inside in found.items()
@@ -43,7 +43,7 @@ def names_of(wheel: Path) -> dict[str, list[str]]:
 
 
 def main() -> None:
-    """Read the wheel that is named on the command line."""
+    """Read the wheel given on the command line."""
     wheel = Path(sys.argv[1])
     names = {"source": [wheel.name]} | dict(sorted(names_of(wheel).items()))
     TARGET.write_text(json.dumps(names, indent=0) + "\n")

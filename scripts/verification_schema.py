@@ -2,7 +2,8 @@
 
     python scripts/verification_schema.py [FILE]
 
-It is made from the types of clipdeploy/verification/result.py: run this after changing them.
+The schema is generated from the types of clipdeploy/verification/result.py: run this after changing
+them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def schema() -> dict[str, Any]:
-    """The schema as JSON values; every field is always there."""
+    """Return the schema as JSON values; every field is required."""
     (top,), parts = msgspec.json.schema_components([Verification], ref_template="#/$defs/{name}")
     for part in parts.values():
         part["description"] = inspect.cleandoc(part["description"]).replace("``", "`")
@@ -30,7 +31,7 @@ def schema() -> dict[str, Any]:
 
 
 def text() -> str:
-    """The schema as it stands in the file."""
+    """Return the content of the file."""
     return msgspec.json.format(msgspec.json.encode(schema()), indent=2).decode() + "\n"
 
 

@@ -48,7 +48,7 @@ def test_a_docstring_that_says_all() -> None:
     ("there", "instead", "said"),
     [
         ('"""The top-1', 'x = """The top-1', "score has no docstring"),
-        (" (B, classes)", "", "score takes the array logits of a shape that nobody tells"),
+        (" (B, classes)", "", "score takes the array logits, whose shape is not documented"),
         ("UsageError: there", "ValueError: there", "score raises UsageError"),
         ("Raises:", "Beware:", "score raises UsageError"),
         ("logits: NDArray[np.float32]) -> float", "size: int) -> Logits", "score returns an array"),
@@ -78,6 +78,6 @@ class Meter:
 '''
     found = faults(source, "meter.py")
     assert [fault.partition(" ")[2] for fault in found] == [
-        "Meter.add raises UsageError, and its docstring does not say when",
-        "Meter.add takes the array images of a shape that nobody tells",
+        "Meter.add raises UsageError, which its docstring does not list",
+        "Meter.add takes the array images, whose shape is not documented",
     ]

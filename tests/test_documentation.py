@@ -18,7 +18,7 @@ from command_lines import find_command, parse
 from doc_pages import Block, Page
 from script_module import load_script
 
-from calibration.plan import PlanConfig
+from calibration.scheme import SchemeConfig
 from clipdeploy import pipeline
 from clipdeploy.cli.main import main
 from clipdeploy.core.display import Shown
@@ -375,7 +375,7 @@ def test_the_figure_and_the_table_of_int8_agree() -> None:
         column_of_table = [row[column] for row in rows]
         assert "|".join(column_of_table) in "|".join(drawn)
     # What it ends with is what a user gets.
-    assert list(script.STEPS.values())[-1] == PlanConfig()
+    assert list(script.STEPS.values())[-1] == SchemeConfig()
 
 
 def test_pictures_are_small() -> None:

@@ -1,9 +1,9 @@
-"""How fast artifacts are, side by side.
+"""Measures and compares the latency and throughput of artifacts.
 
-A round runs every artifact at every batch once, in a new shuffled order: what else the machine does
-falls on all of them alike, and the ratio of two latencies of one round is fair.  A latency is from
-the input in host memory to the logits in host memory: copies are in it, decoding of images is not.
-Where a GPU runs the artifact, a second launch in the same round is timed by the GPU itself.
+Each round runs every artifact at every batch once, in a new random order.  Other load on the
+machine then affects all of them equally, and the ratio of two latencies of one round is fair.  A
+latency extends from the input in host memory to the logits in host memory: it includes copies, but
+not the decoding of images.  On a GPU, CUDA events time a second launch in each round.
 """
 
 from clipdeploy.benchmark.lineup import NotRun

@@ -1,4 +1,4 @@
-"""A benchmark that is not measured twice: of the same files, with the same settings, here."""
+"""Reuses a saved benchmark of the same files and settings on the same machine."""
 
 from __future__ import annotations
 
@@ -14,57 +14,57 @@ from clipdeploy.core.files import sha256_file, write_atomic
 from clipdeploy.core.passport import read_json, to_json
 from clipdeploy.core.progress import SILENT, Progress
 
-__all__ = ["KeptBenchmark", "keep_benchmark"]
+__all__ = ["CachedBenchmark", "cached_benchmark"]
 
-# What a machine is known by: its load and its clocks are other ones at any moment.
+# The fields that identify a machine; its load and clocks change all the time.
 _MACHINE = ("platform", "cpu", "cpus", "gpu", "sm", "driver", "cuda", "versions")
 
 
 @dataclass(frozen=True)
-class KeptBenchmark:
-    """A benchmark and the SHA-256 of the files it measured; ``changed`` if it was measured now."""
+class CachedBenchmark:
+    """A benchmark and the SHA-256 of its files; ``changed`` is False if it was reused."""
 
     files: dict[str, str]
     benchmark: Benchmark
     changed: bool = True
 
 
-def keep_benchmark(
+def cached_benchmark(
     paths: Sequence[Path],
-    keep: Path,
+    cache: Path,
     config: BenchmarkConfig = BenchmarkConfig(),
     *,
     force: bool = False,
     progress: Progress = SILENT,
     note: Callable[[str], object] = lambda text: None,
-) -> KeptBenchmark:
-    """Measure graphs and engines, unless ``keep`` holds just that; see ``benchmark_artifacts``.
+) -> CachedBenchmark:
+    """Measure graphs and engines, or return the saved result if nothing has changed.
 
-    A measurement in which nothing ran is not believed a second time.
+    The result is saved in the file ``cache``.  A result in which nothing ran is measured again.
 
     Raises:
         UsageError, FileError: see :func:`clipdeploy.benchmark.benchmark_artifacts`.
     """
     files = {str(path): sha256_file(path) for path in paths}
-    found = None if force else _read(keep)
-    if found and found.files == files and _holds(found.benchmark, config):
-        return KeptBenchmark(files, found.benchmark, changed=False)
-    made = KeptBenchmark(files, benchmark_artifacts(paths, config, progress=progress, note=note))
-    write_atomic(keep, to_json(made))
+    found = None if force else _read(cache)
+    if found and found.files == files and _matches(found.benchmark, config):
+        return CachedBenchmark(files, found.benchmark, changed=False)
+    made = CachedBenchmark(files, benchmark_artifacts(paths, config, progress=progress, note=note))
+    write_atomic(cache, to_json(made))
     return made
 
 
-def _read(path: Path) -> KeptBenchmark | None:
+def _read(path: Path) -> CachedBenchmark | None:
     if not path.exists():
         return None
     try:
-        return read_json(path, KeptBenchmark)
+        return read_json(path, CachedBenchmark)
     except ArtifactError:
         return None
 
 
-def _holds(benchmark: Benchmark, config: BenchmarkConfig) -> bool:
-    here = read_environment(None, None, on_gpu=False, load=None)
-    there = benchmark.environment
-    same = all(getattr(here, name) == getattr(there, name) for name in _MACHINE)
+def _matches(benchmark: Benchmark, config: BenchmarkConfig) -> bool:
+    current = read_environment(None, None, on_gpu=False, load=None)
+    saved = benchmark.environment
+    same = all(getattr(current, name) == getattr(saved, name) for name in _MACHINE)
     return bool(benchmark) and benchmark.config == config and same

@@ -1,4 +1,4 @@
-"""What a measurement was taken on: the machine, its clocks, the versions."""
+"""Records the machine, clocks and library versions of a measurement."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 @dataclass(frozen=True)
 class Clocks:
-    """The GPU at one moment: MHz now and at most, watts drawn and allowed; None if not told."""
+    """Current and maximum GPU clocks in MHz, and power draw and limit in W; None if unknown."""
 
     sm_mhz: int | None
     sm_max_mhz: int | None
@@ -39,11 +39,11 @@ class Clocks:
 class Environment:
     """A machine and its libraries.
 
-    ``cpus`` are those that this process may use; ``load`` is the number of processes that wanted
-    one, on average over the last minute; ``governor`` is Linux's policy of CPU clocks.  What the
-    platform does not tell is None, and so is everything of a GPU where there is none.
-    ``clocks_before`` and ``clocks_after`` are read at the first and after the last round, with the
-    GPU still warm; ``note`` says how far the clocks can be trusted.
+    ``cpus`` is the number of CPUs that this process may use; ``load`` the average number of
+    runnable processes over the last minute; ``governor`` Linux's policy for CPU clocks.  Values
+    that the platform does not report are None, and so are GPU values without a GPU.
+    ``clocks_before`` and ``clocks_after`` are read before the first and after the last round, while
+    the GPU is warm; ``note`` describes how reliable the clocks are.
     """
 
     timestamp: str
@@ -78,7 +78,7 @@ def _cpu_count() -> int:
 
 
 def machine_load() -> float | None:
-    """Processes that want a CPU, on average over the last minute; None where nobody counts."""
+    """Average number of runnable processes over the last minute; None if it is unknown."""
     if sys.platform == "win32":
         return None
     with suppress(OSError):
@@ -94,13 +94,13 @@ def _governor() -> str | None:
 
 @cache
 def _nvml_device() -> Any | None:
-    """The management library's handle of the first GPU that CUDA shows."""
+    """The NVML handle of the first GPU that CUDA uses."""
     if not gpus():
         return None
     import pynvml
 
-    # NVML counts all GPUs of the machine, CUDA those that CUDA_VISIBLE_DEVICES leaves: the bus
-    # address is the same to both.
+    # NVML numbers all GPUs of the machine, CUDA only those in CUDA_VISIBLE_DEVICES; the PCI bus
+    # address identifies a GPU in both.
     cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     device, bus = ctypes.c_int(), ctypes.create_string_buffer(32)
     if cuda.cuDeviceGet(ctypes.byref(device), 0):
@@ -115,48 +115,51 @@ def _nvml_device() -> Any | None:
 
 
 def read_clocks() -> Clocks | None:
-    """The clocks of the first GPU at this moment; None without a GPU or its management library."""
+    """Read the clocks of the first GPU; None without a GPU or NVML."""
     device = _nvml_device()
     if device is None:
         return None
     import pynvml
 
-    def ask(question: Callable[..., int], *about: int) -> int | None:
+    def read(query: Callable[..., int], *arguments: int) -> int | None:
         try:
-            return question(device, *about)
+            return query(device, *arguments)
         except pynvml.NVMLError:
             return None
 
-    def watts(question: Callable[..., int]) -> float | None:
-        milliwatts = ask(question)
+    def watts(query: Callable[..., int]) -> float | None:
+        milliwatts = read(query)
         return None if milliwatts is None else milliwatts / 1e3
 
     return Clocks(
-        sm_mhz=ask(pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_SM),
-        sm_max_mhz=ask(pynvml.nvmlDeviceGetMaxClockInfo, pynvml.NVML_CLOCK_SM),
-        memory_mhz=ask(pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_MEM),
-        memory_max_mhz=ask(pynvml.nvmlDeviceGetMaxClockInfo, pynvml.NVML_CLOCK_MEM),
+        sm_mhz=read(pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_SM),
+        sm_max_mhz=read(pynvml.nvmlDeviceGetMaxClockInfo, pynvml.NVML_CLOCK_SM),
+        memory_mhz=read(pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_MEM),
+        memory_max_mhz=read(pynvml.nvmlDeviceGetMaxClockInfo, pynvml.NVML_CLOCK_MEM),
         watts=watts(pynvml.nvmlDeviceGetPowerUsage),
         watts_limit=watts(pynvml.nvmlDeviceGetPowerManagementLimit),
     )
 
 
 def clock_note(before: Clocks | None, after: Clocks | None, *, gpu: bool) -> str:
-    """How far the clocks can be trusted, in a sentence."""
+    """Describe how reliable the clocks are, in one sentence."""
     if not gpu:
-        return "on the CPU, whatever else ran on this machine is in the figures"
+        return "measured on the CPU: other programs on this machine affect the latencies"
     if before is None or after is None or before.sm_mhz is None or after.sm_mhz is None:
-        return "the GPU's clocks are not known, and were taken as they came"
+        return "the GPU's clocks are unknown and were not locked"
     return (
-        f"SM clock {before.sm_mhz} MHz at the first round, {after.sm_mhz} MHz after the last, "
-        f"{after.sm_max_mhz or 'unknown'} MHz at most; clipdeploy does not lock it"
+        f"SM clock {before.sm_mhz} MHz before the first round, {after.sm_mhz} MHz after the last, "
+        f"{after.sm_max_mhz or 'unknown'} MHz maximum; clipdeploy does not lock it"
     )
 
 
 def read_environment(
     before: Clocks | None, after: Clocks | None, *, on_gpu: bool, load: float | None
 ) -> Environment:
-    """This machine; ``on_gpu`` says that some artifact ran on the GPU, ``load`` is from before."""
+    """Describe this machine.
+
+    ``on_gpu`` is True if an artifact ran on the GPU; ``load`` was read before the rounds.
+    """
     first = gpus()[0] if gpus() else None
     nvidia = driver()
     return Environment(

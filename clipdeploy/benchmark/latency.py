@@ -1,9 +1,9 @@
-"""What timed rounds say: percentiles, means and ratios, each with its interval.
+"""Computes percentiles, means and ratios of timed rounds, each with a confidence interval.
 
-Every interval is two-sided at 95 % and takes the rounds as independent samples.  Rounds that hang
-together, as under a clock that drifts, make the interval of a latency too narrow; the ratio of two
-latencies of one round suffers less, as the drift is in both.  An interval that the rounds are too
-few for is None, never a guess.
+Every interval is two-sided at 95 % and assumes that rounds are independent samples.  Correlated
+rounds, such as under a drifting clock, make the interval of a latency too narrow; the ratio of two
+latencies of one round is affected less, because both drift.  An interval is None if there are too
+few rounds for it.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from numpy.typing import NDArray
 
 __all__ = ["Estimate", "Latency", "mean", "per_second", "percentile", "ratio", "summarise"]
 
-# 95 %: this much may lie outside at either end.
+# The share outside the 95 % interval at either end.
 _TAIL = 0.025
-# Below it the expansion of Student's quantile is off by more than one part in a thousand; it is
-# also the fewest samples that give a median an interval.
+# With fewer samples the expansion of Student's quantile is off by more than one part in a thousand,
+# and a median has no interval.
 _FEWEST = 6
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and the ends of its 95 % interval, None where the samples are too few for one."""
+    """A value and the ends of its 95 % interval, None if there are too few samples."""
 
     value: float
     low: float | None = None
@@ -35,7 +35,7 @@ class Estimate:
 
     @property
     def margin(self) -> float | None:
-        """The farther end's distance from the value, as a share of the value."""
+        """The distance of the farther end, relative to the value."""
         if self.low is None or self.high is None:
             return None
         return max(self.high - self.value, self.value - self.low) / self.value
@@ -43,10 +43,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds for one batch.
+    """The latency of one batch in milliseconds.
 
-    ``p90`` and ``p99`` are None below 10 and 100 rounds, where they would be the slowest round by
-    another name.  Their intervals need 36 and 368 rounds, the median's and the mean's 6.
+    ``p90`` and ``p99`` are None below 10 and 100 rounds, where they would equal the slowest round.
+    Their intervals need 36 and 368 rounds, those of the median and the mean 6.
     """
 
     mean: Estimate
@@ -56,7 +56,7 @@ class Latency:
 
 
 def _binomial_cdf(n: int, p: float) -> NDArray[np.float64]:
-    """P(B <= k) for k = 0 to n and B binomial, float64 (n + 1,)."""
+    """P(B <= k) for k = 0 to n and binomial B, float64 (n + 1,)."""
     log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
     k = np.arange(n + 1)
     ways = log_factorial[n] - log_factorial[k] - log_factorial[n - k]
@@ -65,16 +65,16 @@ def _binomial_cdf(n: int, p: float) -> NDArray[np.float64]:
 
 
 def percentile(samples: Sequence[float], percent: float) -> Estimate:
-    """The percentile of one or more samples, 0 < ``percent`` < 100, without a distribution assumed.
+    """Estimate a percentile, 0 < ``percent`` < 100, without assuming a distribution.
 
-    The value lies on the line between the two nearest order statistics (Hyndman & Fan 1996, The
-    American Statistician 50, type 7).  The number B of n samples below the true percentile is
-    Binomial(n, percent / 100), whatever they are samples of, so that the order statistics
+    The value is interpolated linearly between the two nearest order statistics (Hyndman & Fan 1996,
+    The American Statistician 50, type 7).  The number B of n samples below the true percentile is
+    Binomial(n, percent / 100) for any distribution, so the order statistics
 
         X(l) with P(B < l) <= 2.5 %   and   X(u) with P(B >= u) <= 2.5 %
 
-    enclose it (Hahn & Meeker 1991, "Statistical Intervals", 5.2).  No interval where l or u would
-    lie outside 1 to n.
+    enclose it (Hahn & Meeker 1991, "Statistical Intervals", 5.2).  There is no interval if l or u
+    would be outside 1 to n.
     """
     ordered = np.sort(np.asarray(samples, np.float64))
     value = float(np.percentile(ordered, percent))
@@ -103,9 +103,9 @@ def _student_quantile(degrees: int) -> float:
 
 
 def mean(samples: Sequence[float]) -> Estimate:
-    """The mean of one or more samples; m -+ t s / sqrt(n), t Student's with n - 1 degrees.
+    """Estimate the mean; m -+ t s / sqrt(n), t Student's with n - 1 degrees of freedom.
 
-    Few and heavily skewed samples are covered a little less often than 95 %.
+    For few and heavily skewed samples the coverage is slightly below 95 %.
     """
     values = np.asarray(samples, np.float64)
     value = float(values.mean())
@@ -117,7 +117,7 @@ def mean(samples: Sequence[float]) -> Estimate:
 
 
 def per_second(images: int, milliseconds: Estimate) -> Estimate:
-    """Throughput of ``images`` every so many milliseconds; the slow end is the low one."""
+    """Throughput in images per second from the milliseconds for ``images``."""
     rate = 1e3 * images
     low, high = milliseconds.low, milliseconds.high
     if low is None or high is None or low <= 0:
@@ -126,16 +126,16 @@ def per_second(images: int, milliseconds: Estimate) -> Estimate:
 
 
 def ratio(reference: Sequence[float], samples: Sequence[float]) -> Estimate:
-    """How many times as fast as ``reference``: the median over rounds of reference / sample.
+    """Speedup over ``reference``: the median of reference / sample over the rounds.
 
-    Both are of the same rounds, in order; what slows down a round slows down both, and cancels.
+    Both list the same rounds in the same order, so that load which slows a round down cancels.
     """
     quotients = np.asarray(reference, np.float64) / np.asarray(samples, np.float64)
     return percentile(quotients.tolist(), 50)
 
 
 def summarise(seconds: Sequence[float]) -> Latency:
-    """The latency of one batch from the seconds of one or more rounds."""
+    """Summarise the seconds of one or more rounds as a latency in milliseconds."""
     milliseconds = [1e3 * second for second in seconds]
     count = len(milliseconds)
     return Latency(

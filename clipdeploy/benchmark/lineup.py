@@ -1,4 +1,4 @@
-"""Which artifacts a benchmark can measure at which batches, and why it cannot measure the rest."""
+"""Selects the artifacts and batches that can be measured, and explains why others cannot."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipdeploy.benchmark.rounds import Contender, random_images
+from clipdeploy.benchmark.rounds import Case, random_images
 from clipdeploy.core.errors import ArtifactError, ClipdeployError, EngineError
 from clipdeploy.core.passport import Passport
 from clipdeploy.engines.passport import read_engine_passport
@@ -16,14 +16,22 @@ from clipdeploy.workspace.folder import PRECISIONS, Workspace
 from clipdeploy.workspace.passports import check_made_from, checked_passport, is_vouched
 from exporters.headers import read_passport
 
-__all__ = ["ENGINE", "GRAPH", "NotRun", "line_up", "models_of", "short_labels", "workspace_files"]
+__all__ = [
+    "ENGINE",
+    "GRAPH",
+    "NotRun",
+    "models_of",
+    "open_cases",
+    "short_labels",
+    "workspace_files",
+]
 
 ENGINE, GRAPH = ".engine", ".onnx"
 
 
 @dataclass(frozen=True)
 class NotRun:
-    """An artifact, or one batch of it, that was not measured, and why."""
+    """An artifact, or one batch of it, that was not measured, and the reason."""
 
     artifact: str
     label: str
@@ -36,17 +44,17 @@ def _short(path: Path) -> str:
 
 
 def short_labels(paths: Sequence[Path]) -> list[str]:
-    """A name for each: ``int8.onnx`` where that tells them apart, else more of the path."""
+    """A label for each file: ``int8.onnx`` if these are unique, otherwise more of the path."""
     for name in (_short, lambda path: path.name, str):
         labels = [name(path) for path in paths]
         if len(set(labels)) == len(labels):
             return labels
-    # The same file twice is a fair question: how far are equals apart?
+    # The same file may be given twice, to see how much equal artifacts differ.
     return [f"{_short(path)} #{number}" for number, path in enumerate(paths, 1)]
 
 
 def models_of(paths: Sequence[Path]) -> str:
-    """The models that the passports name, with commas; a file without a passport names none."""
+    """The models in the passports of the files, separated by commas."""
     found: list[str] = []
     for path in paths:
         try:
@@ -59,7 +67,7 @@ def models_of(paths: Sequence[Path]) -> str:
 
 
 def _refusal(path: Path, reference: Passport) -> str:
-    """Why ``path`` does not count as made from its neighbours; empty if it does."""
+    """Why ``path`` was not made from the files next to it; empty if it was."""
     try:
         # The runner compares the engine's bytes when it loads them.
         engine = checked_passport(path, reference, plan=False).engine
@@ -71,9 +79,9 @@ def _refusal(path: Path, reference: Passport) -> str:
 
 
 def _check_named(path: Path) -> None:
-    """Compare a passport with its card and its own file, whatever lies beside it.
+    """Compare the passport of a file with its card and its bytes, if it has one.
 
-    What has no file or no passport is left to whoever opens it.
+    A missing file or passport is reported when the runner opens the file.
     """
     if path.is_file() and is_vouched(path):
         checked_passport(path, plan=False, neighbours=False)
@@ -82,35 +90,35 @@ def _check_named(path: Path) -> None:
 def workspace_files(
     workspace: Workspace, model: str, *, trust: bool
 ) -> tuple[list[Path], dict[Path, str]]:
-    """Every graph and engine of a model, and why some are refused.
+    """Every graph and engine of a model, and the reasons why some are refused.
 
-    See :mod:`clipdeploy.workspace.passports` for the checks.  ``trust`` loads engines unchecked.
+    See :mod:`clipdeploy.workspace.passports` for the checks.  ``trust`` skips them for engines.
 
     Raises:
         UsageError: the model has not been exported in the workspace.
-        ArtifactError, GraphError, FileError: its FP32 graph cannot be read, or is not what its
-            passport says.
+        ArtifactError, GraphError, FileError: the FP32 graph cannot be read, or does not match its
+            passport.
     """
     source, reference = workspace.source(model)
     graphs = [workspace.graph(model, precision) for precision in (*PRECISIONS, "int8-cpu")]
     engines = [workspace.engine(model, precision) for precision in PRECISIONS]
     found = [path for path in (*graphs, *engines) if path.exists()]
-    taken = {source, *(engines if trust else ())}
-    reasons = {path: _refusal(path, reference) for path in found if path not in taken}
+    unchecked = {source, *(engines if trust else ())}
+    reasons = {path: _refusal(path, reference) for path in found if path not in unchecked}
     return found, {path: reason for path, reason in reasons.items() if reason}
 
 
-def _contender(path: Path, label: str, runner: Runner, batch: int, seed: int) -> Contender:
+def _case(path: Path, label: str, runner: Runner, batch: int, seed: int) -> Case:
     low, high = runner.batches
     if batch < low or (high is not None and batch > high):
         kind = "engine" if path.suffix == ENGINE else "graph"
-        takes = f"{low} or more" if high is None else f"{low} to {high}"
-        takes = f"exactly {low}" if low == high else takes
-        raise EngineError(f"not possible: the {kind} takes {takes}")
-    return Contender(path, label, runner, random_images(runner.input, batch, seed))
+        accepted = f"{low} or more" if high is None else f"{low} to {high}"
+        accepted = f"exactly {low}" if low == high else accepted
+        raise EngineError(f"not possible: the {kind} takes {accepted}")
+    return Case(path, label, runner, random_images(runner.input, batch, seed))
 
 
-def line_up(
+def open_cases(
     paths: Sequence[Path],
     batches: Sequence[int],
     open_one: Callable[[Path], Runner],
@@ -118,9 +126,12 @@ def line_up(
     *,
     refused: Mapping[Path, str],
     seed: int,
-) -> tuple[list[Contender], list[NotRun]]:
-    """Every artifact at every batch that it takes, and what is left out; ``stack`` closes them."""
-    contenders: list[Contender] = []
+) -> tuple[list[Case], list[NotRun]]:
+    """Open every artifact, and pair it with every batch that it accepts.
+
+    The second result lists what was left out.  ``stack`` closes the runners.
+    """
+    cases: list[Case] = []
     not_run: list[NotRun] = []
     for path, label in zip(paths, short_labels(paths), strict=True):
         try:
@@ -134,7 +145,7 @@ def line_up(
         stack.callback(runner.close)
         for batch in batches:
             try:
-                contenders.append(_contender(path, label, runner, batch, seed))
+                cases.append(_case(path, label, runner, batch, seed))
             except ClipdeployError as error:
                 not_run.append(NotRun(str(path), label, batch, error.message))
-    return contenders, not_run
+    return cases, not_run

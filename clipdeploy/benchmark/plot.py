@@ -1,4 +1,4 @@
-"""A benchmark as a picture."""
+"""Plots a benchmark."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_benchmark"]
 
-# Neighbours at one batch stand apart by this share of the way to the next batch.
-_APART = 0.07
-# Latencies that lie within this factor of each other are drawn from zero, others on a log scale.
-_ONE_SCALE = 5
+# Horizontal offset between artifacts at one batch, relative to the distance between batches.
+_OFFSET = 0.07
+# Latencies within this factor of each other get a linear axis from zero, others a log scale.
+_LINEAR_RANGE = 5
 
 
 def draw_benchmark(result: Benchmark) -> Figure:
-    """Median latency with a whisker up to p90, and throughput with its interval, over the batch."""
+    """Plot the median latency with a whisker to p90, and the throughput with its interval."""
     from matplotlib.figure import Figure
 
     from clipdeploy.benchmark.result import hardware
@@ -33,13 +33,13 @@ def draw_benchmark(result: Benchmark) -> Figure:
     labels = list(dict.fromkeys(row.label for row in result.rows))
     for index, label in enumerate(labels):
         rows = sorted((row for row in result.rows if row.label == label), key=lambda r: r.batch)
-        shift = _APART * (index - (len(labels) - 1) / 2)
-        places = [batches.index(row.batch) + shift for row in rows]
+        shift = _OFFSET * (index - (len(labels) - 1) / 2)
+        positions = [batches.index(row.batch) + shift for row in rows]
         style = line_style(index, label)
-        latency.errorbar(places, *_latency_points(rows), **style)
-        throughput.errorbar(places, *_throughput_points(rows), **style)
-    _dress(latency, batches, "latency: median, whisker to p90", "milliseconds a batch")
-    _dress(throughput, batches, "throughput, with its 95 % interval", "images per second")
+        latency.errorbar(positions, *_latency_points(rows), **style)
+        throughput.errorbar(positions, *_throughput_points(rows), **style)
+    _format_axes(latency, batches, "latency: median, whisker to p90", "milliseconds per batch")
+    _format_axes(throughput, batches, "throughput, with its 95 % interval", "images per second")
     _scale_latency(latency, [row.latency.p50.value for row in result.rows])
     throughput.set_ylim(bottom=0)
     handles, names = latency.get_legend_handles_labels()
@@ -50,7 +50,7 @@ def draw_benchmark(result: Benchmark) -> Figure:
 
 
 def _latency_points(rows: Sequence[BenchmarkRow]) -> tuple[list[float], list[list[float]]]:
-    """Medians in milliseconds, and how far p90 lies above each: (0, up)."""
+    """Medians in milliseconds, and their error bars: zero down, up to p90."""
     medians = [row.latency.p50.value for row in rows]
     tails = [row.latency.p90 for row in rows]
     up = [tail.value - median if tail else 0.0 for tail, median in zip(tails, medians, strict=True)]
@@ -67,7 +67,7 @@ def _throughput_points(rows: Sequence[BenchmarkRow]) -> tuple[list[float], list[
 def _scale_latency(axes: Axes, medians: Sequence[float]) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    if max(medians) < _ONE_SCALE * min(medians):
+    if max(medians) < _LINEAR_RANGE * min(medians):
         axes.set_ylim(bottom=0)
         return
     axes.set_yscale("log")
@@ -76,7 +76,7 @@ def _scale_latency(axes: Axes, medians: Sequence[float]) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _dress(axes: Axes, batches: Sequence[int], title: str, unit: str) -> None:
+def _format_axes(axes: Axes, batches: Sequence[int], title: str, unit: str) -> None:
     from matplotlib.ticker import StrMethodFormatter
 
     axes.set_title(title, fontsize=10)

@@ -1,4 +1,4 @@
-"""What a benchmark is asked for, and what it answers."""
+"""Defines the configuration, the result and the table of a benchmark."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.text import Text
 from clipdeploy.benchmark.environment import Environment
 from clipdeploy.benchmark.latency import Estimate, Latency, per_second, ratio, summarise
 from clipdeploy.benchmark.lineup import NotRun
-from clipdeploy.benchmark.rounds import Contender
+from clipdeploy.benchmark.rounds import Case
 from clipdeploy.core.display import Renderable, Shown
 from clipdeploy.core.errors import UsageError
 from clipdeploy.core.spans import (
@@ -43,16 +43,16 @@ __all__ = [
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """What is measured, and for how long.
+    """What to measure, and for how long.
 
-    ``seconds`` is the time for each artifact and batch, ``rounds`` the number of runs of each;
-    with both, what is over first ends it.  ``warmup`` is in seconds for each artifact and batch,
-    one run at least.  ``threads`` are ONNX Runtime's within an operator, 0 for its own choice.
-    ``provider``, ``trust`` and ``cuda_graph`` are those of
+    ``seconds`` is the time for each artifact and batch, ``rounds`` the number of runs of each; the
+    benchmark stops at whichever limit comes first.  ``warmup`` is in seconds for each artifact and
+    batch, with at least one run.  ``threads`` is the number of ONNX Runtime's threads within an
+    operator, 0 for its default.  ``provider``, ``trust`` and ``cuda_graph`` are passed to
     :func:`clipdeploy.runners.open_runner`.
 
     Raises:
-        UsageError: a number that means nothing.
+        UsageError: a number is out of range, a batch is repeated, or there is no limit.
     """
 
     batches: tuple[int, ...] = (1, 8, 32)
@@ -68,11 +68,11 @@ class BenchmarkConfig:
     def __post_init__(self) -> None:
         if not self.batches or any(batch not in BATCH for batch in self.batches):
             listed = ", ".join(map(shown, self.batches))
-            raise UsageError(f"batches of [{listed}] images", hint=f"each is {BATCH.words}")
+            raise UsageError(f"batches of [{listed}] images", hint=f"each is {BATCH.text}")
         if len(set(self.batches)) < len(self.batches):
-            raise UsageError(f"batches of {list(self.batches)} images", hint="name each once")
+            raise UsageError(f"batches of {list(self.batches)} images", hint="give each batch once")
         if self.seconds is None and self.rounds is None:
-            raise UsageError("a measurement without an end", hint="give seconds or rounds")
+            raise UsageError("the measurement has no limit", hint="set seconds or rounds")
         check_numbers(
             self,
             seconds=SECONDS.or_none,
@@ -87,10 +87,10 @@ class BenchmarkConfig:
 class BenchmarkRow:
     """One artifact at one batch.
 
-    ``latency`` is end to end, ``device`` the GPU's own, None where there is none; both in
-    milliseconds a batch.  ``images_per_second`` is batch over mean latency.  ``speedup`` is the
-    baseline's latency over this one's in the same round, None where the baseline does not run this
-    batch.  ``warmup`` counts the runs before the first round.
+    ``latency`` is end to end, ``device`` the GPU time, None without a GPU; both in milliseconds per
+    batch.  ``images_per_second`` is the batch divided by the mean latency.  ``speedup`` is the
+    baseline's latency divided by this latency in the same round, None if the baseline does not run
+    this batch.  ``warmup`` counts the runs before the first round.
     """
 
     artifact: str
@@ -107,10 +107,10 @@ class BenchmarkRow:
 
 @dataclass(frozen=True)
 class Benchmark(Shown):
-    """The result, true if anything was measured.
+    """The result of a benchmark; true if anything was measured.
 
-    ``baseline`` is the label that speedups are relative to: the first artifact that ran, empty if
-    none did.  ``notes`` are sentences that explain figures which would mislead by themselves.
+    ``baseline`` is the label of the artifact that speedups are relative to: the first that ran,
+    empty if none did.  ``notes`` are sentences that explain misleading results.
     """
 
     model: str
@@ -129,12 +129,12 @@ class Benchmark(Shown):
         return benchmark_table(self)
 
 
-def summary_rows(contenders: Sequence[Contender]) -> tuple[BenchmarkRow, ...]:
-    """What the rounds of each say; the first one's label is the baseline."""
-    first = contenders[0].label if contenders else ""
-    baseline = {c.batch: c.seconds for c in contenders if c.label == first}
+def summary_rows(cases: Sequence[Case]) -> tuple[BenchmarkRow, ...]:
+    """Summarise the rounds of each case; the first artifact is the baseline."""
+    first = cases[0].label if cases else ""
+    baseline = {c.batch: c.seconds for c in cases if c.label == first}
     rows = []
-    for each in contenders:
+    for each in cases:
         latency = summarise(each.seconds)
         reference = baseline.get(each.batch)
         rows.append(
@@ -155,28 +155,23 @@ def summary_rows(contenders: Sequence[Contender]) -> tuple[BenchmarkRow, ...]:
 
 
 def hardware(result: Benchmark) -> str:
-    """What the artifacts ran on: the GPU, the CPU, or both."""
-    here = result.environment
-    processor = f"{here.cpu} ({here.cpus} CPUs)" if here.cpus > 1 else here.cpu
+    """The processors that ran the artifacts: the GPU, the CPU, or both."""
+    machine = result.environment
+    processor = f"{machine.cpu} ({machine.cpus} CPUs)" if machine.cpus > 1 else machine.cpu
     runners = {row.runner for row in result.rows}
     on_cpu = any("(CPU)" in runner for runner in runners)
     on_gpu = any("(CPU)" not in runner for runner in runners)
-    parts = [here.gpu or "an unknown GPU"] if on_gpu else []
+    parts = [machine.gpu or "an unknown GPU"] if on_gpu else []
     return ", ".join([*parts, processor] if on_cpu or not parts else parts)
 
 
-def _figure(estimate: Estimate | None) -> str:
-    """Four digits, or all that stand before the point."""
+def _metric(estimate: Estimate | None, digits: int) -> str:
+    """Format with 3 or 4 significant ``digits``, or without decimals from 1000 on."""
     if estimate is None:
         return "-"
-    return f"{estimate.value:#.4g}" if estimate.value < 999.95 else f"{estimate.value:.0f}"
-
-
-def _rate(estimate: Estimate) -> str:
-    """Three digits, or all that stand before the point."""
-    return (
-        f"{estimate.value:#.3g}".rstrip(".") if estimate.value < 999.5 else f"{estimate.value:.0f}"
-    )
+    if estimate.value >= 1000 - 0.5 * 10.0 ** (3 - digits):
+        return f"{estimate.value:.0f}"
+    return f"{estimate.value:#.{digits}g}".rstrip(".")
 
 
 def _margin(estimate: Estimate | None) -> str:
@@ -188,13 +183,14 @@ def _margin(estimate: Estimate | None) -> str:
 
 def _cells(row: BenchmarkRow, baseline: str, *, device: bool) -> list[str]:
     latency = row.latency
-    times = [_figure(latency.p50), _margin(latency.p50), _figure(latency.p90), _figure(latency.p99)]
+    p50, p90, p99 = (_metric(each, 4) for each in (latency.p50, latency.p90, latency.p99))
+    times = [p50, _margin(latency.p50), p90, p99]
     if device:
-        times.append(_figure(row.device.p50 if row.device else None))
+        times.append(_metric(row.device.p50 if row.device else None, 4))
     speedup = [f"{row.speedup.value:.2f}" if row.speedup else "-", _margin(row.speedup)]
     if row.label == baseline:
         speedup = ["1", ""]
-    return [*times, _rate(row.images_per_second), *speedup]
+    return [*times, _metric(row.images_per_second, 3), *speedup]
 
 
 def _has_device(result: Benchmark) -> bool:
@@ -202,18 +198,18 @@ def _has_device(result: Benchmark) -> bool:
 
 
 def table_titles(result: Benchmark) -> list[str]:
-    """The columns of :func:`table_rows`; the GPU's own time only where one told it."""
+    """The column titles of :func:`table_rows`; GPU time only if a row has it."""
     device = ["GPU p50"] if _has_device(result) else []
     return ["artifact", "batch", "p50 ms", "±%", "p90", "p99", *device, "img/s", "speedup", "±%"]
 
 
 def table_rows(result: Benchmark) -> list[list[str]]:
-    """A row for each artifact and batch; the artifact is named in its first one."""
-    device, shown, rows = _has_device(result), "", []
+    """One row per artifact and batch; only an artifact's first row has its label."""
+    device, previous, rows = _has_device(result), "", []
     for row in result.rows:
-        label = "" if row.label == shown else row.label
+        label = "" if row.label == previous else row.label
         rows.append([label, str(row.batch), *_cells(row, result.baseline, device=device)])
-        shown = row.label
+        previous = row.label
     return rows
 
 
@@ -224,16 +220,16 @@ def _table(result: Benchmark) -> Table:
     for title in others:
         table.add_column(title, justify="right", no_wrap=True)
     for row in table_rows(result):
-        # Text: brackets in a file's name are no markup.
+        # As Text, since brackets in a file name would be read as markup.
         table.add_row(*map(Text, row))
     return table
 
 
 def footnotes(result: Benchmark) -> list[str]:
-    """What the figures are, what ran the artifacts, why one is slow, how far clocks are trusted."""
+    """The lines below the table: units, runners, notes and the reliability of the clocks."""
     lines = [
-        f"{result.rounds} rounds; ±% is the 95 % interval, - where the rounds are too few for it",
-        f"speedup: latency of {result.baseline} over this one's, of the same round",
+        f"{result.rounds} rounds; ±% is the 95 % interval, - if there are too few rounds for it",
+        f"speedup: latency of {result.baseline} divided by this latency, in the same round",
     ]
     by_runner: dict[str, list[str]] = {}
     for row in result.rows:
@@ -249,14 +245,14 @@ def _indented(text: Text) -> Padding:
 
 
 def benchmark_table(result: Benchmark) -> Group:
-    """A row for each artifact and batch, what it rests on, then what was not measured and why."""
+    """The table with its footnotes, and what was not measured, with the reason."""
     parts: list[RenderableType] = []
     if result.rows:
-        subject = result.model or "no model that a passport names"
+        subject = result.model or "unknown model"
         parts += [Text(f"{subject} on {hardware(result)}"), Text(""), _table(result), Text("")]
         parts += [_indented(Text(line)) for line in footnotes(result)]
-    for left in result.not_run:
-        batch = "" if left.batch is None else f", batch {left.batch}"
-        text = Text(f"{left.label}{batch}: ")
-        parts.append(_indented(text.append(left.reason, style="yellow")))
+    for skipped in result.not_run:
+        batch = "" if skipped.batch is None else f", batch {skipped.batch}"
+        text = Text(f"{skipped.label}{batch}: ")
+        parts.append(_indented(text.append(skipped.reason, style="yellow")))
     return Group(*parts)

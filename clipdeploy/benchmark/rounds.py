@@ -1,4 +1,4 @@
-"""The meter of a benchmark: every contender once a round, in a new order each time."""
+"""Measures rounds: every case runs once per round, in a new random order."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from clipdeploy.core.errors import ArtifactError
 from clipdeploy.core.passport import TensorSpec
 from clipdeploy.runners import Runner
 
-__all__ = ["Clock", "Contender", "measure", "random_images"]
+__all__ = ["Case", "Clock", "measure", "random_images"]
 
-# Seconds from some fixed moment.
+# Returns seconds since a fixed point in time.
 Clock = Callable[[], float]
 
 
 @dataclass
-class Contender:
-    """One artifact at one batch, and what its runs took.
+class Case:
+    """One artifact at one batch, and the duration of its runs.
 
-    ``seconds`` are end to end, one a round; ``device`` the GPU's own, None where it has no say;
+    ``seconds`` are end to end, one per round; ``device`` are GPU times, None if no GPU runs it;
     ``warmup`` counts the runs before the first round.
     """
 
@@ -39,14 +39,14 @@ class Contender:
 
     @property
     def batch(self) -> int:
-        """Images at once."""
+        """The number of images per run."""
         return len(self.images)
 
     def warm_up(self, seconds: float, clock: Clock) -> None:
-        """Run until ``seconds`` are over, but once at least; see whether a GPU keeps time.
+        """Run for ``seconds``, at least once, and check whether the runner reports GPU time.
 
         Raises:
-            ClipdeployError: it does not run.
+            ClipdeployError: the artifact does not run.
         """
         end = clock() + seconds
         if self.runner.device_seconds(self.images) is not None:
@@ -56,7 +56,7 @@ class Contender:
             self.warmup += 1
 
     def run(self, clock: Clock) -> None:
-        """Its part of one round."""
+        """Run and time it once."""
         start = clock()
         self.runner(self.images)
         self.seconds.append(clock() - start)
@@ -65,12 +65,12 @@ class Contender:
 
 
 def random_images(spec: TensorSpec, batch: int, seed: int) -> NDArray[Any]:
-    """Random pixels of an input's dtype and shape, (batch, ...); their values cost a ViT no time.
+    """Random images (batch, ...) in an input's dtype; their values do not affect a ViT's latency.
 
-    uint8 inputs get 0 to 255, others the standard normal numbers that normalised images resemble.
+    uint8 inputs are uniform from 0 to 255, others standard normal, like normalised images.
 
     Raises:
-        ArtifactError: an axis beside the batch has no fixed length.
+        ArtifactError: an axis other than the batch has no fixed length.
     """
     free = [axis for axis in spec.shape[1:] if not isinstance(axis, int)]
     if free:
@@ -83,22 +83,22 @@ def random_images(spec: TensorSpec, batch: int, seed: int) -> NDArray[Any]:
 
 
 def measure(
-    contenders: Sequence[Contender],
+    cases: Sequence[Case],
     *,
     seconds: float | None,
     rounds: int | None,
     seed: int = 0,
     clock: Clock = time.perf_counter,
 ) -> int:
-    """Run rounds until ``seconds`` or ``rounds`` are over, whichever is first; how many they were.
+    """Run rounds up to ``seconds`` or ``rounds``, whichever comes first; return their number.
 
-    There is one round at least, and none is cut.  ``seed`` decides the orders.
+    At least one round runs, and every round is completed.  ``seed`` determines the order in each.
     """
     generator = np.random.default_rng(seed)
     end = float("inf") if seconds is None else clock() + seconds
     done = 0
     while done == 0 or (done != rounds and clock() < end):
-        for index in generator.permutation(len(contenders)):
-            contenders[index].run(clock)
+        for index in generator.permutation(len(cases)):
+            cases[index].run(clock)
         done += 1
     return done

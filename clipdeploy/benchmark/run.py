@@ -1,4 +1,4 @@
-"""A benchmark from its options to its result."""
+"""Runs a benchmark of given files or of a model in the workspace."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ from functools import partial
 from pathlib import Path
 
 from clipdeploy.benchmark.environment import machine_load, read_clocks, read_environment
-from clipdeploy.benchmark.lineup import ENGINE, GRAPH, NotRun, line_up, models_of, workspace_files
+from clipdeploy.benchmark.lineup import (
+    ENGINE,
+    GRAPH,
+    NotRun,
+    models_of,
+    open_cases,
+    workspace_files,
+)
 from clipdeploy.benchmark.result import Benchmark, BenchmarkConfig, summary_rows
-from clipdeploy.benchmark.rounds import Clock, Contender, measure
+from clipdeploy.benchmark.rounds import Case, Clock, measure
 from clipdeploy.core.errors import ClipdeployError, FileError, UsageError
 from clipdeploy.core.paths import StrPath, as_paths
 from clipdeploy.core.progress import SILENT, Progress
@@ -24,73 +31,73 @@ from exporters.signature import stores_float16
 
 __all__ = ["benchmark_artifacts", "benchmark_model", "warm_up"]
 
-# A line for the person who waits.
+# Shows a line of text while the benchmark runs.
 Note = Callable[[str], object]
 
 
-def _unheard(text: str) -> None:
-    """Nobody waits."""
+def _ignore(text: str) -> None:
+    """Show nothing."""
 
 
 def warm_up(
-    contenders: Sequence[Contender],
+    cases: Sequence[Case],
     not_run: list[NotRun],
     seconds: float,
     *,
     progress: Progress = SILENT,
     clock: Clock = time.perf_counter,
-) -> list[Contender]:
-    """Those that run; what fails now goes to ``not_run`` with its own words."""
+) -> list[Case]:
+    """Warm up and return the cases that run; append the others to ``not_run``."""
     warm = []
-    with progress.task("warm up", len(contenders)) as advance:
-        for contender in contenders:
+    with progress.task("warm up", len(cases)) as advance:
+        for case in cases:
             try:
-                contender.warm_up(seconds, clock)
-                warm.append(contender)
+                case.warm_up(seconds, clock)
+                warm.append(case)
             except ClipdeployError as error:
-                where = (str(contender.path), contender.label, contender.batch)
+                where = (str(case.path), case.label, case.batch)
                 not_run.append(NotRun(*where, error.message))
             advance(1)
     return warm
 
 
-def _on_cpu(contender: Contender) -> bool:
-    return "(CPU)" in contender.runner.name
+def _on_cpu(case: Case) -> bool:
+    return "(CPU)" in case.runner.name
 
 
 def _is_mixed(graph: Path) -> bool:
-    """Whether a graph has INT8 products and FP16 tensors, as TensorRT takes them."""
+    """Whether a graph has INT8 products and FP16 tensors, the form made for TensorRT."""
     skeleton = read_skeleton(graph)
     int8 = any(product.precision == "int8" for product in find_products(skeleton))
     return int8 and stores_float16(skeleton)
 
 
-def _notes(contenders: Sequence[Contender]) -> tuple[str, ...]:
-    """Why an INT8 graph for TensorRT is slow on a CPU, where one was measured there."""
-    graphs = {each.label: each.path for each in contenders if _on_cpu(each)}
+def _notes(cases: Sequence[Case]) -> tuple[str, ...]:
+    """Explain why an INT8 graph for TensorRT is slow on a CPU, if one was measured there."""
+    graphs = {each.label: each.path for each in cases if _on_cpu(each)}
     mixed = [label for label, path in graphs.items() if _is_mixed(path)]
     if not mixed:
         return ()
     return (
-        f"{', '.join(mixed)}: INT8 with FP16 around it is for TensorRT; ONNX Runtime has no "
-        "integer kernel for it on a CPU: it dequantises, computes in FP32 and casts from and to "
-        "FP16 between; `clipdeploy quantize --cpu` makes the INT8 graph for a CPU",
+        f"{', '.join(mixed)}: INT8 with FP16 tensors is made for TensorRT; ONNX Runtime has no "
+        "integer kernel for it on a CPU, so it dequantises, computes in FP32 and casts from and to "
+        "FP16; `clipdeploy quantize --cpu` makes an INT8 graph for the CPU",
     )
 
 
 def _announce(
-    contenders: Sequence[Contender], config: BenchmarkConfig, load: float | None, note: Note
+    cases: Sequence[Case], config: BenchmarkConfig, load: float | None, note: Note
 ) -> None:
-    if any(map(_on_cpu, contenders)):
+    if any(map(_on_cpu, cases)):
         busy = "" if load is None else f" (load {load:.2f} in the last minute)"
-        note(f"measuring on the CPU: whatever else runs on this machine disturbs{busy}")
+        note(f"measuring on the CPU: other programs on this machine affect the latencies{busy}")
     limits = []
     if config.seconds is not None:
-        limits.append(f"about {config.seconds * len(contenders):.0f} s")
+        limits.append(f"about {config.seconds * len(cases):.0f} s")
     if config.rounds is not None:
         limits.append(f"{config.rounds} rounds")
-    # No bar: the thread that draws one would take its share of the processor.
-    note(f"measuring {len(contenders)} artifacts and batches for {' or '.join(limits)} ...")
+    # No progress bar, because its thread would use CPU time.
+    note(f"measuring {len(cases)} artifacts and batches for {' or '.join(limits)} ...")
 
 
 def _benchmark(
@@ -112,29 +119,29 @@ def _benchmark(
     )
     with ExitStack() as stack:
         with progress.task("open"):
-            contenders, not_run = line_up(
+            cases, not_run = open_cases(
                 paths, config.batches, open_one, stack, refused=refused, seed=config.seed
             )
-        contenders = warm_up(contenders, not_run, config.warmup, progress=progress, clock=clock)
+        cases = warm_up(cases, not_run, config.warmup, progress=progress, clock=clock)
         rounds = 0
         before = read_clocks()
-        if contenders:
-            _announce(contenders, config, load, note)
-            budget = None if config.seconds is None else config.seconds * len(contenders)
+        if cases:
+            _announce(cases, config, load, note)
+            budget = None if config.seconds is None else config.seconds * len(cases)
             rounds = measure(
-                contenders, seconds=budget, rounds=config.rounds, seed=config.seed, clock=clock
+                cases, seconds=budget, rounds=config.rounds, seed=config.seed, clock=clock
             )
         after = read_clocks()
-    on_gpu = any(not _on_cpu(contender) for contender in contenders)
+    on_gpu = any(not _on_cpu(case) for case in cases)
     return Benchmark(
         model=model,
-        baseline=contenders[0].label if contenders else "",
+        baseline=cases[0].label if cases else "",
         config=config,
         rounds=rounds,
-        rows=summary_rows(contenders),
+        rows=summary_rows(cases),
         not_run=tuple(not_run),
         environment=read_environment(before, after, on_gpu=on_gpu, load=load),
-        notes=_notes(contenders),
+        notes=_notes(cases),
     )
 
 
@@ -143,26 +150,28 @@ def benchmark_artifacts(
     config: BenchmarkConfig = BenchmarkConfig(),
     *,
     progress: Progress = SILENT,
-    note: Note = _unheard,
+    note: Note = _ignore,
     clock: Clock = time.perf_counter,
 ) -> Benchmark:
     """Measure ``.onnx`` and ``.engine`` files; speedups are relative to the first that runs.
 
-    What cannot run here is listed with the reason, and so is a batch that an artifact does not
-    take: no batch is ever made smaller.  The inputs are random pixels.
+    Artifacts that cannot run here, and batches that an artifact does not accept, are listed with
+    the reason; a batch is never made smaller.  The inputs are random pixels.
 
     Raises:
-        UsageError: no path, or one that is neither a graph nor an engine.
-        FileError: a file that does not exist.
+        UsageError: no path is given, or one is neither a graph nor an engine.
+        FileError: a file does not exist.
     """
     paths = as_paths(paths)
     if not paths:
-        raise UsageError("nothing to measure", hint="name .onnx or .engine files")
+        raise UsageError("nothing to measure", hint="give .onnx or .engine files")
     for path in paths:
         if path.suffix not in (GRAPH, ENGINE):
-            raise UsageError(f"{path} is neither .onnx nor .engine", hint="name such files")
+            raise UsageError(
+                f"{path} is neither .onnx nor .engine", hint="give .onnx or .engine files"
+            )
         if not path.is_file():
-            raise FileError(f"there is no file {path}", hint="check its spelling")
+            raise FileError(f"there is no file {path}", hint="check the path")
     return _benchmark(models_of(paths), paths, {}, config, progress, note, clock)
 
 
@@ -173,12 +182,12 @@ def benchmark_model(
     config: BenchmarkConfig = BenchmarkConfig(),
     *,
     progress: Progress = SILENT,
-    note: Note = _unheard,
+    note: Note = _ignore,
     clock: Clock = time.perf_counter,
 ) -> Benchmark:
     """Measure every graph and engine of ``model``; see :func:`benchmark_artifacts`.
 
-    An artifact that was not made from what lies beside it is listed and not measured.
+    An artifact that was not made from the files next to it is listed but not measured.
 
     Raises:
         UsageError: the model has not been exported in the workspace.

@@ -40,7 +40,7 @@ from clipdeploy.core.errors import UsageError
 from clipdeploy.core.spans import BATCH, MEMORY_MIB, OPTIMIZATION
 
 if TYPE_CHECKING:
-    from clipdeploy.engines.backends import Wanted
+    from clipdeploy.engines.backends import BackendOption
     from clipdeploy.engines.build_config import BuildConfig
 
 backend_option = setting_option(
@@ -180,7 +180,7 @@ def _check_used(precision: str, options: dict[str, Any]) -> None:
         refuse_together("profile", name)
 
 
-def _check_timing_cache(backend: Wanted) -> None:
+def _check_timing_cache(backend: BackendOption) -> None:
     """Refuse a choice about measured kernel times where a build measures none.
 
     Raises:

@@ -13,7 +13,7 @@ from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import ArtifactPath
 from clipdeploy.cli.usage import command, refuse_together, refuse_unused
 from clipdeploy.core.errors import UsageError
-from clipdeploy.core.spans import INSTANCES, MAX_BATCH, QUEUE_DELAY
+from clipdeploy.core.spans import BATCH, INSTANCES, QUEUE_DELAY
 
 if TYPE_CHECKING:
     from clipdeploy.packaging.cpp import CppPackage
@@ -34,7 +34,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option("--name", help="On the server; MODEL-PRECISION if left out.")
 @click.option(
     "--max-batch",
-    type=number(MAX_BATCH),
+    type=number(BATCH),
     help="Largest batch.  [default: the engine's; graphs: 32]",
 )
 @click.option(

@@ -23,26 +23,26 @@ from clipdeploy.cli.usage import (
 from clipdeploy.core.spans import SQNR_DB, STRENGTH
 
 if TYPE_CHECKING:
-    from calibration.plan import PlanConfig
     from calibration.policy import Placement
     from calibration.qdq import QuantizeConfig
     from calibration.quality import Quality
-    from clipdeploy.engines.backends import Wanted
+    from calibration.scheme import SchemeConfig
+    from clipdeploy.engines.backends import BackendOption
 
 __all__ = [
-    "check_plan_options",
     "check_recipe_options",
+    "check_scheme_options",
     "note_quality",
-    "plan_config",
-    "plan_options",
     "quantize",
     "quantize_config",
     "quantize_options",
     "recipe_names",
     "recipe_options",
+    "scheme_config",
+    "scheme_options",
 ]
 
-_PLAN_OPTIONS = (
+_SCHEME_OPTIONS = (
     click.option(
         "--range",
         "range_method",
@@ -76,12 +76,12 @@ _OPTIONS = (
     click.option(
         "--exclude", multiple=True, metavar="PATTERN", help="Leave Linears alone: 'blocks.0.*'."
     ),
-    *_PLAN_OPTIONS,
+    *_SCHEME_OPTIONS,
     click.option(
         "--weight-scales",
         type=click.Choice(["channel", "ratio"]),
         help="Form of the weight scales: channel for TensorRT, ratio for TensorRT-RTX (default: "
-        "that of the backend).",
+        "the form for the backend).",
     ),
     click.option("--quantize-attention", is_flag=True, help="Attention's two products as well."),
     click.option("--quantize-head", is_flag=True, help="The classifier as well."),
@@ -96,13 +96,13 @@ _OPTIONS = (
 )
 
 
-def plan_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that decide how a Linear is quantised; :func:`plan_config` reads them."""
-    return with_options(_PLAN_OPTIONS, function)
+def scheme_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that decide how a Linear is quantised; :func:`scheme_config` reads them."""
+    return with_options(_SCHEME_OPTIONS, function)
 
 
-def check_plan_options(options: dict[str, Any]) -> None:
-    """Refuse options of :func:`plan_options` that the others leave without effect.
+def check_scheme_options(options: dict[str, Any]) -> None:
+    """Refuse options of :func:`scheme_options` that the others leave without effect.
 
     Raises:
         UsageError: the first of them.
@@ -112,11 +112,11 @@ def check_plan_options(options: dict[str, Any]) -> None:
         refuse_unused(["no_shift"], "--range auto", "pass --range auto")
 
 
-def plan_config(options: dict[str, Any]) -> PlanConfig:
-    """The values of :func:`plan_options` as a configuration."""
-    from calibration.plan import PlanConfig
+def scheme_config(options: dict[str, Any]) -> SchemeConfig:
+    """The values of :func:`scheme_options` as a configuration."""
+    from calibration.scheme import SchemeConfig
 
-    return PlanConfig(
+    return SchemeConfig(
         range_method=options["range_method"],
         smooth=not options["no_smooth"],
         shift_gelu=not options["no_shift"],
@@ -147,7 +147,7 @@ def check_recipe_options(options: dict[str, Any]) -> None:
             *recipe_names(),
             hint="no --recipe beside options that say how to quantise: it holds them all",
         )
-    check_plan_options(options)
+    check_scheme_options(options)
 
 
 def quantize_options(options: dict[str, Any]) -> QuantizeConfig:
@@ -159,14 +159,14 @@ def quantize_options(options: dict[str, Any]) -> QuantizeConfig:
     from calibration.policy import Scope
     from calibration.qdq import QuantizeConfig
 
-    plan = plan_config(options)
+    scheme = scheme_config(options)
     scope = Scope(
         attention=options["quantize_attention"],
         head=options["quantize_head"],
         patch=options["quantize_patch"],
     )
     config = QuantizeConfig(
-        options["exclude"], "fp16", plan, scope, weight_scales=options["weight_scales"]
+        options["exclude"], "fp16", scheme, scope, weight_scales=options["weight_scales"]
     )
     return _with_minimum(config, options)
 
@@ -223,7 +223,7 @@ def quantize(context: Context, model: str | None, cpu: bool, force: bool, **reci
         context.workspace,
         name,
         config,
-        backend=cast("Wanted", context.setting("backend") or "auto"),
+        backend=cast("BackendOption", context.setting("backend") or "auto"),
         force=force,
         progress=context.progress,
     )

@@ -18,7 +18,7 @@ from clipdeploy.cli.common import (
 from clipdeploy.cli.labelling import check_labelling, labelling, labelling_options
 from clipdeploy.cli.numbers import number
 from clipdeploy.cli.params import setting_option
-from clipdeploy.cli.quantize import check_plan_options, plan_config, plan_options
+from clipdeploy.cli.quantize import check_scheme_options, scheme_config, scheme_options
 from clipdeploy.cli.usage import command, refuse_unused
 from clipdeploy.core.spans import BATCH, BUDGET, IMAGES, SEARCHED_DROP, SEED, THREADS
 
@@ -53,7 +53,9 @@ from clipdeploy.core.spans import BATCH, BUDGET, IMAGES, SEARCHED_DROP, SEED, TH
 @click.option(
     "--threads", type=number(THREADS), default=0, help="ONNX Runtime's; 0: its own choice."
 )
-@click.option("--fixed-plan", is_flag=True, help="Try no other --range and --strength.")
+@click.option(
+    "--fixed-plan", "fixed_scheme", is_flag=True, help="Try no other --range and --strength."
+)
 @click.option(
     "--cpu", is_flag=True, help="For ONNX Runtime's int8 kernels on a CPU: the rest stays FP32."
 )
@@ -61,7 +63,7 @@ from clipdeploy.core.spans import BATCH, BUDGET, IMAGES, SEARCHED_DROP, SEED, TH
     "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: .png or .svg."
 )
 @labelling_options()
-@plan_options
+@scheme_options
 @stage_command
 def search(
     context: Context,
@@ -75,7 +77,7 @@ def search(
     cost: Literal["macs", "cpu"] | None,
     batch: int,
     threads: int,
-    fixed_plan: bool,
+    fixed_scheme: bool,
     cpu: bool,
     plot: Path | None,
     **options: Any,
@@ -89,7 +91,7 @@ def search(
 
     if plot:
         check_plot_path(plot)
-    check_plan_options(options)
+    check_scheme_options(options)
     check_labelling(options)
     if confirm is not None:
         # The splits are then the two sets of images themselves.
@@ -106,8 +108,8 @@ def search(
         cost=cost or ("cpu" if cpu else "macs"),
         batch=batch,
         threads=threads,
-        plan=plan_config(options),
-        fixed_plan=fixed_plan,
+        scheme=scheme_config(options),
+        fixed_scheme=fixed_scheme,
         remainder="fp32" if cpu else "fp16",
         labelling=labelling(options),
     )

@@ -25,7 +25,7 @@ def _table(cards: tuple[ModelCard, ...]) -> Group:
     from rich.table import Table
     from rich.text import Text
 
-    from clipdeploy.models.download import is_at_hand
+    from clipdeploy.models.download import is_cached
 
     # Patch and image size are in the name: so the table fits 80 columns.
     table = Table(box=None, pad_edge=False, padding=(0, 1))
@@ -39,7 +39,7 @@ def _table(cards: tuple[ModelCard, ...]) -> Group:
             f"{card.macs / 1e9:.2f}",
             _percent(card.top1),
             _percent(card.top5),
-            "*" if is_at_hand(card) else "",
+            "*" if is_cached(card) else "",
         )
     short = ", ".join(card.aliases[0].removeprefix("clip-vit-base") for card in cards if card.short)
     notes = f"\n* weights are on this machine\nShort names: clip-vit-base with {short}"
@@ -87,9 +87,9 @@ def list_cards(context: Context) -> None:
 def _list(context: Context) -> None:
     from clipdeploy.core.passport import settings_of
     from clipdeploy.models.cards import all_cards
-    from clipdeploy.models.download import is_at_hand
+    from clipdeploy.models.download import is_cached
 
-    listed = [settings_of(card) | {"at_hand": is_at_hand(card)} for card in all_cards()]
+    listed = [settings_of(card) | {"at_hand": is_cached(card)} for card in all_cards()]
     emit(context, listed, lambda: _table(all_cards()))
 
 

@@ -1,1 +1,1 @@
-"""Errors, files, passports, progress and display: what every package uses."""
+"""Errors, files, passports, progress and display, used by all other packages."""

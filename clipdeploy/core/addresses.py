@@ -1,4 +1,4 @@
-"""Addresses as they may be shown: without passwords and tokens."""
+"""Removes passwords and tokens from URLs before they are shown."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from urllib.parse import unquote
 __all__ = ["masked", "without_secrets"]
 
 _HIDDEN = "***"
-# scheme://user:password@host/path?query#fragment.  A password with an unquoted / or ? is a mistake,
-# and is hidden all the same: everything up to the last @ is.
+# scheme://user:password@host/path?query#fragment.  Everything up to the last @ is hidden, so that a
+# password with an unquoted / or ? is hidden too.
 _ADDRESS = re.compile(
     r"(?P<scheme>[^/?#@]*//)?(?P<user>.*@)?(?P<rest>[^?#]*)(?P<more>.*)", re.DOTALL
 )
@@ -17,19 +17,19 @@ _VALUE = re.compile(r"[?&#;](?:[^=&#;]*=)?([^&#;]*)")
 
 
 def masked(address: str) -> str:
-    """An address without what may give access: what is before ``@``, after ``?`` and ``#``.
+    """Return a URL with credentials, query and fragment replaced by ``***``.
 
     ``https://ann:key@host/files?token=key`` becomes ``https://***@host/files?***``.
     """
     found = _ADDRESS.fullmatch(address)
-    assert found is not None  # every text has this form
+    assert found is not None  # matches every string
     user = f"{_HIDDEN}@" if found["user"] else ""
     more = f"{found['more'][0]}{_HIDDEN}" if found["more"] else ""
     return f"{found['scheme'] or ''}{user}{found['rest']}{more}"
 
 
 def without_secrets(text: str, address: str) -> str:
-    """``text``, such as a library's message about ``address``, without the secrets of that."""
+    """Return ``text``, such as an error message, with the secrets of ``address`` replaced."""
     found = _ADDRESS.fullmatch(address)
     assert found is not None
     text = text.replace(address, masked(address))

@@ -1,7 +1,7 @@
-"""Memory for large arrays that is used again once nothing refers to the array any more.
+"""Reuses the memory of large arrays once they are garbage collected.
 
-The C library gives large blocks back to the kernel with each ``free``, and the next array then
-costs 0.1 ms per MiB of zeroed pages, as much as filling it.
+The C library returns large blocks to the kernel on each ``free``.  The next array then costs 0.1 ms
+per MiB for zeroed pages, as much as filling it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T", bound=np.generic)
 
 
 class _Lease:
-    """What an array in lent memory refers to, through whichever views: ends with the last one."""
+    """The base of an array and its views; returns the memory to the pool when deleted."""
 
     def __init__(self, memory: NDArray[np.uint8], free: deque[NDArray[np.uint8]]) -> None:
         self.__array_interface__: dict[str, Any] = memory.__array_interface__
@@ -30,14 +30,14 @@ class _Lease:
 
 
 class Buffers:
-    """Arrays, the memory of the last few of which is kept; safe in several threads."""
+    """A thread-safe pool of memory for arrays."""
 
     def __init__(self, keep: int) -> None:
-        """``keep``: how many blocks of memory wait to be used again."""
+        """``keep``: maximum number of free blocks in the pool."""
         self._free: deque[NDArray[np.uint8]] = deque(maxlen=keep)
 
     def empty(self, shape: tuple[int, ...], dtype: type[T]) -> NDArray[T]:
-        """An array of this shape, with any content."""
+        """Return an uninitialised array of this shape and type."""
         memory = self._take(math.prod(shape) * np.dtype(dtype).itemsize)
         return np.asarray(_Lease(memory, self._free)).view(dtype).reshape(shape)
 

@@ -1,4 +1,4 @@
-"""Where clipdeploy keeps what it need not fetch or make twice."""
+"""The folder for downloads and other cached files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ HOME_VARIABLE = "CLIPDEPLOY_HOME"
 
 
 def cache_folder() -> Path:
-    """``$CLIPDEPLOY_HOME``, else ``~/.cache/clipdeploy``."""
-    chosen = os.environ.get(HOME_VARIABLE)
-    return Path(chosen) if chosen else Path.home() / ".cache" / "clipdeploy"
+    """Return ``$CLIPDEPLOY_HOME``, by default ``~/.cache/clipdeploy``."""
+    home = os.environ.get(HOME_VARIABLE)
+    return Path(home) if home else Path.home() / ".cache" / "clipdeploy"

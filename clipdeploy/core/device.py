@@ -1,4 +1,4 @@
-"""Which NVIDIA GPUs the driver shows, asked without PyTorch and without a CUDA toolkit."""
+"""Queries the NVIDIA driver and its GPUs, without PyTorch or the CUDA toolkit."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ _MAJOR, _MINOR = 75, 76
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU: its name and its compute capability, such as (8, 9)."""
+    """A GPU: name and compute capability, such as (8, 9)."""
 
     name: str
     compute_capability: tuple[int, int]
 
     @property
     def sm(self) -> str:
-        """The compute capability as NVIDIA writes it: ``SM 8.9``."""
+        """The compute capability in NVIDIA's notation: ``SM 8.9``."""
         return f"SM {self.capability}"
 
     @property
     def capability(self) -> str:
-        """The compute capability as an option takes it: ``8.9``."""
+        """The compute capability as an option value: ``8.9``."""
         return "{}.{}".format(*self.compute_capability)
 
 
 @dataclass(frozen=True)
 class Driver:
-    """The NVIDIA driver: its own version, and the newest CUDA that it runs."""
+    """The NVIDIA driver: its version and the newest CUDA version that it supports."""
 
     version: str
     cuda: str
@@ -51,7 +51,7 @@ def _cuda() -> ctypes.CDLL | None:
 
 @cache
 def gpus() -> tuple[Gpu, ...]:
-    """The GPUs that this process may use (CUDA_VISIBLE_DEVICES); empty where there is none."""
+    """Return the GPUs visible to this process (CUDA_VISIBLE_DEVICES)."""
     cuda = _cuda()
     count = ctypes.c_int()
     if cuda is None or cuda.cuDeviceGetCount(ctypes.byref(count)):
@@ -71,7 +71,7 @@ def gpus() -> tuple[Gpu, ...]:
 
 @cache
 def driver() -> Driver | None:
-    """The NVIDIA driver, through its management library; None where there is none."""
+    """Return the NVIDIA driver, queried through NVML; None if there is none."""
     import pynvml
 
     try:

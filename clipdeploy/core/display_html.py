@@ -1,4 +1,4 @@
-"""What rich prints in a terminal, as HTML for a notebook."""
+"""Converts rich tables and text to HTML for notebooks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["to_html"]
 
 _CELL = "text-align:{}; vertical-align:top; white-space:pre-wrap"
 _LINE = '<div style="white-space:pre-wrap">{}</div>'
-# Only resolves styles: nothing is ever printed on it.
+# Only resolves styles; nothing is printed on it.
 _CONSOLE = Console(quiet=True, color_system="truecolor", force_terminal=True)
 
 
 def to_html(shown: object) -> str:
-    """A table, a text, or a group of them as HTML; anything else as the text that it is."""
+    """Convert a table, a text or a group to HTML; anything else is converted to ``str``."""
     if isinstance(shown, Table):
         return _table(shown)
     if isinstance(shown, Group):

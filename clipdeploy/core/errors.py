@@ -1,18 +1,18 @@
-"""Every error that clipdeploy raises on purpose.
+"""The exceptions of clipdeploy.
 
-    ClipdeployError             catch this one
-    ├── UsageError              an option or a name that does not exist (exit code 2)
-    ├── FileError               the disk said no: permission, space, a missing file
+    ClipdeployError             base class: catch this one
+    ├── UsageError              invalid option, name or combination (exit code 2)
+    ├── FileError               file system error: permission, space, missing file
     ├── CheckpointError         weights that cannot be read or do not fit the model
-    ├── GraphError              an ONNX graph that breaks a promise
-    ├── ArtifactError           a passport that is missing, unreadable or of something else
-    ├── CalibrationError        activation statistics that cannot be trusted
-    ├── DatasetError            images or labels that cannot be used
-    ├── BuildError              the TensorRT builder refused
-    ├── EngineError             an engine that cannot be run here
-    └── ClusterError            a Ray cluster that does not answer, or that lost its work
+    ├── GraphError              invalid or unsupported ONNX graph
+    ├── ArtifactError           passport that is missing, invalid or of another file
+    ├── CalibrationError        unusable activation statistics
+    ├── DatasetError            unusable images or labels
+    ├── BuildError              failed TensorRT build
+    ├── EngineError             engine that cannot be loaded or run on this machine
+    └── ClusterError            Ray cluster that is unreachable or lost a task
 
-A message says what was found and where; ``hint`` says what to do about it.
+The message names the problem and the value; ``hint`` says what to do.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ __all__ = [
     "FileError",
     "GraphError",
     "UsageError",
+    "first_line",
 ]
 
 
 class ClipdeployError(Exception):
-    """An error told to the user in one line: the symptom, then the mend."""
+    """Base class of all errors; ``str`` gives one line: the message, then the hint."""
 
     exit_code = 1
 
@@ -47,42 +48,53 @@ class ClipdeployError(Exception):
 
 
 class UsageError(ClipdeployError):
-    """An option, a name or a combination that does not exist."""
+    """An invalid option, name or combination of options."""
 
     exit_code = 2
 
 
 class FileError(ClipdeployError):
-    """The file system refused."""
+    """A file cannot be read or written."""
 
 
 class CheckpointError(ClipdeployError):
-    """Weights that cannot be read, or that do not fit the model."""
+    """Weights cannot be read, or do not fit the model."""
 
 
 class GraphError(ClipdeployError):
-    """An ONNX graph that breaks a promise of the stage that made or takes it."""
+    """An ONNX graph is invalid or unsupported."""
 
 
 class ArtifactError(ClipdeployError):
-    """A file whose passport is missing, unreadable, or speaks of something else."""
+    """The passport of a file is missing, invalid, or does not match the file."""
 
 
 class CalibrationError(ClipdeployError):
-    """Activation statistics that cannot be collected or trusted."""
+    """Activation statistics cannot be collected or are unusable."""
 
 
 class DatasetError(ClipdeployError):
-    """Images or labels that cannot be used."""
+    """Images or labels are unusable."""
 
 
 class BuildError(ClipdeployError):
-    """The TensorRT builder refused the graph or the settings."""
+    """TensorRT cannot build an engine from the graph with these settings."""
 
 
 class EngineError(ClipdeployError):
-    """An engine that cannot be loaded or executed on this machine."""
+    """An engine cannot be loaded or run on this machine."""
 
 
 class ClusterError(ClipdeployError):
-    """A Ray cluster that cannot be used, or that lost its work for good."""
+    """A Ray cluster is unreachable, or lost a task repeatedly."""
+
+
+def first_line(error: BaseException | str) -> str:
+    """Return the first line of an error's message.
+
+    Returns the name of the error's class if its message is empty, and ``no reason given`` for an
+    empty string.
+    """
+    if lines := str(error).strip().splitlines():
+        return lines[0].rstrip()
+    return "no reason given" if isinstance(error, str) else type(error).__name__

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and their hashes."""
+"""Writes files and folders atomically; reads and hashes regular files."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ __all__ = [
     "write_atomic",
 ]
 
-# The largest file that is read into memory as a whole where its reader names no other bound: a
-# ViT-B's graph in float32 has 350 MB, and protobuf takes no more than 2 GB.
+# Default limit for files read into memory: a ViT-B's float32 graph has 350 MB, and the limit of
+# protobuf is 2 GB.
 MOST_BYTES = 1 << 31
-# Windows has no such flag, and no named pipes in its file system.
-_NO_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+# Windows has no O_NONBLOCK, and no named pipes in its file system.
+_NONBLOCK = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 _HINTS = {
     errno.ENOSPC: "the disk is full: free space, or choose another folder with --workspace",
-    errno.EDQUOT: "the disk quota is used up: free space, or choose another --workspace",
-    errno.EFBIG: "files may not grow this large here: raise `ulimit -f`, or free the quota",
-    errno.EACCES: "no permission: choose a folder you can write with --workspace",
-    errno.EPERM: "no permission: choose a folder you can write with --workspace",
+    errno.EDQUOT: "the disk quota is exceeded: free space, or choose another --workspace",
+    errno.EFBIG: "the file size limit is exceeded: raise `ulimit -f`, or free quota",
+    errno.EACCES: "no permission: choose a writable folder with --workspace",
+    errno.EPERM: "no permission: choose a writable folder with --workspace",
     errno.EROFS: "the file system is read-only: choose another folder with --workspace",
     errno.ENOENT: "the path does not exist: check its spelling",
-    errno.ENOTDIR: "a part of this path is a file, not a folder",
-    errno.EISDIR: "this is a folder, a file is needed",
-    errno.ENXIO: "this is a socket or a device, a file is needed",
-    errno.ELOOP: "symbolic links lead in a circle",
-    errno.ENAMETOOLONG: "file systems take no name as long as this",
+    errno.ENOTDIR: "a parent of this path is a file, not a folder",
+    errno.EISDIR: "this is a folder: pass a file",
+    errno.ENXIO: "this is a socket or a device: pass a file",
+    errno.ELOOP: "symbolic links form a loop: fix the links",
+    errno.ENAMETOOLONG: "the file name is too long: use a shorter one",
 }
 
 
 @contextmanager
 def file_errors(verb: str, path: Path) -> Iterator[None]:
-    """Turn the block's ``OSError`` into an error that names ``path`` and the mend.
+    """Convert an ``OSError`` of the block to an error with ``path`` and a hint.
 
     Raises:
         FileError: the block raised an ``OSError``.
@@ -68,32 +68,32 @@ def file_errors(verb: str, path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; give it the name once the block ends well.
+    """Yield a temporary path in the same folder; rename it to ``path`` when the block succeeds.
 
-    The parent folder is made if it is missing.  The data is on disk (fsync) before the rename, so
-    a crash leaves either the old file or the new one.  On any exception, ``KeyboardInterrupt``
-    included, the temporary file is removed; a killed process's by the next writer of ``path``.
+    A missing parent folder is created.  The file is synced to disk before the rename, so a crash
+    leaves either the old file or the new one.  On any exception, including ``KeyboardInterrupt``,
+    the temporary file is removed; that of a killed process is removed by the next writer.
 
     Raises:
         FileError: no permission, no space, or a parent that is not a folder.
     """
-    with _beside(path, _new_file) as temporary:
+    with _temporary(path, _new_file) as temporary:
         try:
             yield temporary
             with temporary.open("rb") as stream:
                 os.fsync(stream.fileno())
-            # mkstemp makes files private; an artifact follows the user's umask.
+            # mkstemp creates private files; artifacts follow the user's umask.
             temporary.chmod(0o666 & ~_umask())
             os.replace(temporary, path)
-        except BaseException:  # Ctrl-C as well must leave nothing behind; it is raised again
+        except BaseException:  # also on Ctrl-C; raised again
             with suppress(OSError):
                 temporary.unlink()
             raise
 
 
 @contextmanager
-def _beside(path: Path, make: Callable[[Path], Path]) -> Iterator[Path]:
-    """What ``make`` makes for ``path``, held; what killed writers of it have left is removed."""
+def _temporary(path: Path, make: Callable[[Path], Path]) -> Iterator[Path]:
+    """Lock what ``make`` creates for ``path``; remove leftovers of killed writers."""
     with file_errors("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path, "part")
@@ -123,17 +123,17 @@ def _umask() -> int:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path``; give it the name once the block ends well.
+    """Yield a temporary folder in the same folder; rename it to ``path`` when the block succeeds.
 
-    Every file is on disk (fsync) before the rename.  A folder that is already there is replaced;
-    should the process be killed between the two renames that this takes, the old one lies beside
-    it, under a name that ends in ``.old``.  On any exception the temporary folder is removed, and
-    what a killed process has left by the next writer of ``path``.
+    Every file is synced to disk before the rename.  An existing folder is replaced, which takes two
+    renames; if the process is killed between them, the old folder remains under a name that ends in
+    ``.old``, see :func:`restore_folders`.  On any exception the temporary folder is removed; that
+    of a killed process is removed by the next writer.
 
     Raises:
         FileError: no permission, no space, or a parent that is not a folder.
     """
-    with _beside(path, _new_folder) as temporary:
+    with _temporary(path, _new_folder) as temporary:
         try:
             yield temporary
             for file in temporary.rglob("*"):
@@ -155,15 +155,15 @@ def _replace_folder(new: Path, path: Path) -> None:
     old = new.with_suffix(".old")
     os.rename(path, old)
     os.rename(new, path)
-    with suppress(FileNotFoundError):  # another writer may be removing it as a leftover
+    with suppress(FileNotFoundError):  # another writer may have removed it as a leftover
         shutil.rmtree(old)
 
 
 def restore_folders(parent: Path) -> None:
-    """Put the folders of ``parent`` back that a killed :func:`atomic_folder` has moved aside.
+    """Restore folders in ``parent`` that a killed :func:`atomic_folder` had renamed.
 
-    A kill between its two renames leaves no folder of the name; the new one still beside the old
-    one tells that moment from later ones, when the old one may be half removed.
+    A folder is restored only if the new folder still has its temporary name.  Otherwise the process
+    was killed later, when the old folder may be partly removed.
 
     Raises:
         FileError: no permission.
@@ -176,9 +176,9 @@ def restore_folders(parent: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Make sure that a file can be made at ``path``, before long work that ends with one.
+    """Check that a file can be created at ``path``, before long work that writes it.
 
-    The parent folder is made if it is missing.
+    A missing parent folder is created.
 
     Raises:
         FileError: no permission, or a parent that is not a folder.
@@ -200,20 +200,20 @@ def open_regular(path: Path) -> Iterator[io.FileIO]:
     """Open a regular file for reading, unbuffered.
 
     Raises:
-        FileError: the file cannot be opened, or is a folder, a pipe, a socket or a device: reading
-            one of those may wait for ever, or never end.
+        FileError: the file cannot be opened, or is a folder, pipe, socket or device, which could
+            block or never end.
     """
     with file_errors("read", path):
-        # A pipe without a writer would hold a plain open() until one comes.
-        descriptor = os.open(path, os.O_RDONLY | _NO_WAITING)
+        # Without O_NONBLOCK, opening a pipe blocks until it has a writer.
+        descriptor = os.open(path, os.O_RDONLY | _NONBLOCK)
         with io.FileIO(descriptor) as stream:
             mode = os.fstat(descriptor).st_mode
             if stat.S_ISDIR(mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             if not stat.S_ISREG(mode):
                 raise FileError(
-                    f"cannot read {path}: it is no regular file but {_kind_of(mode)}",
-                    hint="save its content as a file and name that",
+                    f"cannot read {path}: it is {_kind_of(mode)}, not a regular file",
+                    hint="save its content as a file and pass that",
                 )
             yield stream
 
@@ -225,26 +225,26 @@ def _kind_of(mode: int) -> str:
 
 
 def read_regular(path: Path, most: int = MOST_BYTES) -> bytes:
-    """The bytes of a regular file of at most ``most`` bytes.
+    """Read a regular file of at most ``most`` bytes.
 
     Raises:
-        FileError: see :func:`open_regular`; or it is larger.
+        FileError: see :func:`open_regular`; or the file is larger.
     """
     with open_regular(path) as stream, file_errors("read", path):
         if os.fstat(stream.fileno()).st_size > most:
             raise FileError(
-                f"cannot read {path}: it has more than {most:,} bytes, too many for its kind",
-                hint="check that it is the file that you mean",
+                f"cannot read {path}: it has more than {most:,} bytes, too many for its type",
+                hint="check the path",
             )
-        # All of it, whatever size is stated: it is 0 for files such as those of /proc.
+        # The stated size is not used: it is 0 for files in /proc.
         return stream.read()
 
 
 def sha256_file(path: Path) -> str:
-    """The hex SHA-256 of a file's bytes.
+    """Return the SHA-256 of a file in hex.
 
     Raises:
-        FileError: the file cannot be read, or is no regular file.
+        FileError: the file cannot be read, or is not a regular file.
     """
     with open_regular(path) as stream, file_errors("read", path):
         return hashlib.file_digest(stream, "sha256").hexdigest()

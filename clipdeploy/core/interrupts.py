@@ -1,4 +1,4 @@
-"""Ctrl-C while foreign code runs that swallows what Python raises in it."""
+"""Delivers Ctrl-C after native code that would suppress it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ __all__ = ["interrupts"]
 
 @contextmanager
 def interrupts(stop: list[BaseException]) -> Iterator[None]:
-    """Put Ctrl-C into ``stop`` while the block runs; raise it once the block has ended.
+    """Append Ctrl-C to ``stop`` while the block runs; the caller raises it afterwards.
 
-    Python raises it in whatever Python code comes next.  In a build that is most likely TensorRT's
-    logger, in a checkpoint PyTorch's look at a foreign buffer, and both swallow it.  Only the main
-    thread can arrange this, and a handler that somebody else has set stays.
+    Python raises KeyboardInterrupt in the Python code that runs next.  During a build that is
+    usually a TensorRT log callback, and while a checkpoint is loaded a buffer callback of PyTorch;
+    both suppress exceptions.  This has no effect outside the main thread, or if the application
+    has its own handler for SIGINT.
     """
-    mine = threading.current_thread() is threading.main_thread()
-    if not mine or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
     signal.signal(signal.SIGINT, lambda *_: stop.append(KeyboardInterrupt()))

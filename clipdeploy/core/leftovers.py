@@ -1,8 +1,8 @@
-"""Temporary files and folders whose writer may be killed: the next one removes what it left.
+"""Removes temporary files and folders of processes that were killed.
 
-A writer holds a lock (``flock``) on what it writes, and the kernel lets go of it when the process
-ends, however it ends.  What nobody holds was left by the dead.  Where the file system knows no such
-locks nothing is ever removed.
+A writer locks its temporary files (``flock``).  The kernel releases the lock when the process ends,
+however it ends, so an unlocked file belongs to a process that has exited.  On a file system without
+locks nothing is removed.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ __all__ = [
     "try_lock",
 ]
 
-# No name that a person would give: what is called so and held by nobody is removed.
+# Users are unlikely to choose this prefix; unlocked folders with it are removed.
 _SCRATCH = (".clipdeploy-scratch-", ".part")
 
 
 class HeldError(Exception):
-    """Somebody else holds it."""
+    """Another process or thread holds the lock."""
 
 
 class RemovedError(HeldError):
-    """It is not there, or no longer the same file: its last holder has removed it."""
+    """The file was removed or replaced by the previous holder."""
 
 
 def try_lock(path: Path) -> int | None:
-    """A descriptor that holds ``path`` until it is closed; None where there are no locks.
+    """Lock ``path`` and return a descriptor that holds the lock until it is closed.
 
-    Two of them exclude each other in one process as well.
+    Locks also exclude each other within a process.  Returns None if locks are not supported.
 
     Raises:
-        HeldError: somebody else was first, or (RemovedError) has removed it.
+        HeldError: the lock is held by another; RemovedError if the file was removed.
     """
     if sys.platform == "win32":
         return None
-    # NFS locks only what is open for writing, and folders cannot be.
+    # NFS can lock only files opened for writing; folders cannot be opened for writing.
     mode = os.O_RDONLY if path.is_dir() else os.O_RDWR
     try:
         descriptor = os.open(path, mode)
@@ -76,13 +76,13 @@ def try_lock(path: Path) -> int | None:
 
 @contextmanager
 def claimed(make: Callable[[], Path]) -> Iterator[Path]:
-    """Yield the file or folder that ``make`` makes, and hold it while the block runs."""
+    """Yield the file or folder that ``make`` creates, locked while the block runs."""
     while True:
         path = make()
         try:
             descriptor = try_lock(path)
             break
-        except HeldError:  # between the two somebody took it for a leftover
+        except HeldError:  # another process removed it as a leftover before it was locked
             continue
     try:
         yield path
@@ -92,7 +92,7 @@ def claimed(make: Callable[[], Path]) -> Iterator[Path]:
 
 
 def is_abandoned(path: Path) -> bool:
-    """Whether ``path`` is there and nobody holds it; False where that cannot be told."""
+    """Return whether ``path`` exists and is unlocked; False if locks are not supported."""
     try:
         descriptor = try_lock(path)
     except HeldError:
@@ -104,7 +104,7 @@ def is_abandoned(path: Path) -> bool:
 
 
 def remove_leftovers(folder: Path, pattern: str) -> None:
-    """Remove the files and folders in ``folder`` that match ``pattern`` and that nobody holds."""
+    """Remove the unlocked files and folders in ``folder`` that match ``pattern``."""
     for path in folder.glob(pattern):
         try:
             descriptor = try_lock(path)
@@ -113,7 +113,7 @@ def remove_leftovers(folder: Path, pattern: str) -> None:
         if descriptor is None:
             continue
         try:
-            with suppress(OSError):  # another user's: they have no business with it
+            with suppress(OSError):  # files of another user cannot be removed
                 _remove(path)
         finally:
             os.close(descriptor)
@@ -128,9 +128,9 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """Yield an empty folder for the block, among the system's temporary ones.
+    """Yield an empty temporary folder for the block.
 
-    It is removed when the block ends, or by the next call should the process be killed.
+    It is removed when the block ends, or by the next call if the process is killed.
     """
     prefix, suffix = _SCRATCH
     remove_leftovers(Path(tempfile.gettempdir()), f"{prefix}????????{suffix}")

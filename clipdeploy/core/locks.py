@@ -1,8 +1,8 @@
-"""One writer at a time for a file that is written over a long time, as what a later run resumes.
+"""Locks a file that one process writes for a long time, such as the records of a run.
 
-The lock is a hidden file beside it that names its holder.  The kernel drops the lock when the
-holder ends, however it ends (``flock``).  Where the file system has no such locks nothing is
-protected.
+The lock is a hidden file in the same folder that names its holder.  The kernel releases the lock
+(``flock``) when the process ends, however it ends.  On a file system without locks there is no
+protection.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from clipdeploy.core.leftovers import HeldError, RemovedError, try_lock
 
 __all__ = ["sole_writer"]
 
-# Longer than any holder's entry.
+# Larger than any lock file.
 _MOST_BYTES = 4096
-# Of this process.  A forked child inherits the descriptors, and would go on holding the locks.
+# Locks of this process.  A forked child inherits the descriptors and would keep the locks.
 _HELD: set[int] = set()
 
 
@@ -41,75 +41,75 @@ if sys.platform != "win32":
 
 @contextmanager
 def sole_writer(path: Path, what: str) -> Iterator[None]:
-    """Let no other process or thread that calls this write ``path`` while the block runs.
+    """Hold the lock on ``path`` while the block runs.
 
-    The lock is the hidden file ``.NAME.lock`` beside ``path``; it is removed when the block ends,
-    and says in JSON ``what`` holds it (such as ``clipdeploy verify``), with its process, host and
-    start time.  What a killed holder has left is taken over.  A missing parent folder is made.
+    The lock is the hidden file ``.NAME.lock`` in the same folder, removed when the block ends.  It
+    contains JSON: ``what`` (such as ``clipdeploy verify``), process id, host and start time.  The
+    lock file of a killed process is reused.  A missing parent folder is created.
 
     Raises:
-        FileError: somebody else is writing, who is named; or the lock file cannot be made.
+        FileError: another process or thread holds the lock, or the lock file cannot be created.
     """
     lock = path.with_name(f".{path.name}.lock")
     descriptor = _acquire(path, lock, what)
     try:
         yield
     finally:
-        # A forked child that gets here has no lock, and the file is its parent's.
+        # A forked child does not hold the lock; the file belongs to its parent.
         if descriptor in _HELD:
             _HELD.discard(descriptor)
             with suppress(OSError):
-                # Should somebody have deleted it, this may be the next holder's.
+                # If the file was deleted meanwhile, this one may belong to the next holder.
                 if os.path.samestat(lock.stat(), os.fstat(descriptor)):
                     lock.unlink()
             os.close(descriptor)
 
 
 def _acquire(path: Path, lock: Path, what: str) -> int | None:
-    """The descriptor that holds ``lock``, which names us; None where there are no locks."""
+    """Lock ``lock`` and write this process into it; None if locks are not supported."""
     if sys.platform == "win32":
         return None
     while True:
-        _make(path, lock)
+        _create(path, lock)
         try:
             descriptor = try_lock(lock)
             break
-        except RemovedError:  # its holder has just ended
+        except RemovedError:  # its holder has just finished
             continue
         except HeldError:
-            raise _refusal(path, lock) from None
+            raise _held_error(path, lock) from None
     if descriptor is None:
         with suppress(OSError):
             lock.unlink()
         return None
     _HELD.add(descriptor)
-    _sign(descriptor, what)
+    _write_holder(descriptor, what)
     return descriptor
 
 
-def _make(path: Path, lock: Path) -> None:
+def _create(path: Path, lock: Path) -> None:
     with file_errors("lock", path):
         lock.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(lock, os.O_RDWR | os.O_CREAT, 0o666))
 
 
-def _sign(descriptor: int, what: str) -> None:
+def _write_holder(descriptor: int, what: str) -> None:
     holder = {
         "what": what,
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "since": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
-    # A full disk leaves the lock without its holder's name.
+    # On a full disk the lock file stays empty.
     with suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(holder).encode() + b"\n", 0)
 
 
-def _refusal(path: Path, lock: Path) -> FileError:
+def _held_error(path: Path, lock: Path) -> FileError:
     return FileError(
         f"{path} is being written by {_holder(lock)}",
-        hint="wait for it, or use another --workspace",
+        hint="wait until it has finished, or use another --workspace",
     )
 
 
@@ -126,7 +126,7 @@ def _holder(lock: Path) -> str:
         ValueError,
         TypeError,
         KeyError,
-    ):  # it has not signed yet, or could not
+    ):  # the holder has not written its entry yet, or could not
         return "another process"
 
 

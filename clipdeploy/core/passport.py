@@ -1,12 +1,12 @@
-"""The types that travel with every artifact: what it is, and what it was made from.
+"""The passport of an artifact: what it is and what it was made from.
 
-A passport is a JSON block: inside an ONNX graph's metadata, inside ``calibration.json``, and beside
-an engine as ``*.engine.json``.  A later stage reads it instead of asking the user again.
+A passport is JSON in an ONNX graph's metadata, in ``calibration.json``, or in ``*.engine.json``
+next to an engine.  Later stages read it, so the user gives each setting once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Literal, TypeVar
@@ -55,15 +55,15 @@ BATCH_AXIS = "batch"
 PASSPORT_SCHEMA = 1
 PASSPORT_KEY = "clipdeploy.passport"
 
-# openai/CLIP clip.py `_transform`, and the ImageNet statistics of torchvision's model zoo; both
-# in units of 1/255 of a uint8 sample.
+# openai/CLIP clip.py `_transform`, and the ImageNet statistics of torchvision's model zoo, for
+# samples scaled to 0..1.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
 IMAGENET_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
 
-# Who named the classes: the card, the user's file, the checkpoint; "assumed" are the card's names
-# for weights of somebody's own with as many classes; empty where nobody did.
+# Source of the class names: the model card, the user's file or the checkpoint.  "assumed" are the
+# card's names for fine-tuned weights with the same number of classes; empty if there are none.
 NamesFrom = Literal["", "card", "file", "checkpoint", "assumed"]
 Precision = Literal["fp32", "fp16", "int8", "int8-cpu"]
 # How a weight with a scale for each output channel is dequantised: see calibration/write.py.
@@ -72,17 +72,17 @@ ScaleForm = Literal["channel", "ratio"]
 _CROP_MODES = ("center", "squash")
 _DTYPES = ("float32", "float16", "bfloat16", "float64", "uint8", "int8", "int32", "int64", "bool")
 _MOST_AXES = 8
-_AGAIN = "it was damaged or edited by hand: make it again"
+_AGAIN = "the file is damaged or was edited by hand: create it again"
 _NAME = "a name of letters, digits and _.-"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The two choices that decide what "the model" means.
+    """Numerics and preprocessing of a model.
 
     ``numerics``: ``trained`` is CLIP's mean/std, the native position grid and LayerNorm eps 1e-5,
-    as the weights were trained; ``as-shipped`` is what mmpretrain's present configs do.
-    ``resize``: ``published`` is the crop behind the published top-1, ``timm`` the card's own.
+    as in training; ``as-shipped`` follows mmpretrain's current configs.  ``resize``: ``published``
+    is the crop of the published top-1, ``timm`` that of timm's model card.
     """
 
     numerics: Literal["trained", "as-shipped"] = "trained"
@@ -91,10 +91,11 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How an image file becomes the network's input; see ``clipdeploy.imaging.preprocess``.
+    """The preprocessing of image files, see ``clipdeploy.imaging.preprocess``.
 
-    ``size`` is the crop's edge in pixels; ``mean`` and ``std`` are per RGB channel in units of
-    1/255; the short edge (``center``) or both edges (``squash``) are resized to size / crop_pct.
+    ``size`` is the edge of the crop in pixels; ``mean`` and ``std`` are per RGB channel for samples
+    scaled to 0..1.  The short edge (``center``) or both edges (``squash``) are resized to
+    size / crop_pct.
     """
 
     size: int
@@ -105,14 +106,14 @@ class Preprocess:
     exif_orientation: bool = True
 
     def faults(self) -> Iterator[Fault]:
-        """Values that no preprocessing has; see :mod:`clipdeploy.core.values`."""
+        """Yield invalid values, see :mod:`clipdeploy.core.values`."""
         edge = 1 <= self.size <= MOST_EDGE
         yield from unless(edge, "size", self.size, f"from 1 to {MOST_EDGE}")
         for index, value in enumerate(self.mean):
             yield from unless(is_number(value, -1, 1), f"mean[{index}]", value, "from -1 to 1")
         for index, value in enumerate(self.std):
-            held = is_number(value, 1e-4, 10)
-            yield from unless(held, f"std[{index}]", value, "from 0.0001 to 10")
+            valid = is_number(value, 1e-4, 10)
+            yield from unless(valid, f"std[{index}]", value, "from 0.0001 to 10")
         crop = is_number(self.crop_pct, 0.1, 4)
         yield from unless(crop, "crop_pct", self.crop_pct, "from 0.1 to 4")
         mode = self.crop_mode in _CROP_MODES
@@ -128,24 +129,24 @@ class TensorSpec:
     shape: tuple[int | str, ...]
 
     def faults(self) -> Iterator[Fault]:
-        """Values that no tensor has; see :mod:`clipdeploy.core.values`."""
+        """Yield invalid values, see :mod:`clipdeploy.core.values`."""
         yield from unless(is_name(self.name), "name", self.name, _NAME)
         yield from unless(self.dtype in _DTYPES, "dtype", self.dtype, f"one of {_DTYPES}")
         axes = 1 <= len(self.shape) <= _MOST_AXES
         yield from unless(axes, "shape", self.shape, f"of 1 to {_MOST_AXES} axes")
         for index, axis in enumerate(self.shape):
             most = MOST_CLASSES if index else MOST_BATCH
-            held = is_name(axis) if isinstance(axis, str) else 1 <= axis <= most
-            yield from unless(held, f"shape[{index}]", axis, f"from 1 to {most}, or {_NAME}")
+            valid = is_name(axis) if isinstance(axis, str) else 1 <= axis <= most
+            yield from unless(valid, f"shape[{index}]", axis, f"from 1 to {most}, or {_NAME}")
 
 
 @dataclass(frozen=True)
 class WeightsOrigin:
-    """Where the weights came from.
+    """The source of the weights.
 
-    ``kind`` is ``file`` (``path`` and ``sha256`` of a checkpoint) or ``random`` (``seed``).  No
-    accuracy verdict is given on random weights.  ``resized_position`` says that the position
-    embedding was resampled to the model's grid.
+    ``kind`` is ``file`` (``path`` and ``sha256`` of a checkpoint) or ``random`` (``seed``), for
+    which no accuracy verdict is given.  ``resized_position`` is True if the position embedding was
+    resampled to the model's grid.
     """
 
     kind: Literal["file", "random"]
@@ -157,21 +158,21 @@ class WeightsOrigin:
 
     @property
     def identity(self) -> str:
-        """What makes two origins the same weights, wherever the file lies."""
+        """Equal for origins with the same weights, independent of the path."""
         if self.kind == "random":
             return f"random:{self.seed}"
         return f"{self.sha256}:resized" if self.resized_position else self.sha256
 
     @property
     def description(self) -> str:
-        """The weights in words: file, layout and the start of the hash, or the seed."""
+        """The weights as text: path, layout and start of the hash, or the seed."""
         if self.kind == "random":
             return f"random weights, seed {self.seed}"
         resized = ", position grid resized" if self.resized_position else ""
         return f"{self.path}, {self.layout}, SHA-256 {self.sha256[:8]}{resized}"
 
     def faults(self) -> Iterator[Fault]:
-        """Values that no origin has; ``path`` may be whatever a file can be called."""
+        """Yield invalid values; ``path`` may be any file name."""
         known = not self.sha256 or is_hash(self.sha256)
         yield from unless(known, "sha256", self.sha256, "a SHA-256 in hex")
         yield from unless_lines("layout", self.layout)
@@ -179,12 +180,12 @@ class WeightsOrigin:
 
 @dataclass(frozen=True)
 class Passport:
-    """What an artifact is and what it was made from.
+    """Description of an artifact and of what it was made from.
 
-    ``parents`` maps a role (``source_graph``, ``calibration``) to the SHA-256 of that file;
-    ``settings`` holds the options of the stage that wrote the artifact; ``classes`` is the number
-    of logits and ``class_names`` their folder names in order, empty where nobody said;
-    ``class_names_from`` is who did.
+    ``parents`` maps a role (``source_graph``, ``calibration``) to the SHA-256 of that file.
+    ``settings`` holds the options of the stage that wrote the artifact.  ``classes`` is the number
+    of logits, ``class_names`` their names in order, empty if unknown, and ``class_names_from``
+    their source.
     """
 
     kind: Literal["graph", "calibration", "engine"]
@@ -204,10 +205,9 @@ class Passport:
     schema: int = PASSPORT_SCHEMA
 
     def faults(self) -> Iterator[Fault]:
-        """Values that no passport has.
+        """Yield invalid values, see :mod:`clipdeploy.core.values`.
 
-        They become paths, code and lines of files: see :mod:`clipdeploy.core.values`.
-        :mod:`clipdeploy.workspace.passports` compares fields with each other.
+        :mod:`clipdeploy.workspace.passports` checks fields against each other.
         """
         yield from unless(is_name(self.model), "model", self.model, _NAME)
         counted = 1 <= self.classes <= MOST_CLASSES
@@ -224,28 +224,36 @@ T = TypeVar("T")
 
 
 def settings_of(config: Any) -> dict[str, Any]:
-    """A configuration as a passport's ``settings`` holds it: what JSON gives back for it."""
+    """Convert a configuration to the ``settings`` of a passport, as decoded from JSON."""
     settings: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(config))
     return settings
 
 
 def to_json(value: Any) -> bytes:
-    """Any of these types as readable JSON, keys in the order of their declaration."""
+    """Encode as indented JSON, keys in the order of their declaration."""
     return msgspec.json.format(msgspec.json.encode(value, enc_hook=_encode), indent=2)
 
 
 def _encode(value: object) -> str:
     if isinstance(value, PurePath):
         return str(value)
-    raise NotImplementedError(f"{type(value).__name__} has no JSON form")
+    raise NotImplementedError(f"cannot encode {type(value).__name__} as JSON")
 
 
-def from_json(data: bytes | str, kind: type[T], where: str, newest: int = PASSPORT_SCHEMA) -> T:
-    """Read a ``kind`` back from JSON, the type and the value of every field checked.
+def from_json(
+    data: bytes | str,
+    kind: type[T],
+    where: str,
+    newest: int = PASSPORT_SCHEMA,
+    prepare: Callable[[Any], Any] = lambda raw: raw,
+) -> T:
+    """Decode a ``kind`` from JSON and check the type and the value of every field.
+
+    ``prepare`` may change the decoded JSON first, such as the names of its keys.
 
     Raises:
-        ArtifactError: not JSON, a field of the wrong type or with a value that cannot be, or a
-            schema newer than this clipdeploy.
+        ArtifactError: the data is not JSON, a field has a wrong type or an invalid value, or the
+            schema is newer than this version of clipdeploy.
     """
     try:
         raw = msgspec.json.decode(data)
@@ -254,30 +262,29 @@ def from_json(data: bytes | str, kind: type[T], where: str, newest: int = PASSPO
             raise ArtifactError(
                 f"{where} was written by a newer clipdeploy (schema {schema}, "
                 f"this one reads up to {newest})",
-                hint="upgrade clipdeploy, or make the artifact again",
+                hint="upgrade clipdeploy, or create the artifact again",
             )
-        found = msgspec.convert(raw, kind)
+        found = msgspec.convert(prepare(raw), kind)
     except UsageError as error:
-        # A configuration that checks itself knows nothing of the file that it is in.
-        raise ArtifactError(f"{where} cannot be believed: {error.message}", hint=_AGAIN) from error
+        raise ArtifactError(f"{where} is invalid: {error.message}", hint=_AGAIN) from error
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ArtifactError(
             f"{where} cannot be read: {error}",
-            hint="it was cut short or edited by hand: make it again",
+            hint="the file is truncated or was edited by hand: create it again",
         ) from error
     if fault := first_fault(found):
         raise ArtifactError(
-            f"{where} cannot be believed: {fault}",
+            f"{where} is invalid: {fault}",
             hint=_AGAIN,
         )
     return found
 
 
 def read_json(path: Path, kind: type[T], newest: int = PASSPORT_SCHEMA) -> T:
-    """:func:`from_json` of a file.
+    """Decode a ``kind`` from a JSON file, see :func:`from_json`.
 
     Raises:
-        FileError: it cannot be read, or is no regular file.
+        FileError: the file cannot be read, or is not a regular file.
         ArtifactError: see :func:`from_json`.
     """
     return from_json(read_regular(path), kind, str(path), newest)

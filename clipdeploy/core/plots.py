@@ -1,6 +1,6 @@
-"""Results as pictures, PNG or SVG.
+"""Saves matplotlib figures as PNG or SVG.
 
-matplotlib is imported only where something is drawn, and without its global state.
+matplotlib is imported only when a figure is drawn, and its global state is not used.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ __all__ = ["check_plot_path", "inline_svg", "line_style", "plain_text", "save_pl
 
 _FORMATS = {".png": "png", ".svg": "svg"}
 _DPI = 160
-# Okabe & Ito, "Color Universal Design" (2008): told apart with any colour vision; without the
-# yellow, which is too pale for a line.
+# Okabe & Ito, "Color Universal Design" (2008), distinguishable with any colour vision; without
+# yellow, which is too pale for lines.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MARKERS = "osD^vPX*"
 _GROUP_NAME = re.compile(r' id="[A-Za-z.2]+_[0-9]+"')
 
 
 def check_plot_path(path: Path) -> str:
-    """The image format that a file's suffix asks for.
+    """Return the image format of a file name.
 
     Raises:
-        UsageError: it is neither ``.png`` nor ``.svg``.
+        UsageError: the suffix is neither ``.png`` nor ``.svg``.
     """
     kind = _FORMATS.get(path.suffix.lower())
     if kind is None:
-        raise UsageError(f"no plot can be written as {path.name}", hint="end it in .png or .svg")
+        raise UsageError(f"cannot save a plot as {path.name}", hint="use .png or .svg")
     return kind
 
 
 def save_plot(figure: Figure, path: Path) -> None:
-    """Write a figure as the suffix says; the file appears only when it is whole.
+    """Save a figure in the format of the suffix, atomically.
 
     Raises:
         UsageError: see :func:`check_plot_path`.
@@ -53,10 +53,9 @@ def save_plot(figure: Figure, path: Path) -> None:
 
 
 def inline_svg(figure: Figure, name: str) -> str:
-    """A figure as an ``<svg>`` element for an HTML page: the same text for the same figure.
+    """Return a figure as an ``<svg>`` element; equal figures give equal text.
 
-    Its text stays text, in the page's font.  ``name`` keeps the identifiers of the page's figures
-    apart.
+    Text remains text, in the page's font.  ``name`` makes identifiers unique within the page.
     """
     import matplotlib
 
@@ -66,22 +65,21 @@ def inline_svg(figure: Figure, name: str) -> str:
         matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}),
         warnings.catch_warnings(),
     ):
-        # The browser has letters that matplotlib's own font lacks.
+        # Glyphs that matplotlib's font lacks are drawn by the browser.
         warnings.filterwarnings("ignore", "Glyph", UserWarning)
         figure.savefig(stream, format="svg", metadata=nothing, transparent=True)
     svg = stream.getvalue().decode()
-    # Without prolog, and without the names of groups: nothing refers to them, and every figure
-    # has the same.
+    # Without the prolog and the ids of groups, which are unused and equal in all figures.
     return _GROUP_NAME.sub("", svg[svg.index("<svg ") :])
 
 
 def plain_text(text: str) -> str:
-    """A text that matplotlib draws as it is: a dollar sign begins no formula."""
+    """Escape dollar signs, which start a formula in matplotlib."""
     return text.replace("$", r"\$")
 
 
 def line_style(index: int, label: str) -> dict[str, Any]:
-    """How the line with this number is drawn: colour, marker, error bars."""
+    """Return matplotlib's keyword arguments for line number ``index``."""
     return {
         "label": label,
         "color": _COLOURS[index % len(_COLOURS)],

@@ -1,4 +1,4 @@
-"""How a long stage says where it is, without knowing who listens."""
+"""The interface through which long stages report progress."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Advance = Callable[[int], None]
 
 
 class Progress(Protocol):
-    """Anything that shows the tasks of a stage; the command line shows bars on stderr."""
+    """Shows the tasks of a stage; the command line implements it as bars on stderr."""
 
     def task(self, text: str, total: int | None = None) -> AbstractContextManager[Advance]:
-        """Show ``text`` while the block runs; call the yielded function with units done.
+        """Show ``text`` while the block runs; the block calls the yielded function with units done.
 
-        ``total`` is the number of units, ``None`` where nobody can tell.
+        ``total`` is the number of units, ``None`` if unknown.
         """
 
 

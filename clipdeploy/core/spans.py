@@ -1,7 +1,7 @@
-"""The numbers that a user may give: a span for each kind, the same for commands and configurations.
+"""Valid ranges of the numbers in options and configurations.
 
-The upper ends are far beyond what is of use, and below what would hang a machine, overflow a field
-of a file format, or leave a library's own range.
+The upper ends are far above useful values, and low enough not to hang a machine, overflow a field
+of a file format or exceed a library's limit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ __all__ = [
     "DROP",
     "IMAGES",
     "INSTANCES",
-    "MAX_BATCH",
     "MEMORY_MIB",
     "OPSET",
     "OPTIMIZATION",
@@ -50,15 +49,14 @@ _SHOWN = 40
 
 @dataclass(frozen=True)
 class Span:
-    """The numbers from ``least`` to ``most``; ``said`` is how an error names one that is outside.
+    """The range from ``least`` to ``most``, both included.
 
-    ``above``: ``least`` itself is outside.  ``whole``: only whole numbers are inside.
-    ``optional``: so is None.  ``per_core``: on a machine of few cores the end is so many for each.
+    ``whole``: integers only.  ``above``: ``least`` is excluded.  ``optional``: None is allowed.
+    ``per_core``: the upper end is also limited to this number for each CPU core.
     """
 
     least: float
     most: float
-    said: str
     whole: bool = True
     above: bool = False
     optional: bool = False
@@ -66,14 +64,16 @@ class Span:
 
     @property
     def or_none(self) -> Span:
-        """The same, and None as well."""
+        """The same range, with None allowed."""
         return replace(self, optional=True)
 
     @property
-    def words(self) -> str:
-        """What is inside, for the end of an error: ``0 to 100``."""
-        end = f"{'above ' if self.above else ''}{self.least:,} to {self._end:,}"
-        return end if self._end == self.most else f"{end} on {os.cpu_count() or 1} cores"
+    def text(self) -> str:
+        """The range as text: ``0 to 100``."""
+        text = f"{self.least:,} to {self._end:,}"
+        if self.above:
+            text = f"above {self.least:,}, at most {self._end:,}"
+        return text if self._end == self.most else f"{text} on {os.cpu_count() or 1} cores"
 
     @property
     def _end(self) -> float:
@@ -89,19 +89,20 @@ class Span:
         if self.whole and not _is_whole(value):
             return False
         number: Any = value
-        # Compared with NaN everything is false.
+        # NaN fails every comparison.
         inside = self.least < number if self.above else self.least <= number
         return bool(inside and number <= self._end)
 
     def check(self, value: object, name: str) -> None:
-        """Refuse a value of the option or field ``name`` that is outside.
+        """Raise an error if ``value``, the value of option or field ``name``, is out of range.
 
         Raises:
-            UsageError: it is outside, of another type, NaN or infinite.
+            UsageError: the value is out of range, of another type, NaN or infinite.
         """
         if value not in self:
-            hint = f"{name} is {'a whole number, ' if self.whole else ''}{self.words}"
-            raise UsageError(self.said.format(shown(value)), hint=hint)
+            number = "an integer" if self.whole else "a number"
+            hint = f"use {number} {'' if self.above else 'from '}{self.text}"
+            raise UsageError(f"invalid value {shown(value)} for {name}", hint=hint)
 
 
 def _is_whole(value: object) -> bool:
@@ -113,29 +114,29 @@ def _is_whole(value: object) -> bool:
 
 
 def shown(value: object) -> str:
-    """A value for an error, cut where it is long."""
+    """Return a value as text for an error message, shortened if it is long."""
     if isinstance(value, int) and abs(value) >= 10**_SHOWN:
-        # Python itself refuses to write numbers of thousands of digits.
+        # Python raises an error when it formats numbers of thousands of digits.
         return f"about {'-' if value < 0 else ''}10^{math.floor(math.log10(abs(value)))}"
     text = f"{value}" if isinstance(value, Real) else repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def check_numbers(config: object, **spans: Span) -> None:
-    """Hold fields of a configuration against their spans.
+    """Check fields of a configuration against their ranges.
 
     Raises:
-        UsageError: it names the first field that is outside.
+        UsageError: a field is out of range; the message names the first one.
     """
     for name, span in spans.items():
         span.check(getattr(config, name), name)
 
 
 def check_shard(shard: tuple[int, int] | None) -> None:
-    """Hold a shard (i, n), the i-th of n from 1, against the span of shards.
+    """Check a shard (i, n), the i-th of n, counted from 1.
 
     Raises:
-        UsageError: there is no such shard.
+        UsageError: i or n is out of range, or i is greater than n.
     """
     if shard is None:
         return
@@ -143,40 +144,40 @@ def check_shard(shard: tuple[int, int] | None) -> None:
         SHARDS.check(number, "--shard I/N")
     if shard[0] > shard[1]:
         raise UsageError(
-            "there is no shard {}/{}".format(*shard), hint="--shard 1/4 to --shard 4/4"
+            "there is no shard {}/{}".format(*shard),
+            hint="use an index from 1 to the number of shards, such as --shard 1/4",
         )
 
 
-# Images on a disk, and images that run at once: 4096 of ViT-B at 224 px take 39 GB of activations.
-IMAGES = Span(1, 100_000_000, "{} images")
-BATCH = Span(1, 4096, "a batch of {} images")
-MAX_BATCH = replace(BATCH, said="--max-batch {} is too small or too large")
-SHARDS = Span(1, 1_000_000, "shard {}")
-# Seeds of NumPy's and PyTorch's generators; 2 ** 32 is the least of their limits.
-SEED = Span(0, 2**32 - 1, "a seed of {}")
-# 0 leaves the choice to the library.  Threads that wait for each other in turn take minutes where
-# they are many times as many as cores: 64 on two cores.
-THREADS = Span(0, 512, "{} threads", per_core=8)
-WORKERS = Span(0, 256, "{} decoding processes")
-OPSET = Span(17, 23, "opset {} is not supported")
-DROP = Span(0, 100, "a largest drop of {} points", whole=False)
+# Images of a data set, and of a batch: 4096 of ViT-B at 224 px take 39 GB of activations.
+IMAGES = Span(1, 100_000_000)
+BATCH = Span(1, 4096)
+SHARDS = Span(1, 1_000_000)
+# NumPy's legacy generators take seeds below 2 ** 32, PyTorch's larger ones too.
+SEED = Span(0, 2**32 - 1)
+# 0 is the library's default.  A run takes minutes if threads far outnumber the cores, such as 64 on
+# two cores.
+THREADS = Span(0, 512, per_core=8)
+WORKERS = Span(0, 256)
+OPSET = Span(17, 23)
+DROP = Span(0, 100, whole=False)
 SEARCHED_DROP = replace(DROP, above=True)
-ACCURACY = Span(0, 100, "an accuracy of {} %", whole=False)
-STRENGTH = Span(0, 1, "a smoothing strength of {}", whole=False)
-# 0 dB is noise as strong as the signal; float32 itself ends at about 140 dB.
-SQNR_DB = Span(-100, 200, "a minimum SQNR of {} dB", whole=False)
-TOP = Span(1, 1_000_000, "the {} likeliest classes")
-# Of one day.
-SECONDS = Span(0, 86_400, "a measurement of {} seconds", whole=False, above=True)
-WARMUP = Span(0, 86_400, "a warm-up of {} seconds", whole=False)
-ROUNDS = Span(1, 100_000_000, "a measurement of {} rounds")
-# Of one year.
-BUDGET = Span(0, 527_040, "a budget of {} minutes", whole=False, above=True)
-# A petabyte.
-CACHE_GB = Span(0, 1_000_000, "a crop cache of {} GB", whole=False)
-# 16 TiB.
-MEMORY_MIB = Span(1, 1 << 24, "a memory pool of {} MiB")
-OPTIMIZATION = Span(0, 5, "an optimization level of {}")
-# A request that waits for a minute has no use; Triton's field is an uint64.
-QUEUE_DELAY = Span(0, 60_000_000, "a queue delay of {} microseconds")
-INSTANCES = Span(1, 1024, "{} instances")
+ACCURACY = Span(0, 100, whole=False)
+STRENGTH = Span(0, 1, whole=False)
+# At 0 dB noise equals the signal; float32 rounding gives about 140 dB.
+SQNR_DB = Span(-100, 200, whole=False)
+TOP = Span(1, 1_000_000)
+# Up to one day.
+SECONDS = Span(0, 86_400, whole=False, above=True)
+WARMUP = Span(0, 86_400, whole=False)
+ROUNDS = Span(1, 100_000_000)
+# In minutes, up to one year.
+BUDGET = Span(0, 527_040, whole=False, above=True)
+# Up to one petabyte.
+CACHE_GB = Span(0, 1_000_000, whole=False)
+# Up to 16 TiB.
+MEMORY_MIB = Span(1, 1 << 24)
+OPTIMIZATION = Span(0, 5)
+# In microseconds, up to one minute; Triton stores a uint64.
+QUEUE_DELAY = Span(0, 60_000_000)
+INSTANCES = Span(1, 1024)

@@ -1,10 +1,9 @@
-"""Values that come from a file, checked once where the file is read.
+"""Validates values that were read from files.
 
-A passport's values become paths, code, lines of files and sizes of arrays.  msgspec checks that a
-field has its type; whether a value of that type can be is checked here.  A type that is read from
-JSON has a method ``faults``, which yields a :class:`Fault` for each value that cannot be, and
-:func:`first_fault` asks every such type inside a value.  A writer of code still escapes what it
-writes, by the rules of its own language.
+The values of a passport become paths, code, lines of files and sizes of arrays.  msgspec checks the
+type of each field, this module the value: a type that is read from JSON has a method ``faults``,
+which yields a :class:`Fault` for each invalid value, and :func:`first_fault` calls it for every
+object inside a value.  Code generators still have to escape values for their language.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ __all__ = [
     "unless_lines",
 ]
 
-# Pixels of a crop's edge, images of a batch, logits of an image: each far above any real one, and
-# small enough that an array of that size, or a loop over it, does no harm.
+# Pixels of a crop's edge, images of a batch, logits of an image: far above real values, and small
+# enough for arrays and loops of that size.
 MOST_EDGE = 8192
 MOST_BATCH = 65_536
 MOST_CLASSES = 1_000_000
@@ -40,7 +39,7 @@ _MOST_TEXT = 4096
 _MOST_DEPTH = 16
 _SHOWN = 60
 
-# Also a file's name on every system: no separator, no leading dot or dash, no space.
+# Valid as a file name on every system: no separator, no leading dot or dash, no space.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _VERSION = re.compile(r"[0-9][0-9A-Za-z.+_-]{0,63}")
@@ -48,16 +47,16 @@ _VERSION = re.compile(r"[0-9][0-9A-Za-z.+_-]{0,63}")
 
 @dataclass(frozen=True)
 class Fault:
-    """A field, its value, and what the value should be."""
+    """An invalid value: the field, the value and what is expected."""
 
     field: str
     value: object
-    wanted: str
+    expected: str
 
     def __str__(self) -> str:
         shown = ascii(self.value)
         shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
-        return f"{self.field} is {shown}, not {self.wanted}"
+        return f"{self.field} is {shown}, not {self.expected}"
 
 
 @runtime_checkable
@@ -66,7 +65,7 @@ class _Checked(Protocol):
 
 
 def first_fault(value: object, field: str = "") -> Fault | None:
-    """The first value inside ``value``, at any depth, that cannot be; None if there is none."""
+    """Return the first invalid value inside ``value``, at any depth; None if there is none."""
     return next(_faults(value, field), None)
 
 
@@ -79,7 +78,7 @@ def _faults(value: object, field: str) -> Iterator[Fault]:
 
 
 def _inside(value: object) -> Iterator[tuple[str, object]]:
-    """The parts of ``value`` that may have faults of their own."""
+    """Yield the parts of ``value`` that may contain invalid values, with their names."""
     if is_dataclass(value):
         for each in fields(value):
             yield f".{each.name}", getattr(value, each.name)
@@ -94,39 +93,39 @@ def _inside(value: object) -> Iterator[tuple[str, object]]:
 
 
 def is_name(text: str) -> bool:
-    """Whether ``text`` may be part of a path, of a program and of a command line."""
+    """Return whether ``text`` is safe as part of a path, a program and a command line."""
     return _NAME.fullmatch(text) is not None
 
 
 def is_hash(text: str) -> bool:
-    """Whether ``text`` is a SHA-256 in hex."""
+    """Return whether ``text`` is a SHA-256 in hex."""
     return _HASH.fullmatch(text) is not None
 
 
 def is_version(text: str) -> bool:
-    """Whether ``text`` is a version such as ``10.13.3.9``."""
+    """Return whether ``text`` is a version such as ``10.13.3.9``."""
     return _VERSION.fullmatch(text) is not None
 
 
 def is_number(value: float, least: float, most: float) -> bool:
-    """Whether ``value`` is finite, and from ``least`` to ``most``."""
+    """Return whether ``value`` is finite, and from ``least`` to ``most``."""
     return math.isfinite(value) and least <= value <= most
 
 
-def unless(held: bool, field: str, value: object, wanted: str) -> Iterator[Fault]:
-    """A fault, unless the condition is ``held``."""
-    if not held:
-        yield Fault(field, value, wanted)
+def unless(valid: bool, field: str, value: object, expected: str) -> Iterator[Fault]:
+    """Yield a fault if the value is not ``valid``."""
+    if not valid:
+        yield Fault(field, value, expected)
 
 
 def unless_lines(field: str, value: object, depth: int = 0) -> Iterator[Fault]:
-    """A fault for each text inside ``value``, keys included, that is not one line of characters.
+    """Yield a fault for each string inside ``value``, including keys, that is not a single line.
 
-    ``value`` is what JSON can hold; a tuple or a list is a row of lines.
+    ``value`` is any JSON value.
     """
     if isinstance(value, str):
-        held = is_one_line(value) and len(value) <= _MOST_TEXT
-        yield from unless(held, field, value, "one line of printable text")
+        valid = is_one_line(value) and len(value) <= _MOST_TEXT
+        yield from unless(valid, field, value, "one line of printable text")
     elif depth > _MOST_DEPTH:
         yield Fault(field, "deeper", f"{_MOST_DEPTH} levels deep at most")
     elif isinstance(value, Mapping):

@@ -1,7 +1,7 @@
-"""What this machine has, what is wrong with it, and the command that mends each thing.
+"""Checks a machine for clipdeploy, and gives the command that fixes each problem.
 
-Facts (:func:`this_machine`) and judgement (:func:`diagnose`) are apart: a described
-:class:`Machine` is judged like the real one.
+:func:`this_machine` collects the facts and :func:`diagnose` judges them, so that a
+:class:`Machine` made by hand is judged like the real one.
 """
 
 from clipdeploy.doctor.findings import Diagnosis, Finding, Level, diagnose

@@ -1,4 +1,4 @@
-"""Facts -> findings: what is good, what is not, and the command that mends it."""
+"""Turns the facts of a machine into findings, each problem with the command that fixes it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from clipdeploy.doctor.verdicts import Finding, Level, error, good, note, warnin
 __all__ = ["Diagnosis", "Finding", "Level", "diagnose"]
 
 _OLDEST_PYTHON = (3, 11)
-# These have a rule of their own, which knows what may stand in for them.
-_JUDGED_APART = {"torch", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx"}
-# ViT-B: 0.35 GB of checkpoint and FP32 graph each, 0.27 GB of FP16 and INT8 graphs, 0.63 GB of
-# engines.
-_ROOM, _LEAST_ROOM = 2.0e9, 0.4e9
-# NVIDIA, "CUDA Compatibility": Turing is the oldest that TensorRT 10 and CUDA 13 know.
+# Separate rules check these, because another package can replace them.
+_CHECKED_SEPARATELY = {"torch", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx"}
+# ViT-B needs 0.35 GB each for checkpoint and FP32 graph, 0.27 GB for the FP16 and INT8 graphs and
+# 0.63 GB for engines.
+_ENOUGH_SPACE, _MINIMUM_SPACE = 2.0e9, 0.4e9
+# Turing is the oldest GPU that TensorRT 10 and CUDA 13 support (NVIDIA, "CUDA Compatibility").
 _OLDEST_GPU = (7, 5)
 
 
 @dataclass(frozen=True)
 class Diagnosis(Shown):
-    """Every finding, and the facts behind them; true where export, build and verify can run."""
+    """All findings and the facts behind them; true if export, build and verify can run."""
 
     can_run: bool
     findings: tuple[Finding, ...]
@@ -44,7 +44,7 @@ class Diagnosis(Shown):
 
     def __rich__(self) -> Renderable:
         table = Table(box=None, pad_edge=False)
-        for title in ("", "what", "found", "mend"):
+        for title in ("", "checked", "found", "fix"):
             table.add_column(title)
         for each in self.findings:
             table.add_row(*map(Text, (each.level, each.subject, each.text, each.mend)))
@@ -52,7 +52,7 @@ class Diagnosis(Shown):
 
 
 def diagnose(machine: Machine) -> Diagnosis:
-    """Judge a machine, real or described."""
+    """Judge a machine, real or made by hand."""
     rules = (_python, _packages, judge_torch, judge_onnxruntime, judge_tensorrt, _gpus, _folders)
     findings = tuple(finding for rule in rules for finding in rule(machine))
     can_run = all(finding.level != "error" for finding in findings)
@@ -62,33 +62,32 @@ def diagnose(machine: Machine) -> Diagnosis:
 def _python(machine: Machine) -> Iterator[Finding]:
     version = ".".join(map(str, machine.python))
     if machine.python < _OLDEST_PYTHON:
-        wanted = ".".join(map(str, _OLDEST_PYTHON))
+        oldest = ".".join(map(str, _OLDEST_PYTHON))
         yield error(
             "Python",
-            f"{version} is older than {wanted}",
-            f"python{wanted} -m venv .venv && .venv/bin/pip install .",
+            f"{version} is older than {oldest}",
+            f"python{oldest} -m venv .venv && .venv/bin/pip install .",
         )
     else:
         yield good("Python", f"{version}, {machine.platform}")
 
 
 def _packages(machine: Machine) -> Iterator[Finding]:
-    fitting = 0
+    matching = 0
     for text in machine.requirements:
-        asked = Requirement(text)
+        required = Requirement(text)
         mend = f'pip install "{text}"'
-        version = machine.packages.get(canonicalize_name(asked.name))
+        version = machine.packages.get(canonicalize_name(required.name))
         if version is None:
-            if asked.name not in _JUDGED_APART:
-                yield error("packages", f"{asked.name} is not installed", mend)
-        elif not asked.specifier.contains(version, prereleases=True):
-            yield error(
-                "packages", f"{asked.name} {version} is not {text}", f'pip install "{text}"'
-            )
+            if required.name not in _CHECKED_SEPARATELY:
+                yield error("packages", f"{required.name} is not installed", mend)
+        elif not required.specifier.contains(version, prereleases=True):
+            yield error("packages", f"{required.name} {version} does not match {text}", mend)
         else:
-            fitting += 1
-    if fitting:
-        yield good("packages", f"{fitting} of {len(machine.requirements)} fit clipdeploy")
+            matching += 1
+    if matching:
+        total = len(machine.requirements)
+        yield good("packages", f"{matching} of {total} requirements are met")
 
 
 def _gpus(machine: Machine) -> Iterator[Finding]:
@@ -99,7 +98,7 @@ def _gpus(machine: Machine) -> Iterator[Finding]:
         if gpu.compute_capability < _OLDEST_GPU:
             yield error(
                 "GPU",
-                f"{gpu.name} ({gpu.sm}) is older than SM 7.5, and no TensorRT of today runs on it",
+                f"{gpu.name} ({gpu.sm}) is older than SM 7.5, which current TensorRT needs",
                 "CUDA_VISIBLE_DEVICES=N clipdeploy ...  (N: a newer GPU; nvidia-smi -L lists them)",
             )
         else:
@@ -113,11 +112,11 @@ def _gpus(machine: Machine) -> Iterator[Finding]:
             "unset CUDA_VISIBLE_DEVICES",
         )
     elif nvidia:
-        yield warning("GPU", "there is a driver, and CUDA shows no GPU", "nvidia-smi -L")
+        yield warning("GPU", "there is a driver, but CUDA finds no GPU", "nvidia-smi -L")
     else:
         yield note(
             "GPU",
-            "none: graphs are judged and engines built here, but engines do not run",
+            "none: graphs can be judged and engines built, but engines cannot run here",
             "clipdeploy verify --data IMAGENET_VAL  (on the machine that will serve)",
         )
 
@@ -132,11 +131,11 @@ def _folders(machine: Machine) -> Iterator[Finding]:
         )
         if folder.problem:
             yield error(folder.role, f"{folder.path} cannot be written: {folder.problem}", mend)
-        elif folder.free_bytes < _LEAST_ROOM:
-            yield error(folder.role, f"{where}: not even an FP32 graph of 0.35 GB fits", mend)
-        elif folder.free_bytes < _ROOM:
+        elif folder.free_bytes < _MINIMUM_SPACE:
+            yield error(folder.role, f"{where}: too little for an FP32 graph (0.35 GB)", mend)
+        elif folder.free_bytes < _ENOUGH_SPACE:
             yield warning(
-                folder.role, f"{where}: a ViT-B in three precisions takes up to 2 GB", mend
+                folder.role, f"{where}: a ViT-B in three precisions needs up to 2 GB", mend
             )
         else:
             yield good(folder.role, where)

@@ -1,4 +1,4 @@
-"""PyTorch, ONNX Runtime and both TensorRTs: do they work, together, on this GPU and driver?"""
+"""Checks that PyTorch, ONNX Runtime and TensorRT work together with this GPU and driver."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["judge_onnxruntime", "judge_tensorrt", "judge_torch"]
 
 _OLDEST_TENSORRT = Version("10.12")
 _NEW_TENSORRT = f'pip install "tensorrt>={_OLDEST_TENSORRT}"'
-# NVIDIA, "CUDA Compatibility", minor version compatibility: the first driver of each major CUDA.
+# The first driver of each CUDA major (NVIDIA, "CUDA Compatibility", minor version compatibility).
 _DRIVER_OF_CUDA = {11: 450, 12: 525, 13: 580}
 _ONE_ONNXRUNTIME = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
 
@@ -24,20 +24,20 @@ def _major(version: str) -> int:
 
 
 def _too_new(cuda: str | None, machine: Machine) -> str:
-    """Why this driver cannot run a library built for ``cuda``; empty where it can.
+    """Why this driver cannot run a library built for ``cuda``; empty if it can.
 
-    Within a major version every driver runs every CUDA.
+    A driver runs every CUDA version of the same major version.
     """
     nvidia = machine.driver
     if cuda is None or nvidia is None or _major(cuda) <= _major(nvidia.cuda):
         return ""
-    needs = _DRIVER_OF_CUDA.get(_major(cuda))
-    asks = f", which needs driver {needs} or newer" if needs else ""
-    return f"is built for CUDA {cuda}{asks}; driver {nvidia.version} stops at CUDA {nvidia.cuda}"
+    driver = _DRIVER_OF_CUDA.get(_major(cuda))
+    needs = f", which needs driver {driver} or newer" if driver else ""
+    return f"is built for CUDA {cuda}{needs}; driver {nvidia.version} supports CUDA {nvidia.cuda}"
 
 
 def judge_torch(machine: Machine) -> Iterator[Finding]:
-    """PyTorch exports, is the reference, and holds the memory that engines work in."""
+    """Check PyTorch, which exports, computes the reference and allocates memory for engines."""
     torch, again = machine.torch, "pip install --force-reinstall torch"
     if torch is None:
         yield error("PyTorch", "not installed", "pip install torch")
@@ -47,7 +47,7 @@ def judge_torch(machine: Machine) -> Iterator[Finding]:
         yield good("PyTorch", f"{torch.version}, {_built_for(torch.cuda)}")
     elif torch.cuda is None:
         name = machine.gpus[0].name
-        yield error("PyTorch", f"{torch.version} is a CPU build: {name} lies idle", again)
+        yield error("PyTorch", f"{torch.version} is a CPU build and does not use {name}", again)
     elif reason := _too_new(torch.cuda, machine):
         yield error("PyTorch", f"{torch.version} {reason}", _older_build("torch", machine))
     elif not torch.sees_gpu:
@@ -71,7 +71,7 @@ def _built_for(cuda: str | None) -> str:
 
 
 def judge_onnxruntime(machine: Machine) -> Iterator[Finding]:
-    """ONNX Runtime calibrates, and runs the graphs that are judged."""
+    """Check ONNX Runtime, which calibrates and runs graphs."""
     both = {"onnxruntime", "onnxruntime-gpu"} <= machine.packages.keys()
     if both:
         versions = ", ".join(
@@ -79,7 +79,7 @@ def judge_onnxruntime(machine: Machine) -> Iterator[Finding]:
         )
         yield warning(
             "ONNX Runtime",
-            f"{versions} lie in one folder: which of them runs is chance",
+            f"{versions} overwrite each other, so either may run",
             _ONE_ONNXRUNTIME,
         )
     runtime = machine.onnxruntime
@@ -102,16 +102,16 @@ def _cuda_provider(machine: Machine) -> Iterator[Finding]:
         return
     slow = "graphs run on the CPU"
     if "CUDAExecutionProvider" not in runtime.providers:
-        yield warning("ONNX Runtime", f"it has no CUDA provider: {slow}", _ONE_ONNXRUNTIME)
+        yield warning("ONNX Runtime", f"has no CUDA provider: {slow}", _ONE_ONNXRUNTIME)
     elif reason := _too_new(runtime.cuda, machine):
         mend = _older_build("onnxruntime-gpu", machine)
-        yield warning("ONNX Runtime", f"it {reason}: {slow}", mend)
+        yield warning("ONNX Runtime", f"{reason}: {slow}", mend)
     elif torch and torch.cuda and runtime.cuda and _major(torch.cuda) != _major(runtime.cuda):
-        # Its wheel brings no CUDA: it takes the libraries that PyTorch's wheels brought.
+        # Its wheel contains no CUDA libraries: it loads those that PyTorch's wheels installed.
         yield warning(
             "ONNX Runtime",
-            f"it is built for CUDA {runtime.cuda} and PyTorch brings {torch.cuda}: {slow}",
-            f'pip install "onnxruntime-gpu[cuda,cudnn]"  (brings CUDA {_major(runtime.cuda)} too)',
+            f"is built for CUDA {runtime.cuda}, but PyTorch installs {torch.cuda}: {slow}",
+            f'pip install "onnxruntime-gpu[cuda,cudnn]"  (adds CUDA {_major(runtime.cuda)})',
         )
 
 
@@ -122,14 +122,14 @@ def _tensorrt_provider(machine: Machine) -> Iterator[Finding]:
     if runtime.tensorrt != _major(tensorrt.version):
         yield warning(
             "ONNX Runtime",
-            f"its TensorRT provider links TensorRT {runtime.tensorrt}, here is {tensorrt.version}: "
-            "it will not load (clipdeploy does without it)",
+            f"its TensorRT provider links TensorRT {runtime.tensorrt}, installed is "
+            f"{tensorrt.version}: it cannot load (clipdeploy does not need it)",
             f'pip install "tensorrt=={runtime.tensorrt}.*"',
         )
 
 
 def judge_tensorrt(machine: Machine) -> Iterator[Finding]:
-    """One of the two has to build an engine, and to run it where there is a GPU."""
+    """Check that TensorRT or TensorRT-RTX can build an engine, and run it if there is a GPU."""
     found = []
     if machine.tensorrt is not None:
         found.append(_judge_tensorrt(machine, machine.tensorrt))
@@ -140,7 +140,7 @@ def judge_tensorrt(machine: Machine) -> Iterator[Finding]:
     if not any(finding.level == "good" for finding in found):
         yield error(
             "TensorRT",
-            "nothing here can build an engine for this machine",
+            "no installed TensorRT can build an engine for this machine",
             _NEW_TENSORRT if machine.gpus else "pip install tensorrt-rtx",
         )
 
@@ -166,15 +166,15 @@ def _judge_tensorrt_rtx(machine: Machine, library: Library, *, alone: bool) -> F
     if wrong := _unusable(machine, library, subject, "tensorrt-rtx"):
         return wrong
     targets = ", ".join(library.capabilities)
-    missed = _untargeted(machine, library)
-    if missed and alone:
-        text = f"{library.version} builds for SM {targets}, not for {missed}"
+    unsupported = _unsupported_gpu(machine, library)
+    if unsupported and alone:
+        text = f"{library.version} builds for SM {targets}, not for {unsupported}"
         return warning(subject, text, _NEW_TENSORRT)
     return good(subject, f"{library.version}, for SM {targets}")
 
 
 def _unusable(machine: Machine, library: Library, subject: str, package: str) -> Finding | None:
-    """What either flavour can suffer from."""
+    """Report a backend that cannot be imported, or whose CUDA is too new for the driver."""
     if library.problem:
         mend = f"pip install --force-reinstall {package}"
         return warning(subject, f"cannot be imported: {library.problem}", mend)
@@ -188,15 +188,15 @@ def _unusable(machine: Machine, library: Library, subject: str, package: str) ->
 
 
 def _wheel_cuda(machine: Machine, backend: str) -> str | None:
-    """The CUDA of the wheels behind ``backend``: 13 of ``tensorrt-cu13``."""
+    """The CUDA major version in the name of the backend's wheels: 13 for ``tensorrt-cu13``."""
     for name in machine.packages:
         if match := re.fullmatch(rf"{backend}-cu(\d+)", name):
             return match[1]
     return None
 
 
-def _untargeted(machine: Machine, library: Library) -> str:
-    """The first GPU that TensorRT-RTX does not build for; empty where it builds for all."""
+def _unsupported_gpu(machine: Machine, library: Library) -> str:
+    """The first GPU that TensorRT-RTX does not support; empty if it supports all."""
     for gpu in machine.gpus:
         if library.capabilities and gpu.capability not in library.capabilities:
             return f"{gpu.name} ({gpu.sm})"

@@ -1,4 +1,4 @@
-"""The facts of a machine, as clipdeploy needs them."""
+"""Collects the facts about a machine: libraries, GPUs, driver, disk space."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Folder", "Library", "Machine", "this_machine"]
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder that clipdeploy writes; ``problem`` says why it cannot, empty where it can."""
+    """A folder that clipdeploy writes to; ``problem`` is the reason why it cannot, or empty."""
 
     role: str
     path: Path
@@ -34,11 +34,11 @@ class Folder:
 
 @dataclass(frozen=True)
 class Machine:
-    """Everything that :func:`clipdeploy.doctor.diagnose` judges.
+    """The facts that :func:`clipdeploy.doctor.diagnose` judges.
 
-    ``packages`` are the installed distributions and their versions; ``requirements`` those that
-    clipdeploy asks for on this platform, such as ``numpy>=1.26``.  The four libraries are None
-    where they are not installed.  ``visible`` is CUDA_VISIBLE_DEVICES, None where it is not set.
+    ``packages`` maps the installed distributions to their versions; ``requirements`` are those of
+    clipdeploy on this platform, such as ``numpy>=1.26``.  Each of the four libraries is None if it
+    is not installed.  ``visible`` is CUDA_VISIBLE_DEVICES, None if it is not set.
     """
 
     python: tuple[int, int, int]
@@ -56,9 +56,9 @@ class Machine:
 
 
 def this_machine(workspace: Path) -> Machine:
-    """Look at the machine that this process runs on; ``workspace`` is where artifacts would lie.
+    """Collect the facts about this machine; ``workspace`` is the folder for artifacts.
 
-    Each library is imported in a process of its own: one that crashes is a finding, too.
+    Each library is imported in a separate process, so that a crash becomes a finding.
     """
     with ThreadPoolExecutor(len(PROBES)) as pool:
         libraries = dict(zip(PROBES, pool.map(probe, PROBES), strict=True))
@@ -82,7 +82,7 @@ def _packages() -> dict[str, str]:
     found: dict[str, str] = {}
     for distribution in metadata.distributions():
         name = distribution.metadata["Name"]
-        if name:  # a half-removed package has a folder and no name
+        if name:  # a partly removed package has a folder and no name
             found.setdefault(str(canonicalize_name(name)), distribution.version)
     return dict(sorted(found.items()))
 
@@ -90,23 +90,25 @@ def _packages() -> dict[str, str]:
 def _requirements() -> tuple[str, ...]:
     try:
         texts = metadata.requires("clipdeploy") or []
-    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+    except metadata.PackageNotFoundError:  # run from a source tree that is not installed
         return ()
-    asked = map(Requirement, texts)
-    here = [item for item in asked if not item.marker or item.marker.evaluate({"extra": ""})]
-    return tuple(f"{item.name}{item.specifier}" for item in here)
+    required = map(Requirement, texts)
+    applicable = [
+        item for item in required if not item.marker or item.marker.evaluate({"extra": ""})
+    ]
+    return tuple(f"{item.name}{item.specifier}" for item in applicable)
 
 
 def _folder(role: str, path: Path) -> Folder:
-    """A folder as it is, or as it could be made: the nearest one above it that exists."""
-    there = path.absolute()
-    while not there.exists():
-        there = there.parent
-    problem = "" if there.is_dir() else f"{there} is a file"
+    """Check a folder, or its nearest existing parent if it does not exist yet."""
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    problem = "" if existing.is_dir() else f"{existing} is a file"
     if not problem:
         try:
-            with tempfile.TemporaryFile(dir=there):
+            with tempfile.TemporaryFile(dir=existing):
                 pass
         except OSError as error:
             problem = error.strerror or str(error)
-    return Folder(role, path, shutil.disk_usage(there).free, problem)
+    return Folder(role, path, shutil.disk_usage(existing).free, problem)

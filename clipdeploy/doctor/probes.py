@@ -1,4 +1,4 @@
-"""What a library says of itself, asked in a process of its own."""
+"""Asks a library for its version and capabilities, in a separate process."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ __all__ = ["PROBES", "Library", "probe"]
 
 @dataclass(frozen=True)
 class Library:
-    """A library that is installed.
+    """An installed library.
 
-    ``problem`` says why it cannot be imported, and then nothing else is known.  ``cuda`` is the
-    CUDA that it was built for (``13.0``), None for a build without; ``sees_gpu`` is PyTorch's,
-    ``providers`` and ``tensorrt`` (the major version that its TensorRT provider links) ONNX
-    Runtime's, ``capabilities`` what TensorRT-RTX builds for, such as ``8.9``.
+    ``problem`` is the reason why it cannot be imported; the other fields are then unset.  ``cuda``
+    is the CUDA version that it was built for (``13.0``), None for a build without CUDA.
+    ``sees_gpu`` is set for PyTorch, ``providers`` and ``tensorrt`` (the major version that its
+    TensorRT provider links) for ONNX Runtime, and ``capabilities``, such as ``8.9``, for
+    TensorRT-RTX.
     """
 
     version: str = ""
@@ -36,8 +37,8 @@ _TORCH = """
 import torch as module
 facts = {"cuda": module.version.cuda, "sees_gpu": module.cuda.is_available()}
 """
-# A provider is a library that loads only when a session asks for it: the names that it links are
-# read out of its bytes.
+# A provider is a library that is only loaded for a session, so the libraries that it links are read
+# from its bytes.
 _ONNXRUNTIME = r"""
 import mmap, pathlib, re
 import onnxruntime as module
@@ -74,7 +75,7 @@ _SECONDS = 120
 
 
 def probe(name: str) -> Library | None:
-    """Import one of :data:`PROBES`, and ask it; None where it is not installed."""
+    """Import one of :data:`PROBES` and describe it; None if it is not installed."""
     spec = importlib.util.find_spec(name)
     # TensorRT's type stubs are a folder without a module.
     if spec is None or spec.origin is None:
@@ -83,14 +84,14 @@ def probe(name: str) -> Library | None:
 
 
 def ask(code: str) -> Library:
-    """Run a probe; what keeps it from answering is the library's ``problem``."""
+    """Run a probe; an error in it becomes the library's ``problem``."""
     command = [sys.executable, "-c", code + _PRINT]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
     except subprocess.TimeoutExpired:
-        return Library(problem=f"the import did not end within {_SECONDS} s")
+        return Library(problem=f"the import did not finish within {_SECONDS} s")
     if done.returncode < 0:
-        return Library(problem=f"the import died of {signal.Signals(-done.returncode).name}")
+        return Library(problem=f"the import crashed with {signal.Signals(-done.returncode).name}")
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         return Library(problem=lines[-1] if lines else f"exit code {done.returncode}")

@@ -1,4 +1,4 @@
-"""One finding, and short ways to make one."""
+"""Defines findings, with a constructor for each level."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Level = Literal["good", "note", "warning", "error"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     ``error``: export, build or verify cannot run; ``warning``: something is slower or missing;
-    ``note``: good to know.  ``mend`` is the command to type, empty where nothing has to be done.
+    ``note``: information.  ``mend`` is the command that fixes it, empty if nothing is wrong.
     """
 
     level: Level
@@ -25,20 +25,20 @@ class Finding:
 
 
 def good(subject: str, text: str) -> Finding:
-    """Nothing to do."""
+    """Make a finding for something that works."""
     return Finding("good", subject, text)
 
 
 def note(subject: str, text: str, mend: str) -> Finding:
-    """Good to know."""
+    """Make a finding that informs."""
     return Finding("note", subject, text, mend)
 
 
 def warning(subject: str, text: str, mend: str) -> Finding:
-    """Something is slower, or missing."""
+    """Make a finding for something that is slower or missing."""
     return Finding("warning", subject, text, mend)
 
 
 def error(subject: str, text: str, mend: str) -> Finding:
-    """Export, build or verify cannot run."""
+    """Make a finding for a problem that stops export, build or verify."""
     return Finding("error", subject, text, mend)

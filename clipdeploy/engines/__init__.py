@@ -1,1 +1,1 @@
-"""Graph -> engine: which TensorRT, its options, the compile, the passport, what became of it."""
+"""Compiles graphs to TensorRT engines, describes them in passports and inspects them."""

@@ -1,6 +1,6 @@
-"""The two flavours of TensorRT: which one to use, and what each of them can do.
+"""Chooses the TensorRT backend, reports what it can do and captures its messages.
 
-Capabilities are probed on the module itself, never concluded from a version number.
+Capabilities are probed on the imported module, never derived from a version number.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from clipdeploy.core.passport import ScaleForm
 __all__ = [
     "Backend",
     "BackendChoice",
-    "Heard",
-    "Wanted",
+    "BackendOption",
+    "CapturedLog",
+    "capture_log",
     "choose_backend",
     "compute_capabilities",
     "default_capabilities",
-    "hears",
     "is_installed",
     "scale_form",
     "targets_capabilities",
@@ -34,26 +34,31 @@ __all__ = [
 ]
 
 Backend = Literal["tensorrt", "tensorrt-rtx"]
-Wanted = Literal["auto", "tensorrt", "tensorrt-rtx"]
+BackendOption = Literal["auto", "tensorrt", "tensorrt-rtx"]
 _MODULES: dict[Backend, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _LOGGER = "Polygraphy"
-# The level of TensorRT's verbose messages once Polygraphy has handed them on.
+# The logging level that Polygraphy gives to TensorRT's VERBOSE messages.
 _VERBOSE = 6
-# ILogger.Severity, below a warning.
-_SMALL_TALK = {"INFO", "VERBOSE"}
+# Members of ILogger.Severity below WARNING.
+_BELOW_WARNING = {"INFO", "VERBOSE"}
 
 
 @dataclass(frozen=True)
-class Heard:
-    """The messages of a build or a load, in order; ``errors`` are also in ``log``."""
+class CapturedLog:
+    """The messages of a build or a load, in order; ``messages`` includes the ``errors``."""
 
-    log: list[str]
+    messages: list[str]
     errors: list[str]
+
+    def reason(self, error: Exception | None = None) -> str:
+        """The first line of the first error, or else of ``error``."""
+        lines = (self.errors[0] if self.errors else str(error or "")).strip().splitlines()
+        return lines[0] if lines else "no reason given"
 
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """A flavour, and in a few words why it was taken."""
+    """A TensorRT backend and the reason why it was chosen, in a few words."""
 
     backend: Backend
     reason: str
@@ -69,27 +74,27 @@ def scale_form(backend: Backend) -> ScaleForm:
 
 
 def is_installed(backend: Backend) -> bool:
-    """Whether the flavour can be imported; type stubs alone cannot."""
+    """Whether the backend can be imported; type stubs alone do not count."""
     spec = importlib.util.find_spec(_MODULES[backend])
     return spec is not None and spec.origin is not None
 
 
-def choose_backend(wanted: Wanted) -> BackendChoice:
-    """The TensorRT flavour to build with.
+def choose_backend(requested: BackendOption) -> BackendChoice:
+    """Choose the TensorRT backend to build with.
 
-    ``auto`` takes TensorRT where it is installed and a GPU is there to build on, else
-    TensorRT-RTX, which builds without one.
+    ``auto`` chooses TensorRT if it is installed and the machine has a GPU, and otherwise
+    TensorRT-RTX, which builds without a GPU.
 
     Raises:
-        BuildError: that flavour, or any, is not installed, or needs a GPU that is not there.
+        BuildError: the backend is not installed, or it needs a GPU and there is none.
     """
-    if wanted != "auto":
-        _check_usable(wanted)
-        return BackendChoice(wanted, "asked for")
+    if requested != "auto":
+        _check_usable(requested)
+        return BackendChoice(requested, "requested")
     if not is_installed("tensorrt"):
         choice = BackendChoice("tensorrt-rtx", "tensorrt is not installed")
     elif not gpus():
-        choice = BackendChoice("tensorrt-rtx", "no GPU here, and it builds without one")
+        choice = BackendChoice("tensorrt-rtx", "no GPU found, and it builds without one")
     else:
         choice = BackendChoice("tensorrt", f"for {gpus()[0].name}")
     _check_usable(choice.backend)
@@ -109,14 +114,14 @@ def _check_usable(backend: Backend) -> None:
 
 
 def tensorrt_module(backend: Backend) -> ModuleType:
-    """Point Polygraphy at ``backend`` and import the module behind it.
+    """Configure Polygraphy for ``backend`` and import the backend's module.
 
-    Polygraphy decides between TensorRT and TensorRT-RTX when its TensorRT modules are imported,
-    so one process can use one flavour.  Its messages, TensorRT's among them, go to Python's
+    Polygraphy chooses between TensorRT and TensorRT-RTX when its TensorRT modules are imported, so
+    a process can use only one of them.  The messages of Polygraphy and TensorRT go to Python's
     ``Polygraphy`` logger instead of stdout.
 
     Raises:
-        BuildError: this process already uses the other flavour.
+        BuildError: this process already uses the other backend.
     """
     import polygraphy.config
     from polygraphy.logger import G_LOGGER
@@ -125,13 +130,13 @@ def tensorrt_module(backend: Backend) -> ModuleType:
     imported = "polygraphy.backend.trt" in sys.modules
     if imported and rtx != polygraphy.config.USE_TENSORRT_RTX:
         raise BuildError(
-            f"this process already uses another TensorRT than {backend}",
-            hint="start a new one",
+            f"{backend} cannot be loaded: this process already uses the other TensorRT backend",
+            hint="start a new process",
         )
     polygraphy.config.USE_TENSORRT_RTX = rtx
     logger = logging.getLogger(_LOGGER)
     if not logger.handlers:
-        # With no handler at all Python would print warnings.
+        # Without any handler Python would print warnings.
         logger.addHandler(logging.NullHandler())
     G_LOGGER.use_python_logging_system = True
     G_LOGGER.colors = G_LOGGER.letter = False
@@ -140,56 +145,56 @@ def tensorrt_module(backend: Backend) -> ModuleType:
 
 
 def targets_capabilities(trt: ModuleType) -> bool:
-    """Whether an engine is built for compute capabilities rather than for the GPU at hand."""
+    """Whether the backend builds for a list of compute capabilities, not for the local GPU."""
     return hasattr(trt, "ComputeCapability")
 
 
 def compute_capabilities(trt: ModuleType) -> tuple[str, ...]:
-    """What :func:`targets_capabilities` can target, such as ("7.5", "8.0", "12.0")."""
+    """The compute capabilities that the backend can target, such as ("7.5", "8.0", "12.0")."""
     members = trt.ComputeCapability.__members__
     digits = sorted(int(name[2:]) for name in members if name.startswith("SM"))
     return tuple(f"{number // 10}.{number % 10}" for number in digits)
 
 
 def default_capabilities(trt: ModuleType) -> tuple[str, ...]:
-    """What an engine is built for if nobody says: Ampere and newer.
+    """The default targets: Ampere and newer.
 
-    Turing (7.5) costs a larger plan and has to be asked for (NVIDIA, "CPU-Only AOT and
+    Turing (7.5) makes the plan larger and has to be requested (NVIDIA, "CPU-Only AOT and
     TensorRT-RTX Engines").
     """
     return tuple(name for name in compute_capabilities(trt) if float(name) >= 8.0)
 
 
-class _Ear(logging.Handler):
-    def __init__(self, heard: Heard) -> None:
+class _CaptureHandler(logging.Handler):
+    def __init__(self, captured: CapturedLog) -> None:
         super().__init__(_VERBOSE)
-        self._heard = heard
+        self._captured = captured
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
-        self._heard.log.append(message)
+        self._captured.messages.append(message)
         if record.levelno >= logging.ERROR:
-            self._heard.errors.append(message)
+            self._captured.errors.append(message)
 
 
 @contextmanager
-def _short_way(heard: Heard) -> Iterator[None]:
-    """Collect TensorRT's small talk where it arrives.
+def _direct_capture(captured: CapturedLog) -> Iterator[None]:
+    """Capture INFO and VERBOSE messages directly in TensorRT's logger.
 
-    A build of ViT-B says some 10,000 lines.  By way of Polygraphy's and Python's loggers they cost
-    a tenth of its CPU time; warnings and errors still go that way.
+    A build of ViT-B logs about 10,000 lines.  Through the loggers of Polygraphy and Python they
+    would take a tenth of its CPU time; warnings and errors still go through those loggers.
     """
     from polygraphy.backend.trt import get_trt_logger
 
-    # TensorRT keeps one logger a process, so a second one could not replace Polygraphy's.
+    # TensorRT has one logger per process, so a second one could not replace Polygraphy's.
     logger = get_trt_logger()
-    long_way = logger.log
+    forward = logger.log
 
     def log(severity: Any, message: str) -> None:
-        if severity.name in _SMALL_TALK:
-            heard.log.append(message)
+        if severity.name in _BELOW_WARNING:
+            captured.messages.append(message)
         else:
-            long_way(severity, message)
+            forward(severity, message)
 
     logger.log = log
     try:
@@ -199,18 +204,18 @@ def _short_way(heard: Heard) -> Iterator[None]:
 
 
 @contextmanager
-def hears() -> Iterator[Heard]:
-    """Collect what TensorRT and Polygraphy say while the block runs, each layer of a build."""
+def capture_log() -> Iterator[CapturedLog]:
+    """Capture the messages of TensorRT and Polygraphy, down to VERBOSE, while the block runs."""
     from polygraphy.logger import G_LOGGER
 
-    heard = Heard([], [])
-    ear, logger = _Ear(heard), logging.getLogger(_LOGGER)
+    captured = CapturedLog([], [])
+    handler, logger = _CaptureHandler(captured), logging.getLogger(_LOGGER)
     level = logger.level
-    logger.addHandler(ear)
+    logger.addHandler(handler)
     logger.setLevel(_VERBOSE)
     try:
-        with _short_way(heard), G_LOGGER.verbosity(G_LOGGER.EXTRA_VERBOSE):
-            yield heard
+        with _direct_capture(captured), G_LOGGER.verbosity(G_LOGGER.EXTRA_VERBOSE):
+            yield captured
     finally:
         logger.setLevel(level)
-        logger.removeHandler(ear)
+        logger.removeHandler(handler)

@@ -1,4 +1,4 @@
-"""How an engine is to be built, and whether a backend can do that."""
+"""Build options of an engine, and the check that a backend supports them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from typing import Literal
 from clipdeploy.core.device import gpus
 from clipdeploy.core.errors import BuildError, UsageError
 from clipdeploy.core.spans import BATCH, MEMORY_MIB, OPTIMIZATION, check_numbers, shown
-from clipdeploy.engines.backends import Backend, Wanted, compute_capabilities, targets_capabilities
+from clipdeploy.engines.backends import (
+    Backend,
+    BackendOption,
+    compute_capabilities,
+    targets_capabilities,
+)
 from clipdeploy.engines.passport import BatchProfile
 
 __all__ = ["BuildConfig", "Hardware", "check_options"]
@@ -20,20 +25,20 @@ Hardware = Literal["none", "ampere-plus", "same-capability"]
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """Everything that decides what the compiler makes of a graph.
+    """Options that determine the engine that a graph is compiled to.
 
-    ``profiles`` are the (smallest, optimal, largest) batches that the engine takes; a graph that
-    was exported for one batch size has that one, whatever they say.  ``memory_pool_mib`` limits
-    the scratch memory of a layer, in units of 2 ** 20 bytes.  ``compute_capability`` names the
-    targets of TensorRT-RTX, such as ("8.9",); Ampere and newer if empty.  ``hardware_compatible``
-    and ``version_compatible`` loosen what a TensorRT engine is bound to; ``strip_weights`` leaves
-    the weights out of the plan, to be refitted from the graph when it is loaded.
+    ``profiles`` are (smallest, optimal, largest) batch sizes; a graph of one fixed batch size
+    ignores them and has one profile of that size.  ``memory_pool_mib`` limits the scratch memory
+    of a layer, in MiB.  ``compute_capability`` lists the targets of TensorRT-RTX, such as
+    ("8.9",); empty means Ampere and newer.  ``hardware_compatible`` and ``version_compatible`` let
+    a TensorRT engine run on other GPUs and on newer TensorRT versions.  ``strip_weights`` leaves
+    the weights out of the plan; they are refitted from the graph when the engine is loaded.
 
     Raises:
-        UsageError: a profile out of order, or a number or capability that cannot be.
+        UsageError: a profile is out of order, or a number or a compute capability is invalid.
     """
 
-    backend: Wanted = "auto"
+    backend: BackendOption = "auto"
     profiles: tuple[BatchProfile, ...] = ((1, 8, 32),)
     memory_pool_mib: int | None = None
     optimization_level: int | None = None
@@ -55,18 +60,18 @@ class BuildConfig:
         for capability in self.compute_capability:
             if not re.fullmatch(r"\d+\.\d", capability):
                 raise UsageError(
-                    f"{capability!r} is no compute capability", hint="write it like 8.9"
+                    f"{capability!r} is not a compute capability", hint="write it like 8.9"
                 )
 
 
 def _check_profile(profile: BatchProfile) -> None:
-    """Refuse all but smallest <= optimal <= largest batch, each one that can be.
+    """Check that 1 <= smallest <= optimal <= largest batch, each within the limits.
 
     Raises:
-        UsageError: the profile is another.
+        UsageError: the profile is out of order, or a batch is out of range.
     """
     for batch in profile:
-        # What is below 1 is out of order as well, which says more.
+        # A batch below 1 is reported as out of order, which is the clearer message.
         BATCH.check(max(1, batch) if isinstance(batch, int) else batch, "a batch of a profile")
     if len(profile) != 3 or [1, *profile] != sorted([1, *profile]):
         listed = ", ".join(map(shown, profile))
@@ -77,24 +82,24 @@ def _check_profile(profile: BatchProfile) -> None:
 
 
 def check_options(backend: Backend, trt: ModuleType, config: BuildConfig) -> None:
-    """Refuse, before anything is built, what ``backend`` has no word for.
+    """Check that ``backend`` supports every option, before anything is built.
 
     Raises:
-        BuildError: it names the option, and the nearest thing that would work.
+        BuildError: an option is not supported; the hint names an alternative.
     """
     if targets_capabilities(trt):
         _check_portable(backend, compute_capabilities(trt), config)
     elif config.compute_capability:
-        here = gpus()[0].sm if gpus() else "none here"
+        here = gpus()[0].sm if gpus() else "none found"
         raise BuildError(
-            f"{backend} builds for the GPU at hand ({here}) and takes no --compute-capability",
+            f"{backend} builds for the local GPU ({here}) and has no --compute-capability",
             hint="leave it out, add --hardware-compatible ampere-plus, or use --backend "
             "tensorrt-rtx",
         )
 
 
 def _check_portable(backend: Backend, known: tuple[str, ...], config: BuildConfig) -> None:
-    """The options that a flavour without a GPU at hand lacks."""
+    """Check the options against a backend that builds for compute capabilities."""
     for capability in config.compute_capability:
         if capability not in known:
             raise BuildError(
@@ -106,17 +111,17 @@ def _check_portable(backend: Backend, known: tuple[str, ...], config: BuildConfi
         raise BuildError(
             f"{backend} has no --hardware-compatible: its engines run on every compute "
             f"capability that they are built for, of {', '.join(known)}",
-            hint="leave it out, or name some with --compute-capability",
+            hint="leave it out, or choose targets with --compute-capability",
         )
     if config.version_compatible:
         raise BuildError(
-            f"{backend} has no --version-compatible: it brings no lean runtime",
-            hint="leave it out and build again after an upgrade, which takes seconds; or use "
+            f"{backend} has no --version-compatible: it has no lean runtime",
+            hint="leave it out and build again after an upgrade (takes seconds), or use "
             "--backend tensorrt",
         )
     if config.optimization_level is not None:
         # Levels 0 and 5 gave byte-identical engines (1.7.1).
         raise BuildError(
-            f"{backend} has no --optimization-level: it chooses kernels when an engine is loaded",
+            f"{backend} has no --optimization-level: it chooses kernels at load time",
             hint="leave it out, or use --backend tensorrt",
         )

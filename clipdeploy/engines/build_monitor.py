@@ -1,4 +1,4 @@
-"""How far a build is: TensorRT's nested phases as one number, and a way to stop it."""
+"""Turns TensorRT's nested build phases into one progress number, and cancels a build."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class _Phase:
 
 
 class Phases:
-    """The share of a build that is done, from phases that open inside a step of their parent.
+    """The finished share of a build, computed from nested phases.
 
-    A phase divides its parent's current step evenly among its own steps.  A phase that opens a
-    second time within one step does not move the share back.
+    A phase divides the current step of its parent evenly among its own steps.  The share never
+    decreases, even if a phase opens a second time within one step.
     """
 
     def __init__(self) -> None:
@@ -35,9 +35,9 @@ class Phases:
         self.share = 0.0
 
     def start(self, name: str, parent: str | None, steps: int) -> float:
-        """Phase ``name`` of ``steps`` steps begins, inside ``parent``; the share of the build.
+        """Begin phase ``name`` inside ``parent``, and return the share of the build, 0 to 1.
 
-        TensorRT also has phases of no steps, which may have phases inside: each counts as one step.
+        TensorRT also has phases of 0 steps that contain other phases: they count as 1 step.
         """
         steps = max(steps, 1)
         above = self._open.get(parent or "")
@@ -50,7 +50,7 @@ class Phases:
         return self.share
 
     def step(self, name: str, step: int) -> float:
-        """Step ``step`` (from 0) of phase ``name`` is done; the share of the build, 0 to 1."""
+        """Complete step ``step`` (from 0) of phase ``name``, and return the share, 0 to 1."""
         phase = self._open.get(name)
         if phase is not None:
             phase.done = step + 1
@@ -58,7 +58,7 @@ class Phases:
         return self.share
 
     def finish(self, name: str) -> float:
-        """Phase ``name`` ends; the share of the build, 0 to 1."""
+        """End phase ``name``, and return the share of the build, 0 to 1."""
         phase = self._open.pop(name, None)
         if phase is not None:
             self._reach(phase.start + phase.width)
@@ -71,10 +71,11 @@ class Phases:
 def build_monitor(
     module: ModuleType, advance: Callable[[int], None], stop: list[BaseException]
 ) -> trt.IProgressMonitor:
-    """A monitor that reports whole percents to ``advance``.
+    """Make a TensorRT progress monitor that reports whole percents to ``advance``.
 
-    TensorRT calls it from the thread that builds.  An exception must not leave it, since C++ code
-    is underneath: Ctrl-C is put into ``stop`` and the build cancelled, for the caller to raise.
+    TensorRT calls the monitor from C++ code in the building thread, where no exception may pass.
+    An exception, Ctrl-C included, is appended to ``stop`` and cancels the build; the caller raises
+    it.
     """
     phases = Phases()
     shown = 0
@@ -86,12 +87,12 @@ def build_monitor(
             if percent > shown and not stop:
                 advance(percent - shown)
                 shown = percent
-        except BaseException as error:  # Ctrl-C too: see the docstring
+        except BaseException as error:  # Ctrl-C too, see the docstring
             stop.append(error)
 
     base: type[trt.IProgressMonitor] = module.IProgressMonitor
 
-    class Monitor(base):  # type: ignore[misc] # the class is that of the flavour
+    class Monitor(base):  # type: ignore[misc] # the base class depends on the backend
         def __init__(self) -> None:
             base.__init__(self)
 

@@ -1,7 +1,7 @@
-"""Compile an ONNX graph to a TensorRT engine: strongly typed, through Polygraphy.
+"""Builds a strongly typed TensorRT engine from an ONNX graph, through Polygraphy.
 
-The graph decides every precision; the builder only compiles.  That is the one way that TensorRT
-10.12 to 11.x and TensorRT-RTX have in common: 11 removed the FP16 and INT8 builder flags.
+The graph determines every precision.  This is the only method that TensorRT 10.12 to 11.x and
+TensorRT-RTX share: version 11 removed the FP16 and INT8 builder flags.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ from exporters.headers import read_passport, read_skeleton
 
 __all__ = ["EngineArtifact", "build_engine"]
 
-# With the graph, all that decides what an engine is.
+# The passport fields that, with the graph, determine the engine.
 _DECIDES = ("backend", "backend_version", "profiles", "capabilities", "settings")
 
-# Percents of a build, by when TensorRT-RTX has said most of what it has to say (tested).
-_SILENT_FROM = 75
+# TensorRT-RTX logs most of its messages before this percentage of a build (measured).
+_QUIET_FROM = 75
 
 
 @dataclass(frozen=True)
 class EngineArtifact(Shown):
-    """An engine file and its passport; ``changed`` is False if it was already there."""
+    """An engine file and its passport; ``changed`` is False if it already existed."""
 
     path: Path
     passport: EnginePassport
@@ -78,24 +78,24 @@ class EngineArtifact(Shown):
         return facts([*rows, *(("NOT AS ASKED", text) for text in made.fallbacks)])
 
 
-def _unchanged(engine: Path, wanted: EnginePassport) -> EnginePassport | None:
-    """The passport of the engine that lies there, if all but its graph is as ``wanted``."""
+def _unchanged(engine: Path, draft: EnginePassport) -> EnginePassport | None:
+    """The passport of the existing engine if it matches ``draft``, the graph's hash aside."""
     try:
         found = read_engine_passport(engine)
-        same = all(getattr(found, name) == getattr(wanted, name) for name in _DECIDES)
+        same = all(getattr(found, name) == getattr(draft, name) for name in _DECIDES)
         return load_engine_passport(engine) if same else None
     except (ArtifactError, FileError):
         return None
 
 
 def _settings(config: BuildConfig) -> dict[str, Any]:
-    """What decides the engine: not who chose the flavour, nor how fast the build is."""
+    """The settings that determine the engine, without the chosen backend and the cache."""
     settings = settings_of(config)
     return {name: settings[name] for name in settings if name not in ("backend", "timing_cache")}
 
 
 def _draft(passport: Passport, compiler: Compiler, config: BuildConfig) -> EnginePassport:
-    """The passport as far as it is known before the build."""
+    """The passport without the fields that are only known after the build."""
     device = gpus()
     targets = targets_capabilities(compiler.module)
     fp32 = passport.precision == "fp32"
@@ -126,11 +126,11 @@ def _draft(passport: Passport, compiler: Compiler, config: BuildConfig) -> Engin
 
 @contextmanager
 def _new_engine(engine: Path) -> Iterator[PlanFile]:
-    """The file of a plan, which takes the place of an older engine once the block ends well."""
+    """Open a plan file that replaces an older engine when the block succeeds."""
     with atomic_path(engine) as temporary:
-        with temporary.open("r+b") as stream, ThreadPoolExecutor(2) as beside:
-            yield PlanFile(stream, beside)
-        # The old passport goes first: an engine without one is never believed.
+        with temporary.open("r+b") as stream, ThreadPoolExecutor(2) as pool:
+            yield PlanFile(stream, pool)
+        # The old passport is removed first, because an engine without one is never used.
         with file_errors("replace", passport_path(engine)):
             passport_path(engine).unlink(missing_ok=True)
 
@@ -143,11 +143,11 @@ def build_engine(
     force: bool = False,
     progress: Progress = SILENT,
 ) -> EngineArtifact:
-    """Compile ``graph`` to ``engine``, unless an engine of the same graph and settings is there.
+    """Compile ``graph`` to ``engine``, unless ``engine`` has the same graph and settings.
 
     Raises:
-        BuildError: no TensorRT, an option that it does not have, or it refuses the graph.
-        ArtifactError, FileError: the graph cannot be used, or the engine not written.
+        BuildError: TensorRT is not installed, lacks an option, or refuses the graph.
+        ArtifactError, FileError: the graph cannot be used, or the engine cannot be written.
     """
     passport = read_passport(graph)
     batch = passport.input.shape[0]
@@ -157,10 +157,10 @@ def build_engine(
     _check_scales(graph, passport, choice.backend)
     compiler = Compiler(choice.backend, tensorrt_module(choice.backend))
     check_options(choice.backend, compiler.module, config)
-    wanted = _draft(passport, compiler, config)
-    with ThreadPoolExecutor(1) as beside:
-        graph_hash = beside.submit(sha256_file, graph)
-        found = None if force else _unchanged(engine, wanted)
+    draft = _draft(passport, compiler, config)
+    with ThreadPoolExecutor(1) as pool:
+        graph_hash = pool.submit(sha256_file, graph)
+        found = None if force else _unchanged(engine, draft)
         if found is not None and found.hashes.graph == graph_hash.result():
             return EngineArtifact(engine, found, changed=False)
         compiler.check_flags(config)
@@ -169,24 +169,24 @@ def build_engine(
         started = time.perf_counter()
         with _new_engine(engine) as plan:
             with progress.task(f"{what} ({choice.reason})", PERCENT) as advance:
-                asked = _Later(beside, lambda: _asked(graph))
+                asked = _DeferredWork(pool, lambda: _asked(graph))
                 log = compiler.compile(
-                    *(graph, passport.input, config, cache), plan.write, asked.watching(advance)
+                    *(graph, passport.input, config, cache), plan.write, asked.track(advance)
                 )
-            # While the disk is waited for.
-            compiled = beside.submit(_compiled_precision, log)
+            # This runs while the plan is synced to the disk.
+            compiled = pool.submit(_compiled_precision, log)
             plan_hash = plan.sha256()
             kernels = plan.read(read_kernels)
             _check_sums(graph, kernels)
         seconds = time.perf_counter() - started
         hashes = replace(
-            wanted.hashes,
+            draft.hashes,
             plan=plan_hash,
             graph=graph_hash.result(),
             timing_cache=sha256_file(cache) if cache and cache.exists() else None,
         )
     made = replace(
-        wanted,
+        draft,
         hashes=hashes,
         plan_bytes=plan.bytes,
         build_seconds=round(seconds, 3),
@@ -226,47 +226,47 @@ def _check_sums(graph: Path, kernels: tuple[PlanKernel, ...]) -> None:
         )
 
 
-class _Later:
-    """Work that waits until TensorRT has little more to say.
+class _DeferredWork:
+    """Work that starts in another thread once TensorRT logs few messages.
 
-    At the beginning it tells Python of every layer, and Python code beside it would hold it up by
-    as long as it takes itself; then it compiles for a second or more, and is silent.
+    At the start of a build TensorRT logs every layer, and its log callbacks compete for the GIL
+    with other Python code.  Afterwards it compiles for a second or more without callbacks.
     """
 
     def __init__(
-        self, beside: ThreadPoolExecutor, work: Callable[[], tuple[BlockPrecision, ...]]
+        self, pool: ThreadPoolExecutor, work: Callable[[], tuple[BlockPrecision, ...]]
     ) -> None:
-        self._beside = beside
+        self._pool = pool
         self._work = work
         self._future: Future[tuple[BlockPrecision, ...]] | None = None
         self._percents = 0
 
-    def watching(self, advance: Callable[[int], None]) -> Callable[[int], None]:
-        """``advance``, which also starts the work when most percents are done."""
+    def track(self, advance: Callable[[int], None]) -> Callable[[int], None]:
+        """Wrap ``advance`` so that the work starts at :data:`_QUIET_FROM` percent."""
 
         def step(count: int) -> None:
             self._percents += count
-            if self._future is None and self._percents >= _SILENT_FROM:
-                self._future = self._beside.submit(self._work)
+            if self._future is None and self._percents >= _QUIET_FROM:
+                self._future = self._pool.submit(self._work)
             advance(count)
 
         return step
 
     def result(self) -> tuple[BlockPrecision, ...]:
-        """What the work returned or raised."""
+        """Return what the work returned, or raise what it raised."""
         return self._work() if self._future is None else self._future.result()
 
 
 def _asked(graph: Path) -> tuple[BlockPrecision, ...]:
-    """What ``graph`` asks a compiler for."""
-    # Here, since every build would wait for onnx.
-    from exporters.products import asked_precision
+    """The precisions that ``graph`` requests."""
+    # Imported here, so that a build does not wait for onnx.
+    from exporters.products import requested_precision
 
-    return asked_precision(read_skeleton(graph))
+    return requested_precision(read_skeleton(graph))
 
 
 def _compiled_precision(log: tuple[str, ...]) -> ExecutedPrecision | None:
-    """What the compiler lists of the layers that it made; None where it lists none."""
+    """The precisions of the layers in the build log; None if it lists no layers."""
     try:
         return executed_precision(parse_build_log("\n".join(log)))
     except EngineError:

@@ -1,4 +1,4 @@
-"""One TensorRT flavour as a compiler: a graph and a configuration in, a plan out."""
+"""Compiles a graph to a plan with one TensorRT backend."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from clipdeploy.core.errors import BuildError
 from clipdeploy.core.files import check_writable
 from clipdeploy.core.interrupts import interrupts
 from clipdeploy.core.passport import TensorSpec
-from clipdeploy.engines.backends import Backend, default_capabilities, hears, targets_capabilities
+from clipdeploy.engines.backends import (
+    Backend,
+    capture_log,
+    default_capabilities,
+    targets_capabilities,
+)
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.build_monitor import build_monitor
 from clipdeploy.engines.plan_writer import Piece, StreamingBuilder
@@ -25,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Compiler"]
 
-# The smallest compute capability with matrix units for a type (NVIDIA's support matrix).
+# The lowest compute capability with matrix units for a type (NVIDIA's support matrix).
 _NEEDS = {"BF16": (8, 0), "FP8": (8, 9)}
 _HARDWARE = {"ampere-plus": "AMPERE_PLUS", "same-capability": "SAME_COMPUTE_CAPABILITY"}
 _PROBED = {
@@ -36,7 +41,7 @@ _PROBE_INPUT = TensorSpec("image", "float32", ("batch", 16, 16))
 
 
 def _probe_graph() -> bytes:
-    """One Linear with a softmax behind it: the smallest graph that has weights and a GEMM."""
+    """Serialise a MatMul and a Softmax: the smallest graph with weights and a GEMM."""
     import numpy as np
     import onnx
 
@@ -59,7 +64,7 @@ def _probe_graph() -> bytes:
 
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
-    # TensorRT's code generator writes to the file descriptor, past every logger.
+    # TensorRT's code generator writes to the file descriptor and bypasses every logger.
     saved = os.dup(2)
     try:
         with open(os.devnull, "wb") as nothing:
@@ -71,7 +76,7 @@ def _silent_stderr() -> Iterator[None]:
 
 
 class Compiler:
-    """``module`` is that of ``backend``, as ``backends.tensorrt_module`` gives it."""
+    """The compiler of ``backend``; ``module`` is the result of ``backends.tensorrt_module``."""
 
     def __init__(self, backend: Backend, module: ModuleType) -> None:
         self.backend = backend
@@ -85,10 +90,10 @@ class Compiler:
         return tuple(gpu.capability for gpu in gpus()[:1])
 
     def check_flags(self, config: BuildConfig) -> None:
-        """Try the options that not every flavour and machine can do on a one-Linear graph.
+        """Try the options that some backends or machines lack, on a graph of one MatMul.
 
         Raises:
-            BuildError: one of them cannot be done here; it says which.
+            BuildError: this backend does not support one of them on this machine.
         """
         asked = {"--strip-weights": config.strip_weights, "--refittable": config.refittable}
         for option, alone in _PROBED.items():
@@ -98,17 +103,17 @@ class Compiler:
                 with _silent_stderr():
                     self.compile(_probe_graph(), _PROBE_INPUT, alone, None, lambda piece: None)
             except BuildError as error:
-                where = "here" if gpus() else "on a machine without a GPU"
+                where = "on this GPU" if gpus() else "on a machine without a GPU"
                 raise BuildError(
                     f"{self.backend} {self.version} has no {option} {where}",
                     hint=f"leave it out, or build with --backend tensorrt on a GPU; {error.hint}",
                 ) from error
 
     def _check_types(self, network: trt.INetworkDefinition, capabilities: Sequence[str]) -> None:
-        """Refuse a type of tensor that a target has no units for, such as FP8 on Ampere.
+        """Check that every target can compute the tensor types of the network.
 
         Raises:
-            BuildError: the network has one.
+            BuildError: a target lacks units for a type, such as FP8 on Ampere.
         """
         types = set()
         for index in range(network.num_layers):
@@ -118,16 +123,16 @@ class Compiler:
             for capability in capabilities:
                 if tuple(int(part) for part in capability.split(".")) < _NEEDS[kind]:
                     raise BuildError(
-                        f"the graph asks for {kind.lower()}, which SM {capability} cannot compute",
+                        f"the graph uses {kind.lower()}, which SM {capability} cannot compute",
                         hint="build --fp16 or --int8, or for SM {}.{} and newer".format(
                             *_NEEDS[kind]
                         ),
                     )
 
     def timing_cache(self, config: BuildConfig, folder: Path) -> Path | None:
-        """The file of measured kernel times, a flavour, version and GPU each; None if unused.
+        """The timing cache file for this backend, version and GPU; None if it is not used.
 
-        TensorRT-RTX chooses kernels when the engine is loaded and times nothing at build.
+        TensorRT-RTX chooses kernels at load time and measures none during a build.
 
         Raises:
             FileError: the cache folder cannot be written.
@@ -151,11 +156,11 @@ class Compiler:
         more |= {
             "profiles": profiles,
             "refittable": config.refittable,
-            # The compiler and the inspector then tell the type of every tensor of every layer.
+            # The build log and the inspector then list the type of every tensor of every layer.
             "profiling_verbosity": self.module.ProfilingVerbosity.DETAILED,
             "strip_plan": config.strip_weights,
             "version_compatible": config.version_compatible,
-            # A plan with a lean runtime inside carries host code, which is never enabled.
+            # A plan that includes a lean runtime contains host code, which is never enabled.
             "exclude_lean_runtime": config.version_compatible,
             "builder_optimization_level": config.optimization_level,
         }
@@ -184,15 +189,15 @@ class Compiler:
         write: Callable[[Piece], object],
         advance: Callable[[int], None] = lambda percent: None,
     ) -> tuple[str, ...]:
-        """Compile ``graph``, whose input is ``spec``; the lines that the compiler said of it.
+        """Compile ``graph`` with the input ``spec``, and return the lines of the build log.
 
-        ``write`` is called with the plan, a piece at a time, and ``advance`` with whole percents,
-        100 in all.  What they raise cancels the build, and is raised again.
+        ``write`` receives the plan piece by piece, and ``advance`` whole percents, 100 in total.
+        An exception in either cancels the build and is raised again.
 
         Raises:
-            BuildError: TensorRT refuses, and the message is its own first error; or the graph has
-                tensors of a type that a target cannot compute with.
-            KeyboardInterrupt: Ctrl-C; the build was cancelled.
+            BuildError: TensorRT refuses the graph (the message quotes its first error), or a target
+                cannot compute a tensor type of the graph.
+            KeyboardInterrupt: Ctrl-C cancelled the build.
         """
         from polygraphy.backend.trt import (
             EngineBytesFromNetwork,
@@ -213,8 +218,8 @@ class Compiler:
             self._check_types(definition, self.capabilities(config.compute_capability))
             return StreamingBuilder(self.module, builder, write, stop), definition, *rest
 
-        with interrupts(stop), hears() as heard, warnings.catch_warnings():
-            # Polygraphy sets an empty timing cache also where it does nothing.
+        with interrupts(stop), capture_log() as log, warnings.catch_warnings():
+            # Polygraphy also sets an empty timing cache where that is a deprecated no-op.
             warnings.simplefilter("ignore", DeprecationWarning)
             monitor: trt.IProgressMonitor = build_monitor(self.module, advance, stop)
             create = self._config(
@@ -231,15 +236,14 @@ class Compiler:
             except PolygraphyException as error:
                 if stop:
                     raise stop[0] from error
-                raise self._refusal(graph, heard.errors, error) from error
+                raise self._refusal(graph, log.reason(error)) from error
         if stop:
             raise stop[0]
-        return tuple(heard.log)
+        return tuple(log.messages)
 
-    def _refusal(self, graph: Path | bytes, errors: Sequence[str], error: Exception) -> BuildError:
+    def _refusal(self, graph: Path | bytes, reason: str) -> BuildError:
         name = graph if isinstance(graph, Path) else "the graph"
-        lines = (errors[0] if errors else str(error)).strip().splitlines()
         return BuildError(
-            f"{self.backend} cannot compile {name}: {lines[0] if lines else 'no reason given'}",
-            hint="TensorRT's warnings and errors: --debug",
+            f"{self.backend} cannot compile {name}: {reason}",
+            hint="run again with --debug to see TensorRT's warnings and errors",
         )

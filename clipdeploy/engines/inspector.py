@@ -1,15 +1,15 @@
-"""What an engine does: the precision of every matrix product that TensorRT compiled, per block.
+"""Finds the precision of every matrix product in a TensorRT engine, per block.
 
-TensorRT describes an engine in two forms, and both are read here:
+TensorRT describes an engine in two forms, and this module reads both:
 
-- as JSON, from a loaded engine: ``IEngineInspector.get_engine_information``.  Up to TensorRT 10 a
+- JSON from a loaded engine: ``IEngineInspector.get_engine_information``.  Up to TensorRT 10 a
   tensor has one "Format/Datatype" and the engine "Bindings"; from 11 on they are "Format",
   "Datatype" and "I/O Tensors", and a layer lists its weights under "Constants" (TensorRT
   documentation, "Migrating IEngineInspector Usage from TensorRT 10.x to 11.x").
-- as lines, in the log of the builder at its verbose severity, also on a machine without a GPU.
+- lines in the builder's log at VERBOSE severity, also on a machine without a GPU.
 
-Either way the engine must have been built with ``ProfilingVerbosity.DETAILED``.  A layer names the
-ONNX nodes that went into it in its "Metadata".
+Both need an engine that was built with ``ProfilingVerbosity.DETAILED``.  The "Metadata" of a layer
+names the ONNX nodes that were compiled into it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
     "parse_engine_information",
 ]
 
-# Words of "Datatype" and "Format/Datatype": "Half", "Thirty-two wide ... row major Int8 format".
+# Words in "Datatype" and "Format/Datatype": "Half", "Thirty-two wide ... row major Int8 format".
 _DTYPES = {
     **dict.fromkeys(("float", "fp32", "float32"), "fp32"),
     **dict.fromkeys(("half", "fp16", "float16"), "fp16"),
@@ -42,30 +42,31 @@ _DTYPES = {
     **{name: name for name in ("int8", "fp8", "fp4", "int4", "uint8", "int32", "int64", "bool")},
 }
 _INDICES = {"int32", "int64", "bool"}
-# What a kernel may read and unpack, to multiply in floating point.
+# Types that a kernel may unpack to floating point before it multiplies.
 _PACKED = {"int8", "uint8", "int4", "fp8", "fp4"}
 
-# The types of a kernel's two operands, as NVIDIA's kernels are named: i8f16_i8i32_f32 multiplies
-# i8 by i8, f32f32_tf32f32_f32 rounds float32 to TF32 first.
+# The types of the two operands in the name of an NVIDIA kernel: i8f16_i8i32_f32 multiplies i8 by
+# i8, f32f32_tf32f32_f32 rounds float32 to TF32 first.
 _TYPE = "i8|f16|bf16|f32|tf32|e4m3|e5m2"
 _TACTIC = re.compile(rf"_({_TYPE})(?:i32|{_TYPE})_({_TYPE})(?:i32|{_TYPE})_(?:i32|{_TYPE})(?:_|$)")
 _MATH = {"i8": "int8", "f16": "fp16", "f32": "fp32", "e4m3": "fp8", "e5m2": "fp8"}
 
-# Kernels that multiply matrices, by their type, name or tactic; element-wise kernels around them
-# name the same ONNX nodes, since they apply the scale or the bias.
+# Matrix multiplication kernels by type, name or tactic.  Element-wise kernels that apply the scale
+# or the bias name the same ONNX nodes.
 _PRODUCT_KIND = re.compile(r"gemm|conv(?!er)|correlation|matrixmultiply", re.IGNORECASE)
 _PRODUCT_NAME = re.compile(r"xmma_(?:sparse_)?(?:gemm|fprop)|^__myl_\w*Fc(?![a-z])")
 _ATTENTION_KERNEL = re.compile(r"^_\w*mha|fmha_")
-# A fused kernel is named by its steps: FcAdd multiplies what it reads, CastMulCastFc (CasMulCasFc
-# in some releases) dequantises first.  TensorRT does that, silently, where it has no integer kernel
-# for the Q/DQ, such as for weight scales along the input channels.
+# The name of a fused kernel lists its steps: FcAdd multiplies its operands directly, CastMulCastFc
+# (CasMulCasFc in some releases) dequantises them first.  TensorRT does that without a message if it
+# has no integer kernel for the Q/DQ, such as for weight scales along the input channels.
 _CASTS_FIRST = re.compile(r"^__myl_\w*Cas\w*(?:Fc|MulSum)(?![a-z])")
 _GEMV_NAME = re.compile(r"^__myl_\w*MulSum(?![a-z])")
-# A fused attention kernel also names the qkv Linear whose scale and bias it applies, and a product
-# with a vector may follow another product in one kernel: the plainer kernel is the product's own.
+# Several kernels can name one product: a fused attention kernel also names the qkv Linear that
+# supplies its scale and bias, and one kernel can hold a second product, with a vector.  The kernel
+# of the lowest rank computes the product.
 _GEMM, _ATTENTION, _GEMV, _NO_PRODUCT = range(4)
 
-_CLOSED = re.compile(r"^\{?ForeignNode|^Myelin$")
+_OPAQUE = re.compile(r"^\{?ForeignNode|^Myelin$")
 
 _ONNX_NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _ONNX_PRODUCT = re.compile(
@@ -94,7 +95,7 @@ _DETAILED = "build the engine with ProfilingVerbosity.DETAILED"
 
 @dataclass(frozen=True)
 class EngineTensor:
-    """A tensor of an engine; ``shape`` is None where it is not told, -1 an axis known at run."""
+    """A tensor of an engine; ``shape`` is None if it is not listed, and -1 is a dynamic axis."""
 
     name: str
     dtype: str
@@ -103,11 +104,11 @@ class EngineTensor:
 
 @dataclass(frozen=True)
 class EngineLayer:
-    """One kernel, or one layer that TensorRT keeps closed.
+    """One kernel, or one opaque layer (ForeignNode, Myelin).
 
-    ``onnx_nodes`` come from "Metadata", else from the layer's own name.  ``constants`` are the
-    weights, biases and scales that the layer reads, where TensorRT lists them; ``weights`` is the
-    type of a convolution's weights, where it gives that instead.
+    ``onnx_nodes`` come from "Metadata", or else from the layer's name.  ``constants`` are the
+    weights, biases and scales that the layer reads, if TensorRT lists them; ``weights`` is the type
+    of a convolution's weights, if TensorRT gives only that.
     """
 
     name: str
@@ -122,7 +123,7 @@ class EngineLayer:
 
 @dataclass(frozen=True)
 class EngineLayers:
-    """The layers of an engine in the order of execution, and its inputs and outputs."""
+    """The layers of an engine in execution order, and the engine's inputs and outputs."""
 
     layers: tuple[EngineLayer, ...]
     io: tuple[EngineTensor, ...] = ()
@@ -130,10 +131,11 @@ class EngineLayers:
 
 @dataclass(frozen=True)
 class ExecutedPrecision:
-    """What an engine runs in: compare ``blocks`` with :func:`exporters.blocks.asked_precision`.
+    """The precision that an engine computes in; true if TensorRT describes all of it.
 
-    ``reformats`` counts layers that only change a tensor's layout or type; ``untold`` has a
-    sentence for everything that the description does not tell, and is empty if it tells all.
+    Compare ``blocks`` with :func:`exporters.products.requested_precision`.  ``reformats`` counts
+    the layers that only change a tensor's layout or type.  ``untold`` lists what the description
+    leaves out, in one sentence each.
     """
 
     blocks: tuple[BlockPrecision, ...]
@@ -158,9 +160,9 @@ def _tensor(raw: object) -> EngineTensor:
     if not isinstance(raw, dict):
         return EngineTensor(str(raw), UNKNOWN)
     axes = raw.get("Dimensions")
-    told = isinstance(axes, list) and all(isinstance(axis, int) for axis in axes)
+    listed = isinstance(axes, list) and all(isinstance(axis, int) for axis in axes)
     dtype = raw.get("Datatype", raw.get("DataType", raw.get("Format/Datatype")))
-    return EngineTensor(_text(raw, "Name"), _dtype(dtype), tuple(axes or ()) if told else None)
+    return EngineTensor(_text(raw, "Name"), _dtype(dtype), tuple(axes or ()) if listed else None)
 
 
 def _tensors(raw: dict[str, Any], key: str) -> tuple[EngineTensor, ...]:
@@ -194,30 +196,31 @@ def _engine(raw: dict[str, Any]) -> EngineLayers:
 def parse_engine_information(text: str) -> EngineLayers:
     """Read the JSON of ``inspector.get_engine_information(LayerInformationFormat.JSON)``.
 
-    Fields that a layer lacks are unknown; :func:`executed_precision` says what that hides.
+    A field that a layer lacks is unknown; :func:`executed_precision` reports what is missing.
 
     Raises:
-        EngineError: it is something else, or of an engine without detailed profiling verbosity.
+        EngineError: the text has another format, or the engine was built without detailed
+            profiling verbosity.
     """
     try:
         # TensorRT separates the names in "Metadata" with control characters, escaped or not.
         raw = json.loads(text, strict=False)
     except ValueError as error:
         raise EngineError(
-            f"the engine's layer information is no JSON: it starts with {text[:40]!r}",
+            f"the engine's layer information is not JSON: it starts with {text[:40]!r}",
             hint="ask the inspector for LayerInformationFormat.JSON",
         ) from error
     layers = raw.get("Layers") if isinstance(raw, dict) else None
     if not isinstance(layers, list):
         raise EngineError(
             'the engine\'s layer information has no list of "Layers"',
-            hint="pass what get_engine_information gives, not a profile or one layer",
+            hint="pass the output of get_engine_information, not a profile or a single layer",
         )
     if not layers:
-        raise EngineError("the engine tells nothing of its layers", hint=_DETAILED)
-    if closed := [layer for layer in layers if not isinstance(layer, dict)]:
+        raise EngineError("the engine lists no layers", hint=_DETAILED)
+    if named_only := [layer for layer in layers if not isinstance(layer, dict)]:
         raise EngineError(
-            f"the engine tells only the names of {len(closed)} of its {len(layers)} layers, "
+            f"the engine lists only the names of {len(named_only)} of its {len(layers)} layers, "
             "not their precision",
             hint=_DETAILED,
         )
@@ -241,12 +244,12 @@ def _line_layer(match: re.Match[str]) -> dict[str, Any]:
 
 
 def parse_build_log(text: str) -> EngineLayers:
-    """Read the layers that the builder lists in its log, at verbose severity, when it is done.
+    """Read the layers that the builder lists at the end of its log, at VERBOSE severity.
 
-    Of several builds in one log, the last.
+    If the log holds several builds, the last one is read.
 
-    TensorRT-RTX lists the layers and types that it compiled ahead of time; it makes the kernels
-    for them, whose tactics are not told, when the engine is first run.
+    TensorRT-RTX lists the layers and types that it compiled ahead of time.  It generates kernels
+    when the engine first runs, so their tactics are not in the log.
 
     Raises:
         EngineError: the log lists no layers.
@@ -273,7 +276,7 @@ def _tactic_precision(tactic: str) -> str:
 
 
 def _casting_precision(layer: EngineLayer) -> str:
-    """The product's type in a kernel that unpacks its operands first: the only one it could be."""
+    """The product's type in a kernel that unpacks its operands first, if only one is possible."""
     tensors = (*layer.inputs, *layer.constants, *layer.outputs)
     floats = {tensor.dtype for tensor in tensors} - _PACKED - _INDICES
     # A kernel that rounds may quantise its operands rather than unpack them.
@@ -281,10 +284,10 @@ def _casting_precision(layer: EngineLayer) -> str:
 
 
 def _operand_precision(layer: EngineLayer) -> str:
-    """The type of the operands that a product kernel multiplies; scales and biases aside."""
+    """The type of the operands that a product kernel multiplies, without scales and biases."""
     read = [tensor for tensor in layer.inputs if tensor.dtype not in _INDICES]
     inputs = {t.dtype for t in read if t.shape is None or any(axis != 1 for axis in t.shape)}
-    # A bias or a scale per channel has one axis, a weight at least two.
+    # A bias or a per-channel scale has one axis, a weight at least two.
     weights = {t.dtype for t in layer.constants if sum(axis != 1 for axis in t.shape or ()) > 1}
     if layer.weights != UNKNOWN:
         weights = {layer.weights}
@@ -292,10 +295,10 @@ def _operand_precision(layer: EngineLayer) -> str:
         return _casting_precision(layer)
     if not weights:
         return inputs.pop() if len(inputs) == 1 else UNKNOWN
-    # A weight that is not packed has the product's type, whatever the kernel makes its activation
-    # of; a packed one says so only beside an activation of its type.
-    told = len(weights) == 1 and (not weights & _PACKED or weights <= inputs)
-    return weights.pop() if told else UNKNOWN
+    # An unpacked weight has the product's type, whatever the activation's type.  A packed weight
+    # has it only if an activation has the same type.
+    certain = len(weights) == 1 and (not weights & _PACKED or weights <= inputs)
+    return weights.pop() if certain else UNKNOWN
 
 
 def _kernel_precision(layer: EngineLayer) -> str:
@@ -306,7 +309,7 @@ def _kernel_precision(layer: EngineLayer) -> str:
 
 
 def _rank(layer: EngineLayer) -> int:
-    """Which of the kernels that name a product computes it: the lowest; _NO_PRODUCT never does."""
+    """Rank a kernel that names a product: the lowest computes it, _NO_PRODUCT never does."""
     texts = (layer.name, layer.tactic)
     if any(_ATTENTION_KERNEL.search(text) for text in texts):
         return _ATTENTION
@@ -317,47 +320,48 @@ def _rank(layer: EngineLayer) -> int:
 
 def _why_unknown(kernels: Sequence[EngineLayer]) -> str:
     if not kernels:
-        return "no kernel that multiplies matrices names it"
-    said = []
+        return "no matrix multiplication kernel names it"
+    parts = []
     for kernel in kernels:
         read = ", ".join(dict.fromkeys(t.dtype for t in (*kernel.inputs, *kernel.constants)))
         tactic = f" with tactic {kernel.tactic}" if kernel.tactic else ""
-        said.append(f"{kernel.name or 'a nameless layer'} reads {read or 'nothing named'}{tactic}")
-    return "; ".join(said)
+        name = kernel.name or "an unnamed layer"
+        parts.append(f"{name} reads {read or 'no listed tensor'}{tactic}")
+    return "; ".join(parts)
 
 
 def _mentions(layers: Sequence[EngineLayer]) -> tuple[dict[str, list[EngineLayer]], list[str]]:
-    """The layers that name each product, in their order, and what they do not tell."""
+    """Map each product to the layers that name it, in order, and list what they leave out."""
     found: dict[str, list[EngineLayer]] = {}
-    untold = []
+    missing = []
     for layer in layers:
-        title = layer.name or "a nameless layer"
+        title = layer.name or "an unnamed layer"
         names = [node for node in layer.onnx_nodes if _ONNX_PRODUCT.search(node)]
-        if _CLOSED.search(layer.kind) or _CLOSED.search(layer.name) or not layer.kind:
-            untold.append(f"{title}: what it computes inside")
+        if _OPAQUE.search(layer.kind) or _OPAQUE.search(layer.name) or not layer.kind:
+            missing.append(f"{title}: its operations are not listed")
         elif not names and _rank(layer) <= _ATTENTION:
             names = [layer.name]
-            untold.append(f"{title}: which ONNX node it computes")
+            missing.append(f"{title}: its ONNX node is not named")
         for name in names:
             found.setdefault(name, []).append(layer)
-    return found, untold
+    return found, missing
 
 
 def executed_precision(engine: EngineLayers) -> ExecutedPrecision:
-    """The precision of every matrix product that the engine runs, per block.
+    """Find the precision of every matrix product that the engine runs, per block.
 
-    Products are counted by the ONNX nodes that the kernels name, each once, however many kernels
-    it became: one kernel may hold several.  A kernel's precision is the type of the operands that
-    it reads (int8 in -> int8), unless its name says that it casts them first, and the one that its
-    tactic's name gives; where these disagree, or say nothing, it is ``unknown``.  For a fused
-    attention kernel only what it reads is told, not what it does between its two products.
-    ``tf32`` shows only in tactics: fp32 without one may be TF32.
+    Each ONNX node that the kernels name counts once, in however many kernels it is; one kernel may
+    hold several nodes.  A kernel's precision is the type of the operands that it reads (int8 in ->
+    int8), unless its name shows that it casts them first.  The name of its tactic may give the
+    precision, too.  If the two differ, or neither is known, the precision is ``unknown``.  Of a
+    fused attention kernel only the inputs are known, not the types between its two products.
+    ``tf32`` appears only in tactics: fp32 without a tactic may be TF32.
 
-    Which products are attention's is told by clipdeploy's names of nodes and by fused attention
-    kernels; in a graph with other names, attention that was not fused counts among the GEMMs.
+    Attention products are recognised by clipdeploy's node names and by fused attention kernels.  In
+    a graph with other names, attention that was not fused counts among the GEMMs.
     """
     layers = [layer for layer in engine.layers if layer.kind != "Reformat"]
-    mentions, untold = _mentions(layers)
+    mentions, missing = _mentions(layers)
     products = []
     for name, mentioning in mentions.items():
         rank = min(map(_rank, mentioning))
@@ -365,25 +369,25 @@ def executed_precision(engine: EngineLayers) -> ExecutedPrecision:
         kinds = {_kernel_precision(kernel) for kernel in kernels}
         precision = kinds.pop() if len(kinds) == 1 else UNKNOWN
         if precision == UNKNOWN:
-            untold.append(f"{name}: {_why_unknown(kernels)}")
+            missing.append(f"{name}: {_why_unknown(kernels)}")
         attention = rank == _ATTENTION or bool(_ATTENTION_NODE.match(name))
         products.append(Product(name, block_of(name), attention, precision))
     if not products:
-        untold.append("the engine names no matrix product")
+        missing.append("the engine names no matrix product")
     reformats = len(engine.layers) - len(layers)
-    return ExecutedPrecision(by_block(products), reformats, tuple(untold))
+    return ExecutedPrecision(by_block(products), reformats, tuple(missing))
 
 
 def differences(asked: Sequence[BlockPrecision], executed: ExecutedPrecision) -> tuple[str, ...]:
-    """A sentence for every block whose products do not run in the precision asked for."""
+    """List the blocks whose products do not run in the requested precision, a sentence each."""
     found = {block.block: block for block in executed.blocks}
     lines = []
     for block in asked:
         other = found.get(block.block, BlockPrecision(block.block))
         for what in ("gemms", "attention"):
-            wanted, got = getattr(block, what), getattr(other, what)
-            if wanted != got:
-                lines.append(f"{block.block}: asked for {_counts(wanted)}, got {_counts(got)}")
+            requested, got = getattr(block, what), getattr(other, what)
+            if requested != got:
+                lines.append(f"{block.block}: asked for {_counts(requested)}, got {_counts(got)}")
     return tuple(lines)
 
 

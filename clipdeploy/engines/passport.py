@@ -1,6 +1,6 @@
-"""``*.engine.json``: what an engine is, what it was compiled from, by what, and where.
+"""Reads, writes and checks an engine's passport, the file ``*.engine.json``.
 
-``docs/passport.md`` describes every field.
+The passport describes the engine, its graph and its build; ``docs/passport.md`` lists every field.
 """
 
 from __future__ import annotations
@@ -56,17 +56,17 @@ _LIBRARIES = (
 )
 
 BatchProfile = tuple[int, int, int]
-# No build takes a month, and no engine has a profile for each batch.
+# Far above any real value: 30 days, and 256 batch profiles.
 _MOST_SECONDS = 30 * 24 * 3600
 _MOST_PROFILES = 256
 
 
 @dataclass(frozen=True)
 class Hashes:
-    """SHA-256, in hex, of everything that an engine comes from, and of the engine itself.
+    """SHA-256 hashes, in hex, of an engine and of the files it was made from.
 
     ``checkpoint`` is None for random weights, ``source_graph`` (the FP32 graph) for an FP32
-    engine, ``calibration`` unless the engine is INT8, and ``timing_cache`` where none was used.
+    engine, ``calibration`` unless the engine is INT8, and ``timing_cache`` if none was used.
     """
 
     plan: str
@@ -77,24 +77,24 @@ class Hashes:
     timing_cache: str | None = None
 
     def faults(self) -> Iterator[Fault]:
-        """Values that no hash has; see :mod:`clipdeploy.core.values`."""
+        """Yield the fields that are not valid hashes; see :mod:`clipdeploy.core.values`."""
         for each in fields(self):
             digest = getattr(self, each.name)
-            held = digest is None or is_hash(digest)
-            yield from unless(held, each.name, digest, "a SHA-256 in hex")
+            valid = digest is None or is_hash(digest)
+            yield from unless(valid, each.name, digest, "a SHA-256 in hex")
 
 
 @dataclass(frozen=True)
 class EnginePassport:
-    """An engine's passport.
+    """The passport of an engine.
 
-    ``graph`` is the passport of the graph that was compiled: model, weights, recipe, input and
-    output, class names, precision.  ``profiles`` are (min, opt, max) batches; ``capabilities``
-    the compute capabilities that the engine runs on, such as ("8.9",), and ``hardware`` what the
-    builder promised beyond them; ``gpu`` and ``driver`` are None where it was built without one.
-    ``asked`` is what the graph asks for, a block at a time; ``compiled`` what the compiler says
-    that it made of it, None if it said nothing.  ``kernels``: how many kernels each block has,
-    empty where the plan does not say.
+    ``graph`` is the passport of the compiled graph: model, weights, recipe, input and output, class
+    names, precision.  ``profiles`` are (min, opt, max) batch sizes.  ``capabilities`` are the
+    compute capabilities that the engine runs on, such as ("8.9",), and ``hardware`` the
+    compatibility level beyond them.  ``gpu`` and ``driver`` are None if the engine was built
+    without a GPU.  ``asked`` lists the precisions that the graph requests, per block; ``compiled``
+    those in the build log, None if it lists no layers.  ``kernels`` counts the kernels of each
+    block in the plan; it is empty if the plan does not list them.
     """
 
     graph: Passport
@@ -118,27 +118,27 @@ class EnginePassport:
     schema: int = ENGINE_SCHEMA
 
     def faults(self) -> Iterator[Fault]:
-        """Values that no engine's passport has; see :mod:`clipdeploy.core.values`."""
+        """Yield the fields with invalid values; see :mod:`clipdeploy.core.values`."""
         version = is_version(self.backend_version)
         yield from unless(version, "backend_version", self.backend_version, "a version's number")
         yield from unless(self.plan_bytes >= 0, "plan_bytes", self.plan_bytes, "0 or more")
-        took = is_number(self.build_seconds, 0, _MOST_SECONDS)
-        yield from unless(took, "build_seconds", self.build_seconds, f"from 0 to {_MOST_SECONDS}")
+        valid = is_number(self.build_seconds, 0, _MOST_SECONDS)
+        yield from unless(valid, "build_seconds", self.build_seconds, f"from 0 to {_MOST_SECONDS}")
         few = len(self.profiles) <= _MOST_PROFILES
         yield from unless(few, "profiles", len(self.profiles), f"{_MOST_PROFILES} at most")
         for index, profile in enumerate(self.profiles):
-            held = all(1 <= batch <= MOST_BATCH for batch in profile)
-            wanted = f"batches from 1 to {MOST_BATCH}"
-            yield from unless(held, f"profiles[{index}]", profile, wanted)
+            valid = all(1 <= batch <= MOST_BATCH for batch in profile)
+            expected = f"batches from 1 to {MOST_BATCH}"
+            yield from unless(valid, f"profiles[{index}]", profile, expected)
         for index, capability in enumerate(self.capabilities):
-            held = is_version(capability)
-            yield from unless(held, f"capabilities[{index}]", capability, "such as 8.9")
+            valid = is_version(capability)
+            yield from unless(valid, f"capabilities[{index}]", capability, "such as 8.9")
         for name in ("hardware", "platform", "gpu", "driver", "cuda", "settings", "versions"):
             yield from unless_lines(name, getattr(self, name))
 
     @property
     def built_on(self) -> str:
-        """The GPU that it was built on, or that there was none, and what it runs on."""
+        """The GPU that the engine was built on, if any, and the targets that it runs on."""
         targets = "SM " + ", ".join(self.capabilities)
         return f"{self.gpu}, {targets}" if self.gpu else f"built without a GPU, for {targets}"
 
@@ -149,35 +149,35 @@ class EnginePassport:
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
-        """A sentence for every block that was not compiled in the precision it was asked for."""
+        """The blocks that were not compiled in the requested precision, one sentence each."""
         return differences(self.asked, self.compiled) if self.compiled else ()
 
     @property
     def rebuild(self) -> str:
-        """The command that builds this engine again."""
+        """The command that rebuilds this engine."""
         graph = self.graph
         return f"clipdeploy build-engine --model {graph.model} --{graph.precision} --force"
 
 
 def passport_path(engine: Path) -> Path:
-    """Where the passport of an engine lies."""
+    """The path of an engine's passport."""
     return engine.with_name(engine.name + ".json")
 
 
 def save_engine_passport(passport: EnginePassport, engine: Path) -> None:
-    """Write the passport beside its engine.
+    """Write the passport next to its engine.
 
     Raises:
-        FileError: no permission, no space.
+        FileError: no permission or no disk space.
     """
     write_atomic(passport_path(engine), to_json(passport))
 
 
 def read_engine_passport(engine: Path) -> EnginePassport:
-    """Read the passport of an engine, without a look at the engine.
+    """Read the passport of an engine without reading the engine.
 
     Raises:
-        ArtifactError: no passport, an unreadable one, or one of a newer clipdeploy.
+        ArtifactError: the passport is missing, unreadable, or of a newer clipdeploy.
     """
     path = passport_path(engine)
     if not path.exists():
@@ -189,31 +189,31 @@ def read_engine_passport(engine: Path) -> EnginePassport:
 
 
 def check_plan(engine: Path, passport: EnginePassport, found_bytes: int, found_hash: str) -> None:
-    """Hold the passport against an engine's size and hash.
+    """Compare the size and hash of an engine file with its passport.
 
     Raises:
-        ArtifactError: they are not those of the engine that the passport speaks of.
+        ArtifactError: the hash differs; the message says whether the file was cut short.
     """
     if found_hash == passport.hashes.plan:
         return
-    wanted = passport.plan_bytes
+    expected = passport.plan_bytes
     what = (
-        f"it has {found_bytes:,} bytes of {wanted:,}: it was cut short"
-        if found_bytes < wanted
+        f"it has {found_bytes:,} of {expected:,} bytes, it was cut short"
+        if found_bytes < expected
         else "it was changed or replaced"
     )
     raise ArtifactError(
-        f"{engine} is not the file its passport speaks of: {what}",
+        f"{engine} is not the file that its passport describes: {what}",
         hint=f"build it again: {passport.rebuild}",
     )
 
 
 def load_engine_passport(engine: Path) -> EnginePassport:
-    """Read the passport of an engine and hold it against the engine's bytes.
+    """Read the passport of an engine and compare it with the engine's bytes.
 
     Raises:
         FileError: the engine cannot be read.
-        ArtifactError: no passport, an unreadable one, or one of other bytes.
+        ArtifactError: the passport is missing, unreadable, or of another file.
     """
     passport = read_engine_passport(engine)
     digest = sha256_file(engine)
@@ -222,7 +222,7 @@ def load_engine_passport(engine: Path) -> EnginePassport:
 
 
 def library_versions() -> dict[str, str]:
-    """Python, clipdeploy and the libraries that decide the numbers, by name."""
+    """The versions of Python, clipdeploy and the libraries that affect results, by name."""
     from clipdeploy.core.version import __version__
 
     versions = {"clipdeploy": __version__, "python": platform.python_version()}
@@ -235,5 +235,5 @@ def library_versions() -> dict[str, str]:
 
 
 def platform_name() -> str:
-    """What an engine is bound to beside the GPU: ``linux x86_64``."""
+    """The operating system and processor that an engine needs, such as ``linux x86_64``."""
     return f"{sys.platform} {platform.machine()}"

@@ -1,7 +1,7 @@
-"""A plan on its way into its file: in the pieces in which TensorRT serialises it, and hashed.
+"""Writes and hashes a plan piece by piece, while TensorRT serialises it.
 
-Where a flavour can (TensorRT-RTX, TensorRT 10.13), it hands the plan over while it serialises, in
-pieces of up to 64 MiB, and nobody holds the plan whole.
+TensorRT-RTX and TensorRT 10.13 stream the plan in pieces of up to 64 MiB, so that memory never
+holds all of it.
 """
 
 from __future__ import annotations
@@ -18,43 +18,43 @@ if TYPE_CHECKING:
 
 __all__ = ["Piece", "PlanFile", "StreamingBuilder", "plan_writer"]
 
-# uint8 (bytes,); of a plan in one piece it is TensorRT's memory, which nobody copies.
+# uint8 (bytes,).  A plan in one piece is a view of TensorRT's memory, not a copy.
 Piece = bytes | memoryview
 T = TypeVar("T")
 
 
 class PlanFile:
-    """What is written into ``stream``, a file; its size and SHA-256.
+    """Writes a plan into the file ``stream`` and computes its size and SHA-256.
 
-    ``beside`` hashes a piece while it is written, and sees it to the disk afterwards.
+    ``pool`` hashes each piece while it is written, and syncs it to the disk afterwards.
 
     Raises:
-        OSError: no space, or another reason of the file system's.
+        OSError: no space, or another error of the file system.
     """
 
-    def __init__(self, stream: BinaryIO, beside: ThreadPoolExecutor) -> None:
+    def __init__(self, stream: BinaryIO, pool: ThreadPoolExecutor) -> None:
         self._stream = stream
-        self._beside = beside
+        self._pool = pool
         self._synced: list[Future[None]] = []
         self._digest = hashlib.sha256()
         self.bytes = 0
 
     def write(self, piece: Piece) -> None:
         """Append ``piece``."""
-        hashed = self._beside.submit(self._digest.update, piece)
+        hashed = self._pool.submit(self._digest.update, piece)
         self._stream.write(piece)
         self._stream.flush()
         self.bytes += len(piece)
         hashed.result()
-        # Else the whole plan would wait for the disk at the end.
-        self._synced.append(self._beside.submit(os.fsync, self._stream.fileno()))
+        # Otherwise the whole plan would have to be synced at the end.
+        self._synced.append(self._pool.submit(os.fsync, self._stream.fileno()))
 
     def read(self, reader: Callable[[BinaryIO], T]) -> T:
         """What ``reader`` finds in the whole plan; it is given the open file."""
         return reader(self._stream)
 
     def sha256(self) -> str:
-        """The hex SHA-256 of all that was written, once that is on the disk."""
+        """Wait until everything is on the disk, and return its SHA-256 in hex."""
         for each in self._synced:
             each.result()
         return self._digest.hexdigest()
@@ -63,14 +63,14 @@ class PlanFile:
 def plan_writer(
     module: ModuleType, write: Callable[[Piece], object], stop: list[BaseException]
 ) -> trt.IStreamWriter:
-    """A writer that hands each piece to ``write``.
+    """Make a TensorRT stream writer that passes each piece to ``write``.
 
-    TensorRT calls it from C++ code, which no exception must reach: it is put into ``stop`` and the
-    build ended, for the caller to raise.
+    TensorRT calls the writer from C++ code, where no exception may pass.  An exception is appended
+    to ``stop`` and ends the build; the caller raises it.
     """
     base: type[trt.IStreamWriter] = module.IStreamWriter
 
-    class Writer(base):  # type: ignore[misc] # the class is that of the flavour
+    class Writer(base):  # type: ignore[misc] # the base class depends on the backend
         def __init__(self) -> None:
             base.__init__(self)
 
@@ -78,7 +78,7 @@ def plan_writer(
             try:
                 if not stop:
                     write(data)
-            except BaseException as error:  # Ctrl-C too: see the docstring
+            except BaseException as error:  # Ctrl-C too, see the docstring
                 stop.append(error)
             return 0 if stop else len(data)
 
@@ -86,9 +86,9 @@ def plan_writer(
 
 
 class StreamingBuilder:
-    """A builder whose ``build_serialized_network`` gives the plan to ``write``.
+    """A TensorRT builder whose ``build_serialized_network`` passes the plan to ``write``.
 
-    Polygraphy calls that method, and keeps the timing cache after it.
+    Polygraphy calls that method, and saves the timing cache afterwards.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class StreamingBuilder:
         return getattr(self._builder, name)
 
     def build_serialized_network(self, network: Any, config: Any) -> bool:
-        """Whether there is a plan, all of it written."""
+        """Build and write the plan; False if TensorRT could not build it."""
         builder: trt.Builder = self._builder
         if hasattr(builder, "build_serialized_network_to_stream"):
             writer = plan_writer(self._module, self._write, self._stop)
@@ -115,6 +115,6 @@ class StreamingBuilder:
         plan = builder.build_serialized_network(network, config)
         if plan is None:
             return False
-        # Not bytes(): that would hold the plan twice.
+        # Not bytes(), which would copy the plan.
         self._write(memoryview(plan))
         return True

@@ -1,6 +1,6 @@
-"""Whether an engine may be loaded here, told before CUDA would say it in its own words.
+"""Checks that an engine can run on this machine, before TensorRT loads it.
 
-An engine file can carry anything: only bytes that a passport vouches for are handed to TensorRT.
+An engine file can contain anything, so only bytes with the hash in the passport reach TensorRT.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from clipdeploy.engines.passport import (
     read_engine_passport,
 )
 
-__all__ = ["Plan", "ThisMachine", "check_machine", "preflight", "this_machine"]
+__all__ = ["Host", "Plan", "check_machine", "preflight", "read_host"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An engine's bytes, and the passport that vouches for them; None only where it was waived."""
+    """An engine's bytes and passport; None only for a trusted engine that has none."""
 
     path: Path
     data: bytes
@@ -34,20 +34,20 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class ThisMachine:
-    """What an engine is held against; ``version`` is that of the engine's own flavour."""
+class Host:
+    """The machine to run an engine on; ``version`` is that of the engine's backend."""
 
     platform: str
     gpu: Gpu | None
     version: str | None
 
 
-def this_machine(passport: EnginePassport) -> ThisMachine:
-    """The machine that this process runs on."""
+def read_host(passport: EnginePassport) -> Host:
+    """Describe the machine that this process runs on."""
     backend = passport.backend
     version = str(tensorrt_module(backend).__version__) if is_installed(backend) else None
     devices = gpus()
-    return ThisMachine(platform_name(), devices[0] if devices else None, version)
+    return Host(platform_name(), devices[0] if devices else None, version)
 
 
 def _runs_on(passport: EnginePassport, gpu: Gpu) -> bool:
@@ -59,59 +59,64 @@ def _runs_on(passport: EnginePassport, gpu: Gpu) -> bool:
 def _same_version(passport: EnginePassport, version: str) -> bool:
     if not passport.settings.get("version_compatible"):
         return passport.backend_version == version
-    # NVIDIA's developer guide, "Version Compatibility": within a major version, to newer ones.
-    built, here = passport.backend_version.split("."), version.split(".")
-    return built[0] == here[0] and [int(p) for p in built[1:2]] <= [int(p) for p in here[1:2]]
+    # Runs on newer versions of the same major (NVIDIA's developer guide, "Version Compatibility").
+    built, found = passport.backend_version.split("."), version.split(".")
+    return built[0] == found[0] and [int(p) for p in built[1:2]] <= [int(p) for p in found[1:2]]
 
 
-def check_machine(engine: Path, passport: EnginePassport, here: ThisMachine) -> None:
-    """Hold what an engine is bound to against ``here``.
+def _no_gpu() -> EngineError:
+    return EngineError("no GPU on this machine", hint="run it on the machine that will serve")
+
+
+def check_machine(engine: Path, passport: EnginePassport, host: Host) -> None:
+    """Check that the engine can run on the machine ``host``.
 
     Raises:
-        EngineError: another platform, no GPU, another TensorRT, another compute capability.
+        EngineError: the platform, TensorRT version or compute capability differs, or no GPU.
     """
     again = f"build it again here: {passport.rebuild}"
-    if passport.platform != here.platform:
+    if passport.platform != host.platform:
         raise EngineError(
-            f"{engine} was built for {passport.platform}, this is {here.platform}", hint=again
+            f"{engine} was built for {passport.platform}, this machine is {host.platform}",
+            hint=again,
         )
-    if here.gpu is None:
-        raise EngineError("no GPU on this machine", hint="run it where the engine will serve")
+    if host.gpu is None:
+        raise _no_gpu()
     built = f"{passport.backend} {passport.backend_version}"
-    if here.version is None:
+    if host.version is None:
         package = passport.backend
         raise EngineError(
-            f"{engine} was built by {built}, which is not installed here",
+            f"{engine} was built by {built}, which is not installed",
             hint=f"pip install {package}=={passport.backend_version}",
         )
-    if not _same_version(passport, here.version):
-        raise EngineError(f"{engine} was built by {built}, here is {here.version}", hint=again)
-    if not _runs_on(passport, here.gpu):
+    if not _same_version(passport, host.version):
+        raise EngineError(f"{engine} was built by {built}, installed is {host.version}", hint=again)
+    if not _runs_on(passport, host.gpu):
         raise EngineError(
             f"{engine} runs on SM {', '.join(passport.capabilities)}; "
-            f"{here.gpu.name} is {here.gpu.sm}",
+            f"{host.gpu.name} is {host.gpu.sm}",
             hint=again,
         )
 
 
-def preflight(engine: Path, *, trust: bool = False, here: ThisMachine | None = None) -> Plan:
-    """Read an engine that may be loaded on this machine.
+def preflight(engine: Path, *, trust: bool = False, host: Host | None = None) -> Plan:
+    """Read an engine and check that it can be loaded on this machine.
 
-    The bytes that were hashed are the bytes that are returned: the file is read once.  ``trust``
-    waives the passport's hash, and everything else where there is no passport at all.
+    The file is read once, so the returned bytes are the hashed bytes.  ``trust`` skips the hash,
+    and every check if there is no passport.
 
     Raises:
         FileError: the engine cannot be read.
-        ArtifactError: no passport, one of a newer clipdeploy, or one of other bytes.
-        EngineError: an engine of another machine; see :func:`check_machine`.
+        ArtifactError: no passport, one of a newer clipdeploy, or one of another file.
+        EngineError: the engine cannot run here; see :func:`check_machine`.
     """
     data = read_regular(engine)
     if trust and not passport_path(engine).exists():
         if not gpus():
-            raise EngineError("no GPU on this machine", hint="run it where the engine will serve")
+            raise _no_gpu()
         return Plan(engine, data, None)
     passport = read_engine_passport(engine)
     if not trust:
         check_plan(engine, passport, len(data), hashlib.sha256(data).hexdigest())
-    check_machine(engine, passport, here or this_machine(passport))
+    check_machine(engine, passport, host or read_host(passport))
     return Plan(engine, data, passport)

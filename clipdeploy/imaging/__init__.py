@@ -1,4 +1,4 @@
-"""Images as people have them -> crops: listed, labelled, drawn from, decoded ahead, cached."""
+"""List, label and select images, and decode them to crops ahead of use, with a cache."""
 
 from clipdeploy.imaging.crops import CropCache
 from clipdeploy.imaging.images import (
@@ -11,7 +11,7 @@ from clipdeploy.imaging.images import (
 )
 from clipdeploy.imaging.layouts import Labelling
 from clipdeploy.imaging.scan import scan_images
-from clipdeploy.imaging.stream import Crop, Skipped, iter_crops
+from clipdeploy.imaging.stream import Crop, Skipped, iter_crops, stack_batches
 from clipdeploy.imaging.survey import Reading, Survey
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "open_images",
     "scan_images",
     "select",
+    "stack_batches",
     "survey",
     "with_labels",
 ]

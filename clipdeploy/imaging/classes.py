@@ -1,8 +1,7 @@
-"""A model's classes: how many logits it has, and what people call them.
+"""Count and name a model's classes.
 
-Names come from a file that the user gives, from the checkpoint, from the card, from the images'
-folders or from a label file.  Each of them says how many there are, and that has to be the number
-of logits.
+Names come from the user's file, the checkpoint, the card, the image folders or a label file.  Their
+number has to equal the number of logits.
 """
 
 from __future__ import annotations
@@ -20,12 +19,14 @@ from clipdeploy.core.files import read_regular
 
 __all__ = ["Classes", "NamesError", "names_from", "read_class_names"]
 
-_HINT = 'one name a line, or JSON: ["cat", "dog"], {"0": "cat", "1": "dog"} or {"cat": 0, "dog": 1}'
+_HINT = (
+    'one name per line, or JSON: ["cat", "dog"], {"0": "cat", "1": "dog"} or {"cat": 0, "dog": 1}'
+)
 _SHOWN = 3
-# Lists of ImageNet's words differ in a few of them.
+# Published lists of ImageNet's words differ in a few classes.
 _ALIKE = 0.95
-# A thousand times those of ImageNet's names.
-_MOST_BYTES = 64 << 20
+# A thousand times the size of ImageNet's names.
+_MAX_BYTES = 64 << 20
 
 
 # (name, words) of each class.
@@ -33,17 +34,17 @@ Known = Sequence[tuple[str, str]]
 
 
 class NamesError(ValueError):
-    """What is wrong with a list of class names, as a phrase."""
+    """A list of class names is invalid; the message is a phrase."""
 
 
 @dataclass(frozen=True)
 class Classes:
-    """``count`` logits, and their names in order, empty if they are unknown.
+    """The number of logits, and the class names in logit order, empty if unknown.
 
-    A count of 0: the classes of images are not read.
+    A count of 0 means that labels are not read.
 
     Raises:
-        DatasetError: as many names as logits, all different, are needed.
+        DatasetError: the number of names is not ``count``.
     """
 
     count: int = 0
@@ -53,7 +54,7 @@ class Classes:
         if self.names and len(self.names) != self.count:
             raise DatasetError(
                 f"there are {len(self.names)} class names for {self.count} classes",
-                hint="a name for each logit is needed, in their order: --class-names FILE",
+                hint="pass one name per logit, in logit order: --class-names FILE",
             )
 
     def __bool__(self) -> bool:
@@ -61,29 +62,29 @@ class Classes:
 
     @cached_property
     def index(self) -> dict[str, int]:
-        """The logit of each name."""
+        """Class name -> logit index."""
         return {name: position for position, name in enumerate(self.names)}
 
     def examples(self) -> str:
-        """The first names, for a message."""
+        """A phrase with the first names, for messages."""
         more = ", ..." if len(self.names) > _SHOWN else ""
         return f"the model's {self.count} classes are {', '.join(self.names[:_SHOWN])}{more}"
 
 
 def names_from(value: Any, known: Known = ()) -> tuple[str, ...]:
-    """The names in a list, or in an object that maps indices to names or names to indices.
+    """Class names from a list, or from an object that maps indices to names or names to indices.
 
-    ``known`` are names and words of classes: where the list has the words (``tench, Tinca tinca``),
-    in the same order, the names are taken (``n01440764``).
+    ``known`` has the names and words of known classes: if the list contains their words
+    (``tench, Tinca tinca``) in the same order, their names (``n01440764``) are returned.
 
     Raises:
-        NamesError: it is something else, or not every index from 0 on has a name of its own.
+        NamesError: the value is something else, an index is missing, or a name is not unique.
     """
     if isinstance(value, Mapping):
         return _checked(_of_object(value), known)
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return _checked(list(value), known)
-    raise NamesError("it is neither a list nor an object of names")
+    raise NamesError("neither a list nor an object of names")
 
 
 def _of_object(value: Mapping[Any, Any]) -> list[Any]:
@@ -93,27 +94,27 @@ def _of_object(value: Mapping[Any, Any]) -> list[Any]:
     try:
         named = {int(index): name for index, name in pairs}
     except (TypeError, ValueError):
-        raise NamesError("its keys or its values have to be the numbers of the classes") from None
+        raise NamesError("neither the keys nor the values are class numbers") from None
     if sorted(named) != list(range(len(pairs))):
-        raise NamesError(f"its numbers are not 0 to {len(pairs) - 1}, each of them once")
+        raise NamesError(f"the class numbers are not 0 to {len(pairs) - 1}, each once")
     return [named[index] for index in range(len(pairs))]
 
 
 def _checked(names: list[Any], known: Known) -> tuple[str, ...]:
-    # Keras' imagenet_class_index.json has [wnid, word] for each class.
+    # Keras's imagenet_class_index.json has [wnid, word] for each class.
     firsts = [name[0] if isinstance(name, list | tuple) and name else name for name in names]
     if not firsts:
-        raise NamesError("it has no name")
+        raise NamesError("the list is empty")
     for number, name in enumerate(firsts):
         if not isinstance(name, str) or not name.strip():
             raise NamesError(f"the name of class {number} is {name!r}")
         if not name.isprintable():
             raise NamesError(f"the name of class {number} has control characters: {name!a}")
-    # Two of ImageNet's words are those of two classes each.
+    # Before the check for duplicates: two of ImageNet's words name two classes each.
     found = _instead_of_words(tuple(name.strip() for name in firsts), known)
-    name, often = Counter(found).most_common(1)[0]
-    if often > 1:
-        raise NamesError(f"{name!r} is the name of {often} classes")
+    name, count = Counter(found).most_common(1)[0]
+    if count > 1:
+        raise NamesError(f"{count} classes are named {name!r}")
     return found
 
 
@@ -130,15 +131,15 @@ def _first_word(words: str) -> str:
 
 
 def read_class_names(path: Path, count: int, known: Known = ()) -> tuple[str, ...]:
-    """The names of ``count`` classes from a file, in the order of the logits.
+    """Read the names of ``count`` classes, in logit order.
 
-    A text file with one name a line, or JSON, see :func:`names_from`.
+    The file is text with one name per line, or JSON, see :func:`names_from`.
 
     Raises:
-        FileError: it cannot be read.
-        DatasetError: it holds no such names, or not ``count`` of them.
+        FileError: the file cannot be read.
+        DatasetError: it contains no valid names, or not ``count`` of them.
     """
-    data = read_regular(path, _MOST_BYTES)
+    data = read_regular(path, _MAX_BYTES)
     try:
         text = data.decode("utf-8-sig")
         if text.lstrip().startswith(("[", "{")):
@@ -146,10 +147,10 @@ def read_class_names(path: Path, count: int, known: Known = ()) -> tuple[str, ..
         else:
             names = names_from([line.strip() for line in text.rstrip().splitlines()], known)
     except (NamesError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise DatasetError(f"{path} holds no class names: {error}", hint=_HINT) from error
+        raise DatasetError(f"{path} has no valid class names: {error}", hint=_HINT) from error
     if len(names) != count:
         raise DatasetError(
-            f"{path} names {len(names)} classes, the model has {count}",
-            hint=f"a name for each logit is needed, in their order: {_HINT}",
+            f"{path} names {len(names)} classes, but the model has {count}",
+            hint=f"write one name per logit, in logit order: {_HINT}",
         )
     return names

@@ -1,11 +1,11 @@
-"""The files of the crop cache: shards that one process appends to and any process reads.
+"""Read and write the crop cache's shards, which one process appends to and any process reads.
 
     NAME.items    item 0, item 1, ...    of one size: a crop, uint8 (S, S, 3), or float32 logits
     NAME.rows     140 bytes each: stamp 16 | sha256 32 | XXH3-128 of the item 16 | note 64
                                   | slot | magic | CRC-32 of all of these
 
-An item is written before its row, so that a killed run leaves a shorter shard.  A row that is
-damaged or cut short is no row, an item whose XXH3-128 is not its row's is no item.
+An item is written before its row, so a killed run leaves a valid, shorter shard.  Rows with a wrong
+CRC-32 and items with a wrong XXH3-128 are ignored.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ ROW_BYTES = _ROW.size + _CRC.size
 NO_STAMP = bytes(16)
 NO_NOTE = bytes(_NOTE_BYTES)
 _NO_DIGEST = bytes(16)
-# The slot of a row that only says which content a file has.
+# The slot of a row without an item, which only maps a stamp to a SHA-256.
 _NO_ITEM = 0xFFFFFFFF
 _COUNTER = itertools.count()
 
 
 class Spot(NamedTuple):
-    """Where an item lies: its ``.items`` file and its number in it; its XXH3-128 and its note."""
+    """An item's position (``.items`` file and index), XXH3-128 and note."""
 
     shard: Path
     slot: int
@@ -60,32 +60,32 @@ class Spot(NamedTuple):
 
 
 class ShardReader:
-    """An open ``.items`` file.  It is closed with its last reference: other threads may be reading.
+    """An open ``.items`` file; it stays readable if the shard is removed.
 
-    A shard that is removed meanwhile can still be read.
+    It is closed with its last reference, because other threads may be reading it.
 
     Raises:
-        OSError: it cannot be opened.
+        OSError: the file cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
-        # Not there if it could not be opened.
+        # Missing if the file could not be opened.
         if hasattr(self, "_file"):
             os.close(self._file)
 
     def read(self, spots: Sequence[Spot], into: NDArray[Any]) -> list[bool]:
-        """Read n items that follow each other into ``into``, C-contiguous (n, ...).
+        """Read n consecutive items into ``into``, C-contiguous (n, ...).
 
-        Which of them are whole and undamaged; in place of the others lie any bytes.
+        Returns which of them are undamaged; the content of the others is undefined.
         """
-        # Not mapped into memory: a shard cut short under a mapping would kill the process.
+        # Not memory-mapped: truncating a mapped file would kill the process.
         size = into.nbytes // len(spots)
         try:
             got = _pread_into(self._file, into.data.cast("B"), spots[0].slot * size)
-        except OSError:  # a broken disk, a network that is gone
+        except OSError:  # a broken disk or a lost network share
             got = 0
         return [
             (number + 1) * size <= got and xxhash.xxh3_128_digest(item.data) == spot.digest
@@ -102,7 +102,7 @@ def _pread_into(file: int, into: memoryview, offset: int) -> int:
 
 
 class Row(NamedTuple):
-    """What a row says: a file's stamp, its SHA-256, and where its item lies, if here."""
+    """A row: a file's stamp, its SHA-256, and the position of its item, if stored."""
 
     stamp: bytes
     sha256: bytes
@@ -110,7 +110,7 @@ class Row(NamedTuple):
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The sound rows of a ``.rows`` file; none if it is gone."""
+    """The undamaged rows of a ``.rows`` file; none if the file is missing."""
     try:
         data = path.read_bytes()
     except OSError:  # another process removed it
@@ -125,7 +125,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def size_of(items: Path) -> int:
-    """Bytes on disk of the shard that has this ``.items`` file."""
+    """The size in bytes of the shard with this ``.items`` file."""
     size = 0
     for path in (items, items.with_suffix(".rows")):
         with suppress(OSError):
@@ -134,18 +134,18 @@ def size_of(items: Path) -> int:
 
 
 def remove(items: Path) -> None:
-    """Remove a shard; no error if it is gone, or may not be removed."""
+    """Remove a shard; ignore errors, such as missing files or permissions."""
     for path in (items.with_suffix(".rows"), items):
         with suppress(OSError):
             path.unlink()
 
 
 class ShardWriter:
-    """Appends to a new shard that nobody else writes, ``room`` bytes at most."""
+    """Appends to a new shard, at most ``room`` bytes; no other process writes to it."""
 
     def __init__(self, folder: Path, room: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        # The time first: of two rows for one content, the one of the later name counts.
+        # Starts with the time: of two rows with the same key, the one in the later shard is used.
         name = f"{time.time_ns():020d}-{os.getpid()}-{next(_COUNTER)}"
         self.path = folder / f"{name}.items"
         self._room = room
@@ -154,11 +154,11 @@ class ShardWriter:
         self._rows = open(self.path.with_suffix(".rows"), "xb", buffering=0)  # noqa: SIM115
 
     def has_room(self, size: int) -> bool:
-        """Whether one more item of ``size`` bytes fits."""
+        """Whether another item of ``size`` bytes fits."""
         return self._room >= size + ROW_BYTES
 
     def append(self, stamp: bytes, sha256: bytes, item: NDArray[Any], note: bytes) -> Spot:
-        """Write an item, of any shape, with its row.
+        """Write an item of any shape, and its row.
 
         Raises:
             OSError: the disk is full.
@@ -173,7 +173,7 @@ class ShardWriter:
         return spot
 
     def append_stamp(self, stamp: bytes, sha256: bytes) -> None:
-        """Write a row alone: which content a file has.
+        """Write a row without an item, mapping a stamp to a SHA-256.
 
         Raises:
             OSError: the disk is full.

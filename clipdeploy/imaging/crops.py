@@ -1,9 +1,9 @@
-"""Decoded crops on disk, so that an image is decoded once; and whatever else is made from content.
+"""Cache decoded crops, and other arrays computed from them, on disk.
 
-A crop is found by the SHA-256 of its file's bytes, and that hash by a stamp of the file's state: a
-second run opens no image.  Each preprocessing has a folder of shards of its own; what decides a
-crop's pixels is in the folder's name, see :mod:`clipdeploy.imaging.keys`.  Whatever is damaged or
-cut short is decoded again, see :mod:`clipdeploy.imaging.crop_shards`.
+A crop's key is the SHA-256 of its file's bytes, which is found by a stamp of the file's state: a
+second run opens no image.  Each preprocessing has a folder of shards, named by everything that
+determines the pixels, see :mod:`clipdeploy.imaging.keys`.  Damaged or truncated entries are
+ignored and decoded again, see :mod:`clipdeploy.imaging.crop_shards`.
 """
 
 from __future__ import annotations
@@ -44,38 +44,38 @@ __all__ = ["CropCache", "CropShelf", "Shelf", "Stamps", "pixels_key"]
 
 T = TypeVar("T", bound=np.generic)
 
-# Of the shards.
+# Version of the shard format.
 _FORMAT = 2
 _LIMIT_BYTES = 32 << 30
 _SHARD_BYTES = 256 << 20
-# Crops that are read at once.
+# Size of one read.
 _READ_BYTES = 16 << 20
-# Shards that are open to be read, well below the 1024 files that a process may usually open.
-_MOST_OPEN = 64
-# A file changed less than this ago may change again within one tick of its file system's clock,
-# two seconds on FAT: its state does not stand for its content yet.
+# Shards open for reading, well below the usual limit of 1024 open files per process.
+_MAX_OPEN = 64
+# A file changed more recently than this may change again within one tick of the file system's
+# clock (two seconds on FAT), so its state does not identify its content yet.
 _SETTLED_NS = 2_000_000_000
 
 
 class Stamps:
-    """Sixteen bytes that stand for a file in its present state.
+    """Computes 16-byte stamps that identify a file in its current state.
 
-    A hash of path, name, size, mtime and ctime: nobody can set a ctime back, so that a file put in
-    the place of another one is noticed even if it has the other's size and mtime.
+    A stamp is a hash of path, name, size, mtime and ctime.  The ctime cannot be set back, so a
+    replaced file is noticed even if size and mtime are equal.
     """
 
     def __init__(self, root: Path) -> None:
-        """``root`` is a folder, or an archive: then its own state stands for each member's."""
-        # A text: making a Path of each file takes longer than its stat.
+        """``root`` is a folder, or an archive, whose state then applies to every member."""
+        # A string: creating a Path for each file takes longer than its stat.
         self._prefix = os.path.join(root, "")
         self._name = os.path.realpath(root)
         self._archive = None if root.is_dir() else root.stat()
 
     def of(self, name: str) -> bytes:
-        """The stamp of a file; zeros if it is gone, or was changed just now."""
+        """The stamp of a file; zeros if it is missing or was changed in the last two seconds."""
         try:
             state = self._archive or os.stat(self._prefix + name)
-        except OSError:  # reading it will say why
+        except OSError:  # reading the file reports the error
             return NO_STAMP
         if time.time_ns() - max(state.st_mtime_ns, state.st_ctime_ns) < _SETTLED_NS:
             return NO_STAMP
@@ -85,13 +85,13 @@ class Stamps:
 
 @dataclass(frozen=True)
 class CropCache:
-    """The crops under ``folder`` and what was computed from them, at most ``limit_bytes``.
+    """A disk cache of crops and arrays computed from them, at most ``limit_bytes`` in size.
 
-    Where room is needed the shards that were not used for longest go; what this run used stays.
-    Runs at the same time may each pass the limit by one shard (an eighth of it, 256 MiB at most).
+    The least recently used shards are removed first; shards used by this run are kept.  Concurrent
+    runs may each exceed the limit by one shard (an eighth of the limit, at most 256 MiB).
 
     Raises:
-        UsageError: a limit below zero.
+        UsageError: the limit is negative.
     """
 
     folder: Path
@@ -99,34 +99,37 @@ class CropCache:
 
     def __post_init__(self) -> None:
         if self.limit_bytes < 0:
-            raise UsageError(f"a crop cache of {self.limit_bytes} bytes", hint="0 keeps none")
+            raise UsageError(
+                f"the crop cache's limit is {self.limit_bytes} bytes, which is negative",
+                hint="use 0 to disable the cache",
+            )
 
     def problem(self, spec: Preprocess) -> str:
-        """Why no further crop of this preprocessing can be kept, as a sentence; empty if one can.
+        """A sentence on why no crop of this preprocessing can be stored, empty if it can.
 
-        Known without a run: the limit is too low, or the folder has no space or cannot be written.
+        Checks the limit, the disk space and the folder's permissions.
         """
         return self.too_small(_crop_bytes(spec)) or self._unwritable(_crop_bytes(spec))
 
     def too_small(self, item_bytes: int) -> str:
-        """Why nothing of this many bytes each is kept or read, as a sentence; empty if it is."""
+        """A sentence if the limit is below one item of this size, else empty."""
         if self.limit_bytes >= item_bytes + ROW_BYTES:
             return ""
         if self.limit_bytes == 0:
             return "nothing is cached: the cache's limit is 0 bytes"
         return (
             f"nothing is cached: the cache's limit is {self.limit_bytes} bytes, "
-            f"one crop takes {item_bytes + ROW_BYTES}"
+            f"but one crop takes {item_bytes + ROW_BYTES}"
         )
 
     def _unwritable(self, item_bytes: int) -> str:
         there = next(path for path in (self.folder, *self.folder.parents) if path.exists())
         if not there.is_dir():
-            return f"nothing is cached: {there} is no folder"
+            return f"nothing is cached: {there} is not a folder"
         if not os.access(there, os.W_OK | os.X_OK):
             return f"nothing is cached: {there} cannot be written"
         if (free := shutil.disk_usage(there).free) < item_bytes + ROW_BYTES:
-            return f"nothing is cached: the disk of {there} has {free} bytes left"
+            return f"nothing is cached: the disk of {there} has only {free} bytes free"
         return ""
 
     @classmethod
@@ -135,11 +138,11 @@ class CropCache:
         return cls(cache_folder() / "crops", limit_bytes)
 
     def open(self, spec: Preprocess) -> CropShelf:
-        """The crops of one preprocessing; close it after use."""
+        """Open the crops of one preprocessing; the caller closes them."""
         return CropShelf(self, spec)
 
     def shards(self) -> list[Path]:
-        """The ``.items`` file of every shard, the one that was not used for longest first."""
+        """The ``.items`` file of every shard, least recently used first."""
         aged = []
         for path in self.folder.glob("*/*.items"):
             with suppress(OSError):  # another process removed it
@@ -147,11 +150,11 @@ class CropCache:
         return [path for _, path in sorted(aged)]
 
     def size(self) -> int:
-        """Bytes of all shards on disk."""
+        """The size of all shards in bytes."""
         return sum(map(size_of, self.shards()))
 
     def make_room(self, wanted: int, keep: set[Path]) -> int:
-        """Remove shards, but none of ``keep``, until ``wanted`` bytes fit; the bytes that do."""
+        """Remove shards, except ``keep``, until ``wanted`` bytes fit; return the bytes that fit."""
         total = self.size()
         for shard in self.shards():
             if total + wanted <= self.limit_bytes:
@@ -163,15 +166,17 @@ class CropCache:
 
 
 class Shelf(Generic[T]):
-    """Arrays of one shape and type by the SHA-256 of what they were made from.
+    """Stores arrays of one shape and dtype by the SHA-256 of their source.
 
-    One process writes through it, others have their own.  ``problem`` says in a sentence why
-    arrays are no longer kept; empty while they are.  A cache whose limit is below one array gives
-    none either, whatever earlier runs kept.
+    Each process opens its own shelf.  ``problem`` is a sentence on why arrays are not stored,
+    empty while they are.  If the cache's limit is below one array, none is read either.
     """
 
     def __init__(self, cache: CropCache, name: str, shape: tuple[int, ...], dtype: type[T]) -> None:
-        """``name`` is the folder's: whatever else decides the arrays is to be in it."""
+        """Open the arrays of ``shape`` and ``dtype`` in the folder ``name``.
+
+        ``name`` has to identify everything, apart from the source, that determines the arrays.
+        """
         self._cache = cache
         self._shape, self._type = shape, dtype
         self._bytes = math.prod(shape) * np.dtype(dtype).itemsize
@@ -199,19 +204,20 @@ class Shelf(Generic[T]):
             self._spots[sha256] = spot
 
     def hash_of(self, stamp: bytes) -> str | None:
-        """The hex SHA-256 of the file that had this stamp, if it is known."""
+        """The hex SHA-256 of the file with this stamp, None if unknown."""
         found = self._hashes.get(stamp)
         return found.hex() if found else None
 
     def get(self, sha256: str) -> NDArray[T] | None:
-        """The array with this key, None if it is not here or damaged."""
+        """The array with this key, None if it is missing or damaged."""
         arrays, (spot,) = self.read([sha256])
         return None if spot is None else arrays[0]
 
     def read(self, keys: Sequence[str | None]) -> tuple[NDArray[T], list[Spot | None]]:
-        """The arrays with n keys, (n, ...), and where they are kept.
+        """Read the arrays with n keys, (n, ...), and their positions in shards.
 
-        None for each that is not here, damaged, or has no key: in its place is any content.
+        The position is None if the key is None or the array is missing or damaged; its content is
+        then undefined.
         """
         known = [bytes.fromhex(key or "") for key in keys]
         spots = [self._spots.get(key) for key in known]
@@ -229,26 +235,23 @@ class Shelf(Generic[T]):
         return arrays, spots
 
     def _reader(self, shard: Path) -> ShardReader | None:
-        """The shard, opened once; None if it is gone."""
+        """The open shard, None if it was removed."""
         reader = self._open.get(shard)
         if reader is None:
             try:
                 reader = ShardReader(shard)
             except OSError:  # another process removed it
                 return None
-            if len(self._open) >= _MOST_OPEN:
+            if len(self._open) >= _MAX_OPEN:
                 self._open.clear()
             self._open[shard] = reader
             self._used.add(shard)
-            with suppress(OSError):  # a cache that may only be read is of use too
+            with suppress(OSError):  # a read-only cache
                 os.utime(shard)
         return reader
 
     def put(self, stamp: bytes, sha256: str, array: NDArray[T], note: bytes = NO_NOTE) -> None:
-        """Keep an array; where disk or cache are full it is not kept, and ``problem`` says so.
-
-        ``note``: 64 bytes that are kept with it.
-        """
+        """Store an array and 64 bytes of ``note``; if it does not fit, set ``problem``."""
         key = bytes.fromhex(sha256)
         known = key in self._spots
         if self.problem or (known and (stamp == NO_STAMP or self._hashes.get(stamp) == key)):
@@ -275,7 +278,7 @@ class Shelf(Generic[T]):
         room = self._cache.make_room(wanted, self._used)
         if room < one:
             self.problem = (
-                f"nothing more is cached: {self._cache.folder} is full, {limit} bytes are allowed"
+                f"nothing more is cached: {self._cache.folder} is full, its limit is {limit} bytes"
             )
             return None
         self._writer = ShardWriter(self._folder, room)
@@ -283,7 +286,7 @@ class Shelf(Generic[T]):
         return self._writer
 
     def close(self) -> None:
-        """End the shard that was being written, and let go of those that were read."""
+        """Finish the shard being written, and close the others."""
         self._open.clear()
         if self._writer is not None:
             self._writer.close()
@@ -291,7 +294,7 @@ class Shelf(Generic[T]):
 
 
 def _runs(spots: Sequence[Spot | None]) -> Iterator[tuple[int, int]]:
-    """Start and end of each run of items that follow each other in one shard."""
+    """Start and end of each run of consecutive items of one shard."""
     start = 0
     while start < len(spots):
         first, end = spots[start], start + 1
@@ -308,23 +311,23 @@ def _runs(spots: Sequence[Spot | None]) -> Iterator[tuple[int, int]]:
 
 
 class CropShelf(Shelf[np.uint8]):
-    """The crops, uint8 (S, S, 3), of one preprocessing; close it after use."""
+    """Stores the crops, uint8 (S, S, 3), of one preprocessing."""
 
     def __init__(self, cache: CropCache, spec: Preprocess) -> None:
         super().__init__(cache, _shelf_name(spec), (spec.size, spec.size, 3), np.uint8)
-        # A power of two, as batches are: a batch's crops then come of one read.
+        # A power of two, as batch sizes are, so that one read covers a batch.
         self.together = min(64, 1 << int(math.log2(max(1, _READ_BYTES // _crop_bytes(spec)))))
 
     def find(self, sha256: str) -> tuple[NDArray[np.uint8], Fingerprint] | None:
-        """The crop of a file and its fingerprint, None if it is not here or damaged."""
+        """The crop of a file and its fingerprint, None if it is missing or damaged."""
         return self.find_all([sha256])[0]
 
     def find_all(
         self, sha256s: Sequence[str | None]
     ) -> list[tuple[NDArray[np.uint8], Fingerprint] | None]:
-        """:meth:`find` for each; crops that are kept one behind the other lie so in memory too."""
+        """:meth:`find` for several files; consecutive crops of a shard share one array."""
         arrays, spots = self.read(sha256s)
-        # Both hashes are XXH3-128: the pixels are hashed once, to see that they are undamaged.
+        # Both hashes are XXH3-128, so the digest that was just verified is the fingerprint's.
         return [
             None if spot is None else (arrays[at], Fingerprint(spot.digest.hex(), spot.note))
             for at, spot in enumerate(spots)
@@ -333,7 +336,7 @@ class CropShelf(Shelf[np.uint8]):
     def keep(
         self, stamp: bytes, sha256: str, pixels: NDArray[np.uint8], found: Fingerprint
     ) -> None:
-        """Keep a crop with its fingerprint, see :meth:`put`."""
+        """Store a crop with its fingerprint, see :meth:`put`."""
         self.put(stamp, sha256, pixels, found.thumbnail)
 
 

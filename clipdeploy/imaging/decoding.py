@@ -1,6 +1,6 @@
-"""From the name of an image to its crop, in this process.
+"""Read and decode images to crops in this process.
 
-Worker processes import this module, so that it stays light: numpy and Pillow, no torch.
+Worker processes import this module, so it depends on numpy and Pillow but not on torch.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from numpy.typing import NDArray
 
 from clipdeploy.core.errors import DatasetError
 from clipdeploy.core.passport import Preprocess
-from clipdeploy.imaging.archives import Place, Reader
+from clipdeploy.imaging.archives import Place, Reader, unreadable
 from clipdeploy.imaging.crops import CropCache, CropShelf
 from clipdeploy.imaging.fingerprints import Fingerprint, fingerprint
 from clipdeploy.imaging.preprocess import crop_file
 
 __all__ = ["Decoder", "Failure", "Loaded", "Loader", "Source", "ThreadLoader", "usable_cores"]
 
-# Pillow leaves the interpreter's lock while it decodes and resizes, so that threads help.
+# Pillow releases the GIL while it decodes and resizes.
 _THREADS = 4
 
 
 class Loaded(NamedTuple):
-    """A decoded image: the hex SHA-256 of its file's bytes, uint8 (S, S, 3), its fingerprint."""
+    """A decoded image: the hex SHA-256 of its file, uint8 (S, S, 3) pixels, its fingerprint."""
 
     sha256: str
     pixels: NDArray[np.uint8]
@@ -39,7 +39,7 @@ class Loaded(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """An image that cannot be used: the parts of a ``DatasetError``."""
+    """An image that cannot be decoded: message and hint of a ``DatasetError``."""
 
     message: str
     hint: str
@@ -47,7 +47,7 @@ class Failure(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """Where images come from and how they become crops; ``cache`` may hold some already."""
+    """The folder or archive of the images, their preprocessing, and a cache of crops."""
 
     root: Path
     spec: Preprocess
@@ -55,37 +55,37 @@ class Source:
 
 
 class Loader(Protocol):
-    """Takes images in order and gives them back decoded, in the same order.
+    """Decodes images and returns them in the order of submission.
 
-    ``capacity``: how many may be submitted before a result has to be taken.
+    ``capacity``: number of images that may be submitted before a result has to be taken.
     """
 
     capacity: int
 
     def submit(self, name: str, place: Place | None) -> None:
-        """Have an image decoded; after several, :meth:`send` has them started."""
+        """Queue an image for decoding; :meth:`send` starts the queued images."""
 
     def send(self) -> None:
-        """Start what was submitted."""
+        """Start decoding the queued images."""
 
     def result(self) -> Loaded | Failure:
-        """The oldest image submitted; waits for it."""
+        """Wait for the result of the oldest image submitted."""
 
     def close(self) -> None:
-        """Stop, whatever is under way."""
+        """Stop decoding and free all resources."""
 
 
 class Decoder:
     """Reads, hashes, decodes and crops one image at a time; safe in several threads."""
 
     def __init__(self, source: Source, shelf: CropShelf | None = None) -> None:
-        """``shelf`` gives the pixels where it has those of the same bytes."""
+        """``shelf`` is searched for a crop of the same bytes before decoding."""
         self._source = source
         self._shelf = shelf
         self._reader = Reader(source.root)
 
     def load(self, name: str, place: Place | None) -> Loaded | Failure:
-        """The crop of an image, or why there is none."""
+        """Decode one image."""
         where = f"{self._source.root}/{name}"
         spec = self._source.spec
         try:
@@ -98,10 +98,8 @@ class Decoder:
         except DatasetError as error:
             return Failure(error.message, error.hint)
         except MemoryError:
-            return Failure(
-                f"cannot read the image {where}: it does not fit into memory",
-                "repair or remove it, or pass --skip-unreadable",
-            )
+            failed = unreadable(f"the image {where}", "it does not fit into memory")
+            return Failure(failed.message, failed.hint)
 
     def close(self) -> None:
         """Close the archive."""
@@ -109,7 +107,7 @@ class Decoder:
 
 
 class ThreadLoader:
-    """Decodes in a few threads of this process."""
+    """Decodes in up to four threads of this process."""
 
     capacity = 32
 
@@ -119,24 +117,24 @@ class ThreadLoader:
         self._pending: deque[Future[Loaded | Failure]] = deque()
 
     def submit(self, name: str, place: Place | None) -> None:
-        """Have an image decoded."""
+        """Start decoding an image."""
         self._pending.append(self._pool.submit(self._decoder.load, name, place))
 
     def send(self) -> None:
-        """Nothing to do: each image is started as it is submitted."""
+        """Do nothing: :meth:`submit` has started each image."""
 
     def result(self) -> Loaded | Failure:
-        """The oldest image submitted; waits for it."""
+        """Wait for the result of the oldest image submitted."""
         return self._pending.popleft().result()
 
     def close(self) -> None:
-        """Stop after the images under way."""
+        """Stop after the images being decoded now."""
         self._pool.shutdown(cancel_futures=True)
         self._decoder.close()
 
 
 def usable_cores() -> int:
-    """Cores this process may use: its affinity, and its container's CPU quota (cgroup v2)."""
+    """The number of cores allowed by the CPU affinity and the container's quota (cgroup v2)."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:

@@ -1,14 +1,14 @@
-"""Copies of an image by its decoded pixels, whatever its file's name, format or bytes.
+"""Find copies of images by their decoded pixels, independent of file name, format and bytes.
 
-    pixels      XXH3-128 of the crop's bytes: equal for the same picture saved without loss
-    thumbnail   8 x 8 grey means of the crop: nearly equal for the same picture saved with loss
+    pixels      XXH3-128 of the crop's bytes: equal for lossless copies
+    thumbnail   8 x 8 grey means of the crop: nearly equal for lossy copies
 
 Two pictures are near copies if the RMS difference of their thumbnails is at most ``NEAR`` grey
 levels and at most ``NEAR_CONTRAST`` times the standard deviation of the flatter of the two:
 
     |a - b|^2 / 64  <=  min(NEAR^2, NEAR_CONTRAST^2 var(a), NEAR_CONTRAST^2 var(b))
 
-All of it is integer arithmetic on bytes, so that every machine gives the same answer.
+The arithmetic is exact on integers, so the result is the same on every machine.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ __all__ = [
     "first_copies",
 ]
 
-# RMS grey levels.  JPEG at quality 75 and a resize by a few percent move the thumbnail of a
-# photograph by 0.3 to 1.1 (rounding to whole grey levels alone by 0.4), JPEG at quality 75 that of
-# the 8 x 8 pixel digits of clip-vit-demo by 6.3 at most.  The two most alike of these 700 digits
-# are 14 apart.
+# RMS grey levels.  JPEG at quality 75 with a resize by a few percent changes the thumbnail of a
+# photograph by 0.3 to 1.1 (0.4 is the rounding to whole grey levels); JPEG at quality 75 changes
+# the 8 x 8 pixel digits of clip-vit-demo by at most 6.3.  The two most similar of these 700 digits
+# differ by 14.
 NEAR = 7.0
-# Thumbnails of noise, fog or snow are flat and so a few grey levels apart whatever they show.  Two
-# unrelated ones differ by 1.4 standard deviations; 0.1 is a correlation of 0.995.
+# Thumbnails of noise, fog or snow have little contrast, so unrelated ones differ by few grey
+# levels.  Unrelated thumbnails differ by 1.4 standard deviations; 0.1 is a correlation of 0.995.
 NEAR_CONTRAST = 0.1
 
 _EDGE = 8
 THUMBNAIL_BYTES = _EDGE * _EDGE
-# Sums of so many rows of bytes fit into 16 bits.
+# The sum of this many bytes fits into 16 bits.
 _ROWS_OF_16_BITS = 65535 // 255
-# Thumbnails that are compared with their neighbours at once.
+# Number of thumbnails compared with their neighbours at once.
 _BLOCK = 512
-# The most that float32 rounding moves a projection of a thumbnail (at most 8 x 255).
-_SLACK = 0.01
+# The maximum float32 rounding error of a projected thumbnail (at most 8 x 255).
+_ROUNDING = 0.01
 
 Match = Literal["same", "near", ""]
 
 
 class Fingerprint(NamedTuple):
-    """``pixels``: hex XXH3-128 of a crop's bytes; ``thumbnail``: its 8 x 8 grey means, 64 bytes."""
+    """``pixels``: hex XXH3-128 of a crop; ``thumbnail``: its 8 x 8 grey means, 64 bytes."""
 
     pixels: str
     thumbnail: bytes
@@ -68,7 +68,7 @@ def fingerprint(pixels: NDArray[np.uint8]) -> Fingerprint:
 def _thumbnail(pixels: NDArray[np.uint8]) -> bytes:
     size = pixels.shape[0]
     if size % _EDGE:
-        # Cells of unequal size; in a crop of less than 8 pixels neighbouring cells share a pixel.
+        # Cells of unequal size; below 8 pixels, neighbouring cells share a pixel.
         starts = np.arange(_EDGE) * size // _EDGE
         counts = np.maximum(np.diff(starts, append=size), 1)
         rows = np.add.reduceat(pixels.sum(axis=2, dtype=np.uint32), starts, axis=0)
@@ -85,9 +85,9 @@ def _thumbnail(pixels: NDArray[np.uint8]) -> bytes:
 
 
 class _Thumbnails:
-    """Thumbnails in a form in which many are compared at once.
+    """Thumbnails prepared for comparing many at once.
 
-    Squares and products of bytes add up to less than 2^24, so that float32 is exact here.
+    Their sums of squares and products are below 2^24, so float32 is exact here.
     """
 
     def __init__(self, thumbnails: NDArray[np.uint8]) -> None:
@@ -95,9 +95,9 @@ class _Thumbnails:
         self.squares = np.square(self.values).sum(axis=1)
         sums = thumbnails.sum(axis=1, dtype=np.int64)
         spread = self.squares - sums.astype(np.float64) ** 2 / THUMBNAIL_BYTES
-        most = np.minimum(NEAR**2 * THUMBNAIL_BYTES, NEAR_CONTRAST**2 * spread)
-        # Squared distances are whole numbers.
-        self.most = np.floor(most).astype(np.float32)
+        limits = np.minimum(NEAR**2 * THUMBNAIL_BYTES, NEAR_CONTRAST**2 * spread)
+        # Squared distances are integers.
+        self.limits = np.floor(limits).astype(np.float32)
 
     def near(self, rows: slice, others: _Thumbnails, columns: slice) -> NDArray[np.bool_]:
         """Which of ``rows`` are near copies of which ``columns`` of ``others``, (rows, columns)."""
@@ -106,7 +106,7 @@ class _Thumbnails:
         distances += self.squares[rows, None]
         distances += others.squares[None, columns]
         near: NDArray[np.bool_] = distances <= np.minimum(
-            self.most[rows, None], others.most[None, columns]
+            self.limits[rows, None], others.limits[None, columns]
         )
         return near
 
@@ -114,11 +114,11 @@ class _Thumbnails:
 def first_copies(
     pixels: Sequence[str], thumbnails: NDArray[np.uint8]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """For each of n images the index of the first that it is a copy of, itself if of none.
+    """For each of n images, the index of the first image that it is a copy of, else its own.
 
-    ``pixels`` are n :attr:`Fingerprint.pixels`, ``thumbnails`` uint8 (n, 64).  The first array goes
-    by equal pixels.  The second by near copies as well, and from one to the next: all images that a
-    chain of near copies joins have the chain's first.
+    ``pixels`` are n :attr:`Fingerprint.pixels`, ``thumbnails`` uint8 (n, 64).  The first array,
+    int64 (n,), counts equal pixels only.  The second also counts near copies, transitively: all
+    images in a chain of near copies have the index of the chain's first image.
     """
     first_of: dict[str, int] = {}
     same = np.fromiter(
@@ -139,30 +139,30 @@ def first_copies(
 def _join_near(
     labels: NDArray[np.int64], thumbnails: NDArray[np.uint8], places: NDArray[np.int64]
 ) -> None:
-    """Join the near copies among the different thumbnails at ``places``."""
+    """Join the near copies among the distinct thumbnails at ``places``."""
     thumbnails = thumbnails[places]
-    # The distance along any direction is at most the whole distance.  Along that of the largest
-    # spread the fewest neighbours are left to be compared.
+    # The distance along any direction is at most the full distance.  The direction of the largest
+    # variance leaves the fewest neighbours to compare.
     centred = thumbnails.astype(np.float32) - thumbnails.mean(axis=0, dtype=np.float64)
     direction = np.linalg.eigh(centred.T @ centred)[1][:, -1]
     along = centred @ direction
     order = np.argsort(along, kind="stable")
     along, places = along[order], places[order]
     sorted_ = _Thumbnails(thumbnails[order])
-    reach = np.sqrt(np.maximum(sorted_.most, 0)) + _SLACK
+    reach = np.sqrt(np.maximum(sorted_.limits, 0)) + _ROUNDING
     for start in range(0, len(order), _BLOCK):
         rows = slice(start, min(start + _BLOCK, len(order)))
         last = (along[rows] + reach[rows]).max()
         columns = slice(start, int(np.searchsorted(along, last, side="right")))
         near = sorted_.near(rows, sorted_, columns)
-        # Among thousands of frames of one film most pairs are joined by earlier ones already.
+        # Skip pairs that are already joined: most of them among thousands of frames of one film.
         near &= labels[places[rows], None] != labels[None, places[columns]]
         one, other = np.nonzero(near)
         _join(labels, places[one + start], places[other + start])
 
 
 def _join(labels: NDArray[np.int64], one: NDArray[np.int64], other: NDArray[np.int64]) -> None:
-    """Give both ends of every pair, and all with the same labels, the lowest of their labels."""
+    """Merge the groups of every pair: all their members get the lowest of their labels."""
     while True:
         left, right = labels[one], labels[other]
         apart = left != right
@@ -172,16 +172,16 @@ def _join(labels: NDArray[np.int64], one: NDArray[np.int64], other: NDArray[np.i
         low = np.minimum(left[apart], right[apart])
         np.minimum.at(labels, left[apart], low)
         np.minimum.at(labels, right[apart], low)
-        # A label is the index of an image whose own label is lower or equal: follow to the lowest.
+        # A label is the index of an image whose label is lower or equal: follow to the lowest.
         while (deeper := labels[labels] != labels).any():
             labels[deeper] = labels[labels[deeper]]
 
 
 class Known:
-    """Images that others are compared with, such as those that a model was calibrated on."""
+    """Images to find copies of, such as a model's calibration images."""
 
     def __init__(self, images: Iterable[tuple[str, Fingerprint | None]]) -> None:
-        """Of each the hex SHA-256 of its file, and its fingerprint, None if that is unknown."""
+        """``images`` are (hex SHA-256 of the file, fingerprint or None if unknown)."""
         listed = list(images)
         prints = [found for _, found in listed if found is not None]
         self._files = frozenset(sha256 for sha256, _ in listed)
@@ -195,9 +195,9 @@ class Known:
     def match_all(
         self, sha256s: Sequence[str], fingerprints: Sequence[Fingerprint | None]
     ) -> list[Match]:
-        """``same``: a known image has the same file or the same pixels; ``near``: nearly so.
+        """Match n images: ``same`` file or pixels as a known image, ``near`` copy, or ``""``.
 
-        Empty if none has, as far as fingerprints are known.
+        Without a fingerprint only the SHA-256 is compared.
         """
         matches: list[Match] = []
         places: list[int] = []

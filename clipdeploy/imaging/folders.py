@@ -1,10 +1,10 @@
-"""Which class a folder of images stands for.
+"""Map class folders to class indices.
 
-names      the folder has a class's name (ImageNet's wnids)
-numbers    ImageNet-V2: 0 to 999, perhaps with zeros in front, counted from 0 or from 1
-sorted     the names of the classes are unknown, and there are as many folders: their order is
-           that of their names, as torchvision's ImageFolder and mmpretrain's CustomDataset
-           have it
+names      the folder is named after a class (ImageNet's wnids)
+numbers    ImageNet-V2: 0 to 999, with or without leading zeros, counted from 0 or from 1
+sorted     the class names are unknown and there are as many folders as classes: classes are in the
+           order of the folder names, as in torchvision's ImageFolder and mmpretrain's
+           CustomDataset
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class ClassFolders:
-    """The class of each folder that is one, the others, and the classes with their names."""
+    """The class index of each class folder, the other folders, and the classes with names.
+
+    ``how`` is a phrase on how folders were mapped to classes, for reports.
+    """
 
     index: dict[str, int]
     others: tuple[str, ...]
@@ -34,21 +37,19 @@ class ClassFolders:
 def class_folders(
     folders: Sequence[str], classes: Classes, first: int | None, where: str
 ) -> ClassFolders | None:
-    """The classes that ``folders`` stand for; None if none of them is one.
+    """Map ``folders`` to classes; None if none of them is a class.
 
-    ``first`` is the number of the first class in folders that are numbers, None if it is to be
-    found out; ``where`` names the folder around them.
+    ``first`` is the number of the first class where folders are numbers; None detects it.
+    ``where`` is the parent folder, for messages.
 
     Raises:
-        DatasetError: numbers that are no classes, that could be counted from 0 or from 1, or more
-            or fewer folders than classes whose names are unknown.
+        DatasetError: a number is not a class, or it is unclear whether numbers start at 0 or 1; or
+            the class names are unknown and there are more or fewer folders than classes.
     """
     named = {folder: classes.index[folder] for folder in folders if folder in classes.index}
     numbers = {folder: int(folder) for folder in folders if _is_number(folder)}
     if first is not None and not numbers:
-        raise DatasetError(
-            f"{where} has no folder that is a number", hint="leave out --first-class"
-        )
+        raise DatasetError(f"no folder in {where} is a number", hint="remove --first-class")
     if named and first is None:
         others = tuple(sorted(set(folders) - set(named)))
         return ClassFolders(named, others, classes)
@@ -62,7 +63,7 @@ def _is_number(folder: str) -> bool:
 
 
 def first_of(numbers: set[int], count: int) -> int | None:
-    """Whether classes are counted from 0 or from 1; None if the numbers do not show it."""
+    """The number of the first class, 0 or 1; None if the numbers do not determine it."""
     if 0 in numbers:
         return 0
     return 1 if numbers == set(range(1, count + 1)) else None
@@ -76,33 +77,33 @@ def _numbered(
     where: str,
 ) -> ClassFolders:
     values = set(numbers.values())
-    twice = [value for value, often in Counter(numbers.values()).items() if often > 1]
+    twice = [value for value, count in Counter(numbers.values()).items() if count > 1]
     if twice:
         raise DatasetError(
-            f"{where} has two folders of the number {twice[0]}",
-            hint="one folder for each class is needed",
+            f"{where} has two folders with the number {twice[0]}",
+            hint="keep one folder per class",
         )
     chosen = first_of(values, classes.count) if first is None else first
     if chosen is None:
         raise DatasetError(
-            f"the folders of {where} are numbers from {min(values)} to {max(values)}: the "
+            f"the folders in {where} are numbers from {min(values)} to {max(values)}: the "
             f"{classes.count} classes could be counted from 0 or from 1",
-            hint="say which: --first-class 0 or --first-class 1",
+            hint="pass --first-class 0 or --first-class 1",
         )
     wrong = sorted(value for value in values if not 0 <= value - chosen < classes.count)
     if wrong:
         raise DatasetError(
-            f"{where} has a folder {wrong[0]}, and the model's {classes.count} classes are "
+            f"{where} has a folder {wrong[0]}, but the model's {classes.count} classes are "
             f"{chosen} to {chosen + classes.count - 1}",
-            hint="other folder names, another model, or --first-class 0 or 1",
+            hint="rename the folder, use another model, or pass --first-class 0 or 1",
         )
     by_number = sorted(numbers, key=lambda folder: numbers[folder])
     if not classes.names and first is None and by_number != sorted(numbers):
         raise DatasetError(
-            f"the folders of {where} are numbers, and the order of the model's classes is unknown: "
-            "sorted as names, as torchvision's ImageFolder does, 10 comes before 2",
-            hint="name the classes in the order of the logits: --class-names FILE; or say that "
-            f"the numbers are the classes: --first-class {chosen}",
+            f"the folders in {where} are numbers, but the model's class order is unknown: "
+            "torchvision's ImageFolder sorts them as text, 10 before 2",
+            hint="pass the class names in logit order with --class-names FILE; if the folder "
+            f"numbers are the class numbers, use --first-class {chosen}",
         )
     index = {folder: value - chosen for folder, value in numbers.items()}
     others = tuple(sorted(set(folders) - set(numbers)))
@@ -116,10 +117,10 @@ def _sorted(folders: Sequence[str], classes: Classes, where: str) -> ClassFolder
     if len(names) != classes.count:
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         raise DatasetError(
-            f"{where} has {len(names)} class folders ({', '.join(names[:_SHOWN])}{more}), the "
-            f"model has {classes.count} classes without names",
-            hint="name them in the order of the logits: --class-names FILE",
+            f"{where} has {len(names)} class folders ({', '.join(names[:_SHOWN])}{more}), but the "
+            f"model has {classes.count} unnamed classes",
+            hint="pass their names in logit order: --class-names FILE",
         )
     index = {name: position for position, name in enumerate(names)}
-    how = "the classes in the order of the folders' names"
+    how = "classes in the order of the folder names"
     return ClassFolders(index, (), Classes(classes.count, names), how)

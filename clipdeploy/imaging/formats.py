@@ -1,7 +1,7 @@
-"""Which files are pictures: by their names, and by their content where the name does not say.
+"""Recognise image files by their suffix, or by their content if the suffix is unclear.
 
-Whatever Pillow decodes by itself counts.  Left out are formats that it only hands on to other
-programs (EPS to Ghostscript) or opens without decoding (GRIB, HDF5, ...).
+Image formats are those that Pillow decodes itself.  Formats that it passes to other programs (EPS
+to Ghostscript) or opens without decoding (GRIB, HDF5, ...) are excluded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = [
     "opens",
 ]
 
-# What Pillow raises for a file that it cannot open; the warning, where the user's filters turn
+# Raised by Pillow for a file that it cannot open; the warning only if the user's filters turn
 # warnings into errors.
 OPEN_ERRORS = (
     OSError,
@@ -33,9 +33,9 @@ OPEN_ERRORS = (
     Image.DecompressionBombWarning,
 )
 _NOT_DECODED = frozenset(("BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"))
-# Suffixes that are also those of other files: Pillow decides, by the header.
+# Suffixes that other file types use too: Pillow decides by the header.
 _DOUBTFUL = frozenset((".bw", ".cur", ".im", ".ras", ".rgb", ".rgba", ".tga", ".vst", ".xpm"))
-# Files beside images that are known to be none: they need not be opened.
+# Suffixes of files that are never images, so they need not be opened.
 _KNOWN_OTHERS = frozenset(
     f".{suffix}"
     for suffix in (
@@ -44,13 +44,13 @@ _KNOWN_OTHERS = frozenset(
         *("txt", "xml", "yaml", "yml", "zip"),
     )
 )
-# The longest signature: ISO media's, "....ftypavif".
+# Enough for the longest signature, that of ISO media: "....ftypavif".
 HEAD_BYTES = 16
 _BRANDS = (b"avif", b"avis", b"mif1", b"heic", b"heix", b"msf1")
 
 
 def is_decoded(kind: str | None) -> bool:
-    """Whether Pillow decodes this format by itself."""
+    """Whether Pillow itself decodes this format."""
     return kind not in _NOT_DECODED
 
 
@@ -65,18 +65,18 @@ def _suffixes() -> frozenset[str]:
 
 
 def has_image_suffix(name: str) -> bool:
-    """Whether a file's name alone says that it is an image."""
+    """Whether the suffix alone identifies an image."""
     suffix = PurePosixPath(name).suffix.lower()
     return suffix not in _DOUBTFUL and suffix in _suffixes()
 
 
 def has_doubtful_suffix(name: str) -> bool:
-    """Whether a file may be an image by its name, and may be something else."""
+    """Whether the suffix is used for images and for other files."""
     return PurePosixPath(name).suffix.lower() in _DOUBTFUL
 
 
 def opens(stream: IO[bytes]) -> bool:
-    """Whether Pillow takes a file for an image; only its header is read."""
+    """Whether Pillow opens a file as an image; only its header is read."""
     try:
         with Image.open(stream) as image:
             return is_decoded(image.format)
@@ -85,15 +85,15 @@ def opens(stream: IO[bytes]) -> bool:
 
 
 def may_be_an_image(name: str) -> bool:
-    """Whether the first bytes have to be looked at."""
+    """Whether the content has to be checked: the suffix does not rule out an image."""
     return PurePosixPath(name).suffix.lower() not in _KNOWN_OTHERS
 
 
 def begins_like_an_image(head: bytes) -> bool:
-    """Whether a file that begins with these ``HEAD_BYTES`` bytes is an image.
+    """Whether the first ``HEAD_BYTES`` bytes of a file are those of an image.
 
-    JPEG, PNG, GIF, BMP, TIFF, WebP, AVIF and HEIC, JPEG 2000, and netpbm's formats with a comment
-    or a size behind their mark.
+    Recognises JPEG, PNG, GIF, BMP, TIFF, WebP, AVIF, HEIC, JPEG 2000 and the netpbm formats, whose
+    mark has to be followed by white space.
     """
     if head[:4] == b"RIFF":
         return head[8:12] == b"WEBP"
@@ -102,7 +102,7 @@ def begins_like_an_image(head: bytes) -> bool:
     if head[:1] == b"P" and head[1:2] in b"1234567fF" and len(head) > 2:
         return head[2:3] in b" \t\r\n"
     if head[:2] == b"BM":
-        # Bytes 6 to 9 are reserved: a text that begins with BM is no bitmap.
+        # Bytes 6 to 9 are reserved zeros, unlike those of a text that begins with BM.
         return len(head) >= 10 and not any(head[6:10])
     return head.startswith(
         (

@@ -1,7 +1,7 @@
-"""Images as people have them: listed, labelled and drawn from.
+"""Open a set of images: list the files, find their classes, select a subset.
 
-A folder, a zip or a plain tar; class folders, or a flat folder with a label file.  Nothing is
-unpacked, and nothing is left out silently: see :func:`survey`.
+Images are in a folder, a zip or a plain tar, in class folders or with a label file.  Archives are
+not unpacked.  :func:`survey` reports every file that is left out.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from clipdeploy.imaging.formats import (
 )
 from clipdeploy.imaging.layouts import Files, Labelling, Layout, find_layout
 from clipdeploy.imaging.listing import Listing, list_files
-from clipdeploy.imaging.survey import Few, Reading, Survey
+from clipdeploy.imaging.survey import Few, Survey
 
 __all__ = ["ImageEntry", "ImageFolder", "open_images", "select", "survey", "with_labels"]
 
-# Folders that programs keep beside the images, and whose copies of them are none of the data:
-# macOS's archives, Synology's thumbnails, Windows' bin.  Names with a dot in front are hidden too.
-_NO_DATA = frozenset(("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"))
+# Folders that hold copies or deleted files instead of data: macOS archives, Synology thumbnails,
+# the Windows recycle bin.  Names that start with a dot are hidden too.
+_HIDDEN_FOLDERS = frozenset(("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"))
 _TABLES_SHOWN = 3
-# Standard deviations above the mean that are no chance: Chebyshev's bound is 1 in 100.
-_BY_CHANCE = 10.0
+# Standard deviations above the mean that rule out chance: Chebyshev's bound is 1 in 100.
+_MAX_DEVIATIONS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class ImageEntry:
-    """One image: its path inside the folder or archive, and its class index, if it has one.
+    """One image: its path inside the folder or archive, and its class index if known.
 
-    ``place`` is where it lies in an archive.
+    ``place`` is its position in an archive.
     """
 
     name: str
@@ -55,10 +55,10 @@ class ImageEntry:
 
 @dataclass(frozen=True)
 class _Origin:
-    """What listing and labelling found, beside the images.
+    """Findings of listing and labelling, apart from the images.
 
-    ``unasked``: the classes of images are not read.  ``partial``: the number of classes with an
-    image, if the others lack one by more than chance, else 0.
+    ``labels_ignored``: labels are not read.  ``partial``: the number of classes with an image if
+    chance does not explain that the other classes have none, else 0.
     """
 
     layout: str = "no labels"
@@ -68,7 +68,7 @@ class _Origin:
     ignored: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
-    unasked: bool = False
+    labels_ignored: bool = False
     partial: int = 0
 
 
@@ -86,23 +86,24 @@ class ImageFolder:
         return all(entry.label is not None for entry in self.entries)
 
     def reader(self) -> Reader:
-        """Something that gives the bytes of an entry; close it after use."""
+        """Open a reader for the entries' bytes; the caller closes it."""
         return Reader(self.root, {entry.name: entry.place for entry in self.entries})
 
 
 def _is_hidden(name: str) -> bool:
-    """Checkpoints of notebooks, resource forks of macOS, thumbnails of a disk station."""
-    return any(part.startswith(".") or part in _NO_DATA for part in PurePosixPath(name).parts)
+    parts = PurePosixPath(name).parts
+    return any(part.startswith(".") or part in _HIDDEN_FOLDERS for part in parts)
 
 
 def _refuse_unprintable(names: Sequence[str], path: Path) -> None:
-    """Names that are not UTF-8 cannot be written into a table or a report."""
+    """Refuse names that are not UTF-8: they cannot be written to a table or report."""
     for name in names:
         try:
             name.encode()
         except UnicodeEncodeError:
             raise DatasetError(
-                f"{path} holds a file whose name is not UTF-8: {name!a}", hint="rename it"
+                f"{path} contains a file name that is not UTF-8: {name!a}",
+                hint="rename the file",
             ) from None
 
 
@@ -111,21 +112,24 @@ def open_images(
     classes: Sequence[str] = (),
     *,
     count: int | None = None,
-    asked: Labelling = Labelling(),
+    labelling: Labelling = Labelling(),
 ) -> ImageFolder:
     """List the images of a folder, a zip or a plain tar.
 
-    With ``classes`` (folder names in logit order) they get their class: from their folders, else
-    from a label file inside or beside; images that neither mentions have none.  Where the names are
-    unknown, ``count`` is the number of classes, and the folders or the label file name them.
-    ``asked`` is what the user says about all that.
+    Args:
+        path: the folder or archive.
+        classes: folder names in logit order.  An image gets its class from its folder, else from a
+            label file inside or beside ``path``, else none.
+        count: the number of classes where their names are unknown; the folders or the label file
+            then name them.
+        labelling: how labels are stored, as set by the user.
 
     Raises:
-        DatasetError: no such folder, no image in it, a folder that is not among the classes, an
-            archive that cannot be read, or a bad label file.
+        DatasetError: ``path`` is missing, unreadable or without images; a folder is not a class;
+            or a label file is invalid.
     """
     if not path.exists():
-        raise DatasetError(f"{path} does not exist", hint="check its spelling")
+        raise DatasetError(f"{path} does not exist", hint="check the path")
     listing = list_files(path)
     _refuse_unprintable([file.name for file in listing.files], path)
     places = {file.name: file.place for file in listing.files}
@@ -133,12 +137,12 @@ def open_images(
     try:
         names, hidden = _images(path, listing, reader)
         others = frozenset(places) - frozenset(names)
-        wanted = Classes(len(classes) if count is None else count, tuple(classes))
-        found = find_layout(Files(path, names, others, reader.read), wanted, asked)
+        known = Classes(len(classes) if count is None else count, tuple(classes))
+        found = find_layout(Files(path, names, others, reader.read), known, labelling)
     finally:
         reader.close()
     ignored = (*listing.ignored, *(f"{name} is hidden" for name in hidden))
-    left_out = _left_out(names, found, asked)
+    left_out = _left_out(names, found, labelling)
     kept = [name for name in names if name not in left_out]
     origin = _Origin(
         layout=found.name,
@@ -148,7 +152,7 @@ def open_images(
         ignored=ignored,
         others=_not_used(others, hidden, found),
         skipped=tuple(left_out),
-        unasked=asked.layout == "none" or not wanted,
+        labels_ignored=labelling.layout == "none" or not known,
         partial=_partial(found),
     )
     entries = (ImageEntry(name, found.index.get(name), places[name]) for name in kept)
@@ -156,10 +160,10 @@ def open_images(
 
 
 def _images(path: Path, listing: Listing, reader: Reader) -> tuple[tuple[str, ...], list[str]]:
-    """The images, sorted, and what is hidden and looks like one.
+    """The images, sorted, and the hidden files with an image's suffix.
 
     Raises:
-        DatasetError: there is no image.
+        DatasetError: there are no images.
     """
     images, hidden = [], []
     for name in sorted(file.name for file in listing.files):
@@ -170,14 +174,14 @@ def _images(path: Path, listing: Listing, reader: Reader) -> tuple[tuple[str, ..
             images.append(name)
     if not images:
         raise DatasetError(
-            f"{path} holds no image ({len(listing.files) - len(hidden)} other files)",
-            hint="give a folder, a zip or a tar of images that Pillow reads",
+            f"{path} contains no images ({len(listing.files) - len(hidden)} other files)",
+            hint="pass a folder, a zip or a tar of images that Pillow can read",
         )
     return tuple(images), hidden
 
 
 def _is_image_inside(path: Path, reader: Reader, name: str) -> bool:
-    """Whether the content is an image's, where the name does not say."""
+    """Whether a file without a clear suffix is an image, judged by its content."""
     if not may_be_an_image(name):
         return False
     try:
@@ -185,21 +189,21 @@ def _is_image_inside(path: Path, reader: Reader, name: str) -> bool:
             if has_doubtful_suffix(name):
                 return opens(stream)
             return begins_like_an_image(stream.read(HEAD_BYTES))
-    except (OSError, DatasetError):  # it cannot be read, and is reported as no image
+    except (OSError, DatasetError):  # unreadable: reported among the other files
         return False
 
 
-def _left_out(names: Sequence[str], found: Layout, asked: Labelling) -> dict[str, None]:
-    """The images without a class, if such are to be skipped and others have one."""
-    if not asked.skip_unlabelled or not found.index:
+def _left_out(names: Sequence[str], found: Layout, labelling: Labelling) -> dict[str, None]:
+    """The images without a class, if the user skips them and other images have one."""
+    if not labelling.skip_unlabelled or not found.index:
         return {}
     return {name: None for name in names if name not in found.index}
 
 
 def _partial(found: Layout) -> int:
-    """The number of classes with an image where chance does not explain that others have none.
+    """The number of classes with an image, or 0 if chance explains that others have none.
 
-    Of n images drawn from K classes, classes without an image have
+    For n images drawn from K classes, the number of classes without an image has
 
         mean  m = K (1 - 1/K)^n,    variance  m + K (K - 1) (1 - 2/K)^n - m^2
     """
@@ -209,39 +213,39 @@ def _partial(found: Layout) -> int:
         return 0
     mean = count * (1 - 1 / count) ** images
     variance = mean + count * (count - 1) * (1 - 2 / count) ** images - mean**2
-    most = mean + _BY_CHANCE * math.sqrt(max(variance, 0.0))
-    return present if count - present > most else 0
+    limit = mean + _MAX_DEVIATIONS * math.sqrt(max(variance, 0.0))
+    return present if count - present > limit else 0
 
 
 def _not_used(others: Collection[str], hidden: Sequence[str], found: Layout) -> tuple[str, ...]:
-    """Files that are neither images nor the label file."""
+    """The files that are neither images nor label files."""
     seen = {*hidden, *found.read}
     return tuple(sorted(name for name in others if name not in seen))
 
 
 def with_labels(images: ImageFolder) -> ImageFolder:
-    """The same images, if each has a class or classes are not read.
+    """Return the images if each has a class, or if labels are ignored.
 
     Raises:
-        DatasetError: some have none, with what to do about it.
+        DatasetError: some images have no class.
     """
     bare = [entry.name for entry in images.entries if entry.label is None]
-    if not bare or images.origin.unasked:
+    if not bare or images.origin.labels_ignored:
         return images
     if len(bare) < len(images.entries):
         where = _common_folder(entry.name for entry in images.entries if entry.label is not None)
         apart = where and not any(name.startswith(where) for name in bare)
-        mend = f"give {images.root}/{where.rstrip('/')}" if apart else "label or remove them"
+        fix = f"pass {images.root}/{where.rstrip('/')}" if apart else "label or remove them"
         raise DatasetError(
             f"{len(bare)} of {len(images.entries)} images have no class: {Few.of(bare)}",
-            hint=f"{mend}, or pass --skip-unlabelled",
+            hint=f"{fix}, or use --skip-unlabelled",
         )
     tables = [name for name in images.origin.others if name.endswith((".csv", ".tsv", ".txt"))]
     named = " or ".join(tables[:_TABLES_SHOWN]) or "FILE"
     raise DatasetError(
-        f"no labels were found for the {len(bare)} images of {images.root}: neither class folders "
-        "nor a label file",
-        hint=f"name a label file, --labels {named}; to compare logits alone: --layout none",
+        f"no labels found for the {len(bare)} images of {images.root}: there are neither class "
+        "folders nor a label file",
+        hint=f"pass a label file with --labels {named}, or compare only logits with --layout none",
     )
 
 
@@ -250,9 +254,9 @@ def _common_folder(names: Iterable[str]) -> str:
     return "" if folder in ("", ".") else f"{folder}/"
 
 
-def survey(images: ImageFolder, reading: Reading | None = None) -> Survey:
-    """What there is and what is odd about it; ``reading`` adds what reading the images showed."""
-    origin, reading = images.origin, reading or Reading()
+def survey(images: ImageFolder) -> Survey:
+    """Count the images and classes, and collect the problems that the listing shows."""
+    origin = images.origin
     present = {entry.label for entry in images.entries} - {None}
     absent = (name for index, name in enumerate(origin.class_names) if index not in present)
     bare = (entry.name for entry in images.entries if entry.label is None)
@@ -267,25 +271,22 @@ def survey(images: ImageFolder, reading: Reading | None = None) -> Survey:
         repeated=Few.of(origin.repeated),
         ignored=Few.of(origin.ignored),
         others=Few.of(origin.others),
-        images_read=reading.read,
-        unreadable=Few.of(reading.unreadable),
-        duplicates=Few.of(reading.duplicates),
     )
 
 
 def select(images: ImageFolder, count: int, seed: int) -> ImageFolder:
-    """``count`` images, drawn by ``seed`` and spread evenly over the classes.
+    """Select ``count`` images at random by ``seed``, evenly over the classes.
 
-    The numbers of two classes differ by one at most where both have enough images.  Images without
-    a class are spread over their folders.
+    The counts of two classes differ by at most one where both have enough images.  Images without
+    a class are selected evenly over their folders.
 
     Raises:
-        DatasetError: there are fewer.
+        DatasetError: there are fewer images.
     """
     if count > len(images.entries):
         raise DatasetError(
-            f"{images.root} holds {len(images.entries)} images, {count} were asked for",
-            hint="ask for fewer, or add images",
+            f"{images.root} contains {len(images.entries)} images, {count} are needed",
+            hint="use fewer images, or add some",
         )
     groups: dict[int | str, list[ImageEntry]] = defaultdict(list)
     for entry in images.entries:
@@ -293,10 +294,10 @@ def select(images: ImageFolder, count: int, seed: int) -> ImageFolder:
         groups[folder if entry.label is None else entry.label].append(entry)
     generator = np.random.default_rng(seed)
     queues = [[group[i] for i in generator.permutation(len(group))] for group in groups.values()]
-    # Round robin: the first image of every class, then the second, in a random order of classes.
+    # Round robin: one image of every class, then another, with the classes in random order.
     order = generator.permutation(len(queues))
     chosen: list[ImageEntry] = []
     for turn in range(max(map(len, queues))):
         chosen.extend(queues[i][turn] for i in order if turn < len(queues[i]))
-    kept = sorted(chosen[:count], key=lambda entry: entry.name)
-    return ImageFolder(images.root, tuple(kept), images.origin)
+    selected = sorted(chosen[:count], key=lambda entry: entry.name)
+    return ImageFolder(images.root, tuple(selected), images.origin)

@@ -1,7 +1,7 @@
-"""What decides the pixels of a crop, as one short key.
+"""Compute the cache key of everything that determines a crop's pixels.
 
-Whatever is kept of crops or was computed from them is kept under this key, so that no change of a
-setting, of a library or of our own code is answered with what another one made.
+Crops, and results computed from them, are cached under this key, so a change of a setting, a
+library or this package's code invalidates them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from clipdeploy.core.passport import Preprocess, settings_of
 
 __all__ = ["digest_of", "pixels_key", "sources"]
 
-# Our own code between a file's bytes and its crop.
+# The modules that turn a file's bytes into a crop.
 _DECIDES_PIXELS = (
     "clipdeploy.imaging.archives",
     "clipdeploy.imaging.decoding",
@@ -29,7 +29,7 @@ _DECIDES_PIXELS = (
     "clipdeploy.imaging.preprocess",
 )
 _BEHIND_THE_CROP = ("mean", "std")
-# Whatever Pillow decodes with: a file may be of another format than its name says.
+# All of Pillow's codecs: a file's format may differ from its suffix.
 _CODECS = (
     "jpg",
     "libjpeg_turbo",
@@ -44,10 +44,10 @@ _CODECS = (
 
 
 def pixels_key(spec: Preprocess) -> str:
-    """Sixteen hex digits of everything that decides the pixels of a crop.
+    """Hash everything that determines a crop's pixels, as 16 hex digits.
 
-    Settings, the source text of our modules, and the versions of Pillow, its codecs and NumPy.
-    Mean and standard deviation are not among them: they come after the crop.
+    Covers the settings, the source code of the modules involved, and the versions of Pillow, its
+    codecs and NumPy.  Mean and standard deviation are excluded: they apply after the crop.
     """
     return digest_of(
         {
@@ -61,10 +61,10 @@ def pixels_key(spec: Preprocess) -> str:
 
 
 def sources(modules: Iterable[str]) -> str:
-    """SHA-256 in hex of the source text of these modules; none of them is imported for it.
+    """Hash the source code of modules without importing them; hex SHA-256.
 
     Raises:
-        ModuleNotFoundError: there is no such module.
+        ModuleNotFoundError: a module or its source does not exist.
     """
     digest = hashlib.sha256()
     for name in modules:
@@ -76,5 +76,5 @@ def sources(modules: Iterable[str]) -> str:
 
 
 def digest_of(decides: object) -> str:
-    """Sixteen hex digits of anything that JSON can hold."""
+    """Hash a JSON-serialisable object, as 16 hex digits."""
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]

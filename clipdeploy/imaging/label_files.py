@@ -1,4 +1,4 @@
-"""Label files: where people keep them, what is read from them, and the report of their faults."""
+"""Find label files, and collect the errors in their lines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 LabelKind = Literal["list", "devkit", "solution"]
-# The bytes of a file by its relative path, None if there is no such file.
+# Relative path -> the file's bytes, None if there is no such file.
 Get = Callable[[str], bytes | None]
 
 _SOLUTION = "LOC_val_solution.csv"
@@ -36,7 +36,7 @@ _CANDIDATES: tuple[tuple[LabelKind, str], ...] = (
     ("devkit", f"devkit/data/{_TRUTH}"),
     ("devkit", f"ILSVRC2012_devkit_t12/data/{_TRUTH}"),
 )
-# Kaggle's images are in ILSVRC/Data/CLS-LOC/val, and the solution beside ILSVRC.
+# Kaggle's images are in ILSVRC/Data/CLS-LOC/val, its solution is beside ILSVRC.
 _BESIDE: tuple[tuple[LabelKind, str], ...] = (
     *_CANDIDATES,
     ("solution", f"../../../{_SOLUTION}"),
@@ -46,10 +46,11 @@ _SHOWN = 4
 
 @dataclass(frozen=True)
 class Labels:
-    """Class index of each image by its name; ``missing`` are listed but not there.
+    """The class index of each image by its name.
 
-    ``repeated``: a sentence for each name that is listed twice, with the same class.  ``classes``
-    have the names that the file gave where they were unknown.
+    ``missing`` are listed images without a file, ``repeated`` a sentence for each image that is
+    listed twice with the same class.  ``classes`` includes the names from the file if they were
+    unknown before.
     """
 
     index: dict[str, int]
@@ -60,9 +61,9 @@ class Labels:
 
 @dataclass(frozen=True)
 class LabelFile:
-    """A label file: where it lies, its bytes, and those of the files beside it.
+    """A label file: its path for messages, its bytes, and a reader for the files beside it.
 
-    ``beside`` says that it lies outside the images' folder, so that it may be of other images.
+    ``beside``: the file is outside the images' folder, so it may belong to other images.
     """
 
     kind: LabelKind
@@ -72,32 +73,34 @@ class LabelFile:
     beside: bool = False
 
     def lines(self) -> list[str]:
-        """Its lines, without the empty ones at the end.
+        """The lines, without empty ones at the end.
 
         Raises:
-            DatasetError: it is not UTF-8.
+            DatasetError: the file is not UTF-8.
         """
         try:
             return self.data.decode("utf-8-sig").rstrip().splitlines()
         except UnicodeDecodeError as error:
-            raise DatasetError(f"{self.where} is no text: {error}") from error
+            raise DatasetError(
+                f"{self.where} is not UTF-8 text: {error}", hint="convert it to UTF-8"
+            ) from error
 
 
 def kind_of(path: Path) -> LabelKind:
-    """What sort of label file a user names, by its name."""
+    """The kind of a label file, judged by its name."""
     if path.suffix.lower() in (".csv", ".tsv"):
         return "solution"
     return "devkit" if "ground_truth" in path.name else "list"
 
 
 def is_label_file(name: str) -> bool:
-    """Whether a file is called as label files and what belongs to them are."""
+    """Whether a file has the usual name of a label file or of ``meta.mat``."""
     usual = {PurePosixPath(candidate).name for _, candidate in _CANDIDATES}
     return PurePosixPath(name).name in usual | {"meta.mat"}
 
 
 def find_label_files(inside: Get, beside: Get, where: str) -> Iterator[LabelFile]:
-    """Label files at the usual places, in the images' folder or archive and then beside it."""
+    """Find label files at the usual places, first inside the images' folder, then beside it."""
     for get, candidates in ((inside, _CANDIDATES), (beside, _BESIDE)):
         outside = get is beside
         for kind, name in candidates:
@@ -115,23 +118,23 @@ def find_label_files(inside: Get, beside: Get, where: str) -> Iterator[LabelFile
 
 @dataclass
 class Faults:
-    """Bad lines, told together in one sentence."""
+    """Collects the errors of a label file and raises them as one."""
 
     where: str
     lines: list[int] = field(default_factory=list)
     first: str = ""
 
     def add(self, line: int, text: str) -> None:
-        """Note what is wrong with a line, counted from 1."""
+        """Record an error of a line, counted from 1."""
         if not self.lines:
             self.first = text
         self.lines.append(line)
 
-    def refuse(self, hint: str) -> None:
-        """Go on if no line is bad.
+    def raise_any(self, hint: str) -> None:
+        """Raise the errors recorded so far, if any.
 
         Raises:
-            DatasetError: the first bad line, and the numbers of some others.
+            DatasetError: the first error, and the numbers of some other bad lines.
         """
         if not self.lines:
             return

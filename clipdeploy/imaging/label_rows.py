@@ -1,9 +1,8 @@
-"""A list or table of images and classes -> a row for each image.
+"""Parse a list or table of images and classes into one row per image.
 
-A line of a list is ``NAME CLASS``.  A table (comma, semicolon or tab) has a column of images,
-which is the one with the most cells that are names of images, and a column of classes: the one that
-its header calls so, else the only other one.  A first line without the name of an image file is a
-header.
+A line of a list is ``NAME CLASS``.  In a table (comma, semicolon or tab) the image column is the
+one with the most image names, and the class column is found by its header, or is the only other
+column.  A first line without an image name is a header.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from clipdeploy.imaging.label_files import Faults, LabelFile
 __all__ = ["Row", "label_rows"]
 
 _DELIMITERS = ",;\t"
-# Kaggle's solution has a class and a box for each object: "n01751748 111 108 230 366 n0175 ...".
+# Kaggle's solution lists a class and a box per object: "n01751748 111 108 230 366 n0175 ...".
 _WITH_BOX = re.compile(r"(\S+)(?:\s+-?\d+){4}(?:\s|$)", re.ASCII)
 _CLASS_HEADERS = (
     "predictionstring",
@@ -41,12 +40,12 @@ _CLASS_HEADERS = (
     "classname",
     "y",
 )
-_LOOKED_AT = 200
+_SAMPLED_ROWS = 200
 Find = Callable[[str], str | None]
 
 
 class Row(NamedTuple):
-    """A line, counted from 1, with what it calls an image and what a class."""
+    """A line number, counted from 1, and the line's names of an image and a class."""
 
     line: int
     image: str
@@ -59,19 +58,19 @@ class _Cells(NamedTuple):
 
 
 def label_rows(file: LabelFile, find: Find) -> list[Row]:
-    """The rows of a list or a table; ``find`` gives the image that is called so, or None.
+    """The rows of a list or table; ``find`` returns the image with a given name, or None.
 
     Raises:
-        DatasetError: it is not UTF-8, a line is empty or has no class, or no column is known to
-            hold the classes.
+        DatasetError: the file is not UTF-8, a line is empty or has no class, or the class column
+            is ambiguous.
     """
     if file.kind == "solution":
         return _from_table(file, find)
     listed = [_split(line, text) for line, text in enumerate(file.lines(), 1)]
-    known = sum(find(row.image) is not None for row in listed[:_LOOKED_AT])
+    known = sum(find(row.image) is not None for row in listed[:_SAMPLED_ROWS])
     if not known and any(each in text for text in file.lines()[:2] for each in _DELIMITERS):
         table = _cells(file)
-        if any(find(cell) is not None for row in table[:_LOOKED_AT] for cell in row.cells):
+        if any(find(cell) is not None for row in table[:_SAMPLED_ROWS] for cell in row.cells):
             return _from_table(file, find)
     faults = Faults(file.where)
     for row in listed:
@@ -79,7 +78,7 @@ def label_rows(file: LabelFile, find: Find) -> list[Row]:
             faults.add(
                 row.line, f"{row.image!r} has no class" if row.image else "the line is empty"
             )
-    faults.refuse("each line is NAME CLASS, classes from 0 on in logit order")
+    faults.raise_any("write each line as NAME CLASS, with classes in logit order from 0")
     return listed
 
 
@@ -100,8 +99,8 @@ def _cells(file: LabelFile) -> list[_Cells]:
             before = reader.line_num
     except csv.Error as error:
         raise DatasetError(
-            f"{file.where}, line {reader.line_num}: it is no table: {error}",
-            hint="close each quote, and keep one image in each line",
+            f"{file.where}, line {reader.line_num}: not a valid table: {error}",
+            hint="close each quote, and keep one image per line",
         ) from error
     return found
 
@@ -125,12 +124,12 @@ def _from_table(file: LabelFile, find: Find) -> list[Row]:
             boxed = _WITH_BOX.match(row.cells[at])
             label = boxed[1] if boxed else row.cells[at]
             rows.append(Row(row.line, row.cells[column], label))
-    faults.refuse("each line is IMAGE,CLASS")
+    faults.raise_any("write each line as IMAGE,CLASS")
     return rows
 
 
 def _images(table: Sequence[_Cells], at: int, find: Find) -> int:
-    cells = (row.cells[at] for row in table[:_LOOKED_AT] if at < len(row.cells))
+    cells = (row.cells[at] for row in table[:_SAMPLED_ROWS] if at < len(row.cells))
     return sum(find(cell) is not None for cell in cells)
 
 
@@ -146,13 +145,13 @@ def _class_column(
         return others[0]
     shown = ", ".join(header) or f"{width} columns"
     raise DatasetError(
-        f"{file.where} does not say which column has the class: {shown}",
-        hint="keep two columns, IMAGE,CLASS, or call one column 'label'",
+        f"the class column of {file.where} is ambiguous: {shown}",
+        hint="keep two columns, IMAGE,CLASS, or name one column 'label'",
     )
 
 
 def _alike(table: Sequence[_Cells], columns: Sequence[int]) -> bool:
-    """Whether columns give the same class by other names: a number and a word for each."""
+    """Whether columns are the same classes under other names, such as numbers and words."""
     width = max(columns)
     rows = [row.cells for row in table if len(row.cells) > width]
     pairs = {tuple(row[at] for at in columns) for row in rows}

@@ -1,4 +1,4 @@
-"""The images that a model is judged on, each with a class of the model."""
+"""Open labelled images and check their classes against a model's."""
 
 from __future__ import annotations
 
@@ -17,26 +17,31 @@ __all__ = ["open_labelled"]
 def open_labelled(
     data: Path,
     passport: Passport,
-    asked: Labelling,
+    labelling: Labelling,
     note: Callable[[str], object] = lambda text: None,
     *,
     required: bool = True,
 ) -> ImageFolder:
-    """Images with the classes of the model that ``passport`` describes.
+    """Open images and label them with the classes of the model in ``passport``.
 
-    ``note`` is told what is odd about them.  Random weights need no classes.  Unless ``required``,
-    images may all be without a class.
+    Args:
+        data: a folder or archive of images.
+        passport: the graph's passport.  With random weights labels are read only if ``labelling``
+            is set.
+        labelling: how labels are stored.
+        note: called with a summary and with each problem found.
+        required: raise an error if no image has a class.
 
     Raises:
-        DatasetError: images or labels that cannot be used, some images without a class, or class
-            names that are not the graph's.
-        FileError: a label file or a file of class names cannot be read.
+        DatasetError: the images or labels cannot be used, an image has no class, or the class
+            names differ from the graph's.
+        FileError: a label file or class names file cannot be read.
     """
-    names = _class_names(passport, asked)
-    # Labels mean nothing to random weights: any folder of images will do.
-    unasked = passport.weights.kind == "random" and asked == Labelling()
-    count = 0 if unasked else passport.classes
-    images = open_images(data, () if unasked else names, count=count, asked=asked)
+    names = _class_names(passport, labelling)
+    # A model with random weights has no accuracy, so its images need no labels.
+    ignored = passport.weights.kind == "random" and labelling == Labelling()
+    count = 0 if ignored else passport.classes
+    images = open_images(data, () if ignored else names, count=count, labelling=labelling)
     found = survey(images)
     if required or found.classes:
         with_labels(images)
@@ -46,16 +51,16 @@ def open_labelled(
     return images
 
 
-def _class_names(passport: Passport, asked: Labelling) -> tuple[str, ...]:
-    if asked.class_names is None:
+def _class_names(passport: Passport, labelling: Labelling) -> tuple[str, ...]:
+    if labelling.class_names is None:
         return passport.class_names
     known = cards.class_names(cards.find(passport.model))
-    names = read_class_names(asked.class_names, passport.classes, known)
+    names = read_class_names(labelling.class_names, passport.classes, known)
     if passport.class_names and names != passport.class_names:
         raise DatasetError(
-            f"{asked.class_names} has other names than the graph, whose classes are "
+            f"the class names in {labelling.class_names} differ from the graph's: "
             f"{', '.join(passport.class_names[:2])}, ...",
-            hint="leave out --class-names, or give it to "
+            hint="remove --class-names, or pass it to "
             f"`clipdeploy export --model {passport.model}` and build the other artifacts again",
         )
     return names

@@ -1,13 +1,13 @@
-"""The classes of images that lie in one flat folder, from the label files that people have.
+"""Read the classes of a flat folder's images from a label file.
 
     list       val.txt, meta/val.txt          NAME CLASS (mmpretrain, Caffe)
-    solution   LOC_val_solution.csv, *.csv    a column of images and one of classes, with or without
-                                              a header, quoted or not: Kaggle's and others'
+    solution   LOC_val_solution.csv, *.csv    an image column and a class column, with or without a
+                                              header, quoted or not (Kaggle and others)
     devkit     ILSVRC2012_validation_ground_truth.txt: see :mod:`clipdeploy.imaging.devkit`
 
-A class is a class's name, or its number in logit order, from 0 on unless the file or the user says
-otherwise.  An image is called by its path, by its file's name if no other image has the same, or by
-that without its suffix.
+A class is given by its name, or by its number in logit order, counted from 0 unless the file or the
+user sets it to 1.  An image is given by its path, by its file name if that is unique, or by its
+unique file name without the suffix.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _NUMBER = re.compile(r"-?\d{1,9}", re.ASCII)
 
 @dataclass(frozen=True)
 class Names:
-    """What the images may be called in a label file.
+    """The names that a label file may use for the images.
 
-    ``paths`` maps it to what an image is called in the folder or archive:
+    ``paths`` maps each of them to the image's path in the folder or archive:
     ``{"x.png": "val/x.png", "val/x.png": "val/x.png"}``.
     """
 
@@ -42,7 +42,7 @@ class Names:
 
     @cached_property
     def _short(self) -> dict[str, str]:
-        """File names, and those without their suffix, that only one image has; "" for others."""
+        """File names, with and without suffix -> the image, or "" if several have the name."""
         short: dict[str, str] = {}
         for image in dict.fromkeys(self.paths.values()):
             path = PurePosixPath(image)
@@ -56,13 +56,13 @@ class Names:
         return sorted(set(self.paths.values()))
 
     def find(self, text: str) -> str | None:
-        """The image that is called so; None if none is, and "" if several are."""
+        """The image with this name: None if there is none, "" if there are several."""
         name = PurePosixPath(text.replace("\\", "/")).as_posix()
         return self.paths.get(name) or self._short.get(name)
 
 
 def lists_any(file: LabelFile, names: Names) -> bool:
-    """Whether the file lists any of these images."""
+    """Whether the label file lists any of these images."""
     if file.kind == "devkit":
         return not file.beside or any(map(official_number, names.paths))
     try:
@@ -76,20 +76,20 @@ def lists_any(file: LabelFile, names: Names) -> bool:
 def read_labels(
     file: LabelFile, names: Names, classes: Classes, first: int | None = None
 ) -> Labels:
-    """The class indices of images.
+    """Read the class index of each image.
 
-    ``first`` is the number of the first class where classes are numbers; None: 0, unless the file
-    has each number from 1 to that of the classes and no 0.
+    ``first`` is the number of the first class where classes are numbers.  None detects it: 1 if the
+    file has every number from 1 to the count of classes and no 0, else 0.
 
     Raises:
-        DatasetError: a line that is empty, has no class, or one that does not exist; a name with
-            two classes or of two images; a devkit without its ``meta.mat``.
+        DatasetError: a line is empty or has no valid class, an image has two classes, a name fits
+            several images, or the ``meta.mat`` of a devkit is missing.
     """
     if file.kind == "devkit":
         if first is not None:
             raise DatasetError(
-                f"{file.where} has IDs of the devkit, which have an order of their own",
-                hint="leave out --first-class",
+                f"{file.where} contains devkit IDs, which are not class numbers",
+                hint="remove --first-class",
             )
         return read_devkit(file, names.images, classes)
     rows = label_rows(file, names.find)
@@ -101,19 +101,19 @@ def read_labels(
     for line, name, label in listed:
         image = names.find(name)
         if image == "":
-            faults.add(line, f"{name} is the name of several images")
+            faults.add(line, f"several images are named {name}")
         elif image is None:
             missing.append(name)
         elif found.setdefault(image, label) != label:
             faults.add(line, f"{image} has two classes")
-    faults.refuse("name each image by its path below the folder")
+    faults.raise_any("name each image by its path below the folder")
     return Labels(found, tuple(missing), repeated, classes)
 
 
 def _indices(
     file: LabelFile, rows: Sequence[Row], classes: Classes, first: int | None
 ) -> tuple[Classes, dict[str, int]]:
-    """The classes with their names, and the index of each class that the rows mention."""
+    """The classes with their names, and the index of each class in the rows."""
     texts = dict.fromkeys(row.label for row in rows)
     numbers = {text: int(text) for text in texts if _NUMBER.fullmatch(text)}
     if not classes.names and set(texts) - set(numbers):
@@ -124,7 +124,7 @@ def _indices(
         base = (first_of(set(numbers.values()), classes.count) or 0) if only else 0
     elif not numbers:
         raise DatasetError(
-            f"{file.where} has classes that are no numbers", hint="leave out --first-class"
+            f"the classes in {file.where} are not numbers", hint="remove --first-class"
         )
     index: dict[str, int] = {}
     faults = Faults(file.where)
@@ -135,11 +135,12 @@ def _indices(
         elif number is None or not 0 <= number - base < classes.count:
             faults.add(row.line, _class_fault(row.label, classes, base))
         elif first is None and by_name is not None and by_name != number - base:
-            faults.add(row.line, f"{row.label} is the name of class {by_name}, and a number")
+            faults.add(row.line, f"{row.label} is both a number and the name of class {by_name}")
         else:
             index[row.label] = number - base
-    faults.refuse(
-        "a class is a name, or its number in logit order; where the first one is 1: --first-class 1"
+    faults.raise_any(
+        "give each class by its name or its number in logit order; if the numbers start at 1, use "
+        "--first-class 1"
     )
     if not classes.names:
         classes = Classes(classes.count, tuple(str(base + i) for i in range(classes.count)))
@@ -150,27 +151,27 @@ def _named_by(file: LabelFile, texts: Iterable[str], count: int) -> Classes:
     names = tuple(sorted(text for text in texts if text))
     if len(names) != count:
         raise DatasetError(
-            f"{file.where} names {len(names)} classes, the model has {count} without names",
-            hint="name them in the order of the logits: --class-names FILE",
+            f"{file.where} names {len(names)} classes, but the model has {count} unnamed ones",
+            hint="pass their names in logit order: --class-names FILE",
         )
     return Classes(count, names)
 
 
 def _class_fault(text: str, classes: Classes, first: int) -> str:
-    """What is wrong with a class that is neither a name nor one of the numbers."""
+    """Describe why ``text`` is neither a class name nor a valid class number."""
     if not _NUMBER.fullmatch(text):
-        return f"{text!r} is no class of the model" if text else "it has no class"
+        return f"{text!r} is not a class of the model" if text else "it has no class"
     number = int(text)
     if number < 0:
         return f"class {text} is negative"
     size = "too small" if number < first else "too large"
-    return f"class {text} is {size}, the model has {classes.count} classes from {first} on"
+    return f"class {text} is {size}: the model has {classes.count} classes, counted from {first}"
 
 
 def _unique(
     file: LabelFile, rows: Sequence[Row], index: Mapping[str, int]
 ) -> tuple[list[tuple[int, str, int]], tuple[str, ...]]:
-    """(line, image, class) of each image, and a sentence for each that is listed again."""
+    """(line, image, class) of each image, and a sentence for each repeated line."""
     first: dict[str, tuple[int, int]] = {}
     faults = Faults(file.where)
     repeated = []
@@ -184,7 +185,7 @@ def _unique(
         else:
             before, other = first[row.image]
             faults.add(
-                row.line, f"{row.image} has class {label}, it has class {other} in line {before}"
+                row.line, f"{row.image} has class {label}, but class {other} in line {before}"
             )
-    faults.refuse("keep one line for each image")
+    faults.raise_any("keep one line for each image")
     return [(line, image, label) for image, (line, label) in first.items()], tuple(repeated)

@@ -1,10 +1,10 @@
-"""Which class each image of a folder or archive has, however people laid it out.
+"""Find the class of each image from the layout of a folder or archive.
 
-folders    CLASS/NAME, perhaps below folders that all images share (val/CLASS/NAME), see
+folders    CLASS/NAME, also below folders that all images share (val/CLASS/NAME); see
            :mod:`clipdeploy.imaging.folders`
-list, devkit, solution     flat, with a label file: see :mod:`clipdeploy.imaging.labels`
-none       no image has a class
-auto       the first of these that is there
+list, devkit, solution     a flat folder with a label file; see :mod:`clipdeploy.imaging.labels`
+none       labels are not read
+auto       the first of these that applies
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Literal, cast, get_args
 
 from clipdeploy.core.errors import DatasetError, UsageError
 from clipdeploy.core.files import read_regular
-from clipdeploy.core.paths import hold_paths
+from clipdeploy.core.paths import convert_paths
 from clipdeploy.imaging.classes import Classes
 from clipdeploy.imaging.devkit import official_number
 from clipdeploy.imaging.folders import ClassFolders, class_folders
@@ -40,7 +40,7 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Files:
-    """What lies in a folder or archive: images and other files by name, and how to read one."""
+    """The images and other files of a folder or archive by name; ``read`` returns one's bytes."""
 
     root: Path
     images: tuple[str, ...]
@@ -50,15 +50,18 @@ class Files:
 
 @dataclass(frozen=True)
 class Labelling:
-    """What the user says about the images' classes.
+    """How the images' labels are stored.
 
-    ``labels`` is a label file.  ``first`` is the number of the first class where classes are
-    numbers, None to find it out.  ``skip_unlabelled`` leaves images without a class out, instead
-    of refusing a folder that is no class.  ``class_names`` is a file that names the classes where
-    the checkpoint does not, see :func:`clipdeploy.imaging.classes.read_class_names`.
+    Args:
+        layout: ``folders``, ``list``, ``devkit``, ``solution``, ``none`` or ``auto``.
+        labels: a label file.
+        first_class: the number of the first class where classes are numbers; None detects it.
+        skip_unlabelled: leave out images without a class instead of raising an error.
+        class_names: a file of class names for a checkpoint that has none, see
+            :func:`clipdeploy.imaging.classes.read_class_names`.
 
     Raises:
-        UsageError: no layout is called so, or two things that exclude each other.
+        UsageError: an unknown layout, or two options that exclude each other.
     """
 
     layout: LayoutName = "auto"
@@ -68,32 +71,35 @@ class Labelling:
     class_names: Path | None = None
 
     def __post_init__(self) -> None:
-        hold_paths(self, "labels", "class_names")
+        convert_paths(self, "labels", "class_names")
         if self.layout not in get_args(LayoutName):
             known = ", ".join(get_args(LayoutName))
-            raise UsageError(f"no layout is called {self.layout!r}", hint=f"one of {known}")
+            raise UsageError(f"unknown layout {self.layout!r}", hint=f"use one of {known}")
         if self.labels is not None and self.layout in ("folders", "none"):
             raise UsageError(
-                f"--labels with --layout {self.layout}: no label file is read there",
-                hint="leave out one of them",
+                f"--labels cannot be used with --layout {self.layout}, which reads no label file",
+                hint="remove one of the two options",
             )
         if self.first_class not in (None, 0, 1):
             raise UsageError(
-                f"the first class cannot be {self.first_class}", hint="--first-class 0 or 1"
+                f"the first class cannot be {self.first_class}",
+                hint="use --first-class 0 or --first-class 1",
             )
         if self.layout == "none" and (self.first_class is not None or self.skip_unlabelled):
             raise UsageError(
-                "--layout none reads no classes", hint="leave out --first-class, --skip-unlabelled"
+                "--layout none reads no labels",
+                hint="remove --first-class and --skip-unlabelled",
             )
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The class index of each image that has one, and what the labels say beyond that.
+    """The class index of each labelled image, and other findings about the labels.
 
-    ``name`` is a phrase for a report, such as ``classes from val/meta/val.txt``.  ``classes`` have
-    the names that folders or labels gave where they were unknown.  ``read`` are the label files
-    among the images.
+    ``name`` is a phrase for reports, such as ``classes from val/meta/val.txt``.  ``classes``
+    includes the names from folders or labels if they were unknown before.  ``missing`` are listed
+    images without a file, ``repeated`` a sentence for each image that is listed twice, ``read`` the
+    label files among the images.
     """
 
     name: str
@@ -104,31 +110,31 @@ class Layout:
     read: tuple[str, ...] = ()
 
 
-def find_layout(files: Files, classes: Classes, asked: Labelling = Labelling()) -> Layout:
-    """The classes of the images.
+def find_layout(files: Files, classes: Classes, labelling: Labelling = Labelling()) -> Layout:
+    """Find the images' classes.
 
     Raises:
-        DatasetError: a folder that is no class, or a label file that is missing or bad.
+        DatasetError: a folder is not a class, or a label file is missing or invalid.
     """
-    if asked.layout == "none" or not classes:
+    if labelling.layout == "none" or not classes:
         return Layout("no labels", {}, classes)
     prefixes = _shared_folders(files.images)
     unclear: DatasetError | None = None
-    if asked.labels is None and asked.layout in ("auto", "folders"):
+    if labelling.labels is None and labelling.layout in ("auto", "folders"):
         try:
-            if found := _by_folder(files, prefixes, classes, asked):
+            if found := _by_folder(files, prefixes, classes, labelling):
                 return found
         except DatasetError as error:
-            # Where names are unknown, folders may be no classes at all.
-            if classes.names or asked.layout == "folders":
+            # Without class names, folders may be something else than classes.
+            if classes.names or labelling.layout == "folders":
                 raise
             unclear = error
-    if asked.layout != "folders":
+    if labelling.layout != "folders":
         paths = {image[len(prefix) :]: image for prefix in prefixes for image in files.images}
         names = Names(paths)
-        file = _label_file(files, prefixes, names, asked)
+        file = _label_file(files, prefixes, names, labelling)
         if file is not None:
-            labels = read_labels(file, names, classes, asked.first_class)
+            labels = read_labels(file, names, classes, labelling.first_class)
             return Layout(
                 f"classes from {file.where}",
                 labels.index,
@@ -137,50 +143,47 @@ def find_layout(files: Files, classes: Classes, asked: Labelling = Labelling()) 
                 labels.repeated,
                 tuple(name for name in files.others if is_label_file(name)),
             )
-    if asked.layout not in ("auto", "folders"):
+    if labelling.layout not in ("auto", "folders"):
         raise DatasetError(
-            f"{files.root} has no label file of the layout {asked.layout!r}, inside or beside it",
-            hint="name one with --labels",
+            f"no label file of layout {labelling.layout!r} was found in or beside {files.root}",
+            hint="pass one with --labels",
         )
     if unclear is not None:
         raise unclear
     _refuse_parts(files, classes)
-    if asked.layout == "folders" or not asked.skip_unlabelled:
+    if labelling.layout == "folders" or not labelling.skip_unlabelled:
         _refuse_unknown(files, _folders(files.images, ""), classes)
     return Layout("no labels", {}, classes)
 
 
 def _shared_folders(images: Sequence[str]) -> list[str]:
-    """The folders that all images are in: ``["", "val/"]`` for val/CLASS/NAME."""
+    """The folders that contain all images: ``["", "val/"]`` for val/CLASS/NAME."""
     shared = os.path.commonpath([image.rpartition("/")[0] for image in images])
     parts = PurePosixPath(shared).parts
     return ["".join(f"{part}/" for part in parts[:depth]) for depth in range(len(parts) + 1)]
 
 
 def _folders(images: Sequence[str], prefix: str) -> set[str]:
-    """The folders right below ``prefix`` that hold images."""
+    """The folders directly below ``prefix`` that contain images."""
     below = (image[len(prefix) :].partition("/") for image in images)
     return {folder for folder, slash, _ in below if slash}
 
 
 def _by_folder(
-    files: Files, prefixes: Sequence[str], classes: Classes, asked: Labelling
+    files: Files, prefixes: Sequence[str], classes: Classes, labelling: Labelling
 ) -> Layout | None:
     """Classes from the folders below the first prefix that has any."""
     for prefix in prefixes if classes.names else prefixes[-1:]:
         where = f"{files.root}/{prefix}".rstrip("/")
         folders = sorted(_folders(files.images, prefix))
-        found = class_folders(folders, classes, asked.first_class, where) if folders else None
+        found = class_folders(folders, classes, labelling.first_class, where) if folders else None
         if found is None:
             continue
-        if not asked.skip_unlabelled:
+        if not labelling.skip_unlabelled:
             _refuse_unknown(files, found.others, found.classes)
-        return Layout(_told(where, found), _classes_of(files, prefix, found), found.classes)
+        name = f"class folders in {where}" + (f" ({found.how})" if found.how else "")
+        return Layout(name, _classes_of(files, prefix, found), found.classes)
     return None
-
-
-def _told(where: str, found: ClassFolders) -> str:
-    return f"class folders in {where}" + (f" ({found.how})" if found.how else "")
 
 
 def _classes_of(files: Files, prefix: str, found: ClassFolders) -> dict[str, int]:
@@ -193,7 +196,7 @@ def _classes_of(files: Files, prefix: str, found: ClassFolders) -> dict[str, int
 
 
 def _refuse_parts(files: Files, classes: Classes) -> None:
-    """Folders such as train/ and val/ are sets of images of their own."""
+    """Refuse a folder of several image sets, such as train/ and val/."""
     inside: dict[str, None] = {}
     for image in files.images:
         *above, folder, _ = ("", "", *PurePosixPath(image).parts)
@@ -205,8 +208,8 @@ def _refuse_parts(files: Files, classes: Classes) -> None:
     if sets:
         shown = ", ".join(sets[:_SHOWN]) + (", ..." if len(sets) > _SHOWN else "")
         raise DatasetError(
-            f"{files.root} holds sets of images in folders of their own: {shown}",
-            hint=f"give one of them: {files.root}/{sets[0]}",
+            f"{files.root} contains several sets of images: {shown}",
+            hint=f"pass one of them: {files.root}/{sets[0]}",
         )
 
 
@@ -217,21 +220,21 @@ def _refuse_unknown(files: Files, folders: Collection[str], classes: Classes) ->
     more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
     known = classes.examples() if classes.names else f"the model has {classes.count} classes"
     raise DatasetError(
-        f"{files.root} has folders that are no class: {', '.join(unknown[:_SHOWN])}{more}",
-        hint=f"{known}; if it has others, export again with --class-names FILE, "
-        "or leave such images out with --skip-unlabelled",
+        f"{files.root} has folders that are not classes: {', '.join(unknown[:_SHOWN])}{more}",
+        hint=f"{known}; if it has other classes, export again with --class-names FILE, "
+        "or leave the images out with --skip-unlabelled",
     )
 
 
 def _label_file(
-    files: Files, prefixes: Sequence[str], names: Names, asked: Labelling
+    files: Files, prefixes: Sequence[str], names: Names, labelling: Labelling
 ) -> LabelFile | None:
-    """The label file that the user named, else the first one at a usual place."""
-    wanted = asked.layout
-    if asked.labels is not None:
-        kind = kind_of(asked.labels) if wanted == "auto" else cast(LabelKind, wanted)
-        data = read_regular(asked.labels)
-        candidates = iter([LabelFile(kind, str(asked.labels), data, _beside(asked.labels))])
+    """The label file that the user passed, else the first one at a usual place."""
+    wanted = labelling.layout
+    if labelling.labels is not None:
+        kind = kind_of(labelling.labels) if wanted == "auto" else cast(LabelKind, wanted)
+        data = read_regular(labelling.labels)
+        candidates = iter([LabelFile(kind, str(labelling.labels), data, _beside(labelling.labels))])
     else:
         inside, beside = _inside(files, prefixes), _beside(files.root)
         candidates = find_label_files(inside, beside, str(files.root))
@@ -240,11 +243,11 @@ def _label_file(
             continue
         if lists_any(file, names):
             return file
-        # A file beside the folder may be of other images; one inside it, or a named one, may not.
+        # A label file beside the folder may belong to other images.
         if not file.beside:
             raise DatasetError(
                 f"{file.where} lists none of the {len(files.images)} images",
-                hint="give the folder that its names are relative to",
+                hint="pass the folder that its names are relative to",
             )
     return None
 

@@ -1,7 +1,6 @@
-"""Every file of a folder, a zip or a plain tar, and what was left out of the list.
+"""List the files of a folder, a zip or a plain tar.
 
-What would be lost or go wrong later is refused here: an archive that breaks off, names a file
-twice or reaches outside itself.
+An archive is refused if it is truncated, contains a name twice, or has a path outside itself.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ __all__ = ["File", "Listing", "list_files"]
 
 _BLOCK = 512
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-# Bytes after a tar's end mark that are looked at: writers pad with zeros, two tars joined do not.
+# Bytes read after a tar's end mark: padding is zeros, a second tar appended to the first is not.
 _AFTER_END = 64 << 10
-# What zipfile and tarfile raise on damaged archives.
+# Raised by zipfile and tarfile for damaged archives.
 _BROKEN = (
     zipfile.BadZipFile,
     tarfile.TarError,
@@ -37,7 +36,7 @@ _BROKEN = (
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file by its path inside the folder or archive; ``place`` is None in a folder."""
+    """A file's path inside the folder or archive, and its position in an archive."""
 
     name: str
     place: Place | None = None
@@ -45,18 +44,18 @@ class File:
 
 @dataclass(frozen=True)
 class Listing:
-    """Every file, and a sentence about each entry that was left out: links, devices, pipes."""
+    """Every file, and a sentence about each entry left out, such as links, devices and pipes."""
 
     files: tuple[File, ...]
     ignored: tuple[str, ...]
 
 
 def list_files(path: Path) -> Listing:
-    """Every file of a folder, a zip or a plain tar.
+    """List the files of a folder, a zip or a plain tar.
 
     Raises:
-        DatasetError: a compressed or broken archive, one that reaches outside itself or names a
-            file twice, or a folder that cannot be listed.
+        DatasetError: the archive is compressed or damaged, contains a name twice or a path outside
+            itself, or the folder cannot be listed.
     """
     if path.is_dir():
         return _list_folder(path)
@@ -70,30 +69,35 @@ def list_files(path: Path) -> Listing:
     for magic, method in _COMPRESSED.items():
         if head.startswith(magic):
             raise DatasetError(
-                f"{path} is compressed with {method}: no image in it can be reached by itself",
+                f"{path} is compressed with {method}, so single images cannot be read from it",
                 hint="decompress it to a plain .tar, or unpack it",
             )
     try:
-        # A zip may stand behind a program that unpacks it; a tar may hold a zip at its end.
+        # A self-extracting zip starts with a program; a tar may end with a zip member.
         is_tar = head[257:262] == b"ustar"
         is_zip = head.startswith(b"PK") or (not is_tar and zipfile.is_zipfile(path))
         listing = _list_zip(path) if is_zip else _list_tar(path)
     except (*_BROKEN, OSError) as error:
         raise DatasetError(
-            f"{path} is no readable zip or tar archive: {error}",
+            f"{path} is not a readable zip or tar archive: {error}",
             hint="pass a folder, a zip or a tar of images",
         ) from error
     for name, count in Counter(file.name for file in listing.files).items():
         if count > 1:
-            raise DatasetError(f"{path} holds {name} {count} times", hint="pack it again")
+            raise DatasetError(
+                f"{path} contains {name} {count} times", hint="create the archive again"
+            )
     return listing
 
 
 def _inside(path: Path, name: str) -> str:
-    """A member's name without ``./``; refused if it would land outside the archive."""
+    """Normalise a member's name; refuse a path outside the archive."""
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or name[1:3] == ":/":
-        raise DatasetError(f"{path} holds an entry outside itself: {name!r}")
+        raise DatasetError(
+            f"{path} contains a path outside the archive: {name!r}",
+            hint="create the archive again with relative paths",
+        )
     return pure.as_posix()
 
 
@@ -102,9 +106,9 @@ def _list_zip(path: Path) -> Listing:
     ignored: list[str] = []
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
-            # Some packers on Windows write backslashes, against the specification.
+            # Some Windows programs write backslashes, against the specification.
             name = _inside(path, info.filename.replace("\\", "/"))
-            # The high half of the external attributes is a Unix mode, S_IFLNK a symbolic link.
+            # The high half of the external attributes is the Unix mode; S_IFLNK is a link.
             if (info.external_attr >> 16) & 0xF000 == 0xA000:
                 ignored.append(f"{name} is a link")
             elif not info.is_dir():
@@ -118,7 +122,7 @@ def _list_tar(path: Path) -> Listing:
     ignored: list[str] = []
     with path.open("rb") as stream:
         members = _tar_members(path, stream, (0, path.stat().st_size), "", ignored)
-        # ILSVRC2012_img_train.tar is a tar of a tar for each class: go one level down.
+        # ILSVRC2012_img_train.tar contains one tar per class.
         for name, place in [item for item in members if item[0].endswith(".tar")]:
             prefix = name.removesuffix(".tar") + "/"
             span = (place.offset, place.offset + place.size)
@@ -129,7 +133,7 @@ def _list_tar(path: Path) -> Listing:
 def _tar_members(
     path: Path, stream: BinaryIO, span: tuple[int, int], prefix: str, ignored: list[str]
 ) -> list[tuple[str, TarPlace]]:
-    """The files of the tar that lies in these bytes of ``stream``."""
+    """The files of the tar in the bytes ``span`` (start, end) of ``stream``."""
     members = []
     stream.seek(span[0])
     with tarfile.open(fileobj=stream, mode="r:") as archive:
@@ -140,14 +144,16 @@ def _tar_members(
             elif member.isreg() and not member.issparse():
                 members.append((name, TarPlace(member.offset_data, member.size)))
             elif not member.isdir():
-                ignored.append(f"{name} is no regular file")
-        # tarfile takes a damaged header for the end: what lies behind it must not get lost.
+                ignored.append(f"{name} is not a regular file")
+        # tarfile treats a damaged header as the end; check that it is the end.
         stream.seek(archive.offset)
     mark = stream.read(_BLOCK)
     if archive.offset + _BLOCK > span[1] or any(mark):
-        raise ValueError(f"it breaks off at byte {archive.offset}, before its end mark")
+        raise ValueError(
+            f"it is truncated or damaged at byte {archive.offset}, before the end mark"
+        )
     if not prefix and any(stream.read(_AFTER_END)):
-        raise ValueError(f"more follows the end mark at byte {archive.offset}")
+        raise ValueError(f"more data follows the end mark at byte {archive.offset}")
     return members
 
 
@@ -159,14 +165,14 @@ def _list_folder(root: Path) -> Listing:
 
 @dataclass
 class _Walk:
-    """Lists each real folder once; links to folders come last, so that a loop of links ends."""
+    """Lists each folder once; links to folders come last, so that a loop of links ends."""
 
     root: Path
     files: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
 
     def run(self) -> None:
-        # A link to a folder above the root would list the root again, and the whole disk with it.
+        # A link to a folder above the root would list everything below that folder.
         seen = {self._identity(folder) for folder in self.root.resolve().parents}
         folders, links = deque([""]), deque[str]()
         while folders or links:
@@ -185,14 +191,14 @@ class _Walk:
 
     def _add(self, entry: os.DirEntry[str], name: str) -> None:
         try:
-            # A broken link is listed, so that reading it fails by its name.
+            # List a broken link too, so that reading it reports its name.
             regular = entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
         except OSError:  # a link to itself
             regular = True
         if regular:
             self.files.append(name)
         else:
-            self.ignored.append(f"{name} is no regular file")
+            self.ignored.append(f"{name} is not a regular file")
 
     @staticmethod
     def _is_folder(entry: os.DirEntry[str]) -> bool:

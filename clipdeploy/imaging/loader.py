@@ -1,16 +1,16 @@
-"""Decode images ahead of the consumer, in processes where there are many.
+"""Decode images ahead of the consumer, in worker processes if there are many.
 
     this process                             a worker
     tasks (slot, name, place)  -- pipe -->   read, SHA-256, decode, resize, crop -> slot
-    copy the slot, free it     <-- pipe --   hashes and thumbnail, or what is wrong with the image
+    copy the slot, free it     <-- pipe --   hashes and thumbnail, or an error
 
-The slots, uint8 (S, S, 3) each, lie in one anonymous memory file that the workers inherit.  It has
-no name: the kernel frees it with the last process, however that ends, and the size of a container's
-``/dev/shm`` does not bound it.  A worker ends when its pipe does, so none outlives its parent.  The
-number of slots is the back pressure: nobody decodes further ahead.
+The slots, uint8 (S, S, 3) each, are in one anonymous memory file that the workers inherit.  The
+kernel frees it with the last process, even a killed one, and the size of a container's ``/dev/shm``
+does not limit it.  A worker exits when its pipe is closed, so none outlives the parent.  The number
+of slots limits how far ahead images are decoded.
 
-Workers are started as programs of their own, not forked: the parent has threads, and a forked copy
-of a lock that a thread holds is never released.
+Workers are new processes, not forks: the parent has threads, and a lock that a thread holds during
+a fork is never released in the child.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ from clipdeploy.imaging.fingerprints import Fingerprint
 
 __all__ = ["ProcessLoader", "open_loader", "serve"]
 
-# Below this many bytes of images, 200 of ImageNet's, the start of a process (a third of a second)
-# costs more than it saves.  Decoding takes about as long as there are bytes, whatever the crop.
+# Below this many bytes of images (200 of ImageNet's), starting a process (a third of a second)
+# costs more than it saves.  Decoding time depends on the number of bytes, not on the crop.
 _FEW_BYTES = 20e6
-# The answers to this many tasks, of two texts at most, fit into a pipe (64 KiB) together: a worker
-# never waits to be heard, and so the parent may wait for a worker to take a task.
+# The answers to this many tasks, with two texts each, fit into a pipe (64 KiB).  So a worker never
+# blocks on its answers, and the parent can block on sending a task without a deadlock.
 _QUEUE = 24
 _TEXT_BYTES = 1200
 _PIPE_BYTES = 64 << 10
 _SLOT_BYTES = 96 << 20
 _NICE = 10
-# Tasks a worker has before another one is started: few images start few workers.
+# Start another worker once each has this many tasks, so that few images start few workers.
 _BUSY = 2
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -71,11 +71,10 @@ _BOOT = (
 def open_loader(
     source: Source, total_bytes: float, workers: int | None, shelf: CropShelf | None
 ) -> Loader:
-    """Threads of this process, or ``workers`` processes (None: one a core for many images).
+    """Open a loader with ``workers`` processes, or with threads of this process if it is 0.
 
-    ``total_bytes``: about how many all images have.
-
-    Processes need Linux's anonymous memory files; elsewhere threads decode.
+    None uses one process per core if ``total_bytes``, the approximate size of all images, is large.
+    Processes need Linux's anonymous memory files; other systems use threads.
     """
     if workers is None:
         workers = usable_cores() if total_bytes >= _FEW_BYTES else 0
@@ -85,20 +84,20 @@ def open_loader(
 
 
 class _Crash(NamedTuple):
-    """What a worker met that no image can cause: a mistake in this program."""
+    """The traceback of an unexpected exception in a worker: a bug, not a bad image."""
 
     text: str
 
 
 class _Decoded(NamedTuple):
-    """What is to be known of a crop beside its pixels."""
+    """A decoded image without its pixels, which are in the slot."""
 
     sha256: str
     fingerprint: Fingerprint
 
 
 Answer = _Decoded | Failure | _Crash
-# A pickled answer's length, before it: one read takes as many answers as there are.
+# Precedes each pickled answer with its length, so that one read can return several answers.
 _LENGTH = struct.Struct("<I")
 
 
@@ -117,25 +116,25 @@ class _Worker:
     process: subprocess.Popen[bytes]
     tasks: Connection
     answers: Connection
-    # Oldest first, as they are worked on.
+    # Oldest first, in the order in which the worker answers.
     jobs: deque[_Job] = field(default_factory=deque)
     unsent: list[_Task] = field(default_factory=list)
     received: bytearray = field(default_factory=bytearray)
 
     def send(self) -> bool:
-        """Hand over what there is to do; False if the worker is gone."""
+        """Send the unsent tasks; False if the worker has exited."""
         tasks, self.unsent = self.unsent, []
         if not tasks:
             return True
         try:
-            # As Connection.send() does it, without the reducers that only multiprocessing needs.
+            # Connection.send() without multiprocessing's own reducers, which are slower.
             self.tasks.send_bytes(pickle.dumps(tasks))
         except BrokenPipeError:
             return False
         return True
 
     def collect(self) -> bool:
-        """Take the answers that are in the pipe, or wait for one; False if it is closed."""
+        """Read the answers in the pipe, waiting for at least one; False if it is closed."""
         data = os.read(self.answers.fileno(), _PIPE_BYTES)
         received, at = self.received, 0
         received += data
@@ -150,7 +149,7 @@ class _Worker:
         return bool(data)
 
     def stop(self) -> None:
-        # It holds nothing that needs care: it only reads files.
+        # Safe to kill: a worker only reads files.
         self.process.kill()
         self.process.wait()
         self.tasks.close()
@@ -160,7 +159,7 @@ class _Worker:
 def _start(source: Source, memory: int) -> _Worker:
     task_end, tasks = os.pipe()
     answers, answer_end = os.pipe()
-    # Whatever goes wrong below, these are closed with their last reference, which ends the worker.
+    # On any error below, these are closed with their last reference, and the worker exits.
     writer, reader = Connection(tasks, readable=False), Connection(answers, writable=False)
     ends = (task_end, answer_end, memory)
     boot = [sys.executable, "-P", "-c", _BOOT, json.dumps([str(path) for path in sys.path])]
@@ -170,25 +169,26 @@ def _start(source: Source, memory: int) -> _Worker:
             pass_fds=ends,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            # Ctrl-C is this process's to handle, and numpy needs no threads of its own there.
+            # Only this process handles Ctrl-C.
             start_new_session=True,
+            # numpy needs no thread pool in a worker.
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
         )
     except OSError as error:
         raise DatasetError(
-            f"cannot start a process that decodes images: {error.strerror}",
-            hint="decode in fewer processes, or in none with --workers 0",
+            f"cannot start an image decoding process: {error.strerror}",
+            hint="use fewer processes, or none with --workers 0",
         ) from error
     finally:
         os.close(task_end)
         os.close(answer_end)
-    with suppress(BrokenPipeError):  # it ended at once: its first task will find out
+    with suppress(BrokenPipeError):  # it exited already: the first task reports that
         writer.send(source)
     return _Worker(process, writer, reader)
 
 
 class ProcessLoader:
-    """Decodes in up to ``workers`` processes, results in order; see the top of this file."""
+    """Decodes in up to ``workers`` processes and returns results in order; see this module."""
 
     def __init__(self, source: Source, workers: int) -> None:
         size = source.spec.size
@@ -206,7 +206,7 @@ class ProcessLoader:
         self._slots = _slots(self._memory, size)
 
     def submit(self, name: str, place: Place | None) -> None:
-        """Have an image decoded, from the next :meth:`send` or :meth:`result` on.
+        """Queue an image; the next :meth:`send` or :meth:`result` sends it to a worker.
 
         Raises:
             DatasetError: a worker could not be started, or died.
@@ -218,7 +218,7 @@ class ProcessLoader:
         worker.unsent.append((job.slot, name, place))
 
     def send(self) -> None:
-        """Hand the workers what was submitted.
+        """Send the queued images to the workers.
 
         Raises:
             DatasetError: a worker died.
@@ -230,19 +230,19 @@ class ProcessLoader:
     def _choose(self) -> _Worker:
         worker = min(self._workers, key=lambda worker: len(worker.jobs), default=None)
         if len(self._workers) < self._limit and (worker is None or len(worker.jobs) >= _BUSY):
-            self.send()  # they decode while another one is started
+            self.send()  # the others decode while this one starts
             worker = _start(self._source, self._memory)
             self._workers.append(worker)
             self._of_pipe[worker.answers.fileno()] = worker
             self._poll.register(worker.answers, select.POLLIN)
-        assert worker is not None  # the limit is one at least
+        assert worker is not None  # the limit is at least one
         return worker
 
     def result(self) -> Loaded | Failure:
-        """The oldest image submitted; waits for it.
+        """Wait for the result of the oldest image submitted.
 
         Raises:
-            DatasetError: a worker died; the image it was on is named.
+            DatasetError: a worker died; the message names the image it was decoding.
         """
         self.send()
         job, worker = self._jobs.popleft()
@@ -253,35 +253,35 @@ class ProcessLoader:
             raise RuntimeError(f"a worker failed on {job.name}: {job.answer.text}")
         if isinstance(job.answer, Failure):
             return job.answer
-        assert job.answer is not None  # it was waited for
+        assert job.answer is not None  # set by _wait
         sha256, found = job.answer
         return Loaded(sha256, self._slots[job.slot].copy(), found)
 
     def _wait(self, job: _Job, worker: _Worker) -> None:
-        """Wait for the worker that has the job; other workers do not wake this thread."""
+        """Wait for the job's worker only, so that other workers do not wake this thread."""
         while job.answer is None:
             if not worker.collect():
                 raise self._death(worker)
-        # The next job goes to whoever has the fewest left.
+        # Collect the others' answers: the next job goes to the worker with the fewest jobs.
         for pipe, _ in self._poll.poll(0):
             if not self._of_pipe[pipe].collect():
                 raise self._death(self._of_pipe[pipe])
 
     def _death(self, worker: _Worker) -> DatasetError:
-        while worker.collect():  # what it finished before it died
+        while worker.collect():  # the answers it sent before it died
             pass
         code = worker.process.wait()
         how = f"ended with exit code {code}"
         if code < 0:
             how = f"was killed by {signal.strsignal(-code) or 'signal'} (signal {-code})"
-        on = f"{self._source.root}/{worker.jobs[0].name}" if worker.jobs else "no image"
+        on = f" while decoding {self._source.root}/{worker.jobs[0].name}" if worker.jobs else ""
         return DatasetError(
-            f"a process that decodes images {how} while it was on {on}",
-            hint="if memory ran out use fewer processes, else look at this image",
+            f"an image decoding process {how}{on}",
+            hint="if memory ran out, use fewer processes; otherwise check this image",
         )
 
     def close(self) -> None:
-        """Stop the workers at once and give their memory back."""
+        """Stop the workers immediately and free the memory."""
         for worker in self._workers:
             worker.stop()
         self._workers.clear()
@@ -295,8 +295,8 @@ def _slots(memory: int, size: int) -> NDArray[np.uint8]:
 
 
 def serve(task_end: int, answer_end: int, memory: int) -> None:
-    """A worker's life: decode what comes through the pipe until it closes."""
-    # The model's threads wait for each other: one that a decoder keeps waiting stalls them all.
+    """Run a worker: decode the images from the pipe until it is closed."""
+    # Inference threads wait for each other, so a decoder that delays one of them delays all.
     os.nice(_NICE)
     tasks = Connection(task_end, writable=False)
     answers = Connection(answer_end, readable=False)
@@ -314,7 +314,7 @@ def serve(task_end: int, answer_end: int, memory: int) -> None:
 def _answer(decoder: Decoder, slot: NDArray[np.uint8], name: str, place: Place | None) -> Answer:
     try:
         loaded = decoder.load(name, place)
-    except Exception:  # told to the parent, which raises it
+    except Exception:  # the parent raises it
         return _Crash(_end_of(traceback.format_exc()))
     if isinstance(loaded, Failure):
         return Failure(_end_of(loaded.message), _end_of(loaded.hint))

@@ -1,7 +1,7 @@
-"""Images that two folders share, by their bytes.
+"""Find images with equal bytes in two folders.
 
-Only files of one size can be the same, so that of a large folder a few are read.  An image that was
-saved again is found once it is decoded, see :mod:`clipdeploy.imaging.fingerprints`.
+Only files of equal size are read.  Images that were saved again are found by their decoded pixels,
+see :mod:`clipdeploy.imaging.fingerprints`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ __all__ = ["shared_images"]
 
 
 def shared_images(first: ImageFolder, second: ImageFolder) -> tuple[str, ...]:
-    """The names of those of ``second`` that ``first`` holds too, whatever they are called there.
+    """The names of the images in ``second`` whose bytes are also in ``first``, under any name.
 
-    A file that cannot be read is shared with none: whoever uses it will say so.
+    Unreadable files are skipped; decoding them reports the error.
     """
     ours, theirs = file_sizes(first), file_sizes(second)
     common = set(ours) & set(theirs)

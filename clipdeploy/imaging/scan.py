@@ -1,7 +1,7 @@
-"""A look at every image before long work: is it one, and is it there twice?
+"""Scan images for unreadable files and duplicates before a long run.
 
-Only headers are read, and whole files where two have one size.  An image that is cut short behind
-its header shows when it is decoded.
+Only headers are read, and whole files if several have the same size.  An image that is truncated
+after its header is found only when it is decoded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import suppress
 
 from clipdeploy.core.errors import DatasetError
 from clipdeploy.core.progress import SILENT, Progress
-from clipdeploy.imaging.archives import Reader
+from clipdeploy.imaging.archives import Reader, unreadable
 from clipdeploy.imaging.decoding import usable_cores
 from clipdeploy.imaging.images import ImageEntry, ImageFolder
 from clipdeploy.imaging.preprocess import open_image
@@ -24,34 +24,34 @@ from clipdeploy.imaging.survey import Reading
 
 __all__ = ["file_sizes", "scan_images"]
 
-# Most of the time goes into waiting for the disk.
+# Threads per core: most of the time is spent waiting for the disk.
 _THREADS = 4
 
 
 def file_sizes(images: ImageFolder) -> list[int]:
-    """Bytes of every image; -1 where the file is gone."""
+    """The size of every image in bytes; -1 if the file is missing."""
     if not images.root.is_dir():
         return [entry.place.size if entry.place else -1 for entry in images.entries]
     found = []
-    # A text: making a Path of each file takes longer than its stat.
+    # A string: creating a Path for each file takes longer than its stat.
     prefix = os.path.join(images.root, "")
     for entry in images.entries:
         size = -1
-        with suppress(OSError):  # reading it will say why
+        with suppress(OSError):  # reading the file reports the error
             size = os.stat(prefix + entry.name).st_size
         found.append(size)
     return found
 
 
-def _look(images: ImageFolder, reader: Reader, entry: ImageEntry, *, whole: bool) -> str:
-    """The SHA-256 of a file that is to be read ``whole``, else empty; the header in any case."""
+def _scan(images: ImageFolder, reader: Reader, entry: ImageEntry, *, whole: bool) -> str:
+    """Check an image's header; return the file's SHA-256 if it is read ``whole``, else ""."""
     where = f"{images.root}/{entry.name}"
     if images.root.is_dir() and not whole:
         try:
             with open(images.root / entry.name, "rb") as stream:
                 open_image(stream, where)
         except OSError as error:
-            raise DatasetError(f"cannot read the image {where}: {error.strerror}") from error
+            raise unreadable(f"the image {where}", str(error.strerror)) from error
         return ""
     data = reader.read(entry.name, entry.place)
     open_image(io.BytesIO(data), where)
@@ -59,28 +59,28 @@ def _look(images: ImageFolder, reader: Reader, entry: ImageEntry, *, whole: bool
 
 
 def scan_images(images: ImageFolder, progress: Progress = SILENT) -> Reading:
-    """What is unreadable at first sight, and what has the bytes of another image."""
+    """Find images with an unreadable header, and images with equal bytes."""
     sizes = file_sizes(images)
-    often = Counter(sizes)
+    counts = Counter(sizes)
     reading, reader = Reading(), images.reader()
 
     def one(entry: ImageEntry, size: int) -> str | DatasetError:
         try:
-            return _look(images, reader, entry, whole=often[size] > 1)
+            return _scan(images, reader, entry, whole=counts[size] > 1)
         except DatasetError as error:
             return error
 
     try:
         with (
             ThreadPoolExecutor(_THREADS * usable_cores()) as pool,
-            progress.task("look over the images", len(sizes)) as advance,
+            progress.task("scan the images", len(sizes)) as advance,
         ):
-            found: Iterator[str | DatasetError] = pool.map(one, images.entries, sizes)
-            for entry, what in zip(images.entries, found, strict=True):
-                if isinstance(what, DatasetError):
+            results: Iterator[str | DatasetError] = pool.map(one, images.entries, sizes)
+            for entry, result in zip(images.entries, results, strict=True):
+                if isinstance(result, DatasetError):
                     reading.add_unreadable(entry.name)
-                elif what:
-                    reading.add(entry.name, what)
+                elif result:
+                    reading.add(entry.name, result)
                 advance(1)
     finally:
         reader.close()

@@ -1,13 +1,14 @@
-"""The images of a folder or archive as crops, decoded ahead of their consumer."""
+"""Decode the images of a folder or archive to crops, ahead of the consumer."""
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,17 +22,20 @@ from clipdeploy.imaging.images import ImageEntry, ImageFolder
 from clipdeploy.imaging.loader import open_loader
 from clipdeploy.imaging.survey import Reading
 
-__all__ = ["Crop", "Skipped", "iter_crops"]
+__all__ = ["Crop", "Skipped", "iter_crops", "stack_batches"]
 
-# Images whose bytes are looked at to guess those of all.
-_WEIGHED = 16
+Key = TypeVar("Key")
+
+# Images whose sizes are read to estimate the size of all.
+_SAMPLED = 16
 
 
 @dataclass(frozen=True)
 class Crop:
-    """A decoded image: the hex SHA-256 of its file's bytes, uint8 (S, S, 3), its fingerprint.
+    """A decoded image: its entry, the hex SHA-256 of its file, its pixels and its fingerprint.
 
-    Pixels from the cache are a part of a larger array: copy those that are to be kept for long.
+    ``pixels`` is uint8 (S, S, 3).  From the cache it is a view of a larger array: copy it to keep
+    it for long.
     """
 
     entry: ImageEntry
@@ -42,7 +46,7 @@ class Crop:
 
 @dataclass
 class Skipped:
-    """Images that could not be read and were skipped because the user allowed it."""
+    """The names of unreadable images that were skipped."""
 
     names: list[str] = field(default_factory=list)
 
@@ -58,15 +62,21 @@ def iter_crops(
 ) -> Iterator[Crop]:
     """Decode the images in order, ahead of the consumer.
 
-    ``workers``: processes that decode; 0 for threads of this one, None for a process a core where
-    there are many images.  ``cache`` gives the crops that it has, and keeps the others.  With
-    ``skipped`` an unreadable image is listed there and left out.  ``reading`` takes notes.
+    Args:
+        images: the images.
+        spec: how to resize and crop.
+        skipped: collects the names of unreadable images and leaves them out; without it they raise
+            an error.
+        workers: number of decoding processes; 0 for threads of this process, None for one process
+            per core if there are many images.
+        cache: reads known crops from this cache and stores the others.
+        reading: collects counts and problems.
 
     Raises:
-        DatasetError: an image that cannot be read, without ``skipped``; or a worker that died.
+        DatasetError: an image cannot be read and ``skipped`` is None, or a worker died.
     """
     shelf = cache.open(spec) if cache is not None else None
-    # Workers look for the same bytes under another name only where there is anything to find.
+    # Workers look up equal bytes under another name; with an empty cache there are none.
     source = Source(images.root, spec, cache if shelf else None)
     loader = open_loader(source, _total_bytes(images), workers, shelf)
     notes = reading if reading is not None else Reading()
@@ -87,10 +97,22 @@ def iter_crops(
             shelf.close()
 
 
+def stack_batches(
+    crops: Iterable[tuple[Key, NDArray[np.uint8]]], size: int
+) -> Iterator[tuple[list[Key], NDArray[np.uint8]]]:
+    """Group (key, crop) pairs into batches of ``size``; the last batch may be smaller.
+
+    Each batch is the keys of B images and their crops, uint8 (B, S, S, 3).
+    """
+    remaining = iter(crops)
+    while batch := list(islice(remaining, size)):
+        yield [key for key, _ in batch], np.stack([pixels for _, pixels in batch])
+
+
 def _total_bytes(images: ImageFolder) -> float:
-    """About how many bytes the images have, from a few that lie apart."""
+    """The approximate size of all images in bytes, from a sample."""
     count = len(images.entries)
-    few = images.entries[:: max(1, count // _WEIGHED)]
+    few = images.entries[:: max(1, count // _SAMPLED)]
     return count * sum(_bytes_of(images.root, entry) for entry in few) / max(1, len(few))
 
 
@@ -99,20 +121,20 @@ def _bytes_of(root: Path, entry: ImageEntry) -> int:
         return entry.place.size
     try:
         return os.stat(root / entry.name).st_size
-    except OSError:  # reading it will say why
+    except OSError:  # reading the file reports the error
         return 0
 
 
 def _decode_ahead(
     images: ImageFolder, loader: Loader, shelf: CropShelf | None, notes: Reading
 ) -> Iterator[tuple[ImageEntry, Loaded | Failure]]:
-    looked_up = _looked_up(images, shelf)
+    lookups = _look_up(images, shelf)
     pending: deque[tuple[ImageEntry, bytes, Loaded | None]] = deque()
-    # Several are submitted at once: a message to a worker costs more than what is in it.
+    # Submit several at once: the fixed cost of a message to a worker exceeds that of its content.
     step = max(1, loader.capacity // 4)
     while True:
         if len(pending) <= loader.capacity - step:
-            for found in islice(looked_up, loader.capacity - len(pending)):
+            for found in islice(lookups, loader.capacity - len(pending)):
                 if found[2] is None:
                     loader.submit(found[0].name, found[0].place)
                 pending.append(found)
@@ -128,10 +150,10 @@ def _decode_ahead(
         yield entry, result
 
 
-def _looked_up(
+def _look_up(
     images: ImageFolder, shelf: CropShelf | None
 ) -> Iterator[tuple[ImageEntry, bytes, Loaded | None]]:
-    """Every image, the stamp of its file and its crop, if the cache has it."""
+    """Every image, its file's stamp, and its crop if it is cached."""
     if shelf is None:
         yield from ((entry, b"", None) for entry in images.entries)
         return

@@ -1,4 +1,4 @@
-"""What is odd about a set of images: what can be told before the work, and what only after it."""
+"""Report problems of a set of images: found by listing them, or by reading them."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ __all__ = ["Few", "Reading", "Survey"]
 
 _SHOWN = 5
 _UNREADABLE = "{} images cannot be read"
-_DUPLICATES = "{} images have the bytes of another one"
+_DUPLICATES = "{} images have the same bytes as another one"
 
 
 @dataclass(frozen=True)
 class Few:
-    """How many things there are, and the first few of them."""
+    """The number of items, and the first five of them."""
 
     count: int = 0
     first: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, things: Iterable[str]) -> Few:
-        """Count ``things`` and keep the first five."""
-        listed: Sequence[str] = list(things)
+    def of(cls, items: Iterable[str]) -> Few:
+        """Count ``items`` and keep the first five."""
+        listed: Sequence[str] = list(items)
         return cls(len(listed), tuple(listed[:_SHOWN]))
 
     def __bool__(self) -> bool:
@@ -35,10 +35,10 @@ class Few:
 
 @dataclass
 class Reading:
-    """What reading the images brought to light; pass it to ``iter_crops``.
+    """Counts and problems of images that were read; ``iter_crops`` fills it.
 
-    ``read``: images read, unreadable ones included; ``cached``: how many crops the cache had;
-    ``cache_problem``: a sentence on why it keeps no more or none, empty if it does.
+    ``read``: images read, including unreadable ones.  ``cached``: crops found in the cache.
+    ``cache_problem``: a sentence on why the cache stores no (more) crops, empty if it does.
     """
 
     read: int = 0
@@ -49,19 +49,19 @@ class Reading:
     _first: dict[bytes, str] = field(default_factory=dict, repr=False)
 
     def add(self, name: str, sha256: str) -> None:
-        """Note an image's content; a second one with the same bytes is a duplicate."""
+        """Count an image; it is a duplicate if an earlier one has the same SHA-256."""
         self.read += 1
         first = self._first.setdefault(bytes.fromhex(sha256), name)
         if first != name:
             self.duplicates.append(f"{name} is {first}")
 
     def add_unreadable(self, name: str) -> None:
-        """Note an image that could not be read."""
+        """Count an image that could not be read."""
         self.read += 1
         self.unreadable.append(name)
 
     def problems(self) -> tuple[str, ...]:
-        """A sentence for each thing that is odd."""
+        """One sentence per kind of problem."""
         return _sentences(
             (Few.of(self.unreadable), _UNREADABLE),
             (Few.of(self.duplicates), _DUPLICATES),
@@ -70,14 +70,19 @@ class Reading:
 
 @dataclass(frozen=True)
 class Survey:
-    """A set of images in figures; true if nothing is odd.
+    """Counts and problems of a set of images, from its listing; true if there are no problems.
 
-    ``classes`` are the classes with an image, ``absent_classes`` those without.  ``missing`` are
-    listed in the labels but not there, ``unlabelled`` there but without a class, ``skipped`` left
-    out for that reason, ``repeated`` names are listed twice with one class, ``ignored`` are links
-    in archives, links to folders seen before, hidden images and what is no file, ``others`` files
-    that are no images.  ``unreadable`` and ``duplicates`` (equal bytes) are known of the
-    ``images_read`` only.
+    Attributes:
+        layout: where the classes come from, as a phrase.
+        images: number of images.
+        classes: number of classes with an image.
+        absent_classes: classes without an image.
+        missing: images in the label file that do not exist.
+        unlabelled: images without a class.
+        skipped: images left out because they have no class.
+        repeated: images that the label file lists twice with the same class.
+        ignored: links in archives, links to folders listed already, hidden images, devices.
+        others: files that are not images.
     """
 
     layout: str
@@ -90,27 +95,22 @@ class Survey:
     repeated: Few
     ignored: Few
     others: Few
-    images_read: int
-    unreadable: Few
-    duplicates: Few
 
     def __bool__(self) -> bool:
         return not self.problems()
 
     def problems(self) -> tuple[str, ...]:
-        """A sentence for each thing that is odd."""
+        """One sentence per kind of problem."""
         return _sentences(
-            (self.missing, "{} listed images are not there"),
+            (self.missing, "{} listed images do not exist"),
             (self.unlabelled, "{} images have no class"),
             (self.skipped, "{} images without a class were left out"),
             (self.absent_classes, "{} classes have no image"),
             (self.repeated, "{} images are listed twice"),
             (self.ignored, "{} entries were left out"),
-            (self.others, "{} files are no images and were left out"),
-            (self.unreadable, _UNREADABLE),
-            (self.duplicates, _DUPLICATES),
+            (self.others, "{} files are not images and were left out"),
         )
 
 
-def _sentences(*told: tuple[Few, str]) -> tuple[str, ...]:
-    return tuple(f"{text.format(few.count)}: {few}" for few, text in told if few)
+def _sentences(*findings: tuple[Few, str]) -> tuple[str, ...]:
+    return tuple(f"{text.format(few.count)}: {few}" for few, text in findings if few)

@@ -1,1 +1,1 @@
-"""Model cards and checkpoints -> the PyTorch reference model."""
+"""Find model cards, read checkpoints and build the PyTorch reference model."""

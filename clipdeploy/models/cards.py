@@ -1,6 +1,6 @@
-"""The model cards: what a checkpoint is called, how it is shaped, what it scored.
+"""Look up model cards: a checkpoint's names, geometry, source and published accuracy.
 
-The facts are data: a row of ``data/zoo.csv`` is a card, and adding a checkpoint adds a row.
+Each row of ``data/zoo.csv`` is a card; to add a checkpoint, add a row.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ModelCard:
-    """One checkpoint.
+    """The facts about one checkpoint.
 
-    Accuracies are percent on the ImageNet-1k validation set (on its own test images for the demo
-    card), ``None`` where nobody published one.  ``params`` and ``macs`` count one image of
-    ``image_size`` pixels and were computed, not quoted.
+    ``top1`` and ``top5`` are percent on the ImageNet-1k validation set (the demo card: on its own
+    test images), ``None`` if unpublished.  ``params`` and ``macs`` are computed, for one image of
+    ``image_size`` pixels.
     """
 
     name: str
@@ -76,26 +76,26 @@ class ModelCard:
 
     @property
     def tokens(self) -> int:
-        """Sequence length, class token included."""
+        """Sequence length, including the class token."""
         return (self.image_size // self.patch) ** 2 + 1
 
     @property
     def short(self) -> bool:
-        """True if ``aliases[0]`` is its geometry's short name: it is the most accurate one."""
+        """Whether ``aliases[0]`` is the geometry's short name, as for its most accurate card."""
         return self.aliases[:1] == (_short_alias(self.patch, self.image_size),)
 
     @property
     def shipped(self) -> bool:
-        """Whether the weights come with clipdeploy."""
+        """Whether clipdeploy includes the weights."""
         return self.name == DEMO
 
     @property
     def url(self) -> str:
-        """Where the weights are published; empty if they are not, as the demo card's."""
+        """The URL of the published weights, empty if unpublished."""
         return DOWNLOAD_ROOT + self.file if self.file else ""
 
     def preprocess(self, recipe: Recipe) -> Preprocess:
-        """What happens to an image before the network sees it, under ``recipe``."""
+        """The preprocessing under ``recipe``."""
         clip = recipe.numerics == "trained"
         timm = recipe.resize == "timm"
         return Preprocess(
@@ -104,7 +104,7 @@ class ModelCard:
             std=CLIP_STD if clip else IMAGENET_STD,
             crop_pct=self.timm_crop_pct if timm else 1.0,
             crop_mode=self.timm_crop_mode if timm else "center",
-            # OpenCV, behind the published numbers, honours the EXIF orientation; timm does not.
+            # OpenCV, used for the published numbers, applies the EXIF orientation; timm does not.
             exif_orientation=not timm,
         )
 
@@ -115,7 +115,7 @@ def _short_alias(patch: int, image_size: int) -> str:
 
 
 def _mmpretrain_name(name: str) -> str:
-    """What mmpretrain 1.x calls the same checkpoint: clip-vit-base-p16_X -> vit-base-p16_clip-X."""
+    """The name in mmpretrain 1.x: clip-vit-base-p16_X -> vit-base-p16_clip-X."""
     geometry, _, rest = name.removeprefix("clip-").partition("_")
     return f"{geometry}_clip-{rest}"
 
@@ -134,7 +134,7 @@ def _demo_card() -> ModelCard:
         pretrain="handwritten digits",
         params=683_338,
         macs=48_293_952,
-        # On the 500 held-out digits of test.zip, printed by scripts/train_demo_checkpoint.py.
+        # On the 500 held-out digits in test.zip; printed by scripts/train_demo_checkpoint.py.
         top1=99.4,
         top5=100.0,
         file="",
@@ -151,10 +151,10 @@ def _demo_card() -> ModelCard:
 
 @cache
 def all_cards() -> tuple[ModelCard, ...]:
-    """All cards, in the order of the published table, the demo card last.
+    """All cards in the order of ``zoo.csv``, then the demo card.
 
     Raises:
-        ArtifactError: a row of the table cannot be read.
+        ArtifactError: a row of ``zoo.csv`` is invalid.
     """
     read = [_card(line, row) for line, row in enumerate(_read_rows("zoo.csv"), start=2)]
     best: dict[str, ModelCard] = {}
@@ -171,23 +171,23 @@ def all_cards() -> tuple[ModelCard, ...]:
 
 
 def _card(line: int, row: Mapping[str, str | None]) -> ModelCard:
-    """A row of ``zoo.csv`` as a card without its short alias.
+    """Parse a row of ``zoo.csv`` into a card without its short alias.
 
-    Accuracy, ``file``, its hash and what timm has may be blank: not every checkpoint is published.
+    Accuracy, ``file``, its hash and timm's columns may be blank, for unpublished checkpoints.
     """
 
-    def value(column: str, kind: Callable[[str], T], otherwise: T | None = None) -> T:
+    def value(column: str, kind: Callable[[str], T], default: T | None = None) -> T:
         text = (row.get(column) or "").strip()
-        if not text and otherwise is not None:
-            return otherwise
+        if not text and default is not None:
+            return default
         try:
             if not text:
                 raise ValueError("it is blank")
             return kind(text)
         except ValueError as error:
             raise ArtifactError(
-                f"zoo.csv, line {line}: no value in the column {column}: {error}",
-                hint="docs/adding-a-checkpoint.md says what each column holds",
+                f"zoo.csv, line {line}: no valid value in column {column}: {error}",
+                hint="see docs/adding-a-checkpoint.md for the columns",
             ) from error
 
     name, timm_name = value("name", str), value("timm_name", str, "")
@@ -199,7 +199,7 @@ def _card(line: int, row: Mapping[str, str | None]) -> ModelCard:
         pretrain=value("pretrain", str, "-"),
         params=value("true_params", _count),
         macs=value("true_macs", _count),
-        # NaN: blank, and no published figure.
+        # NaN: blank, so unpublished.
         top1=_known(value("published_top1", float, math.nan)),
         top5=_known(value("published_top5", float, math.nan)),
         file=value("file", str, ""),
@@ -225,13 +225,13 @@ def _by_name() -> dict[str, ModelCard]:
 
 
 def full_name(name: str) -> str:
-    """The name that a model's files are called by; what is no model keeps its name."""
+    """The full name of a model, which its files use; other names are returned unchanged."""
     card = _by_name().get(name)
     return name if card is None else card.name
 
 
 def takes_any_name(verb: F) -> F:
-    """Let ``verb(workspace, model, ...)`` take every name of a model, as :func:`find` does."""
+    """Decorate ``verb(workspace, model, ...)`` to accept any name that :func:`find` accepts."""
 
     @wraps(verb)
     def with_full_name(workspace: object, model: str | None, *args: Any, **options: Any) -> Any:
@@ -241,17 +241,17 @@ def takes_any_name(verb: F) -> F:
 
 
 def find(name: str) -> ModelCard:
-    """The card called ``name``, by its full name, its timm name or a short alias.
+    """Find a card by its full name, timm name, mmpretrain name or short alias.
 
     Raises:
-        UsageError: no card has that name; the nearest ones are in the hint.
+        UsageError: no card has that name; the hint lists the most similar names.
     """
     known = _by_name()
     if name in known:
         return known[name]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     hint = f"nearest: {', '.join(near)}; " if near else ""
-    raise UsageError(f"no model is called {name!r}", hint=f"{hint}see `clipdeploy zoo`")
+    raise UsageError(f"unknown model {name!r}", hint=f"{hint}`clipdeploy zoo` lists all models")
 
 
 @cache
@@ -261,33 +261,33 @@ def imagenet_classes() -> tuple[tuple[str, str], ...]:
 
 
 def recipe_notes(card: ModelCard) -> dict[str, str]:
-    """What each choice of a recipe means for ``card``, a sentence an option."""
+    """Describe each recipe option for ``card``: option -> phrase."""
     size, grid, trained = card.image_size, card.image_size // card.patch, 224 // card.patch
     resized = size > 224
-    squeeze = f", position grid {grid}x{grid} resized to {trained}x{trained} and back"
+    resampled = f", position grid {grid}x{grid} resized to {trained}x{trained} and back"
     edge = math.floor(size / card.timm_crop_pct)
     crop = f"short edge {edge}, centre crop {size}"
     if card.timm_crop_mode == "squash":
         crop = f"both edges {edge}, aspect ratio lost" + ("" if edge == size else f", crop {size}")
     return {
         "--numerics trained": f"CLIP mean and std, LayerNorm eps 1e-5, native {grid}x{grid} grid: "
-        "as the weights were trained",
+        "as in training",
         "--numerics as-shipped": "ImageNet mean and std, LayerNorm eps 1e-6"
-        + (squeeze if resized else "")
-        + ": as mmpretrain's present config runs them",
-        "--resize published": f"short edge {size}, centre crop {size}, EXIF orientation honoured: "
-        "behind the published top-1",
-        "--resize timm": f"{crop}, EXIF orientation ignored: timm's own evaluation",
+        + (resampled if resized else "")
+        + ": as in mmpretrain's current config",
+        "--resize published": f"short edge {size}, centre crop {size}, EXIF orientation applied: "
+        "as for the published top-1",
+        "--resize timm": f"{crop}, EXIF orientation ignored: as in timm's evaluation",
     }
 
 
 def class_names(card: ModelCard) -> tuple[tuple[str, str], ...]:
-    """(folder name, label) of each class in logit order: wnids for ImageNet, else digits."""
+    """(folder name, label) of each class in logit order: ImageNet's wnids, or the demo's digits."""
     if card.name == DEMO:
         return tuple((str(digit), str(digit)) for digit in range(10))
     return imagenet_classes()
 
 
 def demo_file(name: str) -> Path:
-    """The path of a file shipped with the demo card (``weights.safetensors``, ``test.zip`` ...)."""
+    """The path of a demo file in the package (``weights.safetensors``, ``test.zip`` ...)."""
     return Path(str(resources.files("clipdeploy").joinpath("data", "demo", name)))

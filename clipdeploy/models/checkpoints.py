@@ -1,9 +1,9 @@
-"""Checkpoint files -> one canonical state dict, every tensor accounted for.
+"""Read checkpoint files into a state dict with timm's names, and check every tensor.
 
-Two layouts are known, by their keys: mmpretrain's (``backbone.layers.0.ln1.weight``) and timm's
-(``blocks.0.norm1.weight``), each as ``.safetensors``, ``.bin`` or ``.pth``, flat or nested under
-``state_dict``/``model``, zip or legacy pickle, with or without a ``module.`` prefix.  The canonical
-names are timm's.  Pickles are only ever read with ``weights_only=True``.
+Two layouts are recognised by their keys: mmpretrain's (``backbone.layers.0.ln1.weight``) and timm's
+(``blocks.0.norm1.weight``), as ``.safetensors``, ``.bin`` or ``.pth``, flat or nested under
+``state_dict``/``model``, zip or legacy pickle, with or without a ``module.`` prefix.  Pickles are
+always read with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clipdeploy.core.errors import CheckpointError
+from clipdeploy.core.errors import CheckpointError, first_line
 from clipdeploy.core.files import open_regular, sha256_file
 from clipdeploy.core.interrupts import interrupts
 from clipdeploy.models.vit import ViTConfig
@@ -49,23 +49,24 @@ _MMPRETRAIN: Rules = (
 )
 _NO_RULES: Rules = ()
 _LISTED = 6
-# mmengine's dataset_meta, mmcv's CLASSES, torchvision's class_to_idx, Hugging Face's id2label.
+# Keys of mmengine (dataset_meta), mmcv, torchvision and Hugging Face.
 _CLASS_KEYS = ("classes", "CLASSES", "class_names", "class_to_idx", "id2label", "idx_to_class")
-# A checkpoint inside a checkpoint inside ...: real ones have two levels.
-_MOST_LEVELS = 8
+# Levels of nested dictionaries to unwrap; real checkpoints have two.
+_MAX_LEVELS = 8
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# In PyTorch's messages: a class that is not loaded, and the advice to load it all the same.
+# In PyTorch's messages: the class that it refuses to load.
 _CLASS = re.compile(r"\bGLOBAL ([\w.]+)")
-# Errors whose message says something of the file; others are about the reader's own code.
-_TOLD = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError)
+# In PyTorch's messages: the advice to load the file in the unsafe way.
 _ADVICE = re.compile(r"weights[_ ]only", re.IGNORECASE)
+# Errors whose message describes the file; the message of others describes PyTorch's code.
+_FILE_ERRORS = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint file's tensors under canonical names, float32.
+    """A checkpoint file's tensors, float32, under timm's names.
 
-    ``class_names`` are those that the file names, as it has them; None if it names none.
+    ``class_names`` are the file's class names, unparsed; None if it has none.
     """
 
     path: Path
@@ -76,13 +77,13 @@ class Checkpoint:
 
     @property
     def classes(self) -> int | None:
-        """The number of classes of its head; None if it has no readable head."""
+        """The number of classes of the head, None if it has no valid head."""
         head = self.tensors.get("head.weight")
         return head.shape[0] if head is not None and head.ndim == 2 else None
 
 
 def expected_shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> shape of every tensor that a checkpoint of this geometry holds."""
+    """timm name -> shape of every tensor in a checkpoint of this geometry."""
     width, hidden = config.width, config.mlp_ratio * config.width
     shapes: dict[str, tuple[int, ...]] = {
         "cls_token": (1, 1, width),
@@ -113,11 +114,11 @@ def expected_shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _load_pickle(path: Path) -> Any:
-    # Only the zip format can be mapped; the legacy pickle raises RuntimeError for mmap=True.
+    # Only the zip format can be memory-mapped; legacy pickles raise RuntimeError for mmap=True.
     with path.open("rb") as stream:
         mappable = stream.read(4) == b"PK\x03\x04"
     with warnings.catch_warnings():
-        # About sparse tensors, which are refused.
+        # Warnings about sparse tensors, which are refused.
         warnings.simplefilter("ignore")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
 
@@ -141,35 +142,35 @@ def _load(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is not a plain tensor pickle: {_reason(error)}",
-            hint="it is cut short, or holds objects that could run code: save its state dict "
-            "alone, or as .safetensors",
+            hint="it is truncated or contains objects that could run code: save only its state "
+            "dict, or use .safetensors",
         ) from error
-    except Exception as error:  # whatever an unpickler does with bytes that are no pickle
+    except Exception as error:  # unpickling arbitrary bytes can raise anything
         raise CheckpointError(
             f"{path} cannot be read as a checkpoint: {_reason(error)}",
-            hint="the file is cut short or no checkpoint: fetch it again",
+            hint="the file is truncated or not a checkpoint: download it again",
         ) from error
 
 
 def _reason(error: Exception) -> str:
-    """What PyTorch says, without its advice to load the file in the way that runs code."""
+    """PyTorch's reason, without its advice to load the file in the unsafe way."""
     text = str(error)
     if found := _CLASS.search(text):
-        return f"it holds an object of {found[1]}"
+        return f"it contains an object of {found[1]}"
     if "TorchScript" in text:
         return "it is a TorchScript archive"
     if _ADVICE.search(text):
-        return "it holds something else than tensors, or is damaged"
-    if not isinstance(error, _TOLD):
-        return "it is damaged, or holds numbers of a type that this format does not take"
-    # The first sentence: PyTorch's messages go on with advice.
-    return (text.strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+        return "it contains other objects than tensors, or is damaged"
+    if not isinstance(error, _FILE_ERRORS):
+        return "it is damaged, or contains a dtype that the format does not support"
+    # Only the first sentence: PyTorch appends advice.
+    return first_line(error).split(". ")[0]
 
 
 def _unwrap(loaded: Any, path: Path) -> tuple[StateDict, bool]:
     nested = False
-    # Counted: a dictionary of a pickle may be inside itself.
-    for _ in range(_MOST_LEVELS):
+    # Limited, because a pickled dictionary can contain itself.
+    for _ in range(_MAX_LEVELS):
         if not isinstance(loaded, Mapping):
             break
         inner = next((loaded[k] for k in ("state_dict", "model") if k in loaded), None)
@@ -177,26 +178,30 @@ def _unwrap(loaded: Any, path: Path) -> tuple[StateDict, bool]:
             break
         loaded, nested = inner, True
     if not isinstance(loaded, Mapping) or not loaded:
-        raise CheckpointError(f"{path} holds no state dict", hint="pass an mmpretrain or timm file")
+        raise CheckpointError(
+            f"{path} contains no state dict", hint="pass a checkpoint of mmpretrain or timm"
+        )
     wrong = [str(key) for key, value in loaded.items() if not isinstance(value, Tensor)]
     if wrong:
         raise CheckpointError(
-            f"{path} holds entries that are no tensors: {_some(wrong)}",
-            hint="save the model's state dict alone",
+            f"{path} contains entries that are not tensors: {_some(wrong)}",
+            hint="save only the model's state dict",
         )
     tensors = {str(key): value for key, value in loaded.items()}
-    odd = [f"{name} is {what}" for name, value in tensors.items() if (what := _oddity(value))]
-    if odd:
+    unsupported = [
+        f"{name} is {what}" for name, value in tensors.items() if (what := _unsupported(value))
+    ]
+    if unsupported:
         raise CheckpointError(
-            f"{path} holds tensors that are no plain floating-point numbers: {_some(odd)}",
-            hint="save the weights as float32, float16, bfloat16 or float64: a quantised or sparse "
-            "model has to be dequantised first",
+            f"{path} contains tensors that are not dense floating-point: {_some(unsupported)}",
+            hint="save the weights as dense float32, float16, bfloat16 or float64; dequantise a "
+            "quantised model first",
         )
     return tensors, nested
 
 
-def _oddity(tensor: Tensor) -> str:
-    """What a tensor is that a cast to float32 would not keep or could not read; else empty."""
+def _unsupported(tensor: Tensor) -> str:
+    """Describe a tensor that cannot be cast to float32 without loss; empty if it can."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     if tensor.is_quantized:
         return f"quantised {dtype}"
@@ -208,21 +213,21 @@ def _oddity(tensor: Tensor) -> str:
         return f"{dtype} without data (device meta)"
     if tensor.dtype not in _FLOATS:
         return dtype
-    # Strides of 0 make any shape out of one number, and the cast would write all of it.
+    # Strides of 0 make a huge shape out of one number, which the cast would allocate.
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        return f"{dtype} {tuple(tensor.shape)} of {tensor.untyped_storage().nbytes()} bytes"
+        return f"{dtype} {tuple(tensor.shape)} with only {tensor.untyped_storage().nbytes()} bytes"
     return ""
 
 
 def _class_names(loaded: Any) -> Any:
-    """The class names in a training checkpoint, as it has them; None if there are none."""
+    """The class names in a training checkpoint, unparsed; None if there are none."""
     places = [loaded]
     for name in ("meta", "dataset_meta", "hyper_parameters"):
         places += [place[name] for place in places if isinstance(place, Mapping) and name in place]
     for place in places:
         for name in _CLASS_KEYS:
             if isinstance(place, Mapping) and (found := place.get(name)):
-                # Tensors under such a name are no names.
+                # A tensor under such a key is not a list of names.
                 return found if isinstance(found, Mapping | list | tuple) else None
     return None
 
@@ -242,7 +247,7 @@ def _canonical(tensors: StateDict, path: Path) -> tuple[str, StateDict]:
         layout, rules = "timm", _NO_RULES
     else:
         raise CheckpointError(
-            f"{path} has neither mmpretrain's nor timm's layout: {_some(tensors)}",
+            f"{path} has neither mmpretrain's nor timm's keys: {_some(tensors)}",
             hint="pass a ViT classifier of mmpretrain (backbone.layers...) or timm (blocks...)",
         )
     renamed: StateDict = {}
@@ -257,12 +262,12 @@ def _canonical(tensors: StateDict, path: Path) -> tuple[str, StateDict]:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint file, whatever its layout and wrapping.
+    """Read a checkpoint file in any of the layouts and formats listed in this module.
 
     Raises:
         FileError: the file does not exist or cannot be opened.
-        CheckpointError: it is cut short, unsafe to unpickle, of an unknown layout, or holds other
-            tensors than plain ones of float32, float16, bfloat16 or float64.
+        CheckpointError: it is truncated, unsafe to unpickle, has an unknown layout, or contains
+            other tensors than dense float32, float16, bfloat16 or float64.
     """
     with open_regular(path):
         pass
@@ -277,10 +282,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def validate(checkpoint: Checkpoint, config: ViTConfig, model: str) -> None:
-    """Hold a checkpoint against a geometry: nothing missing, nothing extra, every shape right.
+    """Check a checkpoint's tensor names, shapes and values against a geometry.
 
     Raises:
-        CheckpointError: names every tensor that does not fit.
+        CheckpointError: a tensor is missing, unexpected, of the wrong shape or not finite.
     """
     expected = expected_shapes(config)
     found = {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()}
@@ -299,12 +304,12 @@ def validate(checkpoint: Checkpoint, config: ViTConfig, model: str) -> None:
     if problems:
         raise CheckpointError(
             f"{checkpoint.path} does not fit {model}: {'; '.join(problems)}",
-            hint="is --model the one this checkpoint was trained for?",
+            hint="pass the --model that this checkpoint was trained for",
         )
     broken = [name for name, tensor in checkpoint.tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise CheckpointError(
-            f"{checkpoint.path} holds NaN or infinite values in {_some(broken)}",
+            f"{checkpoint.path} contains NaN or infinite values in {_some(broken)}",
             hint="the training diverged or the file is damaged: use another checkpoint",
         )
 
@@ -312,7 +317,7 @@ def validate(checkpoint: Checkpoint, config: ViTConfig, model: str) -> None:
 def resize_position_grid(position: Tensor, grid: int) -> Tensor:
     """Resample a position embedding (1, 1 + G * G, C) to (1, 1 + grid * grid, C).
 
-    Bicubic, ``align_corners=False``, no antialiasing; the class token's row is kept.  Source:
+    Bicubic, ``align_corners=False``, no antialiasing; the class token's row is unchanged.  Source:
     mmpretrain 1.2 ``models/utils/embed.py`` ``resize_pos_embed``.
     """
     side = round((position.shape[1] - 1) ** 0.5)

@@ -1,4 +1,4 @@
-"""Fetch a card's weights once, into a cache, and only believe them with the right hash."""
+"""Download a card's weights into a cache and verify their hash."""
 
 from __future__ import annotations
 
@@ -16,38 +16,40 @@ from urllib.error import URLError
 
 from clipdeploy.core.addresses import masked, without_secrets
 from clipdeploy.core.cache import cache_folder
-from clipdeploy.core.errors import CheckpointError, UsageError
+from clipdeploy.core.errors import CheckpointError, UsageError, first_line
 from clipdeploy.core.files import file_errors
 from clipdeploy.models.cards import ModelCard
 
-__all__ = ["HUB_PREFIX", "cached_file", "fetch", "fetch_hub", "is_at_hand"]
+__all__ = ["HUB_PREFIX", "cached_file", "fetch", "fetch_hub", "is_cached"]
 
 OFFLINE_VARIABLE = "CLIPDEPLOY_OFFLINE"
 MIRROR_VARIABLE = "CLIPDEPLOY_MIRROR"
 _OFF = ("", "0", "false", "no", "off")
 HUB_PREFIX = "hf://"
-# ValueError: an address that is none.
+# ValueError: an invalid URL.
 _NETWORK = (URLError, ConnectionError, TimeoutError, ValueError, http.client.HTTPException)
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-# Seconds without a byte after which a server counts as gone.
+# Seconds without data after which a download fails.
 _STALL = 30.0
-# torch.hub's unfinished downloads; one that has stood still for so many seconds is nobody's.
-_UNFINISHED, _ABANDONED = ".????????????????????????????????.partial", 20 * _STALL
+# torch.hub's unfinished downloads.
+_UNFINISHED = ".????????????????????????????????.partial"
+# Seconds without a write after which an unfinished download counts as abandoned.
+_ABANDONED = 20 * _STALL
 
 
 def cached_file(card: ModelCard) -> Path:
-    """Where a card's weights lie, or will lie, in the cache."""
+    """The path of a card's weights in the cache, downloaded or not."""
     return cache_folder() / "checkpoints" / card.file
 
 
-def is_at_hand(card: ModelCard) -> bool:
-    """Whether the card's weights need no download: they ship with clipdeploy or are cached."""
+def is_cached(card: ModelCard) -> bool:
+    """Whether the card's weights need no download: clipdeploy includes them or they are cached."""
     return card.shipped or (bool(card.file) and cached_file(card).is_file())
 
 
 @contextlib.contextmanager
 def _stall_timeout(seconds: float) -> Iterator[None]:
-    # torch.hub passes no timeout to urlopen: without a default a silent server holds us for ever.
+    # torch.hub passes no timeout to urlopen, so without a default a silent server blocks forever.
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -57,14 +59,14 @@ def _stall_timeout(seconds: float) -> Iterator[None]:
 
 
 def _is_offline(asked: bool) -> bool:
-    # Whatever is not plainly a no forbids downloads.
+    # Any value of the variable that does not clearly mean "no" forbids downloads.
     return asked or os.environ.get(OFFLINE_VARIABLE, "").lower() not in _OFF
 
 
 def address(card: ModelCard) -> str:
-    """Where a card's weights are fetched from: its own URL, or ``$CLIPDEPLOY_MIRROR``/file.
+    """The URL to download a card's weights from: its own, or ``$CLIPDEPLOY_MIRROR``/file.
 
-    A query such as ``?token=...`` stays at the end.  It may hold secrets, see
+    The mirror's query, such as ``?token=...``, stays at the end.  It may contain secrets, see
     :mod:`clipdeploy.core.addresses`.
     """
     mirror = os.environ.get(MIRROR_VARIABLE)
@@ -75,86 +77,92 @@ def address(card: ModelCard) -> str:
 
 
 def fetch(card: ModelCard, *, offline: bool = False, progress: bool = True) -> Path:
-    """The path of the card's weights, downloaded if they are not in the cache yet.
+    """Return the path of the card's weights; download them if they are not cached.
 
-    The file gets its name only after its SHA-256 began with the card's prefix; an interrupted or
-    wrong download leaves nothing, and the next one starts afresh.  What a killed one has left is
-    removed by a later one.
+    The file appears under its name only if its SHA-256 starts with the card's prefix.  An
+    interrupted or wrong download leaves no file; a later download removes the files of a killed
+    one.
 
     Raises:
-        CheckpointError: offline, no answer, a stalled or cut connection, a wrong hash, or nothing
-            is published.
+        CheckpointError: downloads are off, the download fails or stalls, the hash is wrong, or the
+            weights are not published.
         FileError: the cache cannot be written.
     """
     if not card.file or not card.sha256_prefix:
         missing = "address" if not card.file else "hash"
         raise CheckpointError(
-            f"no {missing} of {card.name}'s weights is known", hint="pass --checkpoint FILE"
+            f"the {missing} of {card.name}'s weights is unknown", hint="pass --checkpoint FILE"
         )
     path = cached_file(card)
     if path.is_file():
         return path
     url = address(card)
-    mend = f"fetch it elsewhere and pass --checkpoint {card.file}"
+    hint = f"download it on another machine and pass --checkpoint {card.file}"
     if _is_offline(offline):
-        raise CheckpointError(f"{card.name} is not in the cache and downloads are off", hint=mend)
+        raise CheckpointError(f"{card.name} is not in the cache and downloads are off", hint=hint)
     from torch.hub import download_url_to_file
 
     with file_errors("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path)
     try:
-        with file_errors("write", path), _network_errors(url, mend), _stall_timeout(_STALL):
+        with file_errors("write", path), _network_errors(url, hint), _stall_timeout(_STALL):
             download_url_to_file(
                 url, str(path), hash_prefix=card.sha256_prefix, progress=_shows_bar(progress)
             )
     except RuntimeError as error:
         raise CheckpointError(
-            f"{masked(url)} sent other bytes than published: {without_secrets(str(error), url)}",
-            hint=f"try again, or {mend}",
+            f"{masked(url)} sent a file that differs from the published one: "
+            f"{without_secrets(str(error), url)}",
+            hint=f"try again, or {hint}",
         ) from _shown_cause(error, url)
     return path
 
 
 def _shows_bar(wanted: bool) -> bool:
-    """A bar is drawn with carriage returns, which have no place in a file."""
+    """Show a progress bar only on a terminal, because it is drawn with carriage returns."""
     return wanted and sys.stderr.isatty()
 
 
 def _remove_abandoned(path: Path) -> None:
-    """What killed downloads of ``path`` have left."""
+    """Delete the unfinished files that killed downloads of ``path`` have left."""
     for unfinished in path.parent.glob(glob.escape(path.name) + _UNFINISHED):
-        with contextlib.suppress(FileNotFoundError):  # that download was alive, and has ended
+        with contextlib.suppress(FileNotFoundError):  # another process's download has just ended
             if time.time() - unfinished.stat().st_mtime > _ABANDONED:
                 unfinished.unlink()
 
 
 def _shown_cause(error: Exception, url: str) -> Exception | None:
-    """The first error, which --debug shows; None where it may hold a secret of the address."""
+    """The cause to chain, which --debug shows; None if it may contain a secret of the URL."""
     return error if masked(url) == url else None
 
 
 @contextlib.contextmanager
-def _network_errors(url: str, mend: str) -> Iterator[None]:
+def _network_errors(url: str, hint: str) -> Iterator[None]:
     try:
         yield
     except _NETWORK as error:
         reason = str(getattr(error, "reason", None) or error) or type(error).__name__
         raise CheckpointError(
-            f"cannot download {masked(url)}: {without_secrets(reason, url)}", hint=mend
+            f"cannot download {masked(url)}: {without_secrets(reason, url)}", hint=hint
         ) from _shown_cause(error, url)
 
 
 def fetch_hub(reference: str, *, offline: bool = False, progress: bool = True) -> Path:
-    """The weights of ``hf://OWNER/NAME`` from the Hugging Face hub, ``.safetensors`` if it has any.
+    """Download the weights of ``hf://OWNER/NAME`` from the Hugging Face hub; return their path.
+
+    ``model.safetensors`` is preferred to ``pytorch_model.bin``.
 
     Raises:
-        UsageError: the reference names no repository, or huggingface_hub is not installed.
-        CheckpointError: no such repository or file, or no connection.
+        UsageError: the reference is not a repository, or huggingface_hub is not installed.
+        CheckpointError: the repository or file does not exist, or there is no connection.
     """
     repository = reference.removeprefix(HUB_PREFIX)
     if repository.count("/") != 1 or not all(repository.split("/")):
-        raise UsageError(f"{reference!r} names no repository", hint="such as hf://timm/NAME")
+        raise UsageError(
+            f"{reference!r} is not a Hugging Face repository",
+            hint="write hf://OWNER/NAME, such as hf://timm/NAME",
+        )
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -163,7 +171,7 @@ def fetch_hub(reference: str, *, offline: bool = False, progress: bool = True) -
         raise UsageError(
             "hf:// needs huggingface_hub", hint='pip install "clipdeploy[hub]"'
         ) from error
-    # It says every retry; the error at the end says it once.
+    # It logs every retry; the final error reports the failure once.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if not _shows_bar(progress):
         disable_progress_bars()
@@ -178,16 +186,15 @@ def fetch_hub(reference: str, *, offline: bool = False, progress: bool = True) -
             continue
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise _no_hub(reference, error) from error
-    where = "in the cache, and downloads are off" if local else "there"
+    where = "is in the cache, and downloads are off" if local else "exists"
     raise CheckpointError(
-        f"{reference}: neither {' nor '.join(_HUB_FILES)} is {where}",
-        hint="check the name, or fetch a file and pass its path",
+        f"{reference}: neither {' nor '.join(_HUB_FILES)} {where}",
+        hint="check the name, or download a file and pass its path",
     )
 
 
 def _no_hub(reference: str, error: Exception) -> CheckpointError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return CheckpointError(
-        f"cannot fetch {reference}: {reason}",
-        hint="check the name and the connection, or fetch a file and pass its path",
+        f"cannot download {reference}: {first_line(error)}",
+        hint="check the name and the connection, or download a file and pass its path",
     )

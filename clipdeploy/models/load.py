@@ -1,4 +1,4 @@
-"""A model card and weights -> the PyTorch model that everything else is judged against."""
+"""Build the PyTorch reference model from a model card and weights."""
 
 from __future__ import annotations
 
@@ -34,16 +34,23 @@ _MMPRETRAIN_IMAGE = 224
 
 @dataclass(frozen=True)
 class WeightsChoice:
-    """Which weights the user asked for: a checkpoint, a random seed, or the card's own.
+    """The weights to use: a checkpoint, random ones, or (by default) the card's published ones.
 
-    ``checkpoint`` is a file or ``hf://OWNER/NAME``; ``class_names`` a file with the names of its
-    classes, see :func:`clipdeploy.imaging.classes.read_class_names`.
-    ``resize_position`` resamples a position grid of another size; ``offline`` forbids downloads,
-    ``show_download`` shows a bar while one runs.  Where none is named, a workspace keeps its own
-    weights; ``replace`` takes the choice, or the card's own, in their place.
+    Without ``checkpoint`` and ``random_seed``, a model that the workspace has already exported
+    keeps its weights.
+
+    Args:
+        checkpoint: a file or ``hf://OWNER/NAME``.
+        random_seed: the seed of random weights.
+        resize_position: resample a position grid of another size.
+        offline: forbid downloads.
+        show_download: show a progress bar during a download.
+        replace: replace the workspace's weights by these, or by the published ones.
+        class_names: a file with the checkpoint's class names, see
+            :func:`clipdeploy.imaging.classes.read_class_names`.
 
     Raises:
-        UsageError: a seed that cannot be, or a checkpoint as well.
+        UsageError: the seed is invalid, or both a checkpoint and a seed are given.
     """
 
     checkpoint: StrPath | None = None
@@ -57,19 +64,21 @@ class WeightsChoice:
     def __post_init__(self) -> None:
         check_numbers(self, random_seed=SEED.or_none)
         if self.checkpoint is not None and self.random_seed is not None:
-            raise UsageError("a checkpoint and random weights", hint="choose one of them")
+            raise UsageError(
+                "a checkpoint and random weights cannot be used together", hint="choose one of them"
+            )
 
     @property
     def named(self) -> bool:
-        """Whether it names weights other than the card's own."""
+        """Whether a checkpoint or random weights are given."""
         return self.checkpoint is not None or self.random_seed is not None
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """The reference: a float32 module in evaluation mode, and where its weights came from.
+    """The reference model: a float32 module in evaluation mode, and the origin of its weights.
 
-    ``class_names`` are those in the checkpoint, as it has them; None if it names none.
+    ``class_names`` are the checkpoint's class names, unparsed; None if it has none.
     """
 
     card: ModelCard
@@ -92,13 +101,14 @@ def _config(card: ModelCard, recipe: Recipe, classes: int) -> ViTConfig:
 
 
 def random_tensors(config: ViTConfig, seed: int) -> dict[str, Tensor]:
-    """Weights of trained scale under canonical names, the same for the same seed everywhere.
+    """Random weights on the scale of trained ones, reproducible by seed on every machine.
 
-    Their shapes are :func:`~clipdeploy.models.checkpoints.expected_shapes`.
+    Returns float32 tensors with the names and shapes of
+    :func:`~clipdeploy.models.checkpoints.expected_shapes`.
 
-    Linear weights are normal with standard deviation fan_in ** -0.5, norm gains spread around 1
-    and biases around 0: the logits' spread (about 1.5) and their sensitivity to GELU, LayerNorm
-    and position errors are those of trained weights, not of a std-0.02 initialisation.
+    Linear weights are normal with standard deviation fan_in ** -0.5, norm gains vary around 1 and
+    biases around 0.  So the logits' spread (about 1.5) and their sensitivity to errors of GELU,
+    LayerNorm and position embedding resemble trained weights, unlike a std-0.02 initialisation.
     """
     tensors = {}
     for name, shape in expected_shapes(config).items():
@@ -124,8 +134,8 @@ def _state_dict(tensors: dict[str, Tensor], card: ModelCard, recipe: Recipe) -> 
     trained_grid = _MMPRETRAIN_IMAGE // card.patch
     grid = card.image_size // card.patch
     if recipe.numerics == "as-shipped" and card.image_size > _MMPRETRAIN_IMAGE:
-        # mmpretrain's 384/448 configs never set img_size: loading shrinks the grid, forward
-        # stretches it back.
+        # mmpretrain's 384/448 configs do not set img_size: loading shrinks the grid, and the
+        # forward pass enlarges it again.
         position = resize_position_grid(resize_position_grid(position, trained_grid), grid)
     folded = position.clone()
     folded[:, :1] += tensors["cls_token"]
@@ -153,8 +163,8 @@ def _fit_position(checkpoint: Checkpoint, config: ViTConfig, choice: WeightsChoi
     if not choice.resize_position:
         raise CheckpointError(
             f"{checkpoint.path} has a {side}x{side} position grid, "
-            f"the model a {config.grid}x{config.grid} one",
-            hint="choose the model of the checkpoint's image size, or pass --resize-pos-embed",
+            f"but the model has a {config.grid}x{config.grid} one",
+            hint="choose the model with the checkpoint's image size, or pass --resize-pos-embed",
         )
     resized = checkpoint.tensors | {"pos_embed": resize_position_grid(position, config.grid)}
     return replace(checkpoint, tensors=resized)
@@ -164,7 +174,7 @@ def load_model(card: ModelCard, choice: WeightsChoice, recipe: Recipe) -> Loaded
     """Build the reference model of ``card``.
 
     Raises:
-        CheckpointError: the weights cannot be had, cannot be read, or do not fit the card.
+        CheckpointError: the weights cannot be downloaded or read, or do not fit the card.
         FileError: the checkpoint file cannot be opened.
     """
     if choice.random_seed is not None:
@@ -200,32 +210,32 @@ def _read(card: ModelCard, choice: WeightsChoice) -> Checkpoint:
     checkpoint = read_checkpoint(fetch(card, offline=choice.offline, progress=choice.show_download))
     if not checkpoint.sha256.startswith(card.sha256_prefix):
         raise CheckpointError(
-            f"{checkpoint.path} is not the published file: its SHA-256 begins with "
+            f"{checkpoint.path} is not the published file: its SHA-256 starts with "
             f"{checkpoint.sha256[:8]}, not {card.sha256_prefix}",
-            hint="it was damaged in the cache: delete it and run again",
+            hint="the cached file is damaged: delete it and run again",
         )
     return checkpoint
 
 
 def reload_model(card: ModelCard, weights: WeightsOrigin, recipe: Recipe) -> LoadedModel:
-    """The model an artifact was made from, again, from what its passport says.
+    """Build the model of an artifact again from its passport's weights and recipe.
 
     Raises:
-        ArtifactError: the checkpoint is gone or is no longer the one the artifact was made from.
+        ArtifactError: the checkpoint is missing or has changed.
     """
     if weights.kind == "random":
         return load_model(card, WeightsChoice(random_seed=weights.seed), recipe)
     path = Path(weights.path)
     if not path.is_file():
         raise ArtifactError(
-            f"the checkpoint behind this artifact is gone: {path}",
-            hint="put it back, or export it from where it is now: --checkpoint FILE",
+            f"the checkpoint of this artifact does not exist: {path}",
+            hint="restore it, or export it from its new place with --checkpoint FILE",
         )
     choice = WeightsChoice(path, resize_position=weights.resized_position)
     model = load_model(card, choice, recipe)
     if model.weights.sha256 != weights.sha256:
         raise ArtifactError(
             f"{path} has changed since the artifact was made from it",
-            hint="put it back, or export the new one with --checkpoint and --replace-weights",
+            hint="restore it, or export the new one with --checkpoint and --replace-weights",
         )
     return model

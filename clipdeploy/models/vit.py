@@ -1,4 +1,4 @@
-"""The CLIP-pretrained ViT classifier in plain PyTorch, written to be exported.
+"""Define the CLIP-pretrained ViT classifier in plain PyTorch, for export.
 
     x = pad(conv(image)) + pos          class token folded into pos[0]
     x = norm_pre(x)
@@ -7,11 +7,11 @@
 
 Two rearrangements keep the exported graph lean without changing the function:
 
-* The class token never meets a symbolic batch size.  The patch tokens are padded with one zero
-  token, and the class token is added where the position embedding is: 0 + (cls + pos[0]) is the
-  very float that concatenation gives.
+* The class token is not expanded to a symbolic batch size.  The patch tokens are padded with one
+  zero token, and the class token is added with the position embedding: 0 + (cls + pos[0]) is
+  bit-identical to concatenation.
 * The head reads only the class token, so the last block computes only that token's query,
-  projection and MLP; keys and values still come from every token.
+  projection and MLP; keys and values still use all tokens.
 
 Layout and numerics: ``vision_transformer.py`` of timm 1.0 and of mmpretrain 1.2, which agree
 exactly at equal LayerNorm epsilon and native position grid.
@@ -51,7 +51,7 @@ class ViTConfig:
 
     @property
     def tokens(self) -> int:
-        """Sequence length, class token included."""
+        """Sequence length, including the class token."""
         return self.grid**2 + 1
 
 
@@ -68,8 +68,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, N, C) -> (B, N, C), or (B, 1, C)."""
-        # One reshape and one transpose for all 3 * heads, a negative batch in the reshape: the
-        # fewest nodes, and no batch size in the graph.
+        # One reshape and one transpose for all 3 * heads: the fewest nodes.  The -1 keeps the batch
+        # size out of the graph.
         heads = self.qkv(x).reshape(-1, x.shape[1], 3 * self.heads, self.head_width)
         q, k, v = heads.transpose(1, 2).chunk(3, dim=1)
         if self.class_token_only:
@@ -93,7 +93,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block: (B, N, C) -> (B, N, C), or (B, 1, C) for the class token only."""
 
     def __init__(self, config: ViTConfig, *, class_token_only: bool) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""What is handed to production: a Triton model repository, a C++ program."""
+"""Packages artifacts for production: a Triton model repository or a C++ program."""

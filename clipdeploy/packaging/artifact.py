@@ -1,4 +1,4 @@
-"""What can be packaged: a graph or an engine, with everything that its passport tells."""
+"""Reads a graph or an engine, with its passport, for packaging."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from clipdeploy.engines.passport import EnginePassport
 from clipdeploy.models import cards
 from clipdeploy.workspace.passports import checked_passport
 
-__all__ = ["Packable", "labels", "open_packable"]
+__all__ = ["Packable", "labels", "labels_text", "open_packable"]
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,17 @@ class Packable:
 
     @property
     def passport_json(self) -> bytes:
-        """The passport, to lie beside the file."""
+        """The passport as JSON, to be written next to the file."""
         return to_json(self.engine or self.graph)
 
     @property
+    def runtime(self) -> str:
+        """The library that runs the file: ``onnxruntime``, ``tensorrt`` or ``tensorrt-rtx``."""
+        return self.engine.backend if self.engine else "onnxruntime"
+
+    @property
     def fixed_batch(self) -> int | None:
-        """The one batch that it takes; None where the batch is free."""
+        """The fixed batch size; None if the batch is dynamic."""
         batch = self.graph.input.shape[0]
         return batch if isinstance(batch, int) else None
 
@@ -40,9 +45,9 @@ def open_packable(path: Path) -> Packable:
     """Read a file's passport and compare it with the file and its card.
 
     Raises:
-        FileError, GraphError, ArtifactError: it cannot be read, or is not what its passport says,
-            see :mod:`clipdeploy.workspace.passports`.
-        UsageError: neither a graph nor an engine.
+        FileError, GraphError, ArtifactError: the file cannot be read, or does not match its
+            passport, see :mod:`clipdeploy.workspace.passports`.
+        UsageError: the file is neither a graph nor an engine.
     """
     found = checked_passport(path)
     sha256 = found.engine.hashes.plan if found.engine else sha256_file(path)
@@ -50,9 +55,9 @@ def open_packable(path: Path) -> Packable:
 
 
 def labels(passport: Passport) -> tuple[str, ...]:
-    """A line for each logit: ``n01440764 tench, Tinca tinca``, a folder's name, or ``class 7``.
+    """One line per logit: ``n01440764 tench, Tinca tinca``, a folder's name, or ``class 7``.
 
-    A line break in a name becomes an escape: every reader of the lines counts the same ones.
+    A line break in a name is escaped, so that all programs read the same number of lines.
     """
     names = passport.class_names
     if not names:
@@ -60,6 +65,11 @@ def labels(passport: Passport) -> tuple[str, ...]:
     card = next((card for card in cards.all_cards() if card.name == passport.model), None)
     known = dict(cards.class_names(card)) if card else {}
     return tuple(_label(name, known.get(name, name)) for name in names)
+
+
+def labels_text(passport: Passport) -> bytes:
+    """The contents of ``labels.txt``, in UTF-8."""
+    return "".join(f"{label}\n" for label in labels(passport)).encode()
 
 
 def _label(name: str, label: str) -> str:

@@ -1,7 +1,7 @@
-"""The client that lies beside a packaged model.
+"""Writes the Python client of a packaged model.
 
-It prepares images with clipdeploy's own functions: their source is copied into it, so that the two
-cannot differ.
+The client contains the source of clipdeploy's preprocessing functions, so that both prepare images
+identically.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ _COPIED = (to_rgb, crop_image, scale_and_offset, normalise)
 
 
 def template(name: str) -> Template:
-    """A file of ``packaging/templates``."""
+    """Read a file of ``packaging/templates``."""
     file = resources.files("clipdeploy").joinpath("packaging", "templates", name)
     return Template(file.read_text(encoding="utf-8"))
 
 
 def client_source(name: str, passport: Passport) -> str:
-    """The text of ``client.py`` for the Triton model ``name``.
+    """Return the text of ``client.py`` for the Triton model ``name``.
 
     Raises:
-        ArtifactError: the name would break the text that it is put into.
+        ArtifactError: the name is invalid; it could break the text that contains it.
     """
     if not is_name(name):
         raise ArtifactError(
-            f"{name!r} is no name of a model on a server", hint="letters, digits, - and _"
+            f"{name!r} is not a valid model name", hint="use letters, digits, - and _"
         )
     spec = passport.preprocess
     batch = passport.input.shape[0]

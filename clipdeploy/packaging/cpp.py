@@ -1,11 +1,11 @@
-"""A C++17 program that runs one artifact: ONNX Runtime's C API for a graph, TensorRT for an engine.
+"""Writes a C++17 program that runs a graph on ONNX Runtime or an engine on TensorRT.
 
 DIR/CMakeLists.txt         cmake -B build && cmake --build build && ctest --test-dir build
     main.cpp  model.h      raw images in, logits out
     onnxruntime_model.cpp  tensorrt_model.cpp
-    model.onnx             or model.engine, its passport beside it
-    image.raw  logits.txt  real images as the model takes them, and Python's logits for them
-    labels.txt             a class a line
+    model.onnx             or model.engine, and its passport
+    image.raw  logits.txt  preprocessed images, and the logits that Python computes for them
+    labels.txt             one class per line
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from clipdeploy.core.display import Renderable, Shown, facts
 from clipdeploy.core.errors import ArtifactError
 from clipdeploy.core.files import atomic_folder, file_errors, sha256_file
-from clipdeploy.packaging.artifact import Packable, labels
+from clipdeploy.packaging.artifact import Packable, labels_text
 from clipdeploy.packaging.client import template
 from clipdeploy.runners.base import Images, Logits
 from clipdeploy.runners.onnx import OnnxRunner
@@ -36,9 +36,9 @@ _IMAGES = 3
 
 @dataclass(frozen=True)
 class CppPackage(Shown):
-    """What was written; ``runtime`` is ``onnxruntime``, ``tensorrt`` or ``tensorrt-rtx``.
+    """A written C++ package; ``runtime`` is ``onnxruntime``, ``tensorrt`` or ``tensorrt-rtx``.
 
-    ``changed`` is False if all of it was already there.
+    ``changed`` is False if the folder already held the same files.
     """
 
     path: Path
@@ -56,7 +56,7 @@ class CppPackage(Shown):
 
     @property
     def commands(self) -> tuple[str, str]:
-        """What builds the program, and what holds it against the logits beside it."""
+        """The commands that build the program and compare its logits with ``logits.txt``."""
         folder, build = (shlex.quote(str(path)) for path in (self.path, self.path / "build"))
         return (
             f"cmake -S {folder} -B {build} && cmake --build {build}",
@@ -65,7 +65,7 @@ class CppPackage(Shown):
 
 
 def sample_count(source: Packable) -> int:
-    """How many images the sample has: a few, if the artifact takes them."""
+    """The number of sample images: 3, or a batch that the artifact accepts."""
     if source.fixed_batch is not None:
         return source.fixed_batch
     if source.engine is None:
@@ -77,31 +77,30 @@ def sample_count(source: Packable) -> int:
 def package_cpp(
     source: Packable, folder: Path, samples: Samples, *, force: bool = False
 ) -> CppPackage:
-    """Write the program for ``source`` into ``folder``, which appears whole.
+    """Write the program for ``source`` into ``folder`` atomically.
 
-    ``samples`` holds :func:`sample_count` images.  An older package is replaced with ``force``.
+    ``samples`` has :func:`sample_count` images.  ``force`` replaces an older package.
 
     Raises:
-        ArtifactError: something is there already, and ``force`` was not asked for or not enough.
-        FileError: no permission, no space.
+        ArtifactError: the folder holds other files, or an older package without ``force``.
+        FileError: no permission or no disk space.
     """
     model = folder / f"model{source.path.suffix}"
     files = _files(source, model.name, samples)
-    runtime = source.engine.backend if source.engine else "onnxruntime"
     notes: tuple[str, ...] = ()
     if source.engine:
-        notes = ("no logits lie beside the images: Python's are to be had where the engine runs",)
-    changed = not _is_there(source, model, files)
+        notes = ("logits.txt is missing: Python computes it only where the engine can run",)
+    changed = not _is_current(source, model, files)
     if changed or force:
         check_replaceable(folder, force=force)
         with atomic_folder(folder) as made, file_errors("copy", source.path):
             for name, data in files.items():
                 (made / name).write_bytes(data)
             shutil.copyfile(source.path, made / model.name)
-    return CppPackage(folder, model, runtime, changed or force, notes)
+    return CppPackage(folder, model, source.runtime, changed or force, notes)
 
 
-def _is_there(source: Packable, model: Path, files: Mapping[str, bytes]) -> bool:
+def _is_current(source: Packable, model: Path, files: Mapping[str, bytes]) -> bool:
     if not model.is_file() or sha256_file(model) != source.sha256:
         return False
     paths = {model.with_name(name): data for name, data in files.items()}
@@ -109,20 +108,20 @@ def _is_there(source: Packable, model: Path, files: Mapping[str, bytes]) -> bool
 
 
 def check_replaceable(folder: Path, *, force: bool) -> None:
-    """Whether a package may be written there; with ``force``, in the place of an older one.
+    """Check that a package may be written to ``folder``; ``force`` replaces an older package.
 
     Raises:
-        ArtifactError: something is there that is not to be lost.
+        ArtifactError: the folder holds other files, or an older package without ``force``.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    # Whatever is asked for, only a folder of this kind is ever removed.
+    # Even with force, only a folder with a C++ package is removed.
     if not all((folder / name).is_file() for name in (_CMAKE, *_SOURCES)):
-        raise ArtifactError(f"{folder} holds something else", hint="choose another folder")
+        raise ArtifactError(f"{folder} has other files in it", hint="choose another folder")
     if not force:
         raise ArtifactError(
-            f"{folder} holds another package",
-            hint="choose another folder, or replace it and its build with --force",
+            f"{folder} already has another package",
+            hint="choose another folder, or replace the package and its build with --force",
         )
 
 
@@ -131,7 +130,7 @@ def _files(source: Packable, model: str, samples: Samples) -> dict[str, bytes]:
     files = {name: template(name).template.encode() for name in _SOURCES}
     files |= {
         _CMAKE: _cmake(source, model).encode(),
-        "labels.txt": ("\n".join(labels(source.graph)) + "\n").encode(),
+        "labels.txt": labels_text(source.graph),
         "image.raw": images.tobytes(),
         f"{model}.json": source.passport_json,
     }
@@ -146,7 +145,7 @@ def _logits(graph: Path, images: Images) -> Logits:
 
 
 def _text(logits: Logits) -> str:
-    """A line for each image; nine digits give a float32 back exactly."""
+    """Format one line per image; nine digits represent a float32 exactly."""
     return "".join(" ".join(f"{np.float32(value):.9g}" for value in row) + "\n" for row in logits)
 
 
@@ -154,7 +153,7 @@ def _cmake(source: Packable, model: str) -> str:
     exact = source.graph.precision == "int8-cpu"
     return template(_CMAKE).substitute(
         model=model,
-        runtime=source.engine.backend if source.engine else "onnxruntime",
+        runtime=source.runtime,
         definitions="  target_compile_definitions(classify PRIVATE EXACT_INT8)\n" if exact else "",
         expected="" if source.engine else "logits.txt",
     )

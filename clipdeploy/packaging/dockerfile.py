@@ -1,4 +1,4 @@
-"""The image of a Triton server that fits a packaged model."""
+"""Writes the Dockerfile of a Triton server that can serve a packaged model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["docker_commands", "dockerfile"]
 
 
 def docker_commands(name: str, folder: str, *, gpus: bool, known: bool) -> tuple[str, str]:
-    """What builds and starts the server of ``folder``; of an unknown release, it is to be named."""
+    """The commands that build and start the server; an unknown release becomes ``YY.MM``."""
     tag = name.lower()
     release = "" if known else "--build-arg TRITON=YY.MM "
     ports = "-p 8000:8000 -p 8001:8001 -p 8002:8002"
@@ -25,19 +25,19 @@ def docker_commands(name: str, folder: str, *, gpus: bool, known: bool) -> tuple
 
 
 def dockerfile(source: Packable, name: str) -> str:
-    """A server that fits; where none is known, one that has to be named to be built."""
+    """Return the text of the Dockerfile; an unknown release becomes a build argument."""
     engine, release = source.engine, server_for(source.engine)
     if engine is None:
         what, reason = (
             "an ONNX graph",
-            "# The newest release that clipdeploy knows; others will do.",
+            "# The newest known release; other releases also work.",
         )
     else:
         version = printable(engine.backend_version)
         what = f"an engine of TensorRT {version}"
-        reason = f"# Its TensorRT must be the engine's: {version}."
+        reason = f"# The server needs the TensorRT version of the engine: {version}."
     if release is None:
-        reason += f"\n# clipdeploy knows no release with it; {MATRIX} lists all:"
+        reason += f"\n# No known release has it; look it up in {MATRIX}:"
         reason += "\n#     docker build --build-arg TRITON=YY.MM ..."
     gpus = source.graph.precision != "int8-cpu"
     build, run = docker_commands(name, ".", gpus=gpus, known=True)
@@ -54,11 +54,11 @@ def dockerfile(source: Packable, name: str) -> str:
 
 
 def _same_tensorrt(engine: EnginePassport) -> str:
-    wanted = shlex.quote(printable(engine.backend_version))
+    needed = shlex.quote(printable(engine.backend_version))
     return (
-        "# NVIDIA's images say which TensorRT they hold; one that says nothing is let pass.\n"
-        f'RUN wanted={wanted}; case "${{TRT_VERSION:-$wanted}}" in "$wanted"*) ;; *) '
-        'echo "this server has TensorRT $TRT_VERSION, the engine needs $wanted"; exit 1 ;; esac\n'
+        "# NVIDIA's images set TRT_VERSION; an image that does not set it is accepted.\n"
+        f'RUN needed={needed}; case "${{TRT_VERSION:-$needed}}" in "$needed"*) ;; *) '
+        'echo "this server has TensorRT $TRT_VERSION, the engine needs $needed"; exit 1 ;; esac\n'
     )
 
 

@@ -1,4 +1,4 @@
-"""Protobuf's text format, as far as Triton's ``config.pbtxt`` needs it.
+"""Writes the part of Protobuf's text format that Triton's ``config.pbtxt`` needs.
 
     {"max_batch_size": 32, "input": [{"name": "image", "data_type": Enum("TYPE_FP32")}]}
 
@@ -29,7 +29,7 @@ Field = str | int | Mapping[str, "Field"] | Sequence["Field"]
 
 
 def text_format(message: Mapping[str, Field]) -> str:
-    """A message as text; a sequence is a repeated field."""
+    """Format a message as text; a sequence is a repeated field."""
     return "\n".join(_lines(message)) + "\n"
 
 
@@ -49,5 +49,5 @@ def _lines(message: Mapping[str, Field]) -> Iterator[str]:
 def _scalar(value: str | int) -> str:
     if isinstance(value, (int, Enum)):
         return str(value)
-    # ASCII with JSON's escapes is valid text format as well.
+    # A JSON string in ASCII is also valid in text format.
     return json.dumps(value)

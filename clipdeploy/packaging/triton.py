@@ -1,11 +1,11 @@
-"""A model repository of NVIDIA's Triton Inference Server.
+"""Writes a model into a model repository of NVIDIA's Triton Inference Server.
 
 REPOSITORY/NAME/config.pbtxt    inputs, outputs, batching, instances, warm-up
-                labels.txt      a class a line
-                warmup/         a real image, as the model takes it
-                client.py       sends images, prints the five best classes
-                Dockerfile      the server whose TensorRT is the engine's
-                1/model.plan    or model.onnx, its passport beside it
+                labels.txt      one class per line
+                warmup/         a preprocessed image
+                client.py       sends images, prints the five most likely classes
+                Dockerfile      a server with the TensorRT version of the engine
+                1/model.plan    or model.onnx, and its passport
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from clipdeploy.core.files import (
     write_atomic,
 )
 from clipdeploy.engines.passport import BatchProfile
-from clipdeploy.packaging.artifact import Packable, labels
+from clipdeploy.packaging.artifact import Packable, labels_text
 from clipdeploy.packaging.client import client_source
 from clipdeploy.packaging.dockerfile import dockerfile
 from clipdeploy.packaging.servers import IMAGE, MATRIX, server_for
@@ -47,10 +47,10 @@ _CONFIG = "config.pbtxt"
 
 @dataclass(frozen=True)
 class TritonPackage(Shown):
-    """What was written: the model's folder, and the version that holds the artifact.
+    """A written Triton model: its folder and the version that contains the artifact.
 
-    ``changed`` is False if that version was already there.  ``server`` is the release that serves
-    it, None if none is known.  ``max_batch`` is 0 for a model of one fixed batch.
+    ``changed`` is False if that version already existed.  ``server`` is the image that can serve
+    it, None if none is known.  ``max_batch`` is 0 for a model with a fixed batch.
     """
 
     path: Path
@@ -67,8 +67,8 @@ class TritonPackage(Shown):
         batches = f"up to {self.max_batch} images" if self.max_batch else "one fixed batch"
         rows = [
             ("model", f"{self.path}, version {self.version}"),
-            ("at once", batches),
-            ("server", self.server or "not known, see its Dockerfile"),
+            ("batch", batches),
+            ("server", self.server or "unknown, see its Dockerfile"),
             ("made", "now" if self.changed else "before; nothing has changed since"),
         ]
         return facts([*rows, *(("note", note) for note in self.notes)])
@@ -82,59 +82,59 @@ def package_triton(
     *,
     force: bool = False,
 ) -> TritonPackage:
-    """Write ``source`` as a model of ``repository``; ``samples`` holds the image of the warm-up.
+    """Write ``source`` as a model into ``repository``; ``samples`` supplies the warm-up image.
 
-    A new model appears whole.  Where it exists, the artifact becomes its next version, or replaces
-    the newest one with ``force``; the same artifact again is left as it is.
+    A new model is written atomically.  If the model exists, the artifact becomes its next version,
+    or replaces the newest version with ``force``; an identical artifact is not written again.
 
     Raises:
-        ArtifactError: Triton cannot serve it, or another kind of model has that name there.
-        UsageError: a larger batch than the artifact takes.
-        FileError: no permission, no space.
+        ArtifactError: Triton cannot serve the artifact, or the name belongs to another model.
+        UsageError: the artifact does not accept the maximum batch.
+        FileError: no permission or no disk space.
     """
     _check_servable(source)
     check_batch(source, config)
     name = config.name or f"{source.graph.model}-{source.graph.precision}"
     folder = repository / name
     restore_folders(folder)
-    about = _about(source, name, config, samples)
+    shared = _shared_files(source, name, config, samples)
     if versions := _versions(folder):
-        _check_same_kind(folder, about)
+        _check_same_model(folder, shared)
         model, changed = _next_version(source, folder, versions[-1], force=force)
-        # Until the configuration is replaced the older one names the same tensors.
-        for path, data in sorted(about.items(), key=lambda item: item[0] == _CONFIG):
+        # The configuration is replaced last: until then the old one describes the same tensors.
+        for path, data in sorted(shared.items(), key=lambda item: item[0] == _CONFIG):
             write_atomic(folder / path, data)
     else:
-        model, changed = _new_model(source, folder, about), True
+        model, changed = _new_model(source, folder, shared), True
     return _package(source, config, model, changed=changed)
 
 
-def _file(source: Packable) -> str:
+def _file_name(source: Packable) -> str:
     return "model.plan" if source.engine else "model.onnx"
 
 
-def _new_model(source: Packable, folder: Path, about: Mapping[str, bytes]) -> Path:
+def _new_model(source: Packable, folder: Path, shared: Mapping[str, bytes]) -> Path:
     if folder.exists() and any(folder.iterdir()):
         raise ArtifactError(
-            f"{folder} is there, and is no model", hint="choose another --name, or remove it"
+            f"{folder} exists and is not a model", hint="choose another --name, or remove it"
         )
     with atomic_folder(folder) as made:
-        _write_version(source, made / "1" / _file(source))
-        for path, data in about.items():
+        _write_version(source, made / "1" / _file_name(source))
+        for path, data in shared.items():
             (made / path).parent.mkdir(exist_ok=True)
             (made / path).write_bytes(data)
-    return folder / "1" / _file(source)
+    return folder / "1" / _file_name(source)
 
 
 def _next_version(source: Packable, folder: Path, newest: int, *, force: bool) -> tuple[Path, bool]:
-    """The artifact as a version, and whether it had to be written."""
-    model = folder / str(newest) / _file(source)
+    """Write the artifact as a version unless it exists; return its path and whether it is new."""
+    model = folder / str(newest) / _file_name(source)
     if not force and model.exists() and sha256_file(model) == source.sha256:
         return model, False
     version = folder / str(newest if force else newest + 1)
     with atomic_folder(version) as made:
-        _write_version(source, made / _file(source))
-    return version / _file(source), True
+        _write_version(source, made / _file_name(source))
+    return version / _file_name(source), True
 
 
 def _check_servable(source: Packable) -> None:
@@ -143,28 +143,28 @@ def _check_servable(source: Packable) -> None:
         return
     if engine.backend == "tensorrt-rtx":
         raise ArtifactError(
-            f"{source.path} is an engine of TensorRT-RTX, which no backend of Triton loads",
+            f"{source.path} is an engine of TensorRT-RTX, which Triton cannot load",
             hint=f"package the graph, {source.path.with_suffix('.onnx')}, or build with "
             "--backend tensorrt",
         )
     if engine.settings.get("strip_weights"):
         raise ArtifactError(
-            f"{source.path} holds no weights, and Triton cannot put them in",
+            f"{source.path} has no weights, and Triton cannot refit them",
             hint="build it without --strip-weights",
         )
-    if source.fixed_batch is None and (missing := _untaken(engine.profiles)):
+    if source.fixed_batch is None and (missing := _first_gap(engine.profiles)):
         raise ArtifactError(
-            f"no profile of {source.path} takes {missing} image{'s' * (missing > 1)}, and Triton "
-            "makes batches of any size",
-            hint="build it with profiles that begin at 1 and leave no gap",
+            f"no profile of {source.path} accepts {missing} image{'s' * (missing > 1)}, and Triton "
+            "forms batches of any size",
+            hint="build it with profiles that start at 1 and have no gaps",
         )
 
 
-def _untaken(profiles: tuple[BatchProfile, ...]) -> int:
-    """The smallest batch below the largest that no profile takes; 0 if there is none."""
+def _first_gap(profiles: tuple[BatchProfile, ...]) -> int:
+    """The smallest batch below the maximum that no profile accepts; 0 if there is none."""
     most = max(high for _, _, high in profiles)
-    taken = {batch for low, _, high in profiles for batch in range(low, high + 1)}
-    return min(set(range(1, most + 1)) - taken, default=0)
+    accepted = {batch for low, _, high in profiles for batch in range(low, high + 1)}
+    return min(set(range(1, most + 1)) - accepted, default=0)
 
 
 def _versions(folder: Path) -> list[int]:
@@ -183,32 +183,34 @@ def _write_version(source: Packable, model: Path) -> None:
 
 
 def _interface(config: str) -> list[str]:
-    """The lines of a configuration that every version must share: backend, inputs, outputs."""
-    kept = re.findall(r"^(?:backend:.*|(?:input|output) \{\n(?:  .*\n)*\})", config, re.MULTILINE)
-    return [str(part) for part in kept]
+    """The parts of a configuration that all versions must share: backend, inputs, outputs."""
+    parts = re.findall(r"^(?:backend:.*|(?:input|output) \{\n(?:  .*\n)*\})", config, re.MULTILINE)
+    return [str(part) for part in parts]
 
 
-def _check_same_kind(folder: Path, about: Mapping[str, bytes]) -> None:
+def _check_same_model(folder: Path, shared: Mapping[str, bytes]) -> None:
     for name, part in ((_CONFIG, _interface), ("labels.txt", str.splitlines)):
         path = folder / name
         if not path.exists():
             continue
-        # What cannot be decoded differs from what would be written.
-        there = read_regular(path).decode("utf-8", "replace")
-        if part(there) != part(about[name].decode()):
+        # Undecodable bytes are replaced, and so differ from the new text.
+        existing = read_regular(path).decode("utf-8", "replace")
+        if part(existing) != part(shared[name].decode()):
             raise ArtifactError(
-                f"{folder} is another model: its {name} differs, and its versions share one",
+                f"{folder} is another model: its {name} differs, and all versions share it",
                 hint="choose another --name, or remove the folder",
             )
 
 
-def _about(source: Packable, name: str, config: TritonConfig, samples: Samples) -> dict[str, bytes]:
-    """Everything beside the versions, by its path."""
+def _shared_files(
+    source: Packable, name: str, config: TritonConfig, samples: Samples
+) -> dict[str, bytes]:
+    """The files that all versions share, by path."""
     spec = source.graph.input
     image = samples.of(source.fixed_batch or 1).as_input(spec)
     return {
         _CONFIG: triton_config(source, name, config).encode(),
-        "labels.txt": ("\n".join(labels(source.graph)) + "\n").encode(),
+        "labels.txt": labels_text(source.graph),
         f"warmup/{WARMUP}": image.tobytes(),
         "client.py": client_source(name, source.graph).encode(),
         "Dockerfile": dockerfile(source, name).encode(),
@@ -235,19 +237,20 @@ def _package(
 
 def _notes(source: Packable, release: str | None) -> Iterator[str]:
     if source.engine and release is None:
+        version = source.engine.backend_version
         yield (
-            f"no release of Triton with TensorRT {source.engine.backend_version} is known to "
-            f"clipdeploy: look it up in {MATRIX}, and pass it to docker build (see the Dockerfile)"
+            f"no known Triton release has TensorRT {version}: look it up in {MATRIX}, and pass it "
+            "to docker build (see the Dockerfile)"
         )
     if source.engine is None and source.graph.precision == "int8":
         yield (
-            "ONNX Runtime runs this INT8 graph slower than an FP16 one on most GPUs: for speed, "
-            "package an engine"
+            "ONNX Runtime runs this INT8 graph slower than an FP16 graph on most GPUs; package an "
+            "engine for speed"
         )
     if source.graph.precision == "int8-cpu":
         yield (
-            "on a server without VNNI ONNX Runtime's fast INT8 kernels saturate: check the "
-            "accuracy there, or package another precision"
+            "ONNX Runtime's fast INT8 kernels saturate on CPUs without VNNI: check the accuracy "
+            "on the server, or package another precision"
         )
     if source.graph.weights.kind == "random":
-        yield "its weights are random: good for measuring speed, and for nothing else"
+        yield "the weights are random: use it only to measure speed"

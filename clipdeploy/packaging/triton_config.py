@@ -1,4 +1,4 @@
-"""``config.pbtxt``: how Triton serves a model.
+"""Writes ``config.pbtxt``, which configures how Triton serves a model.
 
 Sources: docs/user_guide/model_configuration.md of triton-inference-server/server, and
 model_config.proto of triton-inference-server/common.
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 from clipdeploy.core.errors import UsageError
 from clipdeploy.core.passport import TensorSpec
-from clipdeploy.core.spans import INSTANCES, MAX_BATCH, QUEUE_DELAY, check_numbers
+from clipdeploy.core.spans import BATCH, INSTANCES, QUEUE_DELAY, check_numbers
 from clipdeploy.core.values import is_name
 from clipdeploy.packaging.artifact import Packable
 from clipdeploy.packaging.pbtxt import Enum, Field, text_format
 
 __all__ = ["WARMUP", "TritonConfig", "batching", "check_batch", "triton_config"]
 
-# The file of the warm-up's image, in the folder that Triton looks for it.
+# The warm-up image, in the folder where Triton expects it.
 WARMUP = "image.raw"
 _GRAPH_BATCH = 32
 _TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "uint8": "TYPE_UINT8"}
@@ -25,15 +25,15 @@ _TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "uint8": "TYPE_UINT8"}
 
 @dataclass(frozen=True)
 class TritonConfig:
-    """How a model is served.
+    """How Triton serves a model.
 
     ``name`` is the model's name on the server, MODEL-PRECISION if None.  ``max_batch`` is the
-    largest batch; None is the engine's own, and 32 for a graph.  ``queue_delay`` are the
-    microseconds that a request waits for others to share its batch: the default is a third of what
-    a ViT-B in FP16 takes for one image on an A100 (1.5 ms).  ``instances`` run on each GPU.
+    largest batch; None means that of the engine, or 32 for a graph.  ``queue_delay`` is the time in
+    microseconds that a request waits for others to share its batch; the default is a third of the
+    latency of a ViT-B in FP16 for one image on an A100 (1.5 ms).  ``instances`` run on each GPU.
 
     Raises:
-        UsageError: a name that Triton does not take, or a number that cannot be.
+        UsageError: Triton does not accept the name, or a number is out of range.
     """
 
     name: str | None = None
@@ -44,32 +44,30 @@ class TritonConfig:
     def __post_init__(self) -> None:
         if self.name is not None and not is_name(self.name):
             raise UsageError(
-                f"{self.name!r} is no name of a model", hint="letters, digits, - and _"
+                f"{self.name!r} is not a valid model name", hint="use letters, digits, - and _"
             )
-        check_numbers(
-            self, max_batch=MAX_BATCH.or_none, queue_delay=QUEUE_DELAY, instances=INSTANCES
-        )
+        check_numbers(self, max_batch=BATCH.or_none, queue_delay=QUEUE_DELAY, instances=INSTANCES)
 
 
 def check_batch(source: Packable, config: TritonConfig) -> None:
-    """Hold the batch that was asked for against what the artifact takes.
+    """Check that the artifact accepts the maximum batch.
 
     Raises:
-        UsageError: it takes no such batch.
+        UsageError: the artifact does not accept it.
     """
-    takes = source.fixed_batch or (source.engine.batches[1] if source.engine else None)
-    if config.max_batch is None or takes is None:
+    limit = source.fixed_batch or (source.engine.batches[1] if source.engine else None)
+    if config.max_batch is None or limit is None:
         return
     if source.fixed_batch is not None:
-        wrong = f"{source.path} takes {takes} images at once, no more and no less"
+        wrong = f"{source.path} has a fixed batch of {limit} images"
         raise UsageError(wrong, hint="leave out --max-batch")
-    if config.max_batch > takes:
-        wrong = f"--max-batch {config.max_batch}: {source.path} takes {takes} images at most"
-        raise UsageError(wrong, hint=f"{takes} or less, or build it with another --max-batch")
+    if config.max_batch > limit:
+        wrong = f"--max-batch {config.max_batch}: {source.path} accepts at most {limit} images"
+        raise UsageError(wrong, hint=f"use {limit} or less, or build with a larger --max-batch")
 
 
 def batching(source: Packable, config: TritonConfig) -> tuple[int, tuple[int, ...]]:
-    """The largest batch, 0 if it is fixed, and the batches worth waiting for."""
+    """The largest batch, 0 if it is fixed, and the preferred batches."""
     if source.fixed_batch is not None:
         return 0, ()
     if source.engine is None:
@@ -81,7 +79,7 @@ def batching(source: Packable, config: TritonConfig) -> tuple[int, tuple[int, ..
 
 
 def triton_config(source: Packable, name: str, config: TritonConfig) -> str:
-    """The text of ``config.pbtxt``."""
+    """Return the text of ``config.pbtxt``."""
     most, preferred = batching(source, config)
     message: dict[str, Field] = {
         "name": name,
@@ -101,7 +99,7 @@ def triton_config(source: Packable, name: str, config: TritonConfig) -> str:
 
 
 def _tensor(spec: TensorSpec, *, whole: bool) -> dict[str, Field]:
-    """A tensor without its batch axis, or ``whole`` where the batch is fixed."""
+    """Describe a tensor without its batch axis; ``whole`` includes it, for a fixed batch."""
     dims = [int(axis) for axis in spec.shape[0 if whole else 1 :]]
     return {"name": spec.name, "data_type": Enum(_TYPES[spec.dtype]), "dims": dims}
 
@@ -124,6 +122,6 @@ def _instances(source: Packable, config: TritonConfig) -> dict[str, Field]:
         kind = "KIND_CPU"
     group: dict[str, Field] = {"count": config.instances, "kind": Enum(kind)}
     if source.engine:
-        # Left out, only the first profile would ever be used.
+        # Without this field Triton uses only the first profile.
         group["profile"] = [str(index) for index in range(len(source.engine.profiles))]
     return group

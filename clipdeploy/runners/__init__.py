@@ -1,4 +1,4 @@
-"""One small interface to whatever computes logits: PyTorch, ONNX Runtime, TensorRT."""
+"""Runs classifiers through one interface: PyTorch modules, ONNX graphs, TensorRT engines."""
 
 from __future__ import annotations
 
@@ -22,18 +22,20 @@ def open_runner(
     as_stored: bool = False,
     passport: Passport | None = None,
 ) -> Runner:
-    """A runner for an ``.onnx`` or ``.engine`` file.
+    """Open a runner for an ``.onnx`` or ``.engine`` file.
 
-    ``as_stored`` and ``passport`` are :class:`OnnxRunner`'s.
+    ``provider``, ``threads``, ``as_stored`` and ``passport`` apply to graphs, see
+    :class:`OnnxRunner`; ``trust`` and ``cuda_graph`` apply to engines, see
+    :class:`clipdeploy.runners.engine.EngineRunner`.
 
     Raises:
-        UsageError: another kind of file.
-        EngineError, GraphError, ArtifactError: it cannot be run here.
+        UsageError: the file has another suffix.
+        EngineError, GraphError, ArtifactError: the file cannot be run on this machine.
     """
     if path.suffix == ".onnx":
         return OnnxRunner(path, provider, threads, as_stored=as_stored, passport=passport)
     if path.suffix == ".engine":
-        # PyTorch holds an engine's memory; a graph does without, and starts seconds sooner.
+        # Only engines need PyTorch; without it a graph starts seconds sooner.
         from clipdeploy.runners.engine import EngineRunner
 
         return EngineRunner(path, trust=trust, cuda_graph=cuda_graph)

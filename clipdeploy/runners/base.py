@@ -1,4 +1,4 @@
-"""What runs images: one small interface, whatever computes the logits."""
+"""Defines the interface of runners, which compute logits from images."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Logits = NDArray[np.float32]
 
 
 class Runner(Protocol):
-    """Images as ``input`` says -> logits (B, classes) float32; any B.
+    """Images of the shape and dtype in ``input`` -> logits (B, classes) float32, for any B.
 
-    ``batches`` are the smallest and the largest batch that runs at once, None for no limit: a
-    larger one runs in parts, a smaller one is filled up.  ``profiles`` are an engine's (smallest,
-    optimal, largest) batches; a graph has none.
+    ``batches`` are the smallest and largest batch that runs at once; None means no limit.  A larger
+    batch runs in parts, a smaller one is padded.  ``profiles`` are the (smallest, optimal, largest)
+    batches of an engine; a graph has none.
     """
 
     name: str
@@ -32,20 +32,20 @@ class Runner(Protocol):
     profiles: tuple[tuple[int, int, int], ...]
 
     def __call__(self, images: Images) -> Logits:
-        """The logits of one batch."""
+        """Compute the logits of one batch."""
 
     def run_in(self, profile: int, images: Images) -> Logits:
-        """The same in the profile with this number, which takes the batch."""
+        """Compute the logits of one batch in the optimization profile of this index."""
 
     def device_seconds(self, images: Images) -> float | None:
-        """The GPU's own time for one batch, transfers left out; None where there is none."""
+        """GPU time for one batch in seconds, without transfers; None if no GPU runs it."""
 
     def close(self) -> None:
-        """Give back what it holds."""
+        """Release memory and handles."""
 
 
 class Closing:
-    """A runner that is a context manager, without profiles, a GPU or anything to give back."""
+    """Base of the runners: a context manager without profiles, GPU time or resources."""
 
     profiles: tuple[tuple[int, int, int], ...] = ()
 
@@ -53,12 +53,12 @@ class Closing:
         """See :class:`Runner`.
 
         Raises:
-            EngineError: there are no profiles.
+            EngineError: the runner has no profiles.
         """
-        raise EngineError(f"{type(self).__name__} has no profile {profile}: it is no engine")
+        raise EngineError(f"{type(self).__name__} has no profile {profile}: it runs no engine")
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Do nothing: there is nothing to release."""
 
     def device_seconds(self, images: Images) -> float | None:
         """See :class:`Runner`."""
@@ -81,11 +81,12 @@ def in_parts(
 ) -> Logits:
     """Images (B, ...) -> logits (B, classes) float32, at most the largest batch at once.
 
-    A part below the smallest is filled up with its own first image, whose logits are dropped.
+    A part below the smallest batch is padded with its first image, and the extra logits are
+    dropped.
 
     Raises:
-        ArtifactError: ``run`` gives more or fewer rows than it was given images: which row belongs
-            to which image is then a guess.
+        ArtifactError: ``run`` returns more or fewer rows than images, so that rows cannot be
+            matched to images.
     """
     smallest, largest = batches
     step = largest or max(len(images), 1)
@@ -93,12 +94,12 @@ def in_parts(
     for at in range(0, len(images), step):
         part = images[at : at + step]
         missing = smallest - len(part)
-        filled = np.concatenate([part, np.repeat(part[:1], missing, 0)]) if missing > 0 else part
-        logits = run(np.ascontiguousarray(filled))
-        if logits.ndim < 1 or len(logits) != len(filled):
+        padded = np.concatenate([part, np.repeat(part[:1], missing, 0)]) if missing > 0 else part
+        logits = run(np.ascontiguousarray(padded))
+        if logits.ndim < 1 or len(logits) != len(padded):
             raise ArtifactError(
-                f"the classifier gave logits of shape {logits.shape} for {len(filled)} images",
-                hint="a row an image is needed, in their order: export it again",
+                f"the classifier gave logits of shape {logits.shape} for {len(padded)} images",
+                hint="it must return one row per image, in order: export it again",
             )
         parts.append(logits[: len(part)].astype(np.float32, copy=False))
     return np.concatenate(parts)

@@ -1,7 +1,7 @@
-"""A TensorRT engine in a GPU's memory: loaded once, fed through pinned memory, run many times.
+"""Loads a TensorRT engine into GPU memory once, and runs it with inputs from pinned memory.
 
-Polygraphy's own runner is written for debugging: it copies through pageable memory and asks for
-output memory in every run.  PyTorch's CUDA allocator, streams and graphs are used here instead.
+Polygraphy's runner is made for debugging: it copies through pageable memory and allocates outputs
+in every run.  This module uses PyTorch's CUDA allocator, streams and graphs instead.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from clipdeploy.core.errors import EngineError
 from clipdeploy.core.passport import TensorSpec
-from clipdeploy.engines.backends import Backend, choose_backend, hears, tensorrt_module
+from clipdeploy.engines.backends import Backend, capture_log, choose_backend, tensorrt_module
 from clipdeploy.engines.passport import BatchProfile
 from clipdeploy.engines.preflight import Plan, preflight
 from clipdeploy.runners.base import Closing, Images, Logits, in_parts
@@ -29,8 +29,8 @@ __all__ = ["Engine", "EngineRunner", "layer_information"]
 
 
 @dataclass
-class _Lane:
-    """An execution context for a profile, or for one batch size of a CUDA graph."""
+class _Launcher:
+    """An execution context of one profile, or of one batch size with its CUDA graph."""
 
     context: trt.IExecutionContext
     graph: Any = None
@@ -41,23 +41,22 @@ def _backend(plan: Plan) -> Backend:
 
 
 def load_engine(plan: Plan) -> tuple[Any, trt.ICudaEngine]:
-    """Deserialise an engine: the flavour's module, and the engine.
+    """Deserialise an engine, and return the backend's module and the engine.
 
-    ``engine_host_code_allowed`` stays off: no code in a plan is ever run.
+    ``engine_host_code_allowed`` stays off, so host code in a plan is never run.
 
     Raises:
-        EngineError: TensorRT refuses it; the message is TensorRT's own.
+        EngineError: TensorRT refuses the engine; the message quotes TensorRT.
     """
     module = tensorrt_module(_backend(plan))
     from polygraphy.backend.trt import get_trt_logger
 
     runtime: trt.Runtime = module.Runtime(get_trt_logger())
-    with hears() as heard:
+    with capture_log() as log:
         engine = runtime.deserialize_cuda_engine(plan.data)
     if engine is None:
-        reason = heard.errors[0].splitlines()[0] if heard.errors else "no reason given"
         raise EngineError(
-            f"TensorRT cannot load {plan.path}: {reason}",
+            f"TensorRT cannot load {plan.path}: {log.reason()}",
             hint="an engine is bound to its GPU and TensorRT version: build it again here",
         )
     _refit(module, plan, engine)
@@ -65,14 +64,14 @@ def load_engine(plan: Plan) -> tuple[Any, trt.ICudaEngine]:
 
 
 def layer_information(plan: Plan) -> str:
-    """What the engine inspector says of an engine, as JSON.
+    """Return the JSON that TensorRT's engine inspector writes about an engine.
 
     Raises:
         EngineError: TensorRT refuses the engine.
     """
     module, engine = load_engine(plan)
     inspector: trt.EngineInspector = engine.create_engine_inspector()
-    # Without a context that knows the batch, tensors of dynamic shape are not told.
+    # Without a context that has the input shape, dynamic shapes are not listed.
     context: trt.IExecutionContext = engine.create_execution_context()
     name = engine.get_tensor_name(0)
     _, best, _ = engine.get_tensor_profile_shape(name, 0)
@@ -82,7 +81,7 @@ def layer_information(plan: Plan) -> str:
 
 
 def _refit(module: Any, plan: Plan, engine: trt.ICudaEngine) -> None:
-    """Put the weights of the graph beside it into a stripped engine."""
+    """Load the weights of the graph next to a stripped engine into the engine."""
     if plan.passport is None or not plan.passport.settings.get("strip_weights"):
         return
     from polygraphy.backend.trt import get_trt_logger
@@ -92,8 +91,8 @@ def _refit(module: Any, plan: Plan, engine: trt.ICudaEngine) -> None:
     graph = plan.path.with_suffix(".onnx")
     if not graph.exists() or sha256_file(graph) != plan.passport.hashes.graph:
         raise EngineError(
-            f"{plan.path} holds no weights, and {graph.name} beside it is not its graph",
-            hint=f"put the graph there, or build it again: {plan.passport.rebuild}",
+            f"{plan.path} has no weights, and its graph, {graph.name}, is missing or changed",
+            hint=f"copy the graph next to it, or build it again: {plan.passport.rebuild}",
         )
     refitter: trt.Refitter = module.Refitter(engine, get_trt_logger())
     parser: trt.OnnxParserRefitter = module.OnnxParserRefitter(refitter, get_trt_logger())
@@ -105,18 +104,18 @@ def _refit(module: Any, plan: Plan, engine: trt.ICudaEngine) -> None:
 
 
 class Engine:
-    """See :class:`EngineRunner`, which adds the parts of larger batches.
+    """A loaded engine with its memory; see :class:`EngineRunner`, which splits larger batches.
 
     Raises:
-        EngineError: there is no GPU, or the engine is not one of this machine.
-        ArtifactError: the engine's passport is missing or does not fit its bytes.
+        EngineError: there is no GPU, or the engine cannot run on this machine.
+        ArtifactError: the engine's passport is missing or does not match its bytes.
     """
 
     def __init__(self, path: Path, *, trust: bool, cuda_graph: bool) -> None:
         plan = preflight(path, trust=trust)
         if not torch.cuda.is_available():
             raise EngineError(
-                "PyTorch is built without CUDA here, and holds the engine's memory",
+                "PyTorch is built without CUDA, which engines need for their memory",
                 hint="install the CUDA build of torch: pip install --force-reinstall torch",
             )
         self._engine: trt.ICudaEngine
@@ -133,7 +132,7 @@ class Engine:
         self.name = f"{_backend(plan)} {self._module.__version__} on {gpu}"
         self._host_in, self._in = self._memory(self.input)
         self._host_out, self._out = self._memory(self.output)
-        self._lanes: dict[tuple[int, int], _Lane] = {}
+        self._launchers: dict[tuple[int, int], _Launcher] = {}
 
     def _tensors(self) -> tuple[TensorSpec, TensorSpec]:
         engine, kind = self._engine, self._module.TensorIOMode
@@ -147,7 +146,7 @@ class Engine:
         if len(found[kind.INPUT]) != 1 or len(found[kind.OUTPUT]) != 1:
             raise EngineError(
                 "the engine does not have one input and one output",
-                hint="it is no image classifier of clipdeploy: build one with build-engine",
+                hint="build an image classifier with clipdeploy build-engine",
             )
         return found[kind.INPUT][0], found[kind.OUTPUT][0]
 
@@ -160,7 +159,7 @@ class Engine:
         return tuple((int(low[0]), int(best[0]), int(high[0])) for low, best, high in shapes)
 
     def _memory(self, spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pinned and device memory for the largest batch of a tensor."""
+        """Allocate pinned and device memory for the largest batch of a tensor."""
         shape = (self.batches[1], *(int(axis) for axis in spec.shape[1:]))
         dtype = getattr(torch, spec.dtype)
         try:
@@ -168,100 +167,101 @@ class Engine:
             return pinned, torch.empty(shape, dtype=dtype, device="cuda")
         except torch.cuda.OutOfMemoryError as error:
             raise EngineError(
-                f"the GPU has no room for {shape} of {spec.dtype}",
-                hint="build the engine with a smaller --max-batch, or free the GPU",
+                f"not enough GPU memory for a {spec.dtype} tensor of shape {shape}",
+                hint="build the engine with a smaller --max-batch, or free GPU memory",
             ) from error
 
     def _profile_of(self, batch: int) -> int:
-        """The profile that takes ``batch`` and was tuned nearest to it."""
-        fitting = [
+        """The index of the profile that accepts ``batch`` and has the nearest optimal batch."""
+        accepting = [
             (abs(best - batch), index)
             for index, (low, best, high) in enumerate(self.profiles)
             if low <= batch <= high
         ]
-        if not fitting:
+        if not accepting:
             raise EngineError(
-                f"no batch profile of the engine takes {batch} images: {list(self.profiles)}",
-                hint="build it with --profile MIN,OPT,MAX around this batch",
+                f"no batch profile of the engine accepts {batch} images: {list(self.profiles)}",
+                hint="build it with a --profile MIN,OPT,MAX that includes this batch",
             )
-        return min(fitting)[1]
+        return min(accepting)[1]
 
-    def _lane(self, batch: int, profile: int | None = None) -> _Lane:
+    def _launcher(self, batch: int, profile: int | None = None) -> _Launcher:
         if profile is None:
             profile = self._profile_of(batch)
-        # A recorded graph keeps its shapes: it needs a context to itself.
+        # A recorded CUDA graph has fixed shapes and needs a separate context.
         key = (profile, batch if self._cuda_graph else 0)
-        if key not in self._lanes:
+        if key not in self._launchers:
             context = self._engine.create_execution_context()
             context.set_optimization_profile_async(profile, self._stream.cuda_stream)
             context.set_tensor_address(self.input.name, self._in.data_ptr())
             context.set_tensor_address(self.output.name, self._out.data_ptr())
-            self._lanes[key] = _Lane(context)
-        lane = self._lanes[key]
-        context = lane.context
+            self._launchers[key] = _Launcher(context)
+        launcher = self._launchers[key]
+        context = launcher.context
         if not context.set_input_shape(self.input.name, (batch, *self._in.shape[1:])):
-            raise EngineError(f"the engine refuses a batch of {batch}")
-        if self._cuda_graph and lane.graph is None:
-            lane.graph = self._record(context)
-        return lane
+            raise EngineError(f"the engine refuses a batch of {batch} images")
+        if self._cuda_graph and launcher.graph is None:
+            launcher.graph = self._record(context)
+        return launcher
 
     def _record(self, context: trt.IExecutionContext) -> Any:
-        # The first run may allocate, which a recording must not.
-        self._launch(_Lane(context))
+        # The first run may allocate memory, which is not allowed while recording.
+        self._launch(_Launcher(context))
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self._stream):
             context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
         return graph
 
-    def _launch(self, lane: _Lane) -> None:
-        if lane.graph is not None:
-            lane.graph.replay()
-        elif not lane.context.execute_async_v3(self._stream.cuda_stream):
-            raise EngineError("TensorRT failed while it ran the engine")
+    def _launch(self, launcher: _Launcher) -> None:
+        if launcher.graph is not None:
+            launcher.graph.replay()
+        elif not launcher.context.execute_async_v3(self._stream.cuda_stream):
+            raise EngineError("TensorRT failed to run the engine")
 
     def run(self, images: NDArray[Any], profile: int | None = None) -> NDArray[np.float32]:
-        """Images (B, ...) within one profile, the best one if None -> logits (B, classes)."""
+        """Images (B, ...) -> logits (B, classes), in the given or else the best profile."""
         batch = len(images)
         with torch.cuda.stream(self._stream):
-            lane = self._lane(batch, profile)
+            launcher = self._launcher(batch, profile)
             self._host_in[:batch].copy_(torch.from_numpy(images))
             self._in[:batch].copy_(self._host_in[:batch], non_blocking=True)
-            self._launch(lane)
+            self._launch(launcher)
             self._host_out[:batch].copy_(self._out[:batch], non_blocking=True)
         self._stream.synchronize()
         logits: NDArray[np.float32] = self._host_out[:batch].float().numpy().copy()
         return logits
 
     def device_seconds(self, images: NDArray[Any]) -> float:
-        """Seconds between two CUDA events around one launch on images (B, ...), already there."""
+        """Seconds between two CUDA events around one launch; images (B, ...) are copied before."""
         batch = len(images)
         with torch.cuda.stream(self._stream):
-            lane = self._lane(batch)
+            launcher = self._launcher(batch)
             self._in[:batch].copy_(torch.from_numpy(images))
             before = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             after = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             before.record(self._stream)
-            self._launch(lane)
+            self._launch(launcher)
             after.record(self._stream)
         after.synchronize()
         return float(before.elapsed_time(after)) / 1e3
 
     def close(self) -> None:
         """Free the contexts, the engine and its memory."""
-        self._lanes.clear()
+        self._launchers.clear()
         del self._engine, self._in, self._out, self._host_in, self._host_out
 
 
 class EngineRunner(Closing):
-    """A TensorRT engine on the first GPU.
+    """Runs a TensorRT engine on the first GPU.
 
-    Its memory is allocated once, for the largest batch, and transfers go through pinned memory.
-    ``cuda_graph`` records the launches of each batch size once and replays them.
+    Memory is allocated once, for the largest batch, and transfers go through pinned memory.
+    ``cuda_graph`` records the launches of each batch size once and replays them.  ``trust`` loads
+    the engine without comparing it with its passport.
 
     Raises:
-        EngineError: there is no GPU, or the engine is not one of this machine.
-        ArtifactError: the engine's passport is missing or does not fit its bytes.
+        EngineError: there is no GPU, or the engine cannot run on this machine.
+        ArtifactError: the engine's passport is missing or does not match its bytes.
     """
 
     def __init__(self, engine: Path, *, trust: bool = False, cuda_graph: bool = False) -> None:
@@ -281,7 +281,7 @@ class EngineRunner(Closing):
         return in_parts(run, images, (smallest, largest))
 
     def device_seconds(self, images: Images) -> float | None:
-        """See :class:`Runner`; between two CUDA events around the launch."""
+        """See :class:`Runner`; measured with two CUDA events around the launch."""
         return self._loaded.device_seconds(images)
 
     def close(self) -> None:

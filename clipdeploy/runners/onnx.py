@@ -1,4 +1,4 @@
-"""A graph on ONNX Runtime."""
+"""Runs an ONNX graph on ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ Provider = Literal["auto", "cpu", "cuda"]
 
 
 class OnnxRunner(Closing):
-    """A graph on ONNX Runtime; ``auto`` takes CUDA where it is there, else the CPU.
+    """Runs a graph on ONNX Runtime; ``auto`` uses CUDA if it is available, otherwise the CPU.
 
-    The CPU computes float16 in float32, which hides overflow and rounding.  ``as_stored`` runs a
-    graph with float16 tensors there so that each of them really passes through float16, see
-    :mod:`exporters.overflow`; it makes no difference to other graphs.  ``emulates_float16`` is True
-    where float16 is computed in float32 all the same, and ``emulation`` says why; a graph with
-    bfloat16 counts among them, because the CPU has few kernels that store it.  float8 is exact on
-    the CPU: only casts and QuantizeLinear make it, and they round as its definition says.
-    ``passport`` describes a graph that has none inside.
+    The CPU computes float16 in float32, which hides overflow and rounding.  On the CPU,
+    ``as_stored`` rounds every float16 tensor to float16, see :mod:`exporters.overflow`; graphs
+    without float16 do not change.  ``emulates_float16`` is True if float16 is still computed in
+    float32, and ``emulation`` is the reason.  It is also True for a graph with bfloat16, because
+    the CPU has few kernels that store it.  float8 is exact on the CPU: only casts and
+    QuantizeLinear produce it, and they round as its definition requires.  ``passport`` describes a
+    graph that contains none.
 
     Raises:
-        EngineError: CUDA was asked for and is not to be had.
-        GraphError, ArtifactError: the graph cannot be loaded, or nothing describes it.
+        EngineError: CUDA was requested and is not available.
+        GraphError, ArtifactError: the graph cannot be loaded, or it has no passport.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class OnnxRunner(Closing):
     ) -> None:
         passport = passport or read_passport(graph)
         provider_name = _provider(provider)
-        kinds = stored_types(graph) if provider_name == CPU else set()
-        session, self.emulation = _as_stored(graph, threads, kinds, wanted=as_stored)
+        types = stored_types(graph) if provider_name == CPU else set()
+        session, self.emulation = _as_stored(graph, threads, types, requested=as_stored)
         self._widen = session is not None and passport.input.dtype == "float16"
         self.emulates_float16 = bool(self.emulation)
         self._session = session or OnnxSession(
@@ -69,35 +69,36 @@ class OnnxRunner(Closing):
 
     def __call__(self, images: Images) -> Logits:
         """See :class:`Runner`."""
-        taken = images.astype(np.float32) if self._widen else images
-        return in_parts(lambda part: self._session.run(part)[0], taken, self.batches)
+        inputs = images.astype(np.float32) if self._widen else images
+        return in_parts(lambda part: self._session.run(part)[0], inputs, self.batches)
 
 
 def _as_stored(
-    graph: Path, threads: int, kinds: Collection[str], *, wanted: bool
+    graph: Path, threads: int, types: Collection[str], *, requested: bool
 ) -> tuple[OnnxSession | None, str]:
-    """A session that stores float16, if there is any and it can; why float16 is emulated, if so.
+    """Make a session that rounds every float16 tensor, if possible.
 
-    A foreign graph that cannot be rewritten runs all the same, and says so.
+    The second result is the reason why float16 is emulated instead, empty if it is not.  A foreign
+    graph that cannot be rewritten is emulated.
     """
-    if "bf16" in kinds:
+    if "bf16" in types:
         return None, "bfloat16 is not computed on the CPU as a GPU does"
-    if "fp16" not in kinds:
+    if "fp16" not in types:
         return None, ""
-    if not wanted:
-        return None, "float16 as stored was not asked for"
+    if not requested:
+        return None, "float16 as stored was not requested"
     try:
         return stored_session(graph, threads=threads), ""
     except GraphError as error:
         return None, error.message
 
 
-def _provider(wanted: Provider) -> str:
-    there = bool(gpus()) and CUDA in available_providers()
-    if wanted == "cuda" and not there:
+def _provider(requested: Provider) -> str:
+    has_cuda = bool(gpus()) and CUDA in available_providers()
+    if requested == "cuda" and not has_cuda:
         raise EngineError(
-            "ONNX Runtime has no CUDA here: "
+            "ONNX Runtime cannot use CUDA: "
             + ("there is no GPU" if not gpus() else "onnxruntime without -gpu is installed"),
             hint="leave out --provider cuda, or install onnxruntime-gpu on a machine with a GPU",
         )
-    return CUDA if there and wanted != "cpu" else CPU
+    return CUDA if has_cuda and requested != "cpu" else CPU

@@ -1,4 +1,4 @@
-"""The reference: the module itself, in PyTorch."""
+"""Runs the reference module in PyTorch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["TorchRunner"]
 
 
 class TorchRunner(Closing):
-    """The reference module in float32, on the GPU if PyTorch has one.
+    """Runs the reference module in float32, on the GPU if PyTorch has one.
 
-    ``threads`` are set for the whole process; 0 leaves them as they are.
+    ``threads`` is set for the whole process; 0 keeps the current number.
     """
 
     def __init__(self, module: nn.Module, preprocess: Preprocess, threads: int = 0) -> None:

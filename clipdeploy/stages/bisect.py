@@ -15,7 +15,7 @@ from clipdeploy.core.paths import StrPath, as_path
 from clipdeploy.core.plots import inline_svg
 from clipdeploy.core.progress import SILENT, Progress
 from clipdeploy.core.spans import BATCH, IMAGES, SEED, THREADS, check_numbers
-from clipdeploy.imaging import Crop, ImageFolder, Labelling, iter_crops, select
+from clipdeploy.imaging import ImageFolder, Labelling, iter_crops, select, stack_batches
 from clipdeploy.imaging.labelled import open_labelled
 from clipdeploy.models.cards import takes_any_name
 from clipdeploy.tuning.bisection import Batch, measure
@@ -61,17 +61,6 @@ def _choose(
     everything = open_labelled(data, passport, config.labelling, note, required=False)
     count = config.images or min(len(everything.entries), _DEFAULT_IMAGES)
     return select(everything, count, config.seed)
-
-
-def _samples(images: ImageFolder, passport: Passport, batch: int) -> Iterator[list[Crop]]:
-    crops: list[Crop] = []
-    for crop in iter_crops(images, passport.preprocess):
-        crops.append(crop)
-        if len(crops) == batch:
-            yield crops
-            crops = []
-    if crops:
-        yield crops
 
 
 def _existing(candidate: Path) -> Path:
@@ -126,10 +115,11 @@ def bisect_model(
     size = config.batch
 
     def batches() -> Iterator[Batch]:
-        for crops in _samples(images, passport, size):
-            samples = Samples(np.stack([crop.pixels for crop in crops]), passport.preprocess)
+        spec = passport.preprocess
+        crops = ((crop.entry.label or 0, crop.pixels) for crop in iter_crops(images, spec))
+        for labels, pixels in stack_batches(crops, size):
+            samples = Samples(pixels, spec)
             meter.add(samples.as_input((theirs or passport).input))
-            labels = [crop.entry.label or 0 for crop in crops]
             yield Batch(samples.as_input(passport.input), np.asarray(labels) if labelled else None)
 
     count = -(-len(images.entries) // size)

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from clipdeploy.core.errors import ClipdeployError, ClusterError, UsageError
+from clipdeploy.core.errors import ClipdeployError, ClusterError, UsageError, first_line
 from clipdeploy.core.files import file_errors, write_atomic
 from clipdeploy.core.leftovers import scratch_folder
 from clipdeploy.core.progress import SILENT, Progress
@@ -233,7 +233,7 @@ def _connect(ray: ModuleType, address: str) -> None:
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(
-            f"no Ray cluster can be used at {address}: {_first_line(error)}", hint=_START
+            f"no Ray cluster can be used at {address}: {first_line(error)}", hint=_START
         ) from error
 
 
@@ -327,10 +327,6 @@ def _content(ray: ModuleType, reference: ObjectRef[bytes], shard: Shard) -> byte
     except ray.exceptions.RayError as error:
         raise ClusterError(
             "shard {}/{} was lost, and {} times again: ".format(*shard, _RETRIES)
-            + _first_line(error),
+            + first_line(error),
             hint="if memory ran out use fewer shards at once, with more --threads each",
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -16,12 +16,11 @@ from clipdeploy.core.device import gpus
 from clipdeploy.core.display import Renderable, Shown
 from clipdeploy.core.errors import EngineError, UsageError
 from clipdeploy.core.files import read_regular
-from clipdeploy.core.passport import Passport
 from clipdeploy.core.paths import StrPath, as_path, as_paths
 from clipdeploy.core.printable import printable
 from clipdeploy.core.progress import SILENT, Progress
 from clipdeploy.core.spans import TOP
-from clipdeploy.imaging import open_images, survey
+from clipdeploy.imaging import open_images, stack_batches, survey
 from clipdeploy.imaging.preprocess import crop_file
 from clipdeploy.models import cards
 from clipdeploy.models.cards import takes_any_name
@@ -117,22 +116,6 @@ def _files(paths: Sequence[Path], problems: list[str]) -> Iterator[tuple[str, by
             reader.close()
 
 
-def _crops(
-    files: Iterator[tuple[str, bytes]], passport: Passport
-) -> Iterator[tuple[list[str], Samples]]:
-    spec = passport.preprocess
-    names: list[str] = []
-    crops: list[NDArray[np.uint8]] = []
-    for name, data in files:
-        crops.append(crop_file(data, name, spec))
-        names.append(name)
-        if len(crops) == _BATCH:
-            yield names, Samples(np.stack(crops), spec)
-            names, crops = [], []
-    if crops:
-        yield names, Samples(np.stack(crops), spec)
-
-
 def _words(target: Target) -> list[tuple[str, str]]:
     """Folder name and word of every class, the number where nobody named it."""
     passport = target.passport
@@ -158,8 +141,11 @@ def _predictions(
     runner: Runner, target: Target, files: Iterator[tuple[str, bytes]], top: int
 ) -> Iterator[Prediction]:
     words = _words(target)
-    for names, samples in _crops(files, target.passport):
-        for name, logits in zip(names, runner(samples.as_input(runner.input)), strict=True):
+    spec = target.passport.preprocess
+    crops = ((name, crop_file(data, name, spec)) for name, data in files)
+    for names, pixels in stack_batches(crops, _BATCH):
+        batch = Samples(pixels, spec).as_input(runner.input)
+        for name, logits in zip(names, runner(batch), strict=True):
             if not np.isfinite(logits).all():
                 raise EngineError(
                     f"{target.path} gives NaN or infinite logits for {name}",

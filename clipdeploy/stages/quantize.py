@@ -7,15 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from calibration.policy import Placement, place
-from calibration.qdq import QuantizeConfig, QuantizedGraph, quantize
+from calibration.qdq import QuantizeConfig, QuantizedGraph, quantize, stored_settings
 from calibration.quality import Quality
 from calibration.recipe import load_recipe
 from calibration.table import load_table
 from clipdeploy.core.errors import BuildError, UsageError
 from clipdeploy.core.files import sha256_file
-from clipdeploy.core.passport import Preprocess, from_json, settings_of, to_json
+from clipdeploy.core.passport import Preprocess, from_json, to_json
 from clipdeploy.core.progress import SILENT, Progress
-from clipdeploy.engines.backends import Wanted, choose_backend, scale_form
+from clipdeploy.engines.backends import BackendOption, choose_backend, scale_form
 from clipdeploy.models.cards import takes_any_name
 from clipdeploy.stages.calibrate import is_calibrated
 from clipdeploy.stages.samples import sample_images
@@ -45,7 +45,7 @@ def quantize_model(
     model: str,
     config: QuantizeConfig = QuantizeConfig(),
     *,
-    backend: Wanted = "auto",
+    backend: BackendOption = "auto",
     force: bool = False,
     progress: Progress = SILENT,
 ) -> QuantizedGraph:
@@ -66,7 +66,7 @@ def quantize_model(
     parents = {"source_graph": sha256_file(source), "calibration": sha256_file(calibration)}
     if not force and (found := existing_graph(target)):
         settings = found.passport.settings
-        asked = settings_of(config)
+        asked = stored_settings(config)
         if found.passport.parents == parents and settings.items() >= asked.items():
             return QuantizedGraph(found, _placement(source, config, found), int8_quality(found))
     with progress.task(f"quantise {model}"):
@@ -74,7 +74,7 @@ def quantize_model(
         return quantize(source, calibration, target, samples, config)
 
 
-def with_scale_form(config: QuantizeConfig, backend: Wanted = "auto") -> QuantizeConfig:
+def with_scale_form(config: QuantizeConfig, backend: BackendOption = "auto") -> QuantizeConfig:
     """``config`` with a form of the weight scales; ``backend`` chooses where it names none.
 
     Without any TensorRT here it is the form for TensorRT; a later ``build-engine`` checks it.
@@ -140,10 +140,10 @@ def _searched_config(
     if replace(asked, min_sqnr=default.min_sqnr) != default or graph is None or not path.exists():
         return None
     config = load_recipe(path).config
-    # Both forms hold the same integers: the graph is the one that the search chose in either.
+    # Both forms hold the same integers, so the graph is the searched one in either form.
     settings = graph.passport.settings
     either = replace(config, weight_scales=settings.get("weight_scales", "channel"))
-    made = settings.items() >= settings_of(either).items()
+    made = settings.items() >= stored_settings(either).items()
     return config if made and config.remainder == "fp16" else None
 
 
@@ -178,7 +178,7 @@ def _judged_images(workspace: Workspace, model: str, spec: Preprocess) -> Sample
     if not is_calibrated(workspace, model):
         return samples
     kept = load_table(workspace.calibration(model)).samples()
-    return samples if kept is None else kept.and_those(samples)
+    return samples if kept is None else kept.concat(samples)
 
 
 @takes_any_name

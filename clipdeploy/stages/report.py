@@ -57,7 +57,7 @@ def _heat_map(path: Path, evidence: Evidence) -> HeatMap | None:
         found = read_json(path, HeatMap)
     except ArtifactError:
         return None
-    judged = {asked.sha256 for asked in evidence.results.question.artifacts}
+    judged = {entry.sha256 for entry in evidence.results.run_key.artifacts}
     return found if found.sha256 in judged else None
 
 

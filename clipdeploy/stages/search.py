@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from calibration.plan import PlanConfig
 from calibration.qdq import QuantizeConfig, quantize
 from calibration.ranges import RangeMethod
 from calibration.recipe import QuantizeRecipe, save_recipe
+from calibration.scheme import SchemeConfig
 from calibration.table import load_table
 from clipdeploy.core.errors import UsageError
 from clipdeploy.core.files import sha256_file
@@ -41,15 +41,15 @@ from exporters.headers import GraphArtifact
 
 __all__ = ["SearchConfig", "SearchResult", "search_model"]
 
-# Tried where the plan asked for does not keep the accuracy with all Linears in INT8: other ranges,
-# then with the best of these SmoothQuant's usual strengths for all Linears.
+# Tried if the configured scheme loses too much accuracy with all Linears in INT8: other range
+# methods, then SmoothQuant's usual strengths with the best of these.
 _OTHER_RANGES: tuple[RangeMethod, ...] = ("auto", "percentile", "mse")
 _OTHER_STRENGTHS = (0.5, 0.75)
 _STORAGE_IMAGES = 3
 
 
 class _Search:
-    """One search: its splits, its state on disk, and the plans that it has tried."""
+    """One search: its splits, its state on disk, and the schemes that it has tried."""
 
     def __init__(
         self,
@@ -84,24 +84,24 @@ class _Search:
         )
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
-    def chain(self, plan: PlanConfig, folder: Path) -> Chain:
+    def chain(self, scheme: SchemeConfig, folder: Path) -> Chain:
         """Reference against all Linears in INT8; the flavour of the CPU runs fast here."""
-        target = folder / f"{plan.label}.onnx"
+        target = folder / f"{scheme.label}.onnx"
         samples = sample_images(self.passport.preprocess, _STORAGE_IMAGES)
-        config = QuantizeConfig(remainder="fp32", plan=plan, min_sqnr=None)
-        with self.progress.task(f"quantise {self.model}, ranges by {plan.label}"):
+        config = QuantizeConfig(remainder="fp32", scheme=scheme, min_sqnr=None)
+        with self.progress.task(f"quantise {self.model}, ranges by {scheme.label}"):
             quantize(self.source, self.calibration, target, samples, config)
             return Chain(self.source, target, threads=self.config.threads)
 
     def evaluator(
-        self, chain: Chain, plan: PlanConfig, advance: Callable[[int], None]
+        self, chain: Chain, scheme: SchemeConfig, advance: Callable[[int], None]
     ) -> Evaluator:
-        """Of one plan's combinations."""
+        """Of one scheme's combinations."""
         return Evaluator(
             chain,
             self.images,
             self.passport.input,
-            plan.label,
+            scheme.label,
             self.state,
             self.path,
             self._deadline,
@@ -125,16 +125,16 @@ class _Search:
         """Whether the drop lies within the limit, and would on the fresh images."""
         return is_feasible(found, len(self.confirm.hashes), self.config.max_drop)
 
-    def plans(self, best: _Best) -> Iterator[PlanConfig]:
-        """The plan asked for, then others; the ``best`` by then is varied further."""
-        asked = self.config.plan
+    def schemes(self, best: _Best) -> Iterator[SchemeConfig]:
+        """The scheme asked for, then others; the ``best`` by then is varied further."""
+        asked = self.config.scheme
         yield asked
-        if self.config.fixed_plan:
+        if self.config.fixed_scheme:
             return
         for method in _OTHER_RANGES:
             if method != asked.range_method:
                 yield replace(asked, range_method=method)
-        by_range = best.plan or asked
+        by_range = best.scheme or asked
         for strength in _OTHER_STRENGTHS if asked.smooth else ():
             if strength != asked.strength:
                 yield replace(by_range, strength=strength)
@@ -142,39 +142,39 @@ class _Search:
 
 @dataclass
 class _Best:
-    """The plan whose graph has the cleanest logits so far, and its chain."""
+    """The scheme whose graph has the cleanest logits so far, and its chain."""
 
     db: float = -math.inf
-    plan: PlanConfig | None = None
+    scheme: SchemeConfig | None = None
     chain: Chain | None = None
 
-    def offer(self, found: Evaluation, plan: PlanConfig, chain: Chain) -> None:
-        """All Linears in INT8 under ``plan``."""
+    def offer(self, found: Evaluation, scheme: SchemeConfig, chain: Chain) -> None:
+        """All Linears in INT8 under ``scheme``."""
         db = math.inf if found.sqnr_db is None else found.sqnr_db
         if self.chain is None or db > self.db:
-            self.db, self.plan, self.chain = db, plan, chain
+            self.db, self.scheme, self.chain = db, scheme, chain
 
 
-def _choose_plan(
+def _choose_scheme(
     search: _Search, folder: Path, advance: Callable[[int], None]
-) -> tuple[Chain, PlanConfig]:
-    """The first plan whose all-INT8 graph is feasible, else the one with the cleanest logits."""
+) -> tuple[Chain, SchemeConfig]:
+    """The first scheme whose all-INT8 graph is feasible, else the one with the cleanest logits."""
     best = _Best()
-    for plan in search.plans(best):
-        chain = search.chain(plan, folder)
+    for scheme in search.schemes(best):
+        chain = search.chain(scheme, folder)
         try:
-            found = search.evaluator(chain, plan, advance).evaluate(frozenset(chain.linears))
+            found = search.evaluator(chain, scheme, advance).evaluate(frozenset(chain.linears))
         except OutOfTimeError:
             break
         if search.feasible(found):
-            return chain, plan
-        best.offer(found, plan, chain)
-    if best.plan is None or best.chain is None:
+            return chain, scheme
+        best.offer(found, scheme, chain)
+    if best.scheme is None or best.chain is None:
         raise UsageError(
             "the budget ended before a single combination was evaluated",
             hint="give more minutes with --budget; what was found is kept",
         )
-    return best.chain, best.plan
+    return best.chain, best.scheme
 
 
 @takes_any_name
@@ -217,9 +217,9 @@ def search_model(
 
 
 def _run(search: _Search, folder: Path, data: Path) -> SearchResult:
-    chain, plan = _choose_plan(search, folder, lambda count: None)
+    chain, scheme = _choose_scheme(search, folder, lambda count: None)
     with search.progress.task("search", _guess(len(chain.linears))) as advance:
-        evaluator = search.evaluator(chain, plan, advance)
+        evaluator = search.evaluator(chain, scheme, advance)
         costs = search.costs(chain)
         try:
             power = evaluator.power()
@@ -230,8 +230,8 @@ def _run(search: _Search, folder: Path, data: Path) -> SearchResult:
             chosen, finished = cheapest(
                 power, gain, lambda int8: search.feasible(evaluator.evaluate(int8))
             )
-    chosen, artifact, measured = _write(search, plan, chosen, costs)
-    points = _points(search, plan, costs, chosen, measured)
+    chosen, artifact, measured = _write(search, scheme, chosen, costs)
+    points = _points(search, scheme, costs, chosen, measured)
     judged = judge_drop(measured.lost, measured.gained, measured.images, search.config.max_drop)
     with search.progress.task("confirm"):
         spec = search.passport.preprocess
@@ -241,7 +241,7 @@ def _run(search: _Search, folder: Path, data: Path) -> SearchResult:
     confirmed = judge_drop(fresh.lost, fresh.gained, fresh.images, search.config.max_drop)
     point = next(p for p in points if frozenset(p.int8) == chosen)
     recipe = search.workspace.recipe(search.model)
-    config = _config(search, plan, costs, chosen)
+    config = _config(search, scheme, costs, chosen)
     found = {"max_drop": search.config.max_drop, "seed": search.config.seed, "cost": point.cost}
     save_recipe(
         QuantizeRecipe(search.model, search.passport.weights.identity, config, found), recipe
@@ -253,7 +253,7 @@ def _run(search: _Search, folder: Path, data: Path) -> SearchResult:
         excluded=config.exclude,
         points=tuple(points),
         costs=costs,
-        plan=plan,
+        scheme=scheme,
         finished=finished,
         evaluations=sum(" written: " not in slot for slot in search.state.evaluations),
         search=judged,
@@ -270,15 +270,15 @@ def _guess(linears: int) -> int:
 
 
 def _config(
-    search: _Search, plan: PlanConfig, costs: CostModel, int8: Combination
+    search: _Search, scheme: SchemeConfig, costs: CostModel, int8: Combination
 ) -> QuantizeConfig:
     exclude = tuple(name for name in costs.order if name not in int8)
     # The search judges accuracy itself, and decides which Linears stay.
-    return QuantizeConfig(exclude, search.config.remainder, plan, min_sqnr=None)
+    return QuantizeConfig(exclude, search.config.remainder, scheme, min_sqnr=None)
 
 
 def _write(
-    search: _Search, plan: PlanConfig, chosen: Combination, costs: CostModel
+    search: _Search, scheme: SchemeConfig, chosen: Combination, costs: CostModel
 ) -> tuple[Combination, GraphArtifact, Evaluation]:
     """The graph of the choice; while the real graph fails, that of the next combination.
 
@@ -286,11 +286,11 @@ def _write(
     were quantised: the graph that is written has the last word.
     """
     written = search.state.evaluations
-    for int8 in _next_best(search, plan, chosen, costs):
-        slot = search.state.slot(f"{plan.label} written", int8)
+    for int8 in _next_best(search, scheme, chosen, costs):
+        slot = search.state.slot(f"{scheme.label} written", int8)
         if slot in written and int8 and not search.feasible(written[slot]):
             continue
-        config = _config(search, plan, costs, int8)
+        config = _config(search, scheme, costs, int8)
         made = quantize_model(search.workspace, search.model, config, progress=search.progress)
         if slot not in written:
             written[slot] = _score(search, made.artifact.path, search.images)
@@ -301,11 +301,11 @@ def _write(
 
 
 def _next_best(
-    search: _Search, plan: PlanConfig, chosen: Combination, costs: CostModel
+    search: _Search, scheme: SchemeConfig, chosen: Combination, costs: CostModel
 ) -> Iterator[Combination]:
     """The choice, then what else was feasible, the cheapest first; at the end no INT8 at all."""
     yield chosen
-    known = search.state.of(plan.label)
+    known = search.state.of(scheme.label)
     feasible = (int8 for int8, found in known.items() if int8 and search.feasible(found))
     for int8 in sorted(feasible, key=lambda int8: (costs.total(int8), sorted(int8))):
         if costs.total(int8) >= costs.total(chosen) and int8 != chosen:
@@ -326,9 +326,13 @@ def _score(search: _Search, graph: Path, images: Iterable[Labelled]) -> Evaluati
 
 
 def _points(
-    search: _Search, plan: PlanConfig, costs: CostModel, chosen: Combination, measured: Evaluation
+    search: _Search,
+    scheme: SchemeConfig,
+    costs: CostModel,
+    chosen: Combination,
+    measured: Evaluation,
 ) -> list[Candidate]:
-    """Every combination of ``plan`` that was evaluated, all FP16 among them, cheapest first.
+    """Every combination of ``scheme`` that was evaluated, all FP16 among them, cheapest first.
 
     The choice stands there as its own graph was ``measured``.  Those on the front, the choice and
     its twins get a recipe file.
@@ -336,7 +340,7 @@ def _points(
     everything = frozenset(costs.order)
     named = {frozenset[str](): "all FP16", everything: "all INT8"}
     named[chosen] = ", ".join(["chosen", *([named[chosen]] if chosen in named else [])])
-    known = search.state.of(plan.label)
+    known = search.state.of(scheme.label)
     known[chosen] = measured
     known.setdefault(frozenset(), Evaluation(0, 0, len(search.search.hashes), None))
     points = [
@@ -353,18 +357,18 @@ def _points(
     front = {point.int8 for point in pareto_front(points)}
     points.sort(key=lambda point: (point.cost, point.drop))
     return [
-        _with_recipe(search, plan, costs, replace(point, front=point.int8 in front), index)
+        _with_recipe(search, scheme, costs, replace(point, front=point.int8 in front), index)
         for index, point in enumerate(points)
     ]
 
 
 def _with_recipe(
-    search: _Search, plan: PlanConfig, costs: CostModel, point: Candidate, index: int
+    search: _Search, scheme: SchemeConfig, costs: CostModel, point: Candidate, index: int
 ) -> Candidate:
     if not (point.front or point.label):
         return point
     path = search.folder / f"point-{index:02}.json"
-    config = _config(search, plan, costs, frozenset(point.int8))
+    config = _config(search, scheme, costs, frozenset(point.int8))
     found = {"cost": point.cost, "drop": point.drop, "label": point.label}
     identity = search.passport.weights.identity
     save_recipe(QuantizeRecipe(search.model, identity, config, found), path)

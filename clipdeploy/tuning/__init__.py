@@ -1,1 +1,1 @@
-"""Which Linear costs the accuracy, and which precision each should have."""
+"""Finds the Linears that cost accuracy, and chooses a precision for each Linear."""

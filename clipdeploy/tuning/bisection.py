@@ -1,25 +1,25 @@
-"""Where a graph leaves its reference: the error as it grows, and what each part adds by itself.
+"""Measures the error of a candidate graph block by block and part by part.
 
-Both run on the same images as one :class:`clipdeploy.tuning.chain.Chain`.  With P(e) the power of
-an error e and P(s) that of the reference, all in dB as 10 log10(P(s) / P(e)):
+Reference and candidate run on the same images as one :class:`clipdeploy.tuning.chain.Chain`.  With
+P(e) the power of an error e and P(s) that of the reference signal, each figure is
+10 log10(P(s) / P(e)) in dB:
 
-    grown      behind each block, the whole network being the candidate's
-    own        behind one part, it alone being the candidate's, on the reference's input
-    alone      of the logits, one part alone being the candidate's
-    restored   of the logits, one part alone being the reference's
+    grown      output of each block, with the whole network taken from the candidate
+    own        output of one part, with only that part from the candidate, on the reference's input
+    alone      logits, with only one part from the candidate
+    restored   logits, with only one part from the reference
 
-``share`` is a part's P(e) of ``alone`` over the sum of all parts'.  Powers of small independent
-errors add up, so shares are what each part adds by itself; ``restored`` is the check that takes
-interactions in: it rises by 10 log10(1 / (1 - share)) where they are independent.
+``share`` is a part's P(e) of ``alone`` divided by the sum over all parts.  Powers of small
+independent errors add up, so a share is what the part adds.  ``restored`` includes interactions: it
+rises by 10 log10(1 / (1 - share)) if the errors are independent.
 
-A run that differs from an earlier one in block k only starts at block k.  ``restored`` runs take
-the candidate through the rest of the network, which is slow where halves are emulated: in a large
+A run that differs from an earlier one only in block k starts at block k.  ``restored`` runs the
+candidate through the rest of the network, which is slow where float16 is emulated: in a large
 network only the blocks and the parts with the largest shares are restored.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
@@ -30,20 +30,20 @@ from clipdeploy.core.progress import SILENT, Progress
 from clipdeploy.tuning.chain import Chain, Tensor
 from clipdeploy.tuning.segments import Segment
 from clipdeploy.verification.metrics import Fidelity, FidelityMeter
+from exporters.metrics import BROKEN_DB, ratio_db
 
-__all__ = ["BROKEN_DB", "Batch", "BlockError", "Measurement", "PartError", "measure"]
+__all__ = ["Batch", "BlockError", "Measurement", "PartError", "measure"]
 
 Labels = NDArray[np.int64]
 
-# Stands for an output that is not finite: JSON has no infinity, and null is "no error".
-BROKEN_DB = -999.0
-# Up to so many parts all are restored, the demo's 32 among them; of more, these.
+# Networks with at most _FEW_PARTS parts (the demo has 32) have all parts restored, larger ones the
+# _RESTORED_PARTS with the largest shares.
 _FEW_PARTS, _RESTORED_PARTS = 40, 12
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images as the reference takes them, (B, ...), and their labels (B,) if there are any."""
+    """Images in the reference's input format, (B, ...), and their labels (B,), None without."""
 
     images: Tensor
     labels: Labels | None
@@ -51,13 +51,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class PartError:
-    """One switch: a Linear, ``patch_embed``, ``head`` or what lies between a block's Linears.
+    """Errors of one part: a Linear, ``patch_embed``, ``head`` or a block's remaining nodes.
 
-    dB as in the module's docstring, None where there is no error at all and ``BROKEN_DB`` where
-    there is no finite output.  ``alone_drop`` and ``restored_drop`` are points of top-1 lost
-    against the reference in the two runs, or percent of answers changed without labels; ``cost``
-    is what restoring it gives back.  The last two, and ``restored_db``, are None where the part
-    was not restored.
+    dB as in the module docstring: None without any error, ``BROKEN_DB`` if the output is not
+    finite.  ``alone_drop`` and ``restored_drop``: points of top-1 lost against the reference in the
+    two runs, or percent of answers changed if there are no labels.  ``cost``: what restoring the
+    part gains.  ``restored_db``, ``restored_drop`` and ``cost`` are None if it was not restored.
     """
 
     name: str
@@ -73,7 +72,7 @@ class PartError:
 
 @dataclass(frozen=True)
 class BlockError:
-    """A segment as a whole; see :class:`PartError`.  ``grown_db`` is of its output."""
+    """Errors of a whole segment, see :class:`PartError`; ``grown_db`` is that of its output."""
 
     name: str
     grown_db: float | None
@@ -85,7 +84,7 @@ class BlockError:
 
 @dataclass(frozen=True)
 class Measurement:
-    """All that was measured over ``images``; ``fidelity`` is of the candidate as a whole."""
+    """All errors over ``images`` images; ``fidelity`` is that of the whole candidate."""
 
     images: int
     fidelity: Fidelity
@@ -104,7 +103,7 @@ def lost_points(fidelity: Fidelity) -> float:
 
 
 class _Power:
-    """Signal and error of a tensor, summed over batches."""
+    """Power of a tensor and of its error, summed over batches."""
 
     def __init__(self) -> None:
         self._signal = self._error = 0.0
@@ -115,19 +114,17 @@ class _Power:
 
     @property
     def db(self) -> float | None:
-        if not math.isfinite(self._error):
-            return BROKEN_DB
-        return 10 * math.log10(self._signal / self._error) if self._error > 0 else None
+        return ratio_db(self._signal, self._error)
 
 
 def _groups(segment: Segment) -> dict[str, frozenset[str]]:
-    """What is switched together: each switch by itself, then the segment as a whole."""
+    """Sets of switches to measure: each switch alone, then all switches of the segment."""
     groups = {switch: frozenset((switch,)) for switch in segment.switches}
     return groups | {segment.name: frozenset(segment.switches)}
 
 
 class _Runs:
-    """A meter for each run of the network, and one for each tensor that is compared."""
+    """One meter for each run of the network and for each compared tensor."""
 
     def __init__(self, chain: Chain) -> None:
         self._chain = chain
@@ -138,8 +135,22 @@ class _Runs:
         self.grown = {segment.name: _Power() for segment in chain.segments}
         self.own = {key: _Power() for key in keys}
 
+    @property
+    def count(self) -> int:
+        """Number of evaluations of each batch, over both passes."""
+        return len(self.alone) + len(self._blocks) + self._restored_parts
+
+    @property
+    def _blocks(self) -> list[str]:
+        return [segment.name for segment in self._chain.segments]
+
+    @property
+    def _restored_parts(self) -> int:
+        parts = len(self.alone.keys() - set(self._blocks))
+        return parts if len(self.alone) <= _FEW_PARTS else min(parts, _RESTORED_PARTS)
+
     def add(self, batch: Batch, advance: Callable[[int], None]) -> None:
-        """The runs of one batch with the reference but for one part."""
+        """Evaluate one batch with each part alone from the candidate."""
         chain = self._chain
         reference = [batch.images, *chain.run(batch.images, ())]
         candidate = [batch.images, *chain.run(batch.images, chain.everything)]
@@ -157,22 +168,22 @@ class _Runs:
                 advance(1)
 
     def to_restore(self) -> tuple[str, ...]:
-        """The blocks, and the parts that are worth it."""
-        blocks = [segment.name for segment in self._chain.segments]
+        """The blocks, and the parts with the largest shares."""
+        blocks = self._blocks
         powers = {key: _power(meter.result()) for key, meter in self.alone.items()}
         parts = sorted((key for key in powers if key not in blocks), key=lambda key: -powers[key])
-        return (*blocks, *(parts if len(powers) <= _FEW_PARTS else parts[:_RESTORED_PARTS]))
+        return (*blocks, *parts[: self._restored_parts])
 
     def restore(
-        self, batch: Batch, wanted: Collection[str], advance: Callable[[int], None]
+        self, batch: Batch, chosen: Collection[str], advance: Callable[[int], None]
     ) -> None:
-        """The runs of one batch with the candidate but for one part of those ``wanted``."""
+        """Evaluate one batch of the candidate with each of ``chosen`` from the reference."""
         chain = self._chain
         candidate = [batch.images, *chain.run(batch.images, chain.everything)]
         logits = chain.run(batch.images, ())[-1]
         for index, segment in enumerate(chain.segments):
             for key, switches in _groups(segment).items():
-                if key not in wanted:
+                if key not in chosen:
                     continue
                 left = chain.step(index, candidate[index], chain.everything - switches)
                 left = chain.rest(left, chain.everything, index)
@@ -184,21 +195,21 @@ class _Runs:
 def measure(
     chain: Chain, batches: Iterable[Batch], count: int, progress: Progress = SILENT
 ) -> Measurement:
-    """Run everything over ``count`` batches of images, which are held in memory.
+    """Measure all errors over ``count`` batches of images, which are kept in memory.
 
     Raises:
-        GraphError: ONNX Runtime fails inside a graph.
+        GraphError: ONNX Runtime fails to run a segment.
     """
     runs = _Runs(chain)
     held = []
-    with progress.task("bisect: each part alone", count * len(runs.alone)) as advance:
+    # One task for both passes: the remaining time is known from the first evaluation on.
+    with progress.task("bisect", count * runs.count) as advance:
         for batch in batches:
             runs.add(batch, advance)
             held.append(batch)
-    wanted = runs.to_restore()
-    with progress.task("bisect: parts restored", count * len(wanted)) as advance:
+        chosen = runs.to_restore()
         for batch in held:
-            runs.restore(batch, wanted, advance)
+            runs.restore(batch, chosen, advance)
     images = sum(len(batch.images) for batch in held)
     alone = {key: meter.result() for key, meter in runs.alone.items()}
     restored = {key: meter.result() for key, meter in runs.restored.items()}
@@ -244,11 +255,11 @@ def _restored(found: Fidelity | None, whole: Fidelity) -> dict[str, float | None
 
 
 def error_db(fidelity: Fidelity) -> float | None:
-    """The logits' signal over error in dB: None without error, ``BROKEN_DB`` if not finite."""
+    """SQNR of the logits in dB: None without error, ``BROKEN_DB`` if they are not finite."""
     return fidelity.sqnr_db if fidelity.finite else BROKEN_DB
 
 
 def _power(fidelity: Fidelity) -> float:
-    """The logits' error over their signal; what is not finite counts as a thousand signals."""
+    """Error power of the logits relative to their signal; 1000 if they are not finite."""
     db = error_db(fidelity)
     return 0.0 if db is None else 10 ** (-max(db, -30.0) / 10)

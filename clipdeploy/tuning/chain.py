@@ -1,4 +1,4 @@
-"""The network as a chain of sessions, each part of it the reference's or a candidate's."""
+"""Runs a network segment by segment, with each part from the reference or from a candidate."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Tensor = NDArray[Any]
 
 
 class Chain:
-    """Reference and candidate, switchable a part at a time; a session for each segment.
+    """ONNX Runtime sessions of all segments, whose parts switch between two graphs.
 
-    Images (B, ...) enter the first segment as the graphs take them, tokens (B, N, C) go from one to
-    the next, and logits (B, classes) leave the last.
+    The first segment takes images (B, ...) in the graphs' input format, segments exchange tokens
+    (B, N, C), and the last returns logits (B, classes).
 
     Raises:
-        GraphError: the two do not have the same names.
-        FileError: one cannot be read, or a file of its weights.
+        GraphError: the graphs do not have the same tensor names.
+        FileError: a graph or a file of its weights cannot be read.
     """
 
     def __init__(
@@ -60,18 +60,18 @@ class Chain:
         ]
 
     def step(self, index: int, x: Tensor, on: Collection[str]) -> Tensor:
-        """Segment ``index`` on ``x``, the switches of ``on`` at the candidate."""
+        """Output of segment ``index`` for ``x``, with the switches ``on`` set to the candidate."""
         return self.parts(index, x, on, [self.segments[index].output])[0]
 
     def parts(
         self, index: int, x: Tensor, on: Collection[str], outputs: Sequence[str]
     ) -> list[Tensor]:
-        """:meth:`step`, and the tensors inside the segment that ``outputs`` names."""
+        """As :meth:`step`, but return the segment's tensors named in ``outputs``."""
         switches = {switch_input(s): np.asarray(s in on) for s in self.segments[index].switches}
         return self._sessions[index].run(x, switches, outputs)
 
     def run(self, x: Tensor, on: Collection[str], first: int = 0) -> list[Tensor]:
-        """What leaves each segment from ``first`` on; ``x`` enters it."""
+        """Outputs of all segments from ``first`` on, whose input is ``x``."""
         outputs = []
         for index in range(first, len(self.segments)):
             x = self.step(index, x, on)
@@ -79,25 +79,28 @@ class Chain:
         return outputs
 
     def rest(self, x: Tensor, on: Collection[str], index: int) -> Tensor:
-        """The logits, from what left segment ``index``."""
+        """The logits (B, classes), computed from the output ``x`` of segment ``index``."""
         return self.run(x, on, index + 1)[-1] if index + 1 < len(self.segments) else x
 
     def weight_shape(self, name: str) -> tuple[int, int]:
         """(Cin, Cout) of a Linear.
 
         Raises:
-            GraphError: its weight is no constant.
+            GraphError: its weight is not a constant.
         """
         weight = self.reference.constant(self.reference.product(name)[0].input[1])
         if weight is None:
-            raise GraphError(f"{name} of {self.reference.name} has no constant weight")
+            raise GraphError(
+                f"{name} of {self.reference.name} has no constant weight",
+                hint="use a graph that `clipdeploy export` wrote",
+            )
         return int(weight.shape[0]), int(weight.shape[1])
 
     def single(self, name: str) -> tuple[OnnxSession, str]:
-        """A session of the Linear ``name`` alone, from its own input, and its switch's name.
+        """A session that runs only the Linear ``name``, and the name of its switch input.
 
         Raises:
-            GraphError: the two graphs do not feed it the same tensor.
+            GraphError: the Linear reads different tensors in the two graphs.
         """
         tensor = find_tap(self.reference, name).tensor
         segment = Segment(name, tensor, (Part(name, name),))

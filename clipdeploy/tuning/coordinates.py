@@ -1,26 +1,26 @@
-"""Where a ViT's graph is cut, and how a candidate's foldings are found again.
+"""Cuts a ViT's graph into segments, and finds the coordinates that smoothing gave a candidate.
 
-Segments: the stem (image to the first block's input), each block, the head.  A block's parts are
-its four Linears, each with the LayerNorm or the Sub before it, and what lies between them:
+Segments are the stem (image to the first block's input), each block, and the head.  A block's parts
+are its four Linears, each with the LayerNorm or Sub before it, and the nodes between them:
 
     x ── norm1, qkv ── attention ── proj ── + ── norm2, fc1 ── GELU ── fc2 ── +
 
-A candidate that was smoothed holds the same function in other coordinates (:mod:`calibration.
-smoothing`).  For qkv and fc1 these lie inside the part.  V's cross from qkv's part to proj's:
+A smoothed candidate computes the same function in other coordinates (:mod:`calibration.smoothing`).
+Those of qkv and fc1 stay inside the part.  Those of V pass from qkv's part to proj's:
 
     v_candidate = (v - m) / s        per channel
 
-s and m are found from both weights: with W' = diag(s1) W the reference's qkv weight in the
-candidate's coordinates (s1 and m1 are read off the two LayerNorms, exactly),
+s and m follow from both weights.  With W' = diag(s1) W, the reference's qkv weight in the
+candidate's coordinates (s1 and m1 are the exact ratios of the two LayerNorms),
 
     W_candidate[:, v_c] = W'[:, v_c] / s[c]        columns of V in qkv
     P_candidate[c, :]   = s[c] P[c, :]             rows of proj
     m[c] = b[v_c] + m1 W[:, v_c] - s[c] b_candidate[v_c]
 
-Each of the first two is a regression without noise in its regressor; their logarithms are joined,
-weighed by the inverse of their variance, so that a damaged weight has little to say.  If the two
-disagree by a common factor, a scale of one of them is wrong: the one whose factors have their
-geometric mean nearer to 1, as smoothing leaves them, is believed.
+Each of the first two is a regression whose regressor has no noise.  The logarithms of the two
+estimates are averaged, weighted by inverse variance, so that a damaged weight counts little.  If
+the estimates differ by a common factor, one of them has a wrong scale: the estimate with the
+geometric mean nearer to 1 is used, because smoothing normalises it to 1.
 """
 
 from __future__ import annotations
@@ -35,31 +35,26 @@ from calibration.policy import HEAD, PATCH, LinearSite, find_linears
 from clipdeploy.core.errors import GraphError
 from clipdeploy.tuning.segments import Bridge, GraphSource, Part, Segment
 
-__all__ = ["find_bridges", "find_segments", "linear_output", "rest_of", "weight_pair"]
+__all__ = ["find_bridges", "find_segments", "rest_of", "weight_pair"]
 
 F64 = NDArray[np.float64]
-# Two scales that a common factor of less than this lies between agree.
+# Two estimates agree if their common factor is below this.
 _AGREE = 1.5
 
 
-def linear_output(site: LinearSite) -> str:
-    """The tensor that a Linear of an FP32 graph gives, its bias added."""
-    value = site.matmul.outputs[0]
-    return (value.consumers()[0].outputs[0] if site.bias is not None else value).name or ""
-
-
-def _only_consumer(site: LinearSite) -> str:
-    tensor = linear_output(site)
-    node = site.matmul.outputs[0]
-    value = node.consumers()[0].outputs[0] if site.bias is not None else node
-    adds = [consumer for consumer in value.consumers() if consumer.op_type == "Add"]
+def _residual_sum(site: LinearSite) -> str:
+    """The sum of a Linear's output and the residual stream."""
+    adds = [consumer for consumer in site.output.consumers() if consumer.op_type == "Add"]
     if len(adds) != 1:
-        raise GraphError(f"{tensor} is not added to the residual stream")
+        raise GraphError(
+            f"{site.output.name} is not added to the residual stream",
+            hint="use a graph that `clipdeploy export` wrote",
+        )
     return adds[0].outputs[0].name or ""
 
 
 def rest_of(block: int) -> str:
-    """The switch of what lies between a block's Linears."""
+    """The switch of the nodes between a block's Linears."""
     return f"blocks.{block}.rest"
 
 
@@ -67,7 +62,7 @@ def find_segments(model: ir.Model) -> list[Segment]:
     """The segments of an FP32 graph, from its image to its logits.
 
     Raises:
-        GraphError: it was not exported by clipdeploy.
+        GraphError: clipdeploy did not export the graph.
     """
     sites = {site.name: site for site in find_linears(model)}
     depth = 1 + max(site.block for site in sites.values())
@@ -79,14 +74,14 @@ def find_segments(model: ir.Model) -> list[Segment]:
         roles = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
         qkv, proj, fc1, fc2 = (sites[f"blocks.{block}.{role}"] for role in roles)
         parts = (
-            Part(qkv.name, linear_output(qkv)),
+            Part(qkv.name, qkv.output.name or ""),
             Part(rest, proj.activation.name or ""),
-            Part(proj.name, linear_output(proj)),
-            Part(rest, _only_consumer(proj)),
-            Part(fc1.name, linear_output(fc1)),
+            Part(proj.name, proj.output.name or ""),
+            Part(rest, _residual_sum(proj)),
+            Part(fc1.name, fc1.output.name or ""),
             Part(rest, fc2.activation.name or ""),
-            Part(fc2.name, linear_output(fc2)),
-            Part(rest, _only_consumer(fc2)),
+            Part(fc2.name, fc2.output.name or ""),
+            Part(rest, _residual_sum(fc2)),
         )
         segments.append(Segment(f"blocks.{block}", border, parts))
         border = segments[-1].output
@@ -97,12 +92,15 @@ def find_segments(model: ir.Model) -> list[Segment]:
 def _stem_output(qkv: LinearSite) -> str:
     norm = qkv.activation.producer()
     if norm is None or norm.op_type != "LayerNormalization" or norm.inputs[0] is None:
-        raise GraphError(f"{qkv.name} does not read a LayerNormalization")
+        raise GraphError(
+            f"{qkv.name} does not read a LayerNormalization",
+            hint="use a graph that `clipdeploy export` wrote",
+        )
     return norm.inputs[0].name or ""
 
 
 def _weight(source: GraphSource, name: str) -> F64:
-    """A Linear's weight as it acts, (Cin, Cout), int8 dequantised."""
+    """A Linear's weight (Cin, Cout), int8 dequantised."""
     found = source.constant(_matmul(source, name)[1])
     if found is None:
         raise GraphError(f"{name} of {source.name} has no constant weight")
@@ -124,7 +122,7 @@ def _bias(source: GraphSource, name: str) -> F64:
 
 
 def _norm(source: GraphSource, name: str) -> tuple[F64, F64] | None:
-    """Gain and offset of the LayerNorm that a Linear reads, None if it reads something else."""
+    """Gain and offset of the LayerNorm that a Linear reads; None if it reads another node."""
     tensor = _matmul(source, name)[0]
     while (node := source.producer(tensor)) is not None:
         if node.op_type == "LayerNormalization":
@@ -141,7 +139,7 @@ def _norm(source: GraphSource, name: str) -> tuple[F64, F64] | None:
 def input_folding(
     reference: GraphSource, candidate: GraphSource, name: str
 ) -> tuple[F64, F64] | None:
-    """Scale and shift, (C,) each, that were folded into ``name``'s LayerNorm; None without one."""
+    """Scale and shift (C,) folded into the LayerNorm before ``name``; None without a LayerNorm."""
     ours, theirs = _norm(candidate, name), _norm(reference, name)
     if ours is None or theirs is None:
         return None
@@ -153,12 +151,12 @@ def input_folding(
 def weight_pair(
     reference: GraphSource, candidate: GraphSource, bridges: Mapping[str, Bridge], name: str
 ) -> tuple[F64, F64]:
-    """A Linear's weight (Cin, Cout) as the candidate should have it, and as it has it.
+    """A Linear's weights (Cin, Cout) in the candidate's coordinates: the expected, the actual.
 
     ``bridges`` are those of :func:`find_bridges`.
 
     Raises:
-        GraphError: a graph has no such Linear, or no constant weight of it.
+        GraphError: a graph has no such Linear, or its weight is not a constant.
     """
     expected, found = _weight(reference, name), _weight(candidate, name)
     if name.endswith("attn.proj"):
@@ -179,12 +177,12 @@ def _slopes(regressor: F64, found: F64, axis: int) -> tuple[F64, F64]:
     rest = found - np.expand_dims(slope, axis) * regressor
     variance = (rest**2).mean(axis=axis) / power
     slope = np.where(slope > 0, slope, np.nan)
-    # What float16 does to a weight is the least that is uncertain about any of them.
+    # float16 rounding of a weight is the lowest possible uncertainty.
     return slope, variance / slope**2 + 1e-9
 
 
 def _join(one: F64, one_var: F64, other: F64, other_var: F64) -> F64:
-    """Two estimates of log s, (C,) each, NaN where there is none."""
+    """Combine two estimates of log s, (C,) each; NaN marks a missing value."""
     apart = float(np.nanmedian(one - other)) if np.isfinite(one - other).any() else 0.0
     if abs(apart) > np.log(_AGREE):
         if abs(np.nanmean(one)) < abs(np.nanmean(other)):
@@ -203,7 +201,7 @@ def _join(one: F64, one_var: F64, other: F64, other_var: F64) -> F64:
 def _value_bridge(
     reference: GraphSource, candidate: GraphSource, block: int
 ) -> tuple[Bridge, Bridge]:
-    """The coordinates of qkv's output and of proj's input."""
+    """The bridges of qkv's output and of proj's input."""
     qkv, proj = f"blocks.{block}.attn.qkv", f"blocks.{block}.attn.proj"
     weight, found = _weight(reference, qkv), _weight(candidate, qkv)
     width = weight.shape[1] // 3
@@ -227,10 +225,10 @@ def _f32(*parts: F64) -> NDArray[np.float32]:
 def find_bridges(
     reference: GraphSource, candidate: GraphSource, segments: list[Segment]
 ) -> dict[str, Bridge]:
-    """The tensors between parts that the candidate keeps in other coordinates.
+    """Bridges by the name of the tensor that the candidate stores in other coordinates.
 
     Raises:
-        GraphError: a Linear is not there, or has no constant weight.
+        GraphError: a Linear is missing, or its weight is not a constant.
     """
     bridges = {}
     for segment in segments:

@@ -1,21 +1,21 @@
-"""What a Linear costs in INT8 and in FP16: the model that the search minimises.
+"""Estimates or measures the cost of each Linear in INT8 and FP16, which the search minimises.
 
-Counted, where nothing was measured:
+Cost model ``macs``, in FP16 MACs:
 
-    cost = MACs / rate + bytes * balance             in MACs of FP16
+    cost = MACs / rate + bytes * balance
 
-with B images at once, N tokens and a weight of Cin x Cout,
+with batch size B, N tokens and a weight of Cin x Cout,
 
     MACs  = B N Cin Cout                    rate    = 1 for FP16, 2 for INT8
     bytes = Cin Cout w + B N (Cin w + 2 Cout)       w = 2 for FP16, 1 for INT8
     balance = 76 MACs a byte
 
-INT8 tensor cores do twice the operations of FP16 ones and read half the bytes.  The balance is that
-of an A100 80GB (NVIDIA's data sheet: 312 TFLOPS dense FP16, which are 156 TMAC/s, and 2.04 TB/s).
-Both terms are added, as if nothing overlapped.
+INT8 tensor cores perform twice the operations of FP16 ones and read half the bytes.  The balance is
+that of an A100 80GB (NVIDIA's data sheet: 312 TFLOPS dense FP16, which is 156 TMAC/s, and
+2.04 TB/s).  The terms are added: compute and memory traffic are assumed not to overlap.
 
-Measured: each kind of Linear in both precisions on ONNX Runtime's CPU provider, in turns; the
-median of the rounds counts, in microseconds.
+Cost model ``cpu``: median time in microseconds of each kind of Linear on ONNX Runtime's CPU
+provider, INT8 and FP32 in alternation.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _ROUNDS = 9
 
 @dataclass(frozen=True)
 class LinearCost:
-    """``macs`` of one image; ``half`` and ``int8`` in the unit of the model."""
+    """``macs`` of one image; ``half`` and ``int8``: costs in the unit of the cost model."""
 
     macs: int
     half: float
@@ -47,13 +47,13 @@ class LinearCost:
 
     @property
     def gain(self) -> float:
-        """What INT8 saves."""
+        """Cost that INT8 saves."""
         return self.half - self.int8
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Costs of every Linear, and how they were found."""
+    """Costs of all Linears, and the unit and batch size that they apply to."""
 
     kind: CostKind
     unit: str
@@ -62,25 +62,25 @@ class CostModel:
 
     @property
     def order(self) -> tuple[str, ...]:
-        """The Linears, in the order of the network."""
+        """Names of the Linears in network order."""
         return tuple(self.linears)
 
     def total(self, int8: frozenset[str]) -> float:
-        """The cost of all Linears with those of ``int8`` quantised."""
+        """The cost of all Linears if those in ``int8`` are quantised."""
         return sum(c.int8 if name in int8 else c.half for name, c in self.linears.items())
 
     def relative(self, int8: frozenset[str]) -> float:
-        """:meth:`total` over that of no Linear quantised."""
+        """:meth:`total` divided by the cost of all Linears in FP16."""
         return self.total(int8) / self.total(frozenset())
 
     def int8_macs(self, int8: frozenset[str]) -> float:
-        """The share of the Linears' MACs that runs in INT8."""
+        """Share of the Linears' MACs that run in INT8, from 0 to 1."""
         every = sum(cost.macs for cost in self.linears.values())
         return sum(self.linears[name].macs for name in int8) / every
 
 
 def linear_shapes(chain: Chain, image: Tensor) -> dict[str, tuple[int, int, int]]:
-    """Tokens, Cin and Cout of every Linear, from one image (1, ...)."""
+    """Tokens, Cin and Cout of each Linear, found by running one image (1, ...)."""
     shapes = {}
     x = image
     for index, segment in enumerate(chain.segments):
@@ -105,7 +105,7 @@ def _counted(tokens: int, cin: int, cout: int, batch: int) -> LinearCost:
 
 
 def counted_costs(shapes: Mapping[str, tuple[int, int, int]], batch: int) -> CostModel:
-    """MACs and bytes of every Linear."""
+    """Cost model ``macs``: count the MACs and bytes of each Linear."""
     linears = {name: _counted(*shape, batch) for name, shape in shapes.items()}
     return CostModel("macs", "FP16 MACs", batch, linears)
 
@@ -113,7 +113,7 @@ def counted_costs(shapes: Mapping[str, tuple[int, int, int]], batch: int) -> Cos
 def measured_costs(
     chain: Chain, shapes: Mapping[str, tuple[int, int, int]], batch: int
 ) -> CostModel:
-    """Each kind of Linear timed on this machine's CPU; equal shapes are timed once."""
+    """Cost model ``cpu``: time each kind and shape of Linear once on this machine's CPU."""
     known: dict[tuple[str, tuple[int, int, int]], tuple[float, float]] = {}
     linears = {}
     for name, shape in shapes.items():

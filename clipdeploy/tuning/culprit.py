@@ -1,19 +1,18 @@
-"""Which parts stand out, and what about them can be seen.
+"""Finds the parts whose error is an outlier, and reports the likely cause.
 
-A Linear stands out if both hold:
+A Linear is an outlier if both conditions hold:
 
-* its own error is out of line with the other Linears': more than ``_OUT_OF_LINE`` robust standard
-  deviations (1.4826 times the median absolute deviation, Iglewicz & Hoaglin 1993) above their
-  median in dB.  3.5 is their usual bound for one value; with up to 48 Linears, and errors in dB
-  that have longer tails than a normal distribution, 6 leaves healthy models alone.  Linears of one
-  network differ by a dB or so where each is as good as INT8 allows: no deviation below 1 dB is
-  believed.
-* it matters: its share of the logits' error is at least a quarter, so that restoring it gains
-  10 log10(1 / (1 - 1/4)) = 1.2 dB or more.
+* Its own error exceeds the median of all Linears by more than ``_OUTLIER`` robust standard
+  deviations in dB (1.4826 times the median absolute deviation; Iglewicz & Hoaglin 1993).  Their
+  usual bound for one value is 3.5.  With up to 48 Linears, and errors in dB whose tails are longer
+  than a normal distribution's, 6 gives no false alarm on healthy models.  The Linears of a healthy
+  network differ by about 1 dB, so the deviation is taken to be at least 1 dB.
+* Its share of the logits' error is at least a quarter, so that restoring it gains at least
+  10 log10(1 / (1 - 1/4)) = 1.2 dB.
 
-What lies between the Linears is held against its like in the other blocks.  ``patch_embed`` and
-``head`` have no like: they stand out with nine tenths of the error, so that restoring one gains
-10 dB.
+The nodes between the Linears of a block are compared with those of the other blocks.
+``patch_embed`` and ``head`` have no peers: they are outliers if they cause nine tenths of the
+error, so that restoring one gains 10 dB.
 """
 
 from __future__ import annotations
@@ -28,22 +27,24 @@ from clipdeploy.tuning.linears import LinearFacts
 
 __all__ = ["Culprit", "find_culprits", "verdict"]
 
-_OUT_OF_LINE = 6.0
+_OUTLIER = 6.0
 _LEAST_SPREAD_DB = 1.0
 _SHARE, _SHARE_WITHOUT_PEERS = 0.25, 0.9
-# Beyond this an error cannot be told from that of the comparison itself, float32's.
+# Errors beyond this are float32 rounding of the comparison itself.
 _NO_ERROR_DB = 120.0
 
-# What makes a sentence: a weight further from the reference's than the median Linear's, a range
-# that cuts off so much, a channel so far above the median channel.
+# Thresholds for naming a cause: dB of the weight below the median Linear's, share of clipped input
+# values, largest channel over the median channel.
 _WEIGHT_DB, _CLIPPED, _PEAK = 10.0, 0.01, 10.0
 
 
 @dataclass(frozen=True)
 class Culprit:
-    """A part that stands out, what restoring it gives back, and why, as far as can be seen.
+    """A part whose error is an outlier.
 
-    ``deviations`` is None for a part that has no peers.
+    ``deviations``: robust standard deviations above the median, None for a part without peers.
+    ``cost`` and ``gain_db``: points of top-1 and dB that restoring it gains.  ``reason``: the
+    likely cause, empty if unknown.
     """
 
     name: str
@@ -59,7 +60,7 @@ def _db(value: float | None) -> float:
 
 
 def _deviations(parts: Sequence[PartError]) -> dict[str, float]:
-    """How many robust standard deviations each part's own error lies above its peers' median."""
+    """Robust standard deviations of each part's own error above the median of ``parts``."""
     own = np.asarray([_db(part.own_db) for part in parts])
     median = float(np.median(own))
     spread = max(1.4826 * float(np.median(np.abs(own - median))), _LEAST_SPREAD_DB)
@@ -69,7 +70,7 @@ def _deviations(parts: Sequence[PartError]) -> dict[str, float]:
     }
 
 
-def _stand_out(parts: Sequence[PartError]) -> list[tuple[PartError, float | None]]:
+def _outliers(parts: Sequence[PartError]) -> list[tuple[PartError, float | None]]:
     rest = [part for part in parts if part.name.endswith(".rest")]
     single = [part for part in parts if part.name == part.block]
     linears = [part for part in parts if part not in rest and part not in single]
@@ -81,13 +82,13 @@ def _stand_out(parts: Sequence[PartError]) -> list[tuple[PartError, float | None
         found += [
             (part, deviations[part.name])
             for part in peers
-            if deviations[part.name] > _OUT_OF_LINE and part.share >= _SHARE
+            if deviations[part.name] > _OUTLIER and part.share >= _SHARE
         ]
     return sorted(found, key=lambda item: -item[0].share)
 
 
 def find_culprits(measured: Measurement, facts: Mapping[str, LinearFacts]) -> tuple[Culprit, ...]:
-    """The parts that stand out, the worst first."""
+    """The parts whose error is an outlier, largest share first."""
     whole = measured.fidelity.sqnr_db
     return tuple(
         Culprit(
@@ -98,7 +99,7 @@ def find_culprits(measured: Measurement, facts: Mapping[str, LinearFacts]) -> tu
             gain_db=None if whole is None else _db(part.restored_db) - whole,
             reason=_reason(part.name, facts),
         )
-        for part, deviations in _stand_out(measured.parts)
+        for part, deviations in _outliers(measured.parts)
     )
 
 
@@ -127,15 +128,15 @@ def _reason(name: str, facts: Mapping[str, LinearFacts]) -> str:
 
 
 def verdict(measured: Measurement, culprits: Sequence[Culprit], *, labelled: bool) -> str:
-    """The finding in one plain sentence for each culprit, or one that says there is none."""
+    """One sentence for each culprit, or one that there is none."""
     whole = measured.fidelity
     if whole.sqnr_db is None and whole.finite:
-        return "Nothing to find: the logits are equal to the reference's."
+        return "No error: the logits equal the reference's."
     if not culprits:
         worst = max(measured.parts, key=lambda part: part.share)
         return (
-            f"No block stands out: {_loss(measured, labelled)}, and {worst.name}, the largest "
-            f"part, adds {100 * worst.share:.0f} % of the error."
+            f"No block stands out: {_loss(measured, labelled)}; the largest part, {worst.name}, "
+            f"adds {100 * worst.share:.0f} % of the error."
         )
     return " ".join(_sentence(measured, culprit, labelled) for culprit in culprits)
 

@@ -1,4 +1,4 @@
-"""Bisections and searches as pictures."""
+"""Draws bisections and searches with matplotlib."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 __all__ = ["draw_bisection", "draw_front"]
 
 _ROLES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "rest")
-# Errors beyond this are float32's own; what is equal is drawn as this.
+# Errors beyond this are float32 rounding; equal tensors are drawn with this value.
 _EQUAL_DB = 120.0
 
 
 def draw_bisection(result: Bisection, *, titled: bool = True) -> Figure:
-    """A heat map, a row a block and a column a Linear, beside the error as it grows.
+    """Draw a heat map of blocks and Linears beside a curve of the error after each block.
 
-    A cell's colour and number are the logits' dB with that Linear alone as in the candidate; the
-    worse, the darker.  Those that stand out are framed.  ``titled`` puts the finding on top.
+    A cell's colour and number are the SQNR of the logits in dB with only that Linear from the
+    candidate; darker is worse.  Culprits are framed.  ``titled`` adds the finding as a title.
     """
     from matplotlib.figure import Figure
 
@@ -37,8 +37,8 @@ def draw_bisection(result: Bisection, *, titled: bool = True) -> Figure:
     curve.plot([db for _, db in grown], range(len(grown)), color="#0072B2", marker="o")
     curve.set_yticks(range(len(grown)), [name for name, _ in grown])
     curve.invert_yaxis()
-    curve.set_xlabel("signal over error, dB")
-    curve.set_title("behind each block, all of it", fontsize=10)
+    curve.set_xlabel("SQNR, dB")
+    curve.set_title("output of each block, whole candidate", fontsize=10)
     curve.grid(color="0.9", linewidth=0.8)
     curve.spines[["top", "right"]].set_visible(False)
     if titled:
@@ -60,20 +60,20 @@ def _heat_map(axes: Axes, result: Bisection, blocks: list[str]) -> None:
     for (row, column), value in np.ndenumerate(values):
         colour = "white" if value < middle else "black"
         axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
-    standing = {culprit.name for culprit in result.culprits}
+    culprits = {culprit.name for culprit in result.culprits}
     for row, block in enumerate(blocks):
         for column, role in enumerate(_ROLES):
-            if f"{block}.{role}" in standing:
+            if f"{block}.{role}" in culprits:
                 corner = (column - 0.5, row - 0.5)
                 axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="#56B4E9", lw=3))
     axes.set_xticks(range(len(_ROLES)), [role.rpartition(".")[2] for role in _ROLES])
     axes.set_yticks(range(len(blocks)), blocks)
-    axes.set_title("logits' signal over error, this part alone, dB", fontsize=10)
+    axes.set_title("SQNR of the logits with this part alone, dB", fontsize=10)
     axes.figure.colorbar(image, ax=axes)
 
 
 def draw_front(result: SearchResult) -> Figure:
-    """Every combination that was evaluated, drop over cost; the front, the choice and its twins."""
+    """Plot drop over cost of all evaluated combinations, with the front and the choice."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")

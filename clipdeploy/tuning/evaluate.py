@@ -1,19 +1,20 @@
-"""Combinations of one plan on the search images, each evaluated once and kept.
+"""Evaluates combinations of INT8 Linears on the search images, each once, and saves the results.
 
-Of many combinations one is chosen because few images were lost, and partly that was luck: fresh
-images would lose more.  So the counts are held against what the error's size lets expect.  Image i
-has the margin m[i] between its label's logit and the largest other one, in the reference, and s[i]
-is the root mean square of its logits' error.  A difference of two logits then has the error
-s sqrt(2), and the answer falls to the other side with probability
+The search picks a combination that lost few of the search images, partly by luck: it would lose
+more of fresh images.  The counts are therefore compared with expected counts, derived from the size
+of the error.  m[i] is the margin in image i's reference logits between its label and the largest
+other class, s[i] the root mean square of its logits' error.  A difference of two logits then has
+the error s sqrt(2), and the answer changes with probability
 
-    P[i] = Phi(-|m[i]| / (s[i] sqrt(2))),      sum over right images: lost, over wrong ones: gained
+    P[i] = Phi(-|m[i]| / (s[i] sqrt(2)))
 
-which moves smoothly with the error, where counts jump.  A combination is feasible if
+The sum over correct images is the expected number lost, over wrong images the expected number
+gained.  A combination is feasible if
 
-* its drop on the search images is proven to lie within the limit, and
-* nine times in ten it would be on fresh images too: with b the larger of lost and expected lost,
+* its drop on the search images is proven to be within the limit, and
+* it would be in nine of ten cases on fresh images: with b the larger of lost and expected lost, and
   c the smaller of gained and expected gained, both scaled to the number of fresh images,
-  b + 1.28 sqrt(b + c) lost and c gained still are within the limit.
+  b + 1.28 sqrt(b + c) lost and c gained are within the limit.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from clipdeploy.verification.paired import judge_drop
 
 __all__ = ["Counter", "Evaluator", "is_feasible"]
 
-# Images on which the error power of each Linear alone is measured: it is a ranking, no verdict.
+# Images for the error power of each Linear alone; it only ranks the Linears.
 _POWER_IMAGES = 64
 # The 90th percentile of a normal distribution, in standard deviations.
 _NINE_IN_TEN = 1.2816
@@ -47,14 +48,14 @@ _NINE_IN_TEN = 1.2816
 
 @dataclass
 class Counter:
-    """Counts and expectations over batches."""
+    """Counts lost and gained images over batches, and the expected numbers of both."""
 
     meter: FidelityMeter = field(default_factory=FidelityMeter)
     expected_lost: float = 0.0
     expected_gained: float = 0.0
 
     def add(self, logits: Tensor, reference: Tensor, labels: NDArray[np.int64]) -> None:
-        """One batch: logits and reference (B, K), labels (B,)."""
+        """Add a batch: logits and reference logits (B, K), labels (B,)."""
         self.meter.add(logits, reference, labels)
         ours, theirs = logits.astype(np.float64), reference.astype(np.float64)
         rows = np.arange(len(labels))
@@ -63,14 +64,14 @@ class Counter:
         others[rows, labels] = -np.inf
         margin = own - others.max(axis=1)
         size = np.sqrt(np.square(ours - theirs).mean(axis=1))
-        # erfc(x) / 2 is Phi(-x sqrt(2)); without any error nothing flips.
+        # erfc(x) / 2 = Phi(-x sqrt(2)); without any error no answer changes.
         ratios = np.abs(margin) / np.maximum(2 * size, 1e-30)
         flips = np.asarray([math.erfc(ratio) / 2 for ratio in ratios])
         self.expected_lost += float(flips[margin > 0].sum())
         self.expected_gained += float(flips[margin <= 0].sum())
 
     def result(self) -> Evaluation:
-        """All of it; logits that are not finite lose everything."""
+        """The sums so far; if any logits are not finite, all images count as lost."""
         found = self.meter.result()
         if not found.finite:
             return Evaluation(found.images, 0, found.images, error_db(found), found.images, 0.0)
@@ -85,7 +86,7 @@ class Counter:
 
 
 def is_feasible(found: Evaluation, fresh: int, max_drop: float) -> bool:
-    """Whether the drop lies within ``max_drop``, and would on ``fresh`` other images."""
+    """Whether the drop is within ``max_drop``, and would be on ``fresh`` other images."""
     if judge_drop(found.lost, found.gained, found.images, max_drop).verdict != "equivalent":
         return False
     scale = fresh / found.images
@@ -99,21 +100,21 @@ def is_feasible(found: Evaluation, fresh: int, max_drop: float) -> bool:
 
 
 class Evaluator:
-    """Runs combinations through a chain, and writes what it finds into the state at once."""
+    """Evaluates combinations with a chain; saves each result to the search state at once."""
 
     def __init__(
         self,
         chain: Chain,
         images: Sequence[Labelled],
         tensor: TensorSpec,
-        plan: str,
+        scheme: str,
         state: SearchState,
         path: Path,
         deadline: float | None,
         advance: Callable[[int], None],
     ) -> None:
         self._chain, self._images, self._tensor = chain, images, tensor
-        self._plan, self._state, self._path = plan, state, path
+        self._scheme, self._state, self._path = scheme, state, path
         self._deadline, self._advance = deadline, advance
         self._reference: list[Tensor] = []
 
@@ -122,12 +123,12 @@ class Evaluator:
             raise OutOfTimeError
 
     def power(self) -> dict[str, float]:
-        """Each Linear's error power at the logits, alone, relative to their signal.
+        """Error power of the logits relative to their signal, with one Linear quantised, by name.
 
         Raises:
-            OutOfTimeError: the budget is used up.
+            OutOfTimeError: the time budget is used up.
         """
-        known = self._state.power.setdefault(self._plan, {})
+        known = self._state.power.setdefault(self._scheme, {})
         for name in self._chain.linears:
             if name not in known:
                 self._check_time()
@@ -154,12 +155,12 @@ class Evaluator:
             left -= len(samples.crops)
 
     def evaluate(self, int8: frozenset[str]) -> Evaluation:
-        """The combination with ``int8`` quantised and all else the reference's.
+        """Evaluate the network with the Linears ``int8`` quantised.
 
         Raises:
-            OutOfTimeError: the budget is used up, and it is not known yet.
+            OutOfTimeError: the time budget is used up and the result is not saved yet.
         """
-        slot = self._state.slot(self._plan, int8)
+        slot = self._state.slot(self._scheme, int8)
         if slot not in self._state.evaluations:
             self._check_time()
             self._state.evaluations[slot] = self._run(int8)

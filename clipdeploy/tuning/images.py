@@ -1,4 +1,4 @@
-"""The images of a search: opened, split, decoded."""
+"""Opens, splits and decodes the images of a search."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from numpy.typing import NDArray
 
 from clipdeploy.core.errors import DatasetError, UsageError
 from clipdeploy.core.passport import Passport, Preprocess
-from clipdeploy.imaging import Crop, ImageFolder, Labelling, iter_crops
+from clipdeploy.imaging import ImageFolder, Labelling, iter_crops, stack_batches
 from clipdeploy.imaging.labelled import open_labelled
 from clipdeploy.tuning.search import SearchConfig
 from clipdeploy.tuning.splits import Split, hash_images, split_images
-from clipdeploy.verification.batches import mixed
+from clipdeploy.verification.batches import shuffled
 from clipdeploy.verification.leaks import Calibrated, refuse_leaks
 from clipdeploy.verification.paired import images_needed, judge_drop
 from exporters.samples import Samples
 
 __all__ = ["Labelled", "check_enough", "labelled_batches", "make_splits"]
 
-# Half of the images at most, and no more than these, are searched on if nobody says otherwise.
+# Default of ``search_images``: half of the images, but no more than this.
 _SEARCH_IMAGES = 1024
 
 Labelled = tuple[Samples, NDArray[np.int64]]
@@ -32,14 +32,14 @@ def _open(
 ) -> ImageFolder:
     if passport.weights.kind == "random":
         raise UsageError(
-            f"{passport.model} has random weights: it has no accuracy to keep",
-            hint="export it with a checkpoint",
+            f"{passport.model} has random weights, so it has no accuracy to preserve",
+            hint="export it again with a checkpoint",
         )
     images = open_labelled(data, passport, labelling, note)
     if not images.labelled:
         raise DatasetError(
-            f"{data} has images without labels: accuracy cannot be searched for",
-            hint="class folders, or a label file: --labels FILE",
+            f"{data} has images without labels; a search needs them to measure accuracy",
+            hint="put the images into class folders, or give a label file with --labels FILE",
         )
     return images
 
@@ -51,35 +51,35 @@ def make_splits(
     config: SearchConfig,
     note: Callable[[str], object] = lambda text: None,
 ) -> tuple[Split, Split]:
-    """The images to search on, and those to confirm on: the rest, or ``confirm``.
+    """The images to search on, and those to confirm on: the rest of ``data``, or ``confirm``.
 
-    ``note`` is told what is odd about them.
+    ``note`` is called with each irregularity of the images.
 
     Raises:
         UsageError: the model has random weights.
-        DatasetError: no labels, unreadable images, or none left to confirm on.
+        DatasetError: images without labels, unreadable images, or none left to confirm on.
     """
     images = _open(data, passport, config.labelling, note)
     hashes = hash_images(images)
     if confirm is not None:
         others = _open(confirm, passport, config.labelling, note)
         return Split(images, hashes), Split(others, hash_images(others))
-    wanted = config.search_images or min(len(set(hashes.values())) // 2, _SEARCH_IMAGES)
-    return split_images(images, hashes, wanted, config.seed)
+    count = config.search_images or min(len(set(hashes.values())) // 2, _SEARCH_IMAGES)
+    return split_images(images, hashes, count, config.seed)
 
 
 def check_enough(split: Split, config: SearchConfig, what: str) -> None:
-    """Refuse so few images that no result could ever be confirmed.
+    """Check that there are enough images to confirm a drop within ``max_drop``.
 
     Raises:
-        DatasetError: with the number that it takes.
+        DatasetError: too few; the message has the number needed.
     """
     count = len(split.images.entries)
     if judge_drop(0, 0, count, config.max_drop).verdict != "equivalent":
         needed = images_needed(0, 0, count, config.max_drop)
         raise DatasetError(
-            f"{count} images to {what} on cannot show a drop within {config.max_drop:g} points, "
-            f"not even of a perfect copy: {needed:,} can",
+            f"{count} images to {what} on are too few to prove a drop within "
+            f"{config.max_drop:g} points, even without any lost image: {needed:,} are needed",
             hint="give more images, or allow a larger --max-drop",
         )
 
@@ -87,22 +87,16 @@ def check_enough(split: Split, config: SearchConfig, what: str) -> None:
 def labelled_batches(
     split: Split, spec: Preprocess, batch: int, calibrated: Calibrated = Calibrated()
 ) -> Iterator[Labelled]:
-    """Decoded images, their classes mixed, and their labels (B,), ``batch`` at once.
+    """Decode images in an order that mixes classes; yield batches of images and labels (B,).
 
     Raises:
-        DatasetError: an image cannot be read, or has the pixels of one of ``calibrated``.
+        DatasetError: an image cannot be read, or has the same pixels as one of ``calibrated``.
     """
-    crops = []
-    for crop in iter_crops(mixed(split.images), spec):
-        refuse_leaks(calibrated.leaks([crop]))
-        crops.append(crop)
-        if len(crops) == batch:
-            yield _labelled(crops, spec)
-            crops = []
-    if crops:
-        yield _labelled(crops, spec)
 
+    def crops() -> Iterator[tuple[int | None, NDArray[np.uint8]]]:
+        for crop in iter_crops(shuffled(split.images), spec):
+            refuse_leaks(calibrated.leaks([crop]))
+            yield crop.entry.label, crop.pixels
 
-def _labelled(crops: list[Crop], spec: Preprocess) -> Labelled:
-    labels = np.asarray([crop.entry.label for crop in crops], np.int64)
-    return Samples(np.stack([crop.pixels for crop in crops]), spec), labels
+    for labels, pixels in stack_batches(crops(), batch):
+        yield Samples(pixels, spec), np.asarray(labels, np.int64)

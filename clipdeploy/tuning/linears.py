@@ -1,4 +1,4 @@
-"""What can be seen about each Linear of a candidate without comparing any output."""
+"""Inspects the input range and weight of each Linear of a candidate."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ import numpy as np
 from clipdeploy.tuning.chain import Chain
 from clipdeploy.tuning.coordinates import weight_pair
 from clipdeploy.tuning.taps import InputPeaks
+from exporters.metrics import sqnr_db
 
 __all__ = ["LinearFacts", "linear_facts"]
 
-# A channel within this factor of the largest one is one of the outliers.
+# A channel within this factor of the largest one counts as an outlier.
 _NEAR_THE_LARGEST = 2.0
 
 
 @dataclass(frozen=True)
 class LinearFacts:
-    """A Linear's input and weight, in the candidate's own coordinates.
+    """Facts about a Linear's input and weight, in the candidate's coordinates.
 
-    ``peak`` and ``median_peak``: |x| of the largest and of the median channel; ``outliers``: how
-    many come near the largest; ``clipped``: the share of values outside the range that ends at
-    ``limit``, None where the input is not quantised.  ``weight_db``: the reference's weight over
-    the difference, None where there is none; ``weight_ratio``: the candidate's norm over the
-    reference's; ``weight_levels``: how many int8 levels it uses, 0 if it is no int8.
+    ``peak`` and ``median_peak``: max |x| of the largest and of the median channel.  ``outliers``:
+    number of channels within a factor of two of the largest.  ``limit``: end of the input's range,
+    None if the input is not quantised; ``clipped``: share of values outside the range.
+    ``weight_db``: SQNR of the weight, None if it equals the reference's.  ``weight_ratio``: norm of
+    the candidate's weight over the reference's.  ``weight_levels``: number of int8 levels that the
+    weight uses, 0 if it is not int8.
     """
 
     name: str
@@ -40,14 +42,12 @@ class LinearFacts:
 
 
 def linear_facts(chain: Chain, name: str, peaks: InputPeaks) -> LinearFacts:
-    """The facts of the Linear ``name``.
+    """Inspect the Linear ``name``; ``peaks`` are those of its input.
 
     Raises:
         GraphError: a graph has no such Linear.
     """
     expected, found = weight_pair(chain.reference, chain.candidate, chain.bridges, name)
-    error = float(((found - expected) ** 2).sum())
-    signal = float((expected**2).sum())
     largest = float(peaks.peaks.max(initial=0.0))
     integers = chain.candidate.integers(name)
     return LinearFacts(
@@ -57,7 +57,7 @@ def linear_facts(chain: Chain, name: str, peaks: InputPeaks) -> LinearFacts:
         outliers=int((peaks.peaks * _NEAR_THE_LARGEST > largest).sum()),
         limit=peaks.limit if math.isfinite(peaks.limit) else None,
         clipped=peaks.clipped,
-        weight_db=10 * math.log10(signal / error) if error > 0 and signal > 0 else None,
+        weight_db=sqnr_db(expected, found),
         weight_ratio=float(np.linalg.norm(found)) / max(float(np.linalg.norm(expected)), 1e-30),
         weight_levels=0 if integers is None else len(np.unique(integers)),
     )

@@ -1,16 +1,16 @@
-"""Which Linears run in INT8: least cost with the accuracy kept.
+"""Chooses the Linears to run in INT8: the lowest cost that preserves the accuracy.
 
-A knapsack whose weights are guesses: quantised alone, Linear L adds the error power p[L] to the
-logits and saves g[L].  Small independent errors add up in power, so that sorting by p[L] / g[L]
-fills the knapsack of any size nearly as well as possible (Dantzig 1957, "Discrete-variable extremum
-problems").  Whether a combination keeps the accuracy is not guessed but evaluated:
+This is a knapsack problem with estimated weights: quantised alone, Linear L adds the error power
+p[L] to the logits and saves the cost g[L].  Powers of small independent errors add up, so a greedy
+choice in order of p[L] / g[L] is nearly optimal for a knapsack of any size (Dantzig 1957,
+"Discrete-variable extremum problems").  The accuracy of a combination is evaluated, not estimated:
 
-1. bisection for the longest beginning of that order that is feasible,
-2. each Linear left out is tried on top, the one that saves most first,
-3. each Linear left out is tried in place of one, or of the two noisiest, that save less together.
+1. Find the longest feasible prefix of that order by bisection.
+2. Try to add each remaining Linear, the largest saving first.
+3. Try to exchange each remaining Linear for one or two of the noisiest that save less.
 
-2 and 3 are repeated until neither helps.  The order of trials depends on p and g alone, so that the
-same figures give the same result.
+Steps 2 and 3 repeat until neither helps.  The order of trials depends on p and g only: the same
+values give the same result.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from itertools import combinations
 
 __all__ = ["OutOfTimeError", "cheapest"]
 
-# In place of one Linear left out, so many of the noisiest quantised ones are tried.
+# Number of the noisiest quantised Linears that step 3 tries to exchange.
 _SWAPPED = 4
 
 Combination = frozenset[str]
 
 
 class OutOfTimeError(Exception):
-    """Raised by ``feasible`` when no further evaluation may start."""
+    """Raised by ``feasible`` if the time budget is used up before an evaluation."""
 
 
 def cheapest(
@@ -35,17 +35,17 @@ def cheapest(
     gain: Mapping[str, float],
     feasible: Callable[[Combination], bool],
 ) -> tuple[Combination, bool]:
-    """The cheapest feasible combination that was found, and whether the search came to its end.
+    """Find the cheapest feasible combination; also return whether the search finished.
 
-    No Linear at all is taken for feasible.  ``power`` and ``gain`` are by Linear; one that saves
-    nothing is left out.
+    ``power`` and ``gain`` are by Linear; Linears that save nothing are never quantised.  The empty
+    combination is assumed to be feasible.
     """
     order = sorted(
         (name for name in power if gain[name] > 0), key=lambda n: (power[n] / gain[n], n)
     )
     best: Combination = frozenset()
     try:
-        for best in _beginnings(order, feasible):  # noqa: B007
+        for best in _prefixes(order, feasible):  # noqa: B007
             pass
         while (better := _improve(best, order, power, gain, feasible)) is not None:
             best = better
@@ -54,8 +54,8 @@ def cheapest(
     return best, True
 
 
-def _beginnings(order: list[str], feasible: Callable[[Combination], bool]) -> Iterator[Combination]:
-    """Ever longer feasible beginnings of ``order``."""
+def _prefixes(order: list[str], feasible: Callable[[Combination], bool]) -> Iterator[Combination]:
+    """Feasible prefixes of ``order``, each longer than the one before."""
     if feasible(frozenset(order)):
         yield frozenset(order)
         return
@@ -76,7 +76,7 @@ def _improve(
     gain: Mapping[str, float],
     feasible: Callable[[Combination], bool],
 ) -> Combination | None:
-    """The first feasible combination that costs less, None if no move leads to one."""
+    """The first feasible combination that costs less; None if no move finds one."""
     left = sorted((n for n in order if n not in best), key=lambda n: (-gain[n], power[n], n))
     for name in left:
         if feasible(best | {name}):

@@ -1,18 +1,20 @@
-"""The front of accuracy against cost."""
+"""Finds the Pareto front of accuracy against cost."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 __all__ = ["Candidate", "Evaluation", "pareto_front"]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A combination on the search images: those lost, those gained, of how many; logits' dB.
+    """Result of a combination on the search images.
 
-    ``expected_lost`` and ``expected_gained`` are what the size of its error lets expect, see
+    ``lost`` and ``gained``: images that only the reference, or only the combination, classifies
+    correctly.  ``sqnr_db``: SQNR of the logits in dB, None without error.  ``expected_lost`` and
+    ``expected_gained``: expected numbers for an error of this size, see
     :mod:`clipdeploy.tuning.evaluate`.
     """
 
@@ -31,9 +33,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A point: ``cost`` relative to all FP16, ``drop`` in points on the search images.
+    """An evaluated combination.
 
-    ``int8_macs``: share of the Linears' MACs in INT8; ``recipe``: the file that rebuilds it.
+    ``cost``: relative to all Linears in FP16.  ``int8_macs``: share of the Linears' MACs in INT8.
+    ``front``: whether it is on the Pareto front.  ``recipe``: path of the file to rebuild it with.
     """
 
     label: str
@@ -44,26 +47,25 @@ class Candidate:
     feasible: bool
     front: bool = False
     recipe: str = ""
-    plan: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def drop(self) -> float:
-        """See :class:`Evaluation`."""
+        """Points of top-1 lost against the reference on the search images."""
         return self.evaluation.drop
 
 
 def pareto_front(points: Iterable[Candidate]) -> list[Candidate]:
-    """The points that no other beats in both cost and drop, the cheapest first.
+    """The points that no other point beats in both cost and drop, cheapest first.
 
-    Of points that are equal in both, the one with the cleaner logits stays.
+    Of points with equal cost and drop, the one with the higher SQNR is kept.
     """
     front: list[Candidate] = []
-    for point in sorted(points, key=lambda p: (p.cost, p.drop, -_clean(p))):
+    for point in sorted(points, key=lambda p: (p.cost, p.drop, -_sqnr(p))):
         if not front or point.drop < front[-1].drop:
             front.append(point)
     return front
 
 
-def _clean(point: Candidate) -> float:
+def _sqnr(point: Candidate) -> float:
     db = point.evaluation.sqnr_db
     return float("inf") if db is None else db

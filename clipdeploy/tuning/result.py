@@ -1,4 +1,4 @@
-"""The result of a bisection."""
+"""The result of a bisection, and its table."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["Bisection", "bisection_table"]
 
 @dataclass(frozen=True)
 class Bisection(Shown):
-    """What was compared, the figures, and what they say.
+    """The compared graphs, the measured errors, and the finding.
 
-    ``labelled``: drops are points of top-1; otherwise they are percent of answers changed.
-    ``culprits`` stand out, worst first; ``sentence`` says it in words.
+    ``labelled``: whether drops are points of top-1; otherwise percent of answers changed.
+    ``culprits``: parts whose error is an outlier, worst first.  ``sentence``: the finding in words.
     """
 
     model: str
@@ -87,16 +87,17 @@ def _figures(part: PartError) -> tuple[str, ...]:
 
 
 def bisection_table(result: Bisection) -> Group:
-    """The finding first, then a row a block, then a row a Linear."""
+    """The finding, then a table of blocks, then a table of parts."""
     drop = "pts" if result.labelled else "%"
     whole = result.measured.fidelity
     heading = f"{result.candidate} against {result.reference}, {result.measured.images} images"
     loss = "points of top-1 lost" if result.labelled else "% of the answers changed"
-    total = f"all of it: {decibels(whole.sqnr_db)} dB, {result.measured.drop:.2f} {loss}"
+    total = f"whole graph: {decibels(whole.sqnr_db)} dB, {result.measured.drop:.2f} {loss}"
     legend = (
-        "own, alone, restored, grown: signal over error in dB, of its output or of the logits; "
-        "alone: only this as in the candidate; restored: only this as in the reference; "
-        "share: of the error of all parts alone; costs: what restoring it gives back"
+        "SQNR in dB: grown: output of the block, whole candidate; own: output of the part alone; "
+        "alone: logits with only this part from the candidate; restored: logits with only this "
+        "part from the reference; share: of the summed error of all parts alone; costs: what "
+        "restoring the part gains"
     )
     return Group(
         Text(heading),

@@ -1,4 +1,4 @@
-"""What a search is asked for, and what it answers."""
+"""The configuration of a search, its result, and its table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from calibration.plan import PlanConfig
+from calibration.scheme import SchemeConfig
 from clipdeploy.core.display import Renderable, Shown
 from clipdeploy.core.errors import UsageError
 from clipdeploy.core.spans import BATCH, BUDGET, IMAGES, SEARCHED_DROP, SEED, THREADS, check_numbers
@@ -27,15 +27,19 @@ __all__ = ["SearchConfig", "SearchResult", "search_table"]
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """``max_drop``: points of top-1 that may be lost; ``budget``: minutes, None for no limit.
+    """How to search.
 
-    ``search_images``: how many to search on, all others confirm; ``seed`` draws them.  ``cost``:
-    count MACs and bytes, or measure on this CPU; ``batch``: images at once that costs are for.
-    ``plan``: how Linears are quantised; other ranges and smoothing strengths are tried too where it
-    does not do, unless ``fixed_plan``.  ``labelling``: the classes of the images.
+    ``max_drop``: points of top-1 that may be lost.  ``budget``: minutes, None for no limit.
+    ``search_images``: number of images to search on, None for half of them, at most 1024; the
+    others confirm the result.  ``seed``: chooses the split.  ``cost``: ``macs`` counts MACs and
+    bytes, ``cpu`` times the Linears on this CPU.  ``batch``: batch size that costs apply to.
+    ``threads``: ONNX Runtime's, 0 for its default.  ``scheme``: how Linears are quantised; if it
+    loses too much accuracy, other ranges and smoothing strengths are tried, unless
+    ``fixed_scheme``.  ``remainder``: see :class:`calibration.qdq.QuantizeConfig`.  ``labelling``:
+    where the images' classes come from.
 
     Raises:
-        UsageError: a number or a cost model that cannot be.
+        UsageError: a number out of range, or an unknown cost model.
     """
 
     max_drop: float = 1.0
@@ -45,8 +49,8 @@ class SearchConfig:
     cost: Literal["macs", "cpu"] = "macs"
     batch: int = 8
     threads: int = 0
-    plan: PlanConfig = field(default_factory=PlanConfig)
-    fixed_plan: bool = False
+    scheme: SchemeConfig = field(default_factory=SchemeConfig)
+    fixed_scheme: bool = False
     remainder: Literal["fp16", "fp32"] = "fp16"
     labelling: Labelling = field(default_factory=Labelling)
 
@@ -61,17 +65,16 @@ class SearchConfig:
             threads=THREADS,
         )
         if self.cost not in ("macs", "cpu"):
-            raise UsageError(f"no cost model {self.cost!r}", hint="macs or cpu")
+            raise UsageError(f"unknown cost model {self.cost!r}", hint="choose macs or cpu")
 
 
 @dataclass(frozen=True)
 class SearchResult(Shown):
-    """The choice, what it rests on, and the front; a truth value: the fresh images confirm it.
+    """The chosen combination and its verdicts; true if the fresh images confirm it.
 
-    ``finished``: False if the budget ended the search early.  ``points``: every combination that
-    was evaluated; those on the front have recipes.  ``plan`` is the one that was chosen.
-    ``search`` and ``confirm`` are the verdicts on the two splits, both of the very graph that was
-    written.
+    ``excluded``: Linears in FP16.  ``points``: all evaluated combinations; those on the front have
+    recipes.  ``scheme``: the chosen scheme.  ``finished``: False if the budget ended the search
+    early.  ``search`` and ``confirm``: verdicts on the two splits, for the graph that was written.
     """
 
     model: str
@@ -80,7 +83,7 @@ class SearchResult(Shown):
     excluded: tuple[str, ...]
     points: tuple[Candidate, ...]
     costs: CostModel
-    plan: PlanConfig
+    scheme: SchemeConfig
     finished: bool
     evaluations: int
     search: DropJudgement
@@ -118,7 +121,7 @@ def _front(result: SearchResult) -> Table:
 
 
 def search_table(result: SearchResult) -> Group:
-    """The verdict first, then the front, then what was left out of INT8."""
+    """The verdict, then the front, then the Linears in FP16."""
     chosen, total = result.chosen, len(result.costs.linears)
     heading = (
         f"{result.model}: {len(chosen.int8)} of {total} Linears in INT8, "
@@ -128,14 +131,14 @@ def search_table(result: SearchResult) -> Group:
     lines = [
         f"searched on {result.search.n} images: {result.search.sentence}",
         f"fresh {result.confirm.n} images: {result.confirm.sentence}",
-        f"cost: {result.costs.unit}, batch {result.costs.batch}; ranges by {result.plan.label}; "
+        f"cost: {result.costs.unit}, batch {result.costs.batch}; ranges by {result.scheme.label}; "
         f"{result.evaluations} combination{'s' * (result.evaluations > 1)} evaluated",
         f"written: {result.artifact.path}",
         f"recipe: {result.recipe}",
     ]
     if not result.finished:
-        lines.append("the budget ended the search early: run it again to go on")
-    left = ", ".join(result.excluded)
+        lines.append("the budget ended the search early; run it again to continue")
+    fp16 = ", ".join(result.excluded)
     return Group(
         Text(heading),
         Text(verdict, style="bold green" if result.confirmed else "bold red"),
@@ -143,5 +146,5 @@ def search_table(result: SearchResult) -> Group:
         Text(""),
         _front(result),
         Text(""),
-        Text(f"left in FP16: {left}" if left else "all Linears in INT8"),
+        Text(f"in FP16: {fp16}" if fp16 else "all Linears in INT8"),
     )

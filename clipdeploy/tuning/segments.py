@@ -1,15 +1,15 @@
-"""Two graphs with the same names -> small graphs that can be either, one tensor at a time.
+"""Builds small graphs that compute each part from either of two graphs, chosen by switches.
 
-A segment is what lies between two tensors of a network, such as a block.  It is cut into parts,
-each the computation of one named tensor from earlier ones:
+A segment computes one tensor of a network from an earlier one, such as a block's output from its
+input.  It consists of parts, each of which computes one named tensor from earlier ones:
 
     input ── part ── part ── .. ── output          part = If(switch, candidate's nodes, reference's)
 
-Both branches are copied from their graphs as they stand, so that a segment with every switch on
-computes what the candidate does, and with every switch off what the reference does.  Tensors
-between parts are float32: a candidate's halves go there and back without loss.
+Both branches are unmodified copies of their graphs' nodes: with every switch on a segment computes
+what the candidate does, with every switch off what the reference does.  Both graphs must name their
+tensors alike.  Tensors between parts are float32, which holds float16 values exactly.
 
-Where the candidate keeps a tensor t in other coordinates, a bridge says which:
+If the candidate stores a tensor t in other coordinates, a bridge converts them:
 
     t_candidate = (t - shift) / scale
 """
@@ -35,7 +35,7 @@ _HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 @dataclass(frozen=True)
 class Part:
-    """The computation of the tensor ``output``; parts of one ``switch`` go together."""
+    """The nodes that compute the tensor ``output``; parts with one ``switch`` switch together."""
 
     switch: str
     output: str
@@ -43,7 +43,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Segment:
-    """What computes the last part's tensor from the tensor ``input``."""
+    """The parts that compute a tensor from the tensor ``input``, in topological order."""
 
     name: str
     input: str
@@ -51,21 +51,21 @@ class Segment:
 
     @property
     def output(self) -> str:
-        """The tensor that the next segment starts from."""
+        """The last part's tensor, which is the next segment's input."""
         return self.parts[-1].output
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The tensor of every part, the segment's own last."""
+        """The tensors of all parts; the last is :attr:`output`."""
         return tuple(part.output for part in self.parts)
 
     def first_output(self, switches: Collection[str]) -> str:
-        """The first tensor that one of ``switches`` changes."""
+        """The first tensor that depends on one of ``switches``."""
         return next(part.output for part in self.parts if part.switch in switches)
 
     @property
     def switches(self) -> tuple[str, ...]:
-        """Every switch, once, in the order of the network."""
+        """All switches without repeats, in topological order."""
         return tuple(dict.fromkeys(part.switch for part in self.parts))
 
 
@@ -78,7 +78,7 @@ class Bridge:
 
 
 class GraphSource:
-    """A graph to copy from: its nodes and constants by the names of their tensors."""
+    """A graph whose nodes and constants are looked up by tensor name."""
 
     def __init__(self, model: ModelProto, name: str) -> None:
         self.name = name
@@ -94,13 +94,13 @@ class GraphSource:
 
     @property
     def opset(self) -> int:
-        """The version of ONNX's own operators."""
+        """The opset version of the default ONNX domain."""
         ours = (o.version for o in self.model.opset_import if o.domain in ("", "ai.onnx"))
         return int(max(ours))
 
     @property
     def unsigned(self) -> bool:
-        """Whether activations are quantised to uint8, the dialect of ONNX Runtime's CPU kernels."""
+        """Whether activations are quantised to uint8, as for ONNX Runtime's CPU kernels."""
         return any(
             self.type_of(node.input[2]) == TensorProto.UINT8
             for node in self._nodes
@@ -108,7 +108,7 @@ class GraphSource:
         )
 
     def producer(self, tensor: str) -> NodeProto | None:
-        """The node that computes ``tensor``, None for an input or a constant."""
+        """The node that computes ``tensor``; None for an input or an initializer."""
         index = self._producers.get(tensor)
         return None if index is None else self._nodes[index]
 
@@ -116,12 +116,12 @@ class GraphSource:
         """The node that computes ``tensor``.
 
         Raises:
-            GraphError: there is none.
+            GraphError: no node does.
         """
         if (node := self.producer(tensor)) is None:
             raise GraphError(
                 f"{self.name} has no tensor {tensor}",
-                hint="both graphs have to be exported by clipdeploy, from the same model",
+                hint="compare graphs that clipdeploy exported from the same model",
             )
         return node
 
@@ -139,13 +139,13 @@ class GraphSource:
         return self.need(node.input[0]), self.constant(node.input[1])
 
     def type_of(self, tensor: str) -> int:
-        """The ONNX element type of ``tensor``, UNDEFINED where nothing says it."""
+        """The ONNX element type of ``tensor``; UNDEFINED if it is not declared."""
         if tensor in self._weights:
             return int(self._weights[tensor].data_type)
         return int(self._types.get(tensor, TensorProto.UNDEFINED))
 
     def constant(self, tensor: str) -> NDArray[np.float32] | None:
-        """A tensor that depends on no input, in its own shape, int8 dequantised; else None."""
+        """A constant tensor of any shape, int8 dequantised; None if it depends on an input."""
         if tensor in self._weights:
             return numpy_helper.to_array(self._weights[tensor]).astype(np.float32)
         node = self.producer(tensor)
@@ -171,10 +171,10 @@ class GraphSource:
     def branch(
         self, part: Part, known: Collection[str], bridges: Mapping[str, Bridge], prefix: str
     ) -> GraphProto:
-        """The nodes that compute ``part.output`` from tensors of ``known``, as an If's branch.
+        """The nodes that compute ``part.output`` from the tensors ``known``, as an If branch.
 
         Raises:
-            GraphError: it depends on anything else, or is not there.
+            GraphError: it depends on other inputs, or the graph has no such tensor.
         """
         needed: set[int] = set()
         weights: dict[str, TensorProto] = {}
@@ -246,7 +246,7 @@ class GraphSource:
 
 
 class _Names:
-    """What tensors of a graph are called inside a branch: no name may hide one outside."""
+    """Renames tensors inside a branch, whose names must not shadow outer ones."""
 
     def __init__(self, prefix: str, output: str) -> None:
         self.base = f"{prefix}/{output}"
@@ -255,22 +255,22 @@ class _Names:
         self._outside: dict[str, str] = {}
 
     def map(self, tensor: str, name: str) -> None:
-        """``tensor`` comes from outside, where it is called ``name``."""
+        """Map ``tensor`` to the outer tensor ``name``."""
         self._outside[tensor] = name
 
     def of(self, tensor: str) -> str:
-        """The new name of ``tensor``; an input left out stays so."""
+        """The name of ``tensor`` in the branch; an omitted optional input stays empty."""
         return self._outside.get(tensor, f"{self.base}//{tensor}") if tensor else ""
 
     def constant(self, name: str, array: NDArray[np.float32]) -> str:
-        """Add a constant to the branch."""
+        """Add a constant of any shape to the branch and return its full name."""
         full = f"{self.base}//bridge/{name}"
         if all(tensor.name != full for tensor in self.constants):
             self.constants.append(numpy_helper.from_array(array.astype(np.float32), full))
         return full
 
     def node(self, op: str, inputs: list[str], name: str, to: int | None = None) -> NodeProto:
-        """A node of the border."""
+        """A node that converts coordinates or types."""
         full = f"{self.base}//bridge/{name}"
         node = helper.make_node(op, inputs, [full], name=full)
         if to is not None:
@@ -278,7 +278,7 @@ class _Names:
         return node
 
     def renamed(self, node: NodeProto) -> NodeProto:
-        """A copy of ``node`` under the names of this branch."""
+        """A copy of ``node`` with this branch's names."""
         copied = NodeProto()
         copied.CopyFrom(node)
         copied.name = f"{self.base}//{node.name}"
@@ -300,7 +300,7 @@ def _dequantise(node: NodeProto, values: list[NDArray[np.float32]]) -> NDArray[n
 
 
 def switch_input(switch: str) -> str:
-    """The graph input that ``switch`` is, a bool scalar: true for the candidate."""
+    """Name of the graph input for ``switch``, a bool scalar that is true for the candidate."""
     return f"switch/{switch}"
 
 
@@ -310,17 +310,18 @@ def switchable(
     candidate: GraphSource,
     bridges: Mapping[str, Bridge] = {},
 ) -> bytes:
-    """``segment`` as a serialised model.
+    """Build ``segment`` as a serialised model.
 
-    Inputs are its tensor and a bool scalar for each switch, outputs the tensors of its parts.
+    Its inputs are the segment's input and a bool scalar for each switch, its outputs the tensors of
+    the parts.
 
     Raises:
-        GraphError: a graph lacks a tensor of the segment, or the two are of different opsets.
+        GraphError: a graph lacks a tensor of the segment, or their opsets differ.
     """
     if reference.opset != candidate.opset:
         raise GraphError(
             f"{reference.name} has opset {reference.opset}, {candidate.name} {candidate.opset}",
-            hint="make the candidate from this reference again",
+            hint="make the candidate again from this reference",
         )
     known = [segment.input]
     nodes = []
@@ -357,5 +358,5 @@ def switchable(
 
 
 def read_sources(paths: Sequence[tuple[str, bytes]]) -> list[GraphSource]:
-    """Serialised models by name."""
+    """Parse serialised models, given as (name, bytes)."""
     return [GraphSource(onnx.ModelProto.FromString(data), name) for name, data in paths]

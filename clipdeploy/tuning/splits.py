@@ -1,4 +1,4 @@
-"""Images to search on, and others to confirm on: disjoint by their bytes."""
+"""Splits images into a search set and a confirmation set that share no image, by SHA-256."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ __all__ = ["Split", "check_splits", "hash_images", "split_images"]
 
 @dataclass(frozen=True)
 class Split:
-    """Images and the SHA-256 of each, by its name."""
+    """Images, and the SHA-256 of each by name."""
 
     images: ImageFolder
     hashes: dict[str, str]
 
     @property
     def digest(self) -> str:
-        """One hash of all of them, whatever their names and order."""
+        """One hash of all images, independent of names and order."""
         return hashlib.sha256("".join(sorted(self.hashes.values())).encode()).hexdigest()
 
 
 def hash_images(images: ImageFolder) -> dict[str, str]:
-    """The SHA-256 of every image's bytes, by its name.
+    """The SHA-256 of each image's bytes, by name.
 
     Raises:
-        DatasetError: one cannot be read.
+        DatasetError: an image cannot be read.
     """
     reader = images.reader()
     try:
@@ -47,12 +47,12 @@ def hash_images(images: ImageFolder) -> dict[str, str]:
 def split_images(
     images: ImageFolder, hashes: Mapping[str, str], search: int, seed: int
 ) -> tuple[Split, Split]:
-    """``search`` images, and all others, drawn by ``seed``; both are spread over the classes.
+    """Choose ``search`` images with ``seed``, spread evenly over the classes; split off the rest.
 
-    An image that is there twice, by its bytes, counts once.
+    Copies of an image, by its bytes, count once.
 
     Raises:
-        DatasetError: not one image would be left to confirm on.
+        DatasetError: no image is left to confirm on.
     """
     groups: dict[int | None, list[ImageEntry]] = defaultdict(list)
     seen: set[str] = set()
@@ -62,15 +62,15 @@ def split_images(
             groups[entry.label].append(entry)
     if not 0 < search < len(seen):
         raise DatasetError(
-            f"{images.root} holds {len(seen)} different images: {search} to search on leave none "
+            f"{images.root} has {len(seen)} different images: {search} to search on leave none "
             "to confirm on"
             if search
-            else f"{images.root}: no image to search on",
-            hint="give more images, or fewer with --search-images",
+            else f"{images.root}: too few images to split",
+            hint="give more images, or search on fewer with --search-images",
         )
     generator = np.random.default_rng(seed)
     drawn = [[group[i] for i in generator.permutation(len(group))] for group in groups.values()]
-    # The first of every class, then the second: each split has its share of all of them.
+    # The first image of each class, then the second: both splits contain all classes.
     turns = [
         group[turn] for turn in range(max(map(len, drawn))) for group in drawn if turn < len(group)
     ]
@@ -84,22 +84,22 @@ def _split(images: ImageFolder, chosen: list[ImageEntry], hashes: Mapping[str, s
 
 
 def check_splits(search: Split, confirm: Split, calibrated: frozenset[str]) -> None:
-    """Refuse images that cannot judge: seen by the search, or by calibration.
+    """Check that no image is in both splits or was calibrated on.
 
     Raises:
-        DatasetError: an image of both splits, or one that was calibrated on.
+        DatasetError: an image is in both splits, or in ``calibrated``.
     """
     known = set(search.hashes.values())
     for name, digest in confirm.hashes.items():
         if digest in known:
             raise DatasetError(
-                f"{name} was searched on: it cannot confirm the result",
-                hint="confirm on images that the search never saw",
+                f"{name} was searched on, so it cannot confirm the result",
+                hint="confirm on images that the search did not use",
             )
     for split in (search, confirm):
         for name, digest in split.hashes.items():
             if digest in calibrated:
                 raise DatasetError(
-                    f"{name} was used for calibration: it cannot judge the result",
-                    hint="search on other images than those of calibrate",
+                    f"{name} was used for calibration, so it cannot judge the result",
+                    hint="search on images that `calibrate` did not use",
                 )

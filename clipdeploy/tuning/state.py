@@ -1,4 +1,4 @@
-"""What a search has found out so far, so that a killed one goes on where it was."""
+"""Saves the measurements of a search, so that an interrupted search resumes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ _SCHEMA = 1
 
 @dataclass
 class SearchState:
-    """``key``: everything that the figures depend on.
+    """Everything a search has measured.
 
-    ``costs``: the cost model; ``power``: by plan, each Linear's error power alone; ``evaluations``:
-    by plan and combination, see :meth:`slot`.
+    ``key``: hash of all inputs that the measurements depend on.  ``costs``: the cost model.
+    ``power``: by scheme, the error power of each Linear alone.  ``evaluations``: by scheme and
+    combination, see :meth:`slot`.
     """
 
     key: str
@@ -31,13 +32,13 @@ class SearchState:
     schema: int = _SCHEMA
 
     @staticmethod
-    def slot(plan: str, int8: frozenset[str]) -> str:
-        """Where the evaluation of a combination stands."""
-        return f"{plan}: {' '.join(sorted(int8))}"
+    def slot(scheme: str, int8: frozenset[str]) -> str:
+        """The key of a combination in ``evaluations``."""
+        return f"{scheme}: {' '.join(sorted(int8))}"
 
-    def of(self, plan: str) -> dict[frozenset[str], Evaluation]:
-        """Everything that was evaluated under one plan."""
-        prefix = self.slot(plan, frozenset())
+    def of(self, scheme: str) -> dict[frozenset[str], Evaluation]:
+        """All evaluations of one scheme, by combination."""
+        prefix = self.slot(scheme, frozenset())
         return {
             frozenset(slot.removeprefix(prefix).split()): found
             for slot, found in self.evaluations.items()
@@ -46,10 +47,10 @@ class SearchState:
 
 
 def load_state(path: Path, key: str) -> SearchState:
-    """The state at ``path`` if it is whole and of this search, else a new one.
+    """Load the state at ``path``; return a new one if it is missing, damaged or has another key.
 
     Raises:
-        FileError: it is there and cannot be opened.
+        FileError: the file exists and cannot be opened.
     """
     if not path.exists():
         return SearchState(key)
@@ -61,9 +62,9 @@ def load_state(path: Path, key: str) -> SearchState:
 
 
 def save_state(state: SearchState, path: Path) -> None:
-    """Write it; the file is whole at any time.
+    """Write the state atomically.
 
     Raises:
-        FileError: no permission, no space.
+        FileError: no permission, or no space.
     """
     write_atomic(path, to_json(state))

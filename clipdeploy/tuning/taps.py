@@ -1,4 +1,4 @@
-"""What a Linear really reads: the largest |x| of each channel, and how much its range cuts off.
+"""Measures the input of Linears: max |x| of each channel, and the share outside the int8 range.
 
 Both are reduced inside the graph, so that no activation is copied out.
 """
@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import TensorProto
 
-from clipdeploy.core.passport import BATCH_AXIS
 from clipdeploy.tuning.segments import GraphSource
+from exporters.initializers import add_initializer
 from exporters.session import OnnxSession
+from exporters.tapped import add_tap, free_batch, serialised
 
 __all__ = ["InputMeter", "InputPeaks", "Tap", "find_tap"]
 
@@ -24,9 +26,9 @@ _INTEGERS = {int(TensorProto.INT8): (-128, 127), int(TensorProto.UINT8): (0, 255
 
 @dataclass(frozen=True)
 class Tap:
-    """The tensor that a Linear reads before it is quantised, and the range of its levels.
+    """The input tensor of a Linear before quantisation, and its int8 range.
 
-    Without quantisation the range is infinite.
+    The range is infinite if the input is not quantised.
     """
 
     name: str
@@ -37,7 +39,11 @@ class Tap:
 
 @dataclass(frozen=True)
 class InputPeaks:
-    """``peaks`` (C,): each channel's largest |x|; ``clipped``: the share of values out of range."""
+    """Statistics of a Linear's input.
+
+    ``peaks`` (C,): max |x| of each channel.  ``clipped``: share of values outside the range.
+    ``limit``: the larger end of the range, infinite without quantisation.
+    """
 
     peaks: NDArray[np.float32]
     clipped: float
@@ -45,7 +51,7 @@ class InputPeaks:
 
 
 def find_tap(source: GraphSource, name: str) -> Tap:
-    """The tap of the Linear ``name``.
+    """Find the input tensor and range of the Linear ``name``.
 
     Raises:
         GraphError: the graph has no such Linear.
@@ -70,7 +76,7 @@ def find_tap(source: GraphSource, name: str) -> Tap:
 
 
 def _before_shift(source: GraphSource, tensor: str) -> tuple[str, float]:
-    """The tensor in front of the Sub that moves a one-sided input, and by how much it does."""
+    """The input and constant of the Sub that shifts a one-sided tensor; 0.0 without a Sub."""
     node = source.producer(tensor)
     shift = source.constant(node.input[1]) if node is not None and node.op_type == "Sub" else None
     if node is None or shift is None or shift.size != 1:
@@ -79,7 +85,7 @@ def _before_shift(source: GraphSource, tensor: str) -> tuple[str, float]:
 
 
 class InputMeter:
-    """Runs a graph and keeps what its Linears read, over all images."""
+    """Runs a graph on images and accumulates statistics of the inputs of its Linears."""
 
     def __init__(self, source: GraphSource, taps: Sequence[Tap], threads: int = 0) -> None:
         self._taps = tuple(taps)
@@ -94,7 +100,7 @@ class InputMeter:
         self._images = 0
 
     def add(self, images: NDArray[np.float32]) -> None:
-        """Run one batch of images (B, ...) as the graph takes them."""
+        """Run one batch of images (B, ...) in the graph's input format."""
         found = self._session.run(images, outputs=[_output(i) for i in range(2 * len(self._taps))])
         peaks = found[::2]
         if self._peaks:
@@ -104,7 +110,7 @@ class InputMeter:
         self._images += len(images)
 
     def result(self) -> dict[str, InputPeaks]:
-        """By the names of the taps."""
+        """The statistics so far, by the name of the Linear."""
         shares = self._clipped / max(self._images, 1)
         return {
             tap.name: InputPeaks(peaks, float(share), max(-tap.low, tap.high))
@@ -117,42 +123,32 @@ def _output(index: int) -> str:
 
 
 def _tapped(source: GraphSource, taps: Sequence[Tap]) -> bytes:
-    model = ModelProto()
-    model.CopyFrom(source.model)
-    graph = model.graph
-    # Any number of images, also through a graph that was exported for a fixed batch.
-    for value in (graph.input[0], graph.output[0]):
-        value.type.tensor_type.shape.dim[0].dim_param = BATCH_AXIS
-    del graph.value_info[:]
-    axes = numpy_helper.from_array(np.asarray([0, 1], np.int64), "tap/axes")
-    graph.initializer.append(axes)
+    """The graph with two outputs for each tap: the peaks (C,) and the clipped share ()."""
+    model = ir.from_proto(source.model)
+    free_batch(model)
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    axes = add_initializer(model.graph, "tap/axes", np.asarray([0, 1], np.int64))
     for index, tap in enumerate(taps):
         peak, share = _output(2 * index), _output(2 * index + 1)
-        low = numpy_helper.from_array(np.asarray(tap.low, np.float32), f"{peak}/low")
-        high = numpy_helper.from_array(np.asarray(tap.high, np.float32), f"{peak}/high")
-        graph.initializer.extend([low, high])
-        wide, size, under, over, out, ones = (f"{peak}/{i}" for i in range(6))
-        graph.node.extend(
-            [
-                helper.make_node("Cast", [tap.tensor], [wide], to=TensorProto.FLOAT),
-                helper.make_node("Abs", [wide], [size]),
-                _reduce("ReduceMax", size, peak, source.opset, per_channel=True),
-                helper.make_node("Less", [wide, low.name], [under]),
-                helper.make_node("Greater", [wide, high.name], [over]),
-                helper.make_node("Or", [under, over], [out]),
-                helper.make_node("Cast", [out], [ones], to=TensorProto.FLOAT),
-                _reduce("ReduceMean", ones, share, source.opset, per_channel=False),
-            ]
-        )
-        graph.output.extend(
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in (peak, share)
-        )
-    return bytes(model.SerializeToString())
+        low = add_initializer(model.graph, f"{peak}/low", np.asarray(tap.low, np.float32))
+        high = add_initializer(model.graph, f"{peak}/high", np.asarray(tap.high, np.float32))
+        wide = _cast(values[tap.tensor])
+        size = ir.node("Abs", wide.outputs)
+        under = ir.node("Less", [wide.outputs[0], low])
+        over = ir.node("Greater", [wide.outputs[0], high])
+        out = ir.node("Or", [under.outputs[0], over.outputs[0]])
+        ones = _cast(out.outputs[0])
+        add_tap(model, peak, [wide, size, _channel_max(size.outputs[0], axes, source.opset)])
+        mean = ir.node("ReduceMean", ones.outputs, {"keepdims": 0})
+        add_tap(model, share, [under, over, out, ones, mean])
+    return serialised(model)
 
 
-def _reduce(op: str, value: str, output: str, opset: int, *, per_channel: bool) -> NodeProto:
-    if not per_channel:
-        return helper.make_node(op, [value], [output], keepdims=0)
+def _cast(value: ir.Value) -> ir.Node:
+    return ir.node("Cast", [value], {"to": ir.DataType.FLOAT.value})
+
+
+def _channel_max(value: ir.Value, axes: ir.Value, opset: int) -> ir.Node:
     if opset < _FIRST_WITH_AXES_INPUT:
-        return helper.make_node(op, [value], [output], axes=[0, 1], keepdims=0)
-    return helper.make_node(op, [value, "tap/axes"], [output], keepdims=0)
+        return ir.node("ReduceMax", [value], {"axes": [0, 1], "keepdims": 0})
+    return ir.node("ReduceMax", [value, axes], {"keepdims": 0})

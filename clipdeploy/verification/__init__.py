@@ -1,1 +1,1 @@
-"""Artifacts against PyTorch: figures, the statistics of the drop, the verdict, its reports."""
+"""Compares artifacts with PyTorch: records, metrics, statistics of the drop, verdicts, reports."""

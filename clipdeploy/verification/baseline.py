@@ -1,9 +1,10 @@
-"""Is the reference itself as accurate as was published?  Else no verdict on an artifact means much.
+"""Checks that the reference itself reaches its published accuracy before artifacts are judged.
 
-An engine that agrees with PyTorch on wrongly prepared images, or on wrong labels, has proven
-nothing.  Of a sample, the published accuracy has to lie within Wilson's interval of what PyTorch
-reaches; so it does on a few images whatever PyTorch is, so that what the check can exclude is said
-with it.  On the whole validation set no chance is left: the two figures have to be the same.
+An engine that agrees with PyTorch on wrongly preprocessed images, or on wrong labels, proves
+nothing. On a sample, the published accuracy must be within Wilson's interval of the measured one.
+With few images it is within that interval whatever PyTorch does, so the result also states which
+deficit the check can exclude. On the whole validation set there is no sampling error: the two
+accuracies must be equal.
 """
 
 from __future__ import annotations
@@ -22,34 +23,34 @@ from clipdeploy.models import cards
 from clipdeploy.verification.paired import Interval, wilson_interval
 from clipdeploy.verification.records import Answer
 from clipdeploy.verification.result import Baseline, BaselineStatus
-from clipdeploy.verification.results import Question
+from clipdeploy.verification.results import RunKey
 
 __all__ = [
     "CONFIRMING",
     "Expected",
     "check_baseline",
     "excluded_deficit",
-    "is_hopeless",
     "passing_hits",
+    "rules_out_baseline",
     "whole_set_status",
 ]
 
-# Points. A check confirms only if it would have noticed a reference so much worse: on every card
-# of the zoo that takes one image of each of ImageNet's 1000 classes (4.7 to 5.4 points).
+# Points. A check confirms only if it detects a reference this much worse. On every card of the zoo
+# one image of each of ImageNet's 1000 classes is enough (4.7 to 5.4 points).
 CONFIRMING = 5.5
-# How surely it would have: 19 times in 20.
+# Probability of the detection: 19 in 20.
 _POWER = 0.95
-# A sound setup should not be held up once in twenty data sets; a wrong one is off by whole points.
+# At 95 % a correct setup would fail on one data set in twenty; a wrong one is off by whole points.
 _CONFIDENCE = 0.99
-# Enough to stop after a first look: no sound setup is that far out. The margin in points is for
-# accuracies near 100 %, where Wilson's interval promises too much.
-_HOPELESS, _HOPELESS_MARGIN = 0.999999, 2.0
-# Published figures have two decimals.
+# To stop after a first look; no correct setup is that far off. The margin in points is for
+# accuracies near 100 %, where Wilson's interval is too narrow.
+_RULED_OUT, _RULED_OUT_MARGIN = 0.999999, 2.0
+# Published accuracies have two decimals.
 _ROUNDING = 0.005
-# Points, 50 images of the whole set: other versions of decoder and kernels move some dozens of
-# images from one answer to another, about as many to the right one as away from it.
+# Points, 50 images of the whole set. Other versions of decoder and kernels change the answers to
+# some dozens of images, about as many to the right one as away from it.
 _DRIFT = 0.1
-# Of a sum of two decimals in float64; one image of the whole set is 0.002 points.
+# Float64 rounding of a sum of two decimals; one image of the whole set is 0.002 points.
 _TINY = 1e-9
 # ImageNet's validation set: https://www.image-net.org/challenges/LSVRC/2012/
 _CLASSES, _PER_CLASS = 1000, 50
@@ -57,12 +58,12 @@ _CLASSES, _PER_CLASS = 1000, 50
 
 @dataclass(frozen=True)
 class Expected:
-    """What PyTorch is to reach, in percent: the card's figures, the user's, or nothing at all.
+    """The accuracy that PyTorch should reach, in percent: the card's, the user's, or none.
 
     ``source`` is ``card``, ``user`` or ``none``.
 
     Raises:
-        UsageError: another source, or figures outside 0 to 100.
+        UsageError: the source is none of these, or a percentage is outside 0 to 100.
     """
 
     source: str = "card"
@@ -71,12 +72,14 @@ class Expected:
 
     def __post_init__(self) -> None:
         if self.source not in ("card", "user", "none"):
-            raise UsageError(f"no accuracy comes from {self.source!r}", hint="card, user or none")
+            raise UsageError(
+                f"{self.source!r} is not a source of an accuracy", hint="pass card, user or none"
+            )
         check_numbers(self, top1=ACCURACY.or_none, top5=ACCURACY.or_none)
 
     @classmethod
     def parse(cls, text: str) -> Expected:
-        """``card``, ``none``, ``TOP1`` or ``TOP1,TOP5``.
+        """Parse ``card``, ``none``, ``TOP1`` or ``TOP1,TOP5``.
 
         Raises:
             UsageError: something else.
@@ -84,41 +87,42 @@ class Expected:
         if text in ("card", "none"):
             return cls(text)
         try:
-            figures = [float(part) for part in text.split(",")]
+            percents = [float(part) for part in text.split(",")]
         except ValueError:
-            figures = []
-        if not 1 <= len(figures) <= 2 or not all(0 <= figure <= 100 for figure in figures):
+            percents = []
+        if not 1 <= len(percents) <= 2 or not all(0 <= each <= 100 for each in percents):
             raise UsageError(
-                f"--baseline {text!r} is no accuracy", hint="card, none, or percent: 86.02,97.76"
+                f"--baseline {text!r} is not an accuracy",
+                hint="pass card, none, or percent such as 86.02,97.76",
             )
-        return cls("user", figures[0], figures[1] if len(figures) == 2 else None)
+        return cls("user", percents[0], percents[1] if len(percents) == 2 else None)
 
 
-def _published(question: Question, expected: Expected) -> tuple[float | None, float | None]:
+def _published(run_key: RunKey, expected: Expected) -> tuple[float | None, float | None]:
     if expected.source != "card":
         return expected.top1, expected.top5
-    if _is_part(question):
+    if _is_part(run_key):
         return None, None
-    card = cards.find(question.model)
+    card = cards.find(run_key.model)
     own = tuple(name for name, _ in cards.class_names(card))
-    # A head with other classes is a fine-tune: nothing was published of it.
-    return (card.top1, card.top5) if question.class_names == own else (None, None)
+    # A head with other classes was fine-tuned: its accuracy is not published.
+    return (card.top1, card.top5) if run_key.class_names == own else (None, None)
 
 
-def _is_part(question: Question) -> bool:
-    """Whether the images are of so few classes that the published figure does not hold for them.
+def _is_part(run_key: RunKey) -> bool:
+    """Return whether the images cover too few classes to compare with the published accuracy.
 
     An accuracy p over K classes, of which m have no image, is between (K p - m) / (K - m) and
-    K p / (K - m) over the others: m / (K - m) apart.  Where that is less than what a check notices
-    the figure is compared all the same.
+    K p / (K - m) over the others: m / (K - m) apart. If that is less than the deficit that a check
+    detects, the published accuracy is compared all the same.
     """
-    present = question.partial_classes
-    return bool(present) and 100 * (question.classes - present) / present > CONFIRMING
+    present = run_key.partial_classes
+    return bool(present) and 100 * (run_key.classes - present) / present > CONFIRMING
 
 
 @dataclass(frozen=True)
-class _Figures:
-    """The published percent of top-1 and top-5, if any, and the intervals of what was found."""
+class _Comparison:
+    """The published top-1 and top-5 in percent, if any, and the measured intervals."""
 
     top1: float | None
     top5: float | None
@@ -133,10 +137,10 @@ class _Figures:
         )
 
 
-def _within(figure: float | None, interval: Interval) -> bool:
-    if figure is None:
+def _within(published: float | None, interval: Interval) -> bool:
+    if published is None:
         return True
-    return interval.low - _ROUNDING <= figure <= interval.high + _ROUNDING
+    return interval.low - _ROUNDING <= published <= interval.high + _ROUNDING
 
 
 def _intervals(answers: Sequence[Answer], confidence: float) -> tuple[Interval, Interval]:
@@ -147,18 +151,18 @@ def _intervals(answers: Sequence[Answer], confidence: float) -> tuple[Interval, 
     return one, five
 
 
-def is_hopeless(answers: Sequence[Answer], question: Question, expected: Expected) -> bool:
-    """Whether a first look at a sample rules out that the baseline will be confirmed."""
-    top1, _ = _published(question, expected)
+def rules_out_baseline(answers: Sequence[Answer], run_key: RunKey, expected: Expected) -> bool:
+    """Return whether a first look at a sample rules out that the baseline will be confirmed."""
+    top1, _ = _published(run_key, expected)
     if top1 is None:
         return False
-    return top1 > _intervals(answers, _HOPELESS)[0].high + _HOPELESS_MARGIN
+    return top1 > _intervals(answers, _RULED_OUT)[0].high + _RULED_OUT_MARGIN
 
 
 def passing_hits(published: float, n: int) -> tuple[int, int]:
-    """The fewest and the most right answers of ``n`` images that are not called a miss.
+    """Return the fewest and the most right answers of ``n`` images that are not a miss.
 
-    ``published`` is in percent.  The first is greater than the second if no number passes.
+    ``published`` is in percent. The first is greater than the second if no number passes.
 
     Raises:
         UsageError: ``n`` is less than 1.
@@ -174,16 +178,16 @@ def passing_hits(published: float, n: int) -> tuple[int, int]:
 
 
 def excluded_deficit(published: float, n: int) -> float | None:
-    """The smallest deficit, in points of top-1, that ``n`` images notice surely enough.
+    """Return the smallest deficit, in points of top-1, that ``n`` images detect with 95 % power.
 
-    Fewer than m right answers (``passing_hits``) are called a miss.  A reference that is d points
-    worse than the ``published`` percent is so called with probability
+    Fewer than m right answers (``passing_hits``) are a miss. A reference that is d points worse
+    than the ``published`` percentage is a miss with the exact probability
 
         P(X < m) = P(n - X > n - m),    X ~ Binomial(n, (published - d) / 100)
 
-    exactly; that grows with d, and the result is where it reaches 95 %.  None if it never does, as
-    no number of right answers is a miss.  Images drawn from a finite set without replacement vary
-    less: it then notices at least as surely.
+    which grows with d; the result is the d at which it reaches 95 %. None if it never does, because
+    no number of right answers is a miss. Images drawn without replacement from a finite set vary
+    less, so that the detection is at least as probable.
 
     Raises:
         UsageError: ``n`` is less than 1.
@@ -207,28 +211,28 @@ def excluded_deficit(published: float, n: int) -> float | None:
     return published - 100 * noticed
 
 
-def _is_whole(n: int, question: Question, expected: Expected, per_class: Sequence[int]) -> bool:
-    """Whether these are all images behind the card's figures, prepared as they were."""
-    even = len(per_class) == question.classes == _CLASSES and set(per_class) == {_PER_CLASS}
+def _is_whole(n: int, run_key: RunKey, expected: Expected, per_class: Sequence[int]) -> bool:
+    """Return whether these are all images of the card's published accuracy, prepared alike."""
+    even = len(per_class) == run_key.classes == _CLASSES and set(per_class) == {_PER_CLASS}
     return (
         expected.source == "card"
-        and question.recipe == Recipe()
+        and run_key.recipe == Recipe()
         and even
-        and n == question.images == _CLASSES * _PER_CLASS
+        and n == run_key.images == _CLASSES * _PER_CLASS
     )
 
 
 def whole_set_status(gap: float) -> BaselineStatus:
-    """What ``gap`` points between a figure and its published one mean where no chance is left."""
+    """Return the status for a difference of ``gap`` points on the whole validation set."""
     if gap <= _ROUNDING + _TINY:
         return "confirmed"
     return "unconfirmed" if gap <= _DRIFT + _TINY else "missed"
 
 
-def _of_the_whole(answers: Sequence[Answer], figures: _Figures) -> Baseline:
+def _of_the_whole(answers: Sequence[Answer], comparison: _Comparison) -> Baseline:
     pairs = [
         (k, 100 * sum(answer.right(k) for answer in answers) / len(answers), published)
-        for k, published in ((1, figures.top1), (5, figures.top5))
+        for k, published in ((1, comparison.top1), (5, comparison.top5))
         if published is not None
     ]
     gap = max(abs(found - published) for _, found, published in pairs)
@@ -239,64 +243,64 @@ def _of_the_whole(answers: Sequence[Answer], figures: _Figures) -> Baseline:
     status = whole_set_status(gap)
     noticed = f"a reference {_DRIFT:g} points worse would have been noticed"
     meaning = {
-        "confirmed": f"the same as rounded; {noticed}",
-        "unconfirmed": f"{gap:.3f} points apart: other versions of decoder and kernels move some "
-        f"dozens of images; {noticed}",
-        "missed": f"{gap:.3f} points apart, which no chance explains: these are not the images, "
-        "the preprocessing or the weights behind it",
+        "confirmed": f"equal after rounding; {noticed}",
+        "unconfirmed": f"{gap:.3f} points apart: other versions of decoder and kernels change some "
+        f"dozens of answers; {noticed}",
+        "missed": f"{gap:.3f} points apart, too far for chance: the images, the preprocessing or "
+        "the weights differ from the published ones",
     }
     sentence = f"PyTorch's {shown}, on the whole validation set; {meaning[status]}"
-    return figures.baseline(status, sentence, _DRIFT)
+    return comparison.baseline(status, sentence, _DRIFT)
 
 
 def _of_a_sample(
-    found: str, n: int, top1: float, figures: _Figures, whose: str, guessing: str
+    found: str, n: int, top1: float, comparison: _Comparison, source: str, guessing: str
 ) -> Baseline:
     excludes = excluded_deficit(top1, n)
-    shown = f"{found}, {top1:.2f} % {whose}"
-    if not _within(figures.top5, figures.five):
-        five = figures.five
+    shown = f"{found}, {top1:.2f} % {source}"
+    if not _within(comparison.top5, comparison.five):
+        five = comparison.five
         shown += (
             f"; of top-5 the 99 % interval is {five.low:.2f} to {five.high:.2f}, "
-            f"{figures.top5:.2f} % {whose}"
+            f"{comparison.top5:.2f} % {source}"
         )
-    # Rounded up, so that it is true.
+    # Rounded up: a smaller deficit is not excluded.
     worse = 0.0 if excludes is None else math.ceil(10 * excludes - _TINY) / 10
     noticed = f"a reference {worse:.1f} points worse would have been noticed 19 times in 20"
     if excludes is None:
-        noticed = "a worse reference could not have been noticed at all"
-    if not (_within(figures.top1, figures.one) and _within(figures.top5, figures.five)):
-        return figures.baseline("missed", f"{shown}; {noticed}", excludes)
+        noticed = "a worse reference would not have been noticed"
+    if not (_within(comparison.top1, comparison.one) and _within(comparison.top5, comparison.five)):
+        return comparison.baseline("missed", f"{shown}; {noticed}", excludes)
     if guessing:
-        return figures.baseline("unconfirmed", f"{shown}; {guessing}; {noticed}", excludes)
+        return comparison.baseline("unconfirmed", f"{shown}; {guessing}; {noticed}", excludes)
     if excludes is None or excludes > CONFIRMING:
         few = f"too few images to confirm it: {'only ' if excludes else ''}{noticed}"
-        return figures.baseline("unconfirmed", f"{shown}; {few}", excludes)
-    return figures.baseline("confirmed", f"{shown}; {noticed}", excludes)
+        return comparison.baseline("unconfirmed", f"{shown}; {few}", excludes)
+    return comparison.baseline("confirmed", f"{shown}; {noticed}", excludes)
 
 
 def check_baseline(
     answers: Sequence[Answer],
-    question: Question,
+    run_key: RunKey,
     expected: Expected = Expected(),
     *,
     per_class: Sequence[int] = (),
     different: Sequence[Answer] | None = None,
 ) -> Baseline:
-    """Hold PyTorch's answers, one an image, against what is expected of them.
+    """Compare PyTorch's answers, one per image, with the expected accuracy.
 
-    ``per_class`` counts the images of each class that has any, in any order.  50 in each of 1000
-    classes, all of them read and prepared as behind the published figures, are ImageNet's whole
-    validation set: then the figures have to be the same.  Left out, any set is a sample.
-    ``different`` are the answers without those of copies: in a sample a copy says nothing new, so
-    that only they count; the whole set is judged as it was published.  Left out, there is no copy.
+    ``per_class`` counts the images of each class that has any, in any order. 50 in each of 1000
+    classes, all of them read and preprocessed as for the published accuracy, are ImageNet's whole
+    validation set: the accuracies must be equal. Without it, any set is a sample. ``different`` are
+    the answers without those of copies; in a sample only they count, since a copy is no new
+    evidence, while the whole set is judged as published. Without it, there are no copies.
 
     Raises:
         UsageError: no answers.
     """
-    if question.random_weights or not question.labelled:
-        return Baseline("skipped", "accuracy means nothing here")
-    whole = _is_whole(len(answers), question, expected, per_class)
+    if run_key.random_weights or not run_key.labelled:
+        return Baseline("skipped", "random weights or no labels: there is no accuracy to compare")
+    whole = _is_whole(len(answers), run_key, expected, per_class)
     if different is not None and not whole:
         answers = different
     one, five = _intervals(answers, _CONFIDENCE)
@@ -305,31 +309,31 @@ def check_baseline(
         f"PyTorch's top-1 is {100 * hits / n:.2f} % of {n:,} image{'' if n == 1 else 's'} "
         f"(99 % interval {one.low:.2f} to {one.high:.2f})"
     )
-    figures = _Figures(*_published(question, expected), one, five)
-    guess, guessing = 100 / question.classes, ""
+    comparison = _Comparison(*_published(run_key, expected), one, five)
+    guess, guessing = 100 / run_key.classes, ""
     if one.low <= guess:
-        guessing = f"guessing among {question.classes:,} classes"
-        # Half of the way from guessing to perfection, where no accuracy was published.
-        if one.high + _ROUNDING < max(figures.top1 or 0.0, (100 + guess) / 2):
-            return figures.baseline(
+        guessing = f"guessing among {run_key.classes:,} classes"
+        # Without a published accuracy: half way from guessing to perfect.
+        if one.high + _ROUNDING < max(comparison.top1 or 0.0, (100 + guess) / 2):
+            return comparison.baseline(
                 "implausible",
-                f"{found}, which is {guessing}: the labels or the preprocessing are not the "
-                "model's",
+                f"{found}, no better than {guessing}: the labels or the preprocessing do not match "
+                "the model",
             )
-        guessing = f"too few images to tell it from {guessing}"
-    if figures.top1 is not None:
+        guessing = f"too few images to distinguish it from {guessing}"
+    if comparison.top1 is not None:
         if whole:
-            return _of_the_whole(answers, figures)
-        whose = "was published" if expected.source == "card" else "is expected"
-        return _of_a_sample(found, n, figures.top1, figures, whose, guessing)
+            return _of_the_whole(answers, comparison)
+        source = "was published" if expected.source == "card" else "is expected"
+        return _of_a_sample(found, n, comparison.top1, comparison, source, guessing)
     if guessing:
-        return figures.baseline("unconfirmed", f"{found}: {guessing}")
+        return comparison.baseline("unconfirmed", f"{found}: {guessing}")
     if expected.source == "none":
-        return figures.baseline("skipped", "the published accuracy was not looked at")
-    if _is_part(question):
-        return figures.baseline(
+        return comparison.baseline("skipped", "the published accuracy was not compared")
+    if _is_part(run_key):
+        return comparison.baseline(
             "unpublished",
-            f"{found}, of {question.partial_classes:,} of the {question.classes:,} classes; "
+            f"{found}, of {run_key.partial_classes:,} of the {run_key.classes:,} classes; "
             "the published accuracy is over all of them",
         )
-    return figures.baseline("unpublished", "no accuracy was published of these weights")
+    return comparison.baseline("unpublished", "no accuracy is published for these weights")

@@ -1,4 +1,4 @@
-"""The images in batches that are the same in every run, decoded ahead."""
+"""Decodes images ahead, in batches that are the same in every run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from clipdeploy.core.errors import DatasetError
 from clipdeploy.core.passport import Preprocess
-from clipdeploy.imaging import Crop, CropCache, ImageFolder, Reading, Skipped, iter_crops
+from clipdeploy.imaging import Crop, CropCache, ImageFolder, Skipped, iter_crops
 from clipdeploy.imaging.archives import ZipPlace
 from clipdeploy.imaging.crop_shards import NO_STAMP
 from clipdeploy.imaging.crops import Stamps
@@ -27,8 +27,8 @@ __all__ = [
     "digest_of_contents",
     "digest_of_entries",
     "digest_of_files",
-    "mixed",
     "prefetched",
+    "shuffled",
 ]
 
 T = TypeVar("T")
@@ -40,21 +40,21 @@ _SAMPLED = 64
 
 @dataclass(frozen=True)
 class DecodedBatch:
-    """The crops of one batch, and the names of those images that could not be read."""
+    """The crops of one batch, and the names of the images that could not be read."""
 
     number: int
     crops: tuple[Crop, ...]
     unreadable: tuple[str, ...]
 
     def samples(self, spec: Preprocess) -> Samples:
-        """The crops as input; there has to be one."""
+        """Return the crops as model input; there must be at least one."""
         return Samples(stack_crops([crop.pixels for crop in self.crops]), spec)
 
 
 def prefetched(items: Generator[T], depth: int = 2) -> Iterator[T]:
-    """The same items, made in a thread up to ``depth`` ahead of the consumer.
+    """Yield the same items, made in a thread up to ``depth`` ahead of the consumer.
 
-    NumPy and file reading leave the interpreter's lock, as ONNX Runtime does: the two overlap.
+    NumPy, file reading and ONNX Runtime release the GIL, so that producer and consumer overlap.
     """
     pool = ThreadPoolExecutor(1)
     try:
@@ -67,14 +67,14 @@ def prefetched(items: Generator[T], depth: int = 2) -> Iterator[T]:
         items.close()
 
 
-def mixed(images: ImageFolder) -> ImageFolder:
-    """The same images in the order in which they are verified: random, and always the same."""
+def shuffled(images: ImageFolder) -> ImageFolder:
+    """Return the images in the order of verification: random, and always the same."""
     order = np.random.default_rng(_ORDER_SEED).permutation(len(images.entries))
     return ImageFolder(images.root, tuple(images.entries[i] for i in order), images.origin)
 
 
 def digest_of_entries(images: ImageFolder) -> str:
-    """SHA-256 of names and classes in their order."""
+    """Return the SHA-256 of names and classes in order."""
     digest = hashlib.sha256()
     for entry in images.entries:
         digest.update(repr((entry.name, entry.label)).encode())
@@ -82,10 +82,10 @@ def digest_of_entries(images: ImageFolder) -> str:
 
 
 def digest_of_contents(images: ImageFolder) -> str:
-    """SHA-256 of all files' sizes (and CRC-32, in a zip) and of the bytes of 64 of them.
+    """Return the SHA-256 of all file sizes (and CRC-32, in a zip) and of the bytes of 64 files.
 
-    It is the same wherever the files lie, and tells sets of images with the same names apart
-    without reading them all.  The 64 are spread over the list.
+    It does not depend on the folder, and distinguishes image sets with the same names without
+    reading all files. The 64 are spread over the list.
     """
     digest = hashlib.sha256()
     for entry, size in zip(images.entries, file_sizes(images), strict=True):
@@ -95,7 +95,7 @@ def digest_of_contents(images: ImageFolder) -> str:
     try:
         step = max(1, len(images.entries) // _SAMPLED)
         for entry in images.entries[::step]:
-            with suppress(DatasetError):  # an unreadable file has the size that is known
+            with suppress(DatasetError):  # the size of an unreadable file is in the digest
                 data = reader.read(entry.name, entry.place)
                 digest.update(hashlib.sha256(data).digest())
     finally:
@@ -104,7 +104,7 @@ def digest_of_contents(images: ImageFolder) -> str:
 
 
 def digest_of_files(images: ImageFolder) -> str:
-    """A hash of the present state of all files; empty if one of them was changed just now."""
+    """Return a hash of the current state of all files; empty if one was changed just now."""
     stamps, digest = Stamps(images.root), hashlib.sha256()
     for entry in images.entries:
         stamp = stamps.of(entry.name)
@@ -123,15 +123,14 @@ def decoded_batches(
     skip_unreadable: bool = False,
     workers: int | None = None,
     cache: CropCache | None = None,
-    reading: Reading | None = None,
 ) -> Generator[DecodedBatch]:
-    """The batches with these ``numbers``, of at most ``size`` images, in order.
+    """Yield the batches with these ``numbers``, of at most ``size`` images, in order.
 
-    Batches are cut from the whole list: which images share one does not depend on ``numbers``.
-    An image that cannot be read leaves its batch smaller.
+    Batches are cut from the whole list: which images share a batch does not depend on ``numbers``.
+    An unreadable image makes its batch smaller.
 
     Raises:
-        DatasetError: an image that cannot be read, unless ``skip_unreadable``.
+        DatasetError: an image cannot be read, unless ``skip_unreadable``.
     """
     wanted = sorted(numbers)
     of_name = {entry.name: at // size for at, entry in enumerate(images.entries)}
@@ -143,7 +142,6 @@ def decoded_batches(
         skipped=skipped if skip_unreadable else None,
         workers=workers,
         cache=cache,
-        reading=reading,
     )
     held: dict[int, list[Crop]] = defaultdict(list)
     for crop in crops:

@@ -1,9 +1,9 @@
-"""Why does PyTorch miss its published accuracy?  The usual causes, tried out one at a time.
+"""Finds out why PyTorch misses its published accuracy, by trying the usual causes one at a time.
 
-Causes that lie in the input (resize, mean and std, order of the channels) or in the numerics are
-tried on a sample of the images, those that lie in the labels on the answers that are there.  The
-likely one is that with the largest gain, if the gain is no accident (McNemar's exact test) and more
-than half of what is missing.
+Causes in the input (resize, mean and std, channel order) or in the numerics are tried on a sample
+of the images, causes in the labels on the recorded answers. The likely cause is the one with the
+largest gain, if the gain is significant (McNemar's exact test) and more than half of what is
+missing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from clipdeploy.core.passport import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from clipdeploy.core.progress import SILENT, Progress
-from clipdeploy.imaging import ImageFolder, Skipped, iter_crops, select
+from clipdeploy.imaging import ImageFolder, Skipped, iter_crops, select, stack_batches
 from clipdeploy.models import cards
 from clipdeploy.models.load import LoadedModel, reload_model
 from clipdeploy.runners.torch import TorchRunner
@@ -31,9 +31,9 @@ __all__ = ["diagnose"]
 
 _SAMPLE = 256
 _BATCH = 16
-_ACCIDENT = 0.001
+_SIGNIFICANCE = 0.001
 _ANY_ORDER = "some other order of the classes"
-# Points: an order that is learnt fits whatever a simpler mistake in the labels explains.
+# Points: a learnt order also fits any simpler mistake in the labels.
 _HANDICAP = 5.0
 
 Right = NDArray[np.bool_]
@@ -43,7 +43,7 @@ Numerics = Literal["trained", "as-shipped"]
 
 @dataclass(frozen=True)
 class _Variant:
-    """One thing done differently."""
+    """A model and its preprocessing with one thing changed."""
 
     what: str
     mend: str
@@ -61,40 +61,32 @@ def _variants(model: LoadedModel, spec: Preprocess) -> Iterator[_Variant]:
         yield _Variant(f"resize as {other}", f"export with --resize {other}", model, changed)
     clip = spec.mean == CLIP_MEAN
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if clip else (CLIP_MEAN, CLIP_STD)
-    whose = "ImageNet's" if clip else "CLIP's"
+    origin = "ImageNet's" if clip else "CLIP's"
     numerics: Numerics = "as-shipped" if recipe.numerics == "trained" else "trained"
     mend = f"export with --numerics {numerics}"
-    yield _Variant(f"{whose} mean and std", mend, model, replace(spec, mean=mean, std=std))
+    yield _Variant(f"{origin} mean and std", mend, model, replace(spec, mean=mean, std=std))
     reloaded = reload_model(model.card, model.weights, replace(recipe, numerics=numerics))
     yield _Variant(f"LayerNorm eps and position grid {numerics}", mend, reloaded, spec)
     yield _Variant("red and blue exchanged", "the image files are BGR", model, spec, True)
 
 
 def _answers(variant: _Variant, images: ImageFolder) -> dict[str, int]:
-    """The first answer to each image that can be read."""
+    """Return the top-1 answer to each readable image."""
     runner = TorchRunner(variant.model.module, variant.spec)
+    order = slice(None, None, -1 if variant.swap_channels else 1)
+    crops = (
+        (crop.entry.name, crop.pixels[:, :, order])
+        for crop in iter_crops(images, variant.spec, skipped=Skipped())
+    )
     answers: dict[str, int] = {}
-    names: list[str] = []
-    crops: list[NDArray[np.uint8]] = []
-
-    def flush() -> None:
-        logits = runner(normalise(np.stack(crops), variant.spec))
+    for names, pixels in stack_batches(crops, _BATCH):
+        logits = runner(normalise(pixels, variant.spec))
         answers.update(zip(names, logits.argmax(axis=1).tolist(), strict=True))
-        names.clear()
-        crops.clear()
-
-    for crop in iter_crops(images, variant.spec, skipped=Skipped()):
-        names.append(crop.entry.name)
-        crops.append(crop.pixels[:, :, ::-1] if variant.swap_channels else crop.pixels)
-        if len(crops) == _BATCH:
-            flush()
-    if crops:
-        flush()
     return answers
 
 
 def _relabelled(classes: int, names: Sequence[str]) -> Mapping[str, tuple[str, Sequence[int]]]:
-    """Mistakes in the order of classes: what each written label would mean, and the mend."""
+    """Return mistakes in the order of classes: what each label would mean, and the remedy."""
     count = range(classes)
     orders: dict[str, tuple[str, Sequence[int]]] = {
         "labels counted from 1": ("subtract 1 from every label", [i - 1 for i in count]),
@@ -115,9 +107,9 @@ def _relabelled(classes: int, names: Sequence[str]) -> Mapping[str, tuple[str, S
 
 
 def _best_order(votes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """What each label means: one to one, the pairs of label and answer with most votes first.
+    """Return what each label means: one to one, the label-answer pairs with most votes first.
 
-    ``votes`` (K, K) counts the answers to the images of each label.  -1 where nobody voted.
+    ``votes`` (K, K) counts the answers to the images of each label.  -1 for a label without votes.
     """
     order = np.full(len(votes), -1, np.int64)
     free = np.ones(len(votes), bool)
@@ -131,7 +123,7 @@ def _best_order(votes: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _halves(records: Sequence[ImageRecord]) -> tuple[list[ImageRecord], list[ImageRecord]]:
-    """Every other image of each label."""
+    """Split the records: every other image of each label."""
     halves: tuple[list[ImageRecord], list[ImageRecord]] = ([], [])
     seen: Counter[int | None] = Counter()
     for record in records:
@@ -141,8 +133,11 @@ def _halves(records: Sequence[ImageRecord]) -> tuple[list[ImageRecord], list[Ima
 
 
 def _permutation(records: Sequence[ImageRecord], classes: int) -> tuple[Right, Right]:
-    """Whether the answers fit some other order of the classes: learnt on one half, tried on the
-    other, so that any gain is one; (before, after) on the second half."""
+    """Return whether the reference's answers are right before and after a learnt order of classes.
+
+    The order is learnt on one half of the records and applied to the other, whose (before, after)
+    are returned, so that a gain is not overfitting.
+    """
     learnt, tried = _halves(records)
     votes = np.zeros((classes, classes), np.int64)
     for record in learnt:
@@ -159,12 +154,12 @@ def _permutation(records: Sequence[ImageRecord], classes: int) -> tuple[Right, R
 def _cause(
     what: str, mend: str, before: Right, after: Right, published: float | None
 ) -> tuple[Cause, bool]:
-    """A cause, and whether it is likely: its gain is no accident, and most of what is missing."""
+    """Return a cause, and whether it is likely: a significant gain of most of what is missing."""
     if not len(after):
         return Cause(what, mend, 0.0, 0.0, 0), False
     top1, old = (100 * float(np.mean(right)) for right in (after, before))
     lost, gained = int((before & ~after).sum()), int((after & ~before).sum())
-    real = gained > lost and mcnemar_exact(lost, gained) < _ACCIDENT
+    real = gained > lost and mcnemar_exact(lost, gained) < _SIGNIFICANCE
     missing = (100.0 if published is None else published) - old
     return Cause(what, mend, top1, top1 - old, len(after)), real and top1 - old > missing / 2
 
@@ -212,14 +207,14 @@ def diagnose(
     class_names: Sequence[str],
     progress: Progress = SILENT,
 ) -> Baseline:
-    """Add the causes to a baseline that failed, the likely one to its sentence.
+    """Add the causes to a baseline that failed, and the likely one to its sentence.
 
     Args:
-        images: labelled; None where they are not at hand, then only labels are looked at.
+        images: labelled images; None if unavailable, then only label causes are tried.
         records: the reference's answers to them.
 
     Raises:
-        ClipdeployError: the images or the weights cannot be read any more.
+        ClipdeployError: the images or the weights can no longer be read.
     """
     published = baseline.published_top1
     tried = list(_label_causes(records, model.module.config.classes, class_names, published))

@@ -1,4 +1,4 @@
-"""The images that an artifact answers otherwise than the reference."""
+"""Lists the images with another top-1 answer than the reference's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["disagreements_csv", "disagreements_of"]
 
 
 def disagreements_of(records: Sequence[ImageRecord], lane: int) -> list[Disagreement]:
-    """The images with another first answer than the reference's, the largest difference first."""
+    """Return the images with different top-1 answers, the largest logit difference first."""
     found = []
     for record in records:
         outcome = record.outcomes[lane]
@@ -30,16 +30,16 @@ def _by_difference(found: Disagreement) -> tuple[float, str]:
 
 
 def disagreements_csv(results: Results) -> bytes:
-    """A line for every such image of every artifact; classes by name, else by number."""
-    question = results.question
+    """Return a CSV line for every such image of every artifact; classes by name, else by number."""
+    run_key = results.run_key
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["artifact", "image", "label", "pytorch", "answer", "max_abs"])
-    for lane, asked in enumerate(asked for asked in question.artifacts if asked.runner):
+    for lane, entry in enumerate(entry for entry in run_key.artifacts if entry.runner):
         for found in disagreements_of(results.records, lane):
             classes = (found.label, found.reference, found.artifact)
-            names = [_name(question.class_names, index) for index in classes]
-            rows.writerow([Path(asked.artifact).name, found.name, *names, found.max_abs])
+            names = [_name(run_key.class_names, index) for index in classes]
+            rows.writerow([Path(entry.artifact).name, found.name, *names, found.max_abs])
     return text.getvalue().encode()
 
 

@@ -1,4 +1,4 @@
-"""Each image once: copies of one say nothing new, and an interval over them would be too narrow."""
+"""Removes copies of images: a copy is no new evidence, and would make an interval too narrow."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["Distinct", "distinct_records"]
 
 @dataclass(frozen=True)
 class Distinct:
-    """The records of different images.
+    """The records of distinct images.
 
-    ``records`` have different decoded pixels, ``unlike`` are those of them that do not look nearly
-    like an earlier one; ``copies`` were left out as they have the pixels of another.
+    ``records`` have different decoded pixels, ``unlike`` are those of them that do not look almost
+    like an earlier one; ``copies`` counts the removed ones.
     """
 
     records: list[ImageRecord]
@@ -27,12 +27,12 @@ class Distinct:
 
     @property
     def near_copies(self) -> int:
-        """How many look nearly like an earlier one."""
+        """The number of images that look almost like an earlier one."""
         return len(self.records) - len(self.unlike)
 
 
 def distinct_records(records: Sequence[ImageRecord]) -> Distinct:
-    """The first record of each image, in their order."""
+    """Return the first record of each image, in order."""
     thumbnails = np.frombuffer(b"".join(r.image.thumbnail for r in records), np.uint8)
     same, near = first_copies(
         [record.image.pixels for record in records], thumbnails.reshape(-1, THUMBNAIL_BYTES)

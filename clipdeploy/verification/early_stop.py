@@ -1,4 +1,4 @@
-"""When a sequential run may stop: as soon as every artifact has a verdict."""
+"""Stops a sequential run as soon as every artifact has a verdict."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["EarlyStop"]
 
 
 class EarlyStop:
-    """Whether a sequential run has every verdict that it can have."""
+    """Decides after each batch whether a sequential run has every verdict."""
 
     def __init__(self, wanted: Results, limits: Limits) -> None:
-        """``wanted`` is the run's question, without a batch yet."""
+        """``wanted`` has the run key of the run, and no batch yet."""
         self._results, self._limits = wanted, limits
-        self._drops = [SequentialDrop(limits.top1) for _ in wanted.question.ran]
+        self._drops = [SequentialDrop(limits.top1) for _ in wanted.run_key.ran]
         self._pixels: set[str] = set()
 
     def add(self, batch: BatchResult) -> bool:
-        """One batch more; True as soon as there is a verdict on every artifact."""
+        """Add a batch; return True as soon as every artifact has a verdict."""
         batches = (*self._results.batches, batch)
         self._results = replace(self._results, batches=batches)
         fresh = []
@@ -38,6 +38,6 @@ class EarlyStop:
             drop.add(right, np.asarray(ours, bool))
         if not self._drops or any(drop.verdict() == "undecided" for drop in self._drops):
             return False
-        # Whatever else a verdict needs may need more images than its interval.
+        # Other conditions of a verdict may need more images than its interval.
         judged = judge_results(self._results, self._limits, Expected("none"))
         return all(row.verdict != "undecided" for row in judged.rows)

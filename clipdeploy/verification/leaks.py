@@ -1,7 +1,7 @@
-"""Images that an artifact was calibrated on: they flatter it, so that they cannot judge it.
+"""Finds validation images that an artifact was calibrated on, which would overstate its accuracy.
 
-A leak is an image with the bytes or the decoded pixels of a calibration image (``same``); one that
-looks nearly the same (``near``, a photograph that was saved again with loss) is counted.
+A leak is an image with the bytes or the decoded pixels of a calibration image (``same``). One that
+looks almost the same (``near``, a photograph that was saved again with loss) is only counted.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ __all__ = ["Calibrated", "calibration_of", "read_calibrated", "refuse_leaks"]
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The images of a calibration table; of none if it is left empty.
+    """The images of a calibration table; empty without one.
 
-    ``table`` is the SHA-256 of the table's file, ``digest`` that of what is known of its images.
-    ``decoded`` is False if the table says nothing of their decoded pixels, as old ones do.
+    ``table`` is the SHA-256 of the table's file, ``digest`` that of the recorded facts about its
+    images. ``decoded`` is False if the table has no fingerprints of decoded pixels, as old ones.
     """
 
     table: str = ""
@@ -39,23 +39,23 @@ class Calibrated:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """A sentence if leaks are looked for by the files' bytes alone."""
+        """A sentence if leaks can be found by the files' bytes only."""
         if self.decoded:
             return ()
         return (
-            "the calibration is of an older clipdeploy: calibration images that were saved again "
-            "in another format are not recognised; `clipdeploy calibrate --force` makes it anew",
+            "the calibration was made by an older clipdeploy: calibration images that were saved "
+            "again in another format are not recognised; run `clipdeploy calibrate --force`",
         )
 
     def leaks(self, crops: Sequence[Crop]) -> list[tuple[str, Leak]]:
-        """The names of some images, and which of them are among these."""
+        """Return the names of the crops' images, each with its kind of leak."""
         hashes, prints = zip(*((c.sha256, c.fingerprint) for c in crops), strict=True)
         names = (crop.entry.name for crop in crops)
         return list(zip(names, self.images.match_all(hashes, prints), strict=True))
 
 
 def read_calibrated(path: Path) -> Calibrated:
-    """The images of the calibration table at ``path``; of none if there is no such file.
+    """Read the images of the calibration table at ``path``; empty if there is no such file.
 
     Raises:
         FileError, ArtifactError: it cannot be read.
@@ -73,10 +73,10 @@ def read_calibrated(path: Path) -> Calibrated:
 
 
 def calibration_of(target: Target, known: Calibrated) -> str | None:
-    """The table that an artifact was calibrated with: empty if with none, None if it is unknown.
+    """Return the table that an artifact was calibrated with: empty if none, None if unknown.
 
-    What nothing vouches for and has an INT8 product was calibrated on unknown images, and so may
-    be an engine that nothing vouches for.
+    A graph without a passport that has an INT8 product was calibrated on unknown images; an engine
+    without a passport may have been.
     """
     if not target.vouched:
         engine = target.kind == "engine"
@@ -95,7 +95,7 @@ def refuse_leaks(images: Iterable[tuple[str, Leak]]) -> None:
     """Refuse an image that an artifact was calibrated on, among pairs of name and leak.
 
     Raises:
-        DatasetError: it is there.
+        DatasetError: there is such an image.
     """
     for name, leak in images:
         if leak == "same":

@@ -1,7 +1,7 @@
-"""What the logits of an artifact say beside the reference's, over many images.
+"""Compares an artifact's logits with the reference's over many images.
 
 Sums are ``math.fsum``'s, exactly rounded: they do not depend on the order of the images, nor on
-how they were spread over batches or machines.
+how the images were split into batches or over machines.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 
 from clipdeploy.verification.paired import Interval, wilson_interval
 from clipdeploy.verification.records import Answer, ImageId, ImageRecord, Leak, measure_images
+from exporters.metrics import ratio_db
 
 __all__ = ["Accuracy", "Fidelity", "FidelityMeter", "accuracy_of", "fidelity_of"]
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Percent of images whose label is the first (``top1``) or among the first five (``top5``).
+    """Percent of images whose label is the top-1 answer or among the top 5.
 
     The intervals are Wilson's at 95 %.
     """
@@ -34,14 +35,14 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Logits of an artifact against the reference's on the same images.
+    """Metrics of an artifact's logits against the reference's on the same images.
 
     ``max_abs`` and ``mean_abs`` are over all logits, ``cosine`` is the smallest of any image;
-    ``sqnr_db`` is 10 log10(sum reference^2 / sum (reference - artifact)^2) over all logits, None
-    where they are equal.  With a logit that is NaN or infinite ``finite`` is False and these four
-    are of the other images.  ``agreement`` is percent of images with the same first answer;
-    ``lost`` and ``gained`` count the images that only the reference, or only the artifact, gets
-    right; ``lost_top5`` and ``gained_top5`` the same for a label among the first five answers.
+    ``sqnr_db`` is 10 log10(sum reference^2 / sum (reference - artifact)^2) over all logits, None if
+    they are equal. If a logit is NaN or infinite, ``finite`` is False and these four are of the
+    other images. ``agreement`` is the percentage of images with the same top-1 answer; ``lost`` and
+    ``gained`` count the images that only the reference, or only the artifact, gets right;
+    ``lost_top5`` and ``gained_top5`` the same for a label among the top 5.
     """
 
     images: int
@@ -64,7 +65,7 @@ class Fidelity:
 
 
 def accuracy_of(answers: Sequence[Answer]) -> Accuracy:
-    """The accuracy of one or more answers to labelled images."""
+    """Return the accuracy of one or more answers to labelled images."""
     count = len(answers)
     hits = [sum(answer.right(k) for answer in answers) for k in (1, 5)]
     intervals = [wilson_interval(each, count) for each in hits]
@@ -74,7 +75,7 @@ def accuracy_of(answers: Sequence[Answer]) -> Accuracy:
 def fidelity_of(
     records: Sequence[ImageRecord], artifact: int, classes: int, *, labelled: bool
 ) -> Fidelity:
-    """The figures of the artifact with this number, over one or more images.
+    """Return the metrics of the artifact with this index, over one or more images.
 
     ``classes`` is the number of logits of an image.
     """
@@ -94,7 +95,7 @@ def fidelity_of(
         max_abs=max((outcome.max_abs or 0.0 for _, outcome in sound), default=0.0),
         mean_abs=math.fsum(o.sum_abs or 0.0 for _, o in sound) / max(len(sound) * classes, 1),
         cosine=min((o.cosine for _, o in sound if o.cosine is not None), default=0.0),
-        sqnr_db=10 * math.log10(signal / noise) if noise > 0 and signal > 0 else None,
+        sqnr_db=ratio_db(signal, noise),
         agreement=100.0 * sum(a.first == b.first for a, b in pairs) / len(records),
         finite=len(sound) == len(records),
         accuracy=accuracy_of(ours) if labelled else None,
@@ -106,7 +107,7 @@ def fidelity_of(
 
 
 class FidelityMeter:
-    """Batches of logits beside the reference's, added up; ``result`` at the end."""
+    """Accumulates batches of logits and the reference's; ``result`` returns the metrics."""
 
     def __init__(self) -> None:
         self._records: list[ImageRecord] = []
@@ -118,7 +119,7 @@ class FidelityMeter:
         reference: NDArray[np.float32],
         labels: NDArray[np.int64] | None,
     ) -> None:
-        """One batch: logits and reference (B, K) float32, labels (B,) or None."""
+        """Add a batch: logits and reference (B, K) float32, labels (B,) int64 or None."""
         count, self._classes = logits.shape
         classes = [None] * count if labels is None else labels.tolist()
         no_leak: list[Leak] = [""] * count
@@ -126,6 +127,6 @@ class FidelityMeter:
         self._records += measure_images(nameless, classes, no_leak, reference, [logits])
 
     def result(self) -> Fidelity:
-        """The figures over everything added, one image at least."""
+        """Return the metrics over everything added, which must be at least one image."""
         labelled = all(record.label is not None for record in self._records)
         return fidelity_of(self._records, 0, self._classes, labelled=labelled)

@@ -1,17 +1,17 @@
-"""Whether an artifact is as accurate as its reference, from both on the same images.
+"""Judges the accuracy drop of an artifact against its reference on the same images.
 
-Of n images, b are right for the reference only and c for the artifact only.  The drop is
-d = (b - c) / n; positive means that the artifact lost.  A verdict compares an interval of d with
-the largest drop allowed, m:
+Of n images, the reference alone is right on b and the artifact alone on c. The drop is
+d = (b - c) / n; a positive drop is a loss. The verdict compares an interval of d with m, the
+largest drop allowed:
 
-    high <= m       equivalent    (non-inferior: a gain is welcome)
+    high <= m       equivalent    (non-inferiority: a gain is accepted)
     low  >  m       regressed
-    otherwise       undecided: more images could tell
+    otherwise       undecided: more images may decide
 
-Each of the first two is wrong with probability at most (1 - confidence) / 2: closely for
-``drop_interval``, which is for one look at a number of images chosen beforehand, and strictly for
-``anytime_interval``, which may be looked at after every batch.  Counts are all that either needs,
-so those of shards add up.
+Each of the first two verdicts is wrong with probability at most (1 - confidence) / 2:
+approximately for ``drop_interval``, which is for one look at a number of images chosen in advance,
+and exactly for ``anytime_interval``, which is valid after every batch. Both need only counts, so
+the counts of shards add up.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ __all__ = [
 
 Verdict = Literal["equivalent", "regressed", "undecided"]
 
-# Shares of the largest bet that cannot ruin. An even grid squared has steps small enough for the
-# timid bets that tens of thousands of images call for; 16 points decide no later, nor do 64.
+# Bets, as fractions of the largest bet with bounded loss. The square of an even grid has the small
+# steps that tens of thousands of images need; 16 or 64 points decide equally early.
 _BETS = ((np.arange(32) + 0.5) / 32) ** 2
 
-_TOO_MANY = 10**9  # a thousand times ImageNet's training set: no advice any more
+_TOO_MANY = 10**9  # a thousand times ImageNet's training set: not useful as advice
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Both ends included; percent, or percentage points of a difference."""
+    """A closed interval, in percent or in percentage points of a difference."""
 
     low: float
     high: float
@@ -59,11 +59,12 @@ class Interval:
 
 @dataclass(frozen=True)
 class DropJudgement:
-    """A verdict and all that it rests on.
+    """A verdict and the statistics behind it.
 
     ``drop``, ``interval`` and ``max_drop`` are percentage points, positive for a loss. ``p_value``
-    is of "no drop at all", which is another question than ``max_drop``'s. ``images_needed`` is set
-    only while undecided: in all, for a sequential run. ``sentence`` says it in words.
+    tests the hypothesis "no drop", not "a drop of at most ``max_drop``". ``images_needed`` is set
+    only while undecided: the total number of images for a sequential run. ``sentence`` is a
+    summary.
     """
 
     n: int
@@ -84,7 +85,7 @@ def _counts(b: int, c: int, n: int) -> tuple[int, int, int]:
     if not (whole and n >= 1 and b >= 0 and c >= 0 and b + c <= n):
         raise UsageError(
             f"{b} images right for the reference only and {c} for the artifact only, of {n}",
-            hint="whole numbers, 0 or more, that sum to no more than the 1 or more images",
+            hint="pass whole numbers of 0 or more whose sum is at most the number of images",
         )
     # An unsigned NumPy count would wrap around in b - c.
     return int(b), int(c), int(n)
@@ -92,9 +93,9 @@ def _counts(b: int, c: int, n: int) -> tuple[int, int, int]:
 
 def _check_levels(confidence: float, max_drop: float = 0.0) -> None:
     if not 0 < confidence < 1:
-        raise UsageError(f"a confidence of {confidence}", hint="above 0 and below 1, such as 0.95")
+        raise UsageError(f"a confidence of {confidence}", hint="between 0 and 1, such as 0.95")
     if not 0 <= max_drop <= 100:
-        raise UsageError(f"a largest drop of {max_drop} points", hint="allowed is 0 to 100")
+        raise UsageError(f"a largest drop of {max_drop} points", hint="pass a value from 0 to 100")
 
 
 def _quantile(confidence: float) -> float:
@@ -111,7 +112,7 @@ def _wilson(hits: float, n: float, z: float) -> tuple[float, float]:
 
 
 def wilson_interval(hits: int, n: int, confidence: float = 0.95) -> Interval:
-    """Score interval of an accuracy, in percent, from ``hits`` right of ``n`` images.
+    """Return the score interval of an accuracy, in percent, for ``hits`` right of ``n`` images.
 
         (p + z^2/2n -+ z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n),   p = hits / n
 
@@ -119,25 +120,25 @@ def wilson_interval(hits: int, n: int, confidence: float = 0.95) -> Interval:
     JASA 22; recommended by Brown, Cai & DasGupta 2001, Statistical Science 16.
 
     Raises:
-        UsageError: ``hits`` of ``n`` is impossible, or ``confidence`` is no level.
+        UsageError: ``hits`` is not from 0 to ``n``, or ``confidence`` is not between 0 and 1.
     """
     if not (float(hits).is_integer() and float(n).is_integer() and 0 <= hits <= n and n >= 1):
-        raise UsageError(f"{hits} hits of {n} images", hint="0 to all of 1 or more images")
+        raise UsageError(f"{hits} hits of {n} images", hint="pass 0 to n hits of 1 or more images")
     _check_levels(confidence)
     low, high = _wilson(hits, n, _quantile(confidence))
     return Interval(100 * low, 100 * high)
 
 
 def mcnemar_exact(b: int, c: int) -> float:
-    """Two-sided exact p-value of "both are equally accurate": a sign test on b + c images.
+    """Return the two-sided exact p-value of "equally accurate": a sign test on b + c images.
 
         min(1, 2 sum_{k <= min(b, c)} C(b + c, k) / 2^(b + c))
 
     Source: McNemar 1947, Psychometrika 12; Agresti, "Categorical Data Analysis", 3rd ed., 11.1.
-    It is more cautious than ``drop_interval``, which may leave out 0 where this says 0.06.
+    It is more conservative than ``drop_interval``, which may exclude 0 where this returns 0.06.
 
     Raises:
-        UsageError: a count is negative or not whole.
+        UsageError: a count is negative or not a whole number.
     """
     b, c, _ = _counts(b, c, max(b + c, 1))
     if b == c:
@@ -151,7 +152,7 @@ def _square_and_add(b: float, c: float, n: float, z: float) -> tuple[float, floa
     lost, gained = b / n, c / n
     lost_low, lost_high = _wilson(b, n, z)
     gained_low, gained_high = _wilson(c, n, z)
-    # Equal to 1 where every pair is discordant: the one share is then 1 less the other.
+    # 1 if every pair is discordant: each share is then 1 minus the other.
     correlation = 1.0 if b + c == n else math.sqrt(b * c / ((n - b) * (n - c)))
 
     def joined(one: float, other: float) -> float:
@@ -164,7 +165,7 @@ def _square_and_add(b: float, c: float, n: float, z: float) -> tuple[float, floa
 
 
 def drop_interval(b: int, c: int, n: int, confidence: float = 0.95) -> Interval:
-    """Interval of the drop in percentage points, for one look at ``n`` images.
+    """Return the interval of the drop in percentage points, for one look at ``n`` images.
 
     Wilson limits (l, u) of the discordant shares p = b/n and q = c/n, squared and added:
 
@@ -173,18 +174,18 @@ def drop_interval(b: int, c: int, n: int, confidence: float = 0.95) -> Interval:
         r    = sqrt(p q / ((1 - p) (1 - q))),   minus the correlation of two multinomial shares
 
     Source: Zou & Donner 2008, Statistics in Medicine 27 (MOVER), after Newcombe 1998, same
-    journal 17, method 10, which joins the two accuracies where this joins the discordant shares.
+    journal 17, method 10, which combines the two accuracies instead of the discordant shares.
 
-    Why this one: its coverage. Enumerated over n 20 to 50,000, discordant shares 0.02 % to 6 %
-    and drops from none to all of the share, a 95 % interval covers at least 94.8 %; it lies below
-    the drop (false equivalence) in at most 2.6 %, above it in 2.9 %, where 2.5 % is nominal. At
-    n = 500 Tango's score interval (1998, Statistics in Medicine 17) falls to 93.3 %, with 4.8 % of
-    false equivalence; exact limits in place of Wilson's only widen. At 90 % it is laxer if hardly
-    an image gains: up to 6.7 % of false equivalence for 5 %. With b = c = 0 it is
+    Chosen for its coverage. Enumerated for n from 20 to 50,000, discordant shares from 0.02 % to
+    6 % and drops from none to the whole share, a 95 % interval covers at least 94.8 %; it is below
+    the drop (false equivalence) in at most 2.6 % and above it in 2.9 %, where 2.5 % is nominal. At
+    n = 500 Tango's score interval (1998, Statistics in Medicine 17) falls to 93.3 %, with 4.8 %
+    false equivalence; exact limits instead of Wilson's only widen it. At 90 % it is less strict if
+    almost no image gains: up to 6.7 % false equivalence instead of 5 %. With b = c = 0 it is
     -+z^2 / (n + z^2), never a point. Counted by ``scripts/bench/statistics_audit.py``.
 
     Raises:
-        UsageError: counts that cannot be, or ``confidence`` is no level.
+        UsageError: the counts are impossible, or ``confidence`` is not between 0 and 1.
     """
     b, c, n = _counts(b, c, n)
     _check_levels(confidence)
@@ -193,7 +194,10 @@ def drop_interval(b: int, c: int, n: int, confidence: float = 0.95) -> Interval:
 
 
 def _log_capital(b: float, c: float, n: float, limits: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Log capital of the bets against "the drop is at least the limit", limits (L,) in [-1, 1)."""
+    """Return the log capital of bets against "the drop is at least the limit".
+
+    ``limits`` is (L,) with values in [-1, 1).
+    """
     limits = limits[:, None]
     stakes = _BETS / (1 - limits)
     logs = b * np.log1p(-_BETS) + c * np.log1p(stakes * (1 + limits))
@@ -210,35 +214,35 @@ def _anytime_high(b: float, c: float, n: float, confidence: float) -> float:
     low, high = (b - c) / n, 1.0
     for _ in range(6):
         points = np.linspace(low, high, 66)
-        kept = int((_log_capital(b, c, n, points[1:-1]) < enough).sum())
-        low, high = float(points[kept]), float(points[kept + 1])
+        last = int((_log_capital(b, c, n, points[1:-1]) < enough).sum())
+        low, high = float(points[last]), float(points[last + 1])
     return high
 
 
 def anytime_interval(b: int, c: int, n: int, confidence: float = 0.95) -> Interval:
-    """Interval of the drop in percentage points that may be looked at after any image.
+    """Return an interval of the drop in percentage points that is valid after every image.
 
-    With probability ``confidence`` it holds the true drop at all looks at once, so that stopping
-    at a look that pleases is fair. Each image is a bet against "the drop is m or more", with
-    d_i = 1 where only the reference is right, -1 where only the artifact is, else 0:
+    With probability ``confidence`` it contains the true drop at all looks at once. Each image is a
+    bet against "the drop is m or more", with d_i = 1 if only the reference is right, -1 if only the
+    artifact is right, else 0:
 
         K(m) = mean over bets f of  prod_i (1 + f (m - d_i) / (1 - m)),   0 <= f < 1
              = mean over bets f of  (1 - f)^b (1 + f (1 + m)/(1 - m))^c (1 + f m/(1 - m))^(n-b-c)
 
-    If the drop is m or more, K is a non-negative supermartingale from 1, and ever reaches 2/alpha
-    with probability at most alpha/2 (Ville 1939). K grows with m, so high is where it gets there;
-    low is the mirror image. The mean over f costs little and spares a guess of the best bet; with
-    f fixed in advance K depends on the counts alone, not on the order or the size of batches.
-    Source: Waudby-Smith & Ramdas 2024, "Estimating means of bounded random variables by betting",
-    JRSS B 86; mixing over bets as in Robbins 1970, Annals of Mathematical Statistics 41.
+    If the drop is m or more, K is a non-negative supermartingale that starts at 1 and ever reaches
+    2/alpha with probability at most alpha/2 (Ville 1939). K grows with m: ``high`` is the m at
+    which it reaches 2/alpha; ``low`` is the mirror image. The mean over f costs little and avoids
+    choosing one bet; with f fixed in advance K depends only on the counts, not on the order or the
+    size of batches. Source: Waudby-Smith & Ramdas 2024, "Estimating means of bounded random
+    variables by betting", JRSS B 86; mixing over bets: Robbins 1970, Ann. Math. Statistics 41.
 
-    The images must come in random order: sorted by class they are no sample until the last one. The
-    drop is that of the images which the set was drawn from. For the finite set's own the draw is
-    without replacement, which is ignored: each look by itself is then conservative (Hoeffding 1963,
-    JASA 58, section 6), and in simulation so are all together.
+    The images must come in random order: images sorted by class are not a random sample. The drop
+    is that of the population the images were drawn from. For the drop of the finite set the draw is
+    without replacement, which is ignored: each single look is then conservative (Hoeffding 1963,
+    JASA 58, section 6), and so are all looks together in simulation.
 
     Raises:
-        UsageError: counts that cannot be, or ``confidence`` is no level.
+        UsageError: the counts are impossible, or ``confidence`` is not between 0 and 1.
     """
     b, c, n = _counts(b, c, n)
     _check_levels(confidence)
@@ -247,7 +251,7 @@ def anytime_interval(b: int, c: int, n: int, confidence: float = 0.95) -> Interv
 
 
 def _anytime_p_value(b: int, c: int, n: int) -> float:
-    """Ville's p-value of "no drop at all", valid at any look: 1 / mean of both sides' capitals."""
+    """Return Ville's p-value of "no drop", valid at any look: 1 / mean capital of both sides."""
     none = np.zeros(1)
     both = np.logaddexp(_log_capital(b, c, n, none), _log_capital(c, b, n, none))[0]
     return math.exp(min(0.0, math.log(2) - float(both)))
@@ -274,15 +278,14 @@ def _verdict(
 def images_needed(
     b: int, c: int, n: int, max_drop: float, confidence: float = 0.95, *, anytime: bool = False
 ) -> int | None:
-    """How many images in all would decide, if b/n and c/n stayed as they are.
+    """Estimate how many images in total would decide, if b/n and c/n stayed the same.
 
-    An estimate: the shares will move, and at that many images the verdict is about as likely to
-    be out as not. ``n`` where it is out already; None where no number would do, as the drop equals
-    ``max_drop``, or comes so near it that a thousand million images would not. To go on until
-    ``drop_interval`` pleases is what ``anytime_interval`` is for.
+    The shares will change: at that number about half of all runs are still undecided. Returns ``n``
+    if it is decided already, None if not even 10^9 images would decide. To add images until the run
+    is decided, use ``anytime_interval``, not ``drop_interval``.
 
     Raises:
-        UsageError: counts that cannot be, ``max_drop`` outside 0 to 100, ``confidence`` no level.
+        UsageError: impossible counts, ``max_drop`` outside 0 to 100, ``confidence`` outside 0 to 1.
     """
     b, c, n = _counts(b, c, n)
     _check_levels(confidence, max_drop)
@@ -307,27 +310,25 @@ def _sentence(
     if verdict == "regressed":
         return f"{found}, all above the {max_drop:.2f} allowed"
     spans = f"{found}, on both sides of the {max_drop:.2f} allowed"
-    again = "look again with verify --sequential, as often as you like"
-    again = "go on with more images" if anytime else again
+    again = "add more images" if anytime else "add images and repeat with verify --sequential"
     if needed is None:
-        return f"{spans} and too near it to tell; {again}"
-    return f"{spans}: {n:,} images are too few; {again}, about {needed:,} in all would decide"
+        return f"{spans} and too close to it to decide; {again}"
+    return f"{spans}: {n:,} images are too few; {again}, about {needed:,} in total would decide"
 
 
 def judge_drop(
     b: int, c: int, n: int, max_drop: float, confidence: float = 0.95, *, anytime: bool = False
 ) -> DropJudgement:
-    """The verdict on a drop, from ``drop_interval`` or, if ``anytime``, ``anytime_interval``.
+    """Judge a drop by ``drop_interval`` or, if ``anytime``, by ``anytime_interval``.
 
-    ``p_value`` is ``mcnemar_exact``'s or, if ``anytime``, one that is valid at any look.
-
-    While undecided, ``images_needed`` and the sentence advise ``anytime``, on more images, those
-    seen included. One fixed look and then that until decided is wrong with probability at most the
-    sum of both, 5 % a side at 95 %; at the boundary 2.8 to 3.7 % were counted. Fixed looks until
-    decided are wrong in 7.6 to 8.8 %.
+    ``p_value`` is that of ``mcnemar_exact`` or, if ``anytime``, one valid at any look. While
+    undecided, ``images_needed`` and the sentence recommend ``anytime`` on more images, those
+    already seen included. One fixed look followed by that is wrong with probability at most the sum
+    of both, 5 % a side at 95 %; 2.8 to 3.7 % were counted at the boundary. Repeating the fixed look
+    until it decides is wrong in 7.6 to 8.8 %.
 
     Raises:
-        UsageError: counts that cannot be, ``max_drop`` outside 0 to 100, ``confidence`` no level.
+        UsageError: impossible counts, ``max_drop`` outside 0 to 100, ``confidence`` outside 0 to 1.
     """
     b, c, n = _counts(b, c, n)
     _check_levels(confidence, max_drop)
@@ -356,7 +357,7 @@ def judge_drop(
 
 
 class SequentialDrop:
-    """Counts batches and may be asked after each; stop at the first verdict.
+    """Accumulates batches and gives a verdict after each; stop at the first that is decided.
 
     The images must come in random order: see ``anytime_interval``. With no drop, 0.5 % discordant
     images and 1 point allowed, half of all runs are decided within 900 images, 9 in 10 in 1,500.
@@ -368,30 +369,30 @@ class SequentialDrop:
         self._b = self._c = self._n = 0
 
     def add(self, reference_right: NDArray[np.bool_], artifact_right: NDArray[np.bool_]) -> None:
-        """One batch: for each image whether each got it right, both (B,) bool.
+        """Add a batch: whether reference and artifact are right on each image, both (B,) bool.
 
         Raises:
-            UsageError: the two are not (B,) bool of one length.
+            UsageError: the two are not (B,) bool of the same length.
         """
         ours, theirs = np.asarray(artifact_right), np.asarray(reference_right)
         fit = ours.shape == theirs.shape and ours.ndim == 1
         if not (fit and ours.dtype == np.bool_ and theirs.dtype == np.bool_):
             raise UsageError(
                 f"answers of {theirs.dtype} {theirs.shape} and {ours.dtype} {ours.shape}",
-                hint="give right or wrong for each image: bool, one dimension, one length",
+                hint="pass two one-dimensional bool arrays of the same length",
             )
         self._n += len(ours)
         self._b += int((theirs & ~ours).sum())
         self._c += int((ours & ~theirs).sum())
 
     def verdict(self) -> Verdict:
-        """``judgement().verdict``, quick enough to ask after every batch."""
+        """Return ``judgement().verdict``, fast enough to call after every batch."""
         if not self._n:
             return "undecided"
         return _verdict(self._b, self._c, self._n, self._max_drop, self._confidence, True)
 
     def judgement(self) -> DropJudgement:
-        """The verdict on all images added, and what it rests on.
+        """Return the verdict on all images added, with its statistics.
 
         Raises:
             UsageError: no image was added.

@@ -1,7 +1,7 @@
-"""What is kept of an image: the answers, and how far each artifact's logits are off.
+"""Defines the record of an image: the answers, and the errors of each artifact's logits.
 
-Every number is of one image alone, so that the records of shards, of a resumed run and of one run
-are the same records.
+Every number depends on one image alone, so that shards, resumed runs and single runs give the same
+records.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Logits = NDArray[np.float32]
 
 
 class Answer(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What a classifier says of an image.
+    """A classifier's answer to an image.
 
-    ``top`` are the five largest logits' classes, the largest first; a NaN is none of them.
-    ``rank`` is how many other logits are as large as the label's own, so that the label is among
+    ``top`` are the classes of the five largest logits, the largest first, without NaN. ``rank`` is
+    the number of other logits that are at least as large as the label's, so that the label is among
     the first k if rank < k: a tie counts against the label, and constant logits score nothing.
-    None without a label, and where the logit is NaN or infinite.
+    ``rank`` is None without a label, and if the label's logit is NaN or infinite.
     """
 
     top: tuple[int, ...]
@@ -36,19 +36,19 @@ class Answer(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     @property
     def first(self) -> int | None:
-        """The likeliest class, None where all logits are NaN."""
+        """The top-1 class, None if all logits are NaN."""
         return self.top[0] if self.top else None
 
     def right(self, k: int = 1) -> bool:
-        """Whether the label is among the first ``k`` answers."""
+        """Return whether the label is among the first ``k`` answers."""
         return self.rank is not None and self.rank < k
 
 
 class Outcome(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """An artifact's logits of one image beside the reference's, over the classes.
+    """The errors of an artifact's logits of an image against the reference's.
 
-    ``max_abs`` and ``sum_abs`` are of the differences, ``noise`` is the sum of their squares.  The
-    four figures are None where a logit is NaN or infinite.
+    ``max_abs`` and ``sum_abs`` are of the absolute differences over the classes, ``noise`` is the
+    sum of their squares. These metrics and ``cosine`` are None if a logit is NaN or infinite.
     """
 
     answer: Answer
@@ -64,7 +64,7 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class ImageId(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Which image: its name, the SHA-256 of its file in hex, and its decoded crop's fingerprint.
+    """Identifies an image by its name, the hex SHA-256 of its file, and its crop's fingerprint.
 
     ``pixels`` is the hash of the decoded crop in hex, ``thumbnail`` its 64 grey means, see
     :mod:`clipdeploy.imaging.fingerprints`.
@@ -77,10 +77,10 @@ class ImageId(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class ImageRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One image: which, its class, and each classifier's answer.
+    """An image, its class, and each classifier's answer.
 
     ``leak`` is ``same`` if an artifact was calibrated on this image, ``near`` if on one that looks
-    nearly the same, else empty; ``signal`` is the sum of the reference's squared logits;
+    almost the same, else empty; ``signal`` is the sum of the reference's squared logits;
     ``outcomes`` are in the order of the artifacts.
     """
 
@@ -103,35 +103,37 @@ class ImageRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 def _answers(logits: Logits, labels: Sequence[int | None]) -> list[Answer]:
-    # A NaN is the largest to NumPy's sort; here it is no answer at all.
-    told = ~np.isnan(logits)
-    order = np.argsort(-np.where(told, logits, -np.inf), axis=1, kind="stable")[:, :_KEPT_ANSWERS]
+    # NumPy sorts NaN as the largest value; here it is not an answer.
+    numbers = ~np.isnan(logits)
+    order = np.argsort(-np.where(numbers, logits, -np.inf), axis=1, kind="stable")[
+        :, :_KEPT_ANSWERS
+    ]
     own = np.take_along_axis(logits, np.asarray([[label or 0] for label in labels]), axis=1)
     ranks = (logits >= own).sum(axis=1) - 1
-    columns = (order, np.take_along_axis(told, order, axis=1), ranks, np.isfinite(own[:, 0]))
+    columns = (order, np.take_along_axis(numbers, order, axis=1), ranks, np.isfinite(own[:, 0]))
     answers = []
     for label, top, sound, rank, known in zip(labels, *(c.tolist() for c in columns), strict=True):
-        kept = (
+        classes = (
             top
             if all(sound)
-            else [index for index, is_told in zip(top, sound, strict=True) if is_told]
+            else [index for index, is_number in zip(top, sound, strict=True) if is_number]
         )
-        answers.append(Answer(tuple(kept), rank if known and label is not None else None))
+        answers.append(Answer(tuple(classes), rank if known and label is not None else None))
     return answers
 
 
 def _outcomes(logits: Logits, reference: Logits, answers: Sequence[Answer]) -> list[Outcome]:
     ours, theirs = logits.astype(np.float64), reference.astype(np.float64)
-    with np.errstate(all="ignore"):  # NaN and infinity are told as None
+    with np.errstate(all="ignore"):  # NaN and infinity are recorded as None
         difference = np.abs(ours - theirs)
         norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
         cosine = (ours * theirs).sum(axis=1) / np.maximum(norms, np.finfo(np.float64).tiny)
         columns = (difference.max(axis=1), difference.sum(axis=1), (difference**2).sum(axis=1))
     finite = np.isfinite(np.concatenate([ours, theirs], axis=1)).all(axis=1).tolist()
-    figures = np.stack([*columns, cosine], axis=1).tolist()
+    metrics = np.stack([*columns, cosine], axis=1).tolist()
     return [
         Outcome(answer, *(values if sound else [None] * len(values)))
-        for answer, sound, values in zip(answers, finite, figures, strict=True)
+        for answer, sound, values in zip(answers, finite, metrics, strict=True)
     ]
 
 
@@ -142,11 +144,11 @@ def measure_images(
     reference: Logits,
     artifacts: Sequence[Logits],
 ) -> list[ImageRecord]:
-    """The records of one batch of B images.
+    """Return the records of one batch of B images.
 
     Args:
         images: B images.
-        labels: B classes, None for an image without one.
+        labels: B classes, None for an image without a label.
         leaks: B, whether an artifact was calibrated on the image.
         reference: (B, K) float32.
         artifacts: (B, K) float32 of each artifact.

@@ -1,4 +1,4 @@
-"""The reference's logits: computed by PyTorch, or kept from an earlier run on the same images."""
+"""Computes the reference's logits with PyTorch, or reads them from the cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from exporters.samples import Samples
 __all__ = ["Reference"]
 
 _FORMAT = 3
-# Our own code from a crop and a checkpoint to logits.
+# The modules that turn a crop and a checkpoint into logits.
 _DECIDES_LOGITS = (
     "clipdeploy.models.checkpoints",
     "clipdeploy.models.load",
@@ -35,12 +35,12 @@ _DECIDES_LOGITS = (
 
 
 class Reference:
-    """PyTorch's logits of a batch; with a ``cache`` each batch is computed once.
+    """Computes PyTorch's logits of a batch; with a ``cache`` each batch is computed once.
 
-    Logits are found by what decides them to the last bit: everything that decides pixels (see
-    :func:`clipdeploy.imaging.keys.pixels_key`), mean and std, weights, recipe, the code that makes
-    logits of crops, device, threads, PyTorch's version, and the files and crops of the batch.
-    ``cache_problem`` says in a sentence why no further logits are kept; empty if they are.
+    The cache key has everything that determines the logits to the last bit: everything that
+    determines pixels (see :func:`clipdeploy.imaging.keys.pixels_key`), mean and std, weights,
+    recipe, the code that turns crops into logits, device, threads, PyTorch's version, and the files
+    and crops of the batch.
     """
 
     def __init__(
@@ -65,21 +65,21 @@ class Reference:
             "runner": self.name,
             "threads": self._runner.threads,
             "torch": library_versions().get("torch"),
-            # Which of PyTorch's kernels a processor gets decides the last bits.
+            # The kernels that PyTorch chooses for a processor affect the last bits.
             "processor": torch.backends.cpu.get_cpu_capability(),
         }
         return f"logits-{digest_of(decides)}"
 
     @property
     def cache_problem(self) -> str:
-        """Why no further logits are kept, as a sentence; empty if they are."""
+        """Why no further logits are cached, as a sentence; empty if they are."""
         return self._shelf.problem if self._shelf is not None else ""
 
     def __call__(self, hashes: Sequence[str], samples: Samples) -> NDArray[np.float32]:
-        """Logits (B, K) of B images: the hex SHA-256 of their files, and their crops."""
+        """Return the logits (B, K) of B images: hex SHA-256 of their files, and their crops."""
         if self._shelf is None:
             return self._runner(samples.pixels)
-        # Neighbours in a batch may change the last bit of a product, so they are in the key.
+        # The key has the whole batch: neighbours may change the last bit of a product.
         pixels = xxhash.xxh3_128_hexdigest(np.ascontiguousarray(samples.crops).data)
         batch = hashlib.sha256("".join((pixels, *hashes)).encode()).hexdigest()
         keys = [hashlib.sha256(f"{batch}/{i}".encode()).hexdigest() for i in range(len(hashes))]
@@ -92,6 +92,6 @@ class Reference:
         return logits
 
     def close(self) -> None:
-        """End what the cache is being given."""
+        """Finish writing to the cache."""
         if self._shelf is not None:
             self._shelf.close()

@@ -1,15 +1,14 @@
-"""Whether an artifact's answers repeat: what was asked again, within its precision's tolerance.
+"""Checks whether an artifact's answers are repeatable, within the tolerance of its precision.
 
-With the artifact's own distance from the reference over all images, q = noise / signal, and the
-rounding r of its precision, calls may differ
+q = noise / signal is the artifact's distance from the reference over all images, and r the rounding
+of its precision. Repeated calls may differ
 
     over the images of calls of one kind and size      by  4 min(q, 0.0025) + r
     for any single image                               by  16 min(q, 0.0025) + 4 r
 
-of the signal: two results that are each within q of the reference are within 2 q of each other
-where their errors are independent; a mean over few images scatters by another factor of two, and an
-image's own share more.  The cap (20 dB) holds for an artifact that is far from the reference to
-begin with.
+of the signal. Two results that are each within q of the reference are within 2 q of each other if
+their errors are independent; a mean over few images varies by another factor of two, and the share
+of a single image by more. The cap (20 dB) is for artifacts that are far from the reference.
 """
 
 from __future__ import annotations
@@ -21,33 +20,35 @@ from dataclasses import dataclass
 
 from clipdeploy.verification.records import ImageRecord
 from clipdeploy.verification.repeats import Repeat, excluded_share
-from clipdeploy.verification.results import Asked, Results
+from clipdeploy.verification.results import ArtifactEntry, Results
+from exporters.metrics import BROKEN_DB, ratio_db
 
 __all__ = ["Repeatability", "repeatability_of"]
 
-# Rounding by precision, as noise over signal.  Graphs on ONNX Runtime in float32 repeat within
+# Rounding by precision, as noise over signal. Graphs on ONNX Runtime in float32 repeat within
 # 120 dB; an FP32 engine may compute in TF32, which keeps 10 bits (60 dB); float16 keeps 10 bits
-# and kernels of another shape add in another order (50 dB); an int8 value may fall to the
+# and kernels of another shape add in another order (50 dB); an int8 value may round to the
 # neighbouring level (40 dB).
 _GRAPH_FP32 = 1e-9
 _ROUNDING = {"fp32": 1e-6, "fp16": 1e-5}
 _EIGHT_BITS = 1e-4
 _MOST_OWN = 0.0025
-# A mean over fewer images says no more than they do one by one.
+# A mean over fewer images adds nothing to their individual checks.
 _MEAN_OF = 16
 
 
 @dataclass(frozen=True)
 class Repeatability:
-    """What asking again showed; true if the answers repeat.
+    """The outcome of the repeated calls; true if the answers are repeatable.
 
-    ``calls`` are those for different images, the first ones of the run and those with other
-    neighbours; ``sizes`` are the batch sizes and ``profiles`` the engine's profiles that were
-    tried; ``images`` how many answers were compared.
-    ``sqnr_db`` is of the calls that differ most, ``worst_db`` of the image that does, None where
-    all are equal to the bit; ``changed`` counts other first answers.  A fault that spoils
-    ``excluded`` percent of all calls or more would have shown with probability 97.5 %, and one
-    that spoils ``excluded_large`` percent of those of a whole batch and more, and no smaller ones.
+    ``calls`` counts calls on different images: the first calls of the run and the repeated ones
+    with other neighbours. ``sizes`` are the batch sizes and ``profiles`` the number of engine
+    profiles that were tried; ``images`` counts the compared answers. ``sqnr_db`` is that of the
+    calls that differ most, ``worst_db`` of the image that differs most, None if all are equal to
+    the bit and -999 if one is not finite; ``changed`` counts different top-1 answers. A fault that
+    affects at least ``excluded`` percent of all calls would have been detected with probability
+    97.5 %, and so would one that affects at least ``excluded_large`` percent of the calls of a
+    whole batch or more, and no smaller calls.
     """
 
     steady: bool
@@ -92,7 +93,7 @@ class _Group:
     def condition(self) -> str:
         """How these calls were made."""
         if self.kind == "again":
-            return "in the same batch once more"
+            return "in the same batch again"
         if self.kind == "alone":
             return "one by one"
         if self.profile is not None:
@@ -100,37 +101,30 @@ class _Group:
         return f"{self.size} at once in another order"
 
 
-def _decibels(share: float) -> float | None:
-    """10 log10 of signal over noise: None where there is no noise."""
-    if share <= 0:
-        return None
-    return -10 * math.log10(share) if math.isfinite(share) else -math.inf
-
-
 def _shown(share: float) -> str:
-    found = _decibels(share)
-    return (
-        "equal" if found is None else "NaN or infinite" if math.isinf(found) else f"{found:.1f} dB"
-    )
+    found = ratio_db(1.0, share)
+    if found is None:
+        return "equal"
+    return "NaN or infinite" if found == BROKEN_DB else f"{found:.1f} dB"
 
 
 def _own_share(records: Iterable[ImageRecord], lane: int) -> float:
-    """The artifact's noise over the reference's signal, of images with finite logits."""
+    """Return the artifact's noise over the reference's signal, for images with finite logits."""
     pairs = [(r.signal, noise) for r in records if (noise := r.outcomes[lane].noise) is not None]
     signal = math.fsum(signal for signal, _ in pairs)
     return math.fsum(noise for _, noise in pairs) / signal if signal > 0 else 0.0
 
 
-def _rounding(asked: Asked) -> float:
-    if asked.precision == "fp32" and asked.kind == "graph":
+def _rounding(entry: ArtifactEntry) -> float:
+    if entry.precision == "fp32" and entry.kind == "graph":
         return _GRAPH_FP32
-    return _ROUNDING.get(asked.precision, _EIGHT_BITS)
+    return _ROUNDING.get(entry.precision, _EIGHT_BITS)
 
 
-def repeatability_of(results: Results, lane: int, asked: Asked) -> Repeatability:
-    """Whether the artifact with this number among those that ran answers alike."""
+def repeatability_of(results: Results, lane: int, entry: ArtifactEntry) -> Repeatability:
+    """Judge the repeated calls of the artifact with index ``lane`` among those that ran."""
     own = min(_own_share(results.records, lane), _MOST_OWN)
-    rounding = _rounding(asked)
+    rounding = _rounding(entry)
     most_mean, most_worst = 4 * own + rounding, 16 * own + 4 * rounding
     kinds: dict[tuple[str, int, int], list[Repeat]] = defaultdict(list)
     repeats = results.repeats(lane)
@@ -148,23 +142,23 @@ def repeatability_of(results: Results, lane: int, asked: Asked) -> Repeatability
     mean = max((group.mean for group in groups), default=0.0)
     worst = max((group.worst for group in groups), default=0.0)
     sizes = tuple(sorted({repeat.size for repeat in repeats}))
-    batch = results.question.batch
+    batch = results.run_key.batch
     large = sum(len(each.records) >= batch for each in results.batches)
     large += sum(repeat.kind == "mixed" and repeat.size >= batch for repeat in repeats)
     excluded, excluded_large = excluded_share(calls), excluded_share(large)
     if bad:
         group = max(bad, key=lambda each: (each.worst, each.mean))
         sentence = (
-            f"does not repeat: asked {group.condition}, its logits are {_shown(group.worst)} from "
-            f"its first ones for an image, and {_shown(group.mean)} over {group.images:,}; "
-            f"{_shown(most_worst)} and {_shown(most_mean)} are its precision's"
+            f"not repeatable: run {group.condition}, the logits of an image are "
+            f"{_shown(group.worst)} from the first ones, and {_shown(group.mean)} over "
+            f"{group.images:,}; its precision allows {_shown(most_worst)} and {_shown(most_mean)}"
         )
     else:
         sentence = (
-            f"repeats: asked again in {len(repeats):,} calls, alone and up to "
-            f"{max(sizes, default=0)} at once, {_shown(worst)} at worst; excluded are faults "
-            f"that spoil more than {excluded:.2g} % of all calls, or {excluded_large:.2g} % of "
-            f"those for {batch} images or more"
+            f"repeatable: {len(repeats):,} repeated calls with up to {max(sizes, default=0)} "
+            f"images each, {_shown(worst)} at worst; faults are excluded that affect more than "
+            f"{excluded:.2g} % of all calls, or {excluded_large:.2g} % of those with {batch} "
+            "images or more"
         )
     return Repeatability(
         steady=not bad,
@@ -172,15 +166,10 @@ def repeatability_of(results: Results, lane: int, asked: Asked) -> Repeatability
         images=sum(repeat.size for repeat in repeats),
         sizes=sizes,
         profiles=len({repeat.profile for repeat in repeats} - {None}),
-        sqnr_db=_finite(_decibels(mean)),
-        worst_db=_finite(_decibels(worst)),
+        sqnr_db=ratio_db(1.0, mean),
+        worst_db=ratio_db(1.0, worst),
         changed=sum(repeat.changed for repeat in repeats),
         excluded=excluded,
         excluded_large=excluded_large,
         sentence=sentence,
     )
-
-
-def _finite(value: float | None) -> float | None:
-    """JSON has no infinity: logits that are not finite have no figure."""
-    return value if value is not None and math.isfinite(value) else None

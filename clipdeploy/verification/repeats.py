@@ -1,23 +1,24 @@
-"""Does an artifact answer the same image alike in every call?
+"""Repeats a part of every run in other calls, to detect answers that depend on the call.
 
-The interval of a drop takes the images' errors as independent, and what is measured in batches of
-one size as true for all.  Neither holds for a graph that mixes the rows of a batch, that is wrong
-at one batch size, in one profile of an engine, at random, or for a whole batch at once.  So a part
-of every run is asked again, within the same run:
+The interval of a drop assumes that the errors of images are independent, and that results measured
+at one batch size hold for all. Neither is true for a graph that mixes the rows of a batch, or is
+wrong at one batch size, in one profile of an engine, at random, or for a whole batch at once.
+These calls are repeated, within the same run:
 
-    again       the batch itself, as it was
+    again       the same batch
     alone       images one by one
-    mixed       images of the batch with other neighbours: by twos, and at every batch size
+    mixed       images of the batch with other neighbours: in pairs, and at every batch size
     profile     the same in each profile of an engine, at its smallest, optimal and largest batch
 
-Each call's logits r are held against the first ones x of the same images, over the reference's y:
+The logits r of each call are compared with the first ones x of the same images, relative to the
+reference's y:
 
     noise = sum (r - x)^2,   signal = sum y^2,   both over the call's images
 
-and may differ by the noise of the artifact's own precision, see
-:mod:`clipdeploy.verification.repeatability`.  A fault that spoils a share p of all calls, by what
-is in them, shows in at least one of C calls for different images with probability 1 - (1 - p)^C;
-:func:`excluded_share` solves that for p.  Twos are the cheapest such calls.
+They may differ by the noise of the artifact's precision, see
+:mod:`clipdeploy.verification.repeatability`. A fault that affects a share p of all calls, depending
+on their content, appears in at least one of C calls on different images with probability
+1 - (1 - p)^C; :func:`excluded_share` solves that for p. Pairs are the cheapest such calls.
 """
 
 from __future__ import annotations
@@ -33,31 +34,31 @@ from numpy.typing import NDArray
 from clipdeploy.core.errors import ArtifactError
 from clipdeploy.runners import Runner
 
-__all__ = ["Call", "Repeat", "RepeatPlan", "ask_again", "batch_sizes", "excluded_share"]
+__all__ = ["Call", "Repeat", "RepeatPlan", "batch_sizes", "excluded_share", "repeat_calls"]
 
 Kind = Literal["again", "alone", "mixed", "profile"]
 Logits = NDArray[np.float32]
 
 _SEED = 0
-# So many images, from the first on, are each asked alone, and so many with the next one. With one
-# batch and one call for each size there are 374 different calls then, and 368 exclude 1 % of all
-# calls: as much as the interval excludes with 380 images.
+# The number of images, from the first on, that are repeated alone and in pairs. With one batch and
+# one call for each size that makes 374 different calls; 368 exclude 1 % of all calls, as much as
+# the interval excludes with 380 images.
 _ALONE, _TWOS = 100, 340
-# Batches that are asked again as they were, and those that sizes and profiles are spread over: an
-# early end, as of a sequential run, comes later.
+# The number of batches that are repeated unchanged, and of those that sizes and profiles are spread
+# over; a sequential run stops later than that.
 _AGAIN, _SPREAD = 2, 8
 # Every batch size up to the first number and some larger ones, none above the number of images.
 _EVERY_SIZE, _LARGE = 32, (48, 64, 96, 128)
-# A fault that is not excluded is as improbable as an interval's end: 2.5 %.
+# The probability of missing a fault, the same as that of one side of a 95 % interval.
 _MISS = 0.025
 
 
 class Repeat(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One call that was made again: ``size`` images at once, in an engine's ``profile``.
+    """A repeated call: ``size`` images at once, in an engine's ``profile``.
 
     ``noise`` and ``signal`` as in the module; ``worst`` is the largest noise / signal of an image,
-    ``changed`` counts other first answers.  ``noise`` and ``worst`` are None where a logit is NaN
-    or infinite in one of the two calls alone.
+    ``changed`` counts different top-1 answers. ``noise`` and ``worst`` are None if a logit is NaN
+    or infinite in only one of the two calls.
     """
 
     kind: Kind
@@ -71,7 +72,7 @@ class Repeat(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 @dataclass(frozen=True)
 class Call:
-    """Images of a batch, by their index in it, that are asked in one call."""
+    """Images of a batch, by their index in it, that are run in one call."""
 
     kind: Kind
     images: NDArray[np.int64]
@@ -79,9 +80,9 @@ class Call:
 
 
 def batch_sizes(runner: Runner, images: int) -> tuple[int, ...]:
-    """The batch sizes above 1 to try: all up to 32 and some larger ones, at most ``images``.
+    """Return the batch sizes above 1 to try: all up to 32 and some larger ones, at most ``images``.
 
-    A runner's largest one is tried however few images there are.
+    A runner's largest size is always tried.
     """
     smallest, largest = runner.batches
     sizes = {size for size in (*range(2, _EVERY_SIZE + 1), *_LARGE) if size <= images}
@@ -92,16 +93,16 @@ def batch_sizes(runner: Runner, images: int) -> tuple[int, ...]:
 
 
 def _takes(runner: Runner, size: int) -> bool:
-    """Whether ``size`` images run in one call, neither cut nor filled up."""
+    """Return whether ``size`` images run in one call, neither split nor padded."""
     smallest, largest = runner.batches
     ranges = [(low, high) for low, _, high in runner.profiles] or [(smallest, largest or size)]
     return size > 1 and any(low <= size <= high for low, high in ranges)
 
 
 def _fewest(runner: Runner) -> int:
-    """How many images a call with neighbours takes at least: 2, which a fixed batch is filled from.
+    """Return the smallest call with neighbours: 2 images, which a fixed batch is padded from.
 
-    Between an engine's profiles there may be no batch of 2.
+    An engine's profiles may not include a batch of 2.
     """
     smallest, _ = runner.batches
     if smallest > 1 or _takes(runner, 2):
@@ -111,16 +112,17 @@ def _fewest(runner: Runner) -> int:
 
 @dataclass(frozen=True)
 class RepeatPlan:
-    """What is asked again of each batch; the same in every run of ``batches`` batches of ``size``.
+    """The calls to repeat for each batch, the same in every run of ``batches`` batches of ``size``.
 
-    It goes by the batch's number alone, so that shards and resumed runs ask what one run asks.
+    They depend only on the number of the batch, so that shards and resumed runs repeat the same
+    calls.
     """
 
     batches: int
     size: int
 
     def calls(self, number: int, count: int, runner: Runner) -> Iterator[Call]:
-        """The calls for batch ``number``, of which ``count`` images could be read."""
+        """Yield the calls for batch ``number``, of which ``count`` images could be read."""
         generator = np.random.default_rng((_SEED, number))
         everything = np.arange(count)
         if number < _AGAIN:
@@ -128,7 +130,7 @@ class RepeatPlan:
         for index in range(min(count, _ALONE - number * self.size)):
             yield Call("alone", everything[index : index + 1])
         few = _fewest(runner)
-        # As few as the batch has are the batch itself.
+        # A call with all images of the batch would be the batch itself.
         for index in range(min(count, _TWOS - number * self.size) if count > few else 0):
             yield Call("mixed", np.take(everything, range(index, index + few), mode="wrap"))
         if number * self.size >= max(_ALONE, _TWOS):
@@ -148,12 +150,12 @@ class RepeatPlan:
 
 
 def _drawn(generator: np.random.Generator, count: int, size: int) -> NDArray[np.int64]:
-    """``size`` of ``count`` images in a random order, each as often as the others but for one."""
+    """Draw ``size`` of ``count`` images in random order, each equally often but for one."""
     rounds = [generator.permutation(count) for _ in range(-(-size // count))]
     return np.concatenate(rounds)[:size]
 
 
-def ask_again(
+def repeat_calls(
     runner: Runner,
     name: str,
     images: NDArray[Any],
@@ -161,7 +163,7 @@ def ask_again(
     reference: Logits,
     calls: Iterator[Call],
 ) -> tuple[Repeat, ...]:
-    """Make the ``calls`` and hold them against the ``first`` logits (B, K) of the batch.
+    """Make the ``calls`` and compare them with the ``first`` logits (B, K) of the batch.
 
     ``images`` (B, ...) are the batch as the runner takes it, ``reference`` (B, K) the reference's
     logits of it.
@@ -171,13 +173,13 @@ def ask_again(
     """
     made, answers = list(calls), []
     for call in made:
-        asked = _of(call, images)
-        logits = runner(asked) if call.profile is None else runner.run_in(call.profile, asked)
+        inputs = _of(call, images)
+        logits = runner(inputs) if call.profile is None else runner.run_in(call.profile, inputs)
         wanted = (len(call.images), first.shape[1])
         if logits.shape != wanted:
             raise ArtifactError(
                 f"{name} gave logits of shape {logits.shape} for {wanted[0]} images, not {wanted}",
-                hint="it works at some batch sizes only: export it with a symbolic batch",
+                hint="export it with a symbolic batch: it only works at some batch sizes",
             )
         # A copy: a runner may use the same memory for its next answer.
         answers.append(np.array(logits))
@@ -185,7 +187,7 @@ def ask_again(
 
 
 def _of(call: Call, images: NDArray[Any]) -> NDArray[Any]:
-    """The call's images; those that follow each other are not copied."""
+    """Return the call's images; consecutive ones without a copy."""
     start, count = int(call.images[0]), len(call.images)
     if np.array_equal(call.images, np.arange(start, start + count)):
         return images[start : start + count]
@@ -195,7 +197,7 @@ def _of(call: Call, images: NDArray[Any]) -> NDArray[Any]:
 def _compare(
     calls: Sequence[Call], answers: Sequence[Logits], first: Logits, reference: Logits
 ) -> Iterator[Repeat]:
-    """All rows of all calls at once: most calls are of one or two rows."""
+    """Compare all rows of all calls at once, since most calls have one or two rows."""
     rows = np.concatenate([call.images for call in calls])
     starts = np.cumsum([0, *(len(call.images) for call in calls)])[:-1]
     ours = np.concatenate(answers).astype(np.float64)
@@ -222,9 +224,9 @@ def _compare(
 
 
 def excluded_share(calls: int) -> float:
-    """The share of calls, in percent, that a fault of whole calls may spoil and still go unseen.
+    """Return the largest share of calls, in percent, that an undetected fault may affect.
 
-    A fault of a larger share shows in at least one of ``calls`` calls for different images with
+    A fault of a larger share appears in at least one of ``calls`` calls on different images with
     probability 97.5 %: (1 - p)^calls = 0.025.
     """
     return 100.0 * (1.0 - float(_MISS ** (1.0 / max(calls, 1))))

@@ -1,8 +1,7 @@
-"""The result of a verification: what ``verify --json`` prints, and every report shows."""
+"""Defines the result of a verification: the content of ``verify --json`` and of every report."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,8 +26,8 @@ __all__ = [
     "Verification",
     "artifact_names",
     "baseline_lines",
-    "figures_of",
     "heading",
+    "metrics_of",
     "verdict_line",
     "verification_table",
 ]
@@ -43,9 +42,10 @@ BaselineStatus = Literal[
 
 @dataclass(frozen=True)
 class Cause:
-    """Something that may explain a reference that misses its published accuracy.
+    """A possible cause of a reference that misses its published accuracy.
 
-    ``top1`` and ``gained`` are PyTorch's with it, in percent and points, on ``images`` of them.
+    ``top1`` (percent) is PyTorch's with this cause corrected and ``gained`` (points) the gain, both
+    on ``images`` images.
     """
 
     what: str
@@ -57,16 +57,16 @@ class Cause:
 
 @dataclass(frozen=True)
 class Baseline:
-    """Whether PyTorch itself is as accurate as it is to be on these images.
+    """Whether PyTorch itself reaches its expected accuracy on these images.
 
-    ``confirmed``: the ``published`` top-1 and top-5 lie within the intervals of what was found, and
-    there are images enough for that to mean something; ``unconfirmed``: they are too few, or the
-    whole validation set gives slightly other figures; ``missed``: a published figure lies outside;
-    ``implausible``: PyTorch is no better than guessing; ``unpublished``: nothing to compare with;
-    ``skipped``: the user asked for no comparison.  Only after ``missed`` and ``implausible`` no
-    artifact is judged.  ``excludes`` is by how many points of top-1 a reference has to be worse for
-    this check to notice it 19 times in 20, None if it never would or nothing was compared.
-    ``causes`` are the usual ones, tried out, the likeliest first.
+    ``confirmed``: the ``published`` top-1 and top-5 are within the measured intervals, and the
+    images are enough for that to be evidence; ``unconfirmed``: there are too few, or the whole
+    validation set gives a slightly different accuracy; ``missed``: a published accuracy is outside
+    its interval; ``implausible``: PyTorch is no better than guessing; ``unpublished``: there is
+    nothing to compare with; ``skipped``: the user requested no comparison. Artifacts are not judged
+    after ``missed`` and ``implausible``. ``excludes`` is the deficit in points of top-1 that this
+    check detects in 19 of 20 cases, None if it detects none or nothing was compared. ``causes`` are
+    the usual ones, each tried on these images, the likeliest first.
     """
 
     status: BaselineStatus
@@ -84,10 +84,10 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Disagreement:
-    """An image of which reference and artifact give different first answers, as class indices.
+    """An image with different top-1 answers of reference and artifact, as class indices.
 
-    An answer is None where all logits are NaN.  ``max_abs`` is the largest difference of two
-    logits, None where one is NaN or infinite.
+    An answer is None if all logits are NaN. ``max_abs`` is the largest difference of two logits,
+    None if one is NaN or infinite.
     """
 
     name: str
@@ -99,13 +99,12 @@ class Disagreement:
 
 @dataclass(frozen=True)
 class Row:
-    """One artifact's figures and verdict; ``reason`` is a sentence for every verdict.
+    """The metrics and the verdict of one artifact; ``reason`` is a sentence for every verdict.
 
-    ``vouched`` is False for a graph without a passport; ``drop`` is of top-1, ``drop_top5`` of
-    top-5.  ``repeats`` says whether it answered alike when it was asked again; ``calibrated`` is
-    False for an artifact that no image was calibrated on, None if that is unknown.
-    ``disagreements`` counts images with another first answer than PyTorch's, ``worst`` are those
-    with the largest difference of logits.
+    ``vouched`` is False for a graph without a passport; ``drop`` is that of top-1, ``drop_top5`` of
+    top-5. ``repeats``: whether repeated calls gave the same answers. ``calibrated`` is False for an
+    artifact without calibration images, None if unknown. ``disagreements`` counts the images whose
+    top-1 answer differs from PyTorch's, ``worst`` are those with the largest logit difference.
     """
 
     artifact: str
@@ -128,12 +127,12 @@ class Row:
 class Verification(Shown):
     """The result: ``passed`` only if every row is equivalent; use it as a truth value.
 
-    ``images`` different ones were judged, of ``listed``: ``copies`` more have the decoded pixels of
-    one of these and count once with it, and of ``images`` themselves ``near_copies`` look nearly
-    like another.  ``problems`` has a sentence for each thing that is odd about them; ``leaked``
-    counts those that an artifact was calibrated on, ``near_leaked`` those that look nearly like
-    one, both None if that is unknown.  ``reference`` is PyTorch's accuracy, None without labels and
-    for random weights.  ``left_out`` are engines of judged graphs that were not judged themselves.
+    ``images`` distinct images were judged, of ``listed``. ``copies`` more have the same decoded
+    pixels as one of these and are not counted again; of ``images``, ``near_copies`` look almost
+    like another. ``problems`` has a sentence for each problem with the images. ``leaked`` counts
+    the images that an artifact was calibrated on, ``near_leaked`` those that look almost like one;
+    both are None if unknown. ``reference`` is PyTorch's accuracy, None without labels and for
+    random weights. ``left_out`` are engines of judged graphs that were not judged themselves.
     ``max_drop_top5`` is None if top-5 was not judged.
     """
 
@@ -163,15 +162,11 @@ class Verification(Shown):
     def __bool__(self) -> bool:
         return self.passed
 
-    def class_name(self, index: int) -> str:
-        """What the class with this index is called; its number where it has no name."""
-        return self.class_names[index] if index < len(self.class_names) else str(index)
-
     def __rich__(self) -> Renderable:
         return verification_table(self)
 
 
-# Of the figures; see figures_of().
+# The titles of metrics_of().
 COLUMNS = ("top-1 %", "top-5 %", "agree %", "SQNR dB", "cosine", "max abs")
 
 
@@ -186,7 +181,7 @@ _SHOWN_CAUSES = 3
 
 
 def verdict_line(result: Verification) -> str:
-    """The verdict in one sentence: what was judged, and what was not."""
+    """Return the verdict in one sentence: what was judged, and what was not."""
     line = _verdict(result)
     if not result.left_out:
         return line
@@ -216,22 +211,18 @@ def _verdict(result: Verification) -> str:
         name for name, row in names.items() if row.repeats is not None and not row.repeats.steady
     ]
     if unsteady:
-        return f"NOT JUDGED: {', '.join(unsteady)} {_do(unsteady)} not repeat"
+        return f"NOT JUDGED: the answers of {', '.join(unsteady)} are not repeatable"
     if not result.baseline:
         return f"NOT JUDGED: {result.baseline.sentence}"
     if result.random_weights:
-        return "NOT JUDGED: random weights have no accuracy; the logits are compared, no more"
+        return "NOT JUDGED: random weights have no accuracy; only logits were compared"
     if any(row.verdict == "undecided" for row in bad):
         return f"UNDECIDED{_advice(result)}"
     return f"NOT PROVEN: {', '.join(f'{name} {row.verdict}' for name, row in names.items())}"
 
 
-def _do(names: Sequence[str]) -> str:
-    return "does" if len(names) == 1 else "do"
-
-
 def _advice(result: Verification) -> str:
-    """How many images may decide; after a look at a fixed number, by a test that allows looks."""
+    """Return how many images may decide, by the test that allows several looks."""
     judged = [row.drop for row in result.rows if row.drop and row.verdict == "undecided"]
     needed = max((drop.images_needed or 0 for drop in judged), default=0)
     if not needed:
@@ -241,10 +232,10 @@ def _advice(result: Verification) -> str:
 
 
 def artifact_names(result: Verification) -> tuple[str, ...]:
-    """``int8 graph`` for each row, no name twice.
+    """Return a unique name for each row, such as ``int8 graph``.
 
-    A file that no passport vouches for, or that is not the only one of its kind, goes by its own
-    name, and by its path where another has the same.
+    A file without a passport, or one of several of its kind, is named by its file name, or by its
+    path if another has the same file name.
     """
     rows = result.rows
     kinds = [f"{row.precision} {row.kind}" if row.vouched else _own_name(row) for row in rows]
@@ -261,7 +252,7 @@ def _own_name(row: Row) -> str:
 
 
 def heading(result: Verification) -> str:
-    """Which model on which images."""
+    """Return the model and its images in one line."""
     leaked = f", {result.leaked} of them used for calibration" if result.leaked else ""
     if result.leaked is None:
         leaked = ", unknown how many of them used for calibration"
@@ -272,12 +263,12 @@ def heading(result: Verification) -> str:
     return f"{result.model} on {result.images:,} images of {result.data}{copies}{stopped}{leaked}"
 
 
-def figures_of(row: Row, result: Verification) -> tuple[str, ...]:
-    """A row's figures in the order of ``COLUMNS``; a dash where there is none."""
+def metrics_of(row: Row, result: Verification) -> tuple[str, ...]:
+    """Return a row's metrics in the order of ``COLUMNS``; a dash for each that is missing."""
     fidelity = row.fidelity
     if fidelity is None:
         return ("-",) * len(COLUMNS)
-    # Random weights have an accuracy that means nothing.
+    # The accuracy of random weights is meaningless.
     accuracy = None if result.random_weights else fidelity.accuracy
     sqnr = "equal" if fidelity.sqnr_db is None else f"{fidelity.sqnr_db:.1f}"
     errors = (sqnr, f"{fidelity.cosine:.5f}", f"{fidelity.max_abs:.1e}")
@@ -285,14 +276,14 @@ def figures_of(row: Row, result: Verification) -> tuple[str, ...]:
         f"{accuracy.top1:.2f}" if accuracy else "-",
         f"{accuracy.top5:.2f}" if accuracy else "-",
         f"{fidelity.agreement:.2f}",
-        # Those of the other images alone, or of none, would look like an artifact's.
+        # Metrics of the remaining images would look like those of the artifact.
         *(errors if fidelity.finite else ("NaN/inf",) * len(errors)),
     )
 
 
 def _table(result: Verification) -> Table:
     table = Table(box=None, pad_edge=False)
-    # A name of any length: only its own column may give way.
+    # Names can be long: only this column may wrap.
     table.add_column("artifact", overflow="fold")
     for title in COLUMNS:
         table.add_column(title, justify="right", no_wrap=True)
@@ -302,12 +293,12 @@ def _table(result: Verification) -> Table:
         table.add_row("PyTorch", *accuracy, "", "", "", "", "reference")
     for name, row in zip(artifact_names(result), result.rows, strict=True):
         verdict = Text(row.verdict, style=_COLOURS[row.verdict])
-        table.add_row(Text(name), *figures_of(row, result), verdict)
+        table.add_row(Text(name), *metrics_of(row, result), verdict)
     return table
 
 
 def baseline_lines(result: Verification) -> list[str]:
-    """Whether PyTorch is as accurate as it is to be, and what may explain it if not."""
+    """Return the baseline's sentence, then the possible causes of a miss."""
     baseline = result.baseline
     if result.random_weights or not result.labelled:
         return []
@@ -318,12 +309,12 @@ def baseline_lines(result: Verification) -> list[str]:
 
 
 def _indented(text: str, by: int = 2, style: str = "") -> Padding:
-    """A sentence that stays indented where it is wrapped."""
+    """Indent a text, wrapped lines included."""
     return Padding(Text(text, style), (0, 0, 0, by))
 
 
 def verification_table(result: Verification) -> Group:
-    """Verdict first, then the baseline, a row an artifact, what each verdict rests on, oddities.
+    """Return verdict, baseline, a row per artifact, the reasons, and problems with the images.
 
     A report has the same order, see :mod:`clipdeploy.verification.reports`.
     """

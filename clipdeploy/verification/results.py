@@ -1,15 +1,15 @@
-"""The results file: what was asked, then a line a batch of images, each with its checksum.
+"""Reads, writes and merges results files: a header, then a line per batch, each with a checksum.
 
-    {"sum": ..., "line": {"question": ...}}                       what decides the records
+    {"sum": ..., "line": {"question": ...}}                       what determines the records
     {"sum": ..., "line": {"batch": 0, "records": [...], ...}}
     {"sum": ..., "line": {"batch": 1, ...}}
 
-``sum`` is a hash of its own line and of the sum before it: a line that was edited, moved, repeated
-or left out in the middle is found.  A run appends a line as soon as a batch is done, so that a
-killed one goes on; a last line that was cut short is no line.  Batches are cut from the whole list
-of images, and a shard takes every n-th: an image meets the same neighbours in every run, and its
-logits are the same to the last bit.  Verdicts are made from the records afterwards: another
-``--max-drop`` needs no new run.
+``sum`` is a hash of its own line and of the previous sum: it detects a line that was edited, moved,
+repeated or removed. A run appends a line as soon as a batch is done, so that a killed run can
+resume; an incomplete last line is ignored. Batches are cut from the whole list of images, and a
+shard takes every n-th batch: an image has the same neighbours in every run, and its logits are the
+same to the last bit. Verdicts are derived from the records afterwards: another ``--max-drop`` needs
+no new run.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from clipdeploy.verification.records import ImageRecord
 from clipdeploy.verification.repeats import Repeat
 
 __all__ = [
-    "Asked",
+    "ArtifactEntry",
     "BatchResult",
-    "Question",
     "Results",
     "ResultsWriter",
+    "RunKey",
     "merge_results",
     "read_results",
     "save_results",
@@ -53,14 +53,13 @@ _MOST_IMAGES = 1_000_000_000
 
 
 @dataclass(frozen=True)
-class Asked:
-    """An artifact under judgement.
+class ArtifactEntry:
+    """An artifact to be judged.
 
-    ``runner`` computed its logits, empty if nothing could: then ``why_not`` says why.  ``vouched``
-    is False for a file without a passport, ``emulated`` True where half precision was computed in
-    float32, of which ``why_not`` says why as well.
-    ``calibration`` is the SHA-256 of the table that it was calibrated with, empty if with none,
-    None if that is unknown.
+    ``runner`` computed its logits; it is empty if none could, and ``why_not`` gives the reason.
+    ``vouched`` is False for a file without a passport. ``emulated`` is True if half precision was
+    computed in float32; ``why_not`` gives the reason as well. ``calibration`` is the SHA-256 of its
+    calibration table, empty without calibration, None if unknown.
     """
 
     artifact: str
@@ -75,16 +74,16 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Question:
-    """All that decides the records; only results of the same question can be joined.
+class RunKey:
+    """Everything that determines the records; only results with equal keys can be merged.
 
-    ``decoder`` is the key of all that decides pixels, ``entries`` the SHA-256 of the images' names
-    and classes in their order, ``contents`` that of all files' sizes and of some files' bytes;
-    ``problems`` is what listing them showed, ``calibrated`` the SHA-256 of the calibration images'
-    hashes, empty without any.  ``partial_classes`` is the number of classes that the images are of
-    where they were drawn from a part of the model's, else 0.  ``sequential`` is the largest drop at
-    which the run stops early.
-    ``threads`` decides the last bits: sums are cut into as many parts.
+    ``decoder`` is the key of everything that determines pixels, ``entries`` the SHA-256 of the
+    image names and classes in order, ``contents`` that of all file sizes and of the bytes of some
+    files; ``problems`` were found while listing the images, ``calibrated`` is the SHA-256 of the
+    calibration images' hashes, empty without calibration. ``partial_classes`` is the number of
+    classes that the images cover if they were drawn from a part of the model's classes, else 0.
+    ``sequential`` is the largest drop of a run that may stop early, else None. ``threads`` affects
+    the last bits: a sum is split into as many parts.
     """
 
     model: str
@@ -96,7 +95,7 @@ class Question:
     reference: str
     classes: int
     class_names: tuple[str, ...]
-    artifacts: tuple[Asked, ...]
+    artifacts: tuple[ArtifactEntry, ...]
     images: int
     labelled: bool
     entries: str
@@ -111,7 +110,7 @@ class Question:
     schema: int = RESULTS_SCHEMA
 
     def faults(self) -> Iterator[Fault]:
-        """Values that no question has; see :mod:`clipdeploy.core.values`."""
+        """Yield impossible values; see :mod:`clipdeploy.core.values`."""
         yield from unless(is_name(self.model), "model", self.model, "a model's name")
         counts = {"batch": MOST_BATCH, "classes": MOST_CLASSES, "images": _MOST_IMAGES}
         for name, most in counts.items():
@@ -122,24 +121,24 @@ class Question:
 
     @property
     def batches(self) -> int:
-        """How many batches all images make."""
+        """The number of batches of all images."""
         return -(-self.images // self.batch)
 
     def size(self, number: int) -> int:
-        """How many images batch ``number`` has."""
+        """Return the number of images in batch ``number``."""
         return min(self.batch, self.images - number * self.batch)
 
     @property
-    def ran(self) -> tuple[Asked, ...]:
-        """The artifacts that something could run, in the order of every record's outcomes."""
-        return tuple(asked for asked in self.artifacts if asked.runner)
+    def ran(self) -> tuple[ArtifactEntry, ...]:
+        """The artifacts that had a runner, in the order of every record's outcomes."""
+        return tuple(entry for entry in self.artifacts if entry.runner)
 
 
 @dataclass(frozen=True)
 class BatchResult:
-    """The records of one batch, in the order of its images, and what could not be read of it.
+    """The records of one batch, in the order of its images, and the names of unreadable images.
 
-    ``repeats`` are the calls that were made again, of each artifact that ran.
+    ``repeats`` are the repeated calls, of each artifact that ran.
     """
 
     batch: int
@@ -148,11 +147,10 @@ class BatchResult:
     repeats: tuple[tuple[Repeat, ...], ...] = ()
 
 
-@dataclass(frozen=True)
-class _Header:
-    """``data`` and ``stamps`` (the state of the files) are this machine's, not the question's."""
+class _Header(msgspec.Struct, frozen=True):
+    """The first line. ``data`` and ``stamps`` (state of the files) are specific to this machine."""
 
-    question: Question
+    run_key: RunKey = msgspec.field(name="question")
     data: str
     stamps: str
     shard: tuple[int, int] | None = None
@@ -160,9 +158,9 @@ class _Header:
 
 @dataclass(frozen=True)
 class Results:
-    """What is known: the question and the batches that are done, in order."""
+    """A run key and the batches that are done, in order."""
 
-    question: Question
+    run_key: RunKey
     data: str
     batches: tuple[BatchResult, ...]
     stamps: str = ""
@@ -180,17 +178,17 @@ class Results:
 
     @property
     def done(self) -> frozenset[int]:
-        """The numbers of the batches that are here."""
+        """The numbers of the batches that are done."""
         return frozenset(batch.batch for batch in self.batches)
 
     def repeats(self, lane: int) -> list[Repeat]:
-        """The calls that were made again, of the artifact with this number."""
+        """Return the repeated calls of the artifact with index ``lane``."""
         return [repeat for batch in self.batches for repeat in batch.repeats[lane]]
 
     @property
     def header(self) -> _Header:
         """The first line of the file."""
-        return _Header(self.question, self.data, self.stamps, self.shard)
+        return _Header(self.run_key, self.data, self.stamps, self.shard)
 
 
 class _Line(msgspec.Struct):
@@ -199,7 +197,7 @@ class _Line(msgspec.Struct):
 
 
 class _Chain:
-    """Lines with their checksums, each of which covers the lines before it."""
+    """Encodes and decodes lines; each checksum covers the previous lines."""
 
     def __init__(self) -> None:
         self._last = b""
@@ -210,19 +208,19 @@ class _Chain:
         return found.hexdigest()
 
     def write(self, value: object) -> bytes:
-        """The next line, with its line break."""
+        """Encode the next line, with its line break."""
         line = msgspec.json.encode(value)
         return msgspec.json.encode(_Line(self._sum(line), msgspec.Raw(line))) + b"\n"
 
     def read(self, data: bytes) -> bytes:
-        """The value of the next line, as JSON.
+        """Decode the next line and return its value as JSON.
 
         Raises:
-            msgspec.MsgspecError: it is no line, or not what its checksum is of.
+            msgspec.MsgspecError: it is not a line, or its checksum does not match.
         """
         line = msgspec.json.decode(data, type=_Line)
         if self._sum(bytes(line.line)) != line.sum:
-            raise msgspec.ValidationError("a line does not match its checksum: it was changed")
+            raise msgspec.ValidationError("a line was changed: its checksum does not match")
         return bytes(line.line)
 
 
@@ -234,14 +232,14 @@ class ResultsWriter:
     """
 
     def __init__(self, path: Path, known: Results) -> None:
-        """The file is written anew with what is ``known``, so that no broken line stays in it."""
+        """Write the file again with ``known``, which removes an incomplete last line."""
         self._path = path
         self._chain = save_results(path, known)
         with file_errors("write", path):
             self._stream = path.open("ab")
 
     def append(self, batch: BatchResult) -> None:
-        """Add a batch; a reader that comes after sees it."""
+        """Append a batch and flush it."""
         with file_errors("write", self._path):
             self._stream.write(self._chain.write(batch))
             self._stream.flush()
@@ -253,7 +251,7 @@ class ResultsWriter:
 
 
 def save_results(path: Path, results: Results) -> _Chain:
-    """Write results as a whole; the chain that the next line goes on with.
+    """Write all results; return the checksum chain to continue with.
 
     Raises:
         FileError: no permission, no space.
@@ -264,41 +262,42 @@ def save_results(path: Path, results: Results) -> _Chain:
 
 
 def read_results(path: Path) -> Results:
-    """Read a results file; a last line that was cut short is left out.
+    """Read a results file; ignore an incomplete last line.
 
     Raises:
         FileError: it cannot be opened.
-        ArtifactError: it is no results file, is damaged or edited, or of another clipdeploy.
+        ArtifactError: it is not a results file, is damaged or edited, or was written by an
+            incompatible version.
     """
     first, *lines = read_regular(path).split(b"\n")
     chain = _Chain()
     try:
         header = msgspec.json.decode(chain.read(first), type=_Header)
-        if (schema := header.question.schema) != RESULTS_SCHEMA:
+        if (schema := header.run_key.schema) != RESULTS_SCHEMA:
             raise ArtifactError(
                 f"{path} was written by {'a newer' if schema > RESULTS_SCHEMA else 'an older'} "
                 "clipdeploy",
                 hint="upgrade, or verify again" if schema > RESULTS_SCHEMA else "verify again",
             )
-        if fault := first_fault(header.question):
-            raise ArtifactError(f"{path} cannot be believed: {fault}", hint="verify again")
-        # What follows the last line break is nothing, or a line that was cut short.
+        if fault := first_fault(header.run_key):
+            raise ArtifactError(f"{path} has an invalid value: {fault}", hint="verify again")
+        # After the last line break there is nothing, or an incomplete line.
         decoder = msgspec.json.Decoder(BatchResult)
         batches = [decoder.decode(chain.read(line)) for line in lines[:-1]]
     except msgspec.MsgspecError as error:
         raise ArtifactError(
-            f"{path} holds no results that can be read: {error}", hint="verify again"
+            f"{path} is not a readable results file: {error}", hint="verify again"
         ) from error
     batches.sort(key=lambda batch: batch.batch)
-    found = Results(header.question, header.data, tuple(batches), header.stamps, header.shard)
+    found = Results(header.run_key, header.data, tuple(batches), header.stamps, header.shard)
     if problem := _impossible(found):
-        raise ArtifactError(f"{path} holds results that cannot be: {problem}", hint="verify again")
+        raise ArtifactError(f"{path} has impossible results: {problem}", hint="verify again")
     return found
 
 
 def _impossible(results: Results) -> str:
-    """Why these cannot be results of their question; empty if they can."""
-    question, lanes = results.question, len(results.question.ran)
+    """Return why these results do not fit their run key; empty if they do."""
+    run_key, lanes = results.run_key, len(results.run_key.ran)
     numbers = Counter(batch.batch for batch in results.batches)
     names = Counter(
         name
@@ -306,38 +305,38 @@ def _impossible(results: Results) -> str:
         for name in (*(record.name for record in batch.records), *batch.unreadable)
     )
     for number, count in numbers.items():
-        if count > 1 or not 0 <= number < question.batches:
-            return f"batch {number} is there {count} times, of {question.batches} batches"
+        if count > 1 or not 0 <= number < run_key.batches:
+            return f"batch {number} occurs {count} times, of {run_key.batches} batches"
     for batch in results.batches:
         images = len(batch.records) + len(batch.unreadable)
-        if images != question.size(batch.batch):
-            return f"batch {batch.batch} has {images} images, not {question.size(batch.batch)}"
+        if images != run_key.size(batch.batch):
+            return f"batch {batch.batch} has {images} images, not {run_key.size(batch.batch)}"
         if any(len(record.outcomes) != lanes for record in batch.records):
-            return f"batch {batch.batch} has outcomes of other artifacts than {lanes}"
+            return f"batch {batch.batch} does not have the outcomes of {lanes} artifacts"
         if len(batch.repeats) != lanes:
-            return f"batch {batch.batch} was not asked again of all {lanes} artifacts"
+            return f"batch {batch.batch} does not have the repeated calls of {lanes} artifacts"
     if names and (worst := names.most_common(1)[0])[1] > 1:
-        return f"{worst[0]} is there {worst[1]} times"
+        return f"{worst[0]} occurs {worst[1]} times"
     return ""
 
 
 def merge_results(parts: Sequence[Results]) -> Results:
-    """Join the shards of one run.
+    """Merge the shards of one run.
 
     Raises:
-        ArtifactError: a shard is missing, there twice, unfinished, or of another run.
+        ArtifactError: a shard is missing, duplicated, unfinished, or of another run.
     """
     if not parts:
         raise ArtifactError(
-            "no shard to merge", hint="clipdeploy verify --data IMAGES --shard 1/4, and so on"
+            "no shard to merge", hint="run clipdeploy verify --data IMAGES --shard 1/4, and so on"
         )
     first = parts[0]
     for part in parts[1:]:
-        if part.question != first.question:
+        if part.run_key != first.run_key:
             raise ArtifactError(
-                f"the shards are not of one run: {_difference(first.question, part.question)}",
+                f"the shards are not of one run: {_difference(first.run_key, part.run_key)}",
                 hint="verify every shard with the same artifacts, images, versions and --threads; "
-                "if shards of an older run lie beside them, remove those or name the others",
+                "remove shards of older runs, or name the shards to merge",
             )
     batches: dict[int, BatchResult] = {}
     for batch in (batch for part in parts for batch in part.batches):
@@ -345,15 +344,16 @@ def merge_results(parts: Sequence[Results]) -> Results:
             raise ArtifactError(
                 f"two shards differ on batch {batch.batch}", hint="verify these shards again"
             )
-    missing = sorted(set(range(first.question.batches)) - set(batches))
+    missing = sorted(set(range(first.run_key.batches)) - set(batches))
     if missing:
         raise ArtifactError(
-            f"{len(missing)} of {first.question.batches} batches are missing: a shard is not "
-            "there or not finished",
+            f"{len(missing)} of {first.run_key.batches} batches are missing: a shard is "
+            "missing or unfinished",
             hint="run the missing shards, or name all of them",
         )
     ordered = tuple(batches[number] for number in sorted(batches))
-    # Of files that stood still all the while, the joined results are those of one run.
+    # If no file has changed between the shards, the merged results equal those of one run.
+
     stamps = first.stamps if all(part.stamps == first.stamps for part in parts) else ""
     merged = replace(first, batches=ordered, shard=None, stamps=stamps)
     if problem := _impossible(merged):
@@ -363,7 +363,7 @@ def merge_results(parts: Sequence[Results]) -> Results:
     return merged
 
 
-def _difference(one: Question, other: Question) -> str:
+def _difference(one: RunKey, other: RunKey) -> str:
     names = [
         name for name in one.__dataclass_fields__ if getattr(one, name) != getattr(other, name)
     ]

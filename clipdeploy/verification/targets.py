@@ -1,4 +1,4 @@
-"""What is to be judged: every artifact of a workspace, or the files that were named."""
+"""Finds the artifacts to judge, in a workspace or among named files, and opens them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from clipdeploy.core.files import sha256_file
 from clipdeploy.core.passport import Passport, Precision
 from clipdeploy.engines.passport import EnginePassport
 from clipdeploy.runners import OnnxRunner, Runner, open_runner
-from clipdeploy.verification.results import Asked
+from clipdeploy.verification.results import ArtifactEntry
 from clipdeploy.workspace.folder import PRECISIONS, Workspace
 from clipdeploy.workspace.passports import check_made_from, checked_passport, is_vouched
 from exporters.headers import read_skeleton, weight_files
@@ -27,14 +27,15 @@ __all__ = ["Target", "digest_of_artifact", "named_targets", "open_target", "work
 class Target:
     """An artifact to judge; an engine names the graph it was compiled from.
 
-    ``vouched`` is False for a file without a passport: ``passport`` then is the reference's, with
+    ``vouched`` is False for a file without a passport: ``passport`` is then the reference's, with
     the file's own input and output.
     """
 
     path: Path
     kind: Literal["graph", "engine"]
     passport: Passport
-    stand_in: Path | None = None
+    graph: Path | None = None
+
     vouched: bool = True
 
     @property
@@ -64,24 +65,24 @@ def _engines(workspace: Workspace, model: str) -> Iterator[Target]:
 
 
 def workspace_targets(workspace: Workspace, model: str, *, graphs_only: bool) -> list[Target]:
-    """Every graph of a model, and unless ``graphs_only`` every engine.
+    """Return every graph of a model and, unless ``graphs_only``, every engine.
 
     Raises:
         UsageError: the model has not been exported.
-        ArtifactError, GraphError, FileError: an artifact is damaged, was not made from its
-            neighbour, or is not what its passport says, see :mod:`clipdeploy.workspace.passports`.
+        ArtifactError, GraphError, FileError: an artifact is damaged, was not made from its source,
+            or does not match its passport, see :mod:`clipdeploy.workspace.passports`.
     """
     found = list(_graphs(workspace, model))
     return found if graphs_only else [*found, *_engines(workspace, model)]
 
 
 def named_targets(paths: Sequence[Path], reference: Passport, *, trust: bool) -> list[Target]:
-    """The files that were named, held against the reference that will judge them.
+    """Return the named files after a check against the reference.
 
     Raises:
-        UsageError: a file that is neither ``.onnx`` nor ``.engine``, or the same one twice.
-        ArtifactError, GraphError, FileError: a file that is not of the reference or not what its
-            passport says, see :mod:`clipdeploy.workspace.passports`, or one that cannot be read.
+        UsageError: a file is neither ``.onnx`` nor ``.engine``, or is named twice.
+        ArtifactError, GraphError, FileError: a file is not of the reference, does not match its
+            passport, see :mod:`clipdeploy.workspace.passports`, or cannot be read.
     """
     if len({path.resolve() for path in paths}) < len(paths):
         raise UsageError("an artifact is named twice", hint="name each one once")
@@ -91,7 +92,7 @@ def named_targets(paths: Sequence[Path], reference: Passport, *, trust: bool) ->
 def _named(path: Path, paths: Sequence[Path], reference: Passport, *, trust: bool) -> Target:
     if path.suffix not in (".onnx", ".engine"):
         raise UsageError(f"{path} is neither .onnx nor .engine", hint="name a graph or an engine")
-    # A passport that is damaged or of a newer clipdeploy is refused, not passed over.
+    # A damaged or newer passport is refused below; only a file without one is accepted here.
     if not is_vouched(path):
         if path.suffix == ".onnx":
             return _foreign_graph(path, reference)
@@ -104,7 +105,7 @@ def _named(path: Path, paths: Sequence[Path], reference: Passport, *, trust: boo
 
 
 def _scored_graph(engine: Path, passport: EnginePassport, paths: Sequence[Path]) -> Path | None:
-    """The graph that an engine was compiled from, if it is judged beside it."""
+    """Return the graph that an engine was compiled from, if it is among ``paths``."""
     graph = engine.with_suffix(".onnx")
     scored = graph in paths and passport.hashes.graph == sha256_file(graph)
     return graph if scored else None
@@ -117,14 +118,14 @@ def _foreign_graph(path: Path, reference: Passport) -> Target:
 
 
 def _precision(path: Path) -> Precision:
-    """What most of a graph's matrix products run in; FP32 if in none of the known precisions."""
+    """Return the precision of most matrix products; FP32 if none has a known precision."""
     products = [product.precision for product in find_products(read_skeleton(path))]
     known: tuple[Precision, ...] = ("int8", "fp16", "fp32")
     return max(known, key=products.count) if set(known) & set(products) else "fp32"
 
 
 def digest_of_artifact(path: Path) -> str:
-    """SHA-256 of a file; of a graph with weights in files of their own, of all these digests."""
+    """Return the SHA-256 of a file, or of all digests of a graph and its external weight files."""
     hashes = [sha256_file(path)]
     if path.suffix == ".onnx":
         hashes += [sha256_file(file) for file in weight_files(path)]
@@ -133,16 +134,16 @@ def digest_of_artifact(path: Path) -> str:
 
 def open_target(
     target: Target, *, trust: bool = False, threads: int = 0
-) -> tuple[Runner | None, Asked]:
-    """A runner of the artifact, None where nothing can run it, and how it enters the question.
+) -> tuple[Runner | None, ArtifactEntry]:
+    """Return a runner of the artifact, None if nothing can run it, and its entry in the run key.
 
-    float16 is run as stored where no GPU computes it, see :class:`OnnxRunner`.  ``threads`` is
-    how many a graph takes on the CPU, 0 for ONNX Runtime's own choice.
+    float16 is computed as stored if no GPU computes it, see :class:`OnnxRunner`. ``threads`` is the
+    number of CPU threads of a graph, 0 for ONNX Runtime's default.
 
     Raises:
-        GraphError, FileError: a graph that cannot be loaded.
+        GraphError, FileError: a graph cannot be loaded.
     """
-    asked = Asked(
+    entry = ArtifactEntry(
         artifact=str(target.path),
         kind=target.kind,
         precision=target.precision,
@@ -156,8 +157,8 @@ def open_target(
             target.path, threads=threads, trust=trust, as_stored=True, passport=foreign
         )
     except EngineError as error:
-        stand_in = f"; {target.stand_in.name} was scored in its place" if target.stand_in else ""
-        return None, replace(asked, why_not=f"{error.message}{stand_in}")
+        graph = f"; {target.graph.name} was scored instead" if target.graph else ""
+        return None, replace(entry, why_not=f"{error.message}{graph}")
     why_not = runner.emulation if isinstance(runner, OnnxRunner) else ""
-    asked = replace(asked, runner=runner.name, emulated=bool(why_not), why_not=why_not)
-    return runner, asked
+    entry = replace(entry, runner=runner.name, emulated=bool(why_not), why_not=why_not)
+    return runner, entry

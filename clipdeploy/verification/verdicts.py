@@ -1,16 +1,16 @@
-"""From records to verdicts.  It fails closed: whatever is missing can only lose an ``equivalent``.
+"""Derives verdicts from records. It fails closed: missing evidence can only lose ``equivalent``.
 
 a logit is NaN or infinite                    regressed
 the artifact did not run                      not executed
-asked again it answers otherwise              not judged
+repeated calls give other answers             not judged
 random weights, no labels                     not judged
 float16 was only emulated                     not judged
 PyTorch itself misses its accuracy            not judged
 otherwise the interval of the paired drop:    equivalent, regressed, undecided
 
-An image counts once, however many copies of it there are.  ``equivalent`` needs more than the
-interval: it must hold without the images that look nearly like another one as well, and a fault
-that spoils whole calls must be excluded down to the drop that is allowed.
+Copies of an image count once. ``equivalent`` needs more than the interval: it must also hold
+without the images that look almost like another one, and a fault that affects whole calls must be
+excluded down to the allowed drop.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from clipdeploy.verification.result import (
     Verdict,
     Verification,
 )
-from clipdeploy.verification.results import Asked, Question, Results
+from clipdeploy.verification.results import ArtifactEntry, Results, RunKey
 
 __all__ = ["Limits", "judge_results"]
 
 _WORST = 12
-# The worse of two verdicts on one artifact.
+# From best to worst: the worse of two verdicts on one artifact counts.
 _RANK: tuple[Verdict, ...] = ("equivalent", "undecided", "regressed")
 
 
@@ -50,7 +50,7 @@ class Limits:
     """Percentage points that an artifact may lose, of top-1 and, unless None, of top-5.
 
     Raises:
-        UsageError: outside 0 to 100.
+        UsageError: a limit is outside 0 to 100.
     """
 
     top1: float = 1.0
@@ -71,18 +71,18 @@ class _Drops:
     reason: str
 
 
-def _judged(lost: int, gained: int, images: int, limit: float, question: Question) -> DropJudgement:
-    anytime = question.sequential is not None
+def _judged(lost: int, gained: int, images: int, limit: float, run_key: RunKey) -> DropJudgement:
+    anytime = run_key.sequential is not None
     return judge_drop(lost, gained, images, limit, anytime=anytime)
 
 
 def _drops(
-    fidelity: Fidelity, unlike: Fidelity, repeats: Repeatability, question: Question, limits: Limits
+    fidelity: Fidelity, unlike: Fidelity, repeats: Repeatability, run_key: RunKey, limits: Limits
 ) -> _Drops:
-    top1 = _judged(fidelity.lost, fidelity.gained, fidelity.images, limits.top1, question)
+    top1 = _judged(fidelity.lost, fidelity.gained, fidelity.images, limits.top1, run_key)
     limit5 = limits.top1 if limits.top5 is None else limits.top5
     counts5 = (fidelity.lost_top5, fidelity.gained_top5)
-    top5 = _judged(*counts5, fidelity.images, limit5, question)
+    top5 = _judged(*counts5, fidelity.images, limit5, run_key)
     verdict, reason = top1.verdict, top1.sentence
     if limits.top5 is not None:
         reason = f"top-1: {top1.sentence}; top-5: {top5.sentence}"
@@ -90,20 +90,20 @@ def _drops(
     elif top5.interval.low > 0 >= top1.interval.low:
         reason += (
             f"; top-5 is proven to drop, by {top5.interval.low:.2f} to {top5.interval.high:.2f} "
-            "points: --max-top5-drop judges it"
+            "points: pass --max-top5-drop to judge it"
         )
     if verdict == "equivalent":
-        again = _judged(unlike.lost, unlike.gained, unlike.images, limits.top1, question)
+        again = _judged(unlike.lost, unlike.gained, unlike.images, limits.top1, run_key)
         if again.verdict != "equivalent":
             verdict = "undecided"
-            reason += f"; but only {unlike.images:,} images do not look like another: "
+            reason += f"; but only {unlike.images:,} images do not look almost like another: "
             reason += again.sentence
         allowed = min(limits.top1, limit5) if limits.top5 is not None else limits.top1
         if repeats.excluded > allowed:
             verdict = "undecided"
             reason += (
                 f"; but of {repeats.calls:,} different calls {repeats.excluded:.2g} % could be "
-                "spoilt unseen: more images make more calls"
+                "wrong undetected: add images, which make more calls"
             )
     return _Drops(top1, top5, verdict, reason)
 
@@ -112,46 +112,46 @@ def _judge(
     fidelity: Fidelity,
     drops: _Drops | None,
     repeats: Repeatability,
-    question: Question,
-    asked: Asked,
+    run_key: RunKey,
+    entry: ArtifactEntry,
     baseline: Baseline,
 ) -> tuple[Verdict, str]:
-    """The verdict on an artifact that ran, and the sentence that explains it."""
+    """Return the verdict on an artifact that ran, and the sentence that explains it."""
     if not fidelity.finite:
         return "regressed", "logits are NaN or infinite"
     if not repeats:
         return "not judged", repeats.sentence
-    if question.random_weights:
-        return "not judged", "random weights: logits only, accuracy means nothing"
+    if run_key.random_weights:
+        return "not judged", "random weights have no accuracy: only logits were compared"
     if drops is None:
-        return "not judged", "images without labels: logits only"
-    if asked.emulated:
-        why = f": {asked.why_not}" if asked.why_not else ""
+        return "not judged", "the images have no labels: only logits were compared"
+    if entry.emulated:
+        why = f": {entry.why_not}" if entry.why_not else ""
         return "not judged", f"float16 was computed in float32, which hides overflow{why}"
     if not baseline:
         return "not judged", f"the baseline failed: {baseline.sentence}"
-    foreign = "" if asked.vouched else "; no passport vouches for this file"
+    foreign = "" if entry.vouched else "; this file has no passport"
     return drops.verdict, drops.reason + foreign
 
 
 def _row(
-    asked: Asked,
+    entry: ArtifactEntry,
     lane: int,
     results: Results,
     found: Distinct,
     baseline: Baseline,
     limits: Limits,
 ) -> Row:
-    question = results.question
-    calibrated = None if asked.calibration is None else bool(asked.calibration)
+    run_key = results.run_key
+    calibrated = None if entry.calibration is None else bool(entry.calibration)
     row = Row(
-        artifact=asked.artifact,
-        kind=asked.kind,
-        precision=asked.precision,
-        runner=asked.runner,
-        vouched=asked.vouched,
+        artifact=entry.artifact,
+        kind=entry.kind,
+        precision=entry.precision,
+        runner=entry.runner,
+        vouched=entry.vouched,
         verdict="not executed",
-        reason=asked.why_not,
+        reason=entry.why_not,
         fidelity=None,
         drop=None,
         drop_top5=None,
@@ -160,17 +160,17 @@ def _row(
         disagreements=0,
         worst=(),
     )
-    if not asked.runner:
+    if not entry.runner:
         return row
 
-    def figures(records: Sequence[ImageRecord]) -> Fidelity:
-        return fidelity_of(records, lane, question.classes, labelled=question.labelled)
+    def fidelity_over(records: Sequence[ImageRecord]) -> Fidelity:
+        return fidelity_of(records, lane, run_key.classes, labelled=run_key.labelled)
 
-    fidelity, repeats = figures(found.records), repeatability_of(results, lane, asked)
+    fidelity, repeats = fidelity_over(found.records), repeatability_of(results, lane, entry)
     drops = None
-    if question.labelled and not question.random_weights and fidelity.finite:
-        drops = _drops(fidelity, figures(found.unlike), repeats, question, limits)
-    verdict, reason = _judge(fidelity, drops, repeats, question, asked, baseline)
+    if run_key.labelled and not run_key.random_weights and fidelity.finite:
+        drops = _drops(fidelity, fidelity_over(found.unlike), repeats, run_key, limits)
+    verdict, reason = _judge(fidelity, drops, repeats, run_key, entry, baseline)
     different = disagreements_of(found.records, lane)
     return replace(
         row,
@@ -190,83 +190,84 @@ def judge_results(
     limits: float | Limits,
     expected: Expected = Expected(),
 ) -> Verification:
-    """The verdict on every artifact of a finished run; ``limits`` as a number are of top-1.
+    """Return the verdict on every artifact of a finished run; ``limits`` as a number are of top-1.
 
     Raises:
-        DatasetError: not one image could be read.
+        DatasetError: no image could be read.
         UsageError: a limit is outside 0 to 100.
     """
     limits = limits if isinstance(limits, Limits) else Limits(limits)
-    question, records = results.question, results.records
+    run_key, records = results.run_key, results.records
     if not records:
         raise DatasetError(
-            f"not one image of {results.data} could be read", hint="look at one of them"
+            f"no image of {results.data} could be read",
+            hint="check that these files are images and that you may read them",
         )
     found = distinct_records(records)
-    judged = question.labelled and not question.random_weights
-    # What was published of a whole set is of all its files, copies included.
+    judged = run_key.labelled and not run_key.random_weights
+    # The published accuracy of a whole set counts all its files, copies included.
     baseline = check_baseline(
         [record.reference for record in records],
-        question,
+        run_key,
         expected,
         per_class=tuple(Counter(record.label for record in records).values()),
         different=[record.reference for record in found.records],
     )
     rows, lane = [], 0
-    for asked in question.artifacts:
-        rows.append(_row(asked, lane, results, found, baseline, limits))
-        lane += bool(asked.runner)
-    unknown = any(asked.calibration is None for asked in question.artifacts)
-    matters = any(asked.calibration for asked in question.artifacts)
+    for entry in run_key.artifacts:
+        rows.append(_row(entry, lane, results, found, baseline, limits))
+        lane += bool(entry.runner)
+    unknown = any(entry.calibration is None for entry in run_key.artifacts)
+    matters = any(entry.calibration for entry in run_key.artifacts)
     leaks = [record.leak for record in records] if matters else []
     return Verification(
-        model=question.model,
+        model=run_key.model,
         data=results.data,
         images=len(found.records),
-        listed=question.images,
+        listed=run_key.images,
         copies=found.copies,
         near_copies=found.near_copies,
-        labelled=question.labelled,
+        labelled=run_key.labelled,
         skipped=tuple(sorted(results.unreadable)),
-        problems=(*question.problems, *_found_by_reading(results), *_about_copies(found, leaks)),
+        problems=(*run_key.problems, *_found_by_reading(results), *_about_copies(found, leaks)),
         leaked=None if unknown else leaks.count("same"),
         near_leaked=None if unknown else leaks.count("near"),
-        random_weights=question.random_weights,
-        class_names=question.class_names,
+        random_weights=run_key.random_weights,
+        class_names=run_key.class_names,
         max_drop=limits.top1,
         max_drop_top5=limits.top5,
-        sequential=question.sequential is not None,
+        sequential=run_key.sequential is not None,
         baseline=baseline,
         reference=accuracy_of([r.reference for r in found.records]) if judged else None,
         rows=tuple(rows),
-        left_out=_left_out(question),
+        left_out=_left_out(run_key),
         passed=bool(rows) and all(row.verdict == "equivalent" for row in rows),
     )
 
 
-def _left_out(question: Question) -> tuple[str, ...]:
-    """The engines of judged graphs that are there and were not judged."""
-    judged = {Path(asked.artifact) for asked in question.artifacts}
+def _left_out(run_key: RunKey) -> tuple[str, ...]:
+    """Return the existing engines of judged graphs that were not judged themselves."""
+    judged = {Path(entry.artifact) for entry in run_key.artifacts}
     engines = [path.with_suffix(".engine") for path in sorted(judged) if path.suffix == ".onnx"]
     return tuple(str(path) for path in engines if path not in judged and path.exists())
 
 
 def _about_copies(found: Distinct, leaks: Sequence[str]) -> tuple[str, ...]:
-    """What decoding the images showed of copies among them and of calibration images."""
+    """Return sentences on copies among the images and of calibration images."""
     sentences = []
     if found.copies:
         sentences.append(
-            f"{found.copies:,} images have the pixels of another one, with which they count once"
+            f"{found.copies:,} images have the same pixels as another one and are counted once"
         )
     if found.near_copies:
-        sentences.append(f"{found.near_copies:,} images look nearly like another one")
+        sentences.append(f"{found.near_copies:,} images look almost like another one")
     if near := leaks.count("near"):
-        sentences.append(f"{near:,} images look nearly like one that an artifact was calibrated on")
+        sentences.append(f"{near:,} images look almost like one that an artifact was calibrated on")
     return tuple(sentences)
 
 
 def _found_by_reading(results: Results) -> tuple[str, ...]:
-    """What only reading the images shows: unreadable ones, and some that are there twice."""
+    """Return problems that only decoding reveals: unreadable images and duplicate files."""
     reading = Reading()
     for record in results.records:
         reading.add(record.name, record.sha256)

@@ -1,12 +1,12 @@
-"""Run the reference and artifacts over the same images and keep a record of each image.
+"""Runs the reference and the artifacts on the same images and records every image.
 
-    images, mixed -> batches -> crops ─┬─ PyTorch, or its logits from the cache ─┬─ records -> file
-                                       └─ every artifact's runner, part of it ───┘
-                                          again: alone, at other sizes, in each profile
+    shuffled images -> batches -> crops ─┬─ PyTorch, or cached logits ─────┬─ records -> file
+                                         └─ runner of every artifact ──────┘
+                                            repeated: alone, other sizes, each profile
 
-Images come in a fixed random order: neighbours in a batch are of different classes, so that an
-artifact which takes one image's answer for another's is found out.
-:mod:`clipdeploy.verification.verdicts` makes the verdicts from the records.
+The order of the images is random and fixed. Neighbours in a batch are of different classes, which
+reveals an artifact that mixes up the images of a batch.
+:mod:`clipdeploy.verification.verdicts` derives the verdicts from the records.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from clipdeploy.core.passport import Passport
 from clipdeploy.core.progress import SILENT, Progress
 from clipdeploy.core.spans import BATCH, THREADS, WORKERS, check_numbers, check_shard
 from clipdeploy.engines.passport import library_versions
-from clipdeploy.imaging import CropCache, ImageFolder, Reading, survey
+from clipdeploy.imaging import CropCache, ImageFolder, survey
 from clipdeploy.imaging.crops import pixels_key
 from clipdeploy.models.load import LoadedModel
 from clipdeploy.runners import Runner
@@ -35,21 +35,21 @@ from clipdeploy.verification.batches import (
     digest_of_contents,
     digest_of_entries,
     digest_of_files,
-    mixed,
     prefetched,
+    shuffled,
 )
-from clipdeploy.verification.cached import KeptRecords, read_kept
+from clipdeploy.verification.cached import CachedRecords, read_cached
 from clipdeploy.verification.early_stop import EarlyStop
 from clipdeploy.verification.leaks import Calibrated, calibration_of, refuse_leaks
 from clipdeploy.verification.records import ImageId, Logits, measure_images
 from clipdeploy.verification.reference import Reference
-from clipdeploy.verification.repeats import Repeat, RepeatPlan, ask_again
+from clipdeploy.verification.repeats import Repeat, RepeatPlan, repeat_calls
 from clipdeploy.verification.results import (
-    Asked,
+    ArtifactEntry,
     BatchResult,
-    Question,
     Results,
     ResultsWriter,
+    RunKey,
     save_results,
 )
 from clipdeploy.verification.targets import Target, open_target
@@ -61,18 +61,18 @@ __all__ = ["VerifyConfig", "run_verification"]
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """How images are run, and when a drop is too large.
+    """How to run the images, and the largest drop allowed.
 
     ``max_drop``: percentage points of top-1 that an artifact may lose, ``max_drop_top5`` of top-5,
-    None to leave top-5 out of the verdict.  ``shard`` (i, n) runs only the i-th of n parts, for
-    :func:`~clipdeploy.stages.verify.merge.merge_verification`.  ``sequential`` stops as soon as
-    every verdict is known.  ``workers`` and
-    ``cache`` are those of :func:`clipdeploy.imaging.iter_crops`; the cache keeps the reference's
-    logits as well.  ``trust`` loads engines that no passport vouches for.  ``threads`` compute on
-    the CPU, 0 for as many as PyTorch takes; shards can only be joined if they had as many.
+    None to leave top-5 out of the verdict. ``shard`` (i, n) runs only the i-th of n parts, for
+    :func:`~clipdeploy.stages.verify.merge.merge_verification`. ``sequential`` stops as soon as
+    every verdict is known. ``workers`` and ``cache`` are those of
+    :func:`clipdeploy.imaging.iter_crops`; the cache keeps the reference's logits as well. ``trust``
+    loads engines without a passport. ``threads``: CPU threads, 0 for PyTorch's default; shards can
+    only be merged if they ran with the same number.
 
     Raises:
-        UsageError: a drop, a batch or a shard that cannot be, or a shard that is sequential.
+        UsageError: a drop, batch size or shard is out of range, or a shard is sequential.
     """
 
     max_drop: float = 1.0
@@ -92,49 +92,49 @@ class VerifyConfig:
         check_shard(self.shard)
         if self.shard is not None and self.sequential:
             raise UsageError(
-                "a shard cannot stop early: only all of them together have a verdict",
+                "a shard cannot stop early: only all shards together have a verdict",
                 hint="leave out --sequential or --shard",
             )
 
     @property
     def limits(self) -> Limits:
-        """The drops that are allowed."""
+        """The largest drops allowed."""
         return Limits(self.max_drop, self.max_drop_top5)
 
 
 @dataclass(frozen=True)
 class _Lane:
-    """An artifact that something can run, and how it is called in the question."""
+    """A runner and its artifact."""
 
     target: Target
-    asked: Asked
+    entry: ArtifactEntry
     runner: Runner
 
 
 @dataclass(frozen=True)
 class _Opened:
-    """Everything that a batch passes through."""
+    """The reference and the runners that process a batch."""
 
-    question: Question
+    run_key: RunKey
     reference: Reference
     lanes: tuple[_Lane, ...]
     calibrated: Calibrated
     allow_leak: bool
 
     def prepare(self, batch: DecodedBatch) -> Samples | None:
-        """The input of a batch, normalised if any artifact takes it so."""
+        """Return the input of a batch, normalised if any artifact takes normalised input."""
         if not batch.crops:
             return None
-        samples = batch.samples(self.question.preprocess)
+        samples = batch.samples(self.run_key.preprocess)
         if any(lane.target.passport.input.dtype != "uint8" for lane in self.lanes):
             _ = samples.pixels
         return samples
 
     def record(
-        self, batch: DecodedBatch, samples: Samples | None, artifacts: Collection[Asked]
+        self, batch: DecodedBatch, samples: Samples | None, artifacts: Collection[ArtifactEntry]
     ) -> BatchResult:
-        """A batch's records of these ``artifacts``, and what they answered when asked again."""
-        lanes = [lane for lane in self.lanes if lane.asked in artifacts]
+        """Run ``artifacts`` on a batch; return its records and repeated calls."""
+        lanes = [lane for lane in self.lanes if lane.entry in artifacts]
         crops = batch.crops
         if samples is None:
             return BatchResult(batch.number, (), batch.unreadable, ((),) * len(lanes))
@@ -142,43 +142,43 @@ class _Opened:
         if not self.allow_leak:
             refuse_leaks(leaks)
         reference = self.reference([crop.sha256 for crop in crops], samples)
-        asked = [self._ask(lane, batch.number, samples, reference) for lane in lanes]
+        answers = [self._run(lane, batch.number, samples, reference) for lane in lanes]
         records = measure_images(
             [ImageId(crop.entry.name, crop.sha256, *crop.fingerprint) for crop in crops],
-            [crop.entry.label for crop in crops] if self.question.labelled else [None] * len(crops),
+            [crop.entry.label for crop in crops] if self.run_key.labelled else [None] * len(crops),
             [leak for _, leak in leaks],
             reference,
-            [logits for logits, _ in asked],
+            [logits for logits, _ in answers],
         )
-        repeats = tuple(found for _, found in asked)
+        repeats = tuple(repeats for _, repeats in answers)
         return BatchResult(batch.number, tuple(records), batch.unreadable, repeats)
 
-    def _ask(
+    def _run(
         self, lane: _Lane, number: int, samples: Samples, reference: Logits
     ) -> tuple[Logits, tuple[Repeat, ...]]:
-        """An artifact's logits of a batch, and the calls that were made again."""
+        """Return an artifact's logits of a batch, and its repeated calls."""
         images = samples.as_input(lane.target.passport.input)
         # A copy: a runner may use the same memory for its next answer.
-        logits, wanted = np.array(lane.runner(images)), (len(images), self.question.classes)
+        logits, wanted = np.array(lane.runner(images)), (len(images), self.run_key.classes)
         if logits.shape != wanted:
             raise ArtifactError(
                 f"{lane.target.path} gave logits of shape {logits.shape}, not {wanted}",
-                hint="it is no classifier of this model: build it again",
+                hint="build it again: it is not a classifier of this model",
             )
-        plan = RepeatPlan(self.question.batches, self.question.batch)
+        plan = RepeatPlan(self.run_key.batches, self.run_key.batch)
         calls = plan.calls(number, len(images), lane.runner)
         name = str(lane.target.path)
-        return logits, ask_again(lane.runner, name, images, logits, reference, calls)
+        return logits, repeat_calls(lane.runner, name, images, logits, reference, calls)
 
 
-def _question(
+def _run_key(
     model: LoadedModel,
     passport: Passport,
     images: ImageFolder,
     config: VerifyConfig,
     calibrated: Calibrated,
-) -> Question:
-    return Question(
+) -> RunKey:
+    return RunKey(
         model=model.card.name,
         weights=model.weights.identity,
         random_weights=model.weights.kind == "random",
@@ -206,7 +206,7 @@ def _question(
 def _open(
     model: LoadedModel,
     targets: Sequence[Target],
-    question: Question,
+    run_key: RunKey,
     config: VerifyConfig,
     calibrated: Calibrated,
     allow_leak: bool,
@@ -214,17 +214,17 @@ def _open(
 ) -> _Opened:
     lanes, artifacts = [], []
     for target in targets:
-        runner, asked = open_target(target, trust=config.trust, threads=question.threads)
-        asked = replace(asked, calibration=calibration_of(target, calibrated))
-        artifacts.append(asked)
+        runner, entry = open_target(target, trust=config.trust, threads=run_key.threads)
+        entry = replace(entry, calibration=calibration_of(target, calibrated))
+        artifacts.append(entry)
         if runner is not None:
             stack.callback(runner.close)
-            lanes.append(_Lane(target, asked, runner))
-    reference = Reference(model, question.preprocess, config.cache, question.threads)
+            lanes.append(_Lane(target, entry, runner))
+    reference = Reference(model, run_key.preprocess, config.cache, run_key.threads)
     stack.callback(reference.close)
-    asked_for = replace(question, artifacts=tuple(artifacts), reference=reference.name)
-    # An image flatters only what was calibrated on it, and no accuracy comes of random weights.
-    harmless = question.random_weights or not any(asked.calibration for asked in artifacts)
+    asked_for = replace(run_key, artifacts=tuple(artifacts), reference=reference.name)
+    # A leak matters only to calibrated artifacts, and random weights have no accuracy.
+    harmless = run_key.random_weights or not any(entry.calibration for entry in artifacts)
     return _Opened(asked_for, reference, tuple(lanes), calibrated, allow_leak or harmless)
 
 
@@ -239,43 +239,41 @@ def run_verification(
     allow_leak: bool = False,
     keep: Path | None = None,
     force: bool = False,
-    reading: Reading | None = None,
     progress: Progress = SILENT,
 ) -> Results:
-    """Records of all ``images``, or of one shard of them, in a fixed random order.
+    """Return the records of all ``images``, or of one shard, in a fixed random order.
 
     Args:
         model: the reference.
-        passport: the reference's graph's; it says how images become its input.
+        passport: the passport of the reference's graph; its preprocessing is used.
         calibrated: the images that artifacts were calibrated on.
-        allow_leak: count those instead of refusing them.
-        keep: where the results are kept.  A run that was killed, or has already been done, is gone
-            on with there, unless ``force``; so is one of other artifacts, as far as they are the
-            same.
+        allow_leak: count calibration images instead of refusing them.
+        keep: the results file. Unless ``force``, the results there are reused: of a killed or
+            finished run, and of other runs for the artifacts that are the same.
 
     Raises:
-        DatasetError: an image that cannot be read, unless ``skip_unreadable``, or one that an
-            artifact was calibrated on.
-        GraphError, ArtifactError: a graph that cannot be loaded or is not what it says.
-        FileError: the results cannot be kept, or another run is keeping its own there.
-        UsageError: ``sequential`` on images without labels.
+        DatasetError: an image cannot be read, unless ``skip_unreadable``, or an artifact was
+            calibrated on it.
+        GraphError, ArtifactError: a graph cannot be loaded or does not match its passport.
+        FileError: the results cannot be written, or another run is writing there.
+        UsageError: ``sequential`` with images without labels.
     """
     if config.sequential and not images.labelled:
         raise UsageError(
-            "without labels no verdict comes out, early or late", hint="leave out --sequential"
+            "images without labels have no verdict to stop at", hint="leave out --sequential"
         )
-    images = mixed(images)
-    question = _question(model, passport, images, config, calibrated)
+    images = shuffled(images)
+    run_key = _run_key(model, passport, images, config, calibrated)
     with ExitStack() as stack:
         stack.enter_context(sole_writer(keep, "clipdeploy verify") if keep else nullcontext())
-        opened = _open(model, targets, question, config, calibrated, allow_leak, stack)
+        opened = _open(model, targets, run_key, config, calibrated, allow_leak, stack)
         stamps = digest_of_files(images) if keep else ""
-        wanted = Results(opened.question, str(images.root), (), stamps, config.shard)
+        wanted = Results(opened.run_key, str(images.root), (), stamps, config.shard)
         partial = keep.with_name(f"{keep.name}.partial") if keep else None
-        known = KeptRecords(wanted)
+        known = CachedRecords(wanted)
         if keep and partial and not force:
-            known = read_kept((keep, partial), wanted, images)
-        run = _Run(opened, images, config, reading, known)
+            known = read_cached((keep, partial), wanted, images)
+        run = _Run(opened, images, config, known)
         return run.finish(progress, keep, partial)
 
 
@@ -284,15 +282,14 @@ class _Run:
     opened: _Opened
     images: ImageFolder
     config: VerifyConfig
-    reading: Reading | None
-    known: KeptRecords
+    known: CachedRecords
 
     def _numbers(self) -> range:
         first, step = self.config.shard or (1, 1)
-        return range(first - 1, self.opened.question.batches, step)
+        return range(first - 1, self.opened.run_key.batches, step)
 
     def finish(self, progress: Progress, keep: Path | None, partial: Path | None) -> Results:
-        """The whole run; what is not known yet is computed, and kept in ``keep``."""
+        """Run everything that is not known yet, and save the results in ``keep``."""
         known = self.known.results(self._numbers())
         self._refuse(known)
         stop = self._stopper()
@@ -316,16 +313,17 @@ class _Run:
         found = _joined(known, added)
         both = self.known.with_others(found)
         if both is not found or known.batches:
-            # In the order of the images, and with the artifacts that were not asked for this time.
+            # In the order of the images, and with the other artifacts of earlier runs.
             save_results(partial, both)
         partial.replace(keep)
         return found
 
     def _refuse(self, known: Results) -> None:
-        """An earlier run may have been allowed more than this one.
+        """Refuse reused records that this run's options do not allow.
 
         Raises:
-            DatasetError: unreadable images or leaks among the records, without leave to have them.
+            DatasetError: the records have unreadable images or leaks, which this run does not
+                allow.
         """
         if not self.opened.allow_leak:
             refuse_leaks((record.name, record.leak) for record in known.records)
@@ -338,7 +336,7 @@ class _Run:
     def _stopper(self) -> Callable[[BatchResult], bool] | None:
         if not self.config.sequential:
             return None
-        nothing = Results(self.opened.question, str(self.images.root), ())
+        nothing = Results(self.opened.run_key, str(self.images.root), ())
         return EarlyStop(nothing, self.config.limits).add
 
     def _fresh(
@@ -347,35 +345,34 @@ class _Run:
         stop: Callable[[BatchResult], bool] | None,
         progress: Progress,
     ) -> Iterator[BatchResult]:
-        """The batches that are not known yet, as they get done."""
-        question = self.opened.question
-        total = sum(question.size(number) for number in left)
+        """Yield the batches that are not known yet, as they are finished."""
+        run_key = self.opened.run_key
+        total = sum(run_key.size(number) for number in left)
         with progress.task("verify", total) as advance:
             for batch, samples in prefetched(self._prepared(left)):
                 yield (result := self._result(batch, samples))
-                advance(question.size(batch.number))
+                advance(run_key.size(batch.number))
                 if stop and stop(result):
                     return
 
     def _result(self, batch: DecodedBatch, samples: Samples | None) -> BatchResult:
-        """A batch; of artifacts that are known only the others are run."""
-        asked = self.known.missing(batch.number)
-        result = self.known.completed(self.opened.record(batch, samples, asked), asked)
+        """Return a batch; run only the artifacts that are not known for it."""
+        missing = self.known.missing(batch.number)
+        result = self.known.completed(self.opened.record(batch, samples, missing), missing)
         if result is None:
-            # The same images were answered otherwise by the reference: nothing known is of use.
-            return self.opened.record(batch, samples, self.opened.question.ran)
+            # The reference's answers have changed: the known records cannot be reused.
+            return self.opened.record(batch, samples, self.opened.run_key.ran)
         return result
 
     def _prepared(self, numbers: Collection[int]) -> Generator[tuple[DecodedBatch, Samples | None]]:
         for batch in decoded_batches(
             self.images,
-            self.opened.question.preprocess,
+            self.opened.run_key.preprocess,
             self.config.batch,
             numbers,
             skip_unreadable=self.config.skip_unreadable,
             workers=self.config.workers,
             cache=self.config.cache,
-            reading=self.reading,
         ):
             yield batch, self.opened.prepare(batch)
 

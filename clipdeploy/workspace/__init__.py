@@ -1,1 +1,1 @@
-"""The folder of a model's artifacts, and the checks of their passports."""
+"""Finds a model's artifacts, checks their passports, and inspects single files."""

@@ -1,4 +1,4 @@
-"""The folder that holds the artifacts of each model, and the last model that was used.
+"""Defines the paths of each model's artifacts, and remembers the last model.
 
 artifacts/
   workspace.json                      the last model
@@ -9,18 +9,18 @@ artifacts/
     fp16.onnx                         build-engine --fp16
     int8.onnx                         quantize
     int8-cpu.onnx                     quantize --cpu
-    recipe.json                       search: how its INT8 graph is made
-    search/                           search: what it measured, and the recipes of its front
+    recipe.json                       search: the recipe of its INT8 graph
+    search/                           search: measurements, and the recipes of the Pareto front
     int8.engine                       build-engine
     int8.engine.json                  its passport
-    verification.jsonl                verify: a record an image
+    verification.jsonl                verify: a record per image
     verification.1-of-4.jsonl         verify --shard 1/4, until `verify merge`
-    disagreements.csv                 verify: images with another answer than PyTorch's
-    bisection.json                    bisect: the last finding and its heat map, for reports
+    disagreements.csv                 verify: images with another top-1 answer than PyTorch's
+    bisection.json                    bisect: the last result and its heat map, for reports
     verification.html                 deploy, demo: the report
-    benchmark.json                    deploy: what was measured, of which artifacts
-    triton/                           deploy: a model repository
-    deployment.html                   deploy: what was built, its verdict, how to serve it
+    benchmark.json                    deploy: the benchmark, and the artifacts measured
+    triton/                           deploy: a Triton model repository
+    deployment.html                   deploy: artifacts, verdict, how to serve them
     deployment.json                   the same as data
 """
 
@@ -49,14 +49,14 @@ class _State:
     last_model: str
 
     def faults(self) -> Iterator[Fault]:
-        """It becomes the name of a folder; see :mod:`clipdeploy.core.values`."""
-        held = is_name(self.last_model)
-        yield from unless(held, "last_model", self.last_model, "a model's name")
+        """Yield impossible values; see :mod:`clipdeploy.core.values`."""
+        valid = is_name(self.last_model)
+        yield from unless(valid, "last_model", self.last_model, "a model's name")
 
 
 @dataclass(frozen=True, init=False)
 class Workspace:
-    """Paths under one folder; nothing is made before something is written.
+    """Paths of artifacts under one folder; folders are created when something is written.
 
     A model may be given by any of its names.
     """
@@ -91,23 +91,23 @@ class Workspace:
         return self.folder(model) / "bisection.json"
 
     def disagreements(self, model: str) -> Path:
-        """The images that an artifact answers otherwise than PyTorch."""
+        """The images with another top-1 answer than PyTorch's."""
         return self.folder(model) / "disagreements.csv"
 
     def report(self, model: str) -> Path:
-        """The report on the last verification, where nobody named another place."""
+        """The report on the last verification, unless another path was given."""
         return self.folder(model) / "verification.html"
 
     def benchmark(self, model: str) -> Path:
-        """What the last deployment measured."""
+        """The results of the last deployment's benchmark."""
         return self.folder(model) / "benchmark.json"
 
     def deployment(self, model: str) -> Path:
-        """The page about the last deployment; the same as data lies beside it, as ``.json``."""
+        """The page about the last deployment; the ``.json`` file next to it has the same data."""
         return self.folder(model) / "deployment.html"
 
     def triton(self, model: str) -> Path:
-        """The model repository of a deployment, where nobody named another place."""
+        """The Triton model repository of a deployment, unless another path was given."""
         return self.folder(model) / "triton"
 
     def recipe(self, model: str) -> Path:
@@ -115,16 +115,16 @@ class Workspace:
         return self.folder(model) / "recipe.json"
 
     def search(self, model: str) -> Path:
-        """The folder of what a search measured."""
+        """The folder of a search's measurements."""
         return self.folder(model) / "search"
 
     def source(self, model: str) -> tuple[Path, Passport]:
-        """The FP32 graph, which everything else is made from, and its passport.
+        """Return the FP32 graph, from which everything else is made, and its passport.
 
         Raises:
             UsageError: the model has not been exported here.
             ArtifactError, GraphError, FileError: the graph cannot be read, is of another model, or
-                is not what its passport says, see :mod:`clipdeploy.workspace.passports`.
+                does not match its passport, see :mod:`clipdeploy.workspace.passports`.
         """
         model = cards.full_name(model)
         path = self.graph(model, "fp32")
@@ -136,8 +136,9 @@ class Workspace:
         passport = checked_passport(path, model=model).graph
         if passport.precision != "fp32":
             raise ArtifactError(
-                f"{path} is of another precision than its place: it is {passport.precision}",
-                hint=f"make it again: clipdeploy export --model {model} --force",
+                f"the passport of {path} does not match its file name: precision is "
+                f"{passport.precision}, not fp32",
+                hint=f"export it again: clipdeploy export --model {model} --force",
             )
         return path, passport
 
@@ -146,7 +147,7 @@ class Workspace:
         return self.root / "workspace.json"
 
     def remember(self, model: str) -> None:
-        """Make ``model`` the one that a command without ``--model`` takes.
+        """Make ``model`` the default of commands without ``--model``.
 
         Raises:
             FileError: the workspace cannot be written.
@@ -155,7 +156,7 @@ class Workspace:
             write_atomic(self._state, to_json(_State(model)))
 
     def last_model(self) -> str:
-        """The model of the last command that had one.
+        """Return the model of the last command that had one.
 
         Raises:
             UsageError: there is none yet.

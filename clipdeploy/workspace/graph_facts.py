@@ -1,4 +1,4 @@
-"""The facts of a passport as the ONNX graph itself has them, for :mod:`.passports` to compare."""
+"""Reads the facts of a passport from the ONNX graph itself, for comparison by :mod:`.passports`."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from exporters.signature import classifier_signature
 
 __all__ = ["GraphFacts", "graph_facts"]
 
-# LayerNorm's eps under each choice of numerics, as ``clipdeploy.models.load`` builds the network.
+# LayerNorm's eps for each choice of numerics, as ``clipdeploy.models.load`` builds the network.
 _EPS = {1e-5: "trained", 1e-6: "as-shipped"}
-# A few float32 steps: the file holds these numbers rounded once from float64.
+# A few float32 steps: the file has these numbers rounded from float64.
 _ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """Of a graph's nodes and weights, not of its passport.
+    """Facts from a graph's nodes and weights, not from its passport.
 
-    ``numerics`` is the choice that LayerNorm's eps belongs to, None if it is neither choice's, as
-    in a graph that is to be judged because of that.  ``normalises_as_told`` is False if the graph
-    takes uint8 and normalises it with another mean or std than its passport's.
+    ``numerics`` is the choice with LayerNorm's eps, None for any other eps, as in a graph that is
+    to be judged because of that. ``normalisation_matches`` is False if the graph takes uint8 and
+    normalises it with another mean or std than its passport's.
     """
 
     input: TensorSpec
     output: TensorSpec
     precision: Precision
     numerics: str | None
-    normalises_as_told: bool
+    normalisation_matches: bool
 
 
 def graph_facts(path: Path, passport: Passport) -> GraphFacts:
-    """Read what the graph at ``path`` itself says; ``passport`` gives edge and classes.
+    """Read the facts of the graph at ``path``; ``passport`` gives image size and number of classes.
 
     Raises:
         FileError: the file cannot be opened.
-        GraphError: no ONNX graph, or no classifier of that edge and number of classes.
+        GraphError: not an ONNX graph, or not a classifier of that image size and number of classes.
     """
     image, logits = classifier_signature(path, passport.preprocess.size, passport.classes)
     model = read_skeleton(path)
@@ -52,12 +52,12 @@ def graph_facts(path: Path, passport: Passport) -> GraphFacts:
         logits,
         _precision(model),
         _numerics(model),
-        _normalises_as_told(model, passport.preprocess),
+        _normalisation_matches(model, passport.preprocess),
     )
 
 
 def _precision(model: ModelProto) -> Precision:
-    """As the stages name it: INT8 products with a float16 or a float32 rest, else the rest."""
+    """Return the stages' name: INT8 products with a float16 or float32 rest, else the rest."""
     halves = "fp16" in tensor_types(model)
     if any(product.precision == "int8" for product in find_products(model)):
         return "int8" if halves else "int8-cpu"
@@ -78,7 +78,7 @@ def _numerics(model: ModelProto) -> str | None:
     return next((name for each, name in _EPS.items() if np.isclose(each, eps, _ROUNDING, 0)), None)
 
 
-def _normalises_as_told(model: ModelProto, spec: Preprocess) -> bool:
+def _normalisation_matches(model: ModelProto, spec: Preprocess) -> bool:
     scale, offset = scale_and_offset(spec)
     wanted = {"preprocess/scale": scale, "preprocess/offset": offset}
     for weight in model.graph.initializer:

@@ -1,4 +1,4 @@
-"""What a file is: its passport, its size, and the precision of each block."""
+"""Inspects a file: its passport, its size, and the precision of each block."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from clipdeploy.engines.passport import (
 )
 from exporters.blocks import BlockPrecision
 from exporters.headers import read_passport, read_skeleton
-from exporters.products import asked_precision
+from exporters.products import requested_precision
 
 __all__ = ["Inspection", "inspect_file", "inspection_table"]
 
 
 @dataclass(frozen=True)
 class Inspection(Shown):
-    """A graph or an engine.
+    """The facts of a graph or an engine.
 
-    ``passport`` is that of the graph, ``engine`` that of the engine, None where nothing vouches
-    for the file.  ``asked`` is what the graph asks for, ``compiled`` what the compiler said that it
-    made of it, ``executed`` what the engine says of itself, None where it could not be asked, for
-    the reason in ``note``; ``fallbacks`` are the blocks where the best of these words differs from
-    what was asked.
+    ``passport`` is that of the graph and ``engine`` that of the engine, None for a file without
+    one. ``asked`` is the precision in the graph, ``compiled`` the precision that the compiler
+    reported, ``executed`` the precision that the engine itself reports, None if it could not be
+    queried, for the reason in ``note``. ``fallbacks`` are the blocks whose ``executed`` (or else
+    ``compiled``) precision differs from ``asked``.
     """
 
     path: Path
@@ -61,11 +61,11 @@ class Inspection(Shown):
 
 
 def inspect_file(path: StrPath, *, trust: bool = False) -> Inspection:
-    """Look into an ``.onnx`` or ``.engine`` file.
+    """Inspect an ``.onnx`` or ``.engine`` file.
 
     Raises:
-        FileError, GraphError, ArtifactError: it cannot be read, or is not what its passport says.
-        UsageError: another kind of file.
+        FileError, GraphError, ArtifactError: it cannot be read or does not match its passport.
+        UsageError: neither ``.onnx`` nor ``.engine``.
     """
     path = Path(path)
     if path.suffix == ".onnx":
@@ -88,7 +88,7 @@ def _graph(path: Path) -> Inspection:
         passport,
         None,
         len(skeleton.graph.node),
-        asked_precision(skeleton),
+        requested_precision(skeleton),
         None,
         None,
         note,
@@ -113,7 +113,7 @@ def _engine(path: Path, *, trust: bool) -> Inspection:
 
 
 def _ask_engine(path: Path, *, trust: bool) -> tuple[ExecutedPrecision | None, str]:
-    # PyTorch holds an engine's memory, and takes seconds to import: only where an engine can run.
+    # PyTorch allocates an engine's memory, and is slow to import: only if the engine can run.
     from clipdeploy.engines.preflight import preflight
 
     try:
@@ -122,7 +122,7 @@ def _ask_engine(path: Path, *, trust: bool) -> tuple[ExecutedPrecision | None, s
 
         return executed_precision(parse_engine_information(layer_information(plan))), ""
     except EngineError as error:
-        return None, f"the engine was not asked: {error.message}"
+        return None, f"the engine was not queried: {error.message}"
 
 
 _ROLES = ("checkpoint", "source_graph", "calibration", "graph", "timing_cache", "plan")
@@ -176,17 +176,7 @@ def _engine_facts(engine: EnginePassport) -> list[tuple[str, str]]:
 def _hashes(result: Inspection) -> list[tuple[str, str]]:
     if result.engine is not None:
         hashes = result.engine.hashes
-        named = [
-            (role, getattr(hashes, role))
-            for role in (
-                "checkpoint",
-                "source_graph",
-                "calibration",
-                "graph",
-                "timing_cache",
-                "plan",
-            )
-        ]
+        named = [(role, getattr(hashes, role)) for role in _ROLES]
     else:
         parents = result.passport.parents if result.passport else {}
         checkpoint = result.passport.weights.sha256 if result.passport else ""
@@ -199,7 +189,7 @@ def _counts(counts: dict[str, int]) -> str:
 
 
 def _merged(blocks: tuple[BlockPrecision, ...]) -> list[tuple[str, BlockPrecision]]:
-    """Neighbours that ask for the same in one row: ``blocks.0 to 11``."""
+    """Merge neighbours with the same precision into one row: ``blocks.0 to 11``."""
     rows: list[tuple[str, BlockPrecision]] = []
     for block in blocks:
         if rows and (block.gemms, block.attention) == (rows[-1][1].gemms, rows[-1][1].attention):
@@ -211,7 +201,7 @@ def _merged(blocks: tuple[BlockPrecision, ...]) -> list[tuple[str, BlockPrecisio
 
 
 def inspection_table(result: Inspection) -> Group:
-    """What the file is, then the precision of each block and whose word that is."""
+    """Return the file's facts, the precision of each block, and the source of that precision."""
     nodes = f", {result.nodes} nodes" if result.nodes is not None else ""
     known = [("file", f"{result.path}: {result.bytes / 1e6:.1f} MB{nodes}")]
     known += _graph_facts(result.passport) if result.passport else []
@@ -222,24 +212,25 @@ def inspection_table(result: Inspection) -> Group:
     table = Table(box=None, pad_edge=False)
     for title in ("block", "matrix products", "attention"):
         table.add_column(title, no_wrap=True)
-    told = result.executed or result.compiled
-    for name, block in _merged(told.blocks if told else result.asked):
+    reported = result.executed or result.compiled
+    for name, block in _merged(reported.blocks if reported else result.asked):
         table.add_row(name, _counts(block.gemms), _counts(block.attention))
-    return Group(facts(known), Text(""), table, Text(""), *_words(result))
+    return Group(facts(known), Text(""), table, Text(""), *_sources(result))
 
 
-def _words(result: Inspection) -> list[Text]:
-    """Whose word the precisions are, and what speaks against them."""
+def _sources(result: Inspection) -> list[Text]:
+    """Return where the precisions come from, what is unknown, and which blocks differ."""
     if result.executed is not None:
-        whose = f"the engine's own word; {result.executed.reformats} reformats"
+        source = f"as reported by the engine; {result.executed.reformats} reformats"
     elif result.compiled is not None:
-        whose = (
-            "the compiler's word when it built the engine; "
-            f"{result.compiled.reformats} reformats; not the engine's word"
+        source = (
+            f"as reported by the compiler, {result.compiled.reformats} reformats; "
+            "not confirmed by the engine"
         )
     else:
-        whose = "what the graph asks for" + ("; not the engine's word" if result.engine else "")
-    told = result.executed or result.compiled
-    lines = [Text(whose), *([Text(result.note)] if result.note else [])]
-    lines += [Text(f"  not told: {text}") for text in (told.untold if told else ())]
-    return lines + [Text(f"  NOT AS ASKED: {text}", style="red") for text in result.fallbacks]
+        source = "as written in the graph"
+        source += "; not confirmed by the engine" if result.engine else ""
+    reported = result.executed or result.compiled
+    lines = [Text(source), *([Text(result.note)] if result.note else [])]
+    lines += [Text(f"  unknown: {text}") for text in (reported.untold if reported else ())]
+    return lines + [Text(f"  NOT AS REQUESTED: {text}", style="red") for text in result.fallbacks]

@@ -1,12 +1,12 @@
-"""Passports are compared, not believed: one function for every command that reads an artifact.
+"""Reads an artifact's passport and compares it with everything else that is known of the artifact.
 
-A passport says what an artifact is, and anybody can edit it: class names in another order, another
-mean, another crop give other answers from the same weights.  So each statement is compared with
-whatever else states it:
+A passport describes an artifact, and anyone can edit it: reordered class names, another mean or
+another crop change the answers of the same weights. So each statement is compared with every other
+source:
 
-    card          preprocessing under its recipe, class names
-    reference     model, weights, recipe, preprocessing, classes: all but what an artifact may vary
-    the file      input, output, precision, LayerNorm's eps, the mean and std inside a graph
+    card          preprocessing of its recipe, class names
+    reference     model, weights, recipe, preprocessing, classes: all that an artifact must share
+    file          input, output, precision, LayerNorm's eps, the mean and std inside a graph
     neighbours    the FP32 graph in the same folder; the graph that an engine was compiled from
 """
 
@@ -33,10 +33,10 @@ from exporters.headers import has_passport, read_passport
 
 __all__ = ["CheckedPassport", "check_made_from", "checked_passport", "is_vouched"]
 
-# What artifacts of one reference may differ in.  The first four are compared with the file, the
-# parents with the files' hashes; the last three say how and by which version it was made.
+# Fields in which artifacts of one reference may differ. The first four are compared with the file,
+# the parents with the files' hashes; the last three record how and by which version it was made.
 _VARIES = ("kind", "precision", "input", "output", "parents", "settings", "versions", "schema")
-# Of an engine's passport, and which option of its build asked for it.
+# Fields of an engine's passport, and the build option of each.
 _BUILD_OPTIONS = {
     "profiles": "profiles",
     "hardware": "hardware_compatible",
@@ -56,10 +56,10 @@ class CheckedPassport:
 
 
 def is_vouched(path: Path) -> bool:
-    """Whether an ``.onnx`` or ``.engine`` file has a passport, readable or not.
+    """Return whether an ``.onnx`` or ``.engine`` file has a passport, readable or not.
 
     Raises:
-        FileError, GraphError: a graph that cannot be read.
+        FileError, GraphError: a graph cannot be read.
     """
     return passport_path(path).exists() if path.suffix == ".engine" else has_passport(path)
 
@@ -72,16 +72,16 @@ def checked_passport(
     plan: bool = True,
     neighbours: bool = True,
 ) -> CheckedPassport:
-    """The passport of a graph or an engine, compared with all that is known of it.
+    """Return the passport of a graph or an engine after comparing it with all other sources.
 
     ``reference`` is the passport of the FP32 graph that judges the artifact, None if there is none.
-    ``model`` is the card that it must be of, any if None.  ``plan`` compares an engine's bytes with
-    their hash, ``neighbours`` files in the same folder.
+    ``model`` is the name of the card that it must have, any if None. ``plan`` compares an engine's
+    bytes with their hash, ``neighbours`` compares files in the same folder.
 
     Raises:
-        FileError, GraphError: the file cannot be read, or is no classifier of that size.
-        ArtifactError: no passport, one that cannot be read, or one that says something else than
-            the card, the reference, the file itself or the file that it was made from.
+        FileError, GraphError: the file cannot be read, or is not a classifier of that size.
+        ArtifactError: the passport is missing, unreadable, or contradicts the card, the reference,
+            the file itself or the file that it was made from.
         UsageError: neither ``.onnx`` nor ``.engine``.
     """
     if path.suffix == ".onnx":
@@ -102,16 +102,16 @@ def checked_passport(
 
 
 def check_made_from(path: Path, found: str | None, parent: Path) -> None:
-    """Compare the hash of its parent that an artifact's passport states with ``parent`` itself.
+    """Compare the parent's hash in an artifact's passport with the file ``parent``.
 
     Raises:
-        ArtifactError: there is no such file, or it is another one.
+        ArtifactError: there is no such file, or its hash differs.
         FileError: it cannot be read.
     """
     if not parent.exists() or found != sha256_file(parent):
         raise ArtifactError(
-            f"{path} was not made from the {parent.name} that lies beside it",
-            hint="build it again with build-engine, or take it out of this folder",
+            f"{path} was not made from the {parent.name} in the same folder",
+            hint="build it again with build-engine, or move it to another folder",
         )
 
 
@@ -119,7 +119,7 @@ def check_made_from(path: Path, found: str | None, parent: Path) -> None:
 
 
 def _difference(found: Any, wanted: Any, name: str = "") -> tuple[str, str, str] | None:
-    """The first field in which two values differ: its name and both values, shortened."""
+    """Return the first field in which two values differ: its name and both values, shortened."""
     if found == wanted:
         return None
     pairs: list[tuple[str, Any, Any]] = []
@@ -142,8 +142,8 @@ def _difference(found: Any, wanted: Any, name: str = "") -> tuple[str, str, str]
             (f"{name}[{index}]", *both)
             for index, both in enumerate(zip(found, wanted, strict=True))
         ]
-    told = (_difference(mine, theirs, field) for field, mine, theirs in pairs)
-    return next(filter(None, told), None) or (name, _shown(found), _shown(wanted))
+    differences = (_difference(mine, theirs, field) for field, mine, theirs in pairs)
+    return next(filter(None, differences), None) or (name, _shown(found), _shown(wanted))
 
 
 def _shown(value: Any) -> str:
@@ -152,19 +152,19 @@ def _shown(value: Any) -> str:
 
 
 def _refuse_difference(
-    path: Path, found: Any, wanted: Any, name: str, whose: str, mend: str
+    path: Path, found: Any, wanted: Any, name: str, source: str, hint: str
 ) -> None:
     difference = _difference(found, wanted, name)
     if difference is not None:
         field, mine, theirs = difference
         raise ArtifactError(
-            f"{path} is of another {field} than {whose}: its passport says {mine}, not {theirs}",
-            hint=mend,
+            f"the passport of {path} does not match {source}: {field} is {mine}, not {theirs}",
+            hint=hint,
         )
 
 
-def _again(model: str, precision: Precision) -> str:
-    """How to make a graph of ``model`` again."""
+def _remake_hint(model: str, precision: Precision) -> str:
+    """Return the hint for making a graph of ``model`` again."""
     commands = {
         "fp32": f"export --model {model}",
         "fp16": f"build-engine --model {model} --fp16",
@@ -172,22 +172,22 @@ def _again(model: str, precision: Precision) -> str:
         "int8-cpu": f"quantize --model {model} --cpu",
     }
     return (
-        "make it again with the options it was made with: "
-        f"clipdeploy {commands[precision]} --force; or name the --model that it is of"
+        "make it again with the same options: "
+        f"clipdeploy {commands[precision]} --force; or pass the right --model"
     )
 
 
-# --- what a passport states, beside the card and the reference
+# --- the passport, the card and the reference
 
 
 def _decides(passport: Passport) -> dict[str, Any]:
-    """Every field that is the same in all artifacts of one reference; a new field is one."""
+    """Return all fields that artifacts of one reference share; new fields are included."""
     values = {
         each.name: getattr(passport, each.name)
         for each in fields(passport)
         if each.name not in _VARIES
     }
-    # Where the checkpoint lies makes no difference.
+    # The path of the checkpoint does not matter.
     return values | {"weights": passport.weights.identity}
 
 
@@ -203,56 +203,56 @@ def _check_statements(
     _check_card(path, passport)
     _check_interface(path, passport)
     if beside:
-        _check_same(path, passport, read_passport(source), f"{source.name} beside it")
+        _check_same(path, passport, read_passport(source), f"{source.name} in the same folder")
 
 
 def _check_model(path: Path, passport: Passport, model: str | None) -> None:
     if model is not None:
-        mend = _again(model, passport.precision)
-        _refuse_difference(path, passport.model, model, "model", "its place", mend)
+        hint = _remake_hint(model, passport.precision)
+        _refuse_difference(path, passport.model, model, "model", "the requested model", hint)
 
 
-def _check_same(path: Path, passport: Passport, reference: Passport, whose: str) -> None:
-    mend = _again(reference.model, passport.precision)
+def _check_same(path: Path, passport: Passport, reference: Passport, source: str) -> None:
+    hint = _remake_hint(reference.model, passport.precision)
     found, wanted = _decides(passport), _decides(reference)
     for name in found:
-        _refuse_difference(path, found[name], wanted[name], name, whose, mend)
+        _refuse_difference(path, found[name], wanted[name], name, source, hint)
 
 
 def _check_card(path: Path, passport: Passport) -> None:
     card = next((card for card in cards.all_cards() if card.name == passport.model), None)
     if card is None:
         raise ArtifactError(
-            f"the passport of {path} says that it is of {_shown(passport.model)}, and no card has "
+            f"the passport of {path} names the model {_shown(passport.model)}, and no card has "
             "that name",
-            hint="it was edited, or made by another clipdeploy: see `clipdeploy zoo`",
+            hint="it was edited or made by another version; `clipdeploy zoo` lists the models",
         )
-    whose, mend = f"the card of {card.name}", _again(card.name, passport.precision)
+    source, hint = f"the card of {card.name}", _remake_hint(card.name, passport.precision)
     expected = card.preprocess(passport.recipe)
-    _refuse_difference(path, passport.preprocess, expected, "preprocess", whose, mend)
+    _refuse_difference(path, passport.preprocess, expected, "preprocess", source, hint)
     if not _is_whole(passport.weights):
         raise ArtifactError(
-            f"the passport of {path} says two things of its weights: kind {passport.weights.kind}, "
+            f"the passport of {path} contradicts itself: weights of kind {passport.weights.kind}, "
             f"seed {passport.weights.seed}, sha256 {_shown(passport.weights.sha256)}",
-            hint=mend,
+            hint=hint,
         )
     names, own = passport.class_names, tuple(name for name, _ in cards.class_names(card))
     if names and not len(set(names)) == len(names) == passport.classes:
         raise ArtifactError(
             f"the passport of {path} has {len(set(names))} different class_names for "
             f"{passport.classes} classes",
-            hint=mend,
+            hint=hint,
         )
-    # A checkpoint of somebody's own may have as many classes, with names of its own or none; what
-    # shares names with the card, and nobody gave them, is the card's list in another order.
+    # A user's checkpoint may have as many classes, with other names or none. Names that are shared
+    # with the card, and were not given by the user, are the card's list in another order.
     given = passport.class_names_from in ("file", "checkpoint")
     free = not is_published(card, passport.weights) and (given or not set(names) & set(own))
     if passport.classes == len(own) and not free:
-        _refuse_difference(path, names, own, "class_names", whose, mend)
+        _refuse_difference(path, names, own, "class_names", source, hint)
 
 
 def _is_whole(weights: WeightsOrigin) -> bool:
-    """A checkpoint with its hash and no seed, or a seed and no checkpoint."""
+    """Return whether there is a checkpoint hash and no seed, or a seed and no hash."""
     if weights.kind == "random":
         return weights.seed is not None and not weights.sha256
     return weights.seed is None and len(weights.sha256) == 64
@@ -264,7 +264,7 @@ def _demo_weights() -> str:
 
 
 def is_published(card: ModelCard, weights: WeightsOrigin) -> bool:
-    """Whether the classes of ``weights`` are known to be the card's."""
+    """Return whether the classes of ``weights`` are known to be the card's."""
     if weights.kind == "random":
         return True
     prefix = _demo_weights() if card.name == cards.DEMO else card.sha256_prefix
@@ -272,21 +272,25 @@ def is_published(card: ModelCard, weights: WeightsOrigin) -> bool:
 
 
 def _check_interface(path: Path, passport: Passport) -> None:
-    """A graph's passport has an image of its crop's size, and a logit for each class."""
-    mend = _again(passport.model, passport.precision)
+    """Check that the input has the size of the crop and the output a logit per class."""
+    hint = _remake_hint(passport.model, passport.precision)
     size, image, logits = passport.preprocess.size, passport.input, passport.output
     wanted = (size, size, 3) if image.dtype == "uint8" else (3, size, size)
-    whose = "its own preprocessing and classes"
-    _refuse_difference(path, passport.kind, "graph", "kind", "a graph or an engine", mend)
-    _refuse_difference(path, image.shape[1:], wanted, "input.shape[1:]", whose, mend)
-    _refuse_difference(path, logits.shape[1:], (passport.classes,), "output.shape[1:]", whose, mend)
-    _refuse_difference(path, logits.shape[:1], image.shape[:1], "output.shape[:1]", "input", mend)
+    source = "its own preprocessing and classes"
+    _refuse_difference(path, passport.kind, "graph", "kind", "the file type", hint)
+    _refuse_difference(path, image.shape[1:], wanted, "input.shape[1:]", source, hint)
+    _refuse_difference(
+        path, logits.shape[1:], (passport.classes,), "output.shape[1:]", source, hint
+    )
+    _refuse_difference(
+        path, logits.shape[:1], image.shape[:1], "output.shape[:1]", "its input", hint
+    )
     for name, spec, kinds in (("input", image, _IMAGE_TYPES), ("output", logits, _LOGIT_TYPES)):
         if spec.dtype not in kinds:
-            _refuse_difference(path, spec.dtype, " or ".join(kinds), f"{name}.dtype", whose, mend)
+            _refuse_difference(path, spec.dtype, " or ".join(kinds), f"{name}.dtype", source, hint)
 
 
-# --- what a passport states, beside the graph's own nodes
+# --- the passport and the nodes of the graph
 
 
 def _check_file(path: Path, passport: Passport) -> None:
@@ -294,22 +298,22 @@ def _check_file(path: Path, passport: Passport) -> None:
     from clipdeploy.workspace.graph_facts import graph_facts
 
     facts = graph_facts(path, passport)
-    mend, whose = _again(passport.model, passport.precision), "the graph itself"
-    _refuse_difference(path, passport.input, facts.input, "input", whose, mend)
-    _refuse_difference(path, passport.output, facts.output, "output", whose, mend)
-    # A search may find that no Linear can be INT8, and says so in the settings.
+    hint, source = _remake_hint(passport.model, passport.precision), "the graph itself"
+    _refuse_difference(path, passport.input, facts.input, "input", source, hint)
+    _refuse_difference(path, passport.output, facts.output, "output", source, hint)
+    # A search may find that no Linear can be INT8, and records it in the settings.
     none = passport.settings.get("int8_nodes") == 0
     empty = {"int8": "fp16", "int8-cpu": "fp32"} if none else {}
     if empty.get(passport.precision) != facts.precision:
-        _refuse_difference(path, passport.precision, facts.precision, "precision", whose, mend)
+        _refuse_difference(path, passport.precision, facts.precision, "precision", source, hint)
     if facts.numerics is not None:
         found = passport.recipe.numerics
-        _refuse_difference(path, found, facts.numerics, "recipe.numerics", whose, mend)
-    if not facts.normalises_as_told:
+        _refuse_difference(path, found, facts.numerics, "recipe.numerics", source, hint)
+    if not facts.normalisation_matches:
         raise ArtifactError(
-            f"{path} is of another preprocess.mean or preprocess.std than the graph itself, which "
-            "normalises its uint8 image with other numbers than its passport says",
-            hint=mend,
+            f"the passport of {path} does not match the graph itself: preprocess.mean or "
+            "preprocess.std is not what normalises the graph's uint8 input",
+            hint=hint,
         )
 
 
@@ -317,28 +321,28 @@ def _check_file(path: Path, passport: Passport) -> None:
 
 
 def _check_compiled_graph(path: Path, engine: EnginePassport, reference: Passport | None) -> None:
-    """The graph beside an engine is the one that it was compiled from, and says the same."""
+    """Check that the graph in the same folder is the engine's source and has the same passport."""
     graph = path.with_suffix(".onnx")
     if not graph.exists():
         return
     check_made_from(path, engine.hashes.graph, graph)
     own = checked_passport(graph, reference).graph
-    mend = f"build it again: clipdeploy build-engine --model {own.model} --{own.precision} --force"
-    whose = f"{graph.name}, which it was compiled from"
-    _refuse_difference(path, engine.graph, own, "", whose, mend)
+    hint = f"build it again: clipdeploy build-engine --model {own.model} --{own.precision} --force"
+    source = f"{graph.name}, which it was compiled from"
+    _refuse_difference(path, engine.graph, own, "", source, hint)
 
 
 def _check_engine(path: Path, engine: EnginePassport) -> None:
-    """What an engine's passport says twice, it says alike."""
-    mend, made = f"build it again: {engine.rebuild}", engine.graph
+    """Check the fields that an engine's passport has twice."""
+    hint, made = f"build it again: {engine.rebuild}", engine.graph
     ordered = (1 <= low <= best <= high for low, best, high in engine.profiles)
     if not engine.profiles or not all(ordered):
         raise ArtifactError(
             f"the passport of {path} has no batch profiles in order: {_shown(engine.profiles)}",
-            hint=mend,
+            hint=hint,
         )
     settings, hashes = engine.settings, engine.hashes
-    told: list[tuple[str, Any, Any]] = [
+    pairs: list[tuple[str, Any, Any]] = [
         ("hashes.source_graph", hashes.source_graph, made.parents.get("source_graph")),
         ("hashes.calibration", hashes.calibration, made.parents.get("calibration")),
         ("hashes.checkpoint", hashes.checkpoint, made.weights.sha256 or None),
@@ -347,11 +351,11 @@ def _check_engine(path: Path, engine: EnginePassport) -> None:
     for name, option in _BUILD_OPTIONS.items():
         # Without capabilities to build for, the compiler chose them.
         if option in settings and (settings[option] or name != "capabilities"):
-            told.append((name, settings_of(getattr(engine, name)), settings[option]))
-    for name, found, wanted in told:
+            pairs.append((name, settings_of(getattr(engine, name)), settings[option]))
+    for name, found, wanted in pairs:
         # Engines of older versions leave out some hashes.
         if found is not None:
-            _refuse_difference(path, found, wanted, name, "the rest of it", mend)
+            _refuse_difference(path, found, wanted, name, "its other fields", hint)
     if isinstance(batch := made.input.shape[0], int):
         only = ((batch, batch, batch),)
-        _refuse_difference(path, engine.profiles, only, "profiles", "its graph", mend)
+        _refuse_difference(path, engine.profiles, only, "profiles", "its graph", hint)

@@ -1,4 +1,4 @@
-"""Graph passes, one file each; ``LEAN`` is what every exported graph goes through, in order."""
+"""Graph passes, one per file; ``LEAN`` lists those of every export, in order."""
 
 from __future__ import annotations
 

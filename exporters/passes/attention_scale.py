@@ -1,9 +1,9 @@
-"""Fold attention's query scale into the qkv projection, where that is exact.
+"""Folds the scale of attention's query into the qkv projection, if that is exact.
 
     s (x Wq + bq) = x (s Wq) + s bq
 
-For a power of two, such as 64 ** -0.5, scaling a float only changes its exponent: the folded graph
-computes the very same floats with one node less in every block.  Another scale is left alone.
+Scaling by a power of two, such as 64 ** -0.5, changes only the exponent of a float, so the folded
+graph computes identical values with one node less per block.  Other scales are not folded.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import numpy as np
 import onnx_ir as ir
 
-from exporters.initializers import write_initializer
+from exporters.initializers import remove_unused, values_of, write_initializer
 
 __all__ = ["FoldAttentionScale"]
 
@@ -37,7 +37,7 @@ def _single(value: ir.Value) -> bool:
 
 
 def _only_reader(value: ir.Value | None, kinds: tuple[str, ...]) -> ir.Value | None:
-    """Where ``value`` came from before it was only moved, or None if anything else reads it."""
+    """Follow ``value`` back through layout operators; None if anything else reads it."""
     while step := _producer(value, *kinds):
         assert value is not None
         if not _single(value):
@@ -47,10 +47,9 @@ def _only_reader(value: ir.Value | None, kinds: tuple[str, ...]) -> ir.Value | N
 
 
 def _scale_columns(node: ir.Node, columns: int, scale: float) -> None:
-    value = node.inputs[1]
-    assert value is not None
-    assert value.const_value is not None
-    array = value.const_value.numpy().copy()
+    constant = node.inputs[1]
+    assert constant is not None
+    array = values_of(constant).copy()
     array[..., :columns] *= np.asarray(scale, array.dtype)
     write_initializer(node, 1, array)
 
@@ -65,14 +64,13 @@ class FoldAttentionScale(ir.passes.InPlacePass):
             source, constant = mul.inputs
             scale = _scalar(constant)
             assert source is not None
-            assert constant is not None
             assert scale is not None
             _scale_columns(matmul, columns, scale)
             _scale_columns(add, columns, scale)
             ir.convenience.replace_all_uses_with(mul.outputs[0], source)
             model.graph.remove(mul, safe=True)
-            if constant.is_initializer() and not constant.consumers():
-                del model.graph.initializers[constant.name or ""]
+        if found:
+            remove_unused(model.graph)
         return ir.passes.PassResult(model, modified=bool(found))
 
     @staticmethod

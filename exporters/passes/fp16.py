@@ -1,15 +1,14 @@
-"""Store the graph's floating-point tensors as float16.
+"""Converts the float32 tensors of a graph to float16.
 
-Every float32 weight and every float32 tensor between nodes becomes float16, with a Cast after the
-image and one before the logits so that the interface stays float32.  A node is left in float32,
-between Casts, when one of its tensors is named in ``keep``: a tensor whose values come near
-float16's largest, 65504.  LayerNormalization stays one node, whose kernels accumulate in float32
-(``stash_type`` 1); decomposed, its x ** 2 overflows on a ViT's residual stream.
+Every float32 weight and every float32 tensor between nodes becomes float16.  A Cast after the image
+and one before the logits keep the interface float32.  A node with a tensor named in ``keep`` stays
+float32, between Casts; ``keep`` is for tensors with values near float16's maximum, 65504.
+LayerNormalization must remain one node, whose kernels accumulate in float32 (``stash_type`` 1): if
+decomposed, its x ** 2 overflows on a ViT's residual stream.
 
-A graph with local functions, or with an If or Loop, is refused: the tensors inside would stay
-float32 without being named.
+A graph with local functions, If or Loop is an error: tensors inside would silently stay float32.
 
-A Q/DQ graph goes through the same pass: QuantizeLinear and DequantizeLinear take their type from
+The pass also converts Q/DQ graphs: QuantizeLinear and DequantizeLinear take their type from
 their scale (ONNX operators, opset 19 and later), which is converted like any other constant.
 """
 
@@ -21,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from clipdeploy.core.errors import GraphError
-from exporters.initializers import add_initializer
+from exporters.initializers import add_initializer, remove_unused, values_of
 from exporters.storage import refuse_nested
 
 __all__ = ["FP16_MAX", "ToFloat16"]
@@ -45,7 +44,7 @@ class ToFloat16(ir.passes.InPlacePass):
         graph = model.graph
         self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         nodes = list(graph)
-        # Asked before anything changes: inserting casts renames what a node reads.
+        # Determined first, because inserted casts change the inputs of nodes.
         precision = {node: _WIDE if self._is_wide(node) else _HALF for node in nodes}
         halves: dict[ir.Value, ir.Value] = {}
         for node in nodes:
@@ -62,10 +61,7 @@ class ToFloat16(ir.passes.InPlacePass):
         for node in nodes:
             self._align_inputs(graph, node, precision[node])
         self._restore_outputs(graph)
-        used = {value for node in graph for value in node.inputs if value is not None}
-        for value in list(graph.initializers.values()):
-            if value not in used:
-                del graph.initializers[value.name or ""]
+        remove_unused(graph)
         return ir.passes.PassResult(model, modified=True)
 
     def _is_wide(self, node: ir.Node) -> bool:
@@ -81,22 +77,22 @@ class ToFloat16(ir.passes.InPlacePass):
                 halves[value] = _half_initializer(graph, value)
             node.replace_input_with(index, halves[value])
 
-    def _align_inputs(self, graph: ir.Graph, node: ir.Node, want: ir.DataType) -> None:
+    def _align_inputs(self, graph: ir.Graph, node: ir.Node, dtype: ir.DataType) -> None:
         for index, value in enumerate(node.inputs):
             if value is None or value.is_initializer() or value.dtype not in (_WIDE, _HALF):
                 continue
-            if value.dtype != want:
-                node.replace_input_with(index, self._cast(graph, value, want, before=node))
+            if value.dtype != dtype:
+                node.replace_input_with(index, self._cast(graph, value, dtype, before=node))
 
     def _cast(
-        self, graph: ir.Graph, value: ir.Value, want: ir.DataType, *, before: ir.Node
+        self, graph: ir.Graph, value: ir.Value, dtype: ir.DataType, *, before: ir.Node
     ) -> ir.Value:
-        key = (value, want)
+        key = (value, dtype)
         if key not in self._casts:
-            name = f"{value.name}/{'fp16' if want is _HALF else 'fp32'}"
-            cast = ir.node("Cast", [value], {"to": int(want)}, name=name)
+            name = f"{value.name}/{'fp16' if dtype is _HALF else 'fp32'}"
+            cast = ir.node("Cast", [value], {"to": int(dtype)}, name=name)
             cast.outputs[0].name = name
-            cast.outputs[0].type = ir.TensorType(want)
+            cast.outputs[0].type = ir.TensorType(dtype)
             cast.outputs[0].shape = value.shape
             producer = value.producer()
             if producer is None:
@@ -124,14 +120,11 @@ class ToFloat16(ir.passes.InPlacePass):
 
 
 def _half_initializer(graph: ir.Graph, value: ir.Value) -> ir.Value:
-    tensor = value.const_value
-    if tensor is None:
-        raise GraphError(f"the weight {value.name} has no data")
-    array = tensor.numpy()
+    array = values_of(value)
     largest = float(np.abs(array).max(initial=0.0))
     if largest > FP16_MAX:
         raise GraphError(
-            f"the weight {value.name} reaches {largest:.3g}, beyond float16's {FP16_MAX:.0f}",
+            f"the weight {value.name} reaches {largest:.3g}, above float16's {FP16_MAX:.0f}",
             hint="keep this model in FP32",
         )
     return add_initializer(graph, f"{value.name}/fp16", array.astype(np.float16))

@@ -1,14 +1,14 @@
-"""Name nodes, tensors and weights by the module that they belong to.
+"""Names nodes, tensors and weights after the PyTorch module that they belong to.
 
-torch.onnx leaves the path of the traced module in each node's metadata
-(``pkg.torch.onnx.name_scopes``).  From it:
+torch.onnx stores the path of the traced module in each node's metadata
+(``pkg.torch.onnx.name_scopes``).  The names are:
 
     node                ``blocks.7.mlp.fc2/MatMul``, ``blocks.7.attn/MatMul_1``
-    its output          the same, or the module's own name for the last node of a leaf module:
+    its output          the same, or the module's name for the last node of a leaf module:
                         ``blocks.7.mlp.fc2``
     a folded weight     ``blocks.7.mlp.fc2.weight``
 
-Calibration, bisection and people read these names.
+Calibration, inspection and bisection depend on these names.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _ANONYMOUS = "val_"
 
 
 def scope_of(node: ir.Node) -> str:
-    """The module path that a traced node belongs to; empty for the root module.
+    """Return the module path of a traced node; empty for the root module.
 
-    A node that torch.onnx's optimiser made has no path of its own and takes its consumer's.
+    A node made by torch.onnx's optimiser has no path, so that of its consumer is used.
     """
     if _SCOPES in node.metadata_props:
         scopes = ast.literal_eval(node.metadata_props[_SCOPES])

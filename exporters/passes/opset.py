@@ -1,13 +1,13 @@
-"""Lower a graph traced at opset 20 to the opset that was asked for.
+"""Converts a graph traced at opset 20 to another opset, 17 to 23.
 
-From 21 to 23 nothing changes for the operators that a classifier uses.  Below 20 there is no Gelu
-node, below 18 Pad has no axes and Split no num_outputs, so these become what those opsets have:
+For the operators of a classifier, opsets 21 to 23 are equal to 20.  Gelu does not exist below 20,
+and below 18 Pad has no axes input and Split no num_outputs.  They are replaced; Gelu by
 
     gelu(x) = x (1 + erf(x / sqrt(2))) / 2                             approximate = "none"
     gelu(x) = x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2        approximate = "tanh"
 
-(Hendrycks and Gimpel 2016, section 2; ONNX operators, Gelu-20), with the half folded into the next
-Linear's weight, where it is exact: halving a float only changes its exponent.
+(Hendrycks and Gimpel 2016, section 2; ONNX operators, Gelu-20).  The factor 1/2 is folded into the
+weight of the next Linear if there is one: halving a float changes only its exponent.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ import numpy as np
 import onnx_ir as ir
 
 from clipdeploy.core.errors import GraphError
-from exporters.initializers import add_initializer, write_initializer
+from exporters.initializers import (
+    add_initializer,
+    shared_initializer,
+    values_of,
+    write_initializer,
+)
 
 __all__ = ["TRACED_OPSET", "SetOpset"]
 
@@ -28,9 +33,7 @@ _FIRST_WITH_NUM_OUTPUTS = 18
 
 
 def _constant(graph: ir.Graph, name: str, number: float) -> ir.Value:
-    if name not in graph.initializers:
-        add_initializer(graph, name, np.asarray(number, np.float32))
-    return graph.initializers[name]
+    return shared_initializer(graph, name, np.asarray(number, np.float32))
 
 
 def _halve_next_weight(value: ir.Value) -> bool:
@@ -40,18 +43,18 @@ def _halve_next_weight(value: ir.Value) -> bool:
     weight = readers[0].inputs[1]
     if weight is None or weight.const_value is None:
         return False
-    write_initializer(readers[0], 1, weight.const_value.numpy() * np.float32(0.5))
+    write_initializer(readers[0], 1, values_of(weight) * np.float32(0.5))
     return True
 
 
 def _erf_steps(graph: ir.Graph, x: ir.Value) -> dict[str, ir.Node]:
-    """erf(x / sqrt(2)), the last node."""
+    """Return the nodes of erf(x / sqrt(2)) by name, the result last."""
     scaled = ir.node("Mul", [x, _constant(graph, "gelu/rsqrt2", 1 / math.sqrt(2))])
     return {"scale": scaled, "erf": ir.node("Erf", scaled.outputs)}
 
 
 def _tanh_steps(graph: ir.Graph, x: ir.Value) -> dict[str, ir.Node]:
-    """tanh(sqrt(2 / pi) x (1 + 0.044715 x^2)), the last node."""
+    """Return the nodes of tanh(sqrt(2 / pi) x (1 + 0.044715 x^2)) by name, the result last."""
     square = ir.node("Mul", [x, x])
     cubic = ir.node("Mul", [square.outputs[0], _constant(graph, "gelu/cubic", 0.044715)])
     factor = ir.node("Add", [cubic.outputs[0], _constant(graph, "gelu/one", 1.0)])
@@ -78,7 +81,7 @@ def _decompose_gelu(graph: ir.Graph, gelu: ir.Node) -> None:
     if kind not in _GELU_STEPS:
         raise GraphError(
             f"{gelu.name} is a Gelu with approximate={kind!r}",
-            hint=f"export with --opset {_FIRST_WITH_GELU} or newer, which keep it as one node",
+            hint=f"export with --opset {_FIRST_WITH_GELU} or newer",
         )
     steps = _GELU_STEPS[kind](graph, x)
     curve = list(steps.values())[-1].outputs[0]
@@ -119,7 +122,7 @@ class SetOpset(ir.passes.InPlacePass):
 
     @staticmethod
     def _spell_parts(graph: ir.Graph, node: ir.Node) -> None:
-        """Without ``num_outputs`` parts are equal: parts of other sizes are listed."""
+        """Remove ``num_outputs``; pass unequal part sizes as an input instead."""
         node.attributes.pop("num_outputs", None)
         axis = node.attributes.get_int("axis", 0)
         sizes = [None if part.shape is None else part.shape[axis] for part in node.outputs]
@@ -127,7 +130,7 @@ class SetOpset(ir.passes.InPlacePass):
             return
         if not all(isinstance(size, int) for size in sizes):
             raise GraphError(
-                f"{node.name} splits an axis of unknown size in unequal parts",
+                f"{node.name} splits an axis of unknown size into unequal parts",
                 hint=f"export with --opset {_FIRST_WITH_NUM_OUTPUTS} or newer",
             )
         listed = add_initializer(graph, f"{node.name}/parts", np.asarray(sizes, np.int64))
@@ -142,11 +145,11 @@ class SetOpset(ir.passes.InPlacePass):
         rank = len(node.outputs[0].shape or ())
         if pads is None or pads.const_value is None or axes.const_value is None or not rank:
             raise GraphError(
-                f"{node.name} pads axes that are no constants, or a tensor of unknown rank",
+                f"{node.name} pads axes that are not constant, or a tensor of unknown rank",
                 hint=f"export with --opset {_FIRST_WITH_NUM_OUTPUTS} or newer",
             )
         # Negative axes count from the last.
-        given, chosen = pads.const_value.numpy(), axes.const_value.numpy() % rank
+        given, chosen = values_of(pads), values_of(axes) % rank
         full = np.zeros(2 * rank, np.int64)
         for position, axis in enumerate(chosen):
             full[axis] = given[position]

@@ -1,11 +1,10 @@
-"""How long a bisection of a full-size model takes.
+"""Measures how long a bisection of a full-size model takes.
 
     python scripts/bench/bisection.py [--model clip-vit-base-p16] [--images 32] [--workspace FOLDER]
 
-The model gets random weights of trained scale, is calibrated on a few of the demo's digits and
-quantised; then its INT8 graph is bisected on ONNX Runtime's CPU provider.  Printed are seconds,
-peak memory and the finding.  With --workspace the graphs stay there, and are used if they
-are there.
+The model has random weights of trained scale and is calibrated on a few of the demo's digits.  Its
+INT8 graph is bisected with ONNX Runtime's CPU provider.  Prints seconds, peak memory and the
+finding.  With --workspace graphs are kept in that folder and reused.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ CALIBRATION_IMAGES = 8
 
 
 def main() -> None:
-    """Make the graphs, bisect, print."""
+    """Create the graphs, bisect and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="clip-vit-base-p16")
     parser.add_argument("--images", type=int, default=32)

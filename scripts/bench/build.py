@@ -1,24 +1,22 @@
-"""Building engines beside ``polygraphy convert``, in one run: seconds, bytes, peak memory.
+"""Compares engine builds with ``polygraphy convert``: seconds, bytes, peak memory.
 
     python scripts/bench/build.py [--model NAME ...] [--precision fp32 ...] [--repeat 1]
                                   [--workspace FOLDER]
 
-Every card of the zoo, with random weights, as FP32, FP16 and INT8 with TensorRT-RTX, which needs no
-GPU.  Each build is a process of its own, from its start to its end, imports included, on the same
-graph with the same batches: ``clipdeploy.engines.builder.build_engine`` with its hashes, checks,
-fsync and passport, and ``polygraphy convert``, which has none of these.  (The command
-``build-engine`` first looks whether the graph is due.)
+Builds every model with random weights as FP32, FP16 and INT8 with TensorRT-RTX, which needs no GPU.
+Each build is a separate process, timed from start to exit, on the same graph with the same batches:
+``clipdeploy.engines.builder.build_engine`` with hashes, checks, fsync and passport, and
+``polygraphy convert`` without these.  (The command ``build-engine`` also checks whether the graph
+is current.)
 
-Both find the graph in the page cache, no bytes of an earlier build waiting to be written, no
-engine under the name that they write, in the graph's folder, and a machine that rested for 3
-seconds: by then a virtual machine has given its idle memory back to its host.  Right after another
-build it is chance how much of it has to be fetched again.  They go in pairs, the first of a pair in
-turn.
+Before each build the graph is in the page cache, no data waits to be written, the target does not
+exist, and the machine has been idle for 3 seconds, so that a virtual machine has returned its idle
+memory to the host.  Without that pause the build time depends on how much memory must be fetched
+again.  Builds run in pairs, in alternating order.
 
-Ratios are clipdeploy's to Polygraphy's, the median over the pairs, so that a load that comes and
-goes meets both: below 1.00 clipdeploy needs less.  Beside the seconds on the clock stand those on
-the processor, in user and system code of all threads: they say what the clock will show where other
-work leaves a build no second core.
+Ratios are clipdeploy / Polygraphy, the median over the pairs, so that varying load affects both;
+below 1.00 clipdeploy needs less.  CPU seconds (user and system, all threads) are printed as well:
+they predict the wall-clock time on a machine with only one free core.
 """
 
 from __future__ import annotations
@@ -53,7 +51,7 @@ REST_SECONDS = 3
 
 @dataclass(frozen=True)
 class Run:
-    """One process: seconds by the clock and of CPU, peak resident MB, bytes of its engine."""
+    """One process: wall-clock and CPU seconds, peak resident MB, bytes of the engine."""
 
     seconds: float
     cpu: float
@@ -61,12 +59,12 @@ class Run:
     bytes: int
 
 
-# clipdeploy's and Polygraphy's build, one right after the other.
+# A build by clipdeploy and one by Polygraphy.
 Pair = tuple[Run, Run]
 
 
 def run(words: list[str], engine: Path) -> Run:
-    """Run a build; the engine is not there before it, and nothing waits to be written."""
+    """Remove the engine, sync the disks and run a build."""
     engine.unlink(missing_ok=True)
     os.sync()
     time.sleep(REST_SECONDS)
@@ -74,7 +72,7 @@ def run(words: list[str], engine: Path) -> Run:
     with tempfile.TemporaryFile() as output:
         started = time.perf_counter()
         child = subprocess.Popen(words, stdout=output, stderr=output, env=environment)
-        # Not Popen.wait: it tells no memory.
+        # Popen.wait does not report memory.
         _, status, used = os.wait4(child.pid, 0)
         seconds = time.perf_counter() - started
         child.returncode = os.waitstatus_to_exitcode(status)
@@ -86,7 +84,7 @@ def run(words: list[str], engine: Path) -> Run:
 
 
 def prepare(model: str, workspace: Path) -> None:
-    """Export, calibrate and quantise, unless that is done."""
+    """Export, calibrate and quantise if that was not done before."""
     base = [str(BIN / "clipdeploy")]
     place = ["--model", model, "--workspace", str(workspace), "--quiet"]
     data = ["--data", str(DIGITS), "--images", CALIBRATION_IMAGES]
@@ -100,7 +98,7 @@ def prepare(model: str, workspace: Path) -> None:
 
 
 def commands(graph: Path, size: int, out: Path) -> dict[str, list[str]]:
-    """The two builds of a graph."""
+    """Return the commands of the two builds of a graph."""
     shapes = [f"image:[{batch},3,{size},{size}]" for batch in BATCHES]
     flags = ("--trt-min-shapes", "--trt-opt-shapes", "--trt-max-shapes")
     return {
@@ -114,7 +112,7 @@ def commands(graph: Path, size: int, out: Path) -> dict[str, list[str]]:
 
 
 def pairs(words: dict[str, list[str]], engines: dict[str, Path], repeat: int) -> list[Pair]:
-    """Run the two builds ``repeat`` times, the first of them in turn."""
+    """Run the two builds ``repeat`` times in alternating order."""
     made: list[Pair] = []
     for turn in range(repeat):
         order = list(words) if turn % 2 == 0 else list(reversed(words))
@@ -124,7 +122,7 @@ def pairs(words: dict[str, list[str]], engines: dict[str, Path], repeat: int) ->
 
 
 def row(made: list[Pair], figure: str) -> tuple[float, float]:
-    """The median of clipdeploy's figure, and of its ratios."""
+    """Return the medians of clipdeploy's values and of the ratios."""
     values = [(getattr(ours, figure), getattr(theirs, figure)) for ours, theirs in made]
     middle = statistics.median(ours for ours, _ in values)
     return middle, statistics.median(ours / theirs for ours, theirs in values)
@@ -133,7 +131,7 @@ def row(made: list[Pair], figure: str) -> tuple[float, float]:
 def measure(
     model: str, size: int, workspace: Path, precisions: Sequence[str], repeat: int
 ) -> list[tuple[float, ...]]:
-    """Print a line a precision; the ratios of the figures."""
+    """Print a row per precision; return the ratios."""
     ratios = []
     for precision in precisions:
         graph = workspace / model / f"{precision}.onnx"
@@ -155,7 +153,7 @@ def measure(
 
 
 def cards(names: list[str]) -> list[tuple[str, int]]:
-    """Name and image size of every card that was asked for, the demo left out."""
+    """Return name and image size of the chosen cards, without the demo."""
     words = [str(BIN / "clipdeploy"), "zoo", "list", "--json"]
     listed = json.loads(subprocess.run(words, check=True, capture_output=True).stdout)
     wanted = [card for card in listed if card["file"] and (not names or card["name"] in names)]

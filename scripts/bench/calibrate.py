@@ -1,19 +1,19 @@
-"""Calibrating beside the peers, in one run: seconds per image, fixed seconds, peak memory.
+"""Compares calibration with other tools: seconds per image, fixed seconds, peak memory.
 
     PYTHONPATH=. python scripts/bench/calibrate.py [--model clip-vit-base-p16] [--large]
 
-Every run is a process of its own that takes the same FP32 graph and the first N of the same images,
-decoded the same way, to an INT8 graph; only the floor stops after FP32 inference of the images, one
-at a time, and "clipdeploy calibrate" after its table.  Runs are interleaved.  For each turn,
+Each run is a separate process that makes an INT8 graph from the same FP32 graph and the first N of
+the same images, decoded the same way.  Exceptions: the floor is only FP32 inference, one image at a
+time, and "clipdeploy calibrate" stops after its table.  Runs are interleaved.  For each turn,
 wall-clock seconds are fitted as
 
     t(N) = fixed + rate * N        "over floor" = rate - the floor's rate of the same turn
 
 and the median over the turns is printed.  quantize_static is restricted to the block Linears that
-clipdeploy quantises.  Memory is the peak resident size (VmHWM), interpreter and libraries included.
-A process that reaches 16 GB of address space is stopped and reported.  Peers that are not installed
-(nncf, nvidia-modelopt) are named and left out.  The images are crops of scikit-learn's two
-photographs.
+clipdeploy quantises.  Memory is the peak resident size (VmHWM), including interpreter and
+libraries.  A process that reaches 16 GB of address space is stopped and reported.  Tools that are
+not installed (nncf, nvidia-modelopt) are listed and skipped.  The images are crops of
+scikit-learn's two photographs.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ _LINEAR = re.compile(r"^blocks\.\d+\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)/Ma
 
 @dataclass(frozen=True)
 class Job:
-    """``images``: how many; ``folder``: holds the images, the workspace and the ``target``."""
+    """``images``: number of images; ``folder``: folder of images, workspace and ``target``."""
 
     model: str
     images: int
@@ -87,12 +87,12 @@ class Job:
 
     @property
     def workspace(self) -> Workspace:
-        """Where clipdeploy's artifacts lie."""
+        """The workspace of clipdeploy."""
         return Workspace(self.folder / "artifacts")
 
     @property
     def graph(self) -> Path:
-        """The FP32 graph that everybody starts from."""
+        """The FP32 graph, the input of all tools."""
         return self.workspace.graph(self.model, "fp32")
 
     @property
@@ -101,7 +101,7 @@ class Job:
         return self.folder / "images"
 
     def words(self) -> list[str]:
-        """The command-line words that a worker makes this job from."""
+        """The arguments of the worker process for this job."""
         files = [str(self.folder), str(self.target)]
         return ["--model", self.model, "--count", str(self.images), "--files", *files]
 
@@ -116,7 +116,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a process gave no result."""
+    """The reason why a process failed."""
 
     reason: str
 
@@ -143,7 +143,7 @@ def _photo(sources: list[NDArray[np.uint8]], random: np.random.Generator) -> Ima
 
 
 def write_photos(folder: Path, count: int, seed: int) -> None:
-    """``count`` JPEG files: crops of two photographs, flipped, brightened and resized."""
+    """Write ``count`` JPEG files: crops of two photographs, flipped, brightened and resized."""
     from sklearn.datasets import load_sample_images
 
     folder.mkdir(parents=True)
@@ -154,17 +154,17 @@ def write_photos(folder: Path, count: int, seed: int) -> None:
 
 
 def inputs(graph: Path, photos: Path, count: int) -> Iterator[NDArray[Any]]:
-    """What ``graph`` takes, (1, 3, S, S), for the ``count`` images that clipdeploy would select."""
+    """Return inputs (1, 3, S, S) of ``graph`` for the ``count`` images that clipdeploy selects."""
     passport = read_passport(graph)
     for crop in iter_crops(select(open_images(photos), count, seed=0), passport.preprocess):
         yield Samples(crop.pixels[None], passport.preprocess).as_input(passport.input)
 
 
-# What the workers do -----------------------------------------------------------------------------
+# Workers -----------------------------------------------------------------------------------------
 
 
 def export(job: Job) -> None:
-    """Write the FP32 graph; the random weights are made from seed 0."""
+    """Write the FP32 graph with random weights of seed 0."""
     from clipdeploy.models.load import WeightsChoice
     from clipdeploy.pipeline import export_model
 
@@ -172,7 +172,7 @@ def export(job: Job) -> None:
 
 
 def _floor(job: Job) -> None:
-    """Plain FP32 inference, one image at a time."""
+    """Run FP32 inference, one image at a time."""
     import onnxruntime as ort
 
     session = ort.InferenceSession(str(job.graph), providers=["CPUExecutionProvider"])
@@ -181,7 +181,7 @@ def _floor(job: Job) -> None:
 
 
 def _calibrate(job: Job) -> None:
-    """What ``clipdeploy calibrate`` does."""
+    """Run ``clipdeploy calibrate``."""
     from clipdeploy.pipeline import CalibrateConfig, calibrate_model
 
     config = CalibrateConfig(images=job.images)
@@ -189,7 +189,7 @@ def _calibrate(job: Job) -> None:
 
 
 def _ours(job: Job) -> None:
-    """What ``clipdeploy calibrate`` and ``clipdeploy quantize`` do."""
+    """Run ``clipdeploy calibrate`` and ``clipdeploy quantize``."""
     from calibration.qdq import QuantizeConfig
     from clipdeploy.pipeline import quantize_model
 
@@ -199,29 +199,29 @@ def _ours(job: Job) -> None:
 
 
 class QuantizerReader:
-    """onnxruntime's CalibrationDataReader over our images."""
+    """A CalibrationDataReader of onnxruntime for our images."""
 
     def __init__(self, job: Job) -> None:
         self._images = inputs(job.graph, job.photos, job.images)
 
     def get_next(self) -> dict[str, NDArray[Any]] | None:
-        """The next feed, ``None`` at the end."""
+        """Return the next feed, ``None`` at the end."""
         image = next(self._images, None)
         return None if image is None else {"image": image}
 
     def __iter__(self) -> Iterator[dict[str, NDArray[Any]]]:
-        """Itself, as onnxruntime's own reader is."""
+        """Return the reader, like onnxruntime's."""
         return iter(self.get_next, None)
 
 
 def _linear_nodes(graph: Path) -> list[str]:
-    """The MatMul nodes of the block Linears."""
+    """Return the MatMul nodes of the block Linears."""
     nodes = onnx.load(graph, load_external_data=False).graph.node
     return [node.name for node in nodes if _LINEAR.match(node.name)]
 
 
 def _static(method: str) -> Maker:
-    """quantize_static with one calibration method, restricted to the block Linears."""
+    """Run quantize_static with one calibration method on the block Linears."""
 
     def make(job: Job) -> None:
         from onnxruntime.quantization import (
@@ -264,7 +264,7 @@ def _nncf(job: Job) -> None:
 
 
 def _modelopt(method: str) -> Maker:
-    """nvidia-modelopt's ONNX quantiser at its defaults, but for the calibration method."""
+    """nvidia-modelopt's ONNX quantiser with default options except the calibration method."""
 
     def make(job: Job) -> None:
         from modelopt.onnx.quantization import quantize
@@ -296,7 +296,7 @@ NEEDS = {"nncf transformer": "nncf", "modelopt max": "modelopt", "modelopt entro
 
 
 def missing_peers() -> dict[str, str]:
-    """The peers whose package is not installed, and the package."""
+    """Return the tools that are not installed, with their packages."""
     return {name: need for name, need in NEEDS.items() if not importlib.util.find_spec(need)}
 
 
@@ -304,7 +304,7 @@ def missing_peers() -> dict[str, str]:
 
 
 def worker(maker: Maker, job: Job) -> None:
-    """Do one job in this process, within the address space allowed, and print the peak."""
+    """Run a job in this process with limited address space and print the peak memory."""
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     maker(job)
     print(f"{_PEAK} {peak_megabytes()}")
@@ -333,12 +333,12 @@ def measured(script: Path, name: str, job: Job) -> Measurement | Failure:
 
 
 def prepare(script: Path, model: str, images: int, folder: Path) -> Job:
-    """Write the calibration images and export the FP32 graph, in a process of its own.
+    """Write the calibration images and export the FP32 graph, in a separate process.
 
     Raises:
         SystemExit: the export failed.
     """
-    # Files are named after the card, which may be a longer name than the one asked for.
+    # Files are named after the card; the given name may be an alias.
     job = Job(cards.find(model).name, images, folder, folder / "int8.onnx")
     write_photos(job.photos, images, seed=0)
     exported = measured(script, EXPORT, job)
@@ -352,7 +352,7 @@ def prepare(script: Path, model: str, images: int, folder: Path) -> Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which numbers of images each peer calibrates with in each turn."""
+    """The numbers of calibration images of each tool in each turn."""
 
     ours: tuple[int, ...]
     peers: tuple[int, ...]
@@ -361,7 +361,7 @@ class Plan:
     peer_repeat: int
 
     def counts(self, name: str, turn: int) -> tuple[int, ...]:
-        """The numbers of images of ``name`` in ``turn``."""
+        """Return the numbers of images of ``name`` in ``turn``."""
         if name not in (FLOOR, CALIBRATE, OURS):
             return self.peers if turn < self.peer_repeat else ()
         large = (self.large,) if self.large and name == CALIBRATE and not turn else ()
@@ -375,13 +375,13 @@ class Plan:
 
 @dataclass
 class Rows:
-    """Everything measured, by peer: runs[name][turn][images], and what went wrong."""
+    """All measurements by tool, runs[name][turn][images], and failures."""
 
     runs: dict[str, dict[int, dict[int, Measurement]]]
     failures: dict[str, str]
 
     def line(self, name: str, turn: int) -> tuple[float, float] | None:
-        """Rate (s per image) and fixed seconds of one turn, ``None`` from fewer than two runs."""
+        """Return rate (s per image) and fixed seconds of a turn, None with fewer than two runs."""
         found = self.runs[name][turn]
         if len(found) < 2:
             return None
@@ -389,7 +389,7 @@ class Rows:
         return float(rate), float(fixed)
 
     def peaks(self, name: str) -> dict[int, float]:
-        """The largest peak of any turn, by number of images."""
+        """Return the largest peak memory of any turn, by number of images."""
         peaks: dict[int, float] = defaultdict(float)
         for runs in self.runs[name].values():
             for images, run in runs.items():
@@ -398,7 +398,7 @@ class Rows:
 
 
 def measure_all(names: list[str], plan: Plan, job: Job) -> Rows:
-    """Every turn, number of images and peer, the peers taking turns."""
+    """Run all turns and numbers of images, alternating between the tools."""
     rows = Rows(defaultdict(lambda: defaultdict(dict)), {})
     for turn in range(max(plan.repeat, plan.peer_repeat)):
         wanted = sorted({count for name in names for count in plan.counts(name, turn)})
@@ -420,7 +420,7 @@ def _median(values: Iterable[float]) -> float:
 
 
 def print_rows(names: list[str], rows: Rows) -> None:
-    """One line a peer."""
+    """Print a row per tool."""
     counts = sorted({images for name in names for images in rows.peaks(name)})
     header = ("s/image", "over floor", "x floor", "fixed s", *(f"MB@{n}" for n in counts))
     print(f"{'':28}" + "".join(f"{word:>11}" for word in header))

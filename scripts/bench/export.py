@@ -1,11 +1,11 @@
-"""Exporting beside the peers, in one run: seconds, memory, nodes, bytes, ONNX Runtime latency.
+"""Compares exports with other tools: seconds, memory, nodes, bytes, ONNX Runtime latency.
 
     python scripts/bench/export.py [--model clip-vit-base-p16] [--repeat 3]
 
-Each exporter is a process of its own that goes from the same checkpoint file to an ONNX file; the
-peers trace the model as timm writes it and check nothing.  Runs are interleaved, and every time is
-also printed as a ratio to clipdeploy's: above 1.00 the peer is slower.  Peers that are not
-installed (onnxslim, optimum with timm) are named and left out.
+Each export is a separate process from the same checkpoint file to an ONNX file; the other tools
+trace timm's model and check nothing.  Runs are interleaved, and every time is also printed as a
+ratio to clipdeploy's: above 1.00 the other tool is slower.  Tools that are not installed (onnxslim,
+optimum with timm) are listed and skipped.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ PEAK = "peak MB:"
 
 
 def config_of(model: str) -> ViTConfig:
-    """The geometry of a card."""
+    """Return the geometry of a model."""
     card = cards.find(model)
     return ViTConfig(card.patch, card.image_size, card.classes, card.width, card.depth, card.heads)
 
 
 def export_ours(model: str, checkpoint: Path, target: Path) -> None:
-    """What the command line does, checks and passport included."""
+    """Run ``clipdeploy export``, including checks and passport."""
     from clipdeploy.models.load import WeightsChoice
     from clipdeploy.pipeline import export_model
     from clipdeploy.workspace.folder import Workspace
@@ -53,7 +53,7 @@ def export_ours(model: str, checkpoint: Path, target: Path) -> None:
 
 
 def plain(model: str, checkpoint: Path) -> tuple[torch.nn.Module, torch.Tensor]:
-    """The plain model with the checkpoint's weights, and an example batch."""
+    """Return the plain model with the checkpoint's weights, and an example batch."""
     sys.path.insert(0, str(HERE.parent))
     from plain_vit import PlainViT
 
@@ -115,7 +115,7 @@ NEEDS = {"dynamo + onnxslim": "onnxslim"}
 
 
 def measured(name: str, model: str, checkpoint: Path, target: Path) -> tuple[float, float]:
-    """Run one exporter as a process: seconds and peak resident megabytes, interpreter included."""
+    """Run an exporter as a process; return seconds and peak resident megabytes."""
     words = [sys.executable, str(HERE), "--one", name, "--model", model]
     started = time.perf_counter()
     done = subprocess.run(
@@ -131,7 +131,7 @@ def measured(name: str, model: str, checkpoint: Path, target: Path) -> tuple[flo
 
 
 def latencies(files: dict[str, Path], size: int, batch: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round of ONNX Runtime FP32 inference, the graphs taking turns."""
+    """Return seconds of each round of FP32 inference, alternating between the graphs."""
     image = np.random.default_rng(0).standard_normal((batch, 3, size, size), np.float32)
     sessions = {
         name: ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -198,7 +198,7 @@ def main() -> None:
 
 
 def import_torch() -> float:
-    """Peak resident megabytes of a process that only imports torch."""
+    """Return the peak resident megabytes of a process that only imports torch."""
     code = "import torch; from memory import peak_megabytes; print(peak_megabytes())"
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=HERE.parent)

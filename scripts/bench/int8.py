@@ -1,19 +1,19 @@
-"""INT8 graphs beside the peers', in one run: fidelity, CPU latency, bytes.
+"""Compares INT8 graphs with those of other tools: fidelity, CPU latency, bytes.
 
     PYTHONPATH=. python scripts/bench/int8.py [--model clip-vit-base-p16] [--images 32]
 
-clipdeploy makes two INT8 graphs: "quantize --cpu", whose other operators stay FP32, for the
-integer kernels of ONNX Runtime; and the default one, for TensorRT, whose other operators are FP16.
-No peer writes the latter, and on a CPU it is slower than FP32 (see docs/int8.md).
+clipdeploy writes two INT8 graphs: "quantize --cpu", with all other operators in FP32, for the
+integer kernels of ONNX Runtime; and by default a graph for TensorRT with the other operators in
+FP16.  No other tool writes the latter, and on a CPU it is slower than FP32 (see docs/int8.md).
 
-Every peer makes its INT8 graph from the same FP32 graph and the same images in a process of its
-own (see calibrate.py).  On other images than those, the logits are compared with the FP32 graph's:
+Each tool makes its INT8 graph from the same FP32 graph and images in a separate process (see
+calibrate.py).  On other images the logits are compared with the FP32 graph's:
 
     SQNR = 10 log10(sum logits^2 / sum (logits - fp32 logits)^2)  dB,  "worst" of any one image
 
-Latency is ONNX Runtime's on the CPU, all graphs taking turns in one process; printed is the median
-of FP32 seconds / INT8 seconds of the same round: above 1.00 the INT8 graph is faster.  Peers that
-are not installed (nncf, nvidia-modelopt) are named and left out.
+Latency is that of ONNX Runtime on the CPU, alternating between the graphs in one process.  The
+median of FP32 seconds / INT8 seconds per round is printed: above 1.00 the INT8 graph is faster.
+Tools that are not installed (nncf, nvidia-modelopt) are listed and skipped.
 """
 
 from __future__ import annotations
@@ -48,27 +48,29 @@ from calibrate import (
 )
 from numpy.typing import NDArray
 
+from exporters.metrics import sqnr_db
+
 HERE = Path(__file__).resolve()
 FP32 = "ONNX Runtime FP32"
 BATCHES = (1, 8)
 
 
 def _static_defaults(job: Job) -> None:
-    """quantize_static as it comes: every operator that it knows."""
+    """Run quantize_static with default options, on all operators that it supports."""
     from onnxruntime.quantization import quantize_static
 
     quantize_static(str(job.graph), str(job.target), QuantizerReader(job))
 
 
 def _dynamic(job: Job) -> None:
-    """quantize_dynamic as it comes: no image is used."""
+    """Run quantize_dynamic with default options; it uses no images."""
     from onnxruntime.quantization import quantize_dynamic
 
     quantize_dynamic(str(job.graph), str(job.target))
 
 
 def _default(job: Job) -> None:
-    """What ``clipdeploy calibrate`` and ``clipdeploy quantize`` do."""
+    """Run ``clipdeploy calibrate`` and ``clipdeploy quantize``."""
     from clipdeploy.pipeline import CalibrateConfig, calibrate_model, quantize_model
 
     calibrate_model(job.workspace, job.model, job.photos, CalibrateConfig(images=job.images))
@@ -87,19 +89,19 @@ ALL: dict[str, Maker] = {
 
 @dataclass(frozen=True)
 class Fidelity:
-    """SQNR in dB over all images and of the worst one, and how often the top class is the same."""
+    """SQNR in dB over all images and of the worst one, and the share of equal top classes."""
 
     sqnr: float
     worst: float
     agreement: float
 
     def words(self) -> tuple[str, str, str]:
-        """As the table shows it."""
+        """Return the cells of the table."""
         return f"{self.sqnr:.1f}", f"{self.worst:.1f}", f"{self.agreement:.2f}"
 
 
 def session_of(path: Path) -> ort.InferenceSession:
-    """A CPU session whose threads do not spin while another session's turn is measured."""
+    """Open a CPU session whose threads do not spin while another session is measured."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -107,19 +109,23 @@ def session_of(path: Path) -> ort.InferenceSession:
 
 
 def logits_of(path: Path, images: list[NDArray[Any]]) -> NDArray[np.float64]:
-    """(N, classes), one image at a time."""
+    """Return logits (N, classes), computed one image at a time."""
     session = session_of(path)
     rows = [session.run(None, {"image": image})[0] for image in images]
     return np.concatenate(rows).astype(np.float64)
 
 
+def _decibels(reference: NDArray[np.float64], logits: NDArray[np.float64]) -> float:
+    db = sqnr_db(reference, logits)
+    return float("inf") if db is None else db
+
+
 def fidelity(reference: NDArray[np.float64], logits: NDArray[np.float64]) -> Fidelity:
     """Compare two (N, classes) arrays."""
-    signal = (reference**2).sum(axis=1)
-    noise = np.maximum(((logits - reference) ** 2).sum(axis=1), np.finfo(np.float64).tiny)
+    rows = zip(reference, logits, strict=True)
     return Fidelity(
-        sqnr=float(10 * np.log10(signal.sum() / noise.sum())),
-        worst=float((10 * np.log10(signal / noise)).min()),
+        sqnr=_decibels(reference, logits),
+        worst=min(_decibels(one, other) for one, other in rows),
         agreement=float((reference.argmax(axis=1) == logits.argmax(axis=1)).mean()),
     )
 
@@ -127,7 +133,7 @@ def fidelity(reference: NDArray[np.float64], logits: NDArray[np.float64]) -> Fid
 def latencies(
     files: dict[str, Path], image: NDArray[Any], batch: int, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of each round, the graphs taking turns; the first round warms up."""
+    """Return seconds of each round, alternating between the graphs, after a warm-up round."""
     feed = {"image": np.repeat(image, batch, axis=0)}
     sessions = {name: session_of(path) for name, path in files.items()}
     taken: dict[str, list[float]] = {name: [] for name in files}
@@ -141,7 +147,7 @@ def latencies(
 
 
 def make_all(names: list[str], job: Job) -> dict[str, Measurement | Failure]:
-    """Let every peer write ``target_of(job, name)``."""
+    """Run every tool, which writes ``target_of(job, name)``."""
     made: dict[str, Measurement | Failure] = {}
     for name in names:
         made[name] = measured(
@@ -151,7 +157,7 @@ def make_all(names: list[str], job: Job) -> dict[str, Measurement | Failure]:
 
 
 def target_of(job: Job, name: str) -> Path:
-    """Where a peer's graph lies."""
+    """Return the path of a tool's graph."""
     return job.folder / f"{name.replace(' ', '-')}.onnx"
 
 
@@ -165,7 +171,7 @@ def print_table(
     judged: dict[str, Fidelity],
     times: dict[int, dict[str, list[float]]],
 ) -> None:
-    """One line a graph."""
+    """Print a row per graph."""
     judgements = ("SQNR dB", "worst", "agree")
     header = (*judgements, *(f"batch {b}" for b in times), "MB", "made s", "peak MB")
     print(f"{'':28}" + "".join(f"{word:>9}" for word in header))
@@ -186,7 +192,7 @@ def print_table(
 
 
 def bench(names: list[str], job: Job, check: int, rounds: int) -> None:
-    """Make, judge and time the graphs, and print the table."""
+    """Create, compare and time the graphs, and print the table."""
     write_photos(job.folder / "check", check, seed=1)
     made = make_all(names, job)
     good = [name for name in names if isinstance(made[name], Measurement)]

@@ -1,4 +1,4 @@
-"""The largest resident size that a process had, as Linux reports it."""
+"""Reads the peak resident size of a process on Linux."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ __all__ = ["peak_megabytes"]
 
 
 def peak_megabytes() -> float:
-    """VmHWM of this process so far in units of 10 ** 6 bytes; NaN where /proc does not tell.
+    """Return VmHWM of this process in units of 10 ** 6 bytes; NaN if /proc is not available.
 
-    Unlike ``ru_maxrss`` it starts anew with exec, so that a child does not inherit its parent's.
+    Unlike ``ru_maxrss`` it is reset by exec, so a child does not inherit its parent's value.
     """
     status = Path("/proc/self/status")
     for line in status.read_text().splitlines() if status.exists() else ():

@@ -1,11 +1,11 @@
-"""What activation outliers do to INT8: plain min-max beside the default recipe, in one run.
+"""Measures the effect of activation outliers on INT8: plain min-max and the default recipe.
 
     python scripts/bench/outliers.py [--variants FOLDER]
 
-The demo model and variants of it that carry the outliers of real CLIP ViTs, made by
+The models are the demo model and variants with the outliers of real CLIP ViTs, written by
 ``scripts/make_outlier_variants.py`` (about a minute; --variants takes a folder that it wrote).  For
-each: top-1 on the 500 held-out digits in PyTorch, and for both recipes top-1 and the logits'
-signal-to-noise ratio against PyTorch.  The graph is what a TensorRT engine is compiled from.
+each model: top-1 on the 500 held-out digits in PyTorch, and for both recipes top-1 and SQNR of the
+logits against PyTorch.  The graphs are the ones from which TensorRT engines are compiled.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from calibration.plan import PlanConfig
 from calibration.qdq import QuantizeConfig
+from calibration.scheme import SchemeConfig
 from clipdeploy.models import cards
 from clipdeploy.models.load import WeightsChoice
 from clipdeploy.pipeline import (
@@ -33,8 +33,8 @@ from clipdeploy.workspace.folder import Workspace
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECIPES = {
-    "min-max": PlanConfig("minmax", False, False, False, False),
-    "default": PlanConfig(),
+    "min-max": SchemeConfig("minmax", False, False, False, False),
+    "default": SchemeConfig(),
 }
 
 
@@ -42,15 +42,15 @@ def make_variants(folder: Path) -> None:
     """Run the script that writes the variants."""
     script = ROOT / "scripts" / "make_outlier_variants.py"
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    # More threads would change the order of sums, and with it the fine-tuned weights.
+    # The number of threads changes the order of sums, and so the fine-tuned weights.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     words = [sys.executable, str(script), "--out", str(folder)]
     subprocess.run(words, check=True, env=environment)
 
 
-def judge(workspace: Workspace, plan: PlanConfig) -> Verification:
-    """Quantise with ``plan``; the graphs on the held-out digits."""
-    quantize_model(workspace, cards.DEMO, QuantizeConfig(plan=plan, min_sqnr=None))
+def judge(workspace: Workspace, scheme: SchemeConfig) -> Verification:
+    """Quantise with ``scheme`` and evaluate the graphs on the held-out digits."""
+    quantize_model(workspace, cards.DEMO, QuantizeConfig(scheme=scheme, min_sqnr=None))
     test = cards.demo_file("test.zip")
     scope = VerifyScope(graphs_only=True)
     result = verify_model(workspace, cards.DEMO, test, scope=scope).verification
@@ -59,7 +59,7 @@ def judge(workspace: Workspace, plan: PlanConfig) -> Verification:
 
 
 def main() -> None:
-    """Make the variants, quantise each twice, print the table."""
+    """Create the variants, quantise each twice and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--variants", type=Path)
     chosen = parser.parse_args()
@@ -74,8 +74,8 @@ def main() -> None:
             export_model(workspace, cards.DEMO, WeightsChoice(file))
             calibrate_model(workspace, cards.DEMO, cards.demo_file("calibration.zip"))
             cells = []
-            for plan in RECIPES.values():
-                result = judge(workspace, plan)
+            for scheme in RECIPES.values():
+                result = judge(workspace, scheme)
                 found = result.rows[1].fidelity
                 assert found is not None
                 assert found.accuracy is not None

@@ -1,7 +1,7 @@
-"""The classifier as timm and mmpretrain write it, for the benchmarks: what an exporter meets today.
+"""The classifier as implemented in timm and mmpretrain, the usual input of exporters.
 
-Class token by concatenation, qkv by reshape and unbind, every block on every token.  Parameter
-names are timm's.
+The class token is concatenated, qkv is reshaped and unbound, every block computes every token.
+Parameter names are timm's.
 """
 
 from __future__ import annotations

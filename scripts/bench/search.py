@@ -1,12 +1,13 @@
-"""Mixed precision found on models that plain INT8 ruins, in one run.
+"""Searches mixed precision for models that lose accuracy in plain INT8.
 
     python scripts/bench/search.py [--variants FOLDER] [--max-drop 6]
 
-The demo model and its variants with activation outliers (``scripts/make_outlier_variants.py``;
-about a minute, --variants takes a folder that it wrote), quantised by min-max without smoothing.
-Half of the 500 held-out digits are searched on, the others confirm.  For each: the points of top-1
-that all Linears in INT8 lose on the digits searched on, the share of the MACs that the choice keeps
-in INT8, its cost beside all FP16, the interval of its drop on the digits that confirm, the verdict.
+The models are the demo model and its variants with activation outliers
+(``scripts/make_outlier_variants.py``; about a minute, --variants takes a folder that it wrote),
+quantised with min-max and without smoothing.  Half of the 500 held-out digits are used for the
+search, the other half for confirmation.  Prints for each model: points of top-1 lost with all
+Linears in INT8, on the digits of the search; share of the MACs that the choice keeps in INT8; its
+cost relative to FP16; the interval of its drop on the digits of the confirmation; the verdict.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from outliers import make_variants
 
-from calibration.plan import PlanConfig
+from calibration.scheme import SchemeConfig
 from clipdeploy.models import cards
 from clipdeploy.models.load import WeightsChoice
 from clipdeploy.pipeline import (
@@ -30,11 +31,11 @@ from clipdeploy.pipeline import (
     search_model,
 )
 
-PLAN = PlanConfig("minmax", False, False, False, False)
+SCHEME = SchemeConfig("minmax", False, False, False, False)
 
 
 def row(name: str, found: SearchResult, seconds: float) -> str:
-    """A line of the table."""
+    """A row of the table."""
     twin = next(point for point in found.points if "all INT8" in point.label)
     low, high = found.confirm.interval.low, found.confirm.interval.high
     return (
@@ -44,12 +45,12 @@ def row(name: str, found: SearchResult, seconds: float) -> str:
 
 
 def main() -> None:
-    """Make the variants, search each, print the table."""
+    """Create the variants, search each and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--variants", type=Path)
     parser.add_argument("--max-drop", type=float, default=6.0, help="250 digits tell 4 from none")
     chosen = parser.parse_args()
-    config = SearchConfig(max_drop=chosen.max_drop, batch=125, plan=PLAN, fixed_plan=True)
+    config = SearchConfig(max_drop=chosen.max_drop, batch=125, scheme=SCHEME, fixed_scheme=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = chosen.variants or Path(temporary, "variants")
         if chosen.variants is None:

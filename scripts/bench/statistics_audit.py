@@ -1,11 +1,11 @@
-"""How often the verdicts' statistics are wrong, counted: enumerated exactly or drawn with a seed.
+"""Counts how often verdicts are wrong, by exact enumeration or seeded simulation.
 
     python scripts/bench/statistics_audit.py [--quick] [--seed 0]
 
-The functions judged are those that ``clipdeploy verify`` calls.  "At the boundary" an artifact
-loses exactly --max-drop, 1 point here: where a wrong verdict is likeliest.  What was drawn has
-three standard deviations behind it (+-).  A bound that is broken is named, and the exit code is 1.
-Minutes on two CPU cores; --quick draws less and takes seconds.
+Tests the functions that ``clipdeploy verify`` calls.  "At the boundary" an artifact loses exactly
+--max-drop, here 1 point, where a wrong verdict is most likely.  Simulated values have a margin of
+three standard deviations (+-).  If a bound is violated it is printed and the exit code is 1.  Takes
+minutes on two CPU cores; --quick simulates less and takes seconds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Method = Callable[[int, int, int], Interval]
 LIMIT = 1.0
 BATCH = 16
 IMAGENET = 50_000
-# Calls for other images than a batch's: so many by twos, and one at each size from 2 to 32, see
+# Calls with other images: this number with two images, and one of each size from 2 to 32, see
 # clipdeploy/verification/repeats.py.
 TWOS, BATCH_SIZES = 340, 31
 EQUIVALENT, REGRESSED, UNDECIDED = 1, -1, 0
@@ -42,7 +42,7 @@ EQUIVALENT, REGRESSED, UNDECIDED = 1, -1, 0
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is drawn: runs of fixed looks, runs and images of sequential ones, enumerated n."""
+    """Sizes: runs with fixed looks, runs and images of sequential tests, enumerated n."""
 
     runs: int = 40_000
     paths: int = 8_000
@@ -56,7 +56,7 @@ QUICK = Sizes(4_000, 400, 400, 8_000, (100, 500))
 
 @dataclass(frozen=True)
 class Share:
-    """Percent, with three standard deviations of the drawing; 0 for what was enumerated."""
+    """Percent and three standard deviations of the simulation, 0 if enumerated."""
 
     value: float
     margin: float = 0.0
@@ -67,13 +67,13 @@ class Share:
 
 @dataclass(frozen=True)
 class Line:
-    """A row of a section, and the most that its shares (the least, if negative) may be."""
+    """A row of a section with the upper bound of its shares (lower bound if negative)."""
 
     cells: tuple[object, ...]
     bounds: tuple[tuple[Share, float], ...] = ()
 
     def broken(self) -> Iterator[str]:
-        """A sentence for each bound that the row does not keep, the drawing's margin granted."""
+        """Return a sentence for each violated bound, allowing the margin of the simulation."""
         for share, bound in self.bounds:
             beyond = share.value - bound if bound >= 0 else -bound - share.value
             if beyond > share.margin:
@@ -96,22 +96,22 @@ class Section:
 
 
 def drawn(hits: NDArray[np.bool_]) -> Share:
-    """The share of runs, in percent, and its margin."""
+    """Return the share of runs in percent and its margin."""
     share = float(hits.mean())
-    # No hit in n runs does not prove 0: the rule of three says at most 3/n.
+    # Without a hit in n runs the share is at most 3/n (rule of three).
     spread = max(share * (1 - share), 1 / len(hits))
     return Share(100 * share, 300 * math.sqrt(spread / len(hits)))
 
 
 def log_factorials(n: int) -> Reals:
-    """log k! for k = 0 to n."""
+    """Return log k! for k = 0 to n."""
     return np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
 
 
 def misses(method: Method, n: int, lost: float, gained: float) -> tuple[float, float]:
-    """Exact chances, in percent, that an interval lies below and above the true drop.
+    """Return the exact probabilities, in percent, of an interval below and above the true drop.
 
-    Counts more than 6 standard deviations and 9 images away weigh under 1e-8 together.
+    Counts more than 6 standard deviations and 9 images away have a probability below 1e-8.
     """
     factorials = log_factorials(n)
     b, c = (
@@ -166,7 +166,7 @@ def boundary(sizes: Sizes) -> Section:
 
 
 def fixed(b: Counts, c: Counts, n: int) -> Counts:
-    """Verdicts of one look at n images, each pair of counts judged once."""
+    """Return verdicts of one look at n images; each pair of counts is evaluated once."""
     pairs, where = np.unique(np.stack([b, c], axis=1), axis=0, return_inverse=True)
     return np.asarray([_fixed(own, other, n) for own, other in pairs.tolist()])[where.ravel()]
 
@@ -177,7 +177,7 @@ def _fixed(b: int, c: int, n: int) -> int:
 
 
 class Bets:
-    """SequentialDrop's capital for many runs at once; ``check`` holds it to SequentialDrop."""
+    """SequentialDrop's capital for many runs at once; ``check`` compares it with SequentialDrop."""
 
     def __init__(self, limit: float = LIMIT) -> None:
         bets = ((np.arange(32) + 0.5) / 32) ** 2
@@ -190,7 +190,7 @@ class Bets:
         return np.log1p(np.stack([-bets, stakes * (1 + m), stakes * m]))
 
     def __call__(self, b: Counts, c: Counts, n: int) -> Counts:
-        """The verdict on each run after n images."""
+        """Return the verdict of each run after n images."""
         lost = b - c > self._limit * n
         first, second = np.where(lost, c, b), np.where(lost, b, c)
         counts = np.stack([first, second, n - b - c], axis=1).astype(np.float64)
@@ -199,7 +199,7 @@ class Bets:
         return np.where(capital < 40, UNDECIDED, np.where(lost, REGRESSED, EQUIVALENT))
 
     def check(self, generator: np.random.Generator) -> int:
-        """Compare with SequentialDrop on 300 counts; how many differ."""
+        """Compare with SequentialDrop on 300 counts; return the number of differences."""
         names = {EQUIVALENT: "equivalent", REGRESSED: "regressed", UNDECIDED: "undecided"}
         differing = 0
         for _ in range(300):
@@ -217,9 +217,9 @@ class Bets:
 def sequential(
     generator: np.random.Generator, shares: tuple[float, float], sizes: Sizes, look_at: int = 0
 ) -> tuple[Counts, Counts]:
-    """Final verdicts of ``paths`` runs looked at after every batch, and of one look at ``look_at``.
+    """Return final verdicts of ``paths`` runs tested after every batch, and at ``look_at`` only.
 
-    A run goes on until a verdict, at most to ``longest`` images.
+    A run ends with a verdict, at the latest after ``longest`` images.
     """
     b, c = np.zeros((2, sizes.paths), np.int64)
     verdict, first = np.zeros((2, sizes.paths), np.int64)
@@ -239,7 +239,7 @@ def sequential(
 
 
 def looks(generator: np.random.Generator, sizes: Sizes) -> Section:
-    """(c) The sequential test at the boundary, looked at after every batch."""
+    """(c) The sequential test at the boundary, evaluated after every batch."""
     lines = []
     for gained in (0.0, 0.002, 0.01):
         verdict, _ = sequential(generator, (LIMIT / 100 + gained, gained), sizes)
@@ -252,7 +252,7 @@ def looks(generator: np.random.Generator, sizes: Sizes) -> Section:
 
 
 def several(generator: np.random.Generator, sizes: Sizes) -> Section:
-    """(d) m artifacts judged together; common: the share of images on which all answer alike."""
+    """(d) m artifacts tested together; common: share of images with equal answers of all."""
     n, lost, gained = 5_000, 0.015, 0.005
     at, level = (lost, gained, 1 - lost - gained), (gained, gained, 1 - 2 * gained)
     lines = []
@@ -294,7 +294,7 @@ def _rerun(generator: np.random.Generator, start: int, shares: Sequence[float], 
 
 
 def repeated(generator: np.random.Generator, sizes: Sizes) -> Section:
-    """(e) Looking again until decided: fixed looks at the advised number, or --sequential."""
+    """(e) Repeated looks until decided: fixed looks at the advised number, or --sequential."""
     lines, shares = [], (0.015, 0.005)
     for start in (512, 2_000):
         chances, most = (*shares, 1 - sum(shares)), sizes.longest
@@ -306,7 +306,7 @@ def repeated(generator: np.random.Generator, sizes: Sizes) -> Section:
         lines.append(Line((f"{start:,}", "fixed looks until decided", wrong, alarm)))
         wrong, alarm = drawn(new == EQUIVALENT), drawn(new == REGRESSED)
         cells = (f"{start:,}", "one look, then --sequential", wrong, alarm)
-        # One look and one sequential test, added: 2.6 + 2.5 and 2.9 + 2.5.
+        # The sum of one look and one sequential test: 2.6 + 2.5 and 2.9 + 2.5.
         lines.append(Line(cells, ((wrong, 5.1), (alarm, 5.4))))
     header = ("first look at", "then", "EQUIVALENT %", "REGRESSED %")
     title = f"(e) looking again until decided, to {sizes.longest:,} images, true drop = max-drop"
@@ -314,7 +314,7 @@ def repeated(generator: np.random.Generator, sizes: Sizes) -> Section:
 
 
 def whole_batches(generator: np.random.Generator, sizes: Sizes) -> Section:
-    """(f) A share of the batches entirely wrong: no interval of images covers that."""
+    """(f) A share of batches is entirely wrong, which no interval over images covers."""
     lines, accuracy = [], 0.86
     share = LIMIT / 100 / accuracy
     for n in (512, 5_120, IMAGENET):  # whole batches
@@ -333,7 +333,7 @@ def whole_batches(generator: np.random.Generator, sizes: Sizes) -> Section:
 
 
 def _missed(published: float, n: int, deficit: float) -> float:
-    """Exact chance, in percent, that a reference so much worse is called missed on n images."""
+    """Return the exact probability, in percent, that a worse reference is detected on n images."""
     least, most = passing_hits(published, n)
     share = (published - deficit) / 100
     hits = np.arange(least, most + 1)
@@ -347,7 +347,7 @@ DEFICITS = (0.0, 0.05, 0.3, 1.0, 3.0, 5.0)
 
 
 def power(published: float = 86.0) -> Section:
-    """(g) How often the check of PyTorch's own accuracy notices a deficit, enumerated."""
+    """(g) How often the check of PyTorch's accuracy detects a deficit, enumerated."""
     lines = []
     for n in (1, 10, 100, 500, 1_000, 5_000, IMAGENET):
         chances = [Share(_missed(published, n, deficit)) for deficit in DEFICITS]
@@ -368,7 +368,7 @@ def power(published: float = 86.0) -> Section:
 
 
 def sections(sizes: Sizes, seed: int) -> Iterable[Section]:
-    """All sections in order."""
+    """Return all sections in order."""
     generator = np.random.default_rng(seed)
     if differing := Bets().check(generator):
         raise SystemExit(f"the audit's bets differ from SequentialDrop on {differing} counts")
@@ -380,7 +380,7 @@ def sections(sizes: Sizes, seed: int) -> Iterable[Section]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the tables; 1 if a bound is broken."""
+    """Print the tables; return 1 if a bound is violated."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="draw less: seconds")
     parser.add_argument("--seed", type=int, default=0)

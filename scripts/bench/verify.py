@@ -1,20 +1,20 @@
-"""Verification of a fast model beside what its input costs: images per second, in one run.
+"""Compares verification of a fast model with decoding alone: images per second.
 
     python scripts/bench/verify.py [--images 12000] [--repeat 3] [--size 32]
     python scripts/bench/verify.py --memory 50000
 
-JPEGs of ImageNet's usual size (500 x 375 pixels, about 100 kB) and a ViT of one narrow block.  At
-32 pixels preparing images is all the work there is; at 224 PyTorch and ONNX Runtime want a share
-of the same cores.  Taking turns:
+Uses JPEGs of ImageNet's typical size (500 x 375 pixels, about 100 kB) and a ViT of one narrow
+block.  At 32 pixels almost all work is image preparation; at 224 pixels PyTorch and ONNX Runtime
+compete for the same cores.  Runs alternate between:
 
-    pillow        ``Image.open(path).convert("RGB")``, the same resize and crop, in a process a
-                  core, and nothing else
-    plain loop    one process: Pillow, then ONNX Runtime, one image after another, in batches
+    pillow        only ``Image.open(path).convert("RGB")``, resize and crop, one process per
+                  core
+    plain loop    one process: Pillow image by image, then ONNX Runtime in batches
     verify        ``run_verification``: decode, PyTorch, the FP32 graph, records, results file
     verify --cache, again: crops and PyTorch's logits come from the cache
 
-Ratios are to ``pillow``.  ``--memory N`` verifies N small images instead and prints the largest
-resident size of this process and of all its decoding processes together.
+Ratios are relative to ``pillow``.  ``--memory N`` verifies N small images instead and prints the
+peak resident size of this process and its decoding processes together.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ from exporters.headers import read_passport
 from exporters.onnx import export_graph
 from exporters.samples import Samples, normalise
 
-# A fast model is fed many at once.
+# A large batch for a fast model.
 BATCH = 64
 # Edge of the crops, and of the patches: 16 tokens in either case.
 PATCHES = {32: 8, 224: 56}
 
 
 def card(size: int) -> ModelCard:
-    """A ViT of one narrow block."""
+    """Build a ViT of one narrow block."""
     return ModelCard(
         name=f"narrow-vit-{size}px",
         aliases=(),
@@ -80,7 +80,7 @@ def card(size: int) -> ModelCard:
 
 
 def jpeg(seed: int, width: int, height: int) -> bytes:
-    """Smooth shapes under fine noise: about as many bytes as a photograph of this size."""
+    """Draw smooth shapes with fine noise, compressed to the size of a photograph."""
     generator = np.random.default_rng(seed)
     coarse = generator.integers(0, 256, (12, 16, 3), np.uint8)
     smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
@@ -91,18 +91,18 @@ def jpeg(seed: int, width: int, height: int) -> bytes:
 
 
 def make_images(folder: Path, count: int, width: int = 500, height: int = 375) -> ImageFolder:
-    """``count`` files of 100 different pictures; each file's bytes are its own."""
+    """Write ``count`` files of 100 different pictures; the bytes of all files differ."""
     pictures = [jpeg(seed, width, height) for seed in range(min(count, 100))]
     for number in range(count):
         path = folder / str(number % 10) / f"{number:06d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Bytes behind the end of a JPEG are no part of its picture.
+        # Bytes after the end of a JPEG are ignored by decoders.
         path.write_bytes(pictures[number % len(pictures)] + number.to_bytes(4, "big"))
     return open_images(folder)
 
 
 def make_model(folder: Path, size: int) -> tuple[LoadedModel, Target]:
-    """The model and its FP32 graph."""
+    """Create the model and its FP32 graph."""
     model = load_model(card(size), WeightsChoice(random_seed=0), Recipe())
     spec = model.card.preprocess(model.recipe)
     passport = Passport(
@@ -123,14 +123,14 @@ def make_model(folder: Path, size: int) -> tuple[LoadedModel, Target]:
 
 
 def prepare(job: tuple[str, Preprocess]) -> int:
-    """Decode, resize and crop one file, as torchvision's loader opens it."""
+    """Decode, resize and crop one file, like torchvision's loader."""
     path, spec = job
     with Image.open(path) as image:
         return crop_image(image.convert("RGB"), spec).nbytes
 
 
 def pillow_alone(images: ImageFolder, spec: Preprocess, stack: ExitStack) -> Callable[[], object]:
-    """A process a core, started beforehand, that prepares images and keeps none."""
+    """Prepare and discard images in one process per core, started before the measurement."""
     jobs = [(str(images.root / entry.name), spec) for entry in images.entries]
     pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(usable_cores()))
     pool.map(prepare, jobs[: 4 * usable_cores()])
@@ -138,7 +138,7 @@ def pillow_alone(images: ImageFolder, spec: Preprocess, stack: ExitStack) -> Cal
 
 
 def plain_loop(images: ImageFolder, spec: Preprocess, graph: Path) -> Callable[[], object]:
-    """One process, nothing overlapped."""
+    """Process images in one process without overlap."""
     runner = OnnxRunner(graph)
 
     def run() -> None:
@@ -151,7 +151,7 @@ def plain_loop(images: ImageFolder, spec: Preprocess, graph: Path) -> Callable[[
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """The time of one call."""
+    """Return the seconds of one call."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
@@ -193,7 +193,7 @@ def compare(images: ImageFolder, size: int, repeat: int, folder: Path) -> None:
 
 
 def resident(pids: list[int]) -> float:
-    """Resident megabytes of processes now; those that ended count nothing."""
+    """Return the current resident megabytes of processes; ended ones count as zero."""
     total = 0
     for pid in pids:
         try:
@@ -204,11 +204,11 @@ def resident(pids: list[int]) -> float:
 
 
 def children() -> list[int]:
-    """The processes that this one started."""
+    """Return the child processes of this one."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError, IndexError):  # it ended meanwhile
-            # The name in parentheses may hold anything; behind it: state, parent.
+        with suppress(OSError, IndexError):  # the process has ended
+            # The name in parentheses may contain anything; state and parent follow it.
             parent = path.read_text().rpartition(")")[2].split()[1]
             if int(parent) == os.getpid():
                 found.append(int(path.parent.name))
@@ -216,7 +216,7 @@ def children() -> list[int]:
 
 
 def memory(count: int, folder: Path) -> None:
-    """Verify ``count`` small images and print what it took."""
+    """Verify ``count`` small images and print time and memory."""
     images = make_images(folder / "images", count, 48, 40)
     model, target = make_model(folder, max(PATCHES))
     largest = [0.0]
@@ -243,7 +243,7 @@ def memory(count: int, folder: Path) -> None:
 
 
 def main() -> None:
-    """Run what was asked for."""
+    """Run the chosen measurement."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=12000)
     parser.add_argument("--repeat", type=int, default=3)
@@ -256,7 +256,7 @@ def main() -> None:
             memory(chosen.memory, folder)
         else:
             images = make_images(folder / "images", chosen.images)
-            # Stamps of files that are younger than two seconds stand for nothing.
+            # The cache ignores time stamps younger than two seconds.
             time.sleep(2.1)
             size = sum((images.root / e.name).stat().st_size for e in images.entries)
             print(

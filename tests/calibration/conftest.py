@@ -1,4 +1,4 @@
-"""What the INT8 tests share: the demo graph and table, held-out digits, graphs made on request."""
+"""Fixtures of the INT8 tests: the demo graph and table, held-out digits, INT8 graphs."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def calibration(demo_workspace: Workspace) -> Path:
 
 @pytest.fixture(scope="session")
 def demo_table(calibration: Path) -> CalibrationTable:
-    """The same, read."""
+    """The demo card's calibration, loaded."""
     return load_table(calibration)
 
 
 @pytest.fixture(scope="session")
 def samples() -> Samples:
-    """Three real images to judge float16 storage with."""
+    """Three real images for checking float16 storage."""
     return sample_images(cards.find(cards.DEMO).preprocess(Recipe()), 3)
 
 
@@ -49,7 +49,7 @@ def samples() -> Samples:
 def make_int8(
     tmp_path_factory: pytest.TempPathFactory, source: Path, calibration: Path, samples: Samples
 ) -> Callable[[QuantizeConfig], Path]:
-    """The demo card's INT8 graph of a configuration, written once."""
+    """Writes the demo card's INT8 graph of a configuration, once."""
     folder = tmp_path_factory.mktemp("int8")
     made: dict[QuantizeConfig, Path] = {}
 

@@ -41,18 +41,18 @@ Done = frozenset[CalibrationImageRecord]
 
 
 class KilledError(Exception):
-    """What ends a run before its time."""
+    """Raised to end a run early."""
 
 
 def _records(images: Images) -> tuple[CalibrationImageRecord, ...]:
-    """What is known before the images are decoded."""
+    """The records of images, without decoding."""
     return tuple(CalibrationImageRecord(image.name, image.sha256) for image in images)
 
 
 def _source(
     images: Images, kill_after: int | None = None, log: list[int] | None = None
 ) -> Callable[[Done], Iterable[CalibrationImage]]:
-    """What ``collect`` asks for images; ``log`` gets how many were done already."""
+    """The image source of ``collect``; appends the number of finished images to ``log``."""
 
     def left(done: Done) -> Iterator[CalibrationImage]:
         if log is not None:
@@ -84,7 +84,7 @@ def graph(source: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def many(held_out: tuple[NDArray[np.float32], NDArray[np.int64]]) -> Images:
-    """Thirty-five images: a flush of the observers and some."""
+    """35 images: the observers count once, and some rows remain."""
     return [
         CalibrationImage(
             f"{i:02}.png",
@@ -114,7 +114,7 @@ def whole(graph: Path, many: Images) -> CalibrationTable:
 
 @pytest.fixture(scope="module")
 def inputs(demo_model: LoadedModel, images: Images, graph: Path) -> dict[str, NDArray[np.float32]]:
-    """What is observed, computed by PyTorch, (images, tokens, channels)."""
+    """The observed tensors computed by PyTorch, (images, tokens, channels)."""
     seen: dict[str, list[NDArray[np.float32]]] = {}
 
     def keep(name: str, value: Tensor) -> None:
@@ -135,7 +135,7 @@ def inputs(demo_model: LoadedModel, images: Images, graph: Path) -> dict[str, ND
     finally:
         for handle in handles:
             handle.remove()
-    # The export folds attention's scale into q: the weights are the graph's.
+    # The export folds attention's scale into q, so the graph's weights are used.
     for site in find_linears(load_graph(graph)):
         if site.role == "attn.qkv":
             weight, bias = site.weight.const_value.numpy(), site.bias.const_value.numpy()
@@ -169,7 +169,7 @@ def test_extremes_are_pytorchs_on_the_sampled_tokens(
         slack = 3e-5
         assert (found.minimum >= everything[0] - slack).all(), name
         assert (found.maximum <= everything[1] + slack).all(), name
-        # The class token is always looked at.
+        # The class token is always sampled.
         assert (found.minimum <= token[0] + slack).all(), name
         assert (found.maximum >= token[1] - slack).all(), name
         if activations.shape[1] == 1:
@@ -196,7 +196,7 @@ def test_rows_are_the_class_token_and_four_more(
         assert found.rows == count * min(COUNTED_TOKENS, tokens), name
         assert found.counts.shape == (channels, 2, BINS)
         assert (found.counts.sum(axis=(1, 2)) == found.rows).all()
-    # After the last attention only the class token is left.
+    # After the last attention only the class token remains.
     assert inputs["blocks.5.mlp.fc1"].shape[1] == 1
     assert inputs["blocks.5.attn.qkv"].shape[1] == 65
 
@@ -204,7 +204,7 @@ def test_rows_are_the_class_token_and_four_more(
 def test_class_token_statistics_are_pytorchs(
     table: CalibrationTable, inputs: dict[str, NDArray[np.float32]]
 ) -> None:
-    # Where one token is left, nothing is drawn: the mean over the rows is that of all of them.
+    # With one token nothing is sampled: the mean over the rows is the exact mean.
     for name in (*(f"blocks.5.{role}" for role in ("attn.proj", "mlp.fc1", "mlp.fc2")), HEAD):
         expected = inputs[name].astype(np.float64).mean(axis=(0, 1))
         # Rounding as for the extremes.
@@ -286,7 +286,7 @@ def test_images_since_the_last_save_are_looked_at_again(
 
 
 def test_image_given_twice_is_seen(graph: Path, images: Images, table: CalibrationTable) -> None:
-    # A source that ignores what is done would count images again: the bits tell.
+    # A source that repeats finished images would count them twice and change the result.
     other = collect(graph, _source([*images, images[0]]), _records(images))
     assert other.statistics != table.statistics
 
@@ -402,7 +402,7 @@ def test_resuming_from_a_table_that_lacks_a_tensor_is_refused(
 ) -> None:
     statistics = dict(table.statistics)
     del statistics["blocks.2.mlp.fc1"]
-    with pytest.raises(CalibrationError, match=r"has nothing about blocks\.2\.mlp\.fc1"):
+    with pytest.raises(CalibrationError, match=r"has no statistics of blocks\.2\.mlp\.fc1"):
         ActivationCollector(graph).resume(replace(table, statistics=statistics))
 
 
@@ -419,7 +419,7 @@ def test_not_finite_is_refused_with_tensor_and_image(
 
 
 def test_no_image_is_refused(graph: Path) -> None:
-    with pytest.raises(CalibrationError, match="no image to calibrate with"):
+    with pytest.raises(CalibrationError, match="no images to calibrate with"):
         _collect(graph, [])
 
 
@@ -443,5 +443,5 @@ def test_damaged_and_missing_graphs_are_refused(
     with pytest.raises(FileError, match=r"absent\.onnx"):
         _collect(tmp_path / "absent.onnx", images)
     (tmp_path / "cut.onnx").write_bytes(graph.read_bytes()[:-1000])
-    with pytest.raises(ArtifactError, match=r"cut\.onnx is no readable ONNX graph"):
+    with pytest.raises(ArtifactError, match=r"cut\.onnx is not a readable ONNX graph"):
         _collect(tmp_path / "cut.onnx", images)

@@ -1,4 +1,4 @@
-"""A factor that a norm or V and the next weight share is taken out before INT8."""
+"""A common factor of a norm or V and the next weight is removed before INT8."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _sqnr(graph: Path, samples: Samples, images: Array, folder: Path) -> float:
 def plain(
     source: Path, samples: Samples, demo_images: Array, tmp_path_factory: pytest.TempPathFactory
 ) -> float:
-    """The SQNR of the demo's own INT8 graph in dB."""
+    """The SQNR of the demo's INT8 graph in dB."""
     return _sqnr(source, samples, demo_images, tmp_path_factory.mktemp("plain"))
 
 
@@ -80,7 +80,7 @@ def test_int8_is_as_good_with_a_common_factor(
 ) -> None:
     every = {name: change for at in range(6) for name, change in edits(factor, at).items()}
     graph = edit(source, tmp_path / "scaled.onnx", every)
-    # The histograms' bins are coarser for so large or small values: 1 dB at most.
+    # Histogram bins are coarser for such large or small values: at most 1 dB.
     assert _sqnr(graph, samples, demo_images, tmp_path) > plain - 2
 
 

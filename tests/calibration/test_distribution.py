@@ -33,7 +33,7 @@ CASES = [
 
 
 def _middles(low: float, high: float) -> F64:
-    """Evenly spread values of [low, high]: a uniform sample without a draw's noise."""
+    """Evenly spaced values of [low, high]: a uniform sample without random noise."""
     return low + (high - low) * (np.arange(SAMPLES) + 0.5) / SAMPLES
 
 
@@ -67,9 +67,9 @@ def test_squared_error_is_brute_forces(low: float, high: float, step: float) -> 
     x = _middles(low, high)
     expected = float(((_quantised(x, step) - x) ** 2).mean())
     found = float(squared_error(np.asarray(low), np.asarray(high), step))
-    # 1e5 midpoints: each of a few hundred jumps of size step is placed to 1e-5 of the interval.
+    # 1e5 midpoints locate each of a few hundred jumps of size step to 1e-5 of the interval.
     assert found == pytest.approx(expected, rel=2e-4)
-    # A step wrong by a tenth is not taken for it, unless all values round to zero at both.
+    # A step wrong by a tenth gives another error, unless all values round to zero with both.
     other = float(squared_error(np.asarray(low), np.asarray(high), step * 1.1))
     assert other != pytest.approx(expected, rel=2e-3) or max(-low, high) < step / 2
 
@@ -82,7 +82,7 @@ def test_mean_error_is_brute_forces(low: float, high: float, step: float) -> Non
     # At most one midpoint in 1e5 for each jump is on the wrong side of it, by up to one step.
     tolerance = 1e-5 * step * max(1.0, (high - low) / step)
     assert found == pytest.approx(expected, abs=tolerance)
-    # The mean of -x is the opposite one.
+    # The mean of -x is the negative.
     mirrored = float(mean_error(np.asarray(-high), np.asarray(-low), step))
     assert mirrored == pytest.approx(-expected, abs=tolerance)
 
@@ -122,7 +122,7 @@ def test_fine_steps_give_the_textbook_twelfth() -> None:
 def test_mass_is_the_number_of_values_per_row() -> None:
     values = _known()
     distribution = Distribution.of(_observe(values))
-    # The ramps telescope: only float64 sums of some thousand terms are lost.
+    # The ramps telescope: the only error is that of float64 sums of some thousand terms.
     assert distribution.density().mass.sum() == pytest.approx(values.shape[1], rel=1e-6)
     weight = np.asarray([0.0, 1.0, 2.0, 0.5, 0.0, 3.0])
     assert distribution.density(weight).mass.sum() == pytest.approx(weight.sum(), rel=1e-6)
@@ -154,7 +154,7 @@ def test_density_is_exact_at_the_edges_of_the_histogram(channel: int) -> None:
     assert slack < 0.02
     found = np.interp(edges, grid, cumulative)
     assert np.abs(found - expected).max() < slack
-    # One that sits one bin further is seen.
+    # A shift by one bin is detected.
     assert np.abs(found[1:] - expected[:-1]).max() > slack
 
 
@@ -169,7 +169,7 @@ def test_density_is_a_fine_numpy_histogram(channel: int) -> None:
     # Inside an eighth of an octave values are taken as uniform; the widest bins here hold a quarter
     # of a channel's mass and bend its cumulative by a tenth of that.
     assert np.abs(found - expected).max() < 0.03
-    # Mirrored it is another one.
+    # The mirrored density differs.
     assert channel in (0, 5) or np.abs(_coarse(density.mass[::-1], 256) - expected).max() > 0.1
 
 
@@ -190,7 +190,7 @@ def test_density_error_is_the_true_error() -> None:
     for found, limit in zip(density.error(limits), limits, strict=True):
         step = limit / LEVELS
         expected = ((_quantised(x, step) - x) ** 2).sum(axis=1).mean()
-        # Values of one bin are not uniform in it: some per cent where the tail is clipped.
+        # Values are not uniform inside a bin: a few percent if the tail is clipped.
         assert found == pytest.approx(expected, rel=0.05)
         assert density.shifted_error(0.0, step) == pytest.approx(found, rel=1e-6)
     shift, step = 3.0, 0.08
@@ -203,11 +203,11 @@ def test_second_moment_is_the_datas() -> None:
     values = _known(rows=40_000)
     expected = (values.astype(np.float64) ** 2).mean(axis=0)
     found = Distribution.of(_observe(values)).second_moment()
-    # A bin is an eighth wide: the square of its middle is off by at most 2 * 1/16 at its ends, and
-    # averaged over a bin by a per cent, and more for the channel that lies in two bins.
+    # A bin is an eighth wide: the square of its middle is off by at most 2 * 1/16 at its ends, by
+    # a percent on average over a bin, and by more for the channel that occupies two bins.
     np.testing.assert_allclose(found, expected, rtol=0.02)
     variance = found - Distribution.of(_observe(values)).mean ** 2
-    # The mean is exact, so the narrow channels keep the moment's per cent, of a square of 50 sigma.
+    # The mean is exact, so narrow channels have the moment's percent, of a square of 50 sigma.
     np.testing.assert_allclose(variance[[0, 1, 3, 5]], values.var(axis=0)[[0, 1, 3, 5]], rtol=0.02)
 
 
@@ -218,14 +218,14 @@ def test_mean_error_of_channels_is_the_true_one() -> None:
     for step in (0.005, 0.02, 0.11, 0.6):
         expected = (_quantised(x, step) - x).mean(axis=0)
         found = distribution.mean_error(step)
-        # Where many rounding cells are hit, errors average out; beyond the clip the error is as
-        # large as the values, known to half a per cent.
+        # Over many rounding cells errors average out; beyond the clip the error is as large as
+        # the values, which are accurate to half a percent.
         wide = [0, 1, 2, 3, 5]
         np.testing.assert_allclose(found[wide], expected[wide], rtol=5e-3, atol=0.02 * step + 2e-3)
-        # The narrow channel lies in one or two cells and histogram bins: its shape inside them is
-        # not known, and it is off by up to half a step.
+        # The narrow channel occupies one or two cells and histogram bins: its shape inside them
+        # is unknown, and it is off by up to half a step.
         assert abs(found[4] - expected[4]) <= step / 2
-    # The shifted channel is clipped by the finest step: its error is no rounding error.
+    # The finest step clips the shifted channel: its error is not a rounding error.
     assert abs(float(distribution.mean_error(0.02)[2])) > 1
 
 
@@ -242,7 +242,7 @@ def test_shift_and_scale_are_those_of_the_data() -> None:
     np.testing.assert_allclose(found.mean, direct.mean, rtol=1e-5, atol=1e-5)
     assert found.amax == pytest.approx(direct.amax, rel=1e-5)
     expected = (moved.astype(np.float64) ** 2).mean(axis=0)
-    # The bins lie elsewhere: as for the second moment itself, in units of the wider interval.
+    # The bins differ: as for the second moment, in units of the wider interval.
     spread = (np.abs(shift / scale) + np.sqrt(expected)) ** 2
     assert (np.abs(found.second_moment() - expected) < 0.01 * spread).all()
     assert (np.abs(Distribution.of(_observe(values)).second_moment() - expected) > 0.02).any()
@@ -273,7 +273,7 @@ def test_no_interval_leaves_the_extremes() -> None:
 def test_channel_that_never_moves_has_finite_errors(value: float) -> None:
     values = np.full((64, 2), value, np.float32)
     distribution = Distribution.of(_observe(values))
-    # An interval of 1e-9 stands for the point.
+    # A point is an interval of width 1e-9.
     np.testing.assert_allclose(distribution.second_moment(), value**2, rtol=1e-6, atol=1e-12)
     for step in (0.01, 1.0, 10.0):
         error = float(_quantised(np.asarray([value]), step)[0] - value)

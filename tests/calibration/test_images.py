@@ -34,11 +34,11 @@ def _grey(level: int) -> Pixels:
 @pytest.mark.parametrize(
     ("pictures", "reason"),
     [
-        ([_grey(0)] * 150, "150 of 150 images are of one colour, grey level 0"),
-        ([_grey(255)] * 150, "150 of 150 images are of one colour, grey level 255"),
-        ([_grey(level) for level in range(150)], "150 of 150 images are of one colour"),
-        ([_grey(0)] * 80 + list(PICTURES[:70]), "80 of 150 images are of one colour"),
-        ([_grey(3)], "1 of 1 images are of one colour"),
+        ([_grey(0)] * 150, "150 of 150 images have a single colour, grey level 0"),
+        ([_grey(255)] * 150, "150 of 150 images have a single colour, grey level 255"),
+        ([_grey(level) for level in range(150)], "150 of 150 images have a single colour"),
+        ([_grey(0)] * 80 + list(PICTURES[:70]), "80 of 150 images have a single colour"),
+        ([_grey(3)], "1 of 1 images have a single colour"),
         ([PICTURES[0]] * 150, "all 150 images are the same picture"),
         ([PICTURES[0]] * 2, "all 2 images are the same picture"),
         (list(PICTURES[:3]) * 50, "all 150 images are copies of 3 pictures"),

@@ -109,7 +109,7 @@ def test_scope_decides(model: ir.Model, attention: bool, head: bool, patch: bool
     for entry in placement.entries:
         option = {HEAD: "head", PATCH: "patch"}.get(entry.name, "attention")
         asked = entry.name in expected
-        assert entry.reason == ("" if asked else f"not asked for with --quantize-{option}")
+        assert entry.reason == ("" if asked else f"not requested with --quantize-{option}")
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_patterns_exclude_what_they_match(
 def test_pattern_that_matches_nothing_is_refused(model: ir.Model, pattern: str) -> None:
     with pytest.raises(GraphError, match="matches no Linear") as found:
         place(model, ("blocks.0.*", pattern))
-    assert "names look like blocks.0.attn.qkv" in found.value.hint
+    assert "use names like blocks.0.attn.qkv" in found.value.hint
 
 
 def test_foreign_graph_is_refused() -> None:

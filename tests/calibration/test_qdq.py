@@ -16,9 +16,9 @@ import pytest
 from numpy.typing import NDArray
 from planted import calibrated
 
-from calibration.plan import PlanConfig
 from calibration.policy import Scope, find_linears, find_products, place
-from calibration.qdq import QuantizeConfig, quantize
+from calibration.qdq import QuantizeConfig, quantize, stored_settings
+from calibration.scheme import SchemeConfig
 from calibration.table import CalibrationTable, load_table, pack, save_table
 from clipdeploy.core.errors import (
     ArtifactError,
@@ -28,7 +28,7 @@ from clipdeploy.core.errors import (
     UsageError,
 )
 from clipdeploy.core.files import sha256_file
-from clipdeploy.core.passport import Preprocess, settings_of
+from clipdeploy.core.passport import Preprocess
 from clipdeploy.models import cards
 from clipdeploy.workspace.folder import Workspace
 from exporters.graphs import load_graph
@@ -81,7 +81,7 @@ def _is_made_by(value: ir.Value | None, kind: str) -> bool:
 
 
 def _quantised_nodes(model: ir.Model) -> dict[str, list[int]]:
-    """Nodes that read a DequantizeLinear, by name, and at which inputs."""
+    """Nodes that read a DequantizeLinear, by name, with the input indices."""
     found = {}
     for node in model.graph:
         at = [i for i, value in enumerate(node.inputs) if _is_made_by(value, "DequantizeLinear")]
@@ -91,13 +91,13 @@ def _quantised_nodes(model: ir.Model) -> dict[str, list[int]]:
 
 
 def _expected_nodes(plain: Path, names: tuple[str, ...]) -> dict[str, list[int]]:
-    """What must read a DequantizeLinear if ``names`` run in INT8."""
+    """The nodes that must read a DequantizeLinear if ``names`` run in INT8."""
     products = {p.name: p.node.name or "" for p in find_products(load_graph(plain))}
     return {products.get(n, f"{n}/{KINDS.get(n, 'MatMul')}"): [0, 1] for n in names}
 
 
 def _check_graph(path: Path, plain: Path, names: tuple[str, ...], *, unsigned: bool) -> None:
-    """Walk the graph: pairs before exactly what is in ``names``, sound ones, and nowhere else."""
+    """Check that exactly the nodes in ``names`` have Q/DQ pairs, and that the pairs are valid."""
     model, before = load_graph(path), load_graph(plain)
     assert _quantised_nodes(model) == _expected_nodes(plain, names)
     kinds = {"QuantizeLinear": 0, "DequantizeLinear": 0, "Sub": 0}
@@ -125,7 +125,7 @@ def _check_graph(path: Path, plain: Path, names: tuple[str, ...], *, unsigned: b
     others = sum(node.op_type == "Sub" for node in before.graph)
     shifted = sum(n.endswith("fc2") for n in names) if not unsigned else 0
     assert kinds["Sub"] == others + shifted
-    # Nothing but pairs and their Subs is new, and the rest keeps its order.
+    # Only pairs and their Subs are new, and the other nodes keep their order.
     new = ("/Q", "/DQ", "/weight_DQ", "/Sub")
     left = [n.name for n in model.graph if not (n.name or "").endswith(new) and n.op_type != "Cast"]
     assert left == [n.name for n in before.graph if n.op_type != "Cast"]
@@ -141,9 +141,9 @@ def _check_graph(path: Path, plain: Path, names: tuple[str, ...], *, unsigned: b
 def test_pairs_sit_where_placement_says(
     scope: Scope, source: Path, calibration: Path, samples: Samples, tmp_path: Path
 ) -> None:
-    # Min-max is the fastest method; where the pairs sit does not depend on it.
-    plan = PlanConfig(range_method="minmax", clip_weights=False, smooth=False)
-    config = QuantizeConfig(remainder="fp32", scope=scope, plan=plan)
+    # Min-max is the fastest method; the placement of pairs does not depend on it.
+    scheme = SchemeConfig(range_method="minmax", clip_weights=False, smooth=False)
+    config = QuantizeConfig(remainder="fp32", scope=scope, scheme=scheme)
     result = quantize(source, calibration, tmp_path / "x.onnx", samples, config)
     count = 24 + 12 * scope.attention + scope.head + scope.patch
     assert len(result.placement.quantized) == count
@@ -176,8 +176,8 @@ def test_excluded_ones_stay_float(source: Path, make_int8: Make) -> None:
 def test_excluded_product_and_head_stay_float(
     source: Path, calibration: Path, samples: Samples, tmp_path: Path
 ) -> None:
-    plan = PlanConfig(range_method="minmax", clip_weights=False, smooth=False)
-    config = QuantizeConfig(("head", "*.scores", "blocks.[0-4].*"), "fp32", plan, ALL_SCOPE)
+    scheme = SchemeConfig(range_method="minmax", clip_weights=False, smooth=False)
+    config = QuantizeConfig(("head", "*.scores", "blocks.[0-4].*"), "fp32", scheme, ALL_SCOPE)
     result = quantize(source, calibration, tmp_path / "x.onnx", samples, config)
     linears = tuple(f"blocks.5.{r}" for r in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))
     assert result.placement.quantized == ("patch_embed", *linears, "blocks.5.attn.mix")
@@ -193,7 +193,7 @@ def test_passport_says_what_was_done(make_int8: Make, source: Path, calibration:
             "calibration": sha256_file(calibration),
         }
         recorded = replace(config, weight_scales="channel")
-        assert passport.settings.items() >= settings_of(recorded).items()
+        assert passport.settings.items() >= stored_settings(recorded).items()
         assert passport.settings["int8_nodes"] == 24 - 5 * (config is PARTIAL)
 
 
@@ -209,8 +209,8 @@ def test_nothing_is_quantised_when_all_is_excluded(
 def test_without_corrections_only_scales_and_zero_points_are_new(
     make_int8: Make, source: Path
 ) -> None:
-    plan = PlanConfig("minmax", False, False, False, False)
-    new = load_graph(make_int8(QuantizeConfig(remainder="fp32", plan=plan))).graph.initializers
+    scheme = SchemeConfig("minmax", False, False, False, False)
+    new = load_graph(make_int8(QuantizeConfig(remainder="fp32", scheme=scheme))).graph.initializers
     old = load_graph(source).graph.initializers
     weights = {site.weight.name for site in find_linears(load_graph(source))}
     assert weights.isdisjoint(new)
@@ -236,7 +236,7 @@ def test_both_dialects_hold_the_same_integers_and_scales(make_int8: Make) -> Non
         step = float(_array(other[name.replace("zero_point", "scale")]))
         assert (point != 128) == ("fc2" in name)
         if "fc2" in name:
-            # GELU is one-sided: its zero lies near the bottom of the levels.
+            # GELU is one-sided: its zero is near the lowest level.
             assert 0 < point < 40
             shift = one[name.replace("zero_point", "shift") + "/fp16"]
             # float16 keeps eleven bits.
@@ -277,9 +277,9 @@ def test_both_dialects_agree(
 ) -> None:
     (one,) = OnnxSession(make_int8(QuantizeConfig())).run(held_out[0])
     (other,) = OnnxSession(make_int8(CPU), exact_int8=True).run(held_out[0])
-    # The same grid; FP16 rounding now and then takes the neighbouring level: 43.9 dB measured.
+    # The same grid; FP16 rounding sometimes selects the neighbouring level: 43.9 dB measured.
     assert _sqnr_db(one, other) > 42
-    minmax = QuantizeConfig(remainder="fp32", plan=PlanConfig("minmax", smooth=False))
+    minmax = QuantizeConfig(remainder="fp32", scheme=SchemeConfig("minmax", smooth=False))
     (another,) = OnnxSession(make_int8(minmax), exact_int8=True).run(held_out[0])
     assert _sqnr_db(one, another) < 42
 
@@ -322,8 +322,8 @@ def test_ruined_ranges_fall_below_the_floor(
         extremes = [x * np.float32(factor) for x in (statistics.minimum, statistics.maximum)]
         ruined[name] = pack(replace(statistics, minimum=extremes[0], maximum=extremes[1]))
     save_table(replace(table, statistics=ruined), tmp_path / "c.json")
-    plan = PlanConfig("minmax", False, False, False, False)
-    config = QuantizeConfig(remainder="fp32", plan=plan)
+    scheme = SchemeConfig("minmax", False, False, False, False)
+    config = QuantizeConfig(remainder="fp32", scheme=scheme)
     quantize(source, tmp_path / "c.json", tmp_path / "x.onnx", samples, config)
     (logits,) = OnnxSession(tmp_path / "x.onnx", exact_int8=True).run(held_out[0][:100])
     # Right ranges give plain min-max 38.5 dB.
@@ -350,7 +350,7 @@ SWITCHES = ("smooth", "shift_gelu", "clip_weights", "correct_bias")
 def test_every_switch_changes_the_graph_and_none_ruins_it(
     switch: str, make_int8: Make, held_out: HeldOut, reference: NDArray[np.float32]
 ) -> None:
-    config = QuantizeConfig(remainder="fp32", plan=PlanConfig(**{switch: False}))
+    config = QuantizeConfig(remainder="fp32", scheme=SchemeConfig(**{switch: False}))
     path, whole = make_int8(config), make_int8(CPU)
     one, other = load_graph(path).graph.initializers, load_graph(whole).graph.initializers
     assert set(one) == set(other)
@@ -428,7 +428,7 @@ def test_calibration_without_a_linear_is_refused(
     statistics = dict(load_table(calibration).statistics)
     del statistics["blocks.4.attn.proj"]
     _resave(calibration, tmp_path / "c.json", statistics=statistics)
-    with pytest.raises(CalibrationError, match=r"has nothing about blocks\.4\.attn\.proj"):
+    with pytest.raises(CalibrationError, match=r"has no statistics of blocks\.4\.attn\.proj"):
         quantize(source, tmp_path / "c.json", tmp_path / "x.onnx", samples)
     config = QuantizeConfig(exclude=("blocks.4.attn.proj",))
     quantize(source, tmp_path / "c.json", tmp_path / "x.onnx", samples, config)
@@ -439,7 +439,7 @@ def test_calibration_edited_by_hand_is_refused(
 ) -> None:
     text = calibration.read_text(encoding="utf-8")
     (tmp_path / "c.json").write_text(text.replace('"rows": ', '"rows": 1', 1), encoding="utf-8")
-    with pytest.raises(ArtifactError, match="does not match its own seal"):
+    with pytest.raises(ArtifactError, match="does not match its seal"):
         quantize(source, tmp_path / "c.json", tmp_path / "x.onnx", samples)
     assert os.listdir(tmp_path) == ["c.json"]
 

@@ -1,4 +1,4 @@
-"""An INT8 graph is judged before it gets its name."""
+"""An INT8 graph is measured before it is saved."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_figure_is_that_of_the_logits_on_calibration_images(
     assert (quality.images, quality.warnings) == (8, ())
     kept = load_table(tmp_path / "table.json").samples()
     assert kept is not None
-    # Storing halves costs 60 dB or so, ONNX Runtime's float32 none.
+    # Storing float16 limits the SQNR to about 60 dB; ONNX Runtime's float32 does not.
     found = _sqnr(source, made.artifact.path, kept.pixels)
     assert quality.sqnr_db == pytest.approx(found, abs=0.3)
     assert found > 30
@@ -63,7 +63,7 @@ def test_the_figure_is_that_of_the_logits_on_calibration_images(
 
 
 def _fires(block: int, size: float, share: float) -> dict[str, Callable[[Array], Array]]:
-    """A neuron whose activation is ``size`` times as large, and its weights smaller by a part."""
+    """Edits that make a neuron ``size`` times larger, and its weights smaller by a share of it."""
 
     def column(array: Array) -> Array:
         array = array.copy()
@@ -103,7 +103,7 @@ def test_a_linear_that_int8_would_ruin_is_left_out_and_named(
 
 
 def _darker(source: Path, path: Path) -> Path:
-    """A table whose ranges are those of images with a tenth of the contrast, its crops sound."""
+    """A table with ranges from images with a tenth of the contrast, and regular crops."""
     digits = open_images(cards.demo_file("calibration.zip"))
     few = type(digits)(digits.root, digits.entries[::20])
     passport = read_passport(source)
@@ -138,7 +138,7 @@ def test_a_minimum_that_no_linear_reaches_is_refused(
 
 
 def _dimmed(table: Path, level: int) -> CalibrationTable:
-    """The table with other thumbnails: as if its images were dim."""
+    """The table with the thumbnails of dim images."""
     known = load_table(table)
     images = [replace(image, thumbnail=bytes([level, 0] * 32)) for image in known.images]
     return save_table(replace(known, images=tuple(images), crops=()), table)
@@ -198,7 +198,7 @@ def test_what_is_refused_and_what_is_said(
     if refused:
         with pytest.raises(CalibrationError, match=words[0]):
             check_quality(quality, table, MIN_SQNR_DB)
-        # What is refused can be had.
+        # A lower minimum accepts the graph.
         check_quality(quality, table, 0.0)
         return
     warnings = check_quality(quality, table, MIN_SQNR_DB)
@@ -209,5 +209,5 @@ def test_what_is_refused_and_what_is_said(
 
 @pytest.mark.parametrize("minimum", [math.nan, math.inf])
 def test_a_minimum_that_is_no_number_is_refused(minimum: float) -> None:
-    with pytest.raises(UsageError, match="a minimum SQNR of"):
+    with pytest.raises(UsageError, match=f"invalid value {minimum} for min_sqnr"):
         QuantizeConfig(min_sqnr=minimum)

@@ -73,8 +73,8 @@ def test_minmax_is_exact(shape: Callable[[np.random.Generator], F64]) -> None:
 def test_percentile_leaves_a_ten_thousandth(shape: Callable[[np.random.Generator], F64]) -> None:
     values = shape(np.random.default_rng(1)).astype(np.float32)
     found = choose_range(_distribution(values), "percentile")
-    # Eight of 80,000 values lie beyond; the densities know a bin's values to an eighth octave, and
-    # one bin of the grid is added.
+    # Eight of 80,000 values are beyond; densities resolve an eighth octave, plus one bin of the
+    # grid.
     low, high = np.percentile(np.abs(values), (99.97, 99.995))
     grid = float(np.abs(values).max()) / 4096
     assert low * 0.99 <= found <= high * 1.07 + 2 * grid
@@ -86,7 +86,7 @@ def test_mse_is_no_worse_than_brute_force(shape: Callable[[np.random.Generator],
     values = shape(np.random.default_rng(2))
     found = _true_error(values, choose_range(_distribution(values), "mse"))
     best = _best_error(values)
-    # The error is flat about its least; limits 1 % apart and bins of an eighth octave cost 2 %.
+    # The error is flat near its minimum; limits 1 % apart and bins of an eighth octave cost 2 %.
     assert found <= 1.02 * best
     # Half the range and four times the range would not pass.
     limit = choose_range(_distribution(values), "mse")
@@ -100,7 +100,7 @@ def test_auto_without_weights_is_mse(shape: Callable[[np.random.Generator], F64]
     distribution = _distribution(shape(np.random.default_rng(3)))
     assert choose_range(distribution, "auto") == choose_range(distribution, "mse")
     assert choose_range(distribution, "auto", np.full(4, 7.0)) == pytest.approx(
-        # A common factor moves nothing but float64's last bits.
+        # A common factor changes only the last bits of float64.
         choose_range(distribution, "mse"),
         rel=1e-9,
     )
@@ -125,10 +125,10 @@ def test_auto_ignores_a_huge_channel_without_weight(size: float) -> None:
     weight = np.asarray([1.0, 0.0, 1.0, 1.0])
     alone = choose_range(_distribution(np.delete(values, 1, axis=1)), "mse")
     auto = choose_range(_distribution(values), "auto", weight)
-    # The channel that counts for nothing sets no grid either; the candidates are 1 % apart.
+    # A channel with weight zero does not affect the grid; the candidates are 1 % apart.
     assert auto == pytest.approx(alone, rel=0.03)
     assert choose_range(_distribution(values), "mse", weight) > 0.5 * size * alone
-    # With weight on it the channel is kept.
+    # With a positive weight the channel is not clipped.
     assert choose_range(_distribution(values), "auto", np.ones(4)) > 0.5 * size * alone
 
 
@@ -141,7 +141,7 @@ def test_entropy_clips_heavy_tails(shape: Callable[[np.random.Generator], F64]) 
 
 def test_entropy_keeps_what_has_no_tail() -> None:
     distribution = _distribution(np.random.default_rng(6).uniform(-1, 1, (20_000, 4)))
-    # Clipping a flat density only loses.
+    # Clipping a flat density only adds error.
     assert choose_range(distribution, "entropy") > 0.9 * distribution.amax
 
 
@@ -153,7 +153,7 @@ def test_every_method_scales_with_the_data(
     values = shape(np.random.default_rng(7))
     one = choose_range(_distribution(values), method)
     other = choose_range(_distribution(values / 4), method)
-    # Powers of two move every bin by whole octaves; what leaves the first bin is below 2 ** -13.
+    # Powers of two shift bins by whole octaves; values leaving the first bin are below 2 ** -13.
     assert other == pytest.approx(one / 4, rel=0.02)
     assert 0 < one <= _distribution(values).amax
 
@@ -168,7 +168,7 @@ def test_constant_channel_that_is_the_largest_is_kept(method: Any, huge: float) 
 
 @pytest.mark.parametrize("method", ["max", "MSE", "", "kl"])
 def test_unknown_method_is_refused(method: Any) -> None:
-    with pytest.raises(UsageError, match="no range method") as found:
+    with pytest.raises(UsageError, match="unknown range method") as found:
         choose_range(_distribution(_normal(np.random.default_rng(0))), method)
     assert isinstance(found.value, ClipdeployError)
     assert "auto, minmax, percentile, mse, entropy" in found.value.hint
@@ -191,7 +191,7 @@ def test_gelu_gets_its_levels_to_one_side(seed: int) -> None:
     step, zero = search_levels(_distribution(values), np.ones(4))
     assert 100 <= zero <= LEVELS
     assert step == float(np.float16(step))
-    # The bottom is kept: -0.17 is within the levels.
+    # The lowest value, -0.17, is within the levels.
     assert step * (zero - LEVELS) <= values.min() + step
     symmetric = min(
         _level_error(values, np.abs(values).max() * 0.975**i / LEVELS, 0) for i in range(200)
@@ -199,7 +199,7 @@ def test_gelu_gets_its_levels_to_one_side(seed: int) -> None:
     # Nearly twice as many levels in use would be a quarter of the error; zero at its best is a
     # whole number and the range is one of 41.
     assert _level_error(values, step, zero) < 0.4 * symmetric
-    # Shifted to the wrong side it is far worse.
+    # A shift in the wrong direction is far worse.
     assert _level_error(values, step, -zero) > symmetric
 
 
@@ -217,5 +217,5 @@ def test_levels_of_a_one_sided_negative_tensor_are_no_worse_than_symmetric() -> 
     values = -np.abs(_normal(np.random.default_rng(4)))
     step, zero = search_levels(_distribution(values), np.ones(4))
     symmetric = _true_error(values, float(np.abs(values).max()))
-    # Never made for such data, but it must not ruin it.
+    # Not designed for such data, but it must not ruin it.
     assert _level_error(values, step, zero) <= 1.02 * symmetric

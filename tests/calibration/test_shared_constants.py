@@ -1,4 +1,4 @@
-"""Quantisation of graphs whose nodes share constants: as if each node had its own."""
+"""Graphs with shared constants are quantised as if each node had separate ones."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from planted import calibrated
 from shared_constants import KINDS, alike, shared
 
-from calibration.plan import PlanConfig
 from calibration.policy import find_linears
 from calibration.qdq import QuantizeConfig, quantize, smooth
+from calibration.scheme import SchemeConfig
 from exporters.graphs import load_graph, write_model
 from exporters.samples import Samples
 from exporters.session import OnnxSession
@@ -24,11 +24,11 @@ Images = NDArray[np.float32]
 SAME = 1e-5
 ALL = QuantizeConfig()
 STEPS = {
-    "nothing": PlanConfig("minmax", False, False, False, False),
-    "smoothing": PlanConfig("minmax", True, False, False, False),
-    "shift": PlanConfig("auto", False, True, False, False),
-    "clipping": PlanConfig("minmax", False, False, True, False),
-    "bias correction": PlanConfig("minmax", False, False, False, True),
+    "nothing": SchemeConfig("minmax", False, False, False, False),
+    "smoothing": SchemeConfig("minmax", True, False, False, False),
+    "shift": SchemeConfig("auto", False, True, False, False),
+    "clipping": SchemeConfig("minmax", False, False, True, False),
+    "bias correction": SchemeConfig("minmax", False, False, False, True),
 }
 
 
@@ -39,7 +39,7 @@ def _logits(graph: Path, images: Images, *, exact: bool = False) -> Images:
 
 @pytest.fixture(params=KINDS)
 def pair(request: pytest.FixtureRequest, source: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """One function twice: each node with its own constants, and with shared ones."""
+    """One function as two graphs: with separate constants for each node, and with shared ones."""
     own = alike(source, tmp_path / "own.onnx", request.param)
     return own, shared(own, tmp_path / "shared.onnx")
 
@@ -78,7 +78,7 @@ def test_each_correction_alone_is_the_same_whether_constants_are_shared(
     tmp_path: Path,
 ) -> None:
     own = alike(source, tmp_path / "own.onnx", "everything")
-    config = QuantizeConfig(remainder="fp32", plan=STEPS[step])
+    config = QuantizeConfig(remainder="fp32", scheme=STEPS[step])
     found = []
     for graph in (own, shared(own, tmp_path / "shared.onnx")):
         table, target = tmp_path / f"{graph.stem}.json", tmp_path / f"{graph.stem}.int8.onnx"

@@ -13,9 +13,9 @@ from script_module import load_script
 
 from calibration.distribution import Distribution
 from calibration.observers import ChannelObserver
-from calibration.plan import PlanConfig
 from calibration.policy import LinearSite, find_linears
 from calibration.qdq import QuantizeConfig, quantize, smooth
+from calibration.scheme import SchemeConfig
 from calibration.smoothing import Folding, find_source, fold, search_folding
 from calibration.table import CalibrationTable, load_table
 from clipdeploy.models import cards
@@ -28,7 +28,7 @@ from exporters.session import OnnxSession
 
 HeldOut = tuple[NDArray[np.float32], NDArray[np.int64]]
 
-PLAIN = PlanConfig("minmax", smooth=False, shift_gelu=False, clip_weights=False, correct_bias=False)
+PLAIN = SchemeConfig("minmax", False, False, False, False)
 # Logits of the demo reach 20; two float32 graphs of the same function differ by some 1e-5.
 SAME = 1e-4
 
@@ -74,11 +74,11 @@ def test_smoothing_keeps_the_function_and_adds_no_node(
     foldings = smooth(model, demo_table, chosen)
     assert [(node.name, node.op_type) for node in model.graph] == before
     assert set(model.graph.initializers) == names
-    # fc2 reads GELU's output; proj's folding goes into qkv, whether that is quantised or not.
+    # fc2 reads GELU's output; proj is folded into qkv even if qkv is not quantised.
     assert set(foldings) == {n for n in chosen if not n.endswith("fc2")}
     found = _logits(model, demo_images, tmp_path)
     assert np.abs(found - expected).max() < SAME
-    # Weights did move, so that this says something.
+    # The weights did change.
     moved = [name for name in foldings if foldings[name].strength is not None]
     assert moved or which == "proj without qkv"
 
@@ -109,7 +109,7 @@ def test_wrong_fold_is_seen(
     assert site.weight.const_value is not None
     values = Distribution.of(demo_table.of(name))
     folding = search_folding(values, site.weight.const_value.numpy())
-    # A scale that surely is none, whatever the search found.
+    # A scale that is certainly not 1.
     folding = replace(folding, scale=folding.scale * np.linspace(0.5, 2, len(folding.scale)))
     old = value.const_value
     fold(site, origin, folding)
@@ -191,7 +191,7 @@ def _searched(
 def _product_error(
     values: NDArray[np.float32], weight: NDArray[np.float32], folding: Folding
 ) -> float:
-    """Error of x' W' with both at eight bits by their extremes, against x W - shift W."""
+    """Error of x' W', both quantised to eight bits over their full range, against x W - shift W."""
     x = (values - folding.shift) / folding.scale
     w = folding.scale[:, None] * weight
     steps = np.abs(x).max() / 127, np.abs(w).max(axis=0) / 127
@@ -228,7 +228,7 @@ def test_a_given_strength_is_taken() -> None:
     spread = (found.largest - found.smallest) / 2
     whole = search_folding(found, weight, 1.0)
     assert whole.strength == 1.0
-    # At strength 1 every channel is as wide as the others: the definition.
+    # By definition, all channels have the same range at strength 1.
     np.testing.assert_allclose(spread / whole.scale, (spread / whole.scale)[0], rtol=1e-6)
     none = search_folding(found, weight, 0.0)
     top = np.abs(weight).max(axis=1)
@@ -273,7 +273,7 @@ def outliers(tmp_path_factory: pytest.TempPathFactory) -> Outliers:
 def _quality(
     graph: Path,
     table: Path,
-    plan: PlanConfig,
+    scheme: SchemeConfig,
     samples: Samples,
     folder: Path,
     held_out: HeldOut,
@@ -282,7 +282,11 @@ def _quality(
     """SQNR against PyTorch in dB and top-1 in points on the held-out digits."""
     target = folder / "quality.onnx"
     quantize(
-        graph, table, target, samples, QuantizeConfig(remainder="fp32", plan=plan, min_sqnr=None)
+        graph,
+        table,
+        target,
+        samples,
+        QuantizeConfig(remainder="fp32", scheme=scheme, min_sqnr=None),
     )
     (logits,) = OnnxSession(target).run(held_out[0])
     return _sqnr_db(reference, logits), 100 * float((logits.argmax(1) == held_out[1]).mean())
@@ -297,22 +301,22 @@ def test_default_recipe_survives_outliers_that_ruin_minmax(
     reference: NDArray[np.float32],
     tmp_path: Path,
 ) -> None:
-    def quality(graph: Path, table: Path, plan: PlanConfig) -> tuple[float, float]:
-        return _quality(graph, table, plan, samples, tmp_path, held_out, reference)
+    def quality(graph: Path, table: Path, scheme: SchemeConfig) -> tuple[float, float]:
+        return _quality(graph, table, scheme, samples, tmp_path, held_out, reference)
 
-    # The variant computes the demo's own function.
+    # The variant computes the same function as the demo.
     (logits,) = OnnxSession(outliers.graph).run(held_out[0])
     assert _sqnr_db(reference, logits) > 90
     top1 = 100 * float((reference.argmax(1) == held_out[1]).mean())
     plain_minmax, _ = quality(source, calibration, PLAIN)
     ruined, _ = quality(outliers.graph, outliers.table, PLAIN)
     assert ruined < plain_minmax - 20, f"{plain_minmax:.1f} -> {ruined:.1f} dB"
-    plain, _ = quality(source, calibration, PlanConfig())
-    kept, kept_top1 = quality(outliers.graph, outliers.table, PlanConfig())
+    plain, _ = quality(source, calibration, SchemeConfig())
+    kept, kept_top1 = quality(outliers.graph, outliers.table, SchemeConfig())
     assert kept > plain - 4, f"{plain:.1f} -> {kept:.1f} dB"
     assert abs(kept_top1 - top1) <= 1
-    # It is the smoothing that does it.
-    without, _ = quality(outliers.graph, outliers.table, PlanConfig(smooth=False))
+    # Without smoothing the outliers cost accuracy.
+    without, _ = quality(outliers.graph, outliers.table, SchemeConfig(smooth=False))
     assert without < plain - 4, f"{plain:.1f} -> {without:.1f} dB"
 
 
@@ -323,6 +327,6 @@ def test_smoothing_the_outlier_variant_keeps_its_function(
     (expected,) = OnnxSession(outliers.graph).run(demo_images)
     foldings = smooth(model, load_table(outliers.table), frozenset(_sites(model)))
     assert np.abs(_logits(model, demo_images, tmp_path) - expected).max() < SAME
-    # A factor of 20 to 100 was planted in three channels of each: the scales take it back.
+    # Three channels of each have a planted factor of 20 to 100: the scales undo it.
     for folding in foldings.values():
         assert folding.scale.max() > 3 * np.median(folding.scale)

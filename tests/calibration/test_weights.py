@@ -25,7 +25,7 @@ def test_grid_weights_are_exact(variance: NDArray[np.float64] | None) -> None:
     assert np.array_equal(found, integers)
     assert np.array_equal(found_scale, scale)
     assert not weight_error(weight, found, found_scale).any()
-    # A weight off the grid is not.
+    # A weight off the grid has an error.
     assert weight_error(weight + np.float32(1e-4), found, found_scale).all()
 
 
@@ -34,7 +34,7 @@ def test_grid_weights_are_exact(variance: NDArray[np.float64] | None) -> None:
     [
         ([1.0, -1.0, 0.5], [127, -127, 64]),
         ([0.0, 0.0, 0.0], [0, 0, 0]),
-        # Below float16's smallest normal number the scale stays there and integers get coarse.
+        # The scale is not below float16's smallest normal number, so integers get coarse.
         ([1e-3, -1e-3, 0.0], [16, -16, 0]),
     ],
 )
@@ -57,7 +57,7 @@ def test_without_variance_weights_round_to_nearest_and_the_largest_is_127(seed: 
     weight = weight.astype(np.float32)
     integers, scale = quantize_weight(weight)
     error = np.abs(weight_error(weight, integers, scale))
-    # Round to nearest; float16 may round the scale down by 2 ** -11, so that 127 lacks 0.06.
+    # Round to nearest; float16 may round the scale down by 2 ** -11, so 127 may be off by 0.06.
     assert (error <= 0.57 * scale).all()
     assert (np.abs(integers.astype(int)).max(axis=0) == 127).all()
 
@@ -77,14 +77,14 @@ def _weighted_error(
 def test_clipping_helps_weights_with_outliers(seed: int) -> None:
     rng = np.random.default_rng(seed)
     weight = rng.uniform(-1, 1, (512, 24)).astype(np.float32)
-    # One outlier in each column, on an input that hardly varies.
+    # One outlier in each column, on an input with little variance.
     weight[0] = 1.3
     variance = rng.uniform(0.5, 2, 512)
     variance[0] = 1e-3
     plain = _weighted_error(weight, variance, quantize_weight(weight))
     clipped = _weighted_error(weight, variance, quantize_weight(weight, variance))
     assert (clipped < 0.8 * plain).all()
-    # Clipping where the outlier does count would be a loss: it is not done.
+    # Clipping an outlier on an input with variance would add error: it is not done.
     variance[0] = 1e6
     kept = quantize_weight(weight, variance)
     assert (np.abs(kept[0][0].astype(int)) == 127).all()

@@ -69,7 +69,7 @@ def test_activation_is_quantised_on_the_promised_grid(unsigned: bool, zero: int)
     node = _node(model, "fc/MatMul")
     QdqWriter(model.graph, unsigned=unsigned).activation(node, 0, "fc", step, zero)
     found, other = _run(model, x)
-    # int8 reaches from -128, uint8 from 0: one level more at the bottom, 128 - zero as zero point.
+    # int8 starts at -128, uint8 at 0: one more level at the bottom, 128 - zero as zero point.
     low, high = (-(128 - zero), 127 + zero) if unsigned else (-128 + zero, 127 + zero)
     if not unsigned:
         grid = np.clip(np.rint((x - np.float32(step * zero)) / np.float32(step)), -128, 127)
@@ -77,11 +77,11 @@ def test_activation_is_quantised_on_the_promised_grid(unsigned: bool, zero: int)
     else:
         grid = np.clip(np.rint(x / np.float32(step)), low, high)
         expected = (grid * step) @ weight + bias
-    # float32 rounding of sums of eight terms, and a value here and there on the edge of a level.
+    # float32 rounding of sums of eight terms, and a few values on the edge of a level.
     close = np.abs(found - expected) < 1e-4
     assert close.mean() > 0.98
     assert np.abs(found - expected).max() < 4 * step
-    # The other reader of x is left alone.
+    # The other reader of x is unchanged.
     assert np.array_equal(other, np.maximum(x, 0))
 
 
@@ -95,7 +95,7 @@ def test_both_dialects_hold_one_grid(zero: int) -> None:
         QdqWriter(model.graph, unsigned=unsigned).activation(node, 0, "fc", step, zero)
         models.append((model, _run(model, x)[0]))
     (signed, one), (_, two) = models
-    # What Sub takes off is the same for every row: step * zero times the weight's column sums.
+    # The Sub changes each row by the same amount: step * zero times the weight's column sums.
     lost = step * zero * _array(signed.graph.initializers["fc.weight"]).sum(axis=0)
     close = np.abs(one + lost - two) < 1e-3
     # As above: edges of levels.

@@ -30,8 +30,8 @@ from clipdeploy.pipeline import (
     Fp16Config,
     Labelling,
     Limits,
-    PlanConfig,
     QuantizeConfig,
+    SchemeConfig,
     SearchConfig,
     TritonConfig,
     VerifyConfig,
@@ -113,7 +113,7 @@ def test_every_verb_takes_an_alias_and_texts(workspace: str, tmp_path: Path) -> 
 def test_every_verb_refuses_a_name_that_is_no_model(workspace: str) -> None:
     at = Workspace(workspace)
     for verb in (convert_model, quantize_model, benchmark_model, pipeline.artifact_to_package):
-        with pytest.raises(UsageError, match="no model is called 'demi'"):
+        with pytest.raises(UsageError, match="unknown model 'demi'"):
             verb(at, "demi")
 
 
@@ -141,7 +141,7 @@ NUMBERS: list[tuple[Callable[..., Any], str]] = [
     *((BuildConfig, name) for name in ("memory_pool_mib", "optimization_level")),
     *((TritonConfig, name) for name in ("max_batch", "queue_delay", "instances")),
     *((ExportConfig, name) for name in ("opset", "batch")),
-    (PlanConfig, "strength"),
+    (SchemeConfig, "strength"),
     (QuantizeConfig, "min_sqnr"),
     (WeightsChoice, "random_seed"),
 ]
@@ -185,7 +185,7 @@ def test_profiles_that_cannot_be(profiles: Any) -> None:
 
 
 def test_classes_to_name_are_counted(demo_workspace: Workspace) -> None:
-    with pytest.raises(UsageError, match="the -1 likeliest classes"):
+    with pytest.raises(UsageError, match="invalid value -1 for top"):
         predict_images(demo_workspace, ALIAS, TEST, top=-1)
 
 

@@ -132,7 +132,9 @@ def test_what_logits_have_in_common_is_no_spread() -> None:
 
 
 def test_other_shape_is_refused(tiny_graph: Path, tiny_images: NDArray[np.float32]) -> None:
-    with pytest.raises(GraphError, match=r"at batch 2 the graph gives \(2, 5\), PyTorch \(2, 6\)"):
+    with pytest.raises(
+        GraphError, match=r"at batch 2 the graph returns shape \(2, 5\), PyTorch \(2, 6\)"
+    ):
         check_parity(tiny_graph, tiny_images, {2: np.zeros((2, 6), np.float32)})
 
 
@@ -173,7 +175,7 @@ def test_broken_promise_is_refused(tiny_graph: Path, role: str, change: dict[str
     passport = read_passport(tiny_graph)
     spec: TensorSpec = getattr(passport, role)
     broken: Passport = replace(passport, **{role: replace(spec, **change)})
-    with pytest.raises(GraphError, match=f"the graph of tiny has {role} .*promised was"):
+    with pytest.raises(GraphError, match=f"the graph of tiny has {role} .*its passport has"):
         check_structure(load_graph(tiny_graph), broken)
 
 

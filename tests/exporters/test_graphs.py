@@ -78,9 +78,9 @@ def test_truncated_file_is_refused(tiny_graph: Path, tmp_path: Path, fraction: f
     data = tiny_graph.read_bytes()
     path = tmp_path / "cut.onnx"
     path.write_bytes(data[: int(len(data) * fraction)])
-    with pytest.raises(GraphError, match=r"cut\.onnx is no readable ONNX graph"):
+    with pytest.raises(GraphError, match=r"cut\.onnx is not a readable ONNX graph"):
         load_graph(path)
-    with pytest.raises(ArtifactError, match=r"cut\.onnx is no readable ONNX graph"):
+    with pytest.raises(ArtifactError, match=r"cut\.onnx is not a readable ONNX graph"):
         read_passport(path)
     with pytest.raises(GraphError, match="cannot load"):
         OnnxSession(path)

@@ -43,14 +43,14 @@ def test_a_cut_file_is_refused(keep: float, demo_workspace: Workspace, tmp_path:
     data = demo_workspace.graph(cards.DEMO, "fp32").read_bytes()
     path = tmp_path / "cut.onnx"
     path.write_bytes(data[: int(keep * len(data))])
-    with pytest.raises(GraphError, match=r"cut\.onnx is no readable ONNX graph"):
+    with pytest.raises(GraphError, match=r"cut\.onnx is not a readable ONNX graph"):
         read_skeleton(path)
 
 
 def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "photo.onnx"
     path.write_bytes(b"\xff\xd8\xff\xe0" + bytes(range(256)) * 64)
-    with pytest.raises(GraphError, match=r"photo\.onnx is no readable ONNX graph"):
+    with pytest.raises(GraphError, match=r"photo\.onnx is not a readable ONNX graph"):
         read_skeleton(path)
 
 
@@ -122,7 +122,7 @@ def test_messages_nested_without_end_are_no_graph(
     data = demo_workspace.graph(cards.DEMO, "fp32").read_bytes()
     path = tmp_path / "deep.onnx"
     path.write_bytes(data + b"\x3a" + _length(len(node)) + node)
-    with pytest.raises(ArtifactError, match="no readable ONNX graph"):
+    with pytest.raises(ArtifactError, match="not a readable ONNX graph"):
         read_passport(path)
 
 

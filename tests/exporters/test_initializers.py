@@ -12,7 +12,15 @@ from shared_constants import KINDS, alike, shared
 
 from clipdeploy.core.errors import GraphError
 from exporters.graphs import load_graph, write_model
-from exporters.initializers import add_initializer, own_initializer, write_initializer
+from exporters.initializers import (
+    add_initializer,
+    own_initializer,
+    remove_unused,
+    set_values,
+    shared_initializer,
+    values_of,
+    write_initializer,
+)
 from exporters.passes.attention_scale import FoldAttentionScale
 from exporters.passes.opset import SetOpset
 from exporters.precision import Fp16Config, half_precision
@@ -80,7 +88,7 @@ def test_a_node_that_reads_a_constant_twice_has_two_afterwards() -> None:
 
 @pytest.mark.parametrize("index", [0, 2])
 def test_what_is_no_constant_is_refused(index: int) -> None:
-    with pytest.raises(GraphError, match=f"input {index} of a/Add is no constant"):
+    with pytest.raises(GraphError, match=f"input {index} of a/Add is not a constant"):
         own_initializer(_two_readers().graph[0], index)
 
 
@@ -151,3 +159,35 @@ def test_pads_that_two_nodes_share_are_spread_for_each(tmp_path: Path) -> None:
     SetOpset(17)(model)
     assert onnx.load(tmp_path / "written.onnx").opset_import[0].version == 20
     assert np.array_equal(_run(model, images, tmp_path), expected)
+
+
+def test_values_type_and_shape_are_replaced_for_every_reader() -> None:
+    model = _two_readers()
+    value = model.graph.initializers["a.bias"]
+    set_values(value, np.full((2, 1), 3, np.float16))
+    assert values_of(value).tolist() == [[3], [3]]
+    assert (value.dtype, value.shape) == (ir.DataType.FLOAT16, ir.Shape((2, 1)))
+    assert all(node.inputs[1] is value for node in model.graph)
+
+
+def test_a_shared_constant_is_added_once() -> None:
+    graph = _two_readers().graph
+    one = shared_initializer(graph, "one", np.ones(1, np.float32))
+    assert shared_initializer(graph, "one", np.zeros(1, np.float32)) is one
+    assert values_of(one).tolist() == [1]
+
+
+def test_only_constants_without_a_reader_are_removed() -> None:
+    graph = _two_readers().graph
+    add_initializer(graph, "unread", np.ones(1, np.float32))
+    returned = add_initializer(graph, "returned", np.ones(1, np.float32))
+    graph.outputs.append(returned)
+    remove_unused(graph)
+    assert set(graph.initializers) == {"a.bias", "returned"}
+
+
+def test_a_constant_without_values_is_refused() -> None:
+    value = _two_readers().graph.initializers["a.bias"]
+    value.const_value = None
+    with pytest.raises(GraphError, match=r"the weight a\.bias has no data"):
+        values_of(value)

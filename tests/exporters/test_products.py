@@ -17,7 +17,7 @@ from clipdeploy.pipeline import sample_images
 from clipdeploy.workspace.folder import Workspace
 from exporters.blocks import BlockPrecision
 from exporters.graphs import load_graph
-from exporters.products import asked_precision, find_products
+from exporters.products import find_products, requested_precision
 
 Make = Callable[[QuantizeConfig], ir.Model]
 DEPTH = 6
@@ -75,7 +75,7 @@ def _foreign(text: str, **weights: int) -> tuple[BlockPrecision, ...]:
     proto.graph.initializer.extend(
         onnx.helper.make_tensor(name, kind, (4, 4), np.zeros(16)) for name, kind in weights.items()
     )
-    return asked_precision(proto)
+    return requested_precision(proto)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -83,7 +83,7 @@ def test_a_graph_of_one_type_asks_for_it_everywhere(
     demo_workspace: Workspace, precision: str
 ) -> None:
     model = load_graph(demo_workspace.graph(cards.DEMO, precision))
-    assert list(asked_precision(ir.to_proto(model))) == _vit(
+    assert list(requested_precision(ir.to_proto(model))) == _vit(
         precision, {precision: 4}, {precision: 2}
     )
 
@@ -92,22 +92,22 @@ def test_the_int8_graph_asks_for_int8_linears_and_fp16_around_them(
     demo_workspace: Workspace,
 ) -> None:
     model = load_graph(demo_workspace.graph(cards.DEMO, "int8"))
-    assert list(asked_precision(ir.to_proto(model))) == _vit("fp16", {"int8": 4}, {"fp16": 2})
+    assert list(requested_precision(ir.to_proto(model))) == _vit("fp16", {"int8": 4}, {"fp16": 2})
 
 
 def test_everything_quantised_is_int8_everywhere(quantized: Make) -> None:
     model = quantized(QuantizeConfig(scope=Scope(attention=True, head=True, patch=True)))
-    assert list(asked_precision(ir.to_proto(model))) == _vit("int8", {"int8": 4}, {"int8": 2})
+    assert list(requested_precision(ir.to_proto(model))) == _vit("int8", {"int8": 4}, {"int8": 2})
 
 
 def test_the_cpu_dialect_is_int8_though_its_activations_are_uint8(quantized: Make) -> None:
     model = quantized(QuantizeConfig(remainder="fp32"))
-    assert list(asked_precision(ir.to_proto(model))) == _vit("fp32", {"int8": 4}, {"fp32": 2})
+    assert list(requested_precision(ir.to_proto(model))) == _vit("fp32", {"int8": 4}, {"fp32": 2})
 
 
 def test_an_excluded_block_shows(quantized: Make) -> None:
     model = quantized(QuantizeConfig(exclude=("blocks.3.*", "blocks.4.mlp.fc2")))
-    blocks = asked_precision(ir.to_proto(model))
+    blocks = requested_precision(ir.to_proto(model))
     expected = _vit("fp16", {"int8": 4}, {"fp16": 2})
     expected[4] = BlockPrecision("blocks.3", {"fp16": 4}, {"fp16": 2})
     expected[5] = BlockPrecision("blocks.4", {"int8": 3, "fp16": 1}, {"fp16": 2})
@@ -120,14 +120,14 @@ def test_a_product_with_one_quantised_operand_is_not_int8(
 ) -> None:
     model = load_graph(demo_workspace.graph(cards.DEMO, "int8"))
     _unquantize(model, f"blocks.2.mlp.fc1/{half}")
-    (block,) = [b for b in asked_precision(ir.to_proto(model)) if b.block == "blocks.2"]
+    (block,) = [b for b in requested_precision(ir.to_proto(model)) if b.block == "blocks.2"]
     assert block.gemms == {"int8": 3, "fp16": 1}
 
 
 def test_without_types_only_what_a_weight_tells_is_told(demo_workspace: Workspace) -> None:
     proto = onnx.load(demo_workspace.graph(cards.DEMO, "fp16"))
     del proto.graph.value_info[:]
-    blocks = asked_precision(proto)
+    blocks = requested_precision(proto)
     assert list(blocks) == _vit("fp16", {"fp16": 4}, {"unknown": 2})
 
 
@@ -135,7 +135,7 @@ def test_weights_are_told_without_their_data(demo_workspace: Workspace) -> None:
     proto = onnx.load(demo_workspace.graph(cards.DEMO, "int8"))
     for weight in proto.graph.initializer:
         weight.ClearField("raw_data")
-    assert list(asked_precision(proto)) == _vit("fp16", {"int8": 4}, {"fp16": 2})
+    assert list(requested_precision(proto)) == _vit("fp16", {"int8": 4}, {"fp16": 2})
 
 
 def test_products_are_listed_by_name_in_the_order_of_the_graph(demo_workspace: Workspace) -> None:

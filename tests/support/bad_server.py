@@ -1,9 +1,9 @@
-"""A local HTTP server that behaves as badly as the path asks for.
+"""A local HTTP server whose path selects a failure.
 
 /whole/FILE      the file
-/cut/FILE        half of the file under a Content-Length of all of it
+/cut/FILE        half of the file, with the Content-Length of all of it
 /wrong/FILE      other bytes of the same length
-/stall/FILE      half of the file, then silence
+/stall/FILE      half of the file, then no more data
 /gone/FILE       404
 /OWNER/NAME/resolve/main/FILE   the file, as the Hugging Face hub serves it
 """
@@ -62,7 +62,7 @@ def _handler(folder: Path, released: threading.Event, log: list[str]) -> type:
 
 @contextmanager
 def serve(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """The server's address, and the requests that it got, while the block runs."""
+    """Run the server during the block; yield its address and the list of requests."""
     released, log = threading.Event(), []
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(folder, released, log))
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -1,7 +1,7 @@
-"""Faults whose answers depend on the batch: its size, its images, or the place in it.
+"""Faults that depend on the batch: its size, its images, or the position in it.
 
-Each edits the demo's graph of any precision behind the cut of :mod:`cut_graphs`, and says at which
-batch sizes it shows.
+Each edits the demo's graph, of any precision, after the cut of :mod:`cut_graphs`, and lists the
+batch sizes at which it has an effect.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from onnx import ModelProto
 __all__ = ["MIXING_FAULTS", "SIZE_FAULTS", "BatchFault"]
 
 Condition = Callable[[Steps], str]
-# The order in which a batch's rows are given: (steps, 0 to B - 1, B) -> the row at each place.
+# The order of a batch's output rows: (steps, 0 to B - 1, B) -> row index at each position.
 Order = Callable[[Steps, str, str], str]
 Wrong = Callable[[Steps], str]
 
 
 @dataclass(frozen=True)
 class BatchFault:
-    """``shows`` are batch sizes at which answers change, ``hidden`` some at which none does."""
+    """``shows``: batch sizes at which answers change; ``hidden``: some at which they do not."""
 
     edit: Edit
     shows: tuple[int, ...]
@@ -40,17 +40,17 @@ def _size(steps: Steps) -> str:
 
 
 def exactly(number: int) -> Condition:
-    """The batch has ``number`` images."""
+    """True if the batch has ``number`` images."""
     return lambda steps: steps.op("Equal", _size(steps), _whole(steps, number))
 
 
 def above(number: int) -> Condition:
-    """The batch has more than ``number`` images."""
+    """True if the batch has more than ``number`` images."""
     return lambda steps: steps.op("Greater", _size(steps), _whole(steps, number))
 
 
 def below(number: int) -> Condition:
-    """The batch has fewer than ``number`` images."""
+    """True if the batch has fewer than ``number`` images."""
     return lambda steps: steps.op("Less", _size(steps), _whole(steps, number))
 
 
@@ -100,7 +100,7 @@ def _sometimes(
 
 
 def _sometimes_read(condition: Condition, value: str, other: str) -> Edit:
-    """The readers of ``value`` get ``other``, a tensor of the same shape before it."""
+    """Replace ``value`` by ``other``, an earlier tensor of the same shape, for its readers."""
     return _sometimes(condition, lambda _: other, value, branches=True)
 
 
@@ -167,7 +167,7 @@ def _pairs_exchanged(steps: Steps, rows: str, size: str) -> str:
 
 
 def _sorted(steps: Steps, rows: str, size: str) -> str:
-    """By the first number of each row, the largest first."""
+    """Sort rows by their first number, largest first."""
     column = steps.op("Gather", steps.value, steps.const(0, np.int64), axis=1)
     _, places = steps.ops("TopK", 2, column, size, axis=0)
     return places

@@ -1,4 +1,4 @@
-"""Runners whose logits go wrong on the way out, one mistake each."""
+"""Runners that return wrong logits, one fault each."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from clipdeploy.runners.base import Closing
 __all__ = ["RUN_FAULTS", "BrokenRunner", "Spoil"]
 
 Logits = NDArray[np.float32]
-# Spoils the logits of one call, which are of the full batch with this number; the sound logits of
-# the call before beside it.
+# (logits of a call, number of the full batch, correct logits of the previous call) -> wrong logits.
 Spoil = Callable[[Logits, int, Logits], Logits]
 
 
 class BrokenRunner(Closing):
-    """A sound runner's logits, spoilt.
+    """Changes the logits of a correct runner.
 
-    Calls with ``full`` images, other ones than in the last such call, are numbered from 0 on: so a
-    fault can hit a batch once, and not when it is asked again.  Every other call has the number -1.
+    Calls with ``full`` images that differ from the previous such call are numbered from 0, so a
+    fault can affect a batch once but not its repetition.  All other calls have number -1.
     """
 
     def __init__(self, sound: Runner, spoil: Spoil, full: int = 50) -> None:
@@ -74,7 +73,7 @@ def _two_swapped(logits: Logits, number: int, last: Logits) -> Logits:
 
 
 def _cut_at_the_wrong_end(logits: Logits, number: int, last: Logits) -> Logits:
-    """A small last batch is filled up in front, and its first rows are taken all the same."""
+    """Pads a small last batch at the front, but takes its first rows."""
     missing = len(last) - len(logits)
     if missing <= 0:
         return logits
@@ -102,8 +101,8 @@ def _one_image_not_written(logits: Logits, number: int, last: Logits) -> Logits:
     return logits
 
 
-# What each must show: NaN, a proven drop, answers that do not repeat, or else a largest difference
-# of at least so much, where the sound graph has 5e-6.
+# Expected finding: NaN, a proven drop, answers that do not repeat, or else the minimum of the
+# largest difference, which is 5e-6 for the correct graph.
 RUN_FAULTS: dict[str, tuple[Spoil, str | float]] = {
     "NaN in one logit": (_put(np.nan), "NaN"),
     "infinity in one logit": (_put(-np.inf), "NaN"),
@@ -111,13 +110,13 @@ RUN_FAULTS: dict[str, tuple[Spoil, str | float]] = {
     "one image's result stale": (_stale_image, 1.0),
     "two images' results exchanged": (_two_swapped, 1.0),
     "one image's result not written": (_one_image_not_written, 1.0),
-    "a whole batch stale": (_stale_batch, "does not repeat"),
-    "every image one late": (lambda logits, *_: np.roll(logits, 1, axis=0), "does not repeat"),
+    "a whole batch stale": (_stale_batch, "not repeatable"),
+    "every image one late": (lambda logits, *_: np.roll(logits, 1, axis=0), "not repeatable"),
     "the first image's result for all": (
         lambda x, *_: np.repeat(x[:1], len(x), 0),
-        "does not repeat",
+        "not repeatable",
     ),
-    "padding cut at the wrong end": (_cut_at_the_wrong_end, "does not repeat"),
+    "padding cut at the wrong end": (_cut_at_the_wrong_end, "not repeatable"),
     "zeros": (lambda logits, *_: np.zeros_like(logits), "regressed"),
     "a constant": (lambda logits, *_: np.full_like(logits, 3.5), "regressed"),
     "the classes rolled": (lambda logits, *_: np.roll(logits, 1, axis=1), "regressed"),

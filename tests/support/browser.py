@@ -1,4 +1,4 @@
-"""Pages in a real browser: what it shows, and what it asks the network for."""
+"""Loads pages in a real browser: screenshots and network requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _FLAGS = (
     "--headless",
-    # The tests may run as root in a container, where its sandbox cannot.
+    # Chromium's sandbox fails as root in a container.
     "--no-sandbox",
     "--disable-gpu",
     "--disable-dev-shm-usage",
@@ -23,16 +23,16 @@ _FLAGS = (
     "--no-first-run",
     "--hide-scrollbars",
     "--force-device-scale-factor=1",
-    # Nothing leaves this machine, whatever a page or the browser itself asks for.
+    # No request leaves this machine.
     "--host-resolver-rules=MAP * ~NOTFOUND",
 )
 _TIMEOUT = 120
-# The browser's own requests, for updates and the time, have no page that asked for them.
+# Requests of the browser itself, for updates and the time, have no initiator.
 _BROWSER_ITSELF = "not an origin"
 
 
 def find_browser() -> str:
-    """The browser's program; skips the test where there is none."""
+    """Return the path of the browser; skip the test if there is none."""
     for name in _NAMES:
         if path := shutil.which(name):
             return path
@@ -40,7 +40,7 @@ def find_browser() -> str:
 
 
 def open_page(page: Path, screenshot: Path, width: int, height: int) -> list[str]:
-    """Load a page, keep a picture of it, and give the addresses that it asked the network for."""
+    """Load a page, save a screenshot and return the requested URLs."""
     log = screenshot.with_suffix(".net.json")
     with tempfile.TemporaryDirectory() as profile:
         words = [
@@ -58,7 +58,7 @@ def open_page(page: Path, screenshot: Path, width: int, height: int) -> list[str
 
 
 def requests_of(log: Path) -> list[str]:
-    """What a page asked for, from Chromium's log of the network."""
+    """Return the URLs that a page requested, from Chromium's network log."""
     content = json.loads(log.read_text(encoding="utf-8"))
     start = content["constants"]["logEventTypes"]["URL_REQUEST_START_JOB"]
     started = [event["params"] for event in content["events"] if event["type"] == start]

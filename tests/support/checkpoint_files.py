@@ -1,4 +1,4 @@
-"""Writing weights the way their publishers do: mmpretrain's and timm's layouts and wrappings."""
+"""Writes weights in the formats of their publishers: mmpretrain and timm."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _RULES = (
 
 
 def mmpretrain_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """timm's names -> mmpretrain's."""
+    """Convert timm's names to mmpretrain's."""
     renamed = {}
     for name, value in tensors.items():
         for pattern, replacement in _RULES:
@@ -35,12 +35,12 @@ def mmpretrain_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_legacy_flat(tensors: Mapping[str, Tensor], path: Path) -> Path:
-    """mmpretrain's keys, flat, in the pickle format before zip (the December 2022 files)."""
+    """Write mmpretrain's keys, flat, in the old pickle format (files of December 2022)."""
     torch.save(mmpretrain_keys(tensors), path, _use_new_zipfile_serialization=False)
     return path
 
 
 def write_nested_zip(tensors: Mapping[str, Tensor], path: Path) -> Path:
-    """mmpretrain's keys under ``state_dict``, beside ``meta``, as a zip (today's script)."""
+    """Write mmpretrain's keys under ``state_dict``, with ``meta``, as a zip (current script)."""
     torch.save({"state_dict": mmpretrain_keys(tensors), "meta": {"epoch": 50}}, path)
     return path

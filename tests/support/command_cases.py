@@ -1,7 +1,7 @@
-"""Every command, with words that make it do its work on the demo model.
+"""Command lines that run each command on the demo model.
 
-A new command is tested in the terminal, in a pipe, with ``--json`` and with ``--quiet`` as soon as
-it has an entry in ``CASES``; a test fails until it has one.  A command may have several.
+Every command in ``CASES`` is tested in a terminal, in a pipe, with ``--json`` and with ``--quiet``.
+A test fails if a command has no entry.  A command may have several entries.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ __all__ = ["CASES", "Case", "every_command", "prepare", "runnable_commands"]
 
 @dataclass(frozen=True)
 class Case:
-    """``words`` are typed in a folder made by :func:`prepare`; ``engine``: it takes TensorRT-RTX.
+    """``words``: arguments, run in a folder of :func:`prepare`; ``engine``: requires TensorRT-RTX.
 
-    ``slow``: only in the full run of the tests.  ``program``: it prints a shell's text, in lines as
-    long as they come, and knows no ``--quiet``.
+    ``slow``: runs only with the slow tests.  ``program``: prints a shell script, in lines of any
+    length, and has no ``--quiet``.
     """
 
     words: str
@@ -34,7 +34,7 @@ class Case:
     program: bool = False
 
 
-# Of each class; a search and its confirmation take half of them each.
+# Images per class; a search and its confirmation use half of them each.
 _FEW = 12
 _GRAPH = f"artifacts/{cards.DEMO}"
 _VERIFY = "verify --data test.zip --limit 40 --max-drop 30 --workers 0"
@@ -92,7 +92,7 @@ CASES: dict[str, tuple[Case, ...]] = {
 def every_command(
     command: click.Command, path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], click.Command]]:
-    """The command, and all below it, with the words that lead there."""
+    """Yield the command and all its subcommands, with their names."""
     yield path, command
     if isinstance(command, click.Group):
         for name, below in command.commands.items():
@@ -100,7 +100,7 @@ def every_command(
 
 
 def runnable_commands(main: click.Command) -> set[str]:
-    """Those that do something themselves: no groups but such as take options of their own."""
+    """Yield the commands that can be run: no groups, except those with options."""
     return {
         " ".join(path)
         for path, command in every_command(main)
@@ -109,7 +109,7 @@ def runnable_commands(main: click.Command) -> set[str]:
 
 
 def prepare(made: Workspace, folder: Path) -> None:
-    """A folder with a copy of the workspace, as ``artifacts``, and images beside it."""
+    """Create a folder with a copy of the workspace, as ``artifacts``, and images."""
     shutil.copytree(made.root, folder / "artifacts")
     for name in ("calibration.zip", "test.zip"):
         shutil.copy(cards.demo_file(name), folder)

@@ -1,9 +1,9 @@
-"""``clipdeploy`` commands in processes of their own, without an import of torch for each.
+"""Runs ``clipdeploy`` commands in separate processes without importing torch in each.
 
-One process imports everything and then forks a child for each command, which is what a user's
-process is after its imports: it starts no thread and opens no device before it forks.
+One process imports everything and forks a child per command.  The child equals a user's process
+after its imports, because the server starts no thread and opens no device before it forks.
 
-    python command_server.py     a request (JSON) a line in, a status a line out
+    python command_server.py     reads requests (JSON lines), writes one status per line
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 __all__ = ["Command", "CommandServer", "command_server"]
 
-# What commands import; what is not here is imported by the child.
+# Modules imported before forking; children import the others.
 _PRELOADED = (
     "clipdeploy.cli.main",
     "clipdeploy.benchmark.plot",
@@ -45,9 +45,9 @@ _PRELOADED = (
 class Command:
     """A command line; ``out`` and ``err`` are files or terminals.
 
-    ``env`` is added to the environment, None removes.  ``kill_at``: the step on the file system
-    under ``cwd`` at which the process kills itself; ``kill_after``: the seconds after which it is
-    killed; ``steps``: a file that gets the name of each step.
+    ``env`` is added to the environment, None removes a variable.  ``kill_at``: number of the file
+    system operation under ``cwd`` at which the process kills itself; ``kill_after``: seconds after
+    which it is killed; ``steps``: file to which the name of each operation is written.
     """
 
     words: tuple[str, ...]
@@ -61,13 +61,13 @@ class Command:
 
 
 class CommandServer:
-    """The process that forks; one command at a time."""
+    """The forking process; runs one command at a time."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
     def run(self, command: Command) -> int:
-        """Run it; its exit code, or -N if signal N killed it."""
+        """Run a command; return its exit code, or -N if signal N killed it."""
         requests, answers = self._process.stdin, self._process.stdout
         assert requests is not None
         assert answers is not None
@@ -80,7 +80,7 @@ class CommandServer:
 
 @contextmanager
 def command_server(env: Mapping[str, str]) -> Iterator[CommandServer]:
-    """A server for the block; ``env`` is added to this process's environment."""
+    """Run a server during the block; ``env`` is added to the environment."""
     with subprocess.Popen(
         [sys.executable, __file__],
         stdin=subprocess.PIPE,
@@ -94,11 +94,11 @@ def command_server(env: Mapping[str, str]) -> Iterator[CommandServer]:
 
 
 def _become(command: Command) -> int:
-    """In the child: run it as ``python -m clipdeploy`` would; its exit code."""
+    """Run the command in the child like ``python -m clipdeploy``; return its exit code."""
     os.setsid()
     opened = (("/dev/null", os.O_RDONLY), (command.out, os.O_RDWR), (command.err, os.O_RDWR))
     for number, (path, mode) in enumerate(opened):
-        # The first terminal becomes the one that controls the session.
+        # The first terminal becomes the controlling terminal.
         descriptor = os.open(path, mode | os.O_CREAT, 0o644)
         os.dup2(descriptor, number)
         os.close(descriptor)
@@ -111,7 +111,7 @@ def _become(command: Command) -> int:
     tempfile.tempdir = os.environ.get("TMPDIR")
     if command.steps or command.kill_at is not None:
         sys.addaudithook(_Steps(command))
-    # Python made these for other files.
+    # Python created these for the inherited descriptors.
     sys.stdin, sys.stdout, sys.stderr = (
         open(number, mode, buffering=1 if os.isatty(number) else -1, closefd=False)  # noqa: SIM115
         for number, mode in ((0, "r"), (1, "w"), (2, "w"))
@@ -129,10 +129,10 @@ def _become(command: Command) -> int:
 
 
 class _Steps:
-    """Counts what Python changes in the file system under a folder, and can end it all there.
+    """Counts Python's file system operations under a folder, and can kill the process at one.
 
-    Between two such steps a kill leaves the same files, so that these are all the moments there
-    are, but for the content of a file that is being written.
+    A kill between two operations leaves the same files, so killing at each operation covers every
+    case, except for the content of a file that is being written.
     """
 
     EVENTS = frozenset({"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"})
@@ -186,7 +186,7 @@ def _serve() -> None:
 
 
 def _wait(pid: int, kill_after: float | None) -> int:
-    """The child's status; until waitpid has told it the child is there, be it alive or not."""
+    """Wait for the child and return its status; its pid is not reused before waitpid returns."""
     signal.signal(signal.SIGALRM, lambda *_: os.kill(pid, signal.SIGKILL))
     signal.setitimer(signal.ITIMER_REAL, kill_after or 0)
     status = os.waitpid(pid, 0)[1]

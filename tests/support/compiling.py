@@ -1,4 +1,4 @@
-"""Plans of the demo model, compiled for real and kept in memory."""
+"""Compiles plans of the demo model in memory."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ SPEC = TensorSpec("image", "float32", ("batch", 3, 32, 32))
 
 
 def ignore(piece: Piece) -> None:
-    """Take a piece of a plan that nobody needs."""
+    """Discard a piece of a plan."""
 
 
 def compiled_plan(compiler: Compiler, graph: Path, config: BuildConfig = BuildConfig()) -> bytes:
-    """The plan of ``graph``, whose input is ``SPEC``."""
+    """Compile ``graph``, whose input is ``SPEC``, and return the plan."""
     pieces: list[bytes] = []
     compiler.compile(graph, SPEC, config, None, lambda piece: pieces.append(bytes(piece)))
     return b"".join(pieces)

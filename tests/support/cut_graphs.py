@@ -1,8 +1,8 @@
-"""The demo's graphs cut in two, so that a fault near the end costs only the end.
+"""Cuts the demo's graphs in two, to test faults near the end quickly.
 
-The part up to the last block is sound, answers each image by itself, and is computed once for an
-image.  The rest is the faulty graph's own nodes, which ONNX Runtime computes in every call: what
-depends on the batch, on chance or on the call is not cached.
+The first part, up to the last block, is correct, independent per image, and computed once per
+image.  The second part contains the faulty nodes and is run with ONNX Runtime in every call, so
+effects of the batch, of random numbers and of repeated calls are not cached.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _element_type(model: ModelProto) -> int:
 
 
 def _ancestors(model: ModelProto) -> list[onnx.NodeProto]:
-    """The nodes that the tensor ``CUT`` depends on, in their order."""
+    """Return the nodes on which the tensor ``CUT`` depends, in graph order."""
     needed, found = {CUT}, []
     for node in reversed(model.graph.node):
         if needed.intersection(node.output):
@@ -65,7 +65,7 @@ def _part(
 
 
 def tail_of(model: ModelProto) -> ModelProto:
-    """The nodes behind the cut, reading the image and the residual stream."""
+    """Return the graph after the cut; inputs are the image and the residual stream."""
     body = [node.SerializeToString() for node in _ancestors(model)]
     nodes = [node for node in model.graph.node if node.SerializeToString() not in body]
     stream = helper.make_tensor_value_info(CUT, _element_type(model), ["batch", 65, 96])
@@ -76,14 +76,14 @@ def tail_of(model: ModelProto) -> ModelProto:
 
 
 class Remembered(Closing):
-    """Answers of a function that takes each image by itself, computed once for an image."""
+    """Caches a function that treats each image independently."""
 
     def __init__(self, run: Any) -> None:
         self._run = run
         self._known: dict[bytes, NDArray[Any]] = {}
 
     def __call__(self, images: Images) -> NDArray[Any]:
-        """Images (B, ...) -> the function's rows (B, ...)."""
+        """Return the function's rows (B, ...) for images (B, ...)."""
         keys = [image.tobytes() for image in images]
         new = [index for index, key in enumerate(keys) if key not in self._known]
         for at in range(0, len(new), _LARGEST_AT_ONCE):
@@ -94,7 +94,7 @@ class Remembered(Closing):
 
 
 class Body(Remembered):
-    """A sound graph up to the last block: images (B, 3, 32, 32) -> (B, 65, 96)."""
+    """Return a correct graph up to the last block: images (B, 3, 32, 32) -> (B, 65, 96)."""
 
     def __init__(self, graph: Path) -> None:
         model = onnx.load(graph)
@@ -105,7 +105,7 @@ class Body(Remembered):
 
 
 class CutRunner(Closing):
-    """A sound body, and the end of a graph that is spoilt behind the cut."""
+    """Runs a correct first part and a faulty second part."""
 
     batches: tuple[int, int | None] = (1, None)
 

@@ -1,7 +1,8 @@
-"""Variants of the demo's weights and digits on which a mistake in the preprocessing tells.
+"""Variants of the demo's weights and digits that are sensitive to preprocessing mistakes.
 
-The digits are grey and small: red and blue are the same, and other means or filters move an image
-or two of 500.  Each variant answers as the demo model does, but only if it is fed rightly.
+The digits are grey and small: red and blue are equal, and another mean or filter changes one or two
+of 500 answers.  Each variant is as accurate as the demo model, but only if its preprocessing is
+correct.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ Pixels = NDArray[np.uint8]
 
 
 def write_digits(folder: Path, change: Callable[[Pixels], Pixels], count: int) -> Path:
-    """``count`` of the demo's test digits in class folders, ``change`` being their (8, 8) pixels.
+    """Write ``count`` of the demo's test digits to class folders, changed by ``change``.
 
-    ``change`` gives (H, W) or (H, W, 3).
+    ``change`` maps the (8, 8) pixels to (H, W) or (H, W, 3).
     """
     chosen = select(open_images(cards.demo_file("test.zip"), tuple("0123456789")), count, seed=0)
     with zipfile.ZipFile(cards.demo_file("test.zip")) as archive:
@@ -48,17 +49,17 @@ def write_digits(folder: Path, change: Callable[[Pixels], Pixels], count: int) -
 
 
 def coloured(grey: Pixels) -> Pixels:
-    """The digit in red and green, its negative in blue."""
+    """Return the digit in red and green, its negative in blue."""
     return np.stack([grey, grey, 255 - grey], axis=-1)
 
 
 def framed(grey: Pixels) -> Pixels:
-    """The digit in the middle of a picture of twice its edge."""
+    """Return the digit in the middle of an image of twice the size."""
     return np.pad(grey, 4)
 
 
 def dithered(grey: Pixels) -> Pixels:
-    """The digit in black and white dots of 320 x 320: an antialiased resize sees the grey again."""
+    """Return the digit dithered to 320 x 320; an antialiased resize recovers the grey levels."""
     large = np.asarray(Image.fromarray(grey).resize((320, 320), Image.Resampling.BICUBIC))
     thresholds = np.random.default_rng(0).integers(1, 256, large.shape)
     return np.where(large >= thresholds, 255, 0).astype(np.uint8)
@@ -72,14 +73,14 @@ def _save(tensors: dict[str, torch.Tensor], path: Path) -> Path:
 def weights_for_colours(
     path: Path, mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> Path:
-    """Weights that read red, and compare red with green, under this mean and std.
+    """Return weights that use red, and the difference of red and green, with this mean and std.
 
     With p the grey level, x_c = (p - mean_c) / std_c, and any A
 
         sum_c W_c x_c = S std_0 x_0 + A (std_0 x_0 - std_1 x_1) + const,   S = sum_c W_c / std_c
 
-    in which A is multiplied with a constant if mean and std are these, and with p otherwise.
-    W and the constant are the demo's under CLIP's mean and std.
+    where the factor of A is constant if mean and std are the given ones, and depends on p
+    otherwise.  W and the constant are the demo's with CLIP's mean and std.
     """
     from clipdeploy.core.passport import CLIP_MEAN, CLIP_STD
 
@@ -103,10 +104,10 @@ def weights_for_colours(
 
 
 def weights_for_small_eps(path: Path) -> Path:
-    """Weights with so small a residual stream that they need LayerNorm's eps of 1e-6.
+    """Return weights with a small residual stream, which require LayerNorm's eps of 1e-6.
 
-    LN(s x; eps) = LN(x; eps / s^2): with s^2 = 1e-6 / 0.3 the demo's norms have an eps of 0.3, at
-    which it is as accurate as ever, and for 1e-5 one of 3, at which it guesses.
+    LN(s x; eps) = LN(x; eps / s^2): with s^2 = 1e-6 / 0.3 an eps of 1e-6 acts like 0.3 in the
+    demo, which keeps its accuracy, and 1e-5 like 3, which reduces it to chance.
     """
     tensors = load_file(cards.demo_file("weights.safetensors"))
     scale = (1e-6 / 0.3) ** 0.5

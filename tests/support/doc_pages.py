@@ -1,6 +1,6 @@
-"""Markdown pages as the tests read them: code blocks, commands in them, links and anchors.
+"""Parses Markdown pages: code blocks, commands, links and anchors.
 
-A block runs if ``<!-- runs -->`` stands in the line before it, which no reader sees.
+A block is executed if the line before it is the invisible comment ``<!-- runs -->``.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _HEADING = re.compile(r"^#+ (.+)$", flags=re.MULTILINE)
 
 @dataclass(frozen=True)
 class Block:
-    """A code block; ``runs`` if it is marked so.
+    """A code block; ``runs`` if it is marked to be executed.
 
-    ``language`` is ``text`` where a fence names none, and empty for an indented block.
+    ``language`` is ``text`` for a fence without one, and empty for an indented block.
     """
 
     language: str
@@ -31,12 +31,12 @@ class Block:
     runs: bool
 
     def commands(self) -> Iterator[list[str]]:
-        """The words of every line that calls clipdeploy, without its own name."""
+        """Yield the arguments of each line that calls clipdeploy."""
         if self.language not in ("", "sh", "console"):
             return
         for line in re.sub(r"\s*\\\n\s*", " ", self.text).splitlines():
             line = re.sub(r"[\[\]]|\s+#.*", "", line.strip().removeprefix("$ "))
-            # Two spaces: a row of a table.
+            # Two spaces separate the columns of a table.
             if line.startswith("clipdeploy ") and "  " not in line:
                 call = re.split(r"\s(?:[|>]|&&|\|\|)\s", line)[0]
                 yield shlex.split(call)[1:]
@@ -44,7 +44,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Page:
-    """One Markdown file."""
+    """A Markdown file."""
 
     path: Path
     text: str
@@ -54,7 +54,7 @@ class Page:
         return cls(path, path.read_text(encoding="utf-8"))
 
     def blocks(self) -> list[Block]:
-        """Fenced blocks, then indented ones."""
+        """Yield fenced blocks, then indented ones."""
         fenced = [
             Block(found[1] or "text", found[2], self.text[: found.start()].rstrip().endswith(RUNS))
             for found in _FENCE.finditer(self.text)
@@ -62,20 +62,20 @@ class Page:
         return fenced + [Block("", found[1], False) for found in _INDENTED.finditer(self.prose())]
 
     def prose(self) -> str:
-        """The text without its fenced blocks."""
+        """Return the text without fenced blocks."""
         return _FENCE.sub("", self.text)
 
     def spans(self) -> list[str]:
-        """Everything in single backticks."""
+        """Return all text in single backticks."""
         return [re.sub(r"\s+", " ", span) for span in _SPAN.findall(self.prose())]
 
     def links(self) -> list[tuple[str, str]]:
-        """(file, anchor) of each link to another page or to a place in this one."""
+        """Yield (file, anchor) of each link to another page or an anchor of this one."""
         found = _LINK.findall(_SPAN.sub("", self.prose()))
         inner = [link for link in found if not re.match(r"[a-z]+:", link)]
         return [(link.partition("#")[0], link.partition("#")[2]) for link in inner]
 
     def anchors(self) -> set[str]:
-        """The anchors that GitHub gives the headings."""
+        """Return the anchors that GitHub generates for the headings."""
         plain = (re.sub(r"[^\w\- ]", "", title.lower()) for title in _HEADING.findall(self.prose()))
         return {title.strip().replace(" ", "-") for title in plain}

@@ -1,4 +1,4 @@
-"""What a docstring of a public function owes its reader, found by reading the source."""
+"""Checks docstrings of public functions: shapes of arrays and errors raised."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["Rules", "array_names", "faults"]
 
 ERRORS = frozenset(errors.__all__)
 ARRAYS = frozenset({"NDArray", "Tensor", "ndarray", "ArrayLike"})
-# (B, 3, S, S), (N,), [2, 32], "shape" in words, or that there is no shape to speak of.
+# (B, 3, S, S), (N,), [2, 32], the word "shape", or a scalar.
 _AXIS = r"(?:\w+(?: ?[*/+-] ?\w+)*|\.{3})"
 SHAPE = re.compile(
     rf"\({_AXIS},\)|[([]{_AXIS}(?:, {_AXIS})+[)\]]|\bshapes?\b|\bscalar|See :(?:class|func|meth):"
 )
-# Turns errors into exit codes, and its docstring is the command's help.
+# Decorator of commands: it converts errors to exit codes, and the docstring is the help.
 COMMAND = "stage_command"
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -27,13 +27,13 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Rules:
-    """``arrays``: every name that an annotation may give an array."""
+    """``arrays``: names of array types in annotations."""
 
     arrays: frozenset[str] = ARRAYS
 
 
 def array_names(files: Iterable[Path]) -> frozenset[str]:
-    """The types of arrays, and what the ``files`` call them: ``Logits = NDArray[np.float32]``."""
+    """Return the array types and their aliases in ``files``: ``Logits = NDArray[np.float32]``."""
     found, classes = set(ARRAYS), set()
     for file in files:
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
@@ -49,7 +49,7 @@ def _is_array_type(value: ast.expr) -> bool:
 
 
 def faults(source: str, where: str, rules: Rules = Rules()) -> list[str]:
-    """A sentence for each thing that is missing in the docstrings of a module."""
+    """Return a sentence for each omission in the docstrings of a module."""
     tree = ast.parse(source)
     return [f"{where}:{node.lineno} {text}" for node, text in _faults(tree, rules)]
 
@@ -72,7 +72,7 @@ def _of_class(owner: ast.ClassDef, rules: Rules) -> Iterator[tuple[ast.stmt, str
             if _public(node.name):
                 yield from _of_function(node, name, about, rules)
             elif node.name in ("__init__", "__post_init__", "__call__"):
-                # What the class says counts for what has no name of its own.
+                # Special methods may be documented by their class.
                 yield from _contents(node, name, about + (ast.get_docstring(node) or ""), rules)
 
 
@@ -92,12 +92,12 @@ def _contents(
     section = text.partition("Raises:")[2]
     for error in sorted(_raised(node)):
         if not re.search(rf"\b({error}|ClipdeployError)\b", section):
-            yield node, f"{name} raises {error}, and its docstring does not say when"
+            yield node, f"{name} raises {error}, which its docstring does not list"
     for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs):
         if _is_array(argument.annotation, rules) and not SHAPE.search(text + about):
-            yield node, f"{name} takes the array {argument.arg} of a shape that nobody tells"
+            yield node, f"{name} takes the array {argument.arg}, whose shape is not documented"
     if _is_array(node.returns, rules) and not SHAPE.search(text + about):
-        yield node, f"{name} returns an array of a shape that nobody tells"
+        yield node, f"{name} returns an array, whose shape is not documented"
 
 
 def _is_array(annotation: ast.expr | None, rules: Rules) -> bool:
@@ -105,7 +105,7 @@ def _is_array(annotation: ast.expr | None, rules: Rules) -> bool:
 
 
 def _raised(function: Function) -> set[str]:
-    """Our own errors that the function raises by name, not those of functions inside it."""
+    """Return clipdeploy's errors that the function raises itself, without nested functions."""
     found, rest = set(), list(ast.iter_child_nodes(function))
     while rest:
         node = rest.pop()

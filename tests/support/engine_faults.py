@@ -1,7 +1,7 @@
-"""Stand-ins for TensorRT engines with batch profiles, one mistake each.
+"""Simulated TensorRT engines with batch profiles, one fault each.
 
-The logits are a sound graph's.  What differs between profiles, batch sizes and calls is what an
-execution context keeps: its shapes, its buffers and its recorded launches.
+The logits are those of a correct graph.  Faults concern the state of an execution context, which
+differs between profiles, batch sizes and calls: shapes, buffers and recorded CUDA graphs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ONE: Profiles = ((1, 8, 16),)
 
 @dataclass
 class Context:
-    """What a stand-in keeps between its calls."""
+    """State that a simulated engine keeps between calls."""
 
     number: int = 0
     profile: int | None = None
@@ -35,12 +35,12 @@ class Context:
     recorded: dict[tuple[int, int], NDArray[np.float32]] = field(default_factory=dict)
 
 
-# Sound logits (B, K), the profile's number and its batches, what was kept -> logits (B, K).
+# (correct logits (B, K), profile index and its batch sizes, state) -> logits (B, K).
 Mistake = Callable[[Logits, int, tuple[int, int, int], Context], Logits]
 
 
 class ProfileRunner(Closing):
-    """Runs a batch in the profile that was tuned nearest to it, as an engine's runner does."""
+    """Runs a batch in the profile with the nearest optimal size, like an engine's runner."""
 
     def __init__(
         self,
@@ -88,9 +88,9 @@ class ProfileRunner(Closing):
 
 @dataclass(frozen=True)
 class EngineFault:
-    """A mistake; it shows on ``batch`` images in the profile with the number ``profile``.
+    """A fault that has an effect on ``batch`` images in the profile with index ``profile``.
 
-    ``after`` are the (profile, batch) calls that have to come before.
+    ``after``: (profile, batch) of the calls that must come before.
     """
 
     mistake: Mistake
@@ -123,14 +123,14 @@ def _at_batch(
 def _stale_buffer(
     logits: Logits, profile: int, batches: tuple[int, int, int], kept: Context
 ) -> Logits:
-    """A smaller batch than the one before is not copied out."""
+    """Does not copy the output of a batch smaller than the previous one."""
     return kept.buffer[: len(logits)].copy() if len(logits) < kept.batch else logits
 
 
 def _old_shape(
     logits: Logits, profile: int, batches: tuple[int, int, int], kept: Context
 ) -> Logits:
-    """After a switch of the profile as many rows are computed as before it."""
+    """Computes the previous number of rows after a switch of the profile."""
     if kept.profile is not None and profile != kept.profile:
         logits[kept.batch :] = kept.buffer[kept.batch : len(logits)]
     return logits
@@ -139,21 +139,21 @@ def _old_shape(
 def _too_early(
     logits: Logits, profile: int, batches: tuple[int, int, int], kept: Context
 ) -> Logits:
-    """After a switch the output is copied before the launch has ended."""
+    """Copies the output before the launch has ended, after a switch of the profile."""
     if kept.profile is not None and profile != kept.profile:
         return kept.buffer[: len(logits)].copy()
     return logits
 
 
 def _replayed(logits: Logits, profile: int, batches: tuple[int, int, int], kept: Context) -> Logits:
-    """A recorded launch reads the input that it was recorded with."""
+    """A recorded launch reads the input of the recording."""
     return kept.recorded.setdefault((profile, len(logits)), logits).copy()
 
 
 def _filled_in_front(
     logits: Logits, profile: int, batches: tuple[int, int, int], kept: Context
 ) -> Logits:
-    """Filled up to the optimal batch in front, and the first rows are taken all the same."""
+    """Pads the batch to the optimal size at the front, but takes the first rows."""
     missing = max(batches[1] - len(logits), 0)
     return np.concatenate([np.repeat(logits[:1], missing, 0), logits])[: len(logits)]
 
@@ -161,7 +161,7 @@ def _filled_in_front(
 def _padding_in_mean(
     logits: Logits, profile: int, batches: tuple[int, int, int], kept: Context
 ) -> Logits:
-    """Rows of a batch that is no multiple of 8 are mixed with those that fill it up."""
+    """Mixes the rows of a batch with its padding if the size is not a multiple of 8."""
     missing = -len(logits) % 8
     return (logits * len(logits) + missing * logits.mean(axis=0)) / (len(logits) + missing)
 
@@ -184,7 +184,7 @@ def _last_row_of_largest(
 def _every_other_call(
     logits: Logits, profile: int, batches: tuple[int, int, int], kept: Context
 ) -> Logits:
-    """Of two buffers the other one is copied out."""
+    """Copies the wrong one of two output buffers."""
     return kept.buffer[: len(logits)].copy() if kept.number % 2 else logits
 
 

@@ -1,4 +1,4 @@
-"""Tools that change the nodes and weights of an ONNX graph in place, for tests."""
+"""Functions that change nodes and weights of an ONNX graph in place."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ Array = NDArray[Any]
 
 
 def initializer(model: ModelProto, name: str) -> TensorProto:
-    """The initializer with this name, or with this name in float16."""
+    """Return the initializer with this name, or its float16 version."""
     return next(w for w in model.graph.initializer if w.name in (name, f"{name}/fp16"))
 
 
 def read(model: ModelProto, name: str) -> Array:
-    """A copy of the values of an initializer."""
+    """Return a copy of the values of an initializer."""
     return numpy_helper.to_array(initializer(model, name)).copy()
 
 
 def write(model: ModelProto, name: str, array: Array) -> None:
-    """Give an initializer other values of the same type."""
+    """Replace the values of an initializer, with the same type."""
     tensor = initializer(model, name)
     kept = array.astype(numpy_helper.to_array(tensor).dtype)
     tensor.CopyFrom(numpy_helper.from_array(kept, tensor.name))
 
 
 def add_weight(model: ModelProto, name: str, array: Array) -> str:
-    """Add an initializer, and give its name back."""
+    """Add an initializer and return its name."""
     model.graph.initializer.append(numpy_helper.from_array(np.asarray(array), name))
     return name
 
 
 def redirect(model: ModelProto, old: str, new: str) -> None:
-    """Let every reader of the tensor ``old`` read ``new``."""
+    """Replace the tensor ``old`` by ``new`` in all its readers."""
     for node in model.graph.node:
         for index, name in enumerate(node.input):
             if name == old:
@@ -48,7 +48,7 @@ def redirect(model: ModelProto, old: str, new: str) -> None:
 
 
 def captured(node: NodeProto) -> Iterator[str]:
-    """Every tensor that a node or the subgraphs in it read."""
+    """Return the tensors that a node and its subgraphs read."""
     yield from node.input
     for attribute in node.attribute:
         if attribute.type == onnx.AttributeProto.GRAPH:
@@ -58,10 +58,10 @@ def captured(node: NodeProto) -> Iterator[str]:
 
 
 class Steps:
-    """New nodes between a tensor and its readers.
+    """Inserts nodes between a tensor and its readers.
 
-    ``steps = Steps(model, "norm")``, then ``steps.finish(steps.op("Mul", "norm", factor))``: every
-    former reader of "norm" reads the product.  A graph's output keeps its name.
+    ``steps = Steps(model, "norm")``, then ``steps.finish(steps.op("Mul", "norm", factor))``: all
+    former readers of "norm" read the product.  An output of the graph keeps its name.
     """
 
     def __init__(self, model: ModelProto, value: str) -> None:
@@ -79,29 +79,29 @@ class Steps:
         return f"{self._given}/step{len(self._nodes)}"
 
     def const(self, values: Any, dtype: Any = np.float32) -> str:
-        """An initializer with these values."""
+        """Add an initializer with these values."""
         number = len(self.model.graph.initializer)
         return add_weight(self.model, f"{self._given}/const{number}", np.asarray(values, dtype))
 
     def like(self, values: Any, tensor: str) -> str:
-        """A float constant in the type of ``tensor``."""
+        """Add a float constant with the type of ``tensor``."""
         return self.op("CastLike", self.const(values), tensor)
 
     def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
-        """Add a node with one output, and give the output's name back."""
+        """Add a node with one output and return the output's name."""
         output = self._name()
         self._nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
         return output
 
     def ops(self, kind: str, count: int, *inputs: str, **attributes: Any) -> list[str]:
-        """Add a node with ``count`` outputs, and give their names back."""
+        """Add a node with ``count`` outputs and return their names."""
         name = self._name()
         outputs = [f"{name}:{index}" for index in range(count)]
         self._nodes.append(helper.make_node(kind, inputs, outputs, name=name, **attributes))
         return outputs
 
     def choose(self, condition: str, yes: str, no: str, *, branches: bool = False) -> str:
-        """``yes`` where the condition (1,) is true, else ``no``; ``branches`` uses an If."""
+        """Select ``yes`` if the condition (1,) is true, else ``no``; ``branches`` uses an If."""
         if not branches:
             return self.op("Where", condition, yes, no)
         graphs = {}
@@ -114,13 +114,13 @@ class Steps:
         return self.op("If", self.op("Squeeze", condition), **graphs)
 
     def _element_type(self) -> int:
-        """float16 inside of a graph with float16 weights, float32 at its outputs."""
+        """Return float16 for inner tensors of a graph with float16 weights, else float32."""
         half = any(w.name == "head.weight/fp16" for w in self.model.graph.initializer)
         inner = self._given == self.value
         return int(TensorProto.FLOAT16 if half and inner else TensorProto.FLOAT)
 
     def finish(self, result: str) -> None:
-        """Put the nodes in their place; the readers of the tensor read ``result``."""
+        """Insert the nodes; the readers of the tensor read ``result``."""
         graph = self.model.graph
         if self.value != self._given:
             self._nodes.append(helper.make_node("Identity", [result], [self._given]))

@@ -1,7 +1,7 @@
-"""Mistakes that exporters, converters and people make in a ViT's graph, one at a time.
+"""Typical faults of exporters, converters and people in a ViT's graph.
 
-Each takes the demo model's graph of the precision that its table is called after and ruins it in
-place.  Names are those of :mod:`clipdeploy.models.vit`.
+Each changes the demo model's graph in place; the table's name gives the precision of the graph.
+Node names are those of :mod:`clipdeploy.models.vit`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _HEADS = 6
 
 
 def ruin(graph: Path, edit: Edit) -> None:
-    """Let a graph's file have the mistake; its passport stays."""
+    """Apply the fault to a graph file; its passport is kept."""
     model = onnx.load(graph)
     edit(model)
     onnx.save(model, graph)
 
 
 def turn_answers(model: ModelProto) -> None:
-    """Every class is called by its neighbour's name, in a graph of any precision."""
+    """Shift the classes by one, in a graph of any precision."""
     weights = [w.name for w in model.graph.initializer if w.name.startswith("head.")]
     for name in weights:
         # (inputs, classes), and (classes,)
@@ -55,7 +55,7 @@ def _node(model: ModelProto, name: str) -> NodeProto:
 
 
 def _insert_after(model: ModelProto, value: str, steps: Sequence[NodeProto]) -> None:
-    """Put ``steps``, of which the last gives ``VALUE/changed``, behind the tensor ``value``."""
+    """Insert ``steps``, whose last node computes ``VALUE/changed``, after the tensor ``value``."""
     redirect(model, value, f"{value}/changed")
     at = next(i for i, node in enumerate(model.graph.node) if value in node.output)
     for step in reversed(steps):
@@ -148,7 +148,7 @@ def _four_bits(model: ModelProto) -> None:
 
 
 def _flip_bit(array: NDArray[Any]) -> NDArray[Any]:
-    # The lowest bit but two of the exponent: the weight becomes 16 times what it was, or a 16th.
+    # The third lowest bit of the exponent: the weight is multiplied or divided by 16.
     array.reshape(-1).view(np.uint32)[1000] ^= 1 << 25
     return array
 
@@ -176,7 +176,7 @@ def _relu(model: ModelProto) -> None:
 
 
 def _there_and_back(value: str, factor: float) -> Edit:
-    """Times ``factor`` and divided by it again: nothing in float32, and in float16 all or much."""
+    """Multiply and divide by ``factor``: no effect in float32, a large one in float16."""
 
     def edit(model: ModelProto) -> None:
         names = [f"{value}/far", f"{value}/changed"]
@@ -195,7 +195,7 @@ def _there_and_back(value: str, factor: float) -> Edit:
 def _one_side(
     model: ModelProto, suffix: str, change: Callable[[NDArray[Any]], NDArray[Any]]
 ) -> None:
-    """QuantizeLinear keeps its constant, DequantizeLinear gets another one."""
+    """Change a constant of DequantizeLinear, but not of QuantizeLinear."""
     array = read(model, f"blocks.2.mlp.fc1.{suffix}")
     name = add_weight(model, f"other/{suffix}", change(array).astype(array.dtype).reshape(()))
     dequantise = _node(model, "blocks.2.mlp.fc1/DQ")
@@ -215,8 +215,8 @@ def _zero(array: NDArray[Any]) -> NDArray[Any]:
     return np.zeros_like(array)
 
 
-# What each must show: a drop that is proven, or at least a signal to noise below so many dB, where
-# the sound graph has 129 (fp32), 62 (fp16) or 41 (int8).
+# Expected finding: a proven drop, or an SQNR below this many dB, where the correct graph has 129
+# (fp32), 62 (fp16) or 41 (int8).
 REGRESSED = float("-inf")
 
 FP32_FAULTS: dict[str, tuple[Edit, float]] = {

@@ -1,4 +1,4 @@
-"""Changes of a graph that leave its function as it is."""
+"""Changes of a graph that keep its function."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Edit = Callable[[ModelProto], None]
 
 
 def _another_order(model: ModelProto) -> None:
-    """Nodes in the latest order that still computes every tensor before it is read."""
+    """Sort the nodes as late as possible, each tensor still computed before it is read."""
     waiting, done = list(model.graph.node), {""}
     done |= {weight.name for weight in model.graph.initializer}
     done |= {value.name for value in model.graph.input}
@@ -49,7 +49,7 @@ def _other_names(model: ModelProto) -> None:
 
 
 def _own_copies(model: ModelProto) -> None:
-    """Every reader of an initializer has a copy of its own."""
+    """Give each reader of an initializer a separate copy."""
     weights = {weight.name: weight for weight in model.graph.initializer}
     del model.graph.initializer[:]
     for node in model.graph.node:
@@ -63,7 +63,7 @@ def _own_copies(model: ModelProto) -> None:
 
 
 def _merged(model: ModelProto) -> None:
-    """Initializers of one value are one."""
+    """Merge equal initializers."""
     first: dict[bytes, str] = {}
     names: dict[str, str] = {}
     kept = []
@@ -115,7 +115,7 @@ def _identities(model: ModelProto) -> None:
 
 
 def _key_bias_dropped(model: ModelProto) -> None:
-    """It adds the same to all scores of a query: softmax does not see it."""
+    """Add a constant to all scores of a query, which does not change softmax."""
     for weight in model.graph.initializer:
         if weight.name.endswith("attn.qkv.bias"):
             bias = numpy_helper.to_array(weight).copy()

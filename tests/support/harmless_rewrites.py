@@ -1,4 +1,4 @@
-"""More rewritings of the demo's graphs that compute the same function."""
+"""Rewrites of the demo's graphs that compute the same function."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _on(value: str, change: Callable[[Steps], str]) -> Edit:
 
 
 def _replaced(name: str, make: Callable[[Steps, list[str]], str]) -> Edit:
-    """Compute what the node ``name`` gives in another way."""
+    """Replace the node ``name`` by other nodes with the same result."""
 
     def edit(model: ModelProto) -> None:
         node = next(each for each in model.graph.node if each.name == name)
@@ -38,7 +38,7 @@ def _replaced(name: str, make: Callable[[Steps, list[str]], str]) -> Edit:
 
 
 def _gelu(steps: Steps, inputs: list[str]) -> str:
-    """x (1 + erf(x / sqrt 2)) / 2."""
+    """Compute x (1 + erf(x / sqrt 2)) / 2."""
     (x,) = inputs
     error = steps.op("Erf", steps.op("Mul", x, steps.const(2**-0.5)))
     half = steps.op("Mul", x, steps.const(0.5))
@@ -61,7 +61,7 @@ def _gemm(steps: Steps, inputs: list[str]) -> str:
 
 
 def _two_products(steps: Steps, inputs: list[str]) -> str:
-    """The weight's columns in two halves, and the products side by side."""
+    """Split the weight's columns in two halves and concatenate the products."""
     columns = read(steps.model, inputs[1])
     halves = np.array_split(columns, 2, axis=1)
     products = [steps.op("MatMul", inputs[0], steps.const(each)) for each in halves]
@@ -69,7 +69,7 @@ def _two_products(steps: Steps, inputs: list[str]) -> str:
 
 
 def _sum_of_products(steps: Steps, inputs: list[str]) -> str:
-    """The weight as a sum of two, and the products added up."""
+    """Split the weight into a sum of two and add the products."""
     weight = read(steps.model, inputs[1])
     part = np.random.default_rng(0).normal(0, 0.05, weight.shape)
     products = [steps.op("MatMul", inputs[0], steps.const(each)) for each in (part, weight - part)]
@@ -82,7 +82,7 @@ def _transposed_weight(steps: Steps, inputs: list[str]) -> str:
 
 
 def _one_by_one(steps: Steps, inputs: list[str]) -> str:
-    """A Linear of tokens as a convolution with a kernel of 1."""
+    """Replace a Linear of tokens by a convolution with kernel size 1."""
     kernel = steps.const(read(steps.model, inputs[1]).T[:, :, None])
     across = steps.op("Transpose", inputs[0], perm=[0, 2, 1])
     return steps.op("Transpose", steps.op("Conv", across, kernel), perm=[0, 2, 1])
@@ -129,7 +129,7 @@ def _constant_if(steps: Steps) -> str:
 
 
 def _if_by_size(steps: Steps) -> str:
-    """Two branches by the batch size that compute the same."""
+    """Select by batch size between two branches that compute the same."""
     size = steps.op("Shape", steps.value, start=0, end=1)
     large = steps.op("Greater", size, steps.const([8], np.int64))
     doubled = steps.op("Mul", steps.value, steps.like(2.0, steps.value))
@@ -138,14 +138,14 @@ def _if_by_size(steps: Steps) -> str:
 
 
 def _rows_there_and_back(steps: Steps) -> str:
-    """The batch in reverse order, and in reverse order again."""
+    """Reverse the batch twice."""
     ends = ([-1], [np.iinfo(np.int64).min], [0], [-1])
     turn = [steps.const(each, np.int64) for each in ends]
     return steps.op("Slice", steps.op("Slice", steps.value, *turn), *turn)
 
 
 def _padded_batch(steps: Steps) -> str:
-    """Eight rows of zeros below the batch, cut off again."""
+    """Append eight rows of zeros to the batch and remove them at the end."""
     size = steps.op("Shape", steps.value, start=0, end=1)
     pads = steps.const([0, 0, 8, 0], np.int64)
     padded = steps.op("Pad", steps.value, pads)
@@ -153,7 +153,7 @@ def _padded_batch(steps: Steps) -> str:
 
 
 def _function(model: ModelProto) -> None:
-    """Every GELU is a call of a local function."""
+    """Replace every GELU by a call of a local function."""
     inner = helper.make_node("Gelu", ["x"], ["y"])
     opset = [helper.make_opsetid("", 20)]
     model.functions.append(helper.make_function("tests", "Act", ["x"], ["y"], [inner], opset))
@@ -183,7 +183,7 @@ def _neurons_in_another_order(model: ModelProto) -> None:
 
 
 def _gamma_folded(model: ModelProto) -> None:
-    """A LayerNorm's factors in the weights behind it."""
+    """Fold a LayerNorm's factors into the next weights."""
     gamma = read(model, "blocks.2.norm2.weight")
     beta = read(model, "blocks.2.norm2.bias")
     write(model, "blocks.2.norm2.weight", np.ones_like(gamma))
@@ -193,7 +193,7 @@ def _gamma_folded(model: ModelProto) -> None:
 
 
 def _signs_of_queries(model: ModelProto) -> None:
-    """Queries and keys with another sign: their products are the same."""
+    """Change the sign of queries and keys; their products are equal."""
     for kind in ("weight", "bias"):
         array = read(model, f"blocks.0.attn.qkv.{kind}")
         width = array.shape[-1] // 3
@@ -202,7 +202,7 @@ def _signs_of_queries(model: ModelProto) -> None:
 
 
 def _values_scaled(model: ModelProto) -> None:
-    """Values 4 times as large, and the projection's weights a quarter."""
+    """Multiply the values by 4 and divide the projection's weights by 4."""
     for kind in ("weight", "bias"):
         array = read(model, f"blocks.4.attn.qkv.{kind}")
         width = array.shape[-1] // 3
@@ -247,28 +247,28 @@ def _commented(model: ModelProto) -> None:
 
 
 def _commuted(model: ModelProto) -> None:
-    """The summands of every Add exchanged."""
+    """Swap the operands of every Add."""
     for node in model.graph.node:
         if node.op_type == "Add":
             node.input[:] = list(node.input)[::-1]
 
 
 def _biases_by_and_by(model: ModelProto) -> None:
-    """The head's bias in two parts, one of them behind the head."""
+    """Split the head's bias, one part added after the head."""
     bias = read(model, "head.bias")
     write(model, "head.bias", np.zeros_like(bias))
     _on("logits", lambda steps: steps.op("Add", steps.value, steps.const(bias)))(model)
 
 
 def _without_zero_points(model: ModelProto) -> None:
-    """Zero is what a missing zero point means in DequantizeLinear."""
+    """Remove zero points of 0 from DequantizeLinear, which is the default."""
     for node in model.graph.node:
         if node.op_type == "DequantizeLinear" and len(node.input) == 3:
             del node.input[2]
 
 
 def _scales_in_two(model: ModelProto) -> None:
-    """Half a weight's scale in DequantizeLinear, and its result doubled."""
+    """Halve a weight's scale in DequantizeLinear and double its result."""
     name = "blocks.2.mlp.fc1.weight/scale/fp16"
     write(model, name, read(model, name) / 2)
     doubled = "blocks.2.mlp.fc1/weight_DQ"
@@ -276,7 +276,7 @@ def _scales_in_two(model: ModelProto) -> None:
 
 
 def _int8_sign(model: ModelProto) -> None:
-    """A weight and its scale with another sign."""
+    """Change the sign of a weight and of its scale."""
     name = "blocks.2.attn.proj.weight"
     write(model, f"{name}/int8", -np.clip(read(model, f"{name}/int8"), -127, 127))
     negative = "blocks.2.attn.proj/weight_DQ"
@@ -284,7 +284,7 @@ def _int8_sign(model: ModelProto) -> None:
 
 
 def _int8_columns(model: ModelProto) -> None:
-    """The neurons of an MLP in another order, with their scales and shifts."""
+    """Permute the neurons of an MLP, with their scales and shifts."""
     fc1, fc2 = "blocks.3.mlp.fc1", "blocks.3.mlp.fc2"
     order = np.random.default_rng(0).permutation(len(read(model, f"{fc1}.bias")))
     for name in (f"{fc1}.weight/int8", f"{fc1}.weight/scale/fp16", f"{fc1}.bias"):

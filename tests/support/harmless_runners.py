@@ -1,4 +1,4 @@
-"""Runners that answer as a sound graph does, in another type, memory, batch or last bit."""
+"""Runners equivalent to a correct graph, with other types, memory, batches or rounding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Change = Callable[[Logits, int], NDArray[Any]]
 
 
 class _Changed(Closing):
-    """A sound runner whose logits (B, K) are changed, the call's number beside them."""
+    """Changes the logits (B, K) of a correct runner, given the number of the call."""
 
     def __init__(self, sound: Runner, change: Change) -> None:
         self._sound, self._change, self._number = sound, change, 0
@@ -30,7 +30,7 @@ class _Changed(Closing):
 
 
 class _OwnMemory(Closing):
-    """Every answer is written to the same memory, as far as it goes."""
+    """Writes all logits to the same memory."""
 
     def __init__(self, sound: Runner) -> None:
         self._sound, self._memory = sound, np.zeros((512, 10), np.float32)
@@ -42,7 +42,7 @@ class _OwnMemory(Closing):
 
 
 class _Parts(Closing):
-    """A runner with a smallest and a largest batch, and no profiles."""
+    """A runner with a minimum and a maximum batch size, without profiles."""
 
     def __init__(self, sound: Runner, smallest: int, largest: int) -> None:
         self._sound = sound
@@ -63,7 +63,7 @@ def _strided(logits: Logits, number: int) -> Logits:
 
 
 def _rounding(share: float, seed: Callable[[Logits, int], int]) -> Change:
-    """Noise of ``share`` of the logits' root mean square, drawn anew where ``seed`` differs."""
+    """Add noise of ``share`` times the logits' root mean square, seeded with ``seed``."""
 
     def change(logits: Logits, number: int) -> Logits:
         generator = np.random.default_rng(seed(logits, number))
@@ -90,7 +90,7 @@ def _engine(*profiles: tuple[int, int, int]) -> Callable[[Runner], Runner]:
 
 
 def _rounding_engine(share: float, profiles: Profiles) -> Callable[[Runner], Runner]:
-    """An engine whose profiles have kernels of their own, which round otherwise."""
+    """An engine whose profiles use different kernels with different rounding."""
 
     def mistake(logits: Logits, profile: int, batches: Any, kept: Any) -> Logits:
         generator = np.random.default_rng((profile, len(logits)))
@@ -109,13 +109,13 @@ HARMLESS_RUNNERS: dict[str, tuple[str, Callable[[Runner], Runner]]] = {
     "logits with a stride": ("fp32", _changed(_strided)),
     "logits that are read only": ("fp32", _changed(_read_only)),
     "the same memory for every answer": ("fp32", _OwnMemory),
-    # float32: 24 bits, sums of a hundred in another order
+    # float32: 24 bits, sums of 100 terms in another order
     "float32 rounding by the batch size": ("fp32", _changed(_rounding(1e-6, _by_size))),
     "float32 rounding in every call": ("fp32", _changed(_rounding(1e-6, _by_call))),
-    # float16: 11 bits, the sound graph itself is 60 dB from float32
+    # float16: 11 bits; the correct graph has 60 dB against float32
     "float16 rounding by the batch size": ("fp16", _changed(_rounding(5e-4, _by_size))),
     "float16 rounding in every call": ("fp16", _changed(_rounding(5e-4, _by_call))),
-    # int8: 41 dB from float32, and 61 dB between two batch sizes on ONNX Runtime
+    # int8: 41 dB against float32, and 61 dB between two batch sizes in ONNX Runtime
     "int8 rounding by the batch size": ("int8", _changed(_rounding(3e-3, _by_size))),
     "int8 rounding in every call": ("int8", _changed(_rounding(3e-3, _by_call))),
     "a largest batch of 8": ("fp32", lambda sound: _Parts(sound, 1, 8)),
@@ -129,7 +129,7 @@ HARMLESS_RUNNERS: dict[str, tuple[str, Callable[[Runner], Runner]]] = {
     "an engine with two alike": ("fp32", _engine((1, 8, 16), (1, 8, 16))),
     "an engine with a gap": ("fp32", _engine((1, 1, 1), (8, 16, 32))),
     "an engine with a large profile": ("fp32", _engine((1, 16, 200))),
-    # TF32 keeps 11 bits, as float16 does
+    # TF32: 11 bits, like float16
     "an fp32 engine that rounds by profile": ("fp32", _rounding_engine(3e-4, _THREE)),
     "an fp16 engine that rounds by profile": ("fp16", _rounding_engine(5e-4, _THREE)),
     "an int8 engine that rounds by profile": ("int8", _rounding_engine(3e-3, _THREE)),

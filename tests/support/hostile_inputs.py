@@ -1,8 +1,8 @@
-"""Two hundred inputs that were made to break clipdeploy, over all of its commands.
+"""Two hundred malformed inputs for all commands of clipdeploy.
 
-Each is a :class:`Hostile`: its ``make`` writes files below a folder and gives the command line.
-``{out}`` in a command line is a folder that only a successful command may make.  What is random is
-drawn from the number of the input, so that an input is the same in every run.
+Each is a :class:`Hostile`, whose ``make`` writes files to a folder and returns the command line.
+``{out}`` in a command line is a folder that only a successful command may create.  Random values
+are seeded with the number of the input.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ ODD_NAMES = (
 
 @dataclass(frozen=True)
 class Case:
-    """Where an input is made: ``root`` holds a workspace ``artifacts`` that may be damaged."""
+    """The folder of an input; ``root`` contains a workspace ``artifacts`` to damage."""
 
     root: Path
     demo: Workspace
@@ -67,7 +67,7 @@ class Case:
         return path
 
     def with_graphs(self, *kinds: str) -> None:
-        """The demo's files of those kinds, ``fp32.onnx`` or ``calibration.json``."""
+        """Copy files of the demo's workspace, such as ``fp32.onnx`` or ``calibration.json``."""
         folder = self.artifacts.folder(DEMO)
         folder.mkdir(parents=True, exist_ok=True)
         for kind in kinds:
@@ -77,7 +77,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Hostile:
-    """``codes``: the exit codes that it may have."""
+    """``codes``: allowed exit codes."""
 
     name: str
     make: Callable[[Case], list[Any]]
@@ -85,7 +85,7 @@ class Hostile:
 
 
 def hostile_inputs() -> list[Hostile]:
-    """All of them."""
+    """Return all inputs."""
     groups = (_passports, _kept_files, _settings, _images, _checkpoints, _names, _special, _graphs)
     return [each for group in groups for each in group()]
 
@@ -157,12 +157,12 @@ def _passport(number: int, edit: Edit) -> Callable[[Case], list[Any]]:
 
 
 def _used(number: int, graph: Path) -> list[Any]:
-    """A command line that reads ``graph``, as a file or as a part of the workspace."""
+    """Return a command line that reads ``graph``, as a file or from the workspace."""
     words = _USES[number % len(_USES)](graph)
     return words if graph in words else [*words, "--model", "demo"]
 
 
-# --- files that are kept in a workspace, and settings
+# --- files of a workspace, and settings
 
 _ROTTEN: tuple[Callable[[bytes, np.random.Generator], bytes], ...] = (
     lambda data, random: b"",
@@ -255,7 +255,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def _header(width: int, height: int) -> bytes:
-    """A PNG that says that it is so large, and holds a few bytes."""
+    """Return a PNG that claims this size but contains a few bytes."""
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     parts = (_chunk(b"IHDR", head), _chunk(b"IDAT", zlib.compress(bytes(9))), _chunk(b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
@@ -364,7 +364,7 @@ def _checkpoints() -> Iterator[Hostile]:
         yield Hostile(f"checkpoint-bytes-{number}", rotten)
 
 
-# --- names, and files that are none
+# --- names, and paths that are not regular files
 
 _TAKES_NAMES: tuple[Callable[[str], list[Any]], ...] = (
     lambda name: ["inspect", f"{name}.onnx"],
@@ -401,7 +401,7 @@ def _pipe(path: Path) -> None:
 
 
 def _socket(path: Path) -> None:
-    # A socket's path has at most 107 bytes, counted from the working folder.
+    # A socket's path is limited to 107 bytes, so a relative path is used.
     before = Path.cwd()
     os.chdir(path.parent)
     try:

@@ -1,4 +1,4 @@
-"""Processes that Ctrl-C reaches, also where the tests themselves are run with it ignored."""
+"""Starts processes that receive Ctrl-C, even if the tests run with it ignored."""
 
 from __future__ import annotations
 

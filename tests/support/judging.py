@@ -1,7 +1,7 @@
-"""Many runners judged in one verification, and what they are worth in service.
+"""Verifies many runners in one run, and measures their true drop.
 
-The true drop is found apart from the verifier: a runner answers all images in the batches in which
-its fault shows, and is held against PyTorch's answers.
+The true drop is measured without the verifier: a runner answers all images in batches in which its
+fault has an effect, and its answers are compared with PyTorch's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from clipdeploy.runners import Runner
 from clipdeploy.runners.base import Images, Logits
 from clipdeploy.verification import verifier
 from clipdeploy.verification.result import Row, Verification
-from clipdeploy.verification.results import Asked
+from clipdeploy.verification.results import ArtifactEntry
 from clipdeploy.verification.targets import Target
 from clipdeploy.verification.verdicts import judge_results
 from clipdeploy.verification.verifier import VerifyConfig, run_verification
@@ -45,7 +45,7 @@ CONFIG = VerifyConfig(max_drop=ALLOWED, batch=16, workers=0, threads=1)
 
 
 class Digits:
-    """Images as the graph takes them, (N, 3, 32, 32) float32, with the reference's answers."""
+    """Preprocessed images, (N, 3, 32, 32) float32, with the reference's answers."""
 
     def __init__(self, folder: ImageFolder, model: LoadedModel) -> None:
         spec = model.card.preprocess(model.recipe)
@@ -58,13 +58,13 @@ class Digits:
             self.reference: Logits = model.module(torch.from_numpy(self.images)).numpy()
 
     def drop(self, logits: Logits) -> float:
-        """Points of top-1 that these answers to all images lose against PyTorch's."""
+        """Return the points of top-1 that these answers lose against PyTorch's."""
         right = [(each.argmax(axis=1) == self.labels).mean() for each in (self.reference, logits)]
         return 100.0 * float(right[0] - right[1])
 
 
 def in_batches(run: Callable[[Images], Logits], images: Images, size: int) -> Logits:
-    """Answers to all images, ``size`` at once; the last ones are asked along with the first."""
+    """Answer all images in batches of ``size``; the last batch is filled with the first images."""
     filled = np.concatenate([images, images[: -len(images) % size]])
     parts = [run(filled[at : at + size]) for at in range(0, len(filled), size)]
     return np.concatenate(parts)[: len(images)]
@@ -77,9 +77,9 @@ def judge_runners(
     images: ImageFolder,
     config: VerifyConfig = CONFIG,
 ) -> dict[str, Row]:
-    """The row of every runner: each name has a precision and makes its runner.
+    """Return the row of every runner; each name maps to a precision and a factory.
 
-    ``template`` has a sound graph of each precision, whose passport the runners share.
+    ``template`` has a correct graph of each precision, whose passport the runners share.
     """
     found = verification_of(model, template, runners, images, config)
     return dict(zip(runners, found.rows, strict=True))
@@ -92,14 +92,14 @@ def verification_of(
     images: ImageFolder,
     config: VerifyConfig = CONFIG,
 ) -> Verification:
-    """The same, with what a verification says beside its rows."""
+    """Return the rows and the complete verification."""
     made = {Path(f"{number}.engine"): each for number, each in enumerate(runners.values())}
 
-    def opened(each: Target, **options: Any) -> tuple[Runner | None, Asked]:
+    def opened(each: Target, **options: Any) -> tuple[Runner | None, ArtifactEntry]:
         runner = made[each.path][1]()
         kind = "engine" if runner.profiles else "graph"
-        asked = Asked(str(each.path), kind, each.precision, f"{each.path}", runner.name)
-        return runner, asked
+        entry = ArtifactEntry(str(each.path), kind, each.precision, f"{each.path}", runner.name)
+        return runner, entry
 
     targets = [replace(template[precision], path=path) for path, (precision, _) in made.items()]
     with pytest.MonkeyPatch.context() as patch:
@@ -111,22 +111,22 @@ def verification_of(
 
 
 def decibels(row: Row) -> float:
-    """The signal to noise of a row's first answers; infinite where they are the reference's."""
+    """Return the SQNR of a row's first answers, infinite if equal to the reference's."""
     assert row.fidelity is not None
     return np.inf if row.fidelity.sqnr_db is None else row.fidelity.sqnr_db
 
 
 def never_silent(row: Row, sound: Row, drop: float) -> None:
-    """A verdict is never "equivalent" on a true drop (in points) that is larger than allowed.
+    """Assert that a true drop (in points) above the limit is never "equivalent".
 
-    Where the drop is within what is allowed, the fault is at least seen: another verdict, or
-    twice the sound graph's noise.
+    Below the limit the fault must at least be visible: another verdict, or twice the noise of the
+    correct graph.
     """
     assert row.verdict != "equivalent" or drop <= ALLOWED, f"silent: {drop:.1f} points, {row}"
-    assert row.verdict != "equivalent" or decibels(row) < decibels(sound) - 3, f"unseen: {row}"
+    assert row.verdict != "equivalent" or decibels(row) < decibels(sound) - 3, f"undetected: {row}"
 
 
 def largest_difference(one: NDArray[Any], other: NDArray[Any]) -> float:
-    """The largest difference of two logits, infinite where one is no number."""
+    """Return the largest difference of two logits, infinite if one is NaN."""
     difference = np.abs(one.astype(np.float64) - other.astype(np.float64))
     return float(np.nan_to_num(difference, nan=np.inf).max(initial=0.0))

@@ -1,4 +1,4 @@
-"""Results that no model was run for, to be read, joined and judged."""
+"""Creates results without running a model, to test reading, merging and verdicts."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from clipdeploy.core.passport import CLIP_MEAN, CLIP_STD, Preprocess, Recipe
 from clipdeploy.models import cards
 from clipdeploy.verification.records import Answer, ImageId, ImageRecord, Outcome
 from clipdeploy.verification.repeats import Repeat
-from clipdeploy.verification.results import Asked, BatchResult, Question, Results
+from clipdeploy.verification.results import ArtifactEntry, BatchResult, Results, RunKey
 
-__all__ = ["GRAPH", "QUESTION", "again", "make_results", "record"]
+__all__ = ["GRAPH", "RUN_KEY", "again", "make_results", "record"]
 
 REPEAT: dict[str, Any] = {
     "kind": "mixed",
@@ -26,8 +26,8 @@ REPEAT: dict[str, Any] = {
     "changed": 0,
 }
 
-GRAPH = Asked("fp32.onnx", "graph", "fp32", "a" * 64, "ONNX Runtime (CPU)")
-QUESTION = Question(
+GRAPH = ArtifactEntry("fp32.onnx", "graph", "fp32", "a" * 64, "ONNX Runtime (CPU)")
+RUN_KEY = RunKey(
     model=cards.DEMO,
     weights="b" * 64,
     random_weights=False,
@@ -52,7 +52,7 @@ QUESTION = Question(
 
 
 def answer(label: int | None, *, right: bool) -> Answer:
-    """An answer that is right about ``label``, or off by one with the label in the second place."""
+    """Return an answer with ``label`` first, or with another class first and it second."""
     label, known = label or 0, label is not None
     first = label if right else (label + 1) % 10
     top = (first, *(each for each in ((label + i) % 10 for i in range(10)) if each != first))
@@ -67,10 +67,10 @@ def record(
     finite: bool = True,
     labelled: bool = True,
 ) -> ImageRecord:
-    """Image ``number``, right or wrong for the reference and for each artifact."""
+    """Return the record of image ``number``, right or wrong for reference and artifacts."""
     label = number % 10 if labelled else None
-    figures: tuple[Any, ...] = (0.1, 0.4, 0.04, 0.999) if finite else (None,) * 4
-    outcomes = tuple(Outcome(answer(label, right=right), *figures) for right in artifacts)
+    metrics: tuple[Any, ...] = (0.1, 0.4, 0.04, 0.999) if finite else (None,) * 4
+    outcomes = tuple(Outcome(answer(label, right=right), *metrics) for right in artifacts)
     # Grey means as of noise: of no two images are they nearly equal.
     thumbnail = np.random.default_rng(number).integers(0, 256, 64, np.uint8).tobytes()
     digest = f"{number:064x}"
@@ -79,7 +79,7 @@ def record(
 
 
 def again(calls: int, **changes: Any) -> tuple[Repeat, ...]:
-    """So many calls for two images each that gave the same logits as the first time."""
+    """Return repeated calls of two images each with the same logits as the first time."""
     return tuple(
         Repeat(**{**REPEAT, **changes})  # type: ignore[arg-type]
         for _ in range(calls)
@@ -87,12 +87,12 @@ def again(calls: int, **changes: Any) -> tuple[Repeat, ...]:
 
 
 def make_results(records: Sequence[ImageRecord], **changes: Any) -> Results:
-    """Results of a whole run with these records, the question changed as given.
+    """Results of a whole run with these records, with the given changes of the run key.
 
-    Every image was asked again with another one, by each artifact.
+    Every image was repeated together with another one, on each artifact.
     """
-    question = replace(QUESTION, **{"images": len(records), **changes})
-    size = question.batch
+    run_key = replace(RUN_KEY, **{"images": len(records), **changes})
+    size = run_key.batch
     lanes = len(records[0].outcomes) if records else 0
     batches = tuple(
         BatchResult(
@@ -101,6 +101,6 @@ def make_results(records: Sequence[ImageRecord], **changes: Any) -> Results:
             (),
             (again(len(part)),) * lanes,
         )
-        for number in range(question.batches)
+        for number in range(run_key.batches)
     )
-    return Results(question, "digits", batches, "d" * 64)
+    return Results(run_key, "digits", batches, "d" * 64)

@@ -1,4 +1,4 @@
-"""Move nodes of a graph into local functions and branches, without changing what it computes."""
+"""Moves nodes of a graph into local functions and branches; the function is kept."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ _DOMAIN = "local"
 
 
 def _reads(nodes: Sequence[NodeProto]) -> list[str]:
-    """What nodes read, also from inside their branches."""
+    """Return the tensors that nodes read, including their branches."""
     return [name for node in nodes for name in (*node.input, *sorted(captured(node)))]
 
 
 def _cut(graph: GraphProto, prefix: str) -> tuple[int, list[NodeProto], list[str], list[str]]:
-    """Take out the nodes from the first to the last whose output's name starts with ``prefix``.
+    """Remove the nodes from the first to the last whose output's name starts with ``prefix``.
 
-    Where they were, what they are, what they read from elsewhere and what others read of them.
+    Returns their position, the nodes, the outer tensors that they read, and those of their outputs
+    that others read.
     """
     nodes = list(graph.node)
     places = [i for i, node in enumerate(nodes) if node.output[0].startswith(prefix)]
@@ -46,7 +47,7 @@ def _cut(graph: GraphProto, prefix: str) -> tuple[int, list[NodeProto], list[str
 
 
 def into_function(model: ModelProto, prefix: str) -> None:
-    """The nodes of ``prefix`` become a function, which is called in their place."""
+    """Replace the nodes of ``prefix`` by a call of a function."""
     first, nodes, inputs, outputs = _cut(model.graph, prefix)
     name = f"F{len(model.functions)}"
     if all(each.domain != _DOMAIN for each in model.opset_import):
@@ -58,13 +59,13 @@ def into_function(model: ModelProto, prefix: str) -> None:
 
 
 def into_branch(model: ModelProto, prefix: str) -> None:
-    """The nodes of ``prefix`` become both branches of an If; they read the rest from outside."""
+    """Move the nodes of ``prefix`` to both branches of an If, which captures outer tensors."""
     first, nodes, _, outputs = _cut(model.graph, prefix)
     there = f"{prefix}/choice"
     model.graph.initializer.append(numpy_helper.from_array(np.asarray(True), there))
     inner = [f"{name}/inside" for name in outputs]
     ends = [helper.make_node("Identity", [a], [b]) for a, b in zip(outputs, inner, strict=True)]
-    # Names inside may not be those of outside; the tensors that go out are called so there.
+    # Inner names must differ from outer ones, which are used for the outputs of the If.
     for node in [*nodes, *ends]:
         for names in (node.input, node.output):
             for index, name in enumerate(names):
@@ -80,7 +81,7 @@ def into_branch(model: ModelProto, prefix: str) -> None:
 
 
 def into_functions_and_branches(model: ModelProto, prefix: str) -> None:
-    """A function inside a branch inside a function."""
+    """Create a function inside a branch inside a function."""
     into_function(model, prefix)
     called = model.graph.node[[n.name for n in model.graph.node].index(f"{prefix}/call")].output[0]
     into_branch(model, called)

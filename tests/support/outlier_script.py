@@ -1,4 +1,4 @@
-"""``scripts/make_outlier_variants.py``, which is no package."""
+"""Loads ``scripts/make_outlier_variants.py`` as a module."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from clipdeploy.models import cards
 
 
 def channel_outliers(target: Path, seed: int) -> None:
-    """The demo's weights with the channel outliers of real CLIP ViTs, the function kept."""
+    """Return the demo's weights with the channel outliers of real CLIP ViTs; equivalent."""
     tensors = load_file(cards.demo_file("weights.safetensors"))
     target.parent.mkdir(parents=True, exist_ok=True)
     save_file(load_script("make_outlier_variants").add_channel_outliers(tensors, seed), target)

@@ -1,4 +1,4 @@
-"""Reading a report's page back: its text, its tags, and whatever it refers to."""
+"""Parses the page of a report: text, tags and references."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _REFERRING = ("src", "href", "xlink:href", "srcset", "data", "action", "poster")
 
 
 class Page(HTMLParser):
-    """What a browser would find."""
+    """The content of a page."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Page(HTMLParser):
 
     @property
     def text(self) -> str:
-        """The text of the body, blanks as one."""
+        """Return the text of the body with normalised white space."""
         return " ".join(" ".join(self._texts).split())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -71,5 +71,5 @@ def read_page(text: str) -> Page:
 
 
 def headings_of(markdown: str) -> list[str]:
-    """The second-level headings."""
+    """Return the second-level headings."""
     return re.findall(r"^## (.+)$", markdown, flags=re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Passports of real artifacts, edited by hand, one field at a time."""
+"""Edits single fields in passports of real artifacts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ EVERY = (*GRAPHS, "int8.engine")
 
 
 def with_engine(source: Workspace, root: Path) -> Path:
-    """A copy of the demo's workspace, and its INT8 graph compiled by TensorRT-RTX."""
+    """Copy the demo's workspace and compile its INT8 graph with TensorRT-RTX."""
     shutil.copytree(source.root, root)
     workspace = Workspace(root)
     graph, engine = workspace.graph(cards.DEMO, "int8"), workspace.engine(cards.DEMO, "int8")
@@ -53,7 +53,7 @@ def with_engine(source: Workspace, root: Path) -> Path:
 
 
 def a_three(folder: Path) -> Path:
-    """A held-out image of a 3."""
+    """Return a held-out image of a 3."""
     with zipfile.ZipFile(cards.demo_file("test.zip")) as archive:
         name = min(each for each in archive.namelist() if each.startswith("3/"))
         return Path(archive.extract(name, folder))
@@ -72,7 +72,7 @@ def leaves(raw: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def changed(value: Any) -> Any:
-    """Another value of the same type; of an empty field, any."""
+    """Return another value of the same type, or any value for an empty field."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
@@ -102,7 +102,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def restamp(path: Path, edit: Edit) -> None:
-    """Edit the passport that a graph holds, or the one inside an engine's."""
+    """Edit the passport in a graph, or the graph's passport in an engine's."""
     raw = json.loads(text_of(path))
     edit(raw["graph"] if path.suffix == ".engine" else raw)
     assert json.dumps(raw) != json.dumps(json.loads(text_of(path)))
@@ -129,7 +129,7 @@ def edits(*each: Edit) -> Edit:
 
 
 DIGITS = list("0123456789")
-# What it does, and the field that the message must name.
+# The edit, and the field that the message must name.
 FAULTS: dict[str, tuple[Edit, str]] = {
     "class names rolled": (put("class_names", [*DIGITS[1:], "0"]), "class_names[0]"),
     "class names backwards": (put("class_names", DIGITS[::-1]), "class_names[0]"),
@@ -158,7 +158,7 @@ FAULTS: dict[str, tuple[Edit, str]] = {
         "recipe.numerics",
     ),
     "another resize alone": (put("recipe.resize", "timm"), "exif_orientation|recipe.resize"),
-    "another model": (put("model", cards.find("clip-vit-base-p16").name), "another model"),
+    "another model": (put("model", cards.find("clip-vit-base-p16").name), "model is"),
     "another kind": (put("kind", "engine"), "kind"),
     "half an input": (put("input.dtype", "float16"), "input.dtype"),
     "another input": (put("input.name", "pixels"), "input.name"),

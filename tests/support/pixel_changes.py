@@ -1,4 +1,4 @@
-"""Changes of what decides a crop's pixels or the reference's logits, one at a time."""
+"""Code changes that affect a crop's pixels or the reference's logits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PIXEL_CHANGES = (
 
 
 def change_source(module: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Have the source of ``module``, which is loaded, taken from an edited copy."""
+    """Replace the source of the loaded ``module`` by an edited copy."""
     found = sys.modules[module].__spec__
     assert found is not None
     assert found.origin is not None
@@ -41,7 +41,7 @@ def change_source(module: str, monkeypatch: pytest.MonkeyPatch, folder: Path) ->
 
 
 def change_pixels(what: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Make one of :data:`PIXEL_CHANGES`."""
+    """Apply one of :data:`PIXEL_CHANGES`."""
     if what.startswith("clipdeploy."):
         change_source(what, monkeypatch, folder)
     elif what == "Pillow":

@@ -1,4 +1,4 @@
-"""Graphs with a fault in one Linear that is known."""
+"""Creates graphs with a known fault in one Linear."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Array = NDArray[Any]
 
 
 def edit(source: Path, target: Path, edits: dict[str, Callable[[Array], Array]]) -> Path:
-    """A copy of a graph in which some weights are what a function makes of them."""
+    """Copy a graph and change some of its weights with a function."""
     model = onnx.load(source)
     left = set(edits)
     for weight in model.graph.initializer:
@@ -40,17 +40,17 @@ def edit(source: Path, target: Path, edits: dict[str, Callable[[Array], Array]])
 
 
 def small_scale(source: Path, target: Path, linear: str) -> Path:
-    """The step of a Linear's input 8 times too small."""
+    """Make the step of a Linear's input 8 times too small."""
     return edit(source, target, {f"{linear}.input_scale": lambda step: step / 8})
 
 
 def small_weight_scale(source: Path, target: Path, linear: str) -> Path:
-    """All steps of a Linear's weight 8 times too small."""
+    """Make all steps of a Linear's weight 8 times too small."""
     return edit(source, target, {f"{linear}.weight/scale": lambda step: step / 8})
 
 
 def three_bits(source: Path, target: Path, linear: str) -> Path:
-    """A Linear's weight rounded to 3 bits: -3 to 3 in place of -127 to 127."""
+    """Round a Linear's weight to 3 bits: -3 to 3 instead of -127 to 127."""
     return edit(
         source,
         target,
@@ -59,10 +59,10 @@ def three_bits(source: Path, target: Path, linear: str) -> Path:
 
 
 def outlier_behind_gelu(source: Path, target: Path, block: int, size: float = 312.0) -> Path:
-    """An FP32 graph with a constant channel of ``size`` in fc2's input; its function is kept.
+    """Create an equivalent FP32 graph with a constant channel of ``size`` in fc2's input.
 
-    Nothing can be folded through GELU.  GELU(size + h) = size + h for such a size, so that the
-    channel's weights times its mean come off fc2's bias.
+    Scales cannot be folded through GELU.  GELU(size + h) = size + h for a large size, so the
+    channel's weights times its mean are subtracted from fc2's bias.
     """
     fc1, fc2 = f"blocks.{block}.mlp.fc1", f"blocks.{block}.mlp.fc2"
     channel = 5
@@ -86,7 +86,7 @@ def outlier_behind_gelu(source: Path, target: Path, block: int, size: float = 31
 
 
 def calibrated(graph: Path, target: Path, images: int = 24) -> CalibrationTable:
-    """The calibration of any of the demo's graphs on a few digits."""
+    """Calibrate one of the demo's graphs on a few digits."""
     digits = open_images(cards.demo_file("calibration.zip"))
     few = type(digits)(digits.root, digits.entries[:: len(digits.entries) // images][:images])
     passport = read_passport(graph)
@@ -100,7 +100,7 @@ def quantised(
     samples: Samples,
     config: QuantizeConfig = QuantizeConfig(min_sqnr=None),
 ) -> Path:
-    """The INT8 twin of any of the demo's graphs, calibrated on a few digits, however bad it is."""
+    """Calibrate one of the demo's graphs on a few digits and quantise it, without limits."""
     table = target.with_suffix(".json")
     calibrated(graph, table)
     quantize(graph, table, target, samples, config)

@@ -1,7 +1,7 @@
-"""More single mistakes in the float16 and the INT8 graph of the demo model.
+"""Faults in the float16 and the INT8 graph of the demo model.
 
-Those of :data:`graph_faults.FP32_FAULTS` that do not depend on the precision come first, then what
-only a conversion to float16 or to INT8 gets wrong.
+Those of :data:`graph_faults.FP32_FAULTS` that are possible in any precision come first, then faults
+of conversions to float16 and INT8.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["MORE_FP16_FAULTS", "MORE_INT8_FAULTS"]
 Array = NDArray[Any]
 _FC1, _PROJ = "blocks.2.mlp.fc1", "blocks.2.attn.proj"
 
-# Names in FP32_FAULTS of mistakes that a graph of any precision can have.
+# Names in FP32_FAULTS of faults that are possible in any precision.
 _ANY_PRECISION = (
     "the position grid transposed",
     "the class token forgotten",
@@ -68,7 +68,7 @@ def _plus_and_minus(number: float) -> Callable[[Steps], str]:
 
 
 def _squared_and_rooted(steps: Steps) -> str:
-    """The magnitude by way of 300 times its square, which float16 cannot hold."""
+    """Compute the magnitude from 300 times its square, which overflows float16."""
     scaled = steps.op("Mul", steps.value, _half(steps, 300.0))
     length = steps.op("Sqrt", steps.op("Mul", scaled, scaled))
     signed = steps.op("Mul", length, steps.op("Sign", steps.value))
@@ -99,7 +99,7 @@ def _residuals_in_bfloat16(model: ModelProto) -> None:
 
 
 def _in_function(model: ModelProto) -> None:
-    """The overflow is in a local function, which a checker may not look into."""
+    """Overflow in a local function, which a checker may skip."""
     by = helper.make_node("Constant", [], ["by"], value=_scalar(2.0**14))
     nodes = [by, helper.make_node("Mul", ["x", "by"], ["far"])]
     nodes.append(helper.make_node("Div", ["far", "by"], ["y"]))
@@ -112,7 +112,7 @@ def _in_function(model: ModelProto) -> None:
 
 
 def _in_branch(model: ModelProto) -> None:
-    """The overflow is in a branch of an If that is always taken."""
+    """Overflow in a branch of an If that is always taken."""
     steps = Steps(model, "blocks.2/Add_1")
     graphs = {}
     for key in ("then_branch", "else_branch"):
@@ -180,7 +180,7 @@ def _one_channel_larger(scale: Array) -> Array:
 
 
 def _fewer_bits(bits: int, *, per_tensor: bool = False) -> Edit:
-    """All int8 weights on a grid of so many bits, the scale of the largest where per tensor."""
+    """Round all int8 weights to fewer bits, or to one scale per tensor."""
 
     def edit(model: ModelProto) -> None:
         for weight in list(model.graph.initializer):
@@ -211,7 +211,7 @@ def _weights_exchanged(model: ModelProto) -> None:
 
 
 def _scale_of_rows(model: ModelProto) -> None:
-    """A scale an input channel instead of one an output channel; the weight is square."""
+    """Use scales per input channel instead of per output channel; the weight is square."""
     node = next(n for n in model.graph.node if n.name == f"{_PROJ}/weight_DQ")
     for attribute in node.attribute:
         if attribute.name == "axis":
@@ -219,7 +219,7 @@ def _scale_of_rows(model: ModelProto) -> None:
 
 
 def _quantised_to(value: str, scale: float) -> Edit:
-    """A tensor that should stay in floating point is quantised with this scale."""
+    """Quantise a tensor that should stay in floating point, with this scale."""
 
     def change(steps: Steps) -> str:
         step = steps.like(scale, steps.value)

@@ -1,8 +1,8 @@
-"""Faults by chance: noise, dropout that was left on, and batches that are spoilt now and then.
+"""Random faults: noise, active dropout, and occasionally wrong batches.
 
-The generators in a graph have seeds: ONNX Runtime draws the same numbers in each new session, and
-other ones in each call.  "By its images" means that a checksum of the batch's pixels decides: the
-same batch is spoilt every time, and another one with the same image in it is not.
+Random operators in a graph have seeds: ONNX Runtime draws the same numbers in each new session, and
+different ones in each call.  "By its images" means that a checksum of the batch's pixels decides:
+the same batch is wrong every time, and another batch with the same image is not.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _noise(scale: float) -> Change:
 
 
 def _dropout(share: float) -> Change:
-    """Elements that are zero at this rate, the others larger by as much."""
+    """Set elements to zero at this rate and scale the others up accordingly."""
 
     def change(steps: Steps) -> str:
         drawn = steps.op("RandomUniformLike", steps.value, seed=2.0)
@@ -54,7 +54,7 @@ def _bernoulli(steps: Steps) -> str:
 
 
 def _some_images(share: float) -> Change:
-    """Images at this rate get all logits turned by one class."""
+    """Rotate the logits of images by one class at this rate."""
 
     def change(steps: Steps) -> str:
         column = steps.op("Slice", steps.value, *(steps.const([n], np.int64) for n in (0, 1, 1)))
@@ -77,7 +77,7 @@ def _whole_batches(share: float) -> Change:
 
 
 def _by_images(share: float, wrong: Change, least: int = 1, factor: float = 137.0) -> Change:
-    """Whole batches at this rate, as a checksum of the pixels decides, of ``least`` images on."""
+    """Spoil batches of at least ``least`` images at this rate, by a checksum of the pixels."""
 
     def change(steps: Steps) -> str:
         total = steps.op("ReduceSum", steps.op("Cast", "image", to=11), keepdims=0)
@@ -124,7 +124,7 @@ RANDOM_FAULTS: dict[str, BatchFault] = {
         )
     },
 }
-# Not one batch has to be spoilt here: what is shown is the rate over many.
+# A single run may contain no wrong batch; the rate holds over many.
 SPOILT_BATCHES: dict[str, tuple[BatchFault, float]] = {
     f"{percent} % of batches {what}, by their images": (
         BatchFault(_on("logits", _by_images(percent / 100, wrong)), (16,)),
@@ -172,7 +172,7 @@ def _one_wrong(logits: Logits, last: Logits) -> Logits:
     return logits
 
 
-# A fresh generator for every runner: made by a call.
+# A function, so that every runner has a new generator.
 CALL_FAULTS: dict[str, tuple[Callable[[], Spoil], float]] = {
     name: (lambda share=share, wrong=wrong, seed=seed: _now_and_then(share, wrong, seed), share)
     for seed, (name, share, wrong) in enumerate(

@@ -1,7 +1,7 @@
 """A second, independent implementation of the classifier: textbook formulas, float64 numpy.
 
-It takes a checkpoint's own tensors (timm's names) and shares no code with
-``clipdeploy.models.vit``: the class token is concatenated, every block computes every token,
+It reads the tensors of a checkpoint (timm's names) and shares no code with
+``clipdeploy.models.vit``: the class token is concatenated, every block computes every token, and
 nothing is folded.
 """
 
@@ -32,7 +32,7 @@ def _softmax(x: F64) -> F64:
 
 
 def _patches(images: F64, patch: int) -> F64:
-    """(B, 3, S, S) -> (B, G * G, 3 * patch * patch), patches row by row from the top left."""
+    """(B, 3, S, S) -> (B, G * G, 3 * patch * patch), patches in row-major order."""
     batch, channels, size, _ = images.shape
     rows = []
     for top in range(0, size - patch + 1, patch):
@@ -51,7 +51,7 @@ def reference_logits(
     depth: int,
     eps: float = 1e-5,
 ) -> F64:
-    """Logits (B, classes) of images (B, 3, S, S), normalised."""
+    """Return logits (B, classes) of normalised images (B, 3, S, S)."""
     w = {name: np.asarray(value, np.float64) for name, value in tensors.items()}
 
     def linear(x: F64, name: str) -> F64:

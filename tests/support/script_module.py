@@ -1,4 +1,4 @@
-"""A script of ``scripts/``, which is no package, as a module."""
+"""Loads scripts of ``scripts/`` as modules."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
 def load_script(name: str) -> ModuleType:
-    """``scripts/NAME.py``, read once; it finds the scripts beside it."""
+    """Load ``scripts/NAME.py`` once; it can import other scripts in its folder."""
     known = f"scripts.{name}"
     if known not in sys.modules:
         spec = importlib.util.spec_from_file_location(known, SCRIPTS / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        # A dataclass with postponed annotations looks its module up.
+        # Dataclasses with postponed annotations look up their module.
         with mock.patch.object(sys, "path", [str(SCRIPTS), *sys.path]):
             sys.modules[known] = module
             spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""Graphs that give more or fewer rows or classes than they should."""
+"""Graphs that return a wrong number of rows or classes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _on_logits(change: Callable[[Steps], str]) -> Edit:
     def edit(model: ModelProto) -> None:
         steps = Steps(model, "logits")
         steps.finish(change(steps))
-        # The shape that the file declares is not what it gives; ONNX Runtime would refuse it.
+        # The declared shape would be wrong, which ONNX Runtime rejects.
         model.graph.output[0].type.tensor_type.ClearField("shape")
         del model.graph.value_info[:]
 
@@ -43,14 +43,14 @@ def _twice(axis: int) -> Callable[[Steps], str]:
 
 
 def _filled_up(steps: Steps) -> str:
-    """Rows of zeros up to the next multiple of 8."""
+    """Append rows of zeros up to the next multiple of 8."""
     rest = steps.op("Mod", steps.op("Neg", _size(steps)), _whole(steps, 8))
     pads = steps.op("Concat", _whole(steps, 0, 0), rest, _whole(steps, 0), axis=0)
     return steps.op("Pad", steps.value, pads)
 
 
 def _sixteen(steps: Steps) -> str:
-    """Sixteen rows whatever comes, as if the batch had been fixed at export."""
+    """Return sixteen rows for any batch, as if the batch had been fixed at export."""
     pads = steps.op("Pad", steps.value, _whole(steps, 0, 0, 16, 0))
     return steps.op("Slice", pads, _whole(steps, 0), _whole(steps, 16), _whole(steps, 0))
 
@@ -60,7 +60,7 @@ def _one_more_column(steps: Steps) -> str:
 
 
 def _branches(limit: int, taken: str) -> Callable[[Steps], str]:
-    """Above ``limit`` images the rows come twice, or the last of them is lost."""
+    """Repeat the rows, or drop the last one, above ``limit`` images."""
 
     def change(steps: Steps) -> str:
         if taken == "twice":
@@ -103,7 +103,7 @@ SHAPE_FAULTS: dict[str, Edit] = {
 
 
 def _squeezed_shape(steps: Steps) -> str:
-    """The shape without its first number where that is 1."""
+    """Remove the first axis if its size is 1."""
     one = steps.op("Equal", _size(steps), _whole(steps, 1))
     shape = steps.op("Shape", steps.value)
     begin = steps.op("Cast", one, to=TensorProto.INT64)

@@ -1,4 +1,4 @@
-"""Graphs in which several nodes read one constant, and their twins in which each has its own."""
+"""Creates equivalent graphs with shared and with separate constants."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from onnx import ModelProto
 
 __all__ = ["KINDS", "alike", "apart", "shared"]
 
-# Which weights become equal: the first that matches gives its values to the others of its shape.
+# Weights to make equal: the first match is copied to the others of its shape.
 KINDS = {
     "gains": r"norm\d?\.weight$",
     "offsets": r"norm\d?\.bias$",
@@ -23,7 +23,7 @@ KINDS = {
 
 
 def alike(source: Path, target: Path, kind: str) -> Path:
-    """A copy of a graph in which all weights of a kind and a shape have the same values."""
+    """Copy a graph and give all weights of a kind and a shape the same values."""
     model = onnx.load(source)
     first: dict[tuple[str, tuple[int, ...]], onnx.TensorProto] = {}
     for weight in model.graph.initializer:
@@ -36,7 +36,7 @@ def alike(source: Path, target: Path, kind: str) -> Path:
 
 
 def shared(source: Path, target: Path) -> Path:
-    """A copy of a graph in which equal constants are one constant."""
+    """Copy a graph and merge equal constants."""
     model = onnx.load(source)
     names: dict[tuple[int, tuple[int, ...], bytes], str] = {}
     renamed: dict[str, str] = {}
@@ -54,7 +54,7 @@ def shared(source: Path, target: Path) -> Path:
 
 
 def apart(model: ModelProto) -> bool:
-    """Whether no two nodes of ``model`` read the same weight of more than one axis or element."""
+    """Return whether no two nodes of ``model`` share a weight of several axes or elements."""
     weights = {w.name for w in model.graph.initializer if len(w.dims)}
     readers = [name for node in model.graph.node for name in node.input if name in weights]
     return len(readers) == len(set(readers))

@@ -1,4 +1,4 @@
-"""Pseudo-terminals of a given width, and what stands on them in the end."""
+"""Runs programs in pseudo-terminals of a given width and reads the final screen."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ import pyte
 
 __all__ = ["COLOUR", "CONTROL", "Terminal", "screen", "terminal"]
 
-# What no file is to hold: escape sequences, and the carriage returns of progress bars.
+# Not allowed in files: escape sequences, and carriage returns of progress bars.
 CONTROL = re.compile(rb"[\x00-\x08\x0b-\x1f\x7f]")
 # Select Graphic Rendition with a colour among its parameters (ECMA-48, 8.3.117; 90 on: aixterm).
 COLOUR = re.compile(rb"\x1b\[(?:[0-9;]*;)?(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;[0-9;]*)?m")
-# Wider and higher than anything: what is too long is to be seen, not wrapped or gone.
+# Larger than any output, so that overlong lines are neither wrapped nor lost.
 _WIDE, _HIGH = 1000, 2000
 
 
 @dataclass
 class Terminal:
-    """``path`` is the device; ``raw`` is all that was written to it, once the block has ended."""
+    """``path`` is the device; ``raw`` is its output, available after the block."""
 
     path: str
     raw: bytes = b""
@@ -35,17 +35,17 @@ class Terminal:
 
     @property
     def lines(self) -> list[str]:
-        """The lines that are seen in the end."""
+        """Return the lines of the final screen."""
         return screen(self.raw)
 
 
 @contextmanager
 def terminal(columns: int, rows: int = 50) -> Iterator[Terminal]:
-    """A terminal of that size for the block."""
+    """Open a terminal of this size during the block."""
     master, slave = os.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     opened = Terminal(os.ttyname(slave))
-    # It has to be read all the while: a full one stops who writes.
+    # Read continuously, because a full terminal blocks its writer.
     reader = threading.Thread(target=_read, args=(master, opened._parts))
     reader.start()
     try:
@@ -62,7 +62,7 @@ def _read(master: int, parts: list[bytes]) -> None:
         try:
             data = os.read(master, 1 << 16)
         except OSError as error:
-            if error.errno != errno.EIO:  # Linux's way to say that all have closed it
+            if error.errno != errno.EIO:  # on Linux: all writers have closed it
                 raise
             return
         if not data:
@@ -71,7 +71,7 @@ def _read(master: int, parts: list[bytes]) -> None:
 
 
 def screen(raw: bytes) -> list[str]:
-    """What a terminal shows that never wraps, without the empty lines at its end."""
+    """Return the screen of a terminal that never wraps, without trailing empty lines."""
     shown = pyte.Screen(_WIDE, _HIGH)
     pyte.ByteStream(shown).feed(raw)
     lines = []

@@ -1,6 +1,6 @@
-"""A server that speaks Triton's own gRPC protocol over one packaged graph, on ONNX Runtime.
+"""A server with Triton's gRPC protocol that runs one packaged graph with ONNX Runtime.
 
-It reads the model's ``config.pbtxt`` as Triton does and refuses a request that it forbids.
+It reads the model's ``config.pbtxt`` like Triton and rejects requests that violate it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NUMPY = {"FP32": np.float32, "FP16": np.float16, "UINT8": np.uint8}
 
 
 def read_config(folder: Path) -> Any:
-    """``config.pbtxt`` of a model, by Triton's own protobuf; an unknown field is an error."""
+    """Parse ``config.pbtxt`` with Triton's protobuf; an unknown field is an error."""
     text = (folder / "config.pbtxt").read_text(encoding="utf-8")
     return text_format.Parse(text, model_config_pb2.ModelConfig())
 
@@ -54,7 +54,7 @@ class _Model(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
 
 @contextmanager
 def serving(folder: Path) -> Iterator[tuple[str, list[int]]]:
-    """Serve a model; its address, and the batch of each request as they come."""
+    """Serve a model; yield the address and the list of batch sizes of the requests."""
     server, model = grpc.server(ThreadPoolExecutor(1)), _Model(folder)
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(model, server)
     port = server.add_insecure_port("127.0.0.1:0")

@@ -1,4 +1,4 @@
-"""``clipdeploy verify`` as a user types it, on the demo's test digits."""
+"""Runs ``clipdeploy verify`` on the demo's test digits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from clipdeploy.models import cards
 __all__ = ["FEW", "TEST", "good", "merge", "refused", "run", "verify"]
 
 TEST = cards.demo_file("test.zip")
-# 64 images without a difference prove a drop below 5.7 points.
+# With 64 images and no difference a drop below 5.7 points is proven.
 FEW = ("--limit", "64", "--max-drop", "6", "--batch", "8", "--workers", "0")
 
 

@@ -1,10 +1,11 @@
-// Classify raw images.  Written by clipdeploy.
+// Classifies raw images.  Written by clipdeploy.
 //
 //     classify MODEL IMAGES.raw [LOGITS.txt]
 //
-// IMAGES.raw holds one image after another, as the model's input takes them (no header).  Prints a
-// line of logits for each, with enough digits to read the very same floats back.  With LOGITS.txt,
-// such lines from elsewhere, it also compares: an error above 1 % of the largest logit ends with 1.
+// IMAGES.raw has the images one after another, in the model's input format and without a header.
+// Prints one line of logits per image, with enough digits to restore the same floats.  LOGITS.txt
+// has the expected logits in this format; the exit code is 1 if an error exceeds 1 % of the largest
+// logit.
 
 #include <algorithm>
 #include <cmath>
@@ -42,33 +43,33 @@ std::vector<float> to_floats(const std::vector<char>& raw, Element element) {
 std::int64_t count_images(const Model& model, std::size_t bytes) {
   const std::size_t one = model.input.bytes();
   if (bytes == 0 || bytes % one != 0) {
-    throw std::runtime_error("the images have " + std::to_string(bytes) + " bytes, one has " +
+    throw std::runtime_error("the images have " + std::to_string(bytes) + " bytes, one image has " +
                              std::to_string(one));
   }
   const auto count = static_cast<std::int64_t>(bytes / one);
   const auto batch = model.input.shape[0];
   if (batch > 0 && batch != count) {
-    throw std::runtime_error("the model takes " + std::to_string(batch) +
-                             " images at once, here are " + std::to_string(count));
+    throw std::runtime_error("the model has a fixed batch of " + std::to_string(batch) +
+                             " images, the file has " + std::to_string(count));
   }
   return count;
 }
 
-// Whether the logits are those in a file, as far as two processors can agree.
+// Whether the logits match those in a file, within the differences between processors.
 bool agrees(const std::vector<float>& logits, const std::string& path) {
   std::ifstream stream(path);
   if (!stream) throw std::runtime_error("cannot read " + path);
   const std::vector<float> expected{std::istream_iterator<float>(stream),
                                     std::istream_iterator<float>()};
   if (expected.size() != logits.size()) {
-    throw std::runtime_error(path + " holds " + std::to_string(expected.size()) +
-                             " logits, here are " + std::to_string(logits.size()));
+    throw std::runtime_error(path + " has " + std::to_string(expected.size()) +
+                             " logits, the model computed " + std::to_string(logits.size()));
   }
   float worst = 0.0f;
   float largest = 0.0f;
   for (std::size_t index = 0; index < logits.size(); ++index) {
     const float error = std::abs(logits[index] - expected[index]);
-    // A NaN is worse than any number.
+    // A NaN counts as an infinite difference.
     worst = std::max(worst, std::isnan(error) ? std::numeric_limits<float>::infinity() : error);
     largest = std::max(largest, std::abs(expected[index]));
   }

@@ -1,4 +1,4 @@
-// A classifier, whichever library runs it.  Written by clipdeploy.
+// The interface of a classifier, for every runtime.  Written by clipdeploy.
 #pragma once
 
 #include <cmath>
@@ -16,17 +16,17 @@ inline std::size_t bytes_of(Element element) {
   return element == Element::kUint8 ? 1 : element == Element::kFloat16 ? 2 : 4;
 }
 
-// A tensor of shape (batch, ...); a batch below 1 is any batch.
+// A tensor of shape (batch, ...); a batch below 1 is dynamic.
 struct Tensor {
   std::string name;
   Element element = Element::kFloat32;
   std::vector<std::int64_t> shape;
 
-  // Of one image, or of its logits.
+  // The number of elements of one image, or of its logits.
   std::size_t elements() const {
     std::size_t product = 1;
     for (std::size_t axis = 1; axis < shape.size(); ++axis) {
-      if (shape[axis] < 1) throw std::runtime_error(name + " has a free axis beside the batch");
+      if (shape[axis] < 1) throw std::runtime_error(name + " has a dynamic axis besides the batch");
       product *= static_cast<std::size_t>(shape[axis]);
     }
     return product;
@@ -37,14 +37,14 @@ struct Tensor {
 class Model {
  public:
   virtual ~Model() = default;
-  // Raw images, one after another, as the input takes them -> raw logits of each.
+  // Raw images, one after another in the input format -> raw logits of each.
   virtual std::vector<char> run(const std::vector<char>& images, std::int64_t count) = 0;
 
   Tensor input;
   Tensor output;
 };
 
-// Throws std::runtime_error with the library's own words.
+// Throws std::runtime_error with the message of the library.
 std::unique_ptr<Model> load_model(const std::string& path);
 
 // IEEE 754 binary16 -> binary32, exact.

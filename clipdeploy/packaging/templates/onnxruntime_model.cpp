@@ -1,5 +1,5 @@
-// The model as an ONNX graph on ONNX Runtime, through its C API, which is stable between versions:
-// headers of one version run on a library of any later one.
+// Runs an ONNX graph on ONNX Runtime through its C API, which is stable: a program built with the
+// headers of one version runs with the library of any later version.
 
 #include <onnxruntime_c_api.h>
 
@@ -23,7 +23,7 @@ void check(OrtStatus* status) {
   throw std::runtime_error("ONNX Runtime: " + message);
 }
 
-// Each of the C API's types has a release function of its own.
+// Each type of the C API has a separate release function.
 struct Release {
   void operator()(OrtEnv* it) const { api().ReleaseEnv(it); }
   void operator()(OrtSession* it) const { api().ReleaseSession(it); }
@@ -35,7 +35,7 @@ struct Release {
 template <typename T>
 using Owned = std::unique_ptr<T, Release>;
 
-// Call a function of the C API that hands out what it made through its last argument.
+// Calls a function of the C API that returns a new object through its last argument.
 template <typename T, typename Function, typename... Arguments>
 Owned<T> made_by(Function function, Arguments... arguments) {
   T* made = nullptr;
@@ -63,7 +63,7 @@ Tensor describe(const std::string& name, const OrtTypeInfo* type) {
   for (const Element known : {Element::kUint8, Element::kFloat16, Element::kFloat32}) {
     if (onnx_type(known) == element) return {name, known, shape};
   }
-  throw std::runtime_error(name + " has an element type that this program does not know");
+  throw std::runtime_error(name + " has an element type that this program does not support");
 }
 
 class OnnxRuntimeModel final : public Model {
@@ -74,7 +74,7 @@ class OnnxRuntimeModel final : public Model {
                                        OrtMemTypeDefault)) {
     const auto options = made_by<OrtSessionOptions>(api().CreateSessionOptions);
 #ifdef EXACT_INT8
-    // Without VNNI ONNX Runtime's fast INT8 kernels saturate, and lose accuracy.
+    // On CPUs without VNNI, ONNX Runtime's fast INT8 kernels saturate and lose accuracy.
     check(api().AddSessionConfigEntry(options.get(), "session.x64quantprecision", "1"));
 #endif
     const std::basic_string<ORTCHAR_T> file(path.begin(), path.end());
@@ -87,7 +87,7 @@ class OnnxRuntimeModel final : public Model {
   std::vector<char> run(const std::vector<char>& images, std::int64_t count) override {
     std::vector<std::int64_t> shape = input.shape;
     shape[0] = count;
-    // ONNX Runtime does not write to an input; its C API has no const view of one.
+    // ONNX Runtime does not write to inputs, but its C API takes no const pointer.
     const auto value = made_by<OrtValue>(
         api().CreateTensorWithDataAsOrtValue, memory_.get(), const_cast<char*>(images.data()),
         images.size(), shape.data(), shape.size(), onnx_type(input.element));
@@ -106,7 +106,7 @@ class OnnxRuntimeModel final : public Model {
  private:
   template <typename Name, typename Type>
   Tensor tensor(Name name_of, Type type_of) {
-    OrtAllocator* allocator = nullptr;  // ONNX Runtime's own, never freed
+    OrtAllocator* allocator = nullptr;  // belongs to ONNX Runtime, never freed
     check(api().GetAllocatorWithDefaultOptions(&allocator));
     char* text = nullptr;
     check(name_of(session_.get(), 0, allocator, &text));

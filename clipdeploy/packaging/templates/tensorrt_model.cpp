@@ -1,6 +1,6 @@
-// The model as an engine of TensorRT, or of TensorRT-RTX, on the first GPU.
+// Runs an engine of TensorRT or TensorRT-RTX on the first GPU.
 //
-// Host code inside an engine stays disallowed (IRuntime::setEngineHostCodeAllowed is never called).
+// Host code in engines stays disabled (IRuntime::setEngineHostCodeAllowed is never called).
 
 #include <NvInfer.h>
 #include <cuda_runtime_api.h>
@@ -30,7 +30,7 @@ class Logger final : public nvinfer1::ILogger {
   }
 };
 
-// Memory on the GPU.
+// GPU memory.
 class Buffer {
  public:
   explicit Buffer(std::size_t bytes) { check(cudaMalloc(&data_, bytes)); }
@@ -50,7 +50,7 @@ Element element_of(nvinfer1::DataType type, const std::string& name) {
     case nvinfer1::DataType::kFLOAT: return Element::kFloat32;
     default: break;
   }
-  throw std::runtime_error(name + " has an element type that this program does not know");
+  throw std::runtime_error(name + " has an element type that this program does not support");
 }
 
 class TensorRtModel final : public Model {
@@ -101,7 +101,7 @@ class TensorRtModel final : public Model {
     check(cudaMemcpyAsync(to, from, bytes, kind, stream_));
   }
 
-  // The first profile that takes this many images.
+  // Chooses the first profile that accepts this many images.
   void choose_profile(std::int64_t count) {
     const char* const name = input.name.c_str();
     for (std::int32_t index = 0; index < engine_->getNbOptimizationProfiles(); ++index) {
@@ -113,11 +113,12 @@ class TensorRtModel final : public Model {
       check(context_->setInputShape(name, high), "take this many images");
       return;
     }
-    throw std::runtime_error("no profile of the engine takes " + std::to_string(count) + " images");
+    throw std::runtime_error("no profile of the engine accepts " + std::to_string(count) +
+                             " images");
   }
 
   Logger logger_;
-  // Destroyed from the last to the first, as TensorRT asks for.
+  // Members are destroyed in reverse order, as TensorRT requires.
   std::unique_ptr<nvinfer1::IRuntime> runtime_;
   std::unique_ptr<nvinfer1::ICudaEngine> engine_;
   std::unique_ptr<nvinfer1::IExecutionContext> context_;

@@ -9,7 +9,7 @@ from calibration.qdq import QuantizeConfig
 from clipdeploy.benchmark import BenchmarkConfig
 from clipdeploy.core.errors import UsageError
 from clipdeploy.core.passport import Precision, Recipe
-from clipdeploy.core.paths import hold_paths
+from clipdeploy.core.paths import convert_paths
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.models.load import WeightsChoice
 from clipdeploy.stages.calibrate import CalibrateConfig
@@ -64,7 +64,7 @@ class DeployConfig:
     cpp: Path | None = None
 
     def __post_init__(self) -> None:
-        hold_paths(self, "val", "calibration", "quantize_recipe", "triton", "cpp")
+        convert_paths(self, "val", "calibration", "quantize_recipe", "triton", "cpp")
         unknown = set(self.precisions) - set(PRECISIONS)
         if unknown:
             raise UsageError(f"no engine is built in {unknown.pop()}", hint="fp32, fp16 or int8")

@@ -75,8 +75,8 @@ def _places(workspace: Workspace, model: str, config: DeployConfig) -> list[Path
 def _judged(judgement: Judgement) -> dict[str, str]:
     """The artifacts that were run, and the SHA-256 of the files as they were then."""
     assert judgement.evidence is not None
-    artifacts = judgement.evidence.results.question.artifacts
-    return {asked.artifact: asked.sha256 for asked in artifacts if asked.runner}
+    artifacts = judgement.evidence.results.run_key.artifacts
+    return {entry.artifact: entry.sha256 for entry in artifacts if entry.runner}
 
 
 def _refuse_changed(artifact: Path, judgement: Judgement) -> None:

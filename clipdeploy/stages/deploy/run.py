@@ -25,7 +25,7 @@ from typing import Protocol
 from calibration.qdq import QuantizeConfig, QuantizedGraph
 from calibration.recipe import load_recipe
 from calibration.table import load_table
-from clipdeploy.benchmark.cached import KeptBenchmark, keep_benchmark
+from clipdeploy.benchmark.cached import CachedBenchmark, cached_benchmark
 from clipdeploy.core.device import gpus
 from clipdeploy.core.passport import Passport, Precision
 from clipdeploy.core.progress import SILENT, Progress
@@ -195,7 +195,7 @@ class _Run:
         self._name_skipped(made.verification.skipped)
         return made
 
-    def _benchmark(self) -> KeptBenchmark:
+    def _benchmark(self) -> CachedBenchmark:
         assert self.config.benchmark is not None
         engines = [engine.path for engine in self.engines.values()]
         chosen = self.config.precision
@@ -205,7 +205,7 @@ class _Run:
         # Without a GPU no engine runs: graphs are compared, and the engine is said not to be.
         compared = engines if gpus() else [*graphs, self.workspace.engine(self.model, chosen)]
         measure = partial(
-            keep_benchmark,
+            cached_benchmark,
             compared,
             self.workspace.benchmark(self.model),
             self.config.benchmark,
@@ -226,12 +226,12 @@ class _Run:
         return self.log.run("package", package, _any_changed)
 
     def _summary(
-        self, judgement: Judgement, kept: KeptBenchmark | None, packages: Packages
+        self, judgement: Judgement, cached: CachedBenchmark | None, packages: Packages
     ) -> Deployment:
         verification = judgement.verification
         assert verification is not None  # only a shard has none
         engines, images = tuple(self.engines.values()), self._calibration_images()
-        benchmark = kept.benchmark if kept else None
+        benchmark = cached.benchmark if cached else None
         result = Deployment(
             model=self.model,
             precision=self.config.precision,

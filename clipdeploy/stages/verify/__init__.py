@@ -1,1 +1,1 @@
-"""Set up a verification, run it, merge its shards."""
+"""Verifies artifacts against PyTorch: set-up, run, merge of shards."""

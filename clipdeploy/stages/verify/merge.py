@@ -1,4 +1,4 @@
-"""Shards of a verification -> the verdict of one run."""
+"""Merges the shards of a verification and returns the verdict of one run."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def merge_verification(
     note: Callable[[str], object] = lambda text: None,
     progress: Progress = SILENT,
 ) -> Judgement:
-    """Shards -> the verdict of one run; without ``parts``, all shards of the workspace.
+    """Merge shards and return the verdict; without ``parts``, all shards of the workspace.
 
-    ``limits`` as a number are points of top-1.  The artifacts have to be the files that the shards
-    judged, and every image the file that its record is of; labels that ``scope`` names have to be
-    those that the shards were judged by.  ``data`` is where the images are, if
-    not where the first shard found them; without them the result says that they were not compared.
-    Shards are removed once they are joined.
+    ``limits`` as a number are points of top-1. The artifacts must be the files that the shards
+    judged, and every image the file of its record; labels named in ``scope`` must be those that the
+    shards were judged by. ``data`` is the location of the images, if it is not that of the first
+    shard; if the images are missing, the result notes that they were not compared. Merged shards
+    are removed.
 
     Raises:
         ClipdeployError: a shard is missing, damaged, or of another run, or an artifact or an image
@@ -57,21 +57,21 @@ def merge_verification(
     data = as_path(data)
     found = parts or sorted(workspace.folder(model).glob("verification.*-of-*.jsonl"))
     results = merge_results([read_results(path) for path in found])
-    if results.question.model != model:
+    if results.run_key.model != model:
         raise ArtifactError(
-            f"the shards are of {results.question.model}, not of {model}",
-            hint=f"pass --model {results.question.model}",
+            f"the shards are of {results.run_key.model}, not of {model}",
+            hint=f"pass --model {results.run_key.model}",
         )
     images = data or Path(results.data)
     if scope.labelling != Labelling():
         _, passport = workspace.source(model)
         check_labels(results, open_labelled(images, passport, scope.labelling, note))
     missing = _compare_with_disk(results, images, progress)
-    kept = workspace.verification(model)
-    with sole_writer(kept, "clipdeploy verify merge"):
-        save_results(kept, results)
+    saved = workspace.verification(model)
+    with sole_writer(saved, "clipdeploy verify merge"):
+        save_results(saved, results)
     for path in found:
-        if path.resolve() != kept.resolve():
+        if path.resolve() != saved.resolve():
             with file_errors("remove", path):
                 path.unlink(missing_ok=True)
     result = judge_results(results, limits, scope.expected)
@@ -85,11 +85,11 @@ def merge_verification(
         )
     different = workspace.disagreements(model)
     write_atomic(different, disagreements_csv(results))
-    return Judgement(result, kept, different, Evidence(results))
+    return Judgement(result, saved, different, Evidence(results))
 
 
 def _compare_with_disk(results: Results, data: Path, progress: Progress) -> tuple[str, ...]:
-    """Hold the records against the files; a sentence if the images are not there.
+    """Compare the records with the files; return a sentence if the images are missing.
 
     Raises:
         ArtifactError, DatasetError, FileError: an artifact or an image has changed.
@@ -124,9 +124,10 @@ def _diagnose_merged(
             passport.preprocess,
             images,
             results.records,
-            results.question.class_names,
+            results.run_key.class_names,
             progress,
         )
     except ClipdeployError as error:
-        note(f"the cause was not looked for: {error}")
+        note(f"possible causes were not tried: {error}")
+
         return result.baseline

@@ -1,4 +1,4 @@
-"""Records against the files that they are of, before shards of other machines are believed."""
+"""Compares the records of shards with the files on disk before they are merged."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ __all__ = ["check_against_disk", "check_artifacts", "check_labels"]
 
 
 def check_artifacts(results: Results) -> None:
-    """Make sure that every artifact is still the file that the records are of.
+    """Check that every artifact is still the file that was judged.
 
     Raises:
-        ArtifactError: it is another one, or gone.
+        ArtifactError: it has changed or is missing.
         FileError: it cannot be read.
     """
-    for asked in results.question.artifacts:
-        path = Path(asked.artifact)
+    for entry in results.run_key.artifacts:
+        path = Path(entry.artifact)
         if not path.exists():
             raise ArtifactError(
-                f"{path} is not there: its records cannot be held against it",
-                hint="put it back under this path, or verify again",
+                f"{path} is missing: its records cannot be compared with it",
+                hint="restore it under this path, or verify again",
             )
-        if digest_of_artifact(path) != asked.sha256:
+        if digest_of_artifact(path) != entry.sha256:
             raise ArtifactError(
                 f"{path} has been replaced since the shards were verified",
                 hint="verify every shard again",
@@ -40,12 +40,12 @@ def check_artifacts(results: Results) -> None:
 
 
 def check_against_disk(results: Results, images: ImageFolder, progress: Progress = SILENT) -> None:
-    """Make sure that every record is of the file that lies among ``images`` under its name.
+    """Check that every record is of the file with its name among ``images``.
 
-    Files that are unchanged since the whole run saw them are not read again.
+    Files that have not changed since the whole run are not read again.
 
     Raises:
-        DatasetError: a file has other bytes, or is gone.
+        DatasetError: a file has other bytes, or is missing.
     """
     places = {entry.name: entry for entry in images.entries}
     records = results.records
@@ -76,7 +76,7 @@ def check_against_disk(results: Results, images: ImageFolder, progress: Progress
 
 
 def check_labels(results: Results, images: ImageFolder) -> None:
-    """Make sure that labels which a user names are those that the shards were judged by.
+    """Check that labels named by the user are those that the shards were judged by.
 
     Raises:
         DatasetError: an image has another class, or none.
@@ -85,13 +85,13 @@ def check_labels(results: Results, images: ImageFolder) -> None:
     for record in results.records:
         if labels.get(record.name) != record.label:
             raise DatasetError(
-                f"the labels give {record.name} another class than the shards have, or none",
-                hint="leave the options of labels out, or verify every shard again with them",
+                f"the labels give {record.name} another class than the shards, or none",
+                hint="leave out the label options, or verify every shard again with them",
             )
 
 
 def _other(record: ImageRecord, images: ImageFolder) -> DatasetError:
     return DatasetError(
-        f"{images.root} holds another {record.name} than the one that was verified, or none",
-        hint="the shards are of other images: verify them again, or name the images with --data",
+        f"{record.name} in {images.root} is not the image that was verified, or is missing",
+        hint="verify the shards again, or pass the images that they are of with --data",
     )

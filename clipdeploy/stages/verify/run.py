@@ -1,4 +1,4 @@
-"""Artifacts against PyTorch: every one of a model, or the files that were named."""
+"""Verifies artifacts against PyTorch: all artifacts of a model, or the named files."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from clipdeploy.imaging import select
 from clipdeploy.models.cards import takes_any_name
 from clipdeploy.stages.cluster import ClusterConfig, Shard, ShardJob, shards_on_cluster
 from clipdeploy.stages.verify.on_disk import check_against_disk
-from clipdeploy.stages.verify.setup import Bench, Judgement, VerifyScope, set_up
-from clipdeploy.verification.baseline import is_hopeless
+from clipdeploy.stages.verify.setup import Judgement, VerificationSetup, VerifyScope, set_up
+from clipdeploy.verification.baseline import rules_out_baseline
 from clipdeploy.verification.disagreements import disagreements_csv
 from clipdeploy.verification.reports import Evidence
 from clipdeploy.verification.results import (
-    Asked,
-    Question,
+    ArtifactEntry,
     Results,
+    RunKey,
     merge_results,
     read_results,
     save_results,
@@ -33,31 +33,31 @@ from clipdeploy.workspace.folder import Workspace
 
 __all__ = ["verify_model"]
 
-# A first look before a long run, and how many images make a run long.
+# Images of the first look, and the number of images from which a run has one.
 _PROBE = 256
 _LONG = 1024
 
 
 def _first_look(
-    bench: Bench, config: VerifyConfig, scope: VerifyScope, progress: Progress
+    setup: VerificationSetup, config: VerifyConfig, scope: VerifyScope, progress: Progress
 ) -> Results | None:
-    """PyTorch alone on a sample before a long run; its results if no verdict can come of it."""
-    if len(bench.images.entries) < _LONG or not bench.images.labelled:
+    """Run PyTorch alone on a sample of a long run; return its results if no verdict is possible."""
+    if len(setup.images.entries) < _LONG or not setup.images.labelled:
         return None
-    sample = select(bench.images, _PROBE, seed=0)
+    sample = select(setup.images, _PROBE, seed=0)
     alone = replace(config, shard=None, sequential=False)
     results = run_verification(
-        bench.model,
-        bench.passport,
+        setup.model,
+        setup.passport,
         (),
         sample,
         alone,
-        calibrated=bench.calibrated,
+        calibrated=setup.calibrated,
         allow_leak=True,
         progress=progress,
     )
     answers = [record.reference for record in results.records]
-    return results if is_hopeless(answers, results.question, scope.expected) else None
+    return results if rules_out_baseline(answers, results.run_key, scope.expected) else None
 
 
 @takes_any_name
@@ -74,14 +74,15 @@ def verify_model(
     note: Callable[[str], object] = lambda text: None,
     progress: Progress = SILENT,
 ) -> Judgement:
-    """Artifacts of ``model`` against PyTorch on labelled images.
+    """Verify artifacts of ``model`` against PyTorch on labelled images.
 
-    Images that an INT8 artifact was calibrated on flatter it: they are refused, or with
-    ``allow_leak`` counted in the result.  PyTorch's own accuracy is looked at first, on a sample
-    of a long run and then on all images; where it is not what was published nothing is judged.
-    ``note`` is told what is odd about the images before the work starts.  The records are kept in
-    ``keep``, by default in the workspace, so that a killed run is gone on with and a finished one
-    is only read.  A ``cluster`` does the images in shards; the result is the same to the bit.
+    Images that an INT8 artifact was calibrated on would overstate its accuracy: they are refused,
+    or with ``allow_leak`` counted in the result. PyTorch's own accuracy is checked first, on a
+    sample of a long run and then on all images; if it misses the published accuracy, nothing is
+    judged. ``note`` receives sentences about problems with the images before the run starts. The
+    records are saved in ``keep``, by default in the workspace: a killed run is resumed, and a
+    finished one is only read. A ``cluster`` runs the images in shards; the result is the same to
+    the bit.
 
     Raises:
         ClipdeployError: see :mod:`clipdeploy.core.errors`.
@@ -90,31 +91,31 @@ def verify_model(
     keep = as_path(keep)
     if cluster is not None and (config.sequential or config.shard):
         raise UsageError(
-            "a cluster does all images, in shards that it cuts itself",
+            "a cluster runs all images and makes the shards itself",
             hint="leave out --sequential and --shard, or --ray",
         )
-    bench = set_up(workspace, model, data, config, scope, note, progress)
-    kept = keep or workspace.verification(model, config.shard)
-    if config.shard is None and (hopeless := _first_look(bench, config, scope, progress)):
-        note("PyTorch itself misses its accuracy on a sample of the images: not going on")
-        hopeless = replace(hopeless, question=_asking(hopeless, bench))
-        verdict = bench.judge(hopeless, config.limits, scope, progress)
-        return Judgement(verdict, None, evidence=Evidence(hopeless, bench.images))
+    setup = set_up(workspace, model, data, config, scope, note, progress)
+    saved = keep or workspace.verification(model, config.shard)
+    if config.shard is None and (stopped := _first_look(setup, config, scope, progress)):
+        note("PyTorch itself misses its accuracy on a sample of the images: stopped")
+        stopped = replace(stopped, run_key=_unrun_key(stopped, setup))
+        verdict = setup.judge(stopped, config.limits, scope, progress)
+        return Judgement(verdict, None, evidence=Evidence(stopped, setup.images))
     if cluster is not None:
-        job = _cluster_job(workspace, model, data, config, scope, len(bench.images.entries))
+        job = _cluster_job(workspace, model, data, config, scope, len(setup.images.entries))
         with shards_on_cluster(cluster, job, force=force, progress=progress) as parts:
             results = merge_results([read_results(part) for part in parts])
-            check_against_disk(results, bench.images, progress)
-            with sole_writer(kept, "clipdeploy verify"):
-                save_results(kept, results)
+            check_against_disk(results, setup.images, progress)
+            with sole_writer(saved, "clipdeploy verify"):
+                save_results(saved, results)
     else:
-        results = bench.run(config, scope, kept, progress, force)
+        results = setup.run(config, scope, saved, progress, force)
     if config.shard is not None:
-        return Judgement(None, kept)
-    verification = bench.judge(results, config.limits, scope, progress)
+        return Judgement(None, saved)
+    verification = setup.judge(results, config.limits, scope, progress)
     different = workspace.disagreements(model)
     write_atomic(different, disagreements_csv(results))
-    return Judgement(verification, kept, different, Evidence(results, bench.images))
+    return Judgement(verification, saved, different, Evidence(results, setup.images))
 
 
 def _cluster_job(
@@ -125,8 +126,8 @@ def _cluster_job(
     scope: VerifyScope,
     images: int,
 ) -> ShardJob:
-    asked = scope.labelling
-    labels = tuple(path for path in (asked.labels, asked.class_names) if path is not None)
+    files = (scope.labelling.labels, scope.labelling.class_names)
+    labels = tuple(path for path in files if path is not None)
     return ShardJob(
         title=f"verify {images} images",
         run=partial(_one_shard, workspace, model, data, config, scope),
@@ -152,10 +153,11 @@ def _one_shard(
     verify_model(workspace, model, data, config, scope, keep=keep)
 
 
-def _asking(results: Results, bench: Bench) -> Question:
-    """The question with every artifact in it, none of which was run."""
+def _unrun_key(results: Results, setup: VerificationSetup) -> RunKey:
+    """Return the run key with every artifact, none of which was run."""
     why = "PyTorch itself missed its accuracy on a first look at the images"
-    asked = tuple(
-        Asked(str(t.path), t.kind, t.precision, "", "", why, t.vouched) for t in bench.targets
+    entries = tuple(
+        ArtifactEntry(str(t.path), t.kind, t.precision, "", "", why, t.vouched)
+        for t in setup.targets
     )
-    return replace(results.question, artifacts=asked)
+    return replace(results.run_key, artifacts=entries)

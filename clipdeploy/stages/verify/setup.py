@@ -1,4 +1,4 @@
-"""What a verification starts from: the reference, the artifacts, the images, and what was asked."""
+"""Loads and checks the inputs of a verification: reference, artifacts, images and their labels."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from clipdeploy.verification.verifier import VerifyConfig, run_verification
 from clipdeploy.workspace.folder import Workspace
 
 __all__ = [
-    "Bench",
     "Judgement",
+    "VerificationSetup",
     "VerifyScope",
     "labelled_images",
     "refuse_unreadable",
@@ -40,15 +40,15 @@ __all__ = [
 
 @dataclass(frozen=True)
 class VerifyScope:
-    """Which images and which artifacts.
+    """Which images and which artifacts to verify.
 
-    ``artifacts`` are files; without any, every graph of the model and, unless ``graphs_only``,
-    every engine.  ``limit`` draws so many images, spread over the classes.  ``allow_leak`` counts
-    calibration images instead of refusing them.  ``expected`` is what PyTorch is to reach.
-    ``labelling`` is what the user says about the classes of the images.
+    ``artifacts`` are files; if empty, every graph of the model and, unless ``graphs_only``, every
+    engine. ``limit`` selects that many images, spread over the classes. ``allow_leak`` counts
+    calibration images instead of refusing them. ``expected`` is the accuracy that PyTorch should
+    reach. ``labelling`` overrides how the labels are read.
 
     Raises:
-        UsageError: a ``limit`` that cannot be.
+        UsageError: ``limit`` is out of range.
     """
 
     artifacts: tuple[Path, ...] = ()
@@ -65,10 +65,10 @@ class VerifyScope:
 
 @dataclass(frozen=True)
 class Judgement(Shown):
-    """A verification, and the files that hold its records: None where nothing was kept.
+    """A verification, and the files of its records: None if nothing was saved.
 
-    A shard alone has no ``verification``, and so is not true: nothing is proven yet.  ``evidence``
-    is what a report shows beside it.
+    A single shard has no ``verification`` and is therefore False: nothing is proven yet.
+    ``evidence`` is what a report shows in addition.
     """
 
     verification: Verification | None
@@ -84,8 +84,8 @@ class Judgement(Shown):
 
 
 @dataclass(frozen=True)
-class Bench:
-    """A reference and what it is to judge."""
+class VerificationSetup:
+    """The reference, the artifacts and the images of a verification."""
 
     model: LoadedModel
     passport: Passport
@@ -96,7 +96,7 @@ class Bench:
     def run(
         self, config: VerifyConfig, scope: VerifyScope, keep: Path, progress: Progress, force: bool
     ) -> Results:
-        """The records of all images, or of one shard."""
+        """Return the records of all images, or of one shard."""
         return run_verification(
             self.model,
             self.passport,
@@ -113,7 +113,7 @@ class Bench:
     def judge(
         self, results: Results, limits: Limits, scope: VerifyScope, progress: Progress
     ) -> Verification:
-        """The verdicts, with the cause looked for if the baseline failed."""
+        """Return the verdicts; if the baseline failed, with possible causes."""
         result = judge_results(results, limits, scope.expected)
         if result.baseline:
             return result
@@ -123,7 +123,7 @@ class Bench:
             self.passport.preprocess,
             self.images,
             results.records,
-            results.question.class_names,
+            results.run_key.class_names,
             progress,
         )
         return replace(result, baseline=explained)
@@ -132,11 +132,11 @@ class Bench:
 def labelled_images(
     data: Path, passport: Passport, scope: VerifyScope, note: Callable[[str], object]
 ) -> ImageFolder:
-    """The images that ``scope`` asks for; ``note`` is told what is odd about them.
+    """Open the images selected by ``scope``; ``note`` receives problems with them.
 
     Raises:
-        DatasetError: images or labels that cannot be used, or images without labels where nobody
-            said that there are none.
+        DatasetError: images or labels cannot be used, or labels are missing and not declared
+            absent.
     """
     images = open_labelled(data, passport, scope.labelling, note)
     return images if scope.limit is None else select(images, scope.limit, seed=0)
@@ -149,10 +149,10 @@ def refuse_unreadable(
     *,
     skip_unreadable: bool,
 ) -> None:
-    """Look at every image's header: better now than in the middle of a long run.
+    """Read every image's header, to fail before a long run and not during it.
 
     Raises:
-        DatasetError: some cannot be read, unless ``skip_unreadable``.
+        DatasetError: images cannot be read, unless ``skip_unreadable``.
     """
     reading = scan_images(images, progress)
     for problem in reading.problems():
@@ -173,8 +173,8 @@ def set_up(
     scope: VerifyScope,
     note: Callable[[str], object],
     progress: Progress,
-) -> Bench:
-    """Everything that a verification needs, loaded and checked.
+) -> VerificationSetup:
+    """Load and check everything that a verification needs.
 
     Raises:
         ClipdeployError: see :mod:`clipdeploy.core.errors`.
@@ -194,15 +194,15 @@ def set_up(
         for target in targets
         if target.vouched and calibration_of(target, calibrated) is None
     ]
-    # Nothing is judged on random weights, so that no image can flatter them.
+    # Random weights are not judged, so that leaks do not matter.
     if unknown and passport.weights.kind != "random" and not scope.allow_leak:
         raise ArtifactError(
-            f"{workspace.calibration(model)} is not the calibration that {unknown[0].name} was "
-            "made with, so that it is unknown whether --data holds calibration images",
+            f"{unknown[0].name} was not made with {workspace.calibration(model)}, so it is unknown "
+            "whether --data contains calibration images",
             hint="build them again with build-engine --int8, or pass --allow-leak",
         )
     if config.cache is not None and (problem := config.cache.problem(passport.preprocess)):
         note(problem)
     for problem in calibrated.problems:
         note(problem)
-    return Bench(reference, passport, tuple(targets), images, calibrated)
+    return VerificationSetup(reference, passport, tuple(targets), images, calibrated)

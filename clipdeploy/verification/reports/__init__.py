@@ -1,15 +1,15 @@
-"""Reports on a verification: an HTML page, Markdown, or JSON, by the suffix of a file's name.
+"""Writes reports on a verification: HTML, Markdown or JSON, by the suffix of the file name.
 
     verdict, heading, baseline     as on the terminal
-    a row an artifact              with intervals, the verdict and what it rests on
-    what is odd about the images
-    the error of the logits        image by image
-    the disagreements              drops against their limit, who is right
-    the heat map                   of an artifact that was bisected
-    the images that stand out      with everybody's answer
-    provenance                     files by their hashes, choices, versions
+    a row per artifact             with intervals, the verdict and its reason
+    problems with the images
+    error of the logits            per image
+    disagreements                  drops against their limit, who is right
+    heat map                       of an artifact that was bisected
+    images with the largest errors with all answers
+    provenance                     files by their hashes, settings, versions
 
-The same results make the same bytes.
+The same results give the same bytes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _JSON = (".json",)
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Where an artifact leaves the reference, as ``bisect`` found it.
+    """Where an artifact diverges from the reference, as found by ``bisect``.
 
     ``sha256`` is the artifact's; ``svg`` is a picture as an element of an HTML page.
     """
@@ -47,9 +47,9 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a verdict was made from.
+    """The records behind a verdict.
 
-    ``images`` are shown in the HTML page; None leaves them out, and ``why`` says why.
+    ``images`` are shown in the HTML page; None leaves them out, and ``why`` gives the reason.
     """
 
     results: Results
@@ -59,23 +59,24 @@ class Evidence:
 
 
 def check_report_paths(paths: Sequence[Path]) -> None:
-    """Make sure that every report can be written, before the work whose result it shows.
+    """Check that every report can be written, before the work that it reports.
 
     Raises:
-        UsageError: the suffix is that of no report.
+        UsageError: a suffix is not that of a report.
         FileError: no permission.
     """
     for path in paths:
         if path.suffix.lower() not in (*HTML, *_MARKDOWN, *_JSON):
             raise UsageError(
-                f"no report can be written as {path.name}", hint="end it in .html, .md or .json"
+                f"{path.name} is not a report: its suffix is none of .html, .md and .json",
+                hint="choose a name that ends in .html, .md or .json",
             )
     for path in paths:
         check_writable(path)
 
 
 def write_report(path: Path, result: Verification, evidence: Evidence) -> None:
-    """Write the report that the suffix asks for; it appears only when it is whole.
+    """Write the report for the suffix of ``path``, atomically.
 
     Raises:
         UsageError: see :func:`check_report_paths`.
@@ -88,7 +89,7 @@ def write_report(path: Path, result: Verification, evidence: Evidence) -> None:
 def _content(suffix: str, result: Verification, evidence: Evidence) -> bytes:
     if suffix in _JSON:
         return to_json(result) + b"\n"
-    # Jinja and matplotlib take a while to import: only for those who want a page.
+    # Jinja and matplotlib are slow to import: only for pages.
     from clipdeploy.verification.reports.contents import contents_of
     from clipdeploy.verification.reports.pages import html_page, markdown_page
     from clipdeploy.verification.reports.thumbnails import Thumbnails, make_thumbnails
@@ -101,6 +102,6 @@ def _content(suffix: str, result: Verification, evidence: Evidence) -> bytes:
         return html_page(contents, thumbnails, evidence.heat_map).encode()
     wanted = {worst.name for worst in contents.worst}
     records = [record for record in evidence.results.records if record.name in wanted]
-    spec = evidence.results.question.preprocess
+    spec = evidence.results.run_key.preprocess
     thumbnails = make_thumbnails(records, evidence.images, spec)
     return html_page(contents, thumbnails, evidence.heat_map).encode()

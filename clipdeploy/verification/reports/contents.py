@@ -1,7 +1,6 @@
-"""What a report says, in words and figures, before it becomes HTML or Markdown.
+"""Builds the contents of a report, texts and numbers, before it becomes HTML or Markdown.
 
-Both show the same texts in the same order.  Nothing is escaped here: names of files are as they
-are on the disk.
+Both formats show the same texts in the same order. Nothing is escaped here.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from clipdeploy.verification.result import (
     Verification,
     artifact_names,
     baseline_lines,
-    figures_of,
     heading,
+    metrics_of,
     verdict_line,
 )
 from clipdeploy.verification.results import Results
@@ -42,7 +41,7 @@ Tone = Literal["good", "bad", "open", ""]
 _MOST, _LEAST = 24, 6
 _DROP = "drop, points"
 _NO_ANSWER = "NaN or infinite"
-# Of the intervals in figures.accuracy_of(); the baseline's own are of 99 % and say so.
+# Of the intervals of metrics.accuracy_of(); the baseline's are 99 % and labelled so.
 _ACCURACY_LEVEL = "95 %"
 
 
@@ -50,7 +49,7 @@ _ACCURACY_LEVEL = "95 %"
 class Line:
     """A line of the table: a value and a smaller detail in each column.
 
-    ``repeats`` says what asking the artifact again showed.
+    ``repeats`` is the sentence about the repeated calls.
     """
 
     artifact: str
@@ -64,13 +63,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Answer:
-    """What somebody takes an image for; ``right`` is None without a label.
+    """The class that PyTorch or an artifact gives an image; ``right`` is None without a label.
 
-    ``same`` is what an artifact says that PyTorch says too.
+    ``same`` is True for an artifact's answer that equals PyTorch's.
     """
 
     who: str
-    said: str
+    text: str
     right: bool | None
     detail: str = ""
     same: bool = False
@@ -78,7 +77,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Worst:
-    """An image that stands out, and the answers to it: PyTorch's first."""
+    """An image with a large error, and the answers to it: PyTorch's first."""
 
     name: str
     label: str
@@ -87,7 +86,7 @@ class Worst:
 
 @dataclass(frozen=True)
 class Contents:
-    """A report, section by section."""
+    """The contents of a report, section by section."""
 
     title: str
     tone: Tone
@@ -97,7 +96,7 @@ class Contents:
     baseline: tuple[str, ...]
     columns: tuple[str, ...]
     lines: tuple[Line, ...]
-    odd: tuple[str, ...]
+    problems: tuple[str, ...]
     spreads: Mapping[str, Spread]
     disagreeing: Mapping[str, Disagreeing]
     drops: Mapping[str, tuple[DropJudgement, Tone]]
@@ -109,17 +108,17 @@ class Contents:
 
 
 def tone_of(verdict: str) -> Tone:
-    """``good`` for equivalent, ``bad`` for regressed, ``open`` for whatever proves nothing."""
+    """Return ``good`` for equivalent, ``bad`` for regressed, ``open`` if nothing is proven."""
     tones: dict[str, Tone] = {"equivalent": "good", "regressed": "bad"}
     return tones.get(verdict.lower(), "open")
 
 
 def contents_of(results: Results, result: Verification) -> Contents:
-    """The report on a verification and the records that it was made from."""
+    """Return the contents of the report on a verification and its records."""
     names = artifact_names(result)
-    rows = list(zip(names, result.rows, results.question.artifacts, strict=True))
-    # Those that ran are those that the records have an outcome of, in this order.
-    ran = [(name, row) for name, row, asked in rows if asked.runner]
+    rows = list(zip(names, result.rows, results.run_key.artifacts, strict=True))
+    # The records have the outcomes of the artifacts that ran, in this order.
+    ran = [(name, row) for name, row, entry in rows if entry.runner]
     lanes = [name for name, _ in ran]
     records = results.records
     verdict, _, sentence = verdict_line(result).partition(": ")
@@ -134,7 +133,7 @@ def contents_of(results: Results, result: Verification) -> Contents:
         baseline=tuple(baseline_lines(result)),
         columns=(*COLUMNS[:2], _DROP, *COLUMNS[2:]),
         lines=(*_reference(result), *(_line(name, row, result) for name, row, _ in rows)),
-        odd=result.problems,
+        problems=result.problems,
         spreads={name: spread_of(records, lane) for lane, name in enumerate(lanes)},
         disagreeing={name: disagreeing_of(records, lane) for lane, name in enumerate(lanes)},
         drops={name: (row.drop, tone_of(row.verdict)) for name, row in ran if row.drop is not None},
@@ -174,7 +173,7 @@ def _reference(result: Verification) -> list[Line]:
 def _line(name: str, row: Row, result: Verification) -> Line:
     accuracy = row.fidelity.accuracy if row.fidelity and not result.random_weights else None
     details = (*_accuracies(accuracy), *("",) * (len(COLUMNS) - 2))
-    first, second, *others = zip(figures_of(row, result), details, strict=True)
+    first, second, *others = zip(metrics_of(row, result), details, strict=True)
     return Line(
         name,
         row.runner,
@@ -198,7 +197,7 @@ def _drop(row: Row) -> tuple[str, str]:
 
 
 def _class_words(names: Sequence[str]) -> tuple[str, ...]:
-    """What people call the classes: ``tench (n01440764)`` for a wnid, else the class itself."""
+    """Return readable class names: ``tench (n01440764)`` for a wnid, else the class itself."""
     words = dict(cards.imagenet_classes())
     return tuple(
         f"{words[name].partition(',')[0]} ({name})" if name in words else name for name in names
@@ -221,7 +220,7 @@ def _worst(
     for lane, outcome in zip(lanes, record.outcomes, strict=True):
         top, well = outcome.answer.first, right(outcome.answer)
         if outcome.max_abs is None:
-            # The largest of the other logits is no answer.
+            # The largest of the remaining logits is not an answer.
             answers.append(Answer(lane, _NO_ANSWER, well))
         else:
             off = f"off by {outcome.max_abs:.2g}"

@@ -1,4 +1,4 @@
-"""A report's plots: the error of the logits over the images, and the drops against their limit."""
+"""Draws a report's plots: the error of the logits per image, and the drops against their limit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TONES", "draw_drops", "draw_spreads"]
 
-# Of Okabe & Ito's palette, dark enough for text on white; the page has the same.
+# From Okabe & Ito's palette, dark enough for text on white; also used by the page.
 TONES = {"good": "#00704f", "bad": "#b3261e", "open": "#8a5a00"}
 _INK, _BLUE, _PALE = "#333333", "#0072B2", "#cfe4f3"
 _WIDTH, _ROW, _MARGIN = 5.4, 0.46, 1.05
@@ -26,7 +26,7 @@ _NAME = 26
 
 
 def _axes(names: Sequence[str], label: str) -> tuple[Figure, Axes]:
-    """A line a name, the first one on top."""
+    """Return axes with a line per name, the first on top."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH, _MARGIN + _ROW * len(names)), layout="constrained")
@@ -43,7 +43,7 @@ def _axes(names: Sequence[str], label: str) -> tuple[Figure, Axes]:
 
 
 def _short(name: str) -> str:
-    """A name that fits, in one line."""
+    """Shorten a name to one line that fits."""
     name = "".join(letter if letter.isprintable() else "?" for letter in name)
     if len(name) > _NAME:
         name = f"{name[: _NAME // 2]}\N{HORIZONTAL ELLIPSIS}{name[-_NAME // 2 + 1 :]}"
@@ -51,16 +51,16 @@ def _short(name: str) -> str:
 
 
 def draw_spreads(spreads: Mapping[str, Spread]) -> Figure:
-    """SQNR image by image, a box an artifact: quartiles, whiskers from 5 to 95 %, ends as dots."""
+    """Draw SQNR per image, a box per artifact: quartiles, whiskers from 5 to 95 %, ends as dots."""
     figure, axes = _axes(list(spreads), "SQNR of an image's logits (dB), more is better")
     for place, spread in enumerate(spreads.values()):
         finite = [value for value in spread.percentiles if math.isfinite(value)]
         if finite:
             _box(axes, place, [min(max(v, finite[0]), finite[-1]) for v in spread.percentiles])
         else:
-            said = "equal to the last bit" if spread.equal else "NaN or infinite"
+            text = "equal to the last bit" if spread.equal else "NaN or infinite"
             where = axes.get_yaxis_transform()
-            axes.text(0.5, place, said, transform=where, ha="center", va="center", color=_INK)
+            axes.text(0.5, place, text, transform=where, ha="center", va="center", color=_INK)
     return figure
 
 
@@ -84,7 +84,7 @@ def _box(axes: Axes, place: int, percentiles: Sequence[float]) -> None:
 
 
 def draw_drops(drops: Mapping[str, tuple[DropJudgement, Tone]], max_drop: float) -> Figure:
-    """The interval of each artifact's drop, in the colour of its tone, beside the limit."""
+    """Draw the interval of each artifact's drop, coloured by its tone, and the limit."""
     levels = {drop.confidence for drop, _ in drops.values()}
     level = f"{100 * levels.pop():g} % interval" if len(levels) == 1 else "interval"
     figure, axes = _axes(list(drops), f"drop of top-1 (points) and its {level}, less is better")
@@ -92,7 +92,7 @@ def draw_drops(drops: Mapping[str, tuple[DropJudgement, Tone]], max_drop: float)
     axes.axvline(max_drop, color=_INK, linewidth=1.4, linestyle=(0, (4, 3)))
     for place, (drop, tone) in enumerate(drops.values()):
         sides = [[drop.drop - drop.interval.low], [drop.interval.high - drop.drop]]
-        # The middle of an anytime interval is elsewhere than the drop, and may lie outside.
+        # An anytime interval is not centred on the drop, and may not even contain it.
         ends = [[max(side[0], 0.0)] for side in sides]
         color = TONES[tone] if tone else _INK
         axes.errorbar([drop.drop], [place], xerr=ends, fmt="o", color=color, capsize=4, linewidth=2)

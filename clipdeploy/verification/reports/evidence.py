@@ -1,4 +1,4 @@
-"""What a report takes from the records: the error of each image, the images that stand out.
+"""Extracts from the records the error of each image, and the images with the largest errors.
 
 SQNR of one image, over its K logits:  10 log10(sum reference^2 / sum (reference - artifact)^2)  dB
 """
@@ -10,20 +10,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from clipdeploy.verification.records import ImageRecord, Outcome
+from exporters.metrics import BROKEN_DB, ratio_db
 
 __all__ = ["Disagreeing", "Spread", "disagreeing_of", "spread_of", "worst_images"]
 
-# The percentiles of a box plot: ends, whiskers, box and median.
+# Of a box plot: ends, whiskers, box and median.
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 
 
 @dataclass(frozen=True)
 class Spread:
-    """An artifact's SQNR in dB, image by image, from the worst image to the best.
+    """The distribution of an artifact's SQNR per image in dB, from the worst image to the best.
 
-    ``percentiles`` are those of ``PERCENTILES``, by nearest rank: infinite where the logits equal
-    the reference's, and none at all without a sound image.  ``broken`` images have a logit that is
-    NaN or infinite and are left out; of the others ``equal`` have the reference's logits.
+    ``percentiles`` are those of ``PERCENTILES``, by nearest rank: infinite if the logits equal the
+    reference's, empty without an image with finite logits. ``broken`` images have a logit that is
+    NaN or infinite and are left out; of the others, ``equal`` have the reference's logits.
     """
 
     percentiles: tuple[float, ...]
@@ -32,16 +33,17 @@ class Spread:
 
 
 def _sqnr(signal: float, noise: float) -> float:
-    if noise == 0:
+    db = ratio_db(signal, noise)
+    if db is None:
         return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+    return -math.inf if db == BROKEN_DB else db
 
 
 def spread_of(records: Sequence[ImageRecord], lane: int) -> Spread:
-    """How the error of the artifact with this number is spread over the images."""
+    """Return the distribution of the error of the artifact with index ``lane``."""
     noises = [(record.signal, record.outcomes[lane].noise) for record in records]
     values = sorted(_sqnr(signal, noise) for signal, noise in noises if noise is not None)
-    # Nearest rank: the value of an image that there is, for any number of images.
+    # Nearest rank: always the value of an actual image.
     ranks = (max(math.ceil(p / 100 * len(values)) - 1, 0) for p in PERCENTILES)
     found = tuple(values[rank] for rank in ranks) if values else ()
     return Spread(found, len(records) - len(values), sum(value == math.inf for value in values))
@@ -49,7 +51,7 @@ def spread_of(records: Sequence[ImageRecord], lane: int) -> Spread:
 
 @dataclass(frozen=True)
 class Disagreeing:
-    """Images with another first answer than the reference's, by who is right.
+    """Counts of images with another top-1 answer than the reference's, by who is right.
 
     ``lost``: only the reference; ``gained``: only the artifact; ``neither``: the rest.
     """
@@ -65,7 +67,7 @@ class Disagreeing:
 
 
 def disagreeing_of(records: Iterable[ImageRecord], lane: int) -> Disagreeing:
-    """The disagreements of the artifact with this number."""
+    """Count the disagreements of the artifact with index ``lane``."""
     pairs = [(record.reference, record.outcomes[lane].answer) for record in records]
     different = [(a, b) for a, b in pairs if a.first != b.first]
     return Disagreeing(
@@ -76,11 +78,11 @@ def disagreeing_of(records: Iterable[ImageRecord], lane: int) -> Disagreeing:
 
 
 def worst_images(records: Iterable[ImageRecord], most: int, least: int) -> list[ImageRecord]:
-    """The images that stand out, the worst first.
+    """Return the images with the largest errors, the worst first.
 
-    At most ``most`` on which any artifact's first answer differs from the reference's, those with
-    NaN first, then by the largest difference of two logits.  If these are fewer than ``least``,
-    those of the largest difference with the same answer follow.
+    At most ``most`` images on which any artifact's top-1 answer differs from the reference's, those
+    with NaN first, then by the largest logit difference. If these are fewer than ``least``, images
+    with the same answer and the largest differences follow.
     """
     judged = [record for record in records if record.outcomes]
     ranked = sorted(judged, key=_by_error)
@@ -99,5 +101,5 @@ def _by_error(record: ImageRecord) -> tuple[int, float, str]:
 
 
 def _largest(record: ImageRecord) -> float:
-    """The largest difference that is a number."""
+    """Return the largest difference that is finite."""
     return max(outcome.max_abs or 0.0 for outcome in record.outcomes)

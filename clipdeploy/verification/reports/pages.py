@@ -1,7 +1,7 @@
-"""A report's contents as an HTML page and as Markdown, through templates that escape every value.
+"""Renders the contents of a report as HTML or Markdown, with templates that escape every value.
 
-The page needs no network and no script: pictures and style are inside, and its content security
-policy forbids anything else.
+The page needs no network and no script: pictures and style are inline, and its content security
+policy blocks anything else.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 __all__ = ["drawn", "html_page", "markdown_page", "render"]
 
 _TEMPLATES = "verification/reports/templates"
-# What means something to Markdown inside a line or a cell of a table, in GitHub's flavour too.
+# Characters with a meaning inside a line or a table cell, in GitHub-flavoured Markdown too.
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>|~$#&])")
 
 
 def html_page(contents: Contents, thumbnails: Thumbnails, heat_map: HeatMap | None = None) -> str:
-    """One page with everything inside it."""
+    """Return a self-contained HTML page."""
     error = drops = Markup()
     if contents.spreads:
         error = drawn(draw_spreads(contents.spreads), "error")
@@ -51,18 +51,18 @@ def html_page(contents: Contents, thumbnails: Thumbnails, heat_map: HeatMap | No
 
 
 def markdown_page(contents: Contents, heat_map: HeatMap | None = None) -> str:
-    """The same texts in the same order; GitHub's flavour, for the tables."""
+    """Return the same texts in the same order as Markdown, GitHub-flavoured for the tables."""
     return render("report.md.jinja", html=False, r=contents, heat_map=heat_map)
 
 
 def drawn(figure: Figure, name: str) -> Markup:
-    """A figure inside a page; ``name`` keeps it apart from the page's others."""
-    # matplotlib has escaped the texts; nothing else in it comes from outside.
+    """Return a figure as inline SVG; ``name`` keeps its identifiers unique in the page."""
+    # Safe: matplotlib has escaped the texts, and nothing else is external input.
     return Markup(inline_svg(figure, name))
 
 
 def render(template: str, folder: str = _TEMPLATES, *, html: bool = True, **values: object) -> str:
-    """A template of a ``folder`` of this package; it may extend and include a report's own."""
+    """Render a template of ``folder``; it may extend and include the templates of a report."""
     folders = dict.fromkeys((folder, _TEMPLATES))
     environment = Environment(
         loader=ChoiceLoader([PackageLoader("clipdeploy", each) for each in folders]),
@@ -79,7 +79,7 @@ def render(template: str, folder: str = _TEMPLATES, *, html: bool = True, **valu
 
 
 def _markdown(value: object) -> str:
-    """A value as text that Markdown shows as it is, in one line."""
+    """Return a value as one line of literal text in Markdown."""
     return _MARKDOWN.sub(r"\\\1", printable(" ".join(str(value).split())))
 
 

@@ -1,35 +1,35 @@
-"""What a verification rests on: files by their hashes, choices, versions."""
+"""Lists the provenance of a verification: files by their hashes, settings, versions."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 
-from clipdeploy.verification.results import Question, Results
+from clipdeploy.verification.results import Results, RunKey
 
 __all__ = ["provenance"]
 
 
 def provenance(results: Results) -> tuple[tuple[str, str], ...]:
-    """Pairs of what and which, in the order of a report."""
-    return (*_files(results), *_choices(results.question), *results.question.versions.items())
+    """Return pairs of name and value, in the order of a report."""
+    return (*_files(results), *_choices(results.run_key), *results.run_key.versions.items())
 
 
 def _files(results: Results) -> Iterator[tuple[str, str]]:
-    question = results.question
-    yield "model", question.model
-    yield "weights", _hash(question.weights)
-    for asked in question.artifacts:
-        hashed = f", {_hash(asked.sha256)}" if asked.sha256 else ""
-        yield f"{asked.precision} {asked.kind}", f"{asked.artifact}{hashed}"
-    yield "images", f"{results.data}, {question.images:,} of them"
-    yield "names and classes", _hash(question.entries)
-    yield "sizes and samples", _hash(question.contents)
-    yield "calibration images", _hash(question.calibrated) if question.calibrated else "none"
+    run_key = results.run_key
+    yield "model", run_key.model
+    yield "weights", _hash(run_key.weights)
+    for entry in run_key.artifacts:
+        hashed = f", {_hash(entry.sha256)}" if entry.sha256 else ""
+        yield f"{entry.precision} {entry.kind}", f"{entry.artifact}{hashed}"
+    yield "images", f"{results.data}, {run_key.images:,} of them"
+    yield "names and classes", _hash(run_key.entries)
+    yield "sizes and samples", _hash(run_key.contents)
+    yield "calibration images", _hash(run_key.calibrated) if run_key.calibrated else "none"
 
 
-def _choices(question: Question) -> Iterator[tuple[str, str]]:
-    recipe, spec = question.recipe, question.preprocess
+def _choices(run_key: RunKey) -> Iterator[tuple[str, str]]:
+    recipe, spec = run_key.recipe, run_key.preprocess
     yield "recipe", f"numerics {recipe.numerics}, resize {recipe.resize}"
     edges = "both edges" if spec.crop_mode == "squash" else "short edge"
     exif = "honoured" if spec.exif_orientation else "ignored"
@@ -37,10 +37,10 @@ def _choices(question: Question) -> Iterator[tuple[str, str]]:
     crop = f"centre crop of {spec.size} pixels"
     yield "preprocessing", f"{resized}, {crop}, EXIF orientation {exif}"
     yield "mean and std", f"{_channels(spec.mean)} and {_channels(spec.std)}"
-    yield "reference", question.reference
-    yield "batch", str(question.batch)
-    if question.sequential is not None:
-        yield "sequential", f"stops once a drop of {question.sequential:g} points is decided"
+    yield "reference", run_key.reference
+    yield "batch", str(run_key.batch)
+    if run_key.sequential is not None:
+        yield "sequential", f"stops once a drop of {run_key.sequential:g} points is decided"
 
 
 def _channels(values: tuple[float, float, float]) -> str:

@@ -1,4 +1,4 @@
-"""Images as the network sees them, small enough to lie inside a page."""
+"""Makes thumbnails of the cropped images, small enough to embed in a page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _QUALITY = 88
 
 @dataclass
 class Thumbnails:
-    """Data URIs by the images' names, and a sentence for each thumbnail that is missing."""
+    """Data URIs by image name, and a sentence for each missing thumbnail."""
 
     uris: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
@@ -33,19 +33,19 @@ class Thumbnails:
 def make_thumbnails(
     records: Sequence[ImageRecord], images: ImageFolder, spec: Preprocess
 ) -> Thumbnails:
-    """The crops of these images; one that is gone or is another one by now is left out."""
+    """Return the crops of these images, without those that are missing or have changed."""
     made = Thumbnails()
     reader = images.reader()
     known = {entry.name for entry in images.entries}
     try:
         for record in records:
             if record.name not in known:
-                made.missing.append(f"{record.name} is no longer there")
+                made.missing.append(f"{record.name} no longer exists")
                 continue
             try:
                 data = reader.read(record.name)
                 if hashlib.sha256(data).hexdigest() != record.sha256:
-                    made.missing.append(f"{record.name} has changed since it was judged")
+                    made.missing.append(f"{record.name} has changed since the verification")
                     continue
                 made.uris[record.name] = _thumbnail(data, record.name, spec)
             except DatasetError as error:

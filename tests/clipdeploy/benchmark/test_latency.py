@@ -15,13 +15,13 @@ from clipdeploy.benchmark.latency import (
     summarise,
 )
 
-# Runs of the coverage simulations; three standard deviations of a share of 95 % are then 1.5 %.
+# Runs of the coverage simulations: three standard deviations of a 95 % share are 1.5 %.
 TRIALS = 2000
 NOISE = 3 * np.sqrt(0.95 * 0.05 / TRIALS)
 
 
 def latencies(shape: tuple[int, ...], seed: int = 0) -> NDArray[np.float64]:
-    """Skewed like latencies: a floor of 10 and a gamma tail of mean 4."""
+    """Samples skewed like latencies: a minimum of 10 and a gamma tail of mean 4."""
     return 10 + np.random.default_rng(seed).gamma(4.0, 1.0, shape)
 
 
@@ -37,7 +37,7 @@ def coverage(intervals: list[Estimate], truth: float) -> float:
 
 @pytest.mark.parametrize("count", [1, 2, 5, 6, 7, 30, 35, 36, 100, 367, 368, 1000])
 @pytest.mark.parametrize("percent", [50, 90, 99])
-def test_percentiles_are_scipys(count: int, percent: int) -> None:
+def test_percentiles_equal_those_of_scipy(count: int, percent: int) -> None:
     samples = latencies((count,), seed=count)
     got = percentile(samples.tolist(), percent)
     assert got.value == pytest.approx(np.percentile(samples, percent))
@@ -45,12 +45,12 @@ def test_percentiles_are_scipys(count: int, percent: int) -> None:
     if np.isnan([expected.low, expected.high]).any():
         assert (got.low, got.high) == (None, None)
     else:
-        # Order statistics: the same samples, not near ones.
+        # Order statistics are samples, so they are exactly equal.
         assert (got.low, got.high) == (expected.low, expected.high)
 
 
 @pytest.mark.parametrize(("percent", "fewest"), [(50, 6), (90, 36), (99, 368)])
-def test_an_interval_needs_its_rounds(percent: int, fewest: int) -> None:
+def test_an_interval_needs_enough_rounds(percent: int, fewest: int) -> None:
     samples = latencies((fewest,)).tolist()
     assert percentile(samples, percent).high is not None
     assert percentile(samples[:-1], percent) == Estimate(np.percentile(samples[:-1], percent))
@@ -61,20 +61,20 @@ def test_percentile_intervals_cover(percent: int, count: int) -> None:
     runs = latencies((TRIALS, count), seed=1).tolist()
     intervals = [percentile(run, percent) for run in runs]
     assert coverage(intervals, true_percentile(percent)) >= 0.95 - NOISE
-    # That of another percentile must not: the simulation can fail.
+    # The interval of another percentile must not cover it: the simulation can fail.
     wrong = percent - 10 if percent > 50 else 90
     assert coverage(intervals, true_percentile(wrong)) < 0.9
 
 
 @pytest.mark.parametrize("degrees", [5, 6, 10, 30, 1000])
-def test_student_quantile_is_scipys(degrees: int) -> None:
-    # The expansion's own error at 5 degrees, its worst: 1.1e-4 of the value.
+def test_student_quantile_equals_that_of_scipy(degrees: int) -> None:
+    # The largest error of the expansion is 1.1e-4 of the value, at 5 degrees.
     assert _student_quantile(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=2e-4)
     assert _student_quantile(degrees) != pytest.approx(stats.norm.ppf(0.975), rel=2e-4)
 
 
 @pytest.mark.parametrize("count", [6, 20, 500])
-def test_means_are_scipys(count: int) -> None:
+def test_means_equal_those_of_scipy(count: int) -> None:
     samples = latencies((count,))
     got = mean(samples.tolist())
     expected = stats.ttest_1samp(samples, 0).confidence_interval(0.95)
@@ -88,26 +88,26 @@ def test_means_are_scipys(count: int) -> None:
 
 def test_mean_intervals_cover() -> None:
     intervals = [mean(run) for run in latencies((TRIALS, 30), seed=2).tolist()]
-    # A gamma tail of 30 samples costs Student's interval about a point of its 95 %.
+    # With 30 samples the gamma tail reduces the coverage by about one point.
     assert 0.935 - NOISE <= coverage(intervals, 14.0) <= 0.95 + NOISE
     halved = [Estimate(e.value, (e.value + e.low) / 2, e.high) for e in intervals if e.low]
     assert coverage(halved, 14.0) < 0.9
 
 
-def test_five_rounds_give_no_interval_of_a_mean() -> None:
+def test_a_mean_of_five_rounds_has_no_interval() -> None:
     assert mean([1.0, 2.0, 3.0, 4.0, 5.0]) == Estimate(3.0)
     assert mean([1.0, 2.0, 3.0, 4.0, 5.0]).margin is None
     assert mean([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).margin is not None
 
 
-def test_throughput_turns_the_interval_over() -> None:
+def test_throughput_inverts_the_interval() -> None:
     assert per_second(8, Estimate(4.0, 2.0, 8.0)) == Estimate(2000.0, 1000.0, 4000.0)
     assert per_second(8, Estimate(4.0)) == Estimate(2000.0)
-    # A mean's interval that reaches below zero has no throughput.
+    # There is no throughput interval if the mean's interval reaches below zero.
     assert per_second(8, Estimate(4.0, -1.0, 9.0)) == Estimate(2000.0)
 
 
-def test_paired_rounds_see_through_a_drift_that_unpaired_ones_do_not() -> None:
+def test_paired_rounds_cancel_a_drift() -> None:
     generator = np.random.default_rng(3)
     machine = np.exp(np.cumsum(generator.normal(0, 0.1, 200)))
     slow = 2.0 * machine * generator.normal(1, 0.01, 200)
@@ -124,7 +124,7 @@ def test_paired_rounds_see_through_a_drift_that_unpaired_ones_do_not() -> None:
     assert torn.margin > 10 * paired.margin
 
 
-def test_ratio_says_which_is_faster() -> None:
+def test_ratio_shows_which_is_faster() -> None:
     assert ratio([4.0, 8.0, 2.0], [2.0, 4.0, 1.0]).value == 2
     assert ratio([2.0, 4.0, 1.0], [4.0, 8.0, 2.0]).value == 0.5
     with pytest.raises(ValueError, match="broadcast"):

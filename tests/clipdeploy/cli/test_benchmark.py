@@ -44,7 +44,7 @@ def test_all_of_the_last_model_is_measured_and_drawn(artifacts: Path, tmp_path: 
     result = run(*QUICK, "--workspace", artifacts, "--plot", tmp_path / "new" / "speed.svg")
     assert result.exit_code == 0, result.output
     assert "model: clip-vit-demo (the last one of" in result.stderr
-    assert "whatever else runs on this machine disturbs" in result.stderr
+    assert "other programs on this machine affect the latencies" in result.stderr
     for label in ("fp32.onnx", "fp16.onnx", "int8.onnx"):
         assert label in result.stdout
     assert "2 rounds" in result.stdout

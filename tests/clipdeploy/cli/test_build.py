@@ -109,7 +109,7 @@ def test_an_engine_that_nobody_vouches_for_is_built_again(spoilt: str, artifacts
         (("--profile", "1,8"), ("'1,8'", "1,8,32")),
         (("--profile", "one"), ("'one'", "MIN,OPT,MAX")),
         (("--optimization-level", "9"), ("9", "0 to 5")),
-        (("--memory-pool", "0"), ("0 MiB",)),
+        (("--memory-pool", "0"), ("invalid value 0 for --memory-pool",)),
         (("--compute-capability", "Ada"), ("'Ada'", "8.9")),
         (("--int8", "--fp16-io"), ("--fp16-io belongs to --fp16",)),
     ],
@@ -125,7 +125,7 @@ def test_wrong_options_are_usage_errors(
     [
         (("--hardware-compatible", "ampere-plus"), ("--compute-capability", "8.9")),
         (("--version-compatible",), ("lean runtime", "--backend tensorrt")),
-        (("--optimization-level", "5"), ("when an engine is loaded",)),
+        (("--optimization-level", "5"), ("kernels at load time",)),
         (("--compute-capability", "9.0"), ("9.0", "12.0", "--backend tensorrt")),
         (("--backend", "tensorrt"), ("tensorrt",)),
     ],
@@ -181,7 +181,7 @@ def test_a_file_that_may_not_grow_leaves_no_engine(artifacts: Path, tmp_path: Pa
     folder = tmp_path / "small"
     folder.mkdir()
     done = small_disk(folder / "x.engine", "bash", "-c", 'ulimit -f 3000; "$@"', "-")
-    assert "files may not grow this large here" in done.stderr
+    assert "the file size limit is exceeded" in done.stderr
     assert not list(folder.iterdir())
 
 
@@ -230,7 +230,7 @@ def test_a_graph_that_asks_for_what_the_target_lacks(
     onnx.save(model, graph)
     from clipdeploy.engines.build_config import BuildConfig
 
-    with pytest.raises(BuildError, match=r"asks for fp8, which SM 8\.0 cannot compute"):
+    with pytest.raises(BuildError, match=r"uses fp8, which SM 8\.0 cannot compute"):
         build_engine(graph, tmp_path / "x.engine", BuildConfig(compute_capability=("8.0", "8.9")))
 
 
@@ -300,11 +300,11 @@ def test_without_a_gpu_inspect_does_not_speak_for_the_engine(artifacts: Path) ->
     build(artifacts, "--int8")
     result = json.loads(run("inspect", engine(artifacts, "int8"), "--json").stdout)
     assert result["executed"] is None
-    assert result["note"] == "the engine was not asked: no GPU on this machine"
+    assert result["note"] == "the engine was not queried: no GPU on this machine"
     # TensorRT-RTX lists what it compiled, and here it is what was asked for.
     assert result["compiled"]["blocks"] == result["asked"]
     assert result["fallbacks"] == []
-    assert "not the engine's word" in run("inspect", engine(artifacts, "int8")).stdout
+    assert "not confirmed by the engine" in run("inspect", engine(artifacts, "int8")).stdout
     assert result["asked"][1] == {
         "block": "blocks.0",
         "gemms": {"int8": 4},
@@ -328,13 +328,13 @@ def test_a_linear_that_silently_left_int8_is_told(artifacts: Path) -> None:
     passport = build_engine(spoilt, artifacts / "spoilt.engine").passport
     assert passport.fallbacks == ("blocks.3: asked for 4 int8, got 3 int8, 1 fp16",)
     shown = run("inspect", artifacts / "spoilt.engine").stdout
-    assert "NOT AS ASKED: blocks.3: asked for 4 int8, got 3 int8, 1 fp16" in shown
+    assert "NOT AS REQUESTED: blocks.3: asked for 4 int8, got 3 int8, 1 fp16" in shown
 
 
 def test_inspect_a_graph(artifacts: Path) -> None:
     shown = run("inspect", artifacts / cards.DEMO / "fp16.onnx").stdout
     assert "blocks.0 to 5  4 fp16           2 fp16" in shown
-    assert "what the graph asks for" in shown
+    assert "as written in the graph" in shown
 
 
 def test_inspect_a_graph_that_nothing_vouches_for(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_a_command_tells_of_its_own_options(name: str) -> None:
     [
         ("predict", "remove it, or pass --skip-unreadable", "remove it"),
         ("verify run", "remove it, or pass --skip-unreadable", None),
-        ("calibrate", "decode in fewer, or in none with --workers 0", "decode in fewer"),
+        ("calibrate", "use fewer processes, or none with --workers 0", "use fewer processes"),
         ("deploy", "choose another --name, or remove it", "remove it"),
         ("package", "choose another --name, or remove it", None),
         # It names the command that has the option.
@@ -112,4 +112,4 @@ def test_too_many_images_are_asked_for(artifacts: Path, digits: Path) -> None:
     for words in (("calibrate", "--images", "900"), ("verify", "--limit", "900", "--graphs-only")):
         result = run(*words, *at)
         assert result.exit_code == 1, result.output
-        assert "900 were asked for (ask for fewer, or add images)" in result.stderr
+        assert "900 are needed (use fewer images, or add some)" in result.stderr

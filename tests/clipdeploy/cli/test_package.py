@@ -43,7 +43,7 @@ def test_options_reach_the_configuration_and_json_tells_them(
     assert result.exit_code == 0, result.output
     made = json.loads(result.stdout)
     assert (made["name"], made["version"], made["max_batch"]) == ("digits", 1, 4)
-    assert "slower than an FP16 one" in result.stderr
+    assert "slower than an FP16 graph" in result.stderr
     config = read_config(Path(made["path"]))
     assert (config.name, config.max_batch_size, config.instance_group[0].count) == ("digits", 4, 2)
     forced = run(graph, "--triton", tmp_path / "models", *words, "--force", "--json", "--quiet")
@@ -72,7 +72,7 @@ def test_a_program_is_written_with_the_commands_that_build_it(
     [
         ((), 2, "package takes one of --triton DIR and --cpp DIR"),
         (("--triton", "a", "--cpp", "b"), 2, "one of --triton DIR and --cpp DIR"),
-        (("--triton", "models", "--name", "a/b"), 2, "'a/b' is no name"),
+        (("--triton", "models", "--name", "a/b"), 2, "'a/b' is not a valid"),
         (("--triton", "models", "--max-batch", "0"), 2, "--max-batch 0 is too small"),
         (("--cpp", "c", "--name", "digits"), 2, "--name belongs to --triton"),
         (("--cpp", "c", "--queue-delay", "1"), 2, "--queue-delay belongs to --triton"),

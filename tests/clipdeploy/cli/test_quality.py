@@ -41,8 +41,8 @@ SHADES = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
 @pytest.mark.parametrize(
     ("picture", "reason"),
     [
-        (np.zeros((8, 8), np.uint8), "40 of 40 images are of one colour, grey level 0"),
-        (np.full((8, 8), 255, np.uint8), "40 of 40 images are of one colour, grey level 255"),
+        (np.zeros((8, 8), np.uint8), "40 of 40 images have a single colour, grey level 0"),
+        (np.full((8, 8), 255, np.uint8), "40 of 40 images have a single colour, grey level 255"),
         (SHADES, "all 40 images are the same picture"),
     ],
 )

@@ -201,7 +201,7 @@ def test_examples_and_wrong_types(setting: Setting) -> None:
         ('validation = ""', 'validation = "" is not a path'),
         ('cache = "~nobody-of-this-name/x"', "is not a path"),
         ('backend = "tensort"', "is not one of auto, tensorrt, tensorrt-rtx"),
-        ('model = "clip-vit-bas-p16"', "no model is called 'clip-vit-bas-p16' (nearest: "),
+        ('model = "clip-vit-bas-p16"', "unknown model 'clip-vit-bas-p16' (nearest: "),
         ('mirror = "mirror.example"', "is not an address"),
     ],
 )
@@ -218,7 +218,7 @@ def test_a_wrong_file_ends_a_command_in_one_line(line: str, said: str) -> None:
         ("CLIPDEPLOY_MAX_DROP", "nan", "is not a number from 0 to 100"),
         ("CLIPDEPLOY_OFFLINE", "perhaps", "is not true or false"),
         ("CLIPDEPLOY_BACKEND", "a\nb", '"a\\nb" is not one of auto'),
-        ("CLIPDEPLOY_MODEL", "vit", "no model is called 'vit'"),
+        ("CLIPDEPLOY_MODEL", "vit", "unknown model 'vit'"),
         ("CLIPDEPLOY_CONFIG", "nowhere.toml", "names nowhere.toml, which is not there"),
     ],
 )

@@ -13,10 +13,10 @@ import pytest
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from calibration.plan import PlanConfig
+from calibration.scheme import SchemeConfig
 from clipdeploy.cli.text import wrapped
 from clipdeploy.models import cards
-from clipdeploy.tuning.bisection import BROKEN_DB, BlockError, Measurement, PartError
+from clipdeploy.tuning.bisection import BlockError, Measurement, PartError
 from clipdeploy.tuning.cost import CostModel
 from clipdeploy.tuning.culprit import Culprit
 from clipdeploy.tuning.linears import LinearFacts
@@ -27,6 +27,7 @@ from clipdeploy.verification.baseline import Baseline
 from clipdeploy.verification.metrics import Accuracy, Fidelity
 from clipdeploy.verification.paired import judge_drop
 from clipdeploy.verification.result import Row, Verification, verification_table
+from exporters.metrics import BROKEN_DB
 
 LONGEST = max((card.name for card in cards.all_cards()), key=len)
 DEPTH = 12
@@ -94,7 +95,7 @@ def search() -> SearchResult:
     path = Path(f"artifacts/{LONGEST}/int8.onnx")
     costs = CostModel("macs", "FP16 MACs", 8, {})
     return SearchResult(
-        LONGEST, "data", points[0], tuple(linears), points, costs, PlanConfig("percentile"),
+        LONGEST, "data", points[0], tuple(linears), points, costs, SchemeConfig("percentile"),
         False, 1, judged,
         judged, False, path.with_name("recipe.json"), cast(Any, SimpleNamespace(path=path)),
     )  # fmt: skip

@@ -19,7 +19,7 @@ from verify_command import FEW, TEST, good, merge, refused, run, verify
 
 from clipdeploy.models import cards
 from clipdeploy.runners import OnnxRunner
-from clipdeploy.stages.verify.run import run as stage
+from clipdeploy.stages.verify import run as stage
 from exporters.graphs import load_graph, save_graph
 from exporters.headers import read_passport
 
@@ -221,12 +221,12 @@ def test_an_artifact_of_another_model(artifacts: Path, tmp_path: Path) -> None:
     random_weights = ("--random-init", "1", "--workspace", other)
     assert run("export", "--model", "demo", *random_weights).exit_code == 0
     path = graph(other)
-    refused(verify(artifacts, path, *FEW), 1, "of another weights than the reference")
+    refused(verify(artifacts, path, *FEW), 1, "does not match the reference: weights is")
     passport = read_passport(graph(artifacts))
     renamed = type(passport)(**{**vars(passport), "model": "clip-vit-base-p16"})
     save_graph(load_graph(graph(artifacts)), tmp_path / "p16.onnx", renamed)
     result = verify(artifacts, tmp_path / "p16.onnx", *FEW)
-    refused(result, 1, "of another model than the reference", "clip-vit-base-p16")
+    refused(result, 1, "does not match the reference: model is", "clip-vit-base-p16")
 
 
 def test_the_baseline_option(artifacts: Path) -> None:
@@ -239,7 +239,7 @@ def test_the_baseline_option(artifacts: Path) -> None:
     assert "80.00 % is expected" in " ".join(missed.stdout.split())
     skipped = good(verify(artifacts, *FEW, "--json", "--baseline", "none"))
     assert skipped["baseline"]["status"] == "skipped"
-    refused(verify(artifacts, *FEW, "--baseline", "good"), 2, "'good' is no accuracy")
+    refused(verify(artifacts, *FEW, "--baseline", "good"), 2, "'good' is not an accuracy")
 
 
 def rotated(digits: Path) -> Path:
@@ -262,7 +262,7 @@ def test_a_first_look_ends_a_long_run(
     (artifacts / cards.DEMO / "verification.jsonl").unlink()
     result = verify(artifacts, *at, "--json", data=rotated(digits))
     assert result.exit_code == 3
-    assert "on a sample of the images: not going on" in result.stderr
+    assert "on a sample of the images: stopped" in result.stderr
     found = json.loads(result.stdout)
     assert found["images"] == 40
     assert found["baseline"]["status"] == "implausible"
@@ -296,4 +296,4 @@ def test_damaged_results_are_told_or_done_again(artifacts: Path) -> None:
         verify(artifacts, *FEW, "--shard", part)
     shard = artifacts / cards.DEMO / "verification.2-of-2.jsonl"
     shard.write_bytes(b"damaged\n")
-    refused(merge(artifacts), 1, "verification.2-of-2.jsonl", "holds no results that can be read")
+    refused(merge(artifacts), 1, "verification.2-of-2.jsonl", "is not a readable results file")

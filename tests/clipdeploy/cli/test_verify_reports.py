@@ -72,7 +72,7 @@ def test_the_heat_map_of_a_bisected_graph_is_shown_and_of_no_other(
     at = ("--workspace", artifacts)
     found = run("bisect", *at, "--model", "demo", "--data", TEST, "--images", "2", "--batch", "2")
     assert found.exit_code == 0, found.output
-    heading = "Where int8.onnx leaves PyTorch"
+    heading = "Where int8.onnx diverges from PyTorch"
     again = run("verify", *VERIFY, *LIMIT, *at, "--report", page)
     assert again.exit_code == 0, again.output
     shown = read_page(page.read_text(encoding="utf-8"))
@@ -180,7 +180,7 @@ def test_bad_reports_are_refused_before_the_work(reported: Reported, tmp_path: P
     for command in (run_it, ("verify", "merge", *at)):
         result = run(*command, "--report", tmp_path / "a.html", "--report", "b.pdf")
         assert result.exit_code == 2, result.output
-        assert "no report can be written as b.pdf" in result.stderr
+        assert "b.pdf is not a report" in result.stderr
         assert ".html, .md or .json" in result.stderr
     (tmp_path / "file").write_text("in the way")
     result = run(*run_it, "--report", tmp_path / "file" / "a.html")

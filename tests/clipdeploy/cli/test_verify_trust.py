@@ -127,7 +127,8 @@ def test_one_image_that_was_replaced_under_its_name(
         shutil.copy(other, bitmaps / name)
     assert verify(artifacts, *SOME, "--shard", "2/2", data=bitmaps).exit_code == 0
     shutil.copy(other, bitmaps / name)
-    refused(merge(artifacts, "--max-drop", "6"), 1, f"another {name} than the one")
+    found = merge(artifacts, "--max-drop", "6")
+    refused(found, 1, f"{name} in ", "is not the image that was verified")
 
 
 def test_a_merge_uses_its_shards_up(artifacts: Path) -> None:
@@ -202,7 +203,7 @@ def test_records_are_those_of_the_artifacts_bytes(artifacts: Path) -> None:
     first = good(verify(artifacts, *FEW, "--json"))
     path = folder(artifacts) / "verification.jsonl"
     kept = results_file.read_results(path)
-    (old,) = kept.question.artifacts
+    (old,) = kept.run_key.artifacts
     ruin(graph(artifacts))
     from clipdeploy.core.files import sha256_file
 
@@ -354,7 +355,7 @@ def test_one_saved_with_loss_is_counted(whole_workspace: Path, digits: Path) -> 
     at = ("--max-drop", "6", "--workers", "0", "--graphs-only", "--json")
     found = good(verify(whole_workspace, *at, data=data))
     assert (found["leaked"], found["near_leaked"]) == (0, 1)
-    assert any("1 images look nearly like one" in each for each in found["problems"])
+    assert any("1 images look almost like one" in each for each in found["problems"])
 
 
 @pytest.mark.parametrize("how", ["no calibration", "another calibration", "no passport"])
@@ -373,7 +374,9 @@ def test_unknown_calibration_images_are_unknown(how: str, whole_workspace: Path)
         del proto.metadata_props[:]
         onnx.save(proto, path)
     if how != "no passport":
-        refused(verify(whole_workspace, *at), 1, "unknown whether --data holds calibration images")
+        refused(
+            verify(whole_workspace, *at), 1, "unknown whether --data contains calibration images"
+        )
     found = good(verify(whole_workspace, *at, "--allow-leak", "--json"))
     assert found["leaked"] is None
     assert found["rows"][0]["calibrated"] is None

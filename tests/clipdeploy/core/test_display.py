@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from rich.console import Console, Group
@@ -12,8 +13,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from calibration.table import load_table
 from clipdeploy.core.display import Renderable, Shown, facts
 from clipdeploy.core.display_html import to_html
+from clipdeploy.models import cards
+from clipdeploy.workspace.folder import Workspace
 
 HOSTILE = '<script>alert("x")</script> & [bold]model[/bold]'
 
@@ -98,3 +102,27 @@ def test_nothing_is_nothing(empty: object) -> None:
 
 def test_a_table_without_columns_is_still_a_table() -> None:
     assert page(Table()).seen == ["table", "thead", "tr", "tbody"]
+
+
+@dataclass(frozen=True)
+class _Long(Shown):
+    name: str
+    path: Path
+    rows: tuple[int, ...]
+    table: dict[str, int]
+    made: object
+    score: float | None = None
+
+
+def test_the_repr_of_a_result_is_short() -> None:
+    result = _Long("x" * 1000, Path("a/b.onnx"), tuple(range(9999)), {"a": 1}, Path, 0.5)
+    assert repr(result) == (
+        f"_Long(name='{'x' * 56}..., path='a/b.onnx', rows=<9999 items>, table=<1 items>, "
+        "made=<type>, score=0.5)"
+    )
+
+
+def test_a_calibrations_repr_is_short_too(demo_workspace: Workspace) -> None:
+    table = load_table(demo_workspace.calibration(cards.DEMO))
+    assert len(repr(table)) < 1000
+    assert "clip-vit-demo" in repr(table)

@@ -134,7 +134,7 @@ def test_forbidden_folder_is_named(tmp_path: Path) -> None:
     folder.chmod(0o555)
     message = _run(_NO_PERMISSION, folder / "file.bin")
     assert f"cannot write {folder / 'file.bin'}" in message
-    assert "no permission: choose a folder" in message
+    assert "no permission: choose a writable folder" in message
     assert os.listdir(folder) == []
 
 

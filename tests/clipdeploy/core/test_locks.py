@@ -86,7 +86,7 @@ def test_a_second_process_learns_who_writes(path: Path) -> None:
     who = rf"process {process.pid} on {re.escape(socket.gethostname())} since \d\d:\d\d"
     expected = rf"{re.escape(str(path))} is being written by `{WHAT}` \({who}\)"
     assert re.match(expected, said), said
-    assert "wait for it, or use another --workspace" in said
+    assert "wait until it has finished, or use another --workspace" in said
 
 
 def test_the_lock_of_a_killed_holder_is_free(path: Path) -> None:

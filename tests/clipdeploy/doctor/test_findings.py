@@ -1,4 +1,4 @@
-"""Described machines: each known-bad combination is found, and a good machine has none."""
+"""Tests that known-bad combinations of made-up machines are found, and none on a good one."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ SERVER = Machine(
 
 
 def without(*names: str, **more: str) -> dict[str, str]:
-    """The server's packages, less some and with others."""
+    """The server's packages, some removed and some added."""
     return {name: v for name, v in SERVER.packages.items() if name not in names} | more
 
 
-def test_a_good_server_has_nothing_to_mend() -> None:
+def test_a_good_server_has_nothing_to_fix() -> None:
     diagnosis = diagnose(SERVER)
     assert diagnosis
     assert [f for f in diagnosis.findings if f.level != "good"] == []
@@ -52,7 +52,7 @@ def test_a_good_server_has_nothing_to_mend() -> None:
     assert {"Python", "PyTorch", "ONNX Runtime", "TensorRT", "driver", "GPU", "cache"} <= subjects
 
 
-def test_a_laptop_without_a_gpu_can_do_its_part() -> None:
+def test_a_laptop_without_a_gpu_can_run() -> None:
     cpu = Library("2.13.0+cpu")
     diagnosis = diagnose(replace(SERVER, gpus=(), driver=None, torch=cpu))
     assert diagnosis
@@ -75,7 +75,7 @@ BAD: list[tuple[str, dict[str, Any], str, str, str, str]] = [
         {"packages": without(numpy="1.24.0")},
         "error",
         "packages",
-        "numpy 1.24.0 is not numpy>=1.26",
+        "numpy 1.24.0 does not match numpy>=1.26",
         'pip install "numpy>=1.26"',
     ),
     ("no torch", {"torch": None}, "error", "PyTorch", "not installed", "pip install torch"),
@@ -84,7 +84,7 @@ BAD: list[tuple[str, dict[str, Any], str, str, str, str]] = [
         {"torch": Library("2.13.0+cpu")},
         "error",
         "PyTorch",
-        "CPU build: NVIDIA L4 lies idle",
+        "CPU build and does not use NVIDIA L4",
         "pip install --force-reinstall torch",
     ),
     (
@@ -92,7 +92,7 @@ BAD: list[tuple[str, dict[str, Any], str, str, str, str]] = [
         {"driver": Driver("550.54.15", "12.4")},
         "error",
         "PyTorch",
-        "CUDA 13.0, which needs driver 580 or newer; driver 550.54.15 stops at CUDA 12.4",
+        "CUDA 13.0, which needs driver 580 or newer; driver 550.54.15 supports CUDA 12.4",
         "CUDA 12",
     ),
     (
@@ -108,7 +108,7 @@ BAD: list[tuple[str, dict[str, Any], str, str, str, str]] = [
         {"packages": without(onnxruntime="1.30.0")},
         "warning",
         "ONNX Runtime",
-        "onnxruntime 1.30.0, onnxruntime-gpu 1.31.1 lie in one folder",
+        "onnxruntime 1.30.0, onnxruntime-gpu 1.31.1 overwrite each other",
         "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu",
     ),
     ("no ONNX Runtime", {"onnxruntime": None}, "error", "ONNX Runtime", "not inst", "pip install"),
@@ -133,7 +133,7 @@ BAD: list[tuple[str, dict[str, Any], str, str, str, str]] = [
         {"onnxruntime": replace(ORT, cuda="12.8")},
         "warning",
         "ONNX Runtime",
-        "CUDA 12.8 and PyTorch brings 13.0",
+        "CUDA 12.8, but PyTorch installs 13.0",
         "pip install",
     ),
     (
@@ -141,7 +141,7 @@ BAD: list[tuple[str, dict[str, Any], str, str, str, str]] = [
         {"tensorrt": Library("11.4.0.106")},
         "warning",
         "ONNX Runtime",
-        "links TensorRT 10, here is 11.4.0.106",
+        "links TensorRT 10, installed is 11.4.0.106",
         'pip install "tensorrt==10.*"',
     ),
     (
@@ -157,7 +157,7 @@ BAD: list[tuple[str, dict[str, Any], str, str, str, str]] = [
         {"driver": Driver("550.54.15", "12.4")},
         "warning",
         "TensorRT",
-        "driver 550.54.15 stops at CUDA 12.4",
+        "driver 550.54.15 supports CUDA 12.4",
         "pip uninstall -y tensorrt tensorrt-cu13 && pip install tensorrt-cu12",
     ),
     (
@@ -165,7 +165,7 @@ BAD: list[tuple[str, dict[str, Any], str, str, str, str]] = [
         {"tensorrt": None, "tensorrt_rtx": None},
         "error",
         "TensorRT",
-        "nothing here can build",
+        "no installed TensorRT can build",
         'pip install "tensorrt>=10.12"',
     ),
     (
@@ -173,7 +173,7 @@ BAD: list[tuple[str, dict[str, Any], str, str, str, str]] = [
         {"tensorrt_rtx": None, "gpus": (), "driver": None},
         "error",
         "TensorRT",
-        "nothing here can build",
+        "no installed TensorRT can build",
         "pip install tensorrt-rtx",
     ),
     (
@@ -181,7 +181,7 @@ BAD: list[tuple[str, dict[str, Any], str, str, str, str]] = [
         {"tensorrt": None, "gpus": (H100,)},
         "error",
         "TensorRT",
-        "nothing here can build",
+        "no installed TensorRT can build",
         'pip install "tensorrt>=10.12"',
     ),
     (
@@ -233,7 +233,7 @@ BAD: list[tuple[str, dict[str, Any], str, str, str, str]] = [
     [row[1:] for row in BAD],
     ids=[row[0] for row in BAD],
 )
-def test_what_is_wrong_is_found_with_its_mend(
+def test_a_problem_is_found_with_its_fix(
     change: dict[str, Any], level: str, subject: str, text: str, mend: str
 ) -> None:
     diagnosis = diagnose(replace(SERVER, **change))
@@ -242,13 +242,13 @@ def test_what_is_wrong_is_found_with_its_mend(
     assert bool(diagnosis) == (not diagnosis.of("error"))
 
 
-def test_whatever_is_not_good_has_a_mend() -> None:
+def test_every_problem_has_a_fix() -> None:
     for _, change, *_ in BAD:
         for finding in diagnose(replace(SERVER, **change)).findings:
             assert bool(finding.mend) == (finding.level != "good"), finding
 
 
-def test_tensorrt_rtx_is_no_matter_where_tensorrt_serves_the_gpu() -> None:
+def test_tensorrt_rtx_may_not_support_the_gpu_if_tensorrt_does() -> None:
     assert not diagnose(replace(SERVER, gpus=(H100,))).of("warning")
 
 

@@ -1,4 +1,4 @@
-"""The real machine, and libraries that fail in every way a library can."""
+"""Tests the facts of the real machine, and libraries that fail to import."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
     return this_machine(tmp_path_factory.mktemp("work") / "not" / "yet")
 
 
-def test_this_machine_is_what_python_says_it_is(machine: Machine) -> None:
+def test_this_machine_matches_what_python_reports(machine: Machine) -> None:
     assert machine.python == sys.version_info[:3]
     assert machine.packages["numpy"] == metadata.version("numpy")
     assert machine.gpus == gpus()
@@ -34,7 +34,7 @@ def test_this_machine_is_what_python_says_it_is(machine: Machine) -> None:
     assert not workspace.path.parent.exists()
 
 
-def test_the_tensorrt_provider_tells_what_it_links(machine: Machine) -> None:
+def test_the_tensorrt_version_of_the_provider_is_found(machine: Machine) -> None:
     if "onnxruntime-gpu" not in machine.packages:
         pytest.skip("onnxruntime without -gpu has no TensorRT provider")
     runtime = machine.onnxruntime
@@ -44,7 +44,7 @@ def test_the_tensorrt_provider_tells_what_it_links(machine: Machine) -> None:
     assert runtime.cuda is not None
 
 
-def test_a_file_in_the_place_of_the_workspace_is_told(
+def test_a_file_instead_of_the_workspace_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(facts, "probe", lambda name: None)
@@ -61,15 +61,15 @@ def test_a_file_in_the_place_of_the_workspace_is_told(
         ("import os; os._exit(3)", "exit code 3"),
         pytest.param(
             "import os; os.abort()",
-            "the import died of SIGABRT",
+            "the import crashed with SIGABRT",
             marks=pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals"),
         ),
     ],
 )
-def test_a_library_that_fails_is_a_problem_and_no_crash(code: str, problem: str) -> None:
+def test_a_library_that_fails_is_reported_without_a_crash(code: str, problem: str) -> None:
     assert ask(code).problem == problem
 
 
-def test_what_a_library_prints_does_not_disturb() -> None:
+def test_output_of_a_library_is_ignored() -> None:
     told = ask("import json as module\nprint('hello', end='')\nfacts = {'cuda': '13.0'}")
     assert (told.version, told.cuda, told.problem) == ("2.0.9", "13.0", "")

@@ -25,18 +25,18 @@ def test_a_phase_divides_the_step_of_its_parent() -> None:
     phases.start("time", "optimise", 10)
     assert phases.step("time", 4) == pytest.approx(0.4375)
     assert phases.finish("optimise") == 0.5
-    # Told again, or told late: it does not go back.
+    # A repeated or late report does not move the share back.
     assert phases.step("build", 0) == 0.5
     assert phases.finish("build") == 1.0
 
 
-def test_a_phase_that_nobody_started_changes_nothing() -> None:
+def test_a_phase_that_was_not_started_changes_nothing() -> None:
     phases = Phases()
     phases.start("build", None, 2)
     assert phases.step("elsewhere", 5) == phases.finish("nowhere") == 0.0
 
 
-def test_a_phase_of_no_steps_is_done_when_it_ends() -> None:
+def test_a_phase_of_0_steps_is_done_when_it_ends() -> None:
     phases = Phases()
     phases.start("build", None, 0)
     phases.start("inner", "build", 0)
@@ -45,8 +45,8 @@ def test_a_phase_of_no_steps_is_done_when_it_ends() -> None:
 
 
 @pytest.mark.parametrize("steps", [0, -1])
-def test_a_phase_inside_a_phase_of_no_steps(steps: int) -> None:
-    """The callback is called by C++ code, which an exception must not reach."""
+def test_a_phase_inside_a_phase_of_0_steps(steps: int) -> None:
+    """C++ code calls the callback, so no exception may pass."""
     phases = Phases()
     for name, parent in (
         ("build", None),
@@ -74,7 +74,7 @@ def test_no_exception_leaves_the_monitor() -> None:
 
 
 class Watch:
-    """Counts percents, and may be interrupted."""
+    """Counts percents and can raise KeyboardInterrupt."""
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.shown: list[int] = []
@@ -100,14 +100,14 @@ def test_ctrl_c_cancels_a_real_build(compiler: Compiler, demo_workspace: Workspa
     graph = demo_workspace.graph(cards.DEMO, "fp16")
     with pytest.raises(KeyboardInterrupt):
         compiler.compile(graph, SPEC, BuildConfig(), None, ignore, watch)
-    # Cancelled at the next step, not run to the end and then thrown away.
+    # The build stops at the next step instead of running to the end.
     assert sum(watch.shown) < 50
 
 
-def test_levels_of_optimization_change_no_engine_of_rtx(
+def test_optimization_levels_do_not_change_engines_of_rtx(
     compiler: Compiler, demo_workspace: Workspace
 ) -> None:
-    """Why --optimization-level is refused there; another batch does change the engine."""
+    """The reason why RTX refuses --optimization-level; another batch changes the engine."""
     graph = demo_workspace.graph(cards.DEMO, "int8")
     configs = [BuildConfig(optimization_level=level) for level in (0, 5)]
     low, high = (compiled_plan(compiler, graph, config) for config in configs)
@@ -129,7 +129,7 @@ def test_an_exception_never_leaves_the_monitor(compiler: Compiler) -> None:
 
 
 class _CtrlC(set[str]):
-    """Severities; the first look into them is when Ctrl-C is pressed."""
+    """Severities that raise KeyboardInterrupt when they are first read."""
 
     pressed = False
 
@@ -144,39 +144,39 @@ class _CtrlC(set[str]):
 def test_ctrl_c_inside_the_logger_is_not_swallowed(
     compiler: Compiler, demo_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    severities = _CtrlC(backends._SMALL_TALK)
-    monkeypatch.setattr(backends, "_SMALL_TALK", severities)
+    severities = _CtrlC(backends._BELOW_WARNING)
+    monkeypatch.setattr(backends, "_BELOW_WARNING", severities)
     watch = Watch()
     graph = demo_workspace.graph(cards.DEMO, "fp16")
     with pytest.raises(KeyboardInterrupt):
         compiler.compile(graph, SPEC, BuildConfig(), None, ignore, watch)
     assert severities.pressed
-    # Cancelled, and not told after a whole build.
+    # Ctrl-C cancels the build, instead of being raised after a complete build.
     assert sum(watch.shown) < 50
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.fixture
 def python_log() -> Iterator[BufferingHandler]:
-    """What Python's logger of Polygraphy is told."""
+    """Collects the records of Python's Polygraphy logger."""
     handler, logger = BufferingHandler(100), logging.getLogger("Polygraphy")
     logger.addHandler(handler)
     yield handler
     logger.removeHandler(handler)
 
 
-def test_small_talk_takes_the_short_way_and_errors_the_long_one(
+def test_info_is_captured_directly_and_errors_through_the_loggers(
     compiler: Compiler, python_log: BufferingHandler
 ) -> None:
     from polygraphy.backend.trt import get_trt_logger
 
     logger, severities = get_trt_logger(), compiler.module.ILogger.Severity
-    with backends.hears() as heard:
+    with backends.capture_log() as captured:
         logger.log(severities.VERBOSE, "a layer")
         logger.log(severities.ERROR, "a refusal")
-    assert heard.log == ["a layer", "a refusal"]
-    assert heard.errors == ["a refusal"]
+    assert captured.messages == ["a layer", "a refusal"]
+    assert captured.errors == ["a refusal"]
     assert [record.getMessage() for record in python_log.buffer] == ["a refusal"]
-    # And nothing of it stays behind.
+    # The original log function is restored.
     logger.log(severities.VERBOSE, "a layer of another build")
-    assert len(heard.log) == 2
+    assert len(captured.messages) == 2

@@ -1,4 +1,4 @@
-"""Real TensorRT-RTX engines, built from real graphs; nothing here is simulated."""
+"""Tests building with TensorRT-RTX and real graphs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from clipdeploy.core.passport import Precision
 from clipdeploy.engines import backends
 from clipdeploy.engines.backends import choose_backend
 from clipdeploy.engines.build_config import BuildConfig
-from clipdeploy.engines.builder import _Later, build_engine
+from clipdeploy.engines.builder import _DeferredWork, build_engine
 from clipdeploy.engines.compiler import Compiler
 from clipdeploy.engines.passport import load_engine_passport, passport_path
 from clipdeploy.engines.plan_writer import Piece, PlanFile
@@ -70,7 +70,7 @@ def test_a_changed_engine_is_refused(engines: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no passport"):
         load_engine_passport(engine)
     passport_path(engine).write_bytes(passport_path(engines / "fp16.engine").read_bytes())
-    with pytest.raises(ArtifactError, match="not the file its passport speaks of"):
+    with pytest.raises(ArtifactError, match="not the file that its passport describes"):
         load_engine_passport(engine)
     engine.write_bytes(data)
     assert load_engine_passport(engine).plan_bytes == len(data)
@@ -88,7 +88,7 @@ def test_a_graph_that_tensorrt_refuses_leaves_no_engine(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.onnx"]
 
 
-def test_a_passport_without_its_engine_is_no_engine(
+def test_a_passport_without_its_engine_is_rebuilt(
     engines: Path, demo_workspace: Workspace, tmp_path: Path
 ) -> None:
     engine = tmp_path / "int8.engine"
@@ -97,7 +97,7 @@ def test_a_passport_without_its_engine_is_no_engine(
     assert load_engine_passport(engine).plan_bytes == engine.stat().st_size
 
 
-def test_a_failed_build_leaves_the_engine_that_was_there(
+def test_a_failed_build_keeps_the_existing_engine(
     engines: Path, demo_workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = tmp_path / "int8.engine"
@@ -115,8 +115,8 @@ def test_a_failed_build_leaves_the_engine_that_was_there(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["int8.engine", "int8.engine.json"]
 
 
-def test_the_way_to_the_compiler_is_short() -> None:
-    """What takes a tenth of a second to import comes when TensorRT compiles, or not at all."""
+def test_importing_the_builder_is_fast() -> None:
+    """Modules that take 0.1 s to import are imported during the build or not at all."""
     heavy = ["numpy", "onnx", "rich", "torch"]
     code = (
         f"import sys, clipdeploy.engines.builder; print([m for m in {heavy} if m in sys.modules])"
@@ -125,29 +125,29 @@ def test_the_way_to_the_compiler_is_short() -> None:
     assert subprocess.run(words, check=True, capture_output=True, text=True).stdout == "[]\n"
 
 
-def test_most_is_said_when_later_work_starts(
+def test_deferred_work_starts_after_most_messages(
     compiler: Compiler, demo_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard = backends.Heard([], [])
+    captured = backends.CapturedLog([], [])
     said: list[int] = []
-    monkeypatch.setattr(backends, "Heard", lambda log, errors: heard)
+    monkeypatch.setattr(backends, "CapturedLog", lambda log, errors: captured)
 
     def work() -> tuple[BlockPrecision, ...]:
-        said.append(len(heard.log))
+        said.append(len(captured.messages))
         return ()
 
-    with ThreadPoolExecutor(1) as beside:
-        later = _Later(beside, work)
+    with ThreadPoolExecutor(1) as pool:
+        deferred = _DeferredWork(pool, work)
         graph = demo_workspace.graph(cards.DEMO, "int8")
-        step = later.watching(lambda count: None)
+        step = deferred.track(lambda count: None)
         compiler.compile(graph, SPEC, BuildConfig(), None, ignore, step)
-    # Measured: all but a few lines; the layers' own list, one line, comes at the end.
+    # Measured: all but a few messages; the list of layers is one message at the end.
     assert said
-    assert said[0] > 0.9 * len(heard.log)
+    assert said[0] > 0.9 * len(captured.messages)
 
 
 @pytest.mark.parametrize("counts", [[], [50], [50, 25, 25], [1] * 100])
-def test_later_work_is_done_once_however_far_the_build_came(counts: list[int]) -> None:
+def test_deferred_work_runs_once_for_any_progress(counts: list[int]) -> None:
     done: list[int] = []
     shown: list[int] = []
 
@@ -155,12 +155,12 @@ def test_later_work_is_done_once_however_far_the_build_came(counts: list[int]) -
         done.append(1)
         return (BlockPrecision("head"),)
 
-    with ThreadPoolExecutor(1) as beside:
-        later = _Later(beside, work)
-        step = later.watching(shown.append)
+    with ThreadPoolExecutor(1) as pool:
+        deferred = _DeferredWork(pool, work)
+        step = deferred.track(shown.append)
         for count in counts:
             step(count)
-        assert later.result() == (BlockPrecision("head"),)
+        assert deferred.result() == (BlockPrecision("head"),)
     assert done == [1]
     assert shown == counts
 
@@ -171,7 +171,7 @@ def test_a_profile_out_of_order_is_refused(profile: tuple[int, int, int]) -> Non
         BuildConfig(profiles=(profile,))
 
 
-@pytest.mark.skipif(bool(gpus()), reason="what happens where there is no GPU")
+@pytest.mark.skipif(bool(gpus()), reason="tests a machine without a GPU")
 def test_without_a_gpu(engines: Path) -> None:
     assert choose_backend("auto").backend == "tensorrt-rtx"
     with pytest.raises(BuildError, match="tensorrt"):

@@ -1,4 +1,4 @@
-"""Two sources: real logs of TensorRT-RTX's builder, which needs no GPU, and JSON of recorded shape.
+"""Tests the inspector with real logs of TensorRT-RTX and with JSON in recorded layouts.
 
 The JSON is not recorded from a GPU.  Its keys and spellings are those of TensorRT 10's and 11's
 documentation and of layer listings that people published; its layers are made up here.
@@ -28,12 +28,12 @@ from clipdeploy.engines.inspector import (
 from clipdeploy.models import cards
 from clipdeploy.workspace.folder import Workspace
 from exporters.blocks import BlockPrecision
-from exporters.products import asked_precision
+from exporters.products import requested_precision
 
 Layer = dict[str, Any]
 Record = Callable[[Path], str]
 
-# In a process of its own: TensorRT logs everything to the logger that a process gave it first.
+# Runs in a separate process, because TensorRT keeps the first logger of a process.
 _RECORDER = """
 import sys
 import tensorrt_rtx as trt
@@ -59,7 +59,7 @@ sys.exit(builder.build_serialized_network(network, config) is None)
 
 
 def _build(graph: Path, verbosity: str = "DETAILED", batches: tuple[int, ...] = (1, 8, 32)) -> str:
-    """The whole log of TensorRT-RTX building ``graph``."""
+    """The complete log of a build of ``graph`` by TensorRT-RTX."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
     done = subprocess.run(
         [sys.executable, "-c", _RECORDER, str(graph), verbosity, *map(str, batches)],
@@ -72,7 +72,7 @@ def _build(graph: Path, verbosity: str = "DETAILED", batches: tuple[int, ...] = 
 
 
 def _scales_along_the_input(source: Path, name: str, target: Path) -> Path:
-    """Give the weight of Linear ``name`` a scale per input channel: valid, but no INT8 kernel."""
+    """Give the weight of Linear ``name`` scales per input channel, which has no INT8 kernel."""
     model = onnx.load(source)
     weights = {weight.name: weight for weight in model.graph.initializer}
     (dq,) = [node for node in model.graph.node if node.name == f"{name}/weight_DQ"]
@@ -86,26 +86,28 @@ def _scales_along_the_input(source: Path, name: str, target: Path) -> Path:
     return target
 
 
-# What a TensorRT-RTX builder really compiled.
+# Real builds of TensorRT-RTX.
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 @pytest.mark.parametrize("batches", [(1, 8, 32), (1, 1, 1)])
-def test_tensorrt_rtx_compiles_what_the_graph_asks_for(
+def test_tensorrt_rtx_compiles_the_precisions_of_the_graph(
     demo_workspace: Workspace, precision: str, batches: tuple[int, ...]
 ) -> None:
     graph = demo_workspace.graph(cards.DEMO, precision)
     engine = parse_build_log(_build(graph, batches=batches))
     executed = executed_precision(engine)
-    assert executed.blocks == asked_precision(onnx.load(graph))
+    assert executed.blocks == requested_precision(onnx.load(graph))
     assert executed, executed.untold
     assert [tensor.name for tensor in engine.io] == ["image", "logits"]
 
 
-def test_a_linear_that_silently_left_int8_shows(demo_workspace: Workspace, tmp_path: Path) -> None:
+def test_a_linear_that_silently_left_int8_is_found(
+    demo_workspace: Workspace, tmp_path: Path
+) -> None:
     source = demo_workspace.graph(cards.DEMO, "int8")
     graph = _scales_along_the_input(source, "blocks.3.mlp.fc1", tmp_path / "axis.onnx")
-    asked = {b.block: b for b in asked_precision(onnx.load(graph))}
+    asked = {b.block: b for b in requested_precision(onnx.load(graph))}
     executed = executed_precision(parse_build_log(_build(graph)))
     differing = [block for block in executed.blocks if block != asked[block.block]]
     assert asked["blocks.3"].gemms == {"int8": 4}
@@ -120,7 +122,7 @@ def test_a_build_without_detailed_verbosity_is_refused(demo_workspace: Workspace
     assert "DETAILED" in raised.value.hint
 
 
-# JSON of recorded shape, in TensorRT 10's layout and in 11's.
+# JSON in the recorded layouts of TensorRT 10 and 11.
 
 
 def _onnx(*names: str) -> str:
@@ -154,7 +156,7 @@ _LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 def _block10(index: int, dtype: str, tactic: str) -> list[Layer]:
-    """A block as TensorRT 10 lists it: a GEMM, then a kernel for its scale and bias, and so on."""
+    """A block as TensorRT 10 lists it: each GEMM, then a kernel for its scale and bias."""
     layers = []
     for linear in _LINEARS:
         name = f"blocks.{index}.{linear}"
@@ -204,7 +206,7 @@ def test_an_int8_engine_of_tensorrt_10() -> None:
     assert executed
 
 
-def test_a_block_that_silently_runs_fp16_shows() -> None:
+def test_a_block_that_silently_runs_fp16_is_found() -> None:
     blocks = [_block10(0, "Int8", _INT8), _block10(1, "Half", _FP16)]
     executed = executed_precision(parse_engine_information(_tensorrt10(*blocks[0], *blocks[1])))
     assert executed.blocks == (
@@ -220,9 +222,9 @@ def test_an_int8_product_of_tensorrt_11_reads_int8_twice() -> None:
     residual = _tensor11("Half", -1, 768)
     assert _gemms(_tensorrt11(_gemm11([activation], [weight, *scales]))) == {"int8": 1}
     assert _gemms(_tensorrt11(_gemm11([activation, residual], [weight, bias]))) == {"int8": 1}
-    # An int8 weight beside a half activation may be multiplied in either.
+    # An int8 weight with a half activation may be multiplied in either type.
     assert _gemms(_tensorrt11(_gemm11([residual], [weight, *scales]))) == {"unknown": 1}
-    # A dequantised weight is a half product, whatever the kernel reads beside it.
+    # A dequantised half weight makes a half product, whatever else the kernel reads.
     half = _tensor11("Half", 768, 3072)
     assert _gemms(_tensorrt11(_gemm11([activation], [half, *scales]))) == {"fp16": 1}
 
@@ -300,7 +302,7 @@ def test_the_spellings_of_a_type(text: str, dtype: str) -> None:
         ("__myelin_CASK_STUB", "unknown"),
     ],
 )
-def test_a_tactic_tells_what_dynamic_shapes_hide(tactic: str, precision: str) -> None:
+def test_a_tactic_gives_the_precision_that_dynamic_shapes_hide(tactic: str, precision: str) -> None:
     hidden = [_tensor10("N/A due to dynamic shapes", -1, 768)]
     layer = _layer("CaskGemmMatrixMultiply", _onnx("blocks.0.mlp.fc1/MatMul"), hidden, tactic)
     assert _gemms(_tensorrt10(layer)) == {precision: 1}
@@ -311,14 +313,14 @@ def test_tf32_shows_in_the_tactic_of_an_fp32_product() -> None:
     assert _gemms(_tensorrt10(layer)) == {"tf32": 1}
 
 
-def test_a_kernel_whose_inputs_and_tactic_disagree_is_unknown_and_said() -> None:
+def test_a_kernel_with_conflicting_inputs_and_tactic_is_unknown_and_reported() -> None:
     executed = executed_precision(
         parse_engine_information(_tensorrt10(_block10(0, "Int8", _FP16)[0]))
     )
     assert executed.blocks == (BlockPrecision("blocks.0", {"unknown": 1}),)
-    (said,) = executed.untold
-    assert "blocks.0.attn.qkv/MatMul: gemm_myl0_7 reads int8" in said
-    assert _FP16 in said
+    (reason,) = executed.untold
+    assert "blocks.0.attn.qkv/MatMul: gemm_myl0_7 reads int8" in reason
+    assert _FP16 in reason
     assert not executed
 
 
@@ -341,7 +343,7 @@ def test_scales_and_indices_do_not_count_as_operands() -> None:
     ]
     layer = _layer("gemm", _onnx("blocks.0.mlp.fc1/MatMul"), inputs)
     assert _gemms(_tensorrt10(layer)) == {"int8": 1}
-    # A residual is no scale: which of the two is the operand is not told.
+    # A residual is not a scale, so either input may be the operand.
     layer["Inputs"].append(_tensor10("Half", 1, 197, 768))
     assert _gemms(_tensorrt10(layer)) == {"unknown": 1}
 
@@ -378,23 +380,23 @@ def test_metadata_may_be_separated_by_raw_or_escaped_control_characters(separato
     assert layer.onnx_nodes == ("head/Gemm", "logits/Cast")
 
 
-def test_without_metadata_the_name_of_the_layer_tells_the_block() -> None:
+def test_without_metadata_the_name_of_the_layer_gives_the_block() -> None:
     name = "blocks_3_attn_proj/MatMul+blocks_3_mlp_fc1/MatMul_myl0_16"
     layer = _layer("gemm", "", [_tensor10("Half", 197, 768)], Name=name)
     executed = executed_precision(parse_engine_information(_tensorrt10(layer)))
     assert executed.blocks == (BlockPrecision("blocks.3", {"fp16": 2}),)
 
 
-# What cannot be told is said, never guessed.
+# Missing facts are reported, never guessed.
 
 
-def test_a_layer_with_missing_fields_is_unknown_and_said() -> None:
+def test_a_layer_with_missing_fields_is_unknown_and_reported() -> None:
     gemm = {"LayerType": "gemm", "Metadata": _onnx("blocks.0.mlp.fc1/MatMul")}
     executed = executed_precision(parse_engine_information(_tensorrt10(gemm, {})))
     assert executed.blocks == (BlockPrecision("blocks.0", {"unknown": 1}),)
     assert executed.untold == (
-        "a nameless layer: what it computes inside",
-        "blocks.0.mlp.fc1/MatMul: a nameless layer reads nothing named",
+        "an unnamed layer: its operations are not listed",
+        "blocks.0.mlp.fc1/MatMul: an unnamed layer reads no listed tensor",
     )
 
 
@@ -410,14 +412,14 @@ def test_a_field_of_the_wrong_type_is_unknown(broken: object) -> None:
     ("name", "kind"),
     [("{ForeignNode[blocks.0.norm1/Cast...head/Gemm]}", "Myelin"), ("whole", "ForeignNode")],
 )
-def test_a_closed_layer_is_said_and_its_products_are_unknown(name: str, kind: str) -> None:
+def test_an_opaque_layer_is_reported_and_its_products_are_unknown(name: str, kind: str) -> None:
     image = [_tensor10("Int8", 1, 3, 224, 224)]
-    closed = _layer(kind, "", image, Name=name)
+    opaque = _layer(kind, "", image, Name=name)
     conv = _layer("CaskConvolution", _onnx("patch_embed/Conv"), image, Weights={"Type": "Int8"})
-    executed = executed_precision(parse_engine_information(_tensorrt10(conv, closed)))
-    assert executed.untold == (f"{name}: what it computes inside",)
-    closed["Metadata"] = _onnx("blocks.0.mlp.fc1/MatMul")
-    executed = executed_precision(parse_engine_information(_tensorrt10(closed)))
+    executed = executed_precision(parse_engine_information(_tensorrt10(conv, opaque)))
+    assert executed.untold == (f"{name}: its operations are not listed",)
+    opaque["Metadata"] = _onnx("blocks.0.mlp.fc1/MatMul")
+    executed = executed_precision(parse_engine_information(_tensorrt10(opaque)))
     assert executed.blocks == (BlockPrecision("blocks.0", {"unknown": 1}),)
 
 
@@ -425,17 +427,17 @@ def test_a_product_that_only_other_kernels_name_is_unknown() -> None:
     layer = _layer("kgen", _onnx("head/Gemm", "head/Add"), [_tensor10("Half", 1, 768)])
     executed = executed_precision(parse_engine_information(_tensorrt10(layer)))
     assert executed.blocks == (BlockPrecision("head", {"unknown": 1}),)
-    assert executed.untold == ("head/Gemm: no kernel that multiplies matrices names it",)
+    assert executed.untold == ("head/Gemm: no matrix multiplication kernel names it",)
 
 
-def test_a_kernel_without_a_product_s_name_counts_and_is_said() -> None:
+def test_a_kernel_without_a_product_name_counts_and_is_reported() -> None:
     layer = _layer("gemm", _onnx("blocks.0/strange"), [_tensor10("Half", 1, 768)])
     executed = executed_precision(parse_engine_information(_tensorrt10(layer)))
     assert executed.blocks == (BlockPrecision("graph", {"fp16": 1}),)
-    assert executed.untold == ("gemm_myl0_7: which ONNX node it computes",)
+    assert executed.untold == ("gemm_myl0_7: its ONNX node is not named",)
 
 
-def test_an_engine_without_products_is_not_fine() -> None:
+def test_an_engine_without_products_is_incomplete() -> None:
     layer = _layer("Reformat", "", [])
     executed = executed_precision(parse_engine_information(_tensorrt10(layer)))
     assert executed.untold == ("the engine names no matrix product",)
@@ -445,18 +447,18 @@ def test_an_engine_without_products_is_not_fine() -> None:
 @pytest.mark.parametrize(
     ("text", "message", "hint"),
     [
-        ("", "no JSON", "JSON"),
-        ("Layer(Myelin): {ForeignNode[...]}", "no JSON: it starts with 'Layer", "JSON"),
-        ('{"Layers": [{"Name": "a"', "no JSON", "JSON"),
+        ("", "not JSON", "JSON"),
+        ("Layer(Myelin): {ForeignNode[...]}", "not JSON: it starts with 'Layer", "JSON"),
+        ('{"Layers": [{"Name": "a"', "not JSON", "JSON"),
         ("[]", 'no list of "Layers"', "get_engine_information"),
         ('{"Name": "blocks.0"}', 'no list of "Layers"', "get_engine_information"),
         ('{"Layers": {}}', 'no list of "Layers"', "get_engine_information"),
-        ('{"Layers": []}', "nothing of its layers", "DETAILED"),
+        ('{"Layers": []}', "lists no layers", "DETAILED"),
         ('{"Layers": ["a", "b"], "Bindings": ["x"]}', "names of 2 of its 2 layers", "DETAILED"),
         ('{"Layers": [{"Name": "a"}, "b"]}', "names of 1 of its 2 layers", "DETAILED"),
     ],
 )
-def test_what_is_no_detailed_layer_information_is_refused(
+def test_text_without_detailed_layer_information_is_refused(
     text: str, message: str, hint: str
 ) -> None:
     with pytest.raises(EngineError, match=message) as raised:
@@ -465,7 +467,7 @@ def test_what_is_no_detailed_layer_information_is_refused(
     assert "\n" not in str(raised.value)
 
 
-# The builder's log in TensorRT 10's spelling, of recorded shape.
+# The builder's log in the recorded layout of TensorRT 10.
 
 _LOG10 = (
     "[V] [TRT] Layers:\n"

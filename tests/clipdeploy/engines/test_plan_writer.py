@@ -1,4 +1,4 @@
-"""Real plans on their way into a file; what a flavour cannot do is hidden from a real builder."""
+"""Tests writing real plans; methods are hidden from a real builder to imitate older versions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def graph(demo_workspace: Workspace) -> Path:
 
 
 class OldBuilder:
-    """A builder without streams, as an older TensorRT may have it."""
+    """A builder without stream support, like older TensorRT versions."""
 
     def __init__(self, builder: Any) -> None:
         self._builder = builder
@@ -59,7 +59,7 @@ def test_a_file_its_size_and_its_hash(pieces: list[Piece], tmp_path: Path) -> No
     assert plan.sha256() == hashlib.sha256(data).hexdigest()
 
 
-def test_a_plan_that_comes_in_pieces_is_the_one_that_comes_whole(
+def test_a_streamed_plan_equals_a_plan_in_one_piece(
     compiler: Compiler, graph: Path, request: pytest.FixtureRequest
 ) -> None:
     kinds: list[type] = []
@@ -67,7 +67,7 @@ def test_a_plan_that_comes_in_pieces_is_the_one_that_comes_whole(
     streamed = compiled_plan(compiler, graph)
     request.getfixturevalue("no_streams")
     compiler.compile(graph, SPEC, BuildConfig(), None, lambda piece: kinds.append(type(piece)))
-    # The demo's plan is one piece either way: TensorRT's copy of it, or a look at its memory.
+    # The demo's plan is one piece in both cases: a copy, or a view of TensorRT's memory.
     assert kinds == [bytes, memoryview]
     assert compiled_plan(compiler, graph) == streamed
 
@@ -76,7 +76,7 @@ def test_a_plan_that_comes_in_pieces_is_the_one_that_comes_whole(
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()]
 )
-def test_what_writing_raises_ends_the_build_and_is_raised(
+def test_an_error_while_writing_ends_the_build_and_is_raised(
     error: BaseException,
     streams: bool,
     compiler: Compiler,

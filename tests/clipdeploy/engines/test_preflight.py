@@ -1,4 +1,4 @@
-"""What is told before an engine is loaded; the engines are real, the machines are described."""
+"""Tests the checks before an engine is loaded, with real engines and made-up machines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from clipdeploy.engines.passport import (
     read_engine_passport,
     save_engine_passport,
 )
-from clipdeploy.engines.preflight import ThisMachine, check_machine, preflight
+from clipdeploy.engines.preflight import Host, check_machine, preflight
 from clipdeploy.models import cards
 from clipdeploy.workspace.folder import Workspace
 
@@ -35,19 +35,19 @@ def built(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def engine(built: Path, tmp_path: Path) -> Path:
-    """A copy, to be spoilt."""
+    """A copy that a test may damage."""
     shutil.copy(passport_path(built), passport_path(tmp_path / built.name))
     return Path(shutil.copy(built, tmp_path))
 
 
-def fitting(engine: Path) -> ThisMachine:
-    """A machine on which the engine should run."""
+def fitting(engine: Path) -> Host:
+    """A machine that can run the engine."""
     passport = read_engine_passport(engine)
-    return ThisMachine(passport.platform, ADA, passport.backend_version)
+    return Host(passport.platform, ADA, passport.backend_version)
 
 
-def test_an_engine_that_fits_is_handed_over(engine: Path) -> None:
-    plan = preflight(engine, here=fitting(engine))
+def test_a_matching_engine_is_returned(engine: Path) -> None:
+    plan = preflight(engine, host=fitting(engine))
     assert plan.data == engine.read_bytes()
     assert plan.passport is not None
     assert plan.passport.hashes.graph
@@ -59,14 +59,14 @@ def test_one_flipped_bit_is_refused(where: float, engine: Path) -> None:
     data[int(where * len(data))] ^= 1
     engine.write_bytes(data)
     with pytest.raises(ArtifactError, match=r"changed or replaced \(build it again: clipdeploy"):
-        preflight(engine, here=fitting(engine))
+        preflight(engine, host=fitting(engine))
 
 
 def test_a_truncated_engine_is_refused(engine: Path) -> None:
     data = engine.read_bytes()
     engine.write_bytes(data[: len(data) // 2])
-    with pytest.raises(ArtifactError, match=r"bytes of .*: it was cut short"):
-        preflight(engine, here=fitting(engine))
+    with pytest.raises(ArtifactError, match=r"of .* bytes, it was cut short"):
+        preflight(engine, host=fitting(engine))
 
 
 def test_the_passport_of_another_engine_is_refused(
@@ -74,52 +74,52 @@ def test_the_passport_of_another_engine_is_refused(
 ) -> None:
     other = build_engine(demo_workspace.graph(cards.DEMO, "fp32"), tmp_path / "other.engine").path
     shutil.copy(passport_path(other), passport_path(engine))
-    with pytest.raises(ArtifactError, match="is not the file its passport speaks of"):
-        preflight(engine, here=fitting(engine))
+    with pytest.raises(ArtifactError, match="is not the file that its passport describes"):
+        preflight(engine, host=fitting(engine))
 
 
 def test_a_missing_passport_is_refused(engine: Path) -> None:
-    here = fitting(engine)
+    host = fitting(engine)
     passport_path(engine).unlink()
     with pytest.raises(ArtifactError, match="has no passport"):
-        preflight(engine, here=here)
+        preflight(engine, host=host)
 
 
 def test_a_passport_of_a_newer_clipdeploy_is_refused(engine: Path) -> None:
-    here, path = fitting(engine), passport_path(engine)
+    host, path = fitting(engine), passport_path(engine)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 99}))
     with pytest.raises(ArtifactError, match=r"newer clipdeploy \(schema 99"):
-        preflight(engine, here=here)
+        preflight(engine, host=host)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"platform": "linux aarch64"}, r"built for linux x86_64, this is linux aarch64"),
+        ({"platform": "linux aarch64"}, r"built for linux x86_64, this machine is linux aarch64"),
         ({"gpu": None}, "no GPU on this machine"),
         ({"gpu": Gpu("NVIDIA H200", (9, 0))}, r"runs on SM .*; NVIDIA H200 is SM 9\.0"),
         ({"gpu": Gpu("Tesla T4", (7, 5))}, r"runs on SM .*; Tesla T4 is SM 7\.5"),
-        ({"version": "1.4.0.76"}, r"was built by tensorrt-rtx .*, here is 1\.4\.0\.76"),
-        ({"version": None}, r"which is not installed here \(pip install tensorrt-rtx=="),
+        ({"version": "1.4.0.76"}, r"was built by tensorrt-rtx .*, installed is 1\.4\.0\.76"),
+        ({"version": None}, r"which is not installed \(pip install tensorrt-rtx=="),
     ],
 )
 def test_another_machine_is_refused(change: dict[str, object], message: str, engine: Path) -> None:
-    here = replace(fitting(engine), **change)  # type: ignore[arg-type]
+    host = replace(fitting(engine), **change)  # type: ignore[arg-type]
     with pytest.raises(EngineError, match=message):
-        preflight(engine, here=here)
+        preflight(engine, host=host)
 
 
-def test_trust_waives_the_hash_but_not_the_machine(engine: Path) -> None:
-    here = fitting(engine)
+def test_trust_skips_the_hash_but_not_the_machine(engine: Path) -> None:
+    host = fitting(engine)
     engine.write_bytes(engine.read_bytes()[:-1])
-    assert preflight(engine, trust=True, here=here).data == engine.read_bytes()
+    assert preflight(engine, trust=True, host=host).data == engine.read_bytes()
     with pytest.raises(EngineError, match="no GPU"):
-        preflight(engine, trust=True, here=replace(here, gpu=None))
+        preflight(engine, trust=True, host=replace(host, gpu=None))
 
 
 @pytest.fixture
 def data_centre(engine: Path) -> EnginePassport:
-    """A passport as TensorRT on an A10 leaves it."""
+    """A passport as written for TensorRT on an A10."""
     return replace(
         read_engine_passport(engine),
         backend="tensorrt",
@@ -144,12 +144,12 @@ def test_hardware_compatibility(
     hardware: str, capability: tuple[int, int], runs: bool, data_centre: EnginePassport
 ) -> None:
     passport = replace(data_centre, hardware=hardware)
-    here = ThisMachine(passport.platform, Gpu("a GPU", capability), passport.backend_version)
+    host = Host(passport.platform, Gpu("a GPU", capability), passport.backend_version)
     if runs:
-        check_machine(Path("x.engine"), passport, here)
+        check_machine(Path("x.engine"), passport, host)
     else:
         with pytest.raises(EngineError, match=r"runs on SM 8\.6"):
-            check_machine(Path("x.engine"), passport, here)
+            check_machine(Path("x.engine"), passport, host)
 
 
 @pytest.mark.parametrize(
@@ -166,16 +166,16 @@ def test_version_compatibility(
     compatible: bool, version: str, runs: bool, data_centre: EnginePassport
 ) -> None:
     passport = replace(data_centre, settings={"version_compatible": compatible})
-    here = ThisMachine(passport.platform, Gpu("NVIDIA A10", (8, 6)), version)
+    host = Host(passport.platform, Gpu("NVIDIA A10", (8, 6)), version)
     if runs:
-        check_machine(Path("x.engine"), passport, here)
+        check_machine(Path("x.engine"), passport, host)
     else:
         with pytest.raises(EngineError, match=r"was built by tensorrt 10\.13"):
-            check_machine(Path("x.engine"), passport, here)
+            check_machine(Path("x.engine"), passport, host)
 
 
-@pytest.mark.skipif(bool(gpus()), reason="what happens where there is no GPU")
-def test_this_machine_is_the_one_that_is_asked(engine: Path) -> None:
+@pytest.mark.skipif(bool(gpus()), reason="tests a machine without a GPU")
+def test_this_machine_is_checked_by_default(engine: Path) -> None:
     with pytest.raises(EngineError, match="no GPU on this machine"):
         preflight(engine)
     save_engine_passport(replace(read_engine_passport(engine), platform="win32 AMD64"), engine)

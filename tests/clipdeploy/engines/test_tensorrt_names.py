@@ -16,11 +16,11 @@ import clipdeploy
 
 SOURCE = Path(clipdeploy.__file__).parent
 FILES = sorted(p for p in SOURCE.rglob("*.py") if "trt" in p.read_text() and p.name != "zoo.py")
-# What a variable is called that holds the flavour's module.
+# The names of variables for the backend's module.
 MODULES = {"module", "_module", "trt"}
 SUPPORT = Path(__file__).parents[2] / "support"
 NAMES = json.loads((SUPPORT / "tensorrt_names.json").read_text())
-# TensorRT-RTX alone; the code asks for them with hasattr first.
+# Only in TensorRT-RTX; the code checks with hasattr first.
 RTX_ONLY = {("ComputeCapability",), ("ComputeCapability", "__members__")}
 
 Use = tuple[str, ...]
@@ -43,7 +43,7 @@ def classes_of(tree: ast.AST) -> dict[str, str]:
 
 
 def uses(source: str) -> Iterator[Use]:
-    """(class,), (class, attribute) or (function,) of everything that is taken from TensorRT."""
+    """(class,), (class, attribute) or (function,) of each use of TensorRT."""
     tree = ast.parse(source)
     classes = classes_of(tree)
     for node in ast.walk(tree):
@@ -59,7 +59,7 @@ def uses(source: str) -> Iterator[Use]:
 
 
 def missing(source: str) -> set[Use]:
-    """The uses that TensorRT's stubs do not have."""
+    """The uses that are missing in TensorRT's stubs."""
     return {
         use
         for use in uses(source)
@@ -68,7 +68,7 @@ def missing(source: str) -> set[Use]:
     }
 
 
-def test_the_files_that_talk_to_tensorrt_are_found() -> None:
+def test_the_files_that_use_tensorrt_are_found() -> None:
     assert {"backends.py", "compiler.py", "engine.py"} <= {path.name for path in FILES}
     found = {use for path in FILES for use in uses(path.read_text())}
     assert {

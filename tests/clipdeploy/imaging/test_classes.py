@@ -29,16 +29,16 @@ def test_names_are_read_in_the_order_of_the_logits(tmp_path: Path, kind: str) ->
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("cat\ngreat dog\n", "names 2 classes, the model has 3"),
-        ("cat\ncat\nemu\n", "'cat' is the name of 2 classes"),
+        ("cat\ngreat dog\n", "names 2 classes, but the model has 3"),
+        ("cat\ncat\nemu\n", "2 classes are named 'cat'"),
         ("cat\n\nemu\n", "the name of class 1 is ''"),
-        ("", "it has no name"),
-        ("[]", "it has no name"),
+        ("", "the list is empty"),
+        ("[]", "the list is empty"),
         ("[1, 2, 3]", "the name of class 0 is 1"),
-        ('{"0": "cat", "2": "emu"}', "its numbers are not 0 to 1"),
-        ('{"cat": "x", "dog": "y"}', "keys or its values have to be the numbers"),
-        ("[", "holds no class names"),
-        ("[" * 100_000, "holds no class names"),
+        ('{"0": "cat", "2": "emu"}', "the class numbers are not 0 to 1"),
+        ('{"cat": "x", "dog": "y"}', "neither the keys nor the values are class numbers"),
+        ("[", "has no valid class names"),
+        ("[" * 100_000, "has no valid class names"),
         ("c\x1b[31mat\ndog\nemu", "control characters"),
     ],
 )
@@ -50,15 +50,15 @@ def test_names_that_cannot_be_used_are_refused(tmp_path: Path, text: str, fault:
     assert '["cat", "dog"]' in caught.value.hint
 
 
-def test_what_is_no_text_and_no_file(tmp_path: Path) -> None:
+def test_binary_and_missing_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "names").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DatasetError, match="holds no class names"):
+    with pytest.raises(DatasetError, match="has no valid class names"):
         read_class_names(tmp_path / "names", 3)
     with pytest.raises(FileError, match="nowhere"):
         read_class_names(tmp_path / "nowhere", 3)
 
 
-def test_a_name_for_each_class_or_none() -> None:
+def test_names_are_given_for_every_class_or_none() -> None:
     assert Classes(3, PETS).index["emu"] == 2
     assert Classes(3).names == ()
     assert not Classes()
@@ -67,6 +67,6 @@ def test_a_name_for_each_class_or_none() -> None:
 
 
 @pytest.mark.parametrize("value", ["cat", 3, None, {0: "cat", 1: "cat"}, {True: "a"}])
-def test_other_values_are_no_names(value: object) -> None:
+def test_other_values_are_not_names(value: object) -> None:
     with pytest.raises(NamesError):
         names_from(value)

@@ -43,7 +43,7 @@ SETTLED_NS = crops._SETTLED_NS
 
 @pytest.fixture(autouse=True)
 def _files_are_settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files written just now count as settled, or else each test would wait for two seconds."""
+    """Trust the stamps of new files; otherwise each test would have to wait for two seconds."""
     monkeypatch.setattr(crops, "_SETTLED_NS", 0)
 
 
@@ -83,7 +83,7 @@ def same(one: list[Crop], two: list[Crop]) -> bool:
 
 @pytest.fixture
 def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A tripwire: any image that is opened fails the test."""
+    """Fail the test if any image is opened."""
 
     def trip(*_: object) -> bytes:
         raise AssertionError("an image was opened")
@@ -120,7 +120,9 @@ def test_a_second_run_opens_no_image(
     assert same(plain, second)
 
 
-def test_the_tripwire_trips(folder: Path, cache: CropCache, nothing_is_read: None) -> None:
+def test_the_fixture_detects_an_opened_image(
+    folder: Path, cache: CropCache, nothing_is_read: None
+) -> None:
     with pytest.raises(AssertionError, match="an image was opened"):
         run(folder, cache)
 
@@ -135,13 +137,13 @@ def test_moved_images_are_found_by_their_content(
     second, reading = run(moved, cache)
     assert reading.cached == 0
     assert same(first, second)
-    # Only their new names were noted: the pixels are kept once.
+    # Only the new names were added: the pixels are stored once.
     assert cache.size() == size + COUNT * ROW_BYTES
     _, reading = run(moved, cache)
     assert reading.cached == COUNT
 
 
-def test_worker_processes_look_by_content_too(folder: Path, cache: CropCache) -> None:
+def test_worker_processes_find_crops_by_content_too(folder: Path, cache: CropCache) -> None:
     first, _ = run(folder, cache)
     moved = folder.rename(folder.with_name("moved"))
     second, _ = run(moved, cache, workers=1)
@@ -150,7 +152,7 @@ def test_worker_processes_look_by_content_too(folder: Path, cache: CropCache) ->
 
 
 def test_a_file_with_other_bytes_is_decoded_again(folder: Path, cache: CropCache) -> None:
-    """Even with the size and the mtime of the old one: nobody sets a ctime."""
+    """Even with equal size and mtime, because the ctime cannot be set."""
     run(folder, cache)
     victim, other = folder / "0003.jpg", folder / "0005.jpg"
     state = victim.stat()
@@ -163,7 +165,7 @@ def test_a_file_with_other_bytes_is_decoded_again(folder: Path, cache: CropCache
     assert same(cached, run(folder, None)[0])
 
 
-def test_a_file_that_was_changed_just_now_is_not_trusted_by_its_state(
+def test_the_stamp_of_a_file_changed_just_now_is_not_trusted(
     folder: Path, cache: CropCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert SETTLED_NS == 2_000_000_000
@@ -188,7 +190,7 @@ def test_each_preprocessing_has_its_own_crops(folder: Path, cache: CropCache) ->
 
 
 @pytest.mark.parametrize("changed", PIXEL_CHANGES)
-def test_nothing_is_served_that_another_decoder_made(
+def test_crops_of_another_decoder_are_not_used(
     folder: Path,
     cache: CropCache,
     changed: str,
@@ -202,13 +204,13 @@ def test_nothing_is_served_that_another_decoder_made(
     assert run(folder, cache)[1].cached == reading.cached == 0
     monkeypatch.undo()
     monkeypatch.setattr(crops, "_SETTLED_NS", 0)
-    # As before again: what was made so is served.
+    # The old crops are used again once the change is undone.
     assert pixels_key(SPEC) == key
     assert run(folder, cache)[1].cached == COUNT
 
 
 def test_every_module_between_bytes_and_crop_is_in_the_key() -> None:
-    """Whatever of ours a worker has loaded decides pixels, or is named here because it does not."""
+    """Every module that a worker loads is in the key, or is listed here as irrelevant to pixels."""
     listed = "import sys, clipdeploy.imaging.loader; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", listed], capture_output=True, text=True, check=True
@@ -233,7 +235,7 @@ def flip(path: Path, offset: int) -> None:
     path.write_bytes(data)
 
 
-def test_a_damaged_crop_is_decoded_again_and_kept_again(folder: Path, cache: CropCache) -> None:
+def test_a_damaged_crop_is_decoded_and_stored_again(folder: Path, cache: CropCache) -> None:
     plain, _ = run(folder, cache)
     flip(shard(cache), 4 * CROP_BYTES + 1000)
     second, reading = run(folder, cache)
@@ -245,7 +247,7 @@ def test_a_damaged_crop_is_decoded_again_and_kept_again(folder: Path, cache: Cro
 
 
 @pytest.mark.parametrize("offset", [0, 20, 50, 70, 130, 134, 138])
-def test_a_damaged_row_is_no_row(folder: Path, cache: CropCache, offset: int) -> None:
+def test_a_damaged_row_is_ignored(folder: Path, cache: CropCache, offset: int) -> None:
     plain, _ = run(folder, cache)
     flip(shard(cache).with_suffix(".rows"), 7 * ROW_BYTES + offset)
     second, reading = run(folder, cache)
@@ -255,7 +257,7 @@ def test_a_damaged_row_is_no_row(folder: Path, cache: CropCache, offset: int) ->
 
 @pytest.mark.parametrize("suffix", [".items", ".rows"])
 @pytest.mark.parametrize("keep", [0.0, 0.1, 0.49, 0.5, 0.999])
-def test_a_shard_cut_short_has_fewer_crops_and_no_wrong_ones(
+def test_a_truncated_shard_has_fewer_crops_and_no_wrong_ones(
     folder: Path, cache: CropCache, suffix: str, keep: float
 ) -> None:
     plain, _ = run(folder, cache)
@@ -268,14 +270,14 @@ def test_a_shard_cut_short_has_fewer_crops_and_no_wrong_ones(
 
 @pytest.mark.parametrize("read_bytes", [CROP_BYTES, 4 * CROP_BYTES, 1 << 20])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_crops_read_together_in_any_order_are_each_their_own(
+def test_crops_read_together_are_correct_in_any_order(
     folder: Path,
     cache: CropCache,
     read_bytes: int,
     workers: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Kept in two shards, some damaged or not kept at all, asked for in other orders."""
+    """Stored in two shards, some damaged or missing, read in other orders."""
     monkeypatch.setattr(crops, "_READ_BYTES", read_bytes)
     images = open_images(folder)
     run(ImageFolder(folder, images.entries[1:7]), cache)
@@ -288,7 +290,7 @@ def test_crops_read_together_in_any_order_are_each_their_own(
         wanted, _ = run(mixed, None)
         got, reading = run(mixed, kept, workers)
         assert same(wanted, got)
-        # The first of these runs decodes what was missing and damaged, and keeps it.
+        # The first of these runs decodes and stores the missing and damaged crops.
         assert reading.cached == (COUNT - 2 if seed == 0 else COUNT)
 
 
@@ -302,7 +304,7 @@ def test_rows_of_another_shard_give_no_wrong_pixels(folder: Path, cache: CropCac
     assert same(plain, second)
 
 
-def test_the_shards_not_used_for_longest_go_first(tmp_path: Path) -> None:
+def test_the_least_recently_used_shards_are_removed_first(tmp_path: Path) -> None:
     one = COUNT * (CROP_BYTES + ROW_BYTES)
     # Shards are an eighth of the limit: room for two sets of images, in parts.
     cache = CropCache(tmp_path / "crops", 2 * one + one // 4)
@@ -319,8 +321,8 @@ def test_the_shards_not_used_for_longest_go_first(tmp_path: Path) -> None:
     assert run(sets[1], cache)[1].cached < COUNT
 
 
-def test_images_that_do_not_fit_keep_a_part_of_their_crops(tmp_path: Path) -> None:
-    """Least-recently-used alone would throw out each crop just before it is wanted again."""
+def test_a_part_of_the_crops_is_stored_if_not_all_fit(tmp_path: Path) -> None:
+    """Plain least-recently-used would remove each crop just before its next use."""
     folder = write_images(tmp_path / "images")
     plain, _ = run(folder, None)
     cache = CropCache(tmp_path / "crops", 6 * (CROP_BYTES + ROW_BYTES))
@@ -333,7 +335,7 @@ def test_images_that_do_not_fit_keep_a_part_of_their_crops(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("limit", [0, 1000])
-def test_a_cache_with_no_room_keeps_nothing(folder: Path, tmp_path: Path, limit: int) -> None:
+def test_a_cache_without_room_stores_nothing(folder: Path, tmp_path: Path, limit: int) -> None:
     cache = CropCache(tmp_path / "crops", limit)
     got, reading = run(folder, cache)
     assert same(got, run(folder, None)[0])
@@ -344,18 +346,18 @@ def test_a_cache_with_no_room_keeps_nothing(folder: Path, tmp_path: Path, limit:
         CropCache(tmp_path, -1)
 
 
-def test_a_cache_that_cannot_be_written_is_told_and_no_error(folder: Path, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_reported_without_an_error(
+    folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "crops").write_text("a file in its place")
     cache = CropCache(tmp_path / "crops" / "deeper")
     got, reading = run(folder, cache)
     assert same(got, run(folder, None)[0])
     assert "cannot be written" in reading.cache_problem
-    assert cache.problem(SPEC) == f"nothing is cached: {tmp_path / 'crops'} is no folder"
+    assert cache.problem(SPEC) == f"nothing is cached: {tmp_path / 'crops'} is not a folder"
 
 
-def test_what_a_limit_of_zero_does_not_keep_it_does_not_serve(
-    folder: Path, cache: CropCache
-) -> None:
+def test_with_a_limit_of_zero_no_crop_is_read(folder: Path, cache: CropCache) -> None:
     run(folder, cache)
     _, reading = run(folder, replace(cache, limit_bytes=0))
     assert reading.cached == 0
@@ -371,21 +373,21 @@ def test_a_problem_is_known_before_the_run_and_only_if_there_is_one(
     one = CROP_BYTES + ROW_BYTES
     assert replace(cache, limit_bytes=one).problem(SPEC) == ""
     assert f"one crop takes {one}" in replace(cache, limit_bytes=one - 1).problem(SPEC)
-    # The kernel lets root write anywhere, so that a real folder without permission is no example.
+    # root may write anywhere, so a real folder without permission would not show the problem.
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda *_: False)
         assert cache.problem(SPEC) == f"nothing is cached: {cache.folder} cannot be written"
     with monkeypatch.context() as patch:
         usage = shutil.disk_usage(cache.folder)._replace(free=CROP_BYTES)
         patch.setattr(shutil, "disk_usage", lambda _: usage)
-        assert f"has {CROP_BYTES} bytes left" in cache.problem(SPEC)
+        assert f"has only {CROP_BYTES} bytes free" in cache.problem(SPEC)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_crop_has_the_fingerprint_of_its_pixels_wherever_it_comes_from(
+def test_a_crop_has_the_fingerprint_of_its_pixels_from_every_source(
     folder: Path, cache: CropCache, workers: int
 ) -> None:
-    """Decoded, from the cache by its file's state, and from the cache by its file's bytes."""
+    """Decoded, from the cache by its file's stamp, and from the cache by its file's SHA-256."""
     decoded, _ = run(folder, cache, workers)
     cached, reading = run(folder, cache, workers)
     assert reading.cached == COUNT
@@ -397,7 +399,7 @@ def test_a_crop_has_the_fingerprint_of_its_pixels_wherever_it_comes_from(
     assert len({crop.fingerprint for crop in decoded}) == COUNT
 
 
-def test_a_full_disk_is_told_and_no_error(folder: Path, cache: CropCache) -> None:
+def test_a_full_disk_is_reported_without_an_error(folder: Path, cache: CropCache) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (CROP_BYTES * 5 // 2, before[1]))
     try:
@@ -473,12 +475,12 @@ def test_two_processes_write_at_once_and_one_is_killed(folder: Path, cache: Crop
 
 @pytest.fixture
 def two_may_be_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Far fewer shards than there are."""
-    monkeypatch.setattr("clipdeploy.imaging.crops._MOST_OPEN", 2)
+    """Allow only two open shards."""
+    monkeypatch.setattr("clipdeploy.imaging.crops._MAX_OPEN", 2)
 
 
 def shard_each(folder: Path, cache: CropCache) -> ImageFolder:
-    """Keep every image of the folder in a shard of its own."""
+    """Store every image of the folder in a separate shard."""
     images = open_images(folder)
     for entry in images.entries:
         run(ImageFolder(folder, (entry,)), cache)
@@ -498,7 +500,7 @@ def test_another_process_may_empty_the_cache_under_a_run(folder: Path, cache: Cr
     assert same(got, run(many, None)[0])
 
 
-def test_an_open_shard_outlives_its_name(folder: Path, cache: CropCache) -> None:
+def test_an_open_shard_can_be_read_after_its_removal(folder: Path, cache: CropCache) -> None:
     crop = run(folder, cache)[0][0]
     shut, opened = cache.open(SPEC), cache.open(SPEC)
     assert opened.get(crop.sha256) is not None
@@ -529,7 +531,7 @@ def open_shards() -> int:
     return sum(os.path.realpath(link).endswith(".items") for link in links)
 
 
-def test_the_default_lies_in_the_home_of_clipdeploy(
+def test_the_default_folder_is_in_clipdeploy_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CLIPDEPLOY_HOME", str(tmp_path / "home"))

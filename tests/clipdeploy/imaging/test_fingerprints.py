@@ -1,4 +1,4 @@
-"""Copies by decoded pixels: what is the same picture, nearly the same, and another one."""
+"""Fingerprints of equal, nearly equal and different pictures."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ LOSSLESS = {
 
 
 @pytest.mark.parametrize("how", LOSSLESS)
-def test_a_picture_saved_without_loss_is_the_same(how: str) -> None:
+def test_a_lossless_copy_is_the_same(how: str) -> None:
     png, other = saved(picture(0), "PNG"), LOSSLESS[how](picture(0))
     assert png != other
     known = Known([("aa" * 32, of_file(png))])
@@ -135,7 +135,7 @@ LOSSY = {
 
 @pytest.mark.parametrize("size", [32, 224, 384])
 @pytest.mark.parametrize("how", LOSSY)
-def test_a_picture_saved_with_loss_is_a_near_copy_of_its_own_only(how: str, size: int) -> None:
+def test_a_lossy_copy_is_a_near_copy_of_its_original_only(how: str, size: int) -> None:
     originals = [of_file(saved(picture(seed), "JPEG", quality=92), size) for seed in range(8)]
     copies = [of_file(LOSSY[how](picture(seed)), size) for seed in range(8)]
     for own in range(8):
@@ -157,7 +157,7 @@ def digits() -> list[Fingerprint]:
 
 
 def test_no_two_digits_are_copies_of_each_other(digits: list[Fingerprint]) -> None:
-    """Ten shapes only, and yet every one of them is another picture."""
+    """They have only ten shapes, but every one is a different picture."""
     assert len(digits) == 700
     everyone = list(range(700))
     assert groups(digits) == (everyone, everyone)
@@ -168,8 +168,8 @@ def test_no_two_digits_are_copies_of_each_other(digits: list[Fingerprint]) -> No
 
 
 @pytest.mark.parametrize("size", [32, 224, 448])
-def test_pictures_of_noise_are_no_copies_of_each_other(size: int) -> None:
-    """Their thumbnails are nearly flat: at 448 pixels all of them lie within 2 grey levels."""
+def test_pictures_of_noise_are_not_copies_of_each_other(size: int) -> None:
+    """Their thumbnails are nearly flat: at 448 pixels all of them are within 2 grey levels."""
     noise = [
         fingerprint(np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8))
         for seed in range(40)
@@ -233,12 +233,12 @@ def test_a_few_copies_among_twenty_thousand_are_found() -> None:
     assert (near == wanted).all()
 
 
-def test_no_image_has_no_copies() -> None:
+def test_an_empty_list_has_no_copies() -> None:
     assert groups([]) == ([], [])
     assert Known([]).match_all([], []) == []
 
 
-def test_a_file_known_without_its_pixels_is_found_by_its_bytes_only() -> None:
+def test_a_file_without_a_fingerprint_is_found_by_its_bytes_only() -> None:
     old, other = of_file(saved(picture(0), "PNG")), of_file(saved(picture(1), "PNG"))
     known = Known([("aa" * 32, None), ("bb" * 32, other)])
     assert known.match("aa" * 32, None) == "same"
@@ -247,7 +247,7 @@ def test_a_file_known_without_its_pixels_is_found_by_its_bytes_only() -> None:
     assert Known([("aa" * 32, None)]).match("cc" * 32, old) == ""
 
 
-def test_many_are_matched_as_each_alone(digits: list[Fingerprint]) -> None:
+def test_matching_many_gives_the_same_as_matching_each(digits: list[Fingerprint]) -> None:
     rng = np.random.default_rng(zlib.crc32(b"match"))
     known = Known(zip(names(100), digits[:100], strict=True))
     asked: list[Fingerprint | None] = list(digits[50:650])

@@ -19,7 +19,7 @@ CLASSES = tuple(name for name, _ in cards.class_names(cards.find("clip-vit-base-
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 # Classes of the first validation images, 0-based in the order of the wnids.
 EXPECTED = {1: 65, 2: 970, 3: 230, 4: 809}
-# ILSVRC2012_IDs are in an order of their own; this one is made up, and is neither sorted nor ours.
+# ILSVRC2012_IDs are not in wnid order; this made-up order is neither sorted nor the logits'.
 ID_OF = {wnid: 1 + (7 * index + 3) % 1000 for index, wnid in enumerate(CLASSES)}
 
 
@@ -48,7 +48,7 @@ def val_txt(folder: Path, lines: str | None = None) -> None:
 
 
 def meta_mat() -> bytes:
-    """As the devkit's: a struct array, leaves first, then the inner nodes of WordNet."""
+    """A struct array as in the devkit: the leaves first, then the inner nodes of WordNet."""
     rows = [(ID_OF[wnid], wnid) for wnid in CLASSES] + [(1001, "n00001740")]
     kind = [("ILSVRC2012_ID", object), ("WNID", object), ("words", object)]
     synsets = np.array([(number, wnid, "words") for number, wnid in rows], kind)
@@ -91,7 +91,7 @@ def labels_of(images: ImageFolder) -> dict[int, int | None]:
         (solution, ".."),
     ],
 )
-def test_label_files_are_found_where_people_keep_them(
+def test_label_files_are_found_at_the_usual_places(
     val: Path, write: Callable[[Path], None], where: str
 ) -> None:
     write(val / where)
@@ -112,7 +112,7 @@ def test_label_files_are_read_inside_archives(
     val: Path, write: Callable[[Path], None], top: str
 ) -> None:
     write(val)
-    # Away from the folder, so that nothing lies beside them.
+    # Outside the folder, so that there are no files beside them.
     packed = val.parents[1] / "packed"
     packed.mkdir()
     with (
@@ -139,32 +139,34 @@ def test_class_folders_come_before_a_label_file(val: Path) -> None:
         (val / name_of(number)).unlink()
     val_txt(val, f"{CLASSES[7]}/{name_of(9)} 8\n")
     assert labels_of(open_images(val, CLASSES)) == {9: 7}
-    # ... unless the user says otherwise.
-    assert labels_of(open_images(val, CLASSES, asked=Labelling(layout="list"))) == {9: 8}
+    # ... unless the user sets the layout.
+    assert labels_of(open_images(val, CLASSES, labelling=Labelling(layout="list"))) == {9: 8}
 
 
 def test_a_named_label_file_and_a_named_layout(val: Path, tmp_path: Path) -> None:
     val_txt(tmp_path / "mine")
     (tmp_path / "mine" / "val.txt").rename(tmp_path / "mine" / "labels")
-    images = open_images(val, CLASSES, asked=Labelling(labels=tmp_path / "mine" / "labels"))
+    images = open_images(val, CLASSES, labelling=Labelling(labels=tmp_path / "mine" / "labels"))
     assert labels_of(images) == EXPECTED
     val_txt(val)
-    assert not open_images(val, CLASSES, asked=Labelling(layout="none")).labelled
-    with pytest.raises(DatasetError, match="no label file of the layout 'devkit'"):
-        open_images(val, CLASSES, asked=Labelling(layout="devkit"))
+    assert not open_images(val, CLASSES, labelling=Labelling(layout="none")).labelled
+    with pytest.raises(DatasetError, match="no label file of layout 'devkit'"):
+        open_images(val, CLASSES, labelling=Labelling(layout="devkit"))
     with pytest.raises(FileError, match="nowhere"):
-        open_images(val, CLASSES, asked=Labelling(labels=tmp_path / "nowhere"))
-    with pytest.raises(UsageError, match="no layout is called 'flat'"):
-        open_images(val, CLASSES, asked=Labelling(layout="flat"))  # type: ignore[arg-type]
+        open_images(val, CLASSES, labelling=Labelling(labels=tmp_path / "nowhere"))
+    with pytest.raises(UsageError, match="unknown layout 'flat'"):
+        open_images(val, CLASSES, labelling=Labelling(layout="flat"))  # type: ignore[arg-type]
 
 
-def test_a_label_file_beside_is_left_alone_if_it_is_of_other_images(val: Path) -> None:
+def test_a_label_file_of_other_images_beside_the_folder_is_ignored(val: Path) -> None:
     for data in (b"other.JPEG 5\nworse 9999\n", b"\xff\xfe\x00 no text", b"", b"\n\n"):
         (val.parent / "val.txt").write_bytes(data)
         assert not open_images(val, CLASSES).labelled
-        # The same file inside, or named, is these images' and is refused.
-        with pytest.raises(DatasetError, match=r"val\.txt (lists none of the 4 images|is no text)"):
-            open_images(val, CLASSES, asked=Labelling(labels=val.parent / "val.txt"))
+        # Inside the folder, or named by the user, the same file is refused.
+        with pytest.raises(
+            DatasetError, match=r"val\.txt (lists none of the 4 images|is not UTF-8 text)"
+        ):
+            open_images(val, CLASSES, labelling=Labelling(labels=val.parent / "val.txt"))
     val_txt(val, "other.JPEG 5\n")
     with pytest.raises(DatasetError, match="lists none of the 4 images"):
         open_images(val, CLASSES)
@@ -174,13 +176,13 @@ def test_a_label_file_beside_is_left_alone_if_it_is_of_other_images(val: Path) -
     ("lines", "fault"),
     [
         ("{1} 65\n{2} -1\n", "line 2: class -1 is negative"),
-        ("{1} 1000\n", "line 1: class 1000 is too large, the model has 1000 classes"),
-        ("{1} 65\n{2} n99999999\n", "line 2: 'n99999999' is no class of the model"),
-        ("{1} 65\n{2} ٣\n", "line 2: '٣' is no class of the model"),
-        ("{1} 65\n{2} 9999999999999\n", "line 2: '9999999999999' is no class of the model"),
+        ("{1} 1000\n", "line 1: class 1000 is too large: the model has 1000 classes"),
+        ("{1} 65\n{2} n99999999\n", "line 2: 'n99999999' is not a class of the model"),
+        ("{1} 65\n{2} ٣\n", "line 2: '٣' is not a class of the model"),
+        ("{1} 65\n{2} 9999999999999\n", "line 2: '9999999999999' is not a class of the model"),
         ("{1} 65\n\n{2} 970\n", "line 2: the line is empty"),
         ("{1} 65\n{2}\n", "line 2: .*has no class"),
-        ("{1} 65\n{2} 970\n{1} 66\n", "line 3: .*1.JPEG has class 66, it has class 65 in line 1"),
+        ("{1} 65\n{2} 970\n{1} 66\n", "line 3: .*1.JPEG has class 66, but class 65 in line 1"),
         ("{1} -1\n{2} -2\n{3} -3\n", "line 1: class -1 is negative; 2 more bad lines: 2, 3"),
     ],
 )
@@ -191,7 +193,7 @@ def test_a_bad_list_is_refused_by_line(val: Path, lines: str, fault: str) -> Non
     assert "\n" not in str(caught.value)
 
 
-def test_what_a_list_lacks_and_has_too_much_is_told(val: Path) -> None:
+def test_missing_repeated_and_unlabelled_images_are_reported(val: Path) -> None:
     val_txt(val, f"{name_of(1)} 65\n{name_of(1)} 65\n{name_of(2)} 970\n{name_of(77)} 3\n")
     images = open_images(val, CLASSES)
     assert not images.labelled
@@ -202,10 +204,10 @@ def test_what_a_list_lacks_and_has_too_much_is_told(val: Path) -> None:
     assert found.unlabelled.first == (name_of(3), name_of(4))
     assert found.repeated.count == 1
     assert "lists ILSVRC2012_val_00000001.JPEG in lines 1 and 2" in found.repeated.first[0]
-    assert found.problems()[0] == f"1 listed images are not there: {name_of(77)}"
+    assert found.problems()[0] == f"1 listed images do not exist: {name_of(77)}"
 
 
-def test_a_list_may_have_a_mark_of_byte_order_tabs_and_windows_ends(val: Path) -> None:
+def test_a_list_may_have_a_byte_order_mark_tabs_and_crlf(val: Path) -> None:
     rows = "\r\n".join(f"./{name_of(number)}\t{label}" for number, label in EXPECTED.items())
     val.joinpath("val.txt").write_bytes(b"\xef\xbb\xbf" + rows.encode())
     assert labels_of(open_images(val, CLASSES)) == EXPECTED
@@ -222,7 +224,7 @@ def test_the_devkit_reads_a_subset_by_the_numbers_in_the_names(val: Path) -> Non
     assert survey(images).unlabelled.first == (name_of(5),)
 
 
-def test_the_devkit_takes_other_names_in_order_if_all_are_there(val: Path) -> None:
+def test_the_devkit_maps_other_names_in_order_if_the_set_is_complete(val: Path) -> None:
     devkit(val)
     for number in EXPECTED:
         (val / name_of(number)).rename(val / f"photo{number:05d}.JPEG")
@@ -236,7 +238,7 @@ def test_the_devkit_takes_other_names_in_order_if_all_are_there(val: Path) -> No
 def test_ids_of_the_devkit_are_never_guessed(val: Path) -> None:
     devkit(val)
     (val / "meta.mat").unlink()
-    with pytest.raises(DatasetError, match=r"no meta\.mat lies beside it.*copy data/meta\.mat"):
+    with pytest.raises(DatasetError, match=r"need a meta\.mat beside it.*copy data/meta\.mat"):
         open_images(val, CLASSES)
     whole = meta_mat()
     for damaged in (b"", b"MATLAB", whole[:200], whole[: len(whole) // 2]):
@@ -245,7 +247,7 @@ def test_ids_of_the_devkit_are_never_guessed(val: Path) -> None:
             open_images(val, CLASSES)
 
 
-def test_without_scipy_the_devkit_says_so(val: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_devkit_without_scipy_is_an_error(val: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     devkit(val)
     monkeypatch.setitem(__import__("sys").modules, "scipy.io", None)
     with pytest.raises(DatasetError, match=r'not installed .*"clipdeploy\[devkit\]"'):
@@ -255,11 +257,11 @@ def test_without_scipy_the_devkit_says_so(val: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("lines", "fault"),
     [
-        ("1\n0\n2\n3\n", "line 2: ID 0 is no class"),
-        ("1\n2\n1001\n3\n", "line 3: ID 1001 is no class"),
+        ("1\n0\n2\n3\n", "line 2: ID 0 is not a class"),
+        ("1\n2\n1001\n3\n", "line 3: ID 1001 is not a class"),
         ("1\n\n2\n3\n", "line 2: the line is empty"),
-        ("1\n2\n3\n-4\n", "line 4: ID -4 is no class"),
-        ("1\n2\nx\ny\n", "line 3: ID x is no class of the model; 1 more bad lines: 4"),
+        ("1\n2\n3\n-4\n", "line 4: ID -4 is not a class"),
+        ("1\n2\nx\ny\n", "line 3: ID x is not a class of the model; 1 more bad lines: 4"),
     ],
 )
 def test_bad_ground_truth_is_refused_by_line(val: Path, lines: str, fault: str) -> None:
@@ -272,12 +274,12 @@ def test_a_bad_solution_is_refused_by_line(val: Path) -> None:
     solution(val)
     path = val / "LOC_val_solution.csv"
     path.write_text(path.read_text().replace(CLASSES[970], "n99999999"))
-    with pytest.raises(DatasetError, match=r"csv, line 4: 'n99999999' is no class of the model"):
+    with pytest.raises(DatasetError, match=r"csv, line 4: 'n99999999' is not a class of the model"):
         open_images(val, CLASSES)
 
 
 def test_a_shifted_label_file_would_show(val: Path) -> None:
-    """What the comparisons above must be able to see: classes off by one."""
+    """The comparisons above detect classes that are off by one."""
     val_txt(val, "".join(f"{name_of(n)} {label - 1}\n" for n, label in EXPECTED.items()))
     assert labels_of(open_images(val, CLASSES)) != EXPECTED
 
@@ -285,5 +287,5 @@ def test_a_shifted_label_file_would_show(val: Path) -> None:
 def test_ids_of_the_devkit_have_no_first_class(val: Path) -> None:
     devkit(val)
     assert open_images(val, CLASSES).labelled
-    with pytest.raises(DatasetError, match="an order of their own"):
-        open_images(val, CLASSES, asked=Labelling(first_class=1))
+    with pytest.raises(DatasetError, match="devkit IDs, which are not class numbers"):
+        open_images(val, CLASSES, labelling=Labelling(first_class=1))

@@ -1,4 +1,4 @@
-"""The layouts of images and labels that people have, beyond ImageNet's own."""
+"""Layouts of images and labels other than ImageNet's own."""
 
 from __future__ import annotations
 
@@ -54,32 +54,36 @@ def test_folders_of_numbers_are_classes_in_numeric_order(
     assert f"folder {first} is the first class" in survey(images).layout
 
 
-def test_some_of_the_numbers_are_counted_as_the_user_says(tmp_path: Path) -> None:
+def test_an_incomplete_set_of_numbers_needs_first_class(tmp_path: Path) -> None:
     root = numbered(tmp_path / "some", (7, 21, 999))
     with pytest.raises(DatasetError, match=r"7 to 999: .* --first-class 0 or --first-class 1"):
         open_images(root, WNIDS)
-    assert set(labels_of(open_images(root, WNIDS, asked=Labelling(first_class=0))).values()) == {
+    assert set(
+        labels_of(open_images(root, WNIDS, labelling=Labelling(first_class=0))).values()
+    ) == {
         7,
         21,
         999,
     }
-    assert set(labels_of(open_images(root, WNIDS, asked=Labelling(first_class=1))).values()) == {
+    assert set(
+        labels_of(open_images(root, WNIDS, labelling=Labelling(first_class=1))).values()
+    ) == {
         6,
         20,
         998,
     }
-    # With a 0 there is only one way to read them.
+    # With a 0, numbers can only start at 0.
     numbered(root, (0,))
     assert set(labels_of(open_images(root, WNIDS)).values()) == {0, 7, 21, 999}
-    with pytest.raises(DatasetError, match="has a folder 0, and the model's 1000 classes are 1 to"):
-        open_images(root, WNIDS, asked=Labelling(first_class=1))
+    with pytest.raises(DatasetError, match="has a folder 0, but the model's 1000 classes are 1 to"):
+        open_images(root, WNIDS, labelling=Labelling(first_class=1))
 
 
 @pytest.mark.parametrize(
     ("numbers", "fault"),
-    [((0, 1000), "has a folder 1000"), ((0, 3), "two folders of the number 3")],
+    [((0, 1000), "has a folder 1000"), ((0, 3), "two folders with the number 3")],
 )
-def test_numbers_that_are_no_classes_are_refused(
+def test_numbers_that_are_not_classes_are_refused(
     tmp_path: Path, numbers: Sequence[int], fault: str
 ) -> None:
     numbered(tmp_path, numbers)
@@ -89,30 +93,32 @@ def test_numbers_that_are_no_classes_are_refused(
         open_images(tmp_path, WNIDS)
 
 
-def test_classes_that_nobody_named_get_the_folders_names(tmp_path: Path) -> None:
+def test_unnamed_classes_get_the_folder_names(tmp_path: Path) -> None:
     root = fill(tmp_path / "val", [f"{pet}/{n}.png" for pet in reversed(PETS) for n in range(2)])
     images = open_images(root, count=3)
     assert images.origin.class_names == PETS
     assert labels_of(images)["dog/1.png"] == 1
-    assert "in the order of the folders' names" in survey(images).layout
+    assert "in the order of the folder names" in survey(images).layout
     assert labels_of(open_images(tmp_path, count=3))["val/emu/0.png"] == 2
     for count in (2, 4):
-        with pytest.raises(DatasetError, match=rf"3 class folders .* has {count} classes"):
+        with pytest.raises(DatasetError, match=rf"3 class folders .* has {count} unnamed classes"):
             open_images(root, count=count)
     with pytest.raises(DatasetError, match="3 class names for 4 classes"):
         open_images(root, PETS, count=4)
 
 
-def test_numbers_of_unnamed_classes_are_no_order_of_names(tmp_path: Path) -> None:
-    """10 is before 2 as ImageFolder sorts them: whoever trained with it has other classes."""
+def test_folder_numbers_do_not_define_the_order_of_unnamed_classes(tmp_path: Path) -> None:
+    """ImageFolder sorts 10 before 2, so a model trained with it has another order."""
     root = numbered(tmp_path, range(12))
-    with pytest.raises(DatasetError, match="10 comes before 2") as caught:
+    with pytest.raises(DatasetError, match="10 before 2") as caught:
         open_images(root, count=12)
     assert "--class-names" in caught.value.hint
-    assert labels_of(open_images(root, count=12, asked=Labelling(first_class=0)))["10/x.png"] == 10
+    assert (
+        labels_of(open_images(root, count=12, labelling=Labelling(first_class=0)))["10/x.png"] == 10
+    )
     by_name = tuple(sorted(map(str, range(12))))
     assert labels_of(open_images(root, by_name))["10/x.png"] == 2
-    # With zeros in front both orders are one.
+    # With leading zeros both orders are equal.
     padded = numbered(tmp_path / "padded", range(12), "{:02d}")
     assert labels_of(open_images(padded, count=12))["10/x.png"] == 10
 
@@ -143,18 +149,18 @@ def test_tables_of_labels_are_read_whatever_their_header(tmp_path: Path, kind: s
     wanted = {"a.png": 0, "b.png": 2, "c.png": 1}
     if kind == "paths":
         wanted |= {"a.png": None}  # type: ignore[dict-item]
-    assert labels_of(open_images(root, PETS, asked=Labelling(labels=table))) == wanted
+    assert labels_of(open_images(root, PETS, labelling=Labelling(labels=table))) == wanted
 
 
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("file,height,width\na.png,8,9\nb.png,8,9\n", "does not say which column has the class"),
-        ("file,label\na.png,cat\nb.png,fox\n", "line 3: 'fox' is no class of the model"),
+        ("file,height,width\na.png,8,9\nb.png,8,9\n", "the class column of .* is ambiguous"),
+        ("file,label\na.png,cat\nb.png,fox\n", "line 3: 'fox' is not a class of the model"),
         ("file,label\na.png,0\nb.png,3\n", "line 3: class 3 is too large"),
         ("file,label\na.png,0\nb.png\n", "line 3: it has no class"),
-        ("file,label\na.png,0\na.png,1\n", "line 3: a.png has class 1, it has class 0 in line 2"),
-        ('file,label\n"a.png,0\n', "it is no table|does not say|lists none"),
+        ("file,label\na.png,0\na.png,1\n", "line 3: a.png has class 1, but class 0 in line 2"),
+        ('file,label\n"a.png,0\n', "not a valid table|is ambiguous|lists none"),
         ("file,label\nx.png,0\n", "lists none of the 3 images"),
     ],
 )
@@ -162,36 +168,36 @@ def test_a_bad_table_is_refused_by_line(tmp_path: Path, text: str, fault: str) -
     root = fill(tmp_path / "images", FLAT)
     (tmp_path / "mine.csv").write_text(text)
     with pytest.raises(DatasetError, match=fault):
-        open_images(root, PETS, asked=Labelling(labels=tmp_path / "mine.csv"))
+        open_images(root, PETS, labelling=Labelling(labels=tmp_path / "mine.csv"))
 
 
-def test_a_class_that_is_a_name_and_another_ones_number_is_refused(tmp_path: Path) -> None:
+def test_a_class_name_that_is_the_number_of_another_class_is_refused(tmp_path: Path) -> None:
     root = fill(tmp_path / "images", FLAT)
     (tmp_path / "mine.csv").write_text("file,label\na.png,1\nb.png,2\n")
-    with pytest.raises(DatasetError, match="1 is the name of class 0, and a number"):
-        open_images(root, ("1", "2", "3"), asked=Labelling(labels=tmp_path / "mine.csv"))
+    with pytest.raises(DatasetError, match="1 is both a number and the name of class 0"):
+        open_images(root, ("1", "2", "3"), labelling=Labelling(labels=tmp_path / "mine.csv"))
     images = open_images(
-        root, ("1", "2", "3"), asked=Labelling(labels=tmp_path / "mine.csv", first_class=1)
+        root, ("1", "2", "3"), labelling=Labelling(labels=tmp_path / "mine.csv", first_class=1)
     )
     assert labels_of(images) == {"a.png": 0, "b.png": 1, "c.png": None}
 
 
-def test_bare_names_are_found_in_folders_if_they_are_of_one_image(tmp_path: Path) -> None:
+def test_file_names_are_found_in_folders_if_they_are_unique(tmp_path: Path) -> None:
     root = fill(tmp_path, ["one/a.png", "one/b.png", "two/c.png"])
     (root / "val.txt").write_text("a.png 0\nb.png 2\nc.png dog\n")
     assert labels_of(open_images(root, PETS)) == {"one/a.png": 0, "one/b.png": 2, "two/c.png": 1}
     fill(root, ["two/a.png"])
-    with pytest.raises(DatasetError, match=r"line 1: a\.png is the name of several images"):
+    with pytest.raises(DatasetError, match=r"line 1: several images are named a\.png"):
         open_images(root, PETS)
 
 
-def test_a_label_file_names_classes_that_nobody_named(tmp_path: Path) -> None:
+def test_a_label_file_names_unnamed_classes(tmp_path: Path) -> None:
     root = fill(tmp_path, FLAT)
     (root / "val.txt").write_text("a.png cat\nb.png emu\nc.png dog\n")
     images = open_images(root, count=3)
     assert images.origin.class_names == PETS
     assert labels_of(images) == {"a.png": 0, "b.png": 2, "c.png": 1}
-    with pytest.raises(DatasetError, match="names 3 classes, the model has 5"):
+    with pytest.raises(DatasetError, match="names 3 classes, but the model has 5"):
         open_images(root, count=5)
     (root / "val.txt").write_text("a.png 0\nb.png 4\nc.png 1\n")
     assert labels_of(open_images(root, count=5)) == {"a.png": 0, "b.png": 4, "c.png": 1}
@@ -213,13 +219,13 @@ def test_kaggles_tree_is_found_from_its_folder_and_explained_from_its_top(tmp_pa
     images = open_images(tmp_path, WNIDS)
     with pytest.raises(DatasetError, match="2 of 4 images have no class") as caught:
         with_labels(images)
-    assert f"give {tmp_path / val}, or pass --skip-unlabelled" in caught.value.hint
-    assert labels_of(open_images(tmp_path, WNIDS, asked=Labelling(skip_unlabelled=True))) == {
+    assert f"pass {tmp_path / val}, or use --skip-unlabelled" in caught.value.hint
+    assert labels_of(open_images(tmp_path, WNIDS, labelling=Labelling(skip_unlabelled=True))) == {
         f"{val}/{names[0]}.JPEG": 0,
         f"{val}/{names[1]}.JPEG": 5,
     }
     (tmp_path / "LOC_val_solution.csv").unlink()
-    with pytest.raises(DatasetError, match=f"sets of images in folders of their own: .*{val}"):
+    with pytest.raises(DatasetError, match=f"contains several sets of images: .*{val}"):
         open_images(tmp_path, WNIDS)
 
 
@@ -230,14 +236,16 @@ def test_images_that_all_have_no_class_are_refused_with_what_could_name_them(
     (root / "mine.csv").write_text("a.png,0")
     (root / "notes.txt").write_text("nothing")
     images = open_images(root, PETS)
-    with pytest.raises(DatasetError, match="no labels were found for the 3 images") as caught:
+    with pytest.raises(DatasetError, match="no labels found for the 3 images") as caught:
         with_labels(images)
     assert "--labels mine.csv or notes.txt" in caught.value.hint
     assert "--layout none" in caught.value.hint
     assert with_labels(
-        open_images(root, PETS, asked=Labelling(labels=root / "mine.csv", skip_unlabelled=True))
+        open_images(root, PETS, labelling=Labelling(labels=root / "mine.csv", skip_unlabelled=True))
     )
-    assert with_labels(open_images(root, PETS, asked=Labelling(layout="none"))).labelled is False
+    assert (
+        with_labels(open_images(root, PETS, labelling=Labelling(layout="none"))).labelled is False
+    )
 
 
 @pytest.mark.parametrize("archive", [False, True])
@@ -264,7 +272,7 @@ def test_every_format_of_pillow_is_read_by_suffix_or_content(tmp_path: Path, arc
     assert {entry.name for entry in images.entries} == {*names, "PNG", "JPEG.orig"}
     others = ("BMI of patients", "movie.mpg", "notes.txt", "page.eps", "weights.rgb")
     assert survey(images).others.first == others
-    assert "5 files are no images and were left out: " in survey(images).problems()[-1]
+    assert "5 files are not images and were left out: " in survey(images).problems()[-1]
     spec = Preprocess(8, CLIP_MEAN, CLIP_STD)
     assert len(list(iter_crops(images, spec, workers=0))) == len(images.entries)
 
@@ -286,16 +294,16 @@ def test_images_without_a_class_are_left_out_if_they_may_be(tmp_path: Path, name
     images = open_images(root, classes, count=3)
     assert survey(images).unlabelled.first == ("stray.png",)
     assert not images.labelled
-    images = open_images(root, classes, count=3, asked=Labelling(skip_unlabelled=True))
+    images = open_images(root, classes, count=3, labelling=Labelling(skip_unlabelled=True))
     assert images.labelled
     assert survey(images).problems() == ("1 images without a class were left out: stray.png",)
 
 
 def test_a_folder_that_is_no_class_is_left_out_only_if_it_may_be(tmp_path: Path) -> None:
     root = fill(tmp_path, [f"{pet}/a.png" for pet in PETS] + ["misc/a.png"])
-    with pytest.raises(DatasetError, match=r"no class: misc \(.*--skip-unlabelled"):
+    with pytest.raises(DatasetError, match=r"not classes: misc \(.*--skip-unlabelled"):
         open_images(root, PETS)
-    images = open_images(root, PETS, asked=Labelling(skip_unlabelled=True))
+    images = open_images(root, PETS, labelling=Labelling(skip_unlabelled=True))
     assert survey(images).skipped.first == ("misc/a.png",)
     assert len(images.entries) == 3
 
@@ -320,11 +328,11 @@ def test_what_the_user_says_about_labels_may_not_contradict_itself(
 def test_a_first_class_is_for_numbers(tmp_path: Path) -> None:
     root = fill(tmp_path / "flat", FLAT)
     (tmp_path / "mine.txt").write_text("a.png cat\nb.png dog\n")
-    with pytest.raises(DatasetError, match="leave out --first-class"):
-        open_images(root, PETS, asked=Labelling(labels=tmp_path / "mine.txt", first_class=1))
+    with pytest.raises(DatasetError, match="remove --first-class"):
+        open_images(root, PETS, labelling=Labelling(labels=tmp_path / "mine.txt", first_class=1))
     folders = fill(tmp_path / "folders", [f"{pet}/a.png" for pet in PETS])
-    with pytest.raises(DatasetError, match="leave out --first-class"):
-        open_images(folders, PETS, asked=Labelling(first_class=1))
+    with pytest.raises(DatasetError, match="remove --first-class"):
+        open_images(folders, PETS, labelling=Labelling(first_class=1))
 
 
 def test_the_names_in_a_zip_are_those_of_its_folder(tmp_path: Path) -> None:
@@ -339,7 +347,7 @@ def test_the_names_in_a_zip_are_those_of_its_folder(tmp_path: Path) -> None:
 def test_a_page_for_another_program_is_refused_whatever_its_name(tmp_path: Path) -> None:
     (tmp_path / "page.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EOF\n")
     spec = Preprocess(8, CLIP_MEAN, CLIP_STD)
-    with pytest.raises(DatasetError, match="EPS is no format of photographs"):
+    with pytest.raises(DatasetError, match="the format EPS is not supported"):
         list(iter_crops(open_images(tmp_path), spec, workers=0))
 
 
@@ -364,13 +372,13 @@ def test_a_random_sample_is_no_part_of_the_classes(
         assert drawn(tmp_path / str(draw), classes, numbers).origin.partial == 0
     some = generator.integers(classes // 5, size=count).tolist()
     part = drawn(tmp_path / "some", classes, some)
-    # Of eight images of ten classes nobody can tell.
+    # Eight images of ten classes are too few to decide.
     assert part.origin.partial == (0 if count == 8 else len(set(some)))
 
 
 def test_a_table_without_a_header_loses_no_row(tmp_path: Path) -> None:
     root = fill(tmp_path / "images", FLAT)
     (tmp_path / "mine.csv").write_text("gone.png,cat\na.png,cat\nb.png,emu\nc.png,dog\n")
-    images = open_images(root, PETS, asked=Labelling(labels=tmp_path / "mine.csv"))
+    images = open_images(root, PETS, labelling=Labelling(labels=tmp_path / "mine.csv"))
     assert images.labelled
     assert survey(images).missing.first == ("gone.png",)

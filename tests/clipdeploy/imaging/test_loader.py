@@ -84,7 +84,7 @@ def same(one: list[Crop], two: list[Crop]) -> bool:
     )
 
 
-def test_processes_give_the_very_bytes_of_this_process(folder: Path) -> None:
+def test_processes_give_the_same_bytes_as_this_process(folder: Path) -> None:
     images = open_images(folder)
     # Three rounds, so that each slot is used again.
     thrice = ImageFolder(images.root, images.entries * 3)
@@ -92,13 +92,13 @@ def test_processes_give_the_very_bytes_of_this_process(folder: Path) -> None:
     there = list(iter_crops(thrice, SPEC, workers=2))
     assert len(here) == 90
     assert same(here, there)
-    # The comparison sees an orientation that is not honoured, and a changed order.
+    # The comparison detects an orientation that is not applied, and a changed order.
     assert not same(here, list(iter_crops(thrice, replace(SPEC, exif_orientation=False))))
     assert not same(here, there[1:] + there[:1])
 
 
-def test_crops_are_the_consumers_own(folder: Path) -> None:
-    """A slot is used again: a view of it would change under the consumer."""
+def test_crops_are_copies_of_their_slots(folder: Path) -> None:
+    """Slots are reused, so a view would change."""
     images = open_images(folder)
     many = ImageFolder(images.root, images.entries * 4)
     kept = [(crop.pixels, crop.pixels.copy()) for crop in iter_crops(many, SPEC, workers=1)]
@@ -106,8 +106,8 @@ def test_crops_are_the_consumers_own(folder: Path) -> None:
     assert all(np.array_equal(pixels, copy) for pixels, copy in kept)
 
 
-def test_what_is_submitted_is_decoded_before_anybody_asks_for_it(folder: Path) -> None:
-    """Crops from the cache may come before it: the consumer asks for those first."""
+def test_submitted_images_are_decoded_before_result_is_called(folder: Path) -> None:
+    """The consumer may take cached crops first."""
     loader = ProcessLoader(Source(folder, SPEC), 1)
     try:
         loader.submit("00.jpg", None)
@@ -124,7 +124,7 @@ def test_what_is_submitted_is_decoded_before_anybody_asks_for_it(folder: Path) -
         loader.close()
 
 
-def test_unreadable_images_are_told_as_in_this_process(folder: Path) -> None:
+def test_unreadable_images_are_reported_as_in_this_process(folder: Path) -> None:
     (folder / "04.webp").write_bytes((folder / "04.webp").read_bytes()[:100])
     (folder / "07.jpg").write_bytes(b"")
     images = open_images(folder)
@@ -165,7 +165,7 @@ def test_much_work_starts_processes(folder: Path) -> None:
     before = children()
     images = open_images(folder)
     each = sum((folder / entry.name).stat().st_size for entry in images.entries)
-    # 20 MB of images, of which only a few are looked at.
+    # 20 MB of images, estimated from a few of them.
     many = ImageFolder(folder, images.entries * math.ceil(22e6 / each))
     crops = iter_crops(many, SPEC)
     next(crops)
@@ -174,7 +174,7 @@ def test_much_work_starts_processes(folder: Path) -> None:
 
 
 def with_a_pipe(folder: Path) -> ImageFolder:
-    """One image, then a named pipe that nobody writes to: who reads it waits for ever."""
+    """One image, then a named pipe without a writer, so that its reader blocks forever."""
     (entry, *_) = open_images(folder).entries
     os.mkfifo(folder / "stuck.png")
     return ImageFolder(folder, (entry, ImageEntry("stuck.png", None), entry))
@@ -183,18 +183,18 @@ def with_a_pipe(folder: Path) -> ImageFolder:
 @pytest.mark.parametrize("allowed", [False, True], ids=["strict", "skipping"])
 def test_a_killed_worker_is_an_error_that_names_its_image(folder: Path, allowed: bool) -> None:
     before = children()
-    # It may have been killed for want of memory: no fault of the image, so it is never skipped.
+    # It may have run out of memory, which is not the image's fault, so it is never skipped.
     skipped = Skipped() if allowed else None
     crops = iter_crops(with_a_pipe(folder), SPEC, workers=1, skipped=skipped)
     next(crops)
     (worker,) = children() - before
     os.kill(worker, signal.SIGKILL)
-    with pytest.raises(DatasetError, match=r"Killed \(signal 9\).* on .*/stuck\.png"):
+    with pytest.raises(DatasetError, match=r"Killed \(signal 9\) while decoding .*/stuck\.png"):
         next(crops)
     assert children() == before
 
 
-def test_a_mistake_in_a_worker_is_no_fault_of_the_image(folder: Path) -> None:
+def test_a_bug_in_a_worker_is_not_an_unreadable_image(folder: Path) -> None:
     images = open_images(folder)
     nonsense = replace(SPEC, crop_pct=0.0)
     skipped = Skipped()
@@ -206,7 +206,9 @@ def test_a_mistake_in_a_worker_is_no_fault_of_the_image(folder: Path) -> None:
 def test_a_worker_that_cannot_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = open_images(folder)
     monkeypatch.setattr(sys, "executable", str(folder / "no-python"))
-    with pytest.raises(DatasetError, match=r"cannot start a process .*--workers 0"):
+    with pytest.raises(
+        DatasetError, match=r"cannot start an image decoding process: .*--workers 0"
+    ):
         list(iter_crops(images, SPEC, workers=1))
     assert len(list(iter_crops(images, SPEC, workers=0))) == 30
     monkeypatch.setattr(sys, "executable", "/bin/false")
@@ -252,7 +254,7 @@ def test_an_interrupted_run_leaves_no_process_and_no_memory(
     wait_until(lambda: not any(map(is_running, workers)), "the workers ended")
     assert set(os.listdir("/dev/shm")) == shared
     if how == signal.SIGINT:
-        # The run's own traceback; the workers say nothing.
+        # Only the run's own traceback; the workers print nothing.
         assert "KeyboardInterrupt" in errors
         assert "in serve" not in errors
 
@@ -293,16 +295,16 @@ def test_memory_does_not_grow_with_the_images(folder: Path) -> None:
         command = [sys.executable, "-c", MEMORY, str(folder), mode]
         growth[mode] = int(subprocess.check_output(command, text=True))
     count = len(open_images(folder).entries) * 1000 - 1050
-    # Crops have 3072 bytes; a quarter of all of them is room for what three allocators hold back.
+    # Crops have 3072 bytes; a quarter allows for memory that three allocators retain.
     assert growth["drop"] < count * 3072 / 4
     assert growth["keep"] > count * 3072 * 0.9
 
 
-def test_slots_are_bounded_whatever_the_size_and_the_cores() -> None:
+def test_slots_are_bounded_for_every_size_and_core_count() -> None:
     for size in (32, 224, 448):
         for workers in (1, 8, 64):
             loader = ProcessLoader(Source(Path("."), replace(SPEC, size=size)), workers)
-            # Two a worker at least, else a worker waits for this process after each image.
+            # At least two per worker, otherwise it waits for this process after each image.
             assert loader.capacity >= 2 * workers
             assert loader.capacity * size * size * 3 <= max(96 << 20, 2 * workers * size * size * 3)
             loader.close()

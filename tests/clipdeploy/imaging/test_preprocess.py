@@ -17,7 +17,7 @@ SPEC = cards.find("clip-vit-base-p16").preprocess(Recipe())
 
 
 def photo(width: int, height: int, seed: int = 0) -> NDArray[np.uint8]:
-    """Smooth colour with fine noise on it, uint8 (H, W, 3): resampling has something to blur."""
+    """Smooth colour with fine noise on it, uint8 (H, W, 3): resampling blurs it."""
     generator = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
     base = np.stack([x * 255 / width, y * 255 / height, (x + y) * 127 / (width + height)], -1)
@@ -31,7 +31,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 
 def expected_crop(image: Image.Image, new: tuple[int, int], left: int, top: int) -> object:
-    """The published arithmetic with its numbers worked out by hand in the test."""
+    """The published arithmetic, with numbers computed by hand in the test."""
     resized = image.resize(new, Image.Resampling.BICUBIC)
     return np.asarray(resized)[top : top + 224, left : left + 224]
 
@@ -57,12 +57,12 @@ def test_the_crop_is_the_published_arithmetic(
     np.testing.assert_array_equal(crop_image(image, SPEC), expected)
 
 
-def test_rounding_half_up_would_show() -> None:
+def test_the_comparison_detects_rounding_half_up() -> None:
     image = Image.fromarray(photo(337, 224))
     assert not np.array_equal(crop_image(image, SPEC), expected_crop(image, (337, 224), 57, 0))
 
 
-def test_antialiasing_and_bilinear_would_show() -> None:
+def test_the_comparison_detects_antialiasing_and_bilinear() -> None:
     image = Image.fromarray(photo(500, 375))
     bilinear = np.asarray(image.resize((298, 224), Image.Resampling.BILINEAR))[:, 37 : 37 + 224]
     assert not np.array_equal(crop_image(image, SPEC), bilinear)
@@ -121,13 +121,13 @@ def test_sixteen_bit_keeps_the_high_byte() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_honoured_or_not_as_asked(orientation: int) -> None:
+def test_exif_orientation_is_applied_or_ignored(orientation: int) -> None:
     pixels = photo(40, 30)
     image = Image.fromarray(pixels)
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(image, "PNG", exif=exif)
-    # EXIF 2.3, tag 0x0112: where row 0 and column 0 of the stored image lie.
+    # EXIF 2.3, tag 0x0112: the sides of row 0 and column 0 of the stored image.
     turned = {
         1: pixels,
         2: pixels[:, ::-1],
@@ -145,7 +145,7 @@ def test_exif_orientation_is_honoured_or_not_as_asked(orientation: int) -> None:
 
 @pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.98])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_a_cut_image_is_named(keep: float, kind: str) -> None:
+def test_a_truncated_image_is_named(keep: float, kind: str) -> None:
     data = encoded(Image.fromarray(photo(60, 40)), kind)
     with pytest.raises(DatasetError, match=r"holiday\.jpg"):
         decode(data[: int(keep * len(data))], "holiday.jpg")
@@ -179,7 +179,7 @@ def test_an_image_too_narrow_to_be_resized(size: tuple[int, int]) -> None:
 def test_postscript_is_not_run() -> None:
     program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) run\n"
     for read in (decode, lambda data, name: open_image(io.BytesIO(data), name)):
-        with pytest.raises(DatasetError, match="EPS is no format of photographs"):
+        with pytest.raises(DatasetError, match="the format EPS is not supported"):
             read(program, "x.png")
 
 

@@ -14,7 +14,7 @@ from clipdeploy.imaging import open_images, scan_images
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Five sound images of different sizes."""
+    """Five valid images of different sizes."""
     root = tmp_path / "images"
     root.mkdir()
     for seed in range(5):
@@ -35,17 +35,17 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
-def test_sound_images_have_no_problems(folder: Path) -> None:
+def test_valid_images_have_no_problems(folder: Path) -> None:
     assert scan_images(open_images(folder)).problems() == ()
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", b"\xff\xd8\xff", bomb()])
-def test_what_is_no_image_is_named(folder: Path, data: bytes) -> None:
+def test_a_file_that_is_not_an_image_is_named(folder: Path, data: bytes) -> None:
     (folder / "bad.png").write_bytes(data)
     assert scan_images(open_images(folder)).unreadable == ["bad.png"]
 
 
-def test_the_same_bytes_are_named_and_the_same_size_is_not_enough(folder: Path) -> None:
+def test_equal_bytes_are_duplicates_and_equal_sizes_are_not(folder: Path) -> None:
     shutil.copy(folder / "1.png", folder / "again.png")
     reading = scan_images(open_images(folder))
     assert reading.duplicates == ["again.png is 1.png"]
@@ -56,7 +56,7 @@ def test_the_same_bytes_are_named_and_the_same_size_is_not_enough(folder: Path) 
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_archives_are_looked_over_too(folder: Path, tmp_path: Path, kind: str) -> None:
+def test_archives_are_scanned_too(folder: Path, tmp_path: Path, kind: str) -> None:
     shutil.copy(folder / "1.png", folder / "again.png")
     (folder / "empty.png").write_bytes(b"")
     packed = Path(shutil.make_archive(str(tmp_path / "packed"), kind, folder))
@@ -65,7 +65,7 @@ def test_archives_are_looked_over_too(folder: Path, tmp_path: Path, kind: str) -
     assert reading.duplicates == ["again.png is 1.png"]
 
 
-def test_a_file_that_went_away_is_unreadable(folder: Path) -> None:
+def test_a_removed_file_is_unreadable(folder: Path) -> None:
     images = open_images(folder)
     (folder / "2.png").unlink()
     assert scan_images(images).unreadable == ["2.png"]

@@ -23,6 +23,7 @@ from clipdeploy.imaging import (
     iter_crops,
     open_images,
     select,
+    stack_batches,
     survey,
 )
 from clipdeploy.models import cards
@@ -80,19 +81,19 @@ def test_images_at_the_top_have_no_label(folder: Path) -> None:
     assert not open_images(folder, CLASSES).labelled
 
 
-def test_a_folder_that_is_no_class_is_named(folder: Path) -> None:
+def test_a_folder_that_is_not_a_class_is_named(folder: Path) -> None:
     (folder / "cat").rename(folder / "catt")
-    with pytest.raises(DatasetError, match="no class: catt"):
+    with pytest.raises(DatasetError, match="not classes: catt"):
         open_images(folder, CLASSES)
 
 
 def test_no_image_and_no_folder(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no image")
-    with pytest.raises(DatasetError, match=r"holds no image \(1 other files\)"):
+    with pytest.raises(DatasetError, match=r"contains no images \(1 other files\)"):
         open_images(tmp_path)
     with pytest.raises(DatasetError, match="does not exist"):
         open_images(tmp_path / "none")
-    with pytest.raises(DatasetError, match="no readable zip"):
+    with pytest.raises(DatasetError, match="not a readable zip"):
         open_images(tmp_path / "notes.txt")
 
 
@@ -106,7 +107,7 @@ def test_a_zip_cannot_reach_outside(tmp_path: Path) -> None:
     path = tmp_path / "evil.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("../evil.png", png(0))
-    with pytest.raises(DatasetError, match="outside itself"):
+    with pytest.raises(DatasetError, match="a path outside the archive"):
         open_images(path)
 
 
@@ -126,13 +127,13 @@ def test_selection_is_seeded_and_even(folder: Path) -> None:
     assert [entry.label for entry in chosen.entries].count(0) == 2
     assert chosen == select(images, 4, seed=1)
     assert len({select(images, 4, seed=seed).entries for seed in range(8)}) > 1
-    with pytest.raises(DatasetError, match="holds 6 images, 7 were asked for"):
+    with pytest.raises(DatasetError, match="contains 6 images, 7 are needed"):
         select(images, 7, seed=0)
 
 
 @pytest.mark.parametrize("count", [1, 5, 7, 12, 20, 30])
 @pytest.mark.parametrize("flat", [False, True], ids=["class folders", "label file"])
-def test_a_selection_takes_of_each_class_alike(tmp_path: Path, count: int, flat: bool) -> None:
+def test_a_selection_is_even_over_the_classes(tmp_path: Path, count: int, flat: bool) -> None:
     sizes = {"a": 2, "b": 9, "c": 9, "d": 10}
     lines = []
     for name, size in sizes.items():
@@ -150,7 +151,7 @@ def test_a_selection_takes_of_each_class_alike(tmp_path: Path, count: int, flat:
     for seed in range(5):
         counts = Counter(entry.label for entry in select(images, count, seed).entries)
         assert counts.total() == count
-        # Classes that still have images left differ by one; those used up have no more than they.
+        # Counts differ by one among classes with images left; exhausted classes have no more.
         left = [counts[i] for i, size in enumerate(sizes.values()) if counts[i] < size]
         used = [size for i, size in enumerate(sizes.values()) if counts[i] == size]
         if left:
@@ -158,12 +159,12 @@ def test_a_selection_takes_of_each_class_alike(tmp_path: Path, count: int, flat:
             assert max([*used, 0]) <= max(left)
 
 
-def test_an_uneven_selection_would_show(folder: Path) -> None:
+def test_the_comparison_detects_an_uneven_selection(folder: Path) -> None:
     first = Counter(entry.label for entry in open_images(folder, CLASSES).entries[:4])
     assert max(first.values()) - min(first.values()) > 1
 
 
-def test_a_folder_around_the_classes_is_looked_through(folder: Path) -> None:
+def test_class_folders_are_found_below_a_common_folder(folder: Path) -> None:
     deep = folder.parent / "deep"
     (deep / "ILSVRC" / "Data").mkdir(parents=True)
     folder.rename(deep / "ILSVRC" / "Data" / "val")
@@ -171,14 +172,14 @@ def test_a_folder_around_the_classes_is_looked_through(folder: Path) -> None:
     assert [entry.label for entry in images.entries] == [0, 0, 0, 1, 1, 1]
     assert images.entries[0].name == "ILSVRC/Data/val/cat/0.png"
     assert survey(images).others.first == ("ILSVRC/Data/val/notes.txt",)
-    # A train folder beside val is not: nobody can tell which one is meant.
+    # A train folder beside val is refused, because the choice is ambiguous.
     (deep / "ILSVRC" / "Data" / "train" / "cat").mkdir(parents=True)
     (deep / "ILSVRC" / "Data" / "train" / "cat" / "9.png").write_bytes(png(9))
-    with pytest.raises(DatasetError, match=r"ILSVRC/Data/train, ILSVRC/Data/val \(give one"):
+    with pytest.raises(DatasetError, match=r"ILSVRC/Data/train, ILSVRC/Data/val \(pass one"):
         open_images(deep, CLASSES)
 
 
-def test_resource_forks_of_macos_are_left_out_and_told(folder: Path) -> None:
+def test_resource_forks_of_macos_are_left_out_and_reported(folder: Path) -> None:
     path = as_zip(folder)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("__MACOSX/cat/._0.png", b"\0\5\x16\7")
@@ -188,7 +189,7 @@ def test_resource_forks_of_macos_are_left_out_and_told(folder: Path) -> None:
     assert survey(images).ignored.count == 2
 
 
-def test_a_survey_counts_what_is_odd(folder: Path) -> None:
+def test_a_survey_counts_problems(folder: Path) -> None:
     (folder / "notes.txt").unlink()
     assert survey(open_images(folder, CLASSES))
     (folder / "notes.txt").write_text("no image")
@@ -198,28 +199,36 @@ def test_a_survey_counts_what_is_odd(folder: Path) -> None:
     images = open_images(folder, (*CLASSES, "emu"))
     found = survey(images)
     assert not found
-    assert (found.images, found.classes, found.images_read) == (8, 2, 0)
+    assert (found.images, found.classes) == (8, 2)
     assert found.absent_classes.first == ("emu",)
     assert found.unlabelled.first == ("stray.png",)
-    assert not found.unreadable
-    assert not found.duplicates
-    reading = Reading()
-    crops = iter_crops(images, SPEC, skipped=Skipped(), reading=reading)
-    assert len(list(crops)) == 7
-    found = survey(images, reading)
-    assert found.images_read == 8
-    assert found.unreadable.first == ("dog/3.png",)
-    assert found.duplicates.first == ("dog/1.png is cat/copy.png",)
     assert found.problems() == (
         "1 images have no class: stray.png",
         "1 classes have no image: emu",
-        "1 files are no images and were left out: notes.txt",
+        "1 files are not images and were left out: notes.txt",
+    )
+    reading = Reading()
+    crops = iter_crops(images, SPEC, skipped=Skipped(), reading=reading)
+    assert len(list(crops)) == 7
+    assert reading.read == 8
+    assert reading.unreadable == ["dog/3.png"]
+    assert reading.duplicates == ["dog/1.png is cat/copy.png"]
+    assert reading.problems() == (
         "1 images cannot be read: dog/3.png",
-        "1 images have the bytes of another one: dog/1.png is cat/copy.png",
+        "1 images have the same bytes as another one: dog/1.png is cat/copy.png",
     )
 
 
-def test_a_survey_speaks_of_the_images_that_were_chosen(folder: Path) -> None:
+def test_batches_keep_the_order_and_the_last_one_may_be_smaller() -> None:
+    crops = [(str(at), np.full((8, 8, 3), at, np.uint8)) for at in range(5)]
+    batches = list(stack_batches(iter(crops), 2))
+    assert [keys for keys, _ in batches] == [["0", "1"], ["2", "3"], ["4"]]
+    assert [pixels.shape for _, pixels in batches] == [(2, 8, 8, 3), (2, 8, 8, 3), (1, 8, 8, 3)]
+    assert np.concatenate([pixels for _, pixels in batches])[:, 0, 0, 0].tolist() == list(range(5))
+    assert list(stack_batches(iter(crops[:0]), 2)) == []
+
+
+def test_a_survey_counts_only_the_selected_images(folder: Path) -> None:
     images = open_images(folder, CLASSES)
     only_cats = ImageFolder(images.root, images.entries[:3], images.origin)
     assert survey(only_cats).absent_classes.first == ("dog",)
@@ -229,12 +238,12 @@ def test_a_survey_speaks_of_the_images_that_were_chosen(folder: Path) -> None:
 def test_a_survey_shows_five_names_of_many(tmp_path: Path) -> None:
     for number in range(12):
         (tmp_path / f"{number:02d}.png").write_bytes(png(number))
-    (told,) = survey(open_images(tmp_path, ("cat",))).problems()[:1]
-    assert told == "12 images have no class: 00.png, 01.png, 02.png, 03.png, 04.png and 7 more"
+    (problem,) = survey(open_images(tmp_path, ("cat",))).problems()[:1]
+    assert problem == "12 images have no class: 00.png, 01.png, 02.png, 03.png, 04.png and 7 more"
 
 
 def header_only(width: int, height: int) -> bytes:
-    """A PNG whose header promises this size and whose data is another image's."""
+    """A PNG with this size in its header and another image's data."""
     data = bytearray(png(0))
     struct.pack_into(">II", data, 16, width, height)
     struct.pack_into(">I", data, 29, zlib.crc32(data[12:29]))
@@ -253,7 +262,7 @@ BAD = {
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("kind", BAD)
-def test_what_is_no_image_is_named_and_the_others_are_kept(
+def test_unreadable_files_are_named_and_the_others_are_decoded(
     folder: Path, kind: str, workers: int
 ) -> None:
     data, reason = BAD[kind]
@@ -270,7 +279,7 @@ def test_what_is_no_image_is_named_and_the_others_are_kept(
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("action", ["ignore", "error"])
 def test_half_a_bomb_is_refused_too(tmp_path: Path, workers: int, action: str) -> None:
-    """Where Pillow would only warn: between one and two times its limit of 89 million pixels."""
+    """Between one and two times its limit of 89 million pixels, Pillow only warns."""
     warnings.simplefilter(action, Image.DecompressionBombWarning)  # pytest resets the filters
     (tmp_path / "large.png").write_bytes(header_only(10_000, 10_000))
     with pytest.raises(DatasetError, match=r"large\.png: .*decompression bomb"):

@@ -10,7 +10,7 @@ from clipdeploy.core.errors import CheckpointError, UsageError
 from clipdeploy.core.passport import CLIP_MEAN, IMAGENET_MEAN, Recipe
 from clipdeploy.models import cards
 from clipdeploy.models.checkpoints import expected_shapes
-from clipdeploy.models.download import fetch, is_at_hand
+from clipdeploy.models.download import fetch, is_cached
 from clipdeploy.models.vit import ViTConfig
 
 
@@ -77,7 +77,7 @@ def test_every_name_and_alias_is_unique_and_found() -> None:
             assert cards.find(name) is card
 
 
-def test_an_unknown_name_answers_with_the_nearest() -> None:
+def test_the_hint_for_an_unknown_name_has_the_nearest() -> None:
     with pytest.raises(UsageError) as caught:
         cards.find("clip-vit-base-p17")
     assert "clip-vit-base-p17" in caught.value.message
@@ -135,16 +135,16 @@ def test_a_field_that_may_be_blank(
     assert ("not published" in result.stdout) == (column == "file")
     assert "" not in card.aliases
     if column in ("file", "sha256_prefix"):
-        assert not is_at_hand(card)
-        with pytest.raises(CheckpointError, match=r"of .* weights is known"):
+        assert not is_cached(card)
+        with pytest.raises(CheckpointError, match=r"of .* weights is unknown"):
             fetch(card)
 
 
 @pytest.mark.parametrize("bad", ["", "many", "0", "-4", "1.5"])
 @pytest.mark.parametrize("column", NEEDED[1:])
-def test_a_field_that_is_needed(column: str, bad: str, table: Callable[..., None]) -> None:
+def test_a_required_field(column: str, bad: str, table: Callable[..., None]) -> None:
     table(**{column: bad})
     result = CliRunner().invoke(main, ["zoo"])
     assert result.exit_code == 1
-    assert f"zoo.csv, line 2: no value in the column {column}" in result.stderr
+    assert f"zoo.csv, line 2: no valid value in column {column}" in result.stderr
     assert "Traceback" not in result.output

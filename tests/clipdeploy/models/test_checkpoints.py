@@ -185,7 +185,7 @@ def test_resizing_is_bicubic_without_antialiasing(old: int, new: int) -> None:
 
 
 @pytest.mark.usefixtures("python_hears_ctrl_c")
-def test_an_interrupt_inside_the_reader_is_no_broken_file(
+def test_an_interrupt_inside_the_reader_is_not_a_file_error(
     tensors: Tensors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = _timm_safetensors(tensors, tmp_path / "weights")
@@ -230,16 +230,16 @@ ODD: dict[str, tuple[Callable[[], Tensor], str]] = {
         "a nested tensor of float32",
     ),
     "meta": (lambda: torch.ones(4, device="meta"), "without data"),
-    "endless": (lambda: torch.ones(1).half().expand(2**24, 2**24), "of 2 bytes"),
+    "endless": (lambda: torch.ones(1).half().expand(2**24, 2**24), "with only 2 bytes"),
 }
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ODD)
-def test_other_tensors_than_floating_point_ones_are_named(
+def test_tensors_that_are_not_floating_point_are_named(
     kind: str, tensors: Tensors, tmp_path: Path
 ) -> None:
-    """Cast to float32 they would be other weights, without a word."""
+    """A cast to float32 would silently change them."""
     make, word = ODD[kind]
     for name, keys in (("timm", lambda found: found), ("mmpretrain", mmpretrain_keys)):
         path = tmp_path / f"{name}.pth"
@@ -259,7 +259,7 @@ def test_integers_in_a_safetensors_file_are_named(tensors: Tensors, tmp_path: Pa
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_floating_point_is_taken(dtype: torch.dtype, tensors: Tensors, tmp_path: Path) -> None:
+def test_floating_point_is_accepted(dtype: torch.dtype, tensors: Tensors, tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     torch.save({name: value.to(dtype) for name, value in tensors.items()}, path)
     found = read_checkpoint(path).tensors
@@ -272,7 +272,7 @@ def test_a_dictionary_inside_itself_ends(zipped: bool, tmp_path: Path) -> None:
     inner["state_dict"] = {"model": inner}
     path = tmp_path / "loop.pth"
     torch.save(inner, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CheckpointError, match=r"entries that are no tensors: (model|state_dict)"):
+    with pytest.raises(CheckpointError, match=r"entries that are not tensors: (model|state_dict)"):
         read_checkpoint(path)
 
 
@@ -307,7 +307,7 @@ NO_CHECKPOINTS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", NO_CHECKPOINTS)
-def test_nobody_is_told_to_load_a_file_unsafely(kind: str, tmp_path: Path) -> None:
+def test_messages_do_not_advise_unsafe_loading(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     NO_CHECKPOINTS[kind](path)
     with pytest.raises(CheckpointError) as found:
@@ -319,7 +319,7 @@ def test_nobody_is_told_to_load_a_file_unsafely(kind: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
-def test_no_regular_file_is_waited_for(kind: str, tmp_path: Path) -> None:
+def test_special_files_do_not_block(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     if kind == "pipe":
         os.mkfifo(path)

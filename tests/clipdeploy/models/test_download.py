@@ -1,4 +1,4 @@
-"""Downloads from a local server, a good one and every kind of bad one."""
+"""Downloads from a local server that works or fails in several ways."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from clipdeploy.core.cache import cache_folder
 from clipdeploy.core.errors import CheckpointError, FileError, UsageError
 from clipdeploy.core.passport import Recipe
 from clipdeploy.models import cards, download
-from clipdeploy.models.download import cached_file, fetch, fetch_hub, is_at_hand
+from clipdeploy.models.download import cached_file, fetch, fetch_hub, is_cached
 from clipdeploy.models.load import WeightsChoice, load_model
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the server serves: the demo weights as a .pth, and as the hub has them."""
+    """The server's files: the demo weights as a .pth and in the hub's layout."""
     root = tmp_path_factory.mktemp("served")
     tensors = load_file(cards.demo_file("weights.safetensors"))
     torch.save(tensors, root / "demo.pth")
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def card(folder: Path) -> cards.ModelCard:
-    """The demo card as if its weights had to be fetched."""
+    """The demo card with weights that have to be downloaded."""
     digest = hashlib.sha256((folder / "demo.pth").read_bytes()).hexdigest()
     return replace(
         cards.find(cards.DEMO), name="clip-vit-fetched", file="demo.pth", sha256_prefix=digest[:8]
@@ -59,14 +59,14 @@ def files_under(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def test_a_download_is_kept_and_not_fetched_again(
+def test_a_download_is_cached(
     card: cards.ModelCard, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from_mirror(monkeypatch, server, "whole")
-    assert not is_at_hand(card)
+    assert not is_cached(card)
     path = fetch(card, progress=False)
     assert path == cached_file(card)
-    assert is_at_hand(card)
+    assert is_cached(card)
     from_mirror(monkeypatch, server, "gone")
     assert fetch(card, progress=False) == path
     model = load_model(card, WeightsChoice(), Recipe())
@@ -76,8 +76,8 @@ def test_a_download_is_kept_and_not_fetched_again(
 @pytest.mark.parametrize(
     ("manner", "words"),
     [
-        ("cut", "sent other bytes than published|cannot download"),
-        ("wrong", "sent other bytes than published"),
+        ("cut", "sent a file that differs from the published one|cannot download"),
+        ("wrong", "sent a file that differs from the published one"),
         ("gone", "cannot download .* Not Found"),
     ],
 )
@@ -97,7 +97,7 @@ def test_a_bad_answer_is_an_error_and_leaves_no_file(
     assert fetch(card, progress=False).is_file()
 
 
-def test_silence_is_an_error(
+def test_a_stalled_server_is_an_error(
     card: cards.ModelCard, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from_mirror(monkeypatch, server, "stall")
@@ -116,7 +116,7 @@ def test_no_server_is_an_error(
 
 
 @pytest.mark.parametrize("asked", [True, False])
-def test_offline_asks_no_server(
+def test_offline_sends_no_request(
     asked: bool, card: cards.ModelCard, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if asked:
@@ -151,8 +151,8 @@ def test_a_cache_that_cannot_be_written(
 
 
 @pytest.mark.parametrize("reference", ["hf://timm", "hf://", "hf://a/b/c", "hf:///x"])
-def test_a_hub_reference_names_a_repository(reference: str) -> None:
-    with pytest.raises(UsageError, match="names no repository"):
+def test_a_hub_reference_has_owner_and_name(reference: str) -> None:
+    with pytest.raises(UsageError, match="is not a Hugging Face repository"):
         fetch_hub(reference)
 
 
@@ -186,7 +186,7 @@ def test_hub_errors_are_one_line(server: str, tmp_path: Path) -> None:
     assert "is in the cache, and downloads are off" in said
 
 
-def test_what_a_killed_download_left_is_removed_once_it_is_old(
+def test_old_files_of_killed_downloads_are_removed(
     card: cards.ModelCard, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = cached_file(card)
@@ -203,7 +203,7 @@ def test_what_a_killed_download_left_is_removed_once_it_is_old(
     assert sorted(files_under(kept.parent)) == sorted([kept, alive, other])
 
 
-def test_torch_still_names_unfinished_downloads_so(
+def test_torch_names_unfinished_downloads_as_expected(
     card: cards.ModelCard, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []

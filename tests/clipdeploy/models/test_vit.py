@@ -54,7 +54,7 @@ def test_equals_an_independent_float64_implementation(seed: int) -> None:
 
 
 def test_logits_have_a_trained_spread() -> None:
-    # Only on such logits does the tolerance above mean anything.
+    # The tolerance above assumes logits of this spread.
     spread = float(logits(random_tensors(CONFIG, 0), images(16)).std())
     assert 0.5 < spread < 5
 
@@ -76,14 +76,14 @@ def _swap_q_and_v(tensors: Tensors) -> None:
 
 
 @pytest.mark.parametrize("mistake", [_transpose_grid, _token_last, _swap_q_and_v])
-def test_a_mistake_in_the_order_of_tokens_shows(mistake: Callable[[Tensors], None]) -> None:
+def test_the_comparison_detects_a_wrong_order_of_tokens(mistake: Callable[[Tensors], None]) -> None:
     tensors = random_tensors(CONFIG, 0)
     wrong = dict(tensors)
     mistake(wrong)
     assert difference(tensors, wrong) > 10 * TOLERANCE
 
 
-def test_tanh_gelu_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_comparison_detects_tanh_gelu(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = random_tensors(CONFIG, 0)
     exact = torch.nn.functional.gelu
     monkeypatch.setattr(
@@ -92,7 +92,7 @@ def test_tanh_gelu_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert difference(tensors) > 2 * TOLERANCE
 
 
-def test_layernorm_epsilon_shows() -> None:
+def test_the_comparison_detects_another_layernorm_epsilon() -> None:
     tensors = random_tensors(CONFIG, 0)
     # The patches of a flat image have a variance near 1e-5 before the first LayerNorm, where
     # epsilon decides; trained position embeddings are that small, the random ones are not.

@@ -1,4 +1,4 @@
-"""Artifacts to package: graphs of every kind of input, and an engine that is only described."""
+"""Artifacts to package: graphs of every kind of input, and a made-up engine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def graphs(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) 
     names = ("fp32", "fp16", "int8")
     found = {name: folder / f"{name}.onnx" for name in names}
     made = tmp_path_factory.mktemp("graphs")
-    # As `export --preprocess` and `export --batch 4` would have them, without tracing again.
+    # Like `export --preprocess` and `export --batch 4`, without tracing again.
     passport = read_passport(found["fp32"])
     uint8 = load_graph(found["fp32"])
     add_preprocessing(uint8, passport.preprocess)
@@ -59,7 +59,7 @@ def graphs(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def described_engine(graphs: dict[str, Path], tmp_path: Path) -> DescribedEngine:
-    """A file with the passport of an engine of TensorRT; keywords change the passport."""
+    """Make a file with the passport of a TensorRT engine; keywords change the passport."""
 
     def make(graph: str = "fp16", **changes: object) -> Path:
         path = tmp_path / f"demo.{graph.replace(' ', '')}.engine"

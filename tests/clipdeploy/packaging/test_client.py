@@ -1,4 +1,4 @@
-"""The client of a packaged model: its preprocessing bit for bit, and against a server."""
+"""Tests the Python client: its preprocessing bit for bit, and with a server."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ SPECS = {
 
 
 def prepared_by_client(source: str, folder: Path, data: bytes) -> NDArray[Any]:
-    """What a client's text makes of an image file, run as a program of its own would."""
+    """Preprocess an image file with the text of a client."""
     (folder / "client.py").write_text(source, encoding="utf-8")
     (folder / "image").write_bytes(data)
     prepare: Callable[[str], NDArray[Any]] = runpy.run_path(str(folder / "client.py"))["prepare"]
@@ -98,7 +98,7 @@ def test_images_are_prepared_bit_for_bit_as_clipdeploy_does(
         assert found.tobytes() == wanted.tobytes(), name
 
 
-def test_a_client_with_other_constants_would_be_seen(graphs: Graphs, tmp_path: Path) -> None:
+def test_a_client_with_other_constants_differs(graphs: Graphs, tmp_path: Path) -> None:
     passport = read_passport(graphs["fp32"])
     source = client_source("digits", passport)
     right = prepared_by_client(source, tmp_path, FILES["wide"])
@@ -128,7 +128,7 @@ def run_client(client: Path, url: str, *images: Path) -> subprocess.CompletedPro
 @pytest.mark.parametrize(
     ("kind", "batches"), [("fp16", [1, 1, 1, 1, 1]), ("uint8", [1] * 5), ("batch 4", [4, 4])]
 )
-def test_the_client_prints_the_five_best_classes(
+def test_the_client_prints_the_five_most_likely_classes(
     kind: str, batches: list[int], graphs: Graphs, digits: list[Path], tmp_path: Path
 ) -> None:
     made = package_triton(graphs[kind], tmp_path)

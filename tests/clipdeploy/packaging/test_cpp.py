@@ -1,4 +1,4 @@
-"""The C++ program: written, compiled, and held against Python, logit by logit."""
+"""Tests that the C++ program compiles and computes the same logits as Python."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FLAGS = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Wpedantic", "-Werror")
 
 
 def header_folder(variable: str, header: str, *folders: str) -> Path | None:
-    """Where a library's headers lie: as an environment variable says, or where Debian puts them."""
+    """The folder of a library's headers, from an environment variable or Debian's path."""
     for folder in (os.environ.get(variable), *folders):
         if folder and (Path(folder) / header).is_file():
             return Path(folder)
@@ -56,7 +56,7 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler: a
 
 
 def wheel_library() -> Path:
-    """The library inside the wheel that Python runs, so that both run the same kernels."""
+    """The library in Python's wheel, so that both programs run the same kernels."""
     folder = Path(onnxruntime.__file__).parent / "capi"
     found = sorted(folder.glob("libonnxruntime.so.*"))
     if not found:
@@ -77,7 +77,7 @@ def compile_program(folder: Path, program: Path, sources: Sequence[str], *flags:
 
 @dataclass(frozen=True)
 class Built:
-    """A package that CMake made a program of."""
+    """A package that was compiled with CMake."""
 
     folder: Path
 
@@ -108,7 +108,7 @@ def built(graphs: Graphs, tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "int8", "uint8", "batch 4", "half"])
-def test_its_logits_are_those_of_python(
+def test_its_logits_equal_those_of_python(
     kind: str, built: Built, graphs: Graphs, tmp_path: Path
 ) -> None:
     made = package_cpp(graphs[kind], tmp_path / "package")
@@ -118,7 +118,7 @@ def test_its_logits_are_those_of_python(
     images = np.fromfile(made.path / "image.raw", spec.dtype).reshape(count, *axes)
     done = run(built.program, made.model, made.path / "image.raw")
     logits = np.array([line.split() for line in done.stdout.splitlines()], np.float32)
-    # The same library, the same kernels, and nine digits of each float: no tolerance.
+    # The same kernels and nine digits per float need no tolerance.
     np.testing.assert_array_equal(logits, OnnxRunner(graphs[kind])(images))
     np.testing.assert_array_equal(logits, np.loadtxt(made.path / "logits.txt", np.float32))
     assert logits.argmax(axis=1).tolist() != [0] * count
@@ -136,7 +136,7 @@ def test_its_own_test_passes_and_fails_on_other_logits(built: Built) -> None:
         logits.write_text(whole)
 
 
-def test_it_says_what_is_wrong(built: Built, graphs: Graphs, tmp_path: Path) -> None:
+def test_errors_are_reported(built: Built, graphs: Graphs, tmp_path: Path) -> None:
     model, image = built.folder / "model.onnx", built.folder / "image.raw"
     cut = tmp_path / "cut.raw"
     cut.write_bytes(image.read_bytes()[:-1])
@@ -155,16 +155,14 @@ def test_it_says_what_is_wrong(built: Built, graphs: Graphs, tmp_path: Path) -> 
         ((tmp_path / "gone.onnx", image), 1, "error: ONNX Runtime: "),
         ((model, image, short), 1, "holds 3 logits, here are 30"),
         ((model, image, nan), 1, ""),
-        ((graphs["batch 4"], one), 1, "the model takes 4 images at once, here are 1"),
+        ((graphs["batch 4"], one), 1, "the model has a fixed batch of 4 images, the file has 1"),
     ):
         done = run(built.program, *words, check=False)
         assert (done.returncode, said in done.stderr) == (code, True), done.stderr
 
 
 @needs_compiler
-def test_every_half_becomes_the_float_that_numpy_makes_of_it(
-    graphs: Graphs, tmp_path: Path
-) -> None:
+def test_every_half_is_converted_as_by_numpy(graphs: Graphs, tmp_path: Path) -> None:
     made = package_cpp(graphs["fp32"], tmp_path / "package")
     (tmp_path / "halves.cpp").write_text(
         '#include <cstdio>\n#include "model.h"\nint main() {\n'
@@ -179,10 +177,10 @@ def test_every_half_becomes_the_float_that_numpy_makes_of_it(
 
 
 @needs_compiler
-def test_the_tensorrt_flavour_runs_on_a_toy_of_tensorrt(
+def test_the_tensorrt_program_runs_with_a_fake_tensorrt(
     described_engine: DescribedEngine, tmp_path: Path
 ) -> None:
-    """What TensorRT's documentation says of each call, not TensorRT itself."""
+    """The fake implements each call as TensorRT's documentation describes it."""
     made = package_cpp(described_engine(), tmp_path / "package")
     program = tmp_path / "classify"
     sources = ("main.cpp", "tensorrt_model.cpp")
@@ -200,7 +198,7 @@ def test_the_tensorrt_flavour_runs_on_a_toy_of_tensorrt(
         np.zeros(4 * count, np.float32).tofile(images)
         done = run(program, plan, images, check=False)
         assert done.returncode == 1
-        assert f"no profile of the engine takes {count} images" in done.stderr
+        assert f"no profile of the engine accepts {count} images" in done.stderr
     plan.write_text("another version")
     done = run(program, plan, images, check=False)
     assert done.returncode == 1
@@ -212,7 +210,7 @@ def test_the_tensorrt_flavour_runs_on_a_toy_of_tensorrt(
 @needs_compiler
 @pytest.mark.skipif(CUDA is None, reason="no headers of CUDA")
 @pytest.mark.parametrize("tensorrt", ["toy", "real"])
-def test_the_tensorrt_flavour_compiles_with_the_real_headers(
+def test_the_tensorrt_program_compiles_with_the_real_headers(
     tensorrt: str, described_engine: DescribedEngine, tmp_path: Path
 ) -> None:
     if tensorrt == "real" and TENSORRT is None:
@@ -223,9 +221,7 @@ def test_the_tensorrt_flavour_compiles_with_the_real_headers(
     run(str(COMPILER), *FLAGS, made.path / "tensorrt_model.cpp", *flags)
 
 
-def test_no_program_lets_an_engine_run_host_code(
-    described_engine: DescribedEngine, tmp_path: Path
-) -> None:
+def test_no_program_enables_host_code(described_engine: DescribedEngine, tmp_path: Path) -> None:
     made = package_cpp(described_engine(), tmp_path / "package")
     code = (made.path / "tensorrt_model.cpp").read_text()
     lines = [line for line in code.splitlines() if not line.lstrip().startswith("//")]
@@ -241,7 +237,7 @@ def test_an_engine_is_packaged_for_its_runtime(
     assert made.runtime == backend
     assert f"set(RUNTIME {backend} " in (made.path / "CMakeLists.txt").read_text()
     assert load_engine_passport(made.model) == load_engine_passport(engine)
-    # Eight images: the profile takes no fewer than four.
+    # Eight images, because the profile accepts no fewer than four.
     assert (made.path / "image.raw").stat().st_size == 8 * 3 * 32 * 32 * 4
     assert not (made.path / "logits.txt").exists()
     assert made.notes
@@ -249,7 +245,7 @@ def test_an_engine_is_packaged_for_its_runtime(
     assert labels == [name for name, _ in cards.class_names(cards.find(cards.DEMO))]
 
 
-def test_a_graph_for_processors_is_run_as_python_runs_it(graphs: Graphs, tmp_path: Path) -> None:
+def test_a_cpu_graph_is_run_with_exact_int8(graphs: Graphs, tmp_path: Path) -> None:
     source = open_packable(graphs["int8"])
     cpu = replace(source, graph=replace(source.graph, precision="int8-cpu"))
     for packable, asked in ((source, False), (cpu, True)):
@@ -258,12 +254,14 @@ def test_a_graph_for_processors_is_run_as_python_runs_it(graphs: Graphs, tmp_pat
         assert ("classify PRIVATE EXACT_INT8" in (folder / "CMakeLists.txt").read_text()) == asked
 
 
-def test_again_changes_nothing_and_another_asks_for_force(graphs: Graphs, tmp_path: Path) -> None:
+def test_the_same_package_is_unchanged_and_another_needs_force(
+    graphs: Graphs, tmp_path: Path
+) -> None:
     folder = tmp_path / "package"
     assert package_cpp(graphs["fp32"], folder).changed
     (folder / "build").mkdir()
     assert not package_cpp(graphs["fp32"], folder).changed
-    with pytest.raises(ArtifactError, match="another package"):
+    with pytest.raises(ArtifactError, match="already has another package"):
         package_cpp(graphs["fp16"], folder)
     assert (folder / "build").exists()
     made = package_cpp(graphs["fp16"], folder, force=True)
@@ -272,16 +270,16 @@ def test_again_changes_nothing_and_another_asks_for_force(graphs: Graphs, tmp_pa
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_a_folder_of_something_else_is_never_replaced(graphs: Graphs, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_never_replaced(graphs: Graphs, tmp_path: Path) -> None:
     (tmp_path / "diary.txt").write_text("dear diary")
     for force in (False, True):
-        with pytest.raises(ArtifactError, match="something else"):
+        with pytest.raises(ArtifactError, match="has other files"):
             package_cpp(graphs["fp32"], tmp_path, force=force)
     assert [path.name for path in tmp_path.iterdir()] == ["diary.txt"]
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
-def test_a_package_appears_whole_or_not_at_all(
+def test_a_package_is_written_atomically(
     failure: BaseException, graphs: Graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(source: Path, target: Path) -> None:

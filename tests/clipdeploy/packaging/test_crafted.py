@@ -1,4 +1,4 @@
-"""Passports that were made to write code, commands or lines of their own into a package."""
+"""Tests passports that try to inject code, commands or lines into a package."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from clipdeploy.stages.package import package_cpp, package_triton
 from exporters.headers import read_passport
 
 Json = dict[str, Any]
-# Each would be code, a command, a path or a line of its own where a name is written unescaped.
+# Unescaped, each of these would become code, a command, a path or another line.
 CRAFTED = [
     'image"; import os; os.abort(); "',
     "image'\nimport os\nos.abort()",
@@ -71,7 +71,7 @@ NUMBERS: dict[str, Callable[[Json], None]] = {
 
 
 def crafted(graph: Path, folder: Path, edit: Callable[[Json], None]) -> Path:
-    """A copy of ``graph`` whose passport was edited, and whose tensors are called as it says."""
+    """A copy of ``graph`` with an edited passport and matching tensor names."""
     model = onnx.load(graph)
     raw: Json = json.loads(next(p.value for p in model.metadata_props if p.key == PASSPORT_KEY))
     old = {raw["input"]["name"]: "input", raw["output"]["name"]: "output"}
@@ -93,7 +93,7 @@ def everything(folder: Path) -> set[Path]:
 
 
 def refuse(path: Path, field: str) -> None:
-    """Neither kind of package is made, nothing is written, and the message names the field."""
+    """Check that no package is written and that the message names the field."""
     folder = path.parent / "a" / "b" / "out"
     folder.mkdir(parents=True, exist_ok=True)
     before = everything(path.parent)
@@ -113,7 +113,7 @@ def test_a_crafted_name_is_refused(
 
 
 @pytest.mark.parametrize("field", NUMBERS)
-def test_a_value_that_cannot_be_is_refused(
+def test_an_impossible_value_is_refused(
     field: str, graphs: dict[str, Path], tmp_path: Path
 ) -> None:
     refuse(crafted(graphs["fp16"], tmp_path, NUMBERS[field]), field)
@@ -140,7 +140,7 @@ def test_a_crafted_engine_is_refused(field: str, described_engine: Callable[...,
     refuse(path, field)
 
 
-# --- the writers, had a passport come in another way
+# --- the writers alone, without the checks of passports
 
 
 def packable(graph: Path, **changes: Any) -> Packable:
@@ -154,7 +154,7 @@ def constants(source: str) -> Iterator[object]:
 
 
 @pytest.mark.parametrize("text", CRAFTED)
-def test_the_client_holds_every_text_as_a_literal(text: str, graphs: dict[str, Path]) -> None:
+def test_the_client_has_every_text_as_a_literal(text: str, graphs: dict[str, Path]) -> None:
     passport: Passport = read_passport(graphs["fp16"])
     odd = replace(
         passport,
@@ -164,15 +164,15 @@ def test_the_client_holds_every_text_as_a_literal(text: str, graphs: dict[str, P
     plain = client_source("digits", passport)
     source = client_source("digits", odd)
     assert ("digits", text, passport.output.name, passport.input.dtype) in list(constants(source))
-    # Nothing but the literals is another statement.
+    # The statements differ only in their literals.
     assert len(ast.parse(source).body) == len(ast.parse(plain).body)
     if not re.fullmatch(r"[\w.-]+", text) or text.startswith(("-", ".")):
-        with pytest.raises(ArtifactError, match="no name of a model"):
+        with pytest.raises(ArtifactError, match="not a valid model name"):
             client_source(text, passport)
 
 
 @pytest.mark.parametrize("text", ["10.13\nRUN touch x", "10'; touch x; '", "$(touch x)", "*"])
-def test_the_dockerfile_holds_a_version_as_one_word(
+def test_the_dockerfile_has_a_version_as_one_word(
     text: str, described_engine: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = described_engine()
@@ -198,7 +198,7 @@ def test_a_class_name_is_one_line_of_labels(break_: str, graphs: dict[str, Path]
 
 @pytest.mark.parametrize("name", ["config.pbtxt", "labels.txt"])
 @pytest.mark.parametrize("data", [b"\xff\xfe\x00", b"", b"\x1b[2J\n"])
-def test_a_repository_that_holds_something_else(
+def test_a_repository_with_other_contents(
     name: str, data: bytes, graphs: dict[str, Path], tmp_path: Path
 ) -> None:
     made = package_triton(graphs["fp16"], tmp_path)
@@ -211,5 +211,5 @@ def test_a_repository_with_a_pipe(graphs: dict[str, Path], tmp_path: Path) -> No
     made = package_triton(graphs["fp16"], tmp_path)
     (made.path / "labels.txt").unlink()
     os.mkfifo(made.path / "labels.txt")
-    with pytest.raises(FileError, match="no regular file but a pipe"):
+    with pytest.raises(FileError, match="it is a pipe, not a regular file"):
         package_triton(graphs["fp16"], tmp_path)

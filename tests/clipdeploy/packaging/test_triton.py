@@ -1,4 +1,4 @@
-"""A Triton model repository: read by Triton's protobuf, held against the graph, refused."""
+"""Tests Triton model repositories with Triton's protobuf and against the graph."""
 
 from __future__ import annotations
 
@@ -40,9 +40,7 @@ def folders(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_configuration_says_what_the_graph_says(
-    kind: str, graphs: Graphs, tmp_path: Path
-) -> None:
+def test_the_configuration_matches_the_graph(kind: str, graphs: Graphs, tmp_path: Path) -> None:
     made = package_triton(graphs[kind], tmp_path)
     config, model = read_config(made.path), onnx.load(made.model)
     assert config.name == made.path.name == made.name
@@ -55,7 +53,7 @@ def test_the_configuration_says_what_the_graph_says(
         assert told.name == actual.name
         dtype = TYPES[model_config_pb2.DataType.Name(told.data_type)]
         assert dtype == onnx.TensorProto.DataType.Name(tensor.elem_type)
-        # With a batch size Triton adds the free first axis itself.
+        # With a batch size Triton adds the batch axis.
         assert (list(told.dims) if kind == "batch 4" else [-1, *told.dims]) == dims
     assert config.max_batch_size == (0 if kind == "batch 4" else 32)
     assert list(config.dynamic_batching.preferred_batch_size) == list(made.preferred)
@@ -79,7 +77,7 @@ def test_the_warm_up_is_a_real_image_of_the_right_size(
         assert np.frombuffer(data, wanted.dtype).std() > 0.1
 
 
-def test_labels_and_passport_lie_beside_the_model(graphs: Graphs, tmp_path: Path) -> None:
+def test_labels_and_passport_are_written(graphs: Graphs, tmp_path: Path) -> None:
     made = package_triton(graphs["int8"], tmp_path)
     [output] = read_config(made.path).output
     lines = (made.path / output.label_filename).read_text().splitlines()
@@ -112,32 +110,34 @@ def test_an_engine_is_served_with_its_profiles(
     assert config.dynamic_batching.max_queue_delay_microseconds == 900
     [group] = config.instance_group
     assert (group.count, group.kind) == (2, model_config_pb2.ModelInstanceGroup.KIND_GPU)
-    # Left out, Triton would use the first profile alone.
+    # Without this field Triton uses only the first profile.
     assert list(group.profile) == ["0", "1"]
     assert made.model.name == "model.plan"
     assert load_engine_passport(made.model) == load_engine_passport(engine)
 
 
-def test_a_smaller_batch_than_the_engine_takes_can_be_chosen(
+def test_a_smaller_batch_than_the_engine_accepts_can_be_chosen(
     described_engine: DescribedEngine, graphs: Graphs, tmp_path: Path
 ) -> None:
     made = package_triton(described_engine(), tmp_path, TritonConfig(max_batch=8))
     assert read_config(made.path).max_batch_size == 8
     assert made.preferred == (8,)
-    with pytest.raises(UsageError, match="takes 32 images at most"):
+    with pytest.raises(UsageError, match="accepts at most 32 images"):
         package_triton(described_engine(), tmp_path, TritonConfig(max_batch=64))
-    with pytest.raises(UsageError, match="takes 4 images at once, no more and no less"):
+    with pytest.raises(UsageError, match="has a fixed batch of 4 images"):
         package_triton(graphs["batch 4"], tmp_path, TritonConfig(max_batch=4))
 
 
-def test_one_image_waits_for_no_other(described_engine: DescribedEngine, tmp_path: Path) -> None:
+def test_a_batch_of_one_has_no_dynamic_batching(
+    described_engine: DescribedEngine, tmp_path: Path
+) -> None:
     made = package_triton(described_engine(profiles=((1, 1, 1),)), tmp_path)
     config = read_config(made.path)
     assert config.max_batch_size == 1
     assert not config.HasField("dynamic_batching")
 
 
-def test_a_graph_for_processors_runs_on_them(
+def test_a_cpu_graph_runs_on_the_cpu(
     graphs: Graphs, demo_workspace: Workspace, tmp_path: Path
 ) -> None:
     source = open_packable(graphs["int8"])
@@ -150,7 +150,7 @@ def test_a_graph_for_processors_runs_on_them(
 
 
 def tensorrt_check(dockerfile: str, environment: dict[str, str]) -> int:
-    """Run the line of a Dockerfile that looks at the server's TensorRT."""
+    """Run the line of a Dockerfile that checks the server's TensorRT."""
     [line] = [line for line in dockerfile.splitlines() if line.startswith("RUN ")]
     return subprocess.run(["/bin/sh", "-c", line[4:]], env=environment).returncode
 
@@ -171,7 +171,7 @@ def test_the_dockerfile_names_the_server_of_the_engine(
     assert tensorrt_check(text, {"TRT_VERSION": "10.14.1.48"}) == 1
 
 
-def test_an_unknown_server_is_said_and_has_to_be_named(
+def test_an_unknown_server_is_reported_and_must_be_given(
     described_engine: DescribedEngine, tmp_path: Path
 ) -> None:
     made = package_triton(described_engine(backend_version="10.99.0.1"), tmp_path)
@@ -179,10 +179,10 @@ def test_an_unknown_server_is_said_and_has_to_be_named(
     assert made.server is None
     assert "\nARG TRITON\nFROM" in text
     assert "--build-arg TRITON=YY.MM" in text
-    assert any("TensorRT 10.99.0.1 is known" in note for note in made.notes)
+    assert any("no known Triton release has TensorRT 10.99.0.1" in note for note in made.notes)
 
 
-def test_a_version_compatible_engine_asks_the_server_to_take_it(
+def test_a_version_compatible_engine_sets_the_server_option(
     described_engine: DescribedEngine, tmp_path: Path
 ) -> None:
     engine = described_engine(settings={"version_compatible": True})
@@ -199,13 +199,13 @@ def test_the_table_of_servers_is_in_order() -> None:
 @pytest.mark.parametrize(
     ("changes", "said", "mend"),
     [
-        ({"backend": "tensorrt-rtx"}, "no backend of Triton", "--backend tensorrt"),
+        ({"backend": "tensorrt-rtx"}, "Triton cannot load", "--backend tensorrt"),
         ({"settings": {"strip_weights": True}}, "no weights", "without --strip-weights"),
-        ({"profiles": ((8, 8, 8),)}, "takes 1 image, and", "begin at 1"),
-        ({"profiles": ((1, 1, 2), (4, 8, 16))}, "takes 3 images, and", "leave no gap"),
+        ({"profiles": ((8, 8, 8),)}, "accepts 1 image, and", "start at 1"),
+        ({"profiles": ((1, 1, 2), (4, 8, 16))}, "accepts 3 images, and", "have no gaps"),
     ],
 )
-def test_what_triton_cannot_serve_is_refused(
+def test_an_artifact_that_triton_cannot_serve_is_refused(
     changes: dict[str, object],
     said: str,
     mend: str,
@@ -219,7 +219,9 @@ def test_what_triton_cannot_serve_is_refused(
     assert not (tmp_path / "models").exists()
 
 
-def test_an_engine_of_one_batch_keeps_it(described_engine: DescribedEngine, tmp_path: Path) -> None:
+def test_an_engine_with_a_fixed_batch_keeps_it(
+    described_engine: DescribedEngine, tmp_path: Path
+) -> None:
     made = package_triton(described_engine("batch 4", profiles=((4, 4, 4),)), tmp_path)
     config = read_config(made.path)
     assert config.max_batch_size == 0
@@ -227,7 +229,7 @@ def test_an_engine_of_one_batch_keeps_it(described_engine: DescribedEngine, tmp_
     assert [warm.batch_size for warm in config.model_warmup] == [1]
 
 
-def test_the_same_artifact_again_changes_nothing(graphs: Graphs, tmp_path: Path) -> None:
+def test_the_same_artifact_is_not_written_again(graphs: Graphs, tmp_path: Path) -> None:
     first = package_triton(graphs["fp16"], tmp_path)
     again = package_triton(graphs["fp16"], tmp_path)
     assert (first.changed, again.changed) == (True, False)
@@ -253,7 +255,7 @@ def test_another_artifact_is_the_next_version(graphs: Graphs, tmp_path: Path) ->
     ]
 
 
-def test_a_model_of_another_kind_keeps_its_name(
+def test_another_model_is_not_replaced(
     graphs: Graphs, described_engine: DescribedEngine, tmp_path: Path
 ) -> None:
     name, models = TritonConfig("digits"), tmp_path / "models"
@@ -269,16 +271,16 @@ def test_a_model_of_another_kind_keeps_its_name(
     assert {path: path.read_bytes() for path in made.path.rglob("*") if path.is_file()} == before
 
 
-def test_a_folder_that_is_no_model_is_left_alone(graphs: Graphs, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_model_is_not_changed(graphs: Graphs, tmp_path: Path) -> None:
     (tmp_path / "digits").mkdir()
     (tmp_path / "digits" / "diary.txt").write_text("dear diary")
-    with pytest.raises(ArtifactError, match="is no model"):
+    with pytest.raises(ArtifactError, match="is not a model"):
         package_triton(graphs["fp32"], tmp_path, TritonConfig("digits"))
     assert (tmp_path / "digits" / "diary.txt").exists()
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
-def test_a_model_appears_whole_or_not_at_all(
+def test_a_model_is_written_atomically(
     failure: BaseException, graphs: Graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(source: Path, target: Path) -> None:
@@ -304,7 +306,7 @@ def test_wrong_settings_are_refused(wrong: dict[str, object]) -> None:
         TritonConfig(**wrong)  # type: ignore[arg-type]
 
 
-def test_an_engine_of_tensorrt_comes_before_a_graph(
+def test_an_engine_of_tensorrt_is_preferred_to_a_graph(
     demo_workspace: Workspace, described_engine: DescribedEngine, tmp_path: Path
 ) -> None:
     workspace = Workspace(tmp_path / "artifacts")

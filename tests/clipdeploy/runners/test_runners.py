@@ -38,7 +38,7 @@ def test_a_fixed_batch_runs_any_number_of_images(
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
 
 
-def test_parts_are_filled_and_cut() -> None:
+def test_parts_are_padded_and_cut() -> None:
     sizes = []
 
     def run(part: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -53,7 +53,7 @@ def test_parts_are_filled_and_cut() -> None:
 
 
 def hot(source: Path, path: Path) -> Path:
-    """The FP16 graph with a residual that leaves float16 and comes back."""
+    """The FP16 graph with a residual that exceeds float16 and is scaled back."""
     proto = onnx.load(source)
     edit, _ = FP16_FAULTS["overflow in a residual"]
     edit(proto)
@@ -72,18 +72,18 @@ def test_stored_float16_is_close_to_emulated(
     assert stored.name == "ONNX Runtime (CPU, float16 as stored)"
     one, other = plain(demo_images), stored(demo_images)
     assert other.dtype == np.float32
-    # Rounding of every tensor to 11 bits, which an int8 step may make a whole step of its own.
+    # Every tensor is rounded to 11 bits, which can change an int8 value by one step.
     np.testing.assert_allclose(one, other, rtol=0, atol=0.2)
     assert not np.array_equal(one, other)
 
 
-def test_an_overflow_that_onnx_runtime_hides_is_seen(
+def test_an_overflow_that_onnx_runtime_hides_is_found(
     demo_workspace: Workspace, demo_images: NDArray[np.float32], tmp_path: Path
 ) -> None:
     sound = demo_workspace.graph(cards.DEMO, "fp16")
     path = hot(sound, tmp_path / "hot.onnx")
     plain, stored = OnnxRunner(path), OnnxRunner(path, as_stored=True)
-    # As good as the sound graph, to all appearances.
+    # Emulated, the graph seems as accurate as the original.
     np.testing.assert_allclose(plain(demo_images), OnnxRunner(sound)(demo_images), atol=0.05)
     assert not np.isfinite(stored(demo_images)).all()
 
@@ -95,10 +95,10 @@ def half_at_both_ends(workspace: Workspace, path: Path) -> Path:
     return save_graph(model, path, io_passport(read_passport(source), config)).path
 
 
-def test_types_that_are_not_written_down_are_inferred(
+def test_missing_types_are_inferred(
     demo_workspace: Workspace, demo_images: NDArray[np.float32], tmp_path: Path
 ) -> None:
-    """No Cast, no types of inner tensors: nothing says float16 but the weights."""
+    """Without Casts and types of inner tensors, only the weights show float16."""
     path = hot(half_at_both_ends(demo_workspace, tmp_path / "io.onnx"), tmp_path / "hot.onnx")
     proto = onnx.load(path)
     del proto.graph.value_info[:]
@@ -110,7 +110,7 @@ def test_types_that_are_not_written_down_are_inferred(
     assert not np.isfinite(stored(images)).all()
 
 
-def test_types_that_nobody_knows_are_no_proof(demo_workspace: Workspace, tmp_path: Path) -> None:
+def test_unknown_types_are_refused(demo_workspace: Workspace, tmp_path: Path) -> None:
     proto = onnx.load(half_at_both_ends(demo_workspace, tmp_path / "io.onnx"))
     del proto.graph.value_info[:]
     for node in proto.graph.node:
@@ -132,21 +132,21 @@ def test_float32_is_the_same_either_way(
     np.testing.assert_array_equal(plain(demo_images), stored(demo_images))
 
 
-def test_float16_at_both_ends_as_stored(
+def test_float16_input_and_output_as_stored(
     demo_workspace: Workspace, demo_images: NDArray[np.float32], tmp_path: Path
 ) -> None:
-    """The rewritten graph takes float32; whoever holds float16 images need not know."""
+    """The rewritten graph takes float32, and the runner converts float16 images."""
     source = demo_workspace.graph(cards.DEMO, "fp32")
     path = half_at_both_ends(demo_workspace, tmp_path / "io.onnx")
     runner = OnnxRunner(path, as_stored=True)
     assert runner.input.dtype == "float16"
     logits = runner(demo_images.astype(np.float16))
     assert logits.dtype == np.float32
-    # 11 bits a tensor.
+    # 11 bits per tensor.
     np.testing.assert_allclose(logits, OnnxRunner(source)(demo_images), rtol=0, atol=0.05)
 
 
-def test_a_foreign_graph_that_cannot_be_rewritten_is_emulated_and_says_so(
+def test_a_foreign_graph_that_cannot_be_rewritten_is_emulated_with_a_reason(
     demo_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(path: Path, *, threads: int = 0) -> OnnxSession:
@@ -172,6 +172,6 @@ def test_every_kind_of_graph_is_verified_and_calibrated(tmp_path: Path) -> None:
         workspace, cards.DEMO, cards.demo_file("test.zip"), scope=VerifyScope(limit=250)
     ).verification
     assert result is not None
-    # Of so few images even without a difference no drop below 1.5 points is proven.
+    # So few images prove no drop below 1.5 points, even without any difference.
     assert [row.verdict for row in result.rows] == ["undecided"] * 3
     assert all(row.drop is not None and row.drop.interval.high < 2.5 for row in result.rows)

@@ -40,7 +40,7 @@ def test_a_thousand_other_classes_are_not_imagenets() -> None:
     assert name_classes(fine_tune(own), WeightsChoice()).names == tuple(own)
     # The same words in another order are other classes, of which two have the same name.
     turned = LABELS[1:] + LABELS[:1]
-    with pytest.raises(CheckpointError, match="is the name of 2 classes"):
+    with pytest.raises(CheckpointError, match="2 classes are named"):
         name_classes(fine_tune(turned), WeightsChoice())
     apart = [f"{label} {number}" for number, label in enumerate(turned)]
     assert name_classes(fine_tune(apart), WeightsChoice()).names[0] == f"{LABELS[1]} 0"

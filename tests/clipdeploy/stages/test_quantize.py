@@ -9,7 +9,7 @@ import pytest
 from calibration.qdq import QuantizeConfig
 from calibration.recipe import QuantizeRecipe, save_recipe
 from clipdeploy.engines import backends
-from clipdeploy.engines.backends import Wanted, choose_backend, scale_form
+from clipdeploy.engines.backends import BackendOption, choose_backend, scale_form
 from clipdeploy.models import cards
 from clipdeploy.stages.quantize import (
     _judged_images,
@@ -57,7 +57,7 @@ def test_the_demos_int8_graph_is_sound(demo_workspace: Workspace) -> None:
     ],
 )
 def test_the_backend_chooses_the_form_of_the_weight_scales(
-    asked: dict[str, Any], backend: Wanted, form: str
+    asked: dict[str, Any], backend: BackendOption, form: str
 ) -> None:
     assert with_scale_form(QuantizeConfig(**asked), backend).weight_scales == form
 

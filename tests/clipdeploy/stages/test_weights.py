@@ -141,7 +141,7 @@ def test_a_checkpoint_that_has_changed_or_is_gone(
     with pytest.raises(ArtifactError, match="has changed"):
         export_model(workspace, cards.DEMO)
     checkpoint.unlink()
-    with pytest.raises(ArtifactError, match="is gone"):
+    with pytest.raises(ArtifactError, match="does not exist"):
         export_model(workspace, cards.DEMO)
     assert weights(workspace) == before
     # As the hint says: the same file from another place is found again.

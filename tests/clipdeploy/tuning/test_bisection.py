@@ -1,10 +1,11 @@
-"""A planted fault is named, exactly; a healthy model has no culprit."""
+"""Bisection names a planted fault exactly, and finds no culprit in a healthy model."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ import planted
 import pytest
 from click.testing import CliRunner
 
-from calibration.plan import PlanConfig
 from calibration.qdq import QuantizeConfig
+from calibration.scheme import SchemeConfig
 from clipdeploy.cli.main import main
 from clipdeploy.core.errors import ArtifactError, UsageError
 from clipdeploy.core.passport import PASSPORT_KEY, Recipe, from_json, to_json
@@ -25,7 +26,7 @@ from clipdeploy.tuning import bisection
 from clipdeploy.tuning.result import Bisection
 
 TEST = cards.demo_file("test.zip")
-# One thread: on a busy machine two wait for each other.
+# One thread, because two wait for each other on a busy machine.
 FEW = BisectConfig(8, batch=8, threads=1)
 Plant = Callable[[Path, Path, str], Path]
 
@@ -40,7 +41,7 @@ def bisected(
 def demo_workspace(
     demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory
 ) -> Workspace:
-    """A copy: bisecting leaves its last finding in the workspace."""
+    """A copy, because bisect saves its last finding in the workspace."""
     folder = tmp_path_factory.mktemp("bisected") / "artifacts"
     shutil.copytree(demo_workspace.root, folder)
     return Workspace(folder)
@@ -66,7 +67,7 @@ def test_powers_of_parts_add_up(healthy: Bisection) -> None:
     measured = healthy.measured
     summed = sum(10 ** -(part.alone_db / 10) for part in measured.parts if part.alone_db)
     whole = 10 ** -((measured.fidelity.sqnr_db or 0) / 10)
-    # Independent errors add up in power; 3 dB for what passes through later blocks together.
+    # Powers of independent errors add up; 3 dB for interactions in later blocks.
     assert 0.5 < summed / whole < 2
     assert sum(part.share for part in measured.parts) == pytest.approx(1)
 
@@ -107,7 +108,7 @@ def test_an_outlier_that_cannot_be_folded_is_named(
     planted.outlier_behind_gelu(demo_workspace.graph(cards.DEMO, "fp32"), source, block)
     samples = sample_images(cards.find(cards.DEMO).preprocess(Recipe()), 3)
     graph = workspace.graph(cards.DEMO, "int8-cpu")
-    config = QuantizeConfig(remainder="fp32", plan=PlanConfig("minmax"), min_sqnr=None)
+    config = QuantizeConfig(remainder="fp32", scheme=SchemeConfig("minmax"), min_sqnr=None)
     planted.quantised(source, graph, samples, config)
     found = bisected(workspace, graph)
     assert [culprit.name for culprit in found.culprits] == [f"blocks.{block}.mlp.fc2"]
@@ -130,6 +131,18 @@ def test_a_fault_costs_points_and_restoring_gives_them_back(
     assert f"{part.cost:.1f} of the {measured.drop:.1f} points" in found.sentence
 
 
+class Counted:
+    """A progress that records the total and the finished units of each task."""
+
+    def __init__(self) -> None:
+        self.tasks: dict[str, tuple[int | None, int]] = {}
+
+    @contextmanager
+    def task(self, text: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        self.tasks[text] = (total, 0)
+        yield lambda count: self.tasks.update({text: (total, self.tasks[text][1] + count)})
+
+
 def test_in_a_large_network_only_the_largest_shares_are_restored(
     demo_workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, healthy: Bisection
 ) -> None:
@@ -140,10 +153,11 @@ def test_in_a_large_network_only_the_largest_shares_are_restored(
     graph = planted.three_bits(
         demo_workspace.graph(cards.DEMO, "int8"), tmp_path / "planted.onnx", name
     )
-    found = bisected(demo_workspace, graph)
+    progress = Counted()
+    found = bisect_model(demo_workspace, cards.DEMO, TEST, graph, FEW, progress=progress)
     parts = sorted(found.measured.parts, key=lambda part: -part.share)
     blocks = {block.name for block in found.measured.blocks}
-    # patch_embed and head are blocks as well as parts: they are restored as blocks.
+    # patch_embed and head are both blocks and parts; they are restored as blocks.
     restored = [p.name for p in parts if p.cost is not None and p.name not in blocks]
     assert restored == [p.name for p in parts if p.name not in blocks][:3]
     assert all(block.restored_db is not None for block in found.measured.blocks)
@@ -151,8 +165,17 @@ def test_in_a_large_network_only_the_largest_shares_are_restored(
     (culprit,) = found.culprits
     assert culprit.gain_db is not None
     assert culprit.gain_db > 1.2
-    # What NumPy computes has no JSON form until it is Python's.
+    # NumPy's numbers have no JSON form until they are Python's.
     assert from_json(to_json(found), type(found), "the result") == found
+    # Alone: 30 parts and 8 blocks, two of them parts as well; restored: the 8 blocks and 3 parts.
+    assert progress.tasks["bisect"] == (38 + 11, 38 + 11)
+
+
+def test_the_number_of_evaluations_is_known_from_the_start(demo_workspace: Workspace) -> None:
+    progress = Counted()
+    config = BisectConfig(3, batch=2, threads=1)
+    bisect_model(demo_workspace, cards.DEMO, TEST, config=config, progress=progress)
+    assert progress.tasks["bisect"] == (2 * (38 + 38), 2 * (38 + 38))
 
 
 def test_without_passport_and_without_labels(demo_workspace: Workspace, tmp_path: Path) -> None:
@@ -169,7 +192,7 @@ def test_without_passport_and_without_labels(demo_workspace: Workspace, tmp_path
 def test_a_graph_of_other_weights_is_refused(demo_workspace: Workspace, tmp_path: Path) -> None:
     other = Workspace(tmp_path)
     export_model(other, cards.DEMO, WeightsChoice(random_seed=1))
-    with pytest.raises(ArtifactError, match="of another weights than the reference"):
+    with pytest.raises(ArtifactError, match="does not match the reference: weights is"):
         bisected(other, demo_workspace.graph(cards.DEMO, "int8"))
     with pytest.raises(UsageError, match="does not exist"):
         bisected(other)

@@ -1,4 +1,4 @@
-"""The switchable network: on it is the candidate, off the reference, whatever was folded."""
+"""With all switches on the chain computes the candidate, with all off the reference."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def cpu_graph(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactor
 
 
 def with_output(graph: Path, tensor: str) -> OnnxSession:
-    """A session that also gives a tensor inside the graph."""
+    """A session with a tensor inside the graph as a further output."""
     model = onnx.load(graph)
     value = onnx.helper.make_tensor_value_info(tensor, onnx.TensorProto.FLOAT, None)
     model.graph.output.append(value)
@@ -53,14 +53,14 @@ def test_off_is_the_reference_and_on_the_candidate(
     demo_workspace: Workspace, cpu_graph: Path, demo_images: Array
 ) -> None:
     source = demo_workspace.graph(cards.DEMO, "fp32")
-    # Every node as it stands: ONNX Runtime's fusions round sums in other orders.
+    # Without optimisation: ONNX Runtime's fusions sum in other orders, which rounds differently.
     chain = Chain(source, cpu_graph, optimise=False, threads=1)
     expected = OnnxSession(source, optimise=False).run(demo_images)[0]
     assert np.array_equal(chain.run(demo_images, ())[-1], expected)
     candidate = OnnxSession(cpu_graph, optimise=False, exact_int8=True).run(demo_images)[0]
     apart = decibels(candidate, chain.run(demo_images, chain.everything)[-1])
-    # V crosses a border in the candidate's coordinates and back, in float32: now and then a value
-    # falls to the other side of an int8 rounding.  The candidate itself stands at 41 dB.
+    # V is converted to the candidate's coordinates and back in float32: a few values round to
+    # another int8 level.  The candidate itself has 41 dB.
     assert apart > 60
 
 
@@ -85,8 +85,8 @@ def test_half_precision_goes_through_the_borders(
     candidate = OnnxSession(graph).run(demo_images)[0]
     on = chain.run(demo_images, chain.everything)[-1]
     assert on.dtype == np.float32
-    # ONNX Runtime computes runs of FP16 nodes in FP32 and rounds where it likes: the two round
-    # differently, and int8 roundings follow.  The candidate itself stands at 41 dB.
+    # ONNX Runtime computes runs of FP16 nodes in FP32 and chooses where to round: the two round
+    # differently, also to int8.  The candidate itself has 41 dB.
     assert decibels(candidate, on) > 48
 
 
@@ -108,8 +108,8 @@ def test_a_linear_alone_is_the_graph_that_quantises_it_alone(
         index = next(i for i, s in enumerate(chain.segments) if chosen in s.switches)
         x = chain.run(demo_images, ())[index - 1]
         found = chain.parts(index, x, {chosen}, [chosen])[0]
-        # As much error, not the same one: V's scales are found to a part in a thousand, which
-        # moves roundings.  A folding that was not undone costs 20 dB and more.
+        # Errors of equal power, not equal errors: V's scales are found to a part in a thousand,
+        # which changes roundings.  A folding that is not undone costs at least 20 dB.
         assert abs(decibels(reference, real) - decibels(reference, found)) < 1.0
 
 

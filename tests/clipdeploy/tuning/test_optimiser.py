@@ -1,4 +1,4 @@
-"""The choice against every combination there is."""
+"""The choice is compared with all combinations."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_nearly_as_cheap_as_the_cheapest(seed: int) -> None:
     assert not found or feasible(found)
     best = max(sum(gain[n] for n in c) for c in every(NAMES) if not c or feasible(c))
     whole = 2.0 * sum(gain.values())
-    # INT8 halves a Linear's cost, so that all FP16 costs twice the gains.
+    # INT8 halves a Linear's cost, so all FP16 costs twice the gains.
     assert whole - sum(gain[n] for n in found) <= 1.05 * (whole - best)
 
 

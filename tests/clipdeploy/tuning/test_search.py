@@ -16,9 +16,9 @@ import pytest
 from click.testing import CliRunner
 from outlier_script import channel_outliers
 
-from calibration.plan import PlanConfig
 from calibration.qdq import QuantizeConfig, quantize
 from calibration.recipe import load_recipe
+from calibration.scheme import SchemeConfig
 from clipdeploy.cli.main import main
 from clipdeploy.core.errors import ArtifactError, DatasetError, UsageError
 from clipdeploy.core.passport import Recipe
@@ -48,9 +48,9 @@ from exporters.headers import read_passport
 from exporters.onnx import export_graph
 
 TEST, CALIBRATION = cards.demo_file("test.zip"), cards.demo_file("calibration.zip")
-# What the outliers ruin: no smoothing, ranges up to the largest value.
-NAIVE = PlanConfig("minmax", smooth=False)
-# Points: 250 images can tell 4 of them from none, and all-INT8 loses 5 on all images.
+# The scheme that outliers ruin: no smoothing, ranges up to the largest value.
+NAIVE = SchemeConfig("minmax", smooth=False)
+# With 250 images a drop of 4 points is significant; all INT8 loses 5 on all images.
 LIMIT = 6.0
 FEW = {"search_images": 120, "max_drop": 10.0}
 
@@ -90,8 +90,8 @@ def searched(workspace: Workspace, **settings: Any) -> SearchResult:
     defaults: dict[str, Any] = {
         "threads": 1,
         "batch": 120,
-        "plan": NAIVE,
-        "fixed_plan": True,
+        "scheme": NAIVE,
+        "fixed_scheme": True,
         "max_drop": LIMIT,
     }
     return search_model(workspace, cards.DEMO, TEST, SearchConfig(**(defaults | settings)))
@@ -137,7 +137,7 @@ def test_recipes_of_the_front_rebuild_their_points(cut: Workspace, small: Search
     for point in written:
         recipe = load_recipe(Path(point.recipe))
         assert len(recipe.config.exclude) == 8 - len(point.int8)
-        assert recipe.config.plan == NAIVE
+        assert recipe.config.scheme == NAIVE
     chosen = load_recipe(small.recipe)
     assert set(chosen.config.exclude) == set(small.excluded)
     assert not quantize_model(cut, cards.DEMO, chosen.config).artifact.changed
@@ -151,7 +151,7 @@ def test_within_five_percent_of_every_combination(
     ((samples, labels),) = labelled_batches(search, passport.preprocess, 120)
     target = tmp_path / "int8.onnx"
     few = sample_images(passport.preprocess, 3)
-    config = QuantizeConfig(plan=NAIVE, remainder="fp32", min_sqnr=None)
+    config = QuantizeConfig(scheme=NAIVE, remainder="fp32", min_sqnr=None)
     quantize(source, cut.calibration(cards.DEMO), target, few, config)
     chain = Chain(source, target, threads=1)
     costs = counted_costs(linear_shapes(chain, samples.pixels[:1]), 120)
@@ -233,7 +233,7 @@ def test_a_budget_ends_the_search_early_and_a_later_run_goes_on(
 def test_a_healthy_model_stays_all_int8(demo_workspace: Workspace, tmp_path: Path) -> None:
     shutil.copytree(demo_workspace.root, tmp_path / "copy")
     workspace = Workspace(tmp_path / "copy")
-    found = searched(workspace, max_drop=2.0, plan=PlanConfig())
+    found = searched(workspace, max_drop=2.0, scheme=SchemeConfig())
     assert found.confirmed
     assert found.excluded == ()
     assert found.chosen.label == "chosen, all INT8"
@@ -242,32 +242,32 @@ def test_a_healthy_model_stays_all_int8(demo_workspace: Workspace, tmp_path: Pat
 
 def labels(best: _Best, **settings: Any) -> Iterator[str]:
     asked = SimpleNamespace(config=SearchConfig(**settings))
-    return (plan.label for plan in _Search.plans(cast("_Search", asked), best))
+    return (scheme.label for scheme in _Search.schemes(cast("_Search", asked), best))
 
 
 def test_ranges_then_strengths_of_the_best_are_tried() -> None:
     best = _Best()
-    tried = labels(best, plan=PlanConfig("minmax"))
+    tried = labels(best, scheme=SchemeConfig("minmax"))
     assert [next(tried) for _ in range(4)] == ["minmax", "auto", "percentile", "mse"]
-    best.offer(Evaluation(9, 0, 100, 12.0), PlanConfig("minmax"), cast("Chain", object()))
-    best.offer(Evaluation(5, 0, 100, 30.0), PlanConfig("mse"), cast("Chain", object()))
-    best.offer(Evaluation(5, 0, 100, 29.0), PlanConfig("auto"), cast("Chain", object()))
+    best.offer(Evaluation(9, 0, 100, 12.0), SchemeConfig("minmax"), cast("Chain", object()))
+    best.offer(Evaluation(5, 0, 100, 30.0), SchemeConfig("mse"), cast("Chain", object()))
+    best.offer(Evaluation(5, 0, 100, 29.0), SchemeConfig("auto"), cast("Chain", object()))
     assert list(tried) == ["mse, strength 0.5", "mse, strength 0.75"]
 
 
-def test_no_strengths_without_smoothing_and_no_other_plan_than_a_fixed_one() -> None:
-    plan = PlanConfig("minmax", smooth=False)
-    assert list(labels(_Best(), plan=plan)) == ["minmax", "auto", "percentile", "mse"]
-    assert list(labels(_Best(), plan=plan, fixed_plan=True)) == ["minmax"]
+def test_no_strengths_without_smoothing_and_no_other_scheme_than_a_fixed_one() -> None:
+    scheme = SchemeConfig("minmax", smooth=False)
+    assert list(labels(_Best(), scheme=scheme)) == ["minmax", "auto", "percentile", "mse"]
+    assert list(labels(_Best(), scheme=scheme, fixed_scheme=True)) == ["minmax"]
 
 
 def test_a_strength_is_searched_and_written(cut: Workspace, tmp_path: Path) -> None:
     shutil.copytree(cut.root, tmp_path / "copy")
     workspace = Workspace(tmp_path / "copy")
-    # The outliers of this model stand in its weights as well: those alone show them.
-    plan = PlanConfig("minmax", strength=0.0)
-    found = searched(workspace, plan=plan, **FEW)
-    assert found.plan == plan
+    # The outliers of this model are in its weights as well, so weights alone can decide.
+    scheme = SchemeConfig("minmax", strength=0.0)
+    found = searched(workspace, scheme=scheme, **FEW)
+    assert found.scheme == scheme
     assert "all INT8" in found.chosen.label
     written = read_passport(workspace.graph(cards.DEMO, "int8")).settings
     assert written["plan"]["strength"] == 0.0, written
@@ -283,7 +283,7 @@ def test_confirmation_of_no_drop_claims_none() -> None:
             judge_drop(int(b), int(n - b), images, limit).verdict
             for b, n in zip(lost, changed, strict=True)
         ]
-        # Nominal is 2.5 % at a limit of nothing; three standard errors of 4,000 trials on top.
+        # Nominal is 2.5 % at a limit of zero, plus three standard errors of 4,000 trials.
         assert verdicts.count("regressed") / trials < most + 3 * np.sqrt(0.025 / trials)
 
 

@@ -1,4 +1,4 @@
-"""Splits share no image, whatever it is called."""
+"""Splits share no image, even under another name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results that no model was run for, to be told apart and judged."""
+"""Made-up results to judge; no model is run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MakeResults = Callable[..., Results]
 
 @pytest.fixture(scope="session")
 def made() -> MakeResults:
-    """``made(records, **changes of the question)``."""
+    """``made(records, **changes of the run key)``."""
     return make_results
 
 

@@ -47,12 +47,12 @@ GRAPHS: dict[str, BatchFault] = {
 }
 # Nine full batches of 16: there is no smaller last one, in which another fault might show.
 COUNT = 144
-# Another batch size is another way of adding up; a fault moves a logit by 0.15 at least.
+# Another batch size changes the order of sums; a fault changes a logit by at least 0.15.
 SAME, ANOTHER = 1e-3, 0.15
 
 
 class Bench:
-    """The sound graphs in two parts, and the runners with a fault behind the cut."""
+    """The correct graphs in two parts, and runners with a fault after the cut."""
 
     def __init__(self, workspace: Workspace, model: LoadedModel) -> None:
         images = open_images(cards.demo_file("test.zip"), tuple("0123456789"))
@@ -126,7 +126,7 @@ def test_the_sound_graph_in_two_parts_is_the_whole(
 
 @pytest.mark.parametrize("name", STEADY)
 def test_a_fault_shows_where_it_says(name: str, bench: Bench, sound: dict[str, CutRunner]) -> None:
-    """In the file as a whole, which is what a user would hand in."""
+    """In the whole file, which is what a user would verify."""
     fault = STEADY[name]
     graph, faulty, right = whole(bench.spoilt(fault)), bench.faulty(fault), sound[fault.precision]
     for size in (*fault.shows, *fault.hidden):
@@ -140,7 +140,7 @@ def test_a_fault_shows_where_it_says(name: str, bench: Bench, sound: dict[str, C
 
 @pytest.mark.parametrize("name", RANDOM_FAULTS)
 def test_a_fault_by_chance_shows(name: str, bench: Bench, sound: dict[str, CutRunner]) -> None:
-    """Two calls with the same images differ, if not these then the next."""
+    """Calls with the same images differ, after at most a few tries."""
     fault = RANDOM_FAULTS[name]
     images = bench.digits.images[: fault.shows[-1]]
     right = sound[fault.precision](images)
@@ -150,10 +150,10 @@ def test_a_fault_by_chance_shows(name: str, bench: Bench, sound: dict[str, CutRu
 
 
 def differs(run: Callable[[], Logits], right: Logits) -> bool:
-    """Whether a call is off, and another call with the same images is not off by as much."""
+    """Whether a call is wrong, and another call with the same images is less wrong."""
     first = run()
     wrong, changed = largest_difference(first, right) > ANOTHER, False
-    # The rarest fault spoils a call in ten: 60 sound ones in a row come once in 550 seeds.
+    # The rarest fault affects one call in ten: 60 correct ones in a row occur once in 550 seeds.
     for _ in range(60):
         if wrong and changed:
             return True
@@ -164,7 +164,7 @@ def differs(run: Callable[[], Logits], right: Logits) -> bool:
 
 
 def served(runner: Runner, bench: Bench, size: int, times: int = 1) -> float:
-    """The drop in batches of ``size``, over so many random orders of the images."""
+    """The drop in batches of ``size``, over ``times`` random orders of the images."""
     generator, digits = np.random.default_rng(11), bench.digits
     drops = []
     for _ in range(times):
@@ -185,21 +185,21 @@ def test_a_fault_in_the_batch_is_never_silent(
     row = judged[name]
     never_silent(row, judged[f"sound {fault.precision}"], drop)
     if fault.hidden and 16 in fault.hidden:
-        # The first answers are sound: only asking again shows it.
+        # The first answers are correct: only the repeated calls show the fault.
         assert decibels(row) > decibels(judged[f"sound {fault.precision}"]) - 3
         assert row.verdict == "not judged"
-        assert row.reason.startswith("does not repeat"), row.reason
+        assert row.reason.startswith("not repeatable"), row.reason
 
 
 @pytest.mark.parametrize("name", SPOILT_BATCHES)
 def test_batches_spoilt_by_their_images(name: str, bench: Bench, judged: dict[str, Row]) -> None:
     fault, share = SPOILT_BATCHES[name]
     drop = served(bench.faulty(fault), bench, 16, times=60)
-    # Of 540 batches so many are spoilt, give or take three standard deviations.
+    # The affected share of 540 batches, within three standard deviations.
     assert abs(drop / 99 - share) < 3 * (share / 540) ** 0.5 + 0.005
     row = judged[name]
     if "of 16 and more" in name and row.verdict == "equivalent":
-        # Nine batches of 16 and a few more cannot exclude that; the row says so.
+        # Nine batches of 16 and a few more cannot exclude that; the row states it.
         assert row.repeats is not None
         assert row.repeats.excluded_large > 100 * share
         assert f"{row.repeats.excluded_large:.2g} % of those for 16 images" in row.repeats.sentence

@@ -1,4 +1,4 @@
-"""The same batches in every run, whatever part of them a run takes."""
+"""Batches are the same in every run, also if a run takes only some of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from clipdeploy.core.errors import DatasetError
 from clipdeploy.core.passport import CLIP_MEAN, CLIP_STD, Preprocess
-from clipdeploy.imaging import ImageFolder, Reading, open_images, select
+from clipdeploy.imaging import ImageFolder, open_images, select
 from clipdeploy.imaging.archives import ZipPlace
 from clipdeploy.models import cards
 from clipdeploy.verification.batches import (
@@ -23,7 +23,7 @@ from clipdeploy.verification.batches import (
     digest_of_contents,
     digest_of_entries,
     digest_of_files,
-    mixed,
+    shuffled,
 )
 
 SPEC = Preprocess(32, CLIP_MEAN, CLIP_STD)
@@ -101,28 +101,19 @@ def test_unreadable_images_move_no_other(
     ]
 
 
-def test_what_reading_showed_is_noted(images: ImageFolder, folder: Path) -> None:
-    twin = folder / images.entries[1].name
-    twin.write_bytes((folder / images.entries[0].name).read_bytes())
-    reading = Reading()
-    list(decoded_batches(images, SPEC, SIZE, range(5), workers=0, reading=reading))
-    assert reading.read == 30
-    assert len(reading.duplicates) == 1
-
-
 def test_the_order_is_always_the_same_mixes_classes_and_loses_nothing(images: ImageFolder) -> None:
-    one = mixed(images)
-    assert one == mixed(images)
+    one = shuffled(images)
+    assert one == shuffled(images)
     assert one.entries != images.entries
     assert set(one.entries) == set(images.entries)
-    # In the order of their names seven of ten batches are of two classes at most.
+    # In the order of their names, seven of ten batches have at most two classes.
     for start in range(0, 28, SIZE):
         assert len({entry.label for entry in one.entries[start : start + SIZE]}) >= 4
-    everything = mixed(open_images(cards.demo_file("test.zip"), tuple("0123456789"))).entries
+    everything = shuffled(open_images(cards.demo_file("test.zip"), tuple("0123456789"))).entries
     neighbours = sum(a.label == b.label for a, b in itertools.pairwise(everything))
     # A tenth by chance, within four standard deviations; sorted by class it is 98 %.
     assert abs(neighbours / 499 - 0.1) < 4 * (0.09 / 499) ** 0.5
-    # Batches follow the order that they are given.
+    # Batches follow the given order.
     assert [crop.entry.name for batch in batches(one) for crop in batch.crops] == [
         entry.name for entry in one.entries
     ]
@@ -154,7 +145,7 @@ def test_the_digest_of_contents(images: ImageFolder, folder: Path) -> None:
         assert digest_of_contents(moved) != digest
     path.unlink()
     assert digest_of_contents(moved) != digest
-    # A zip has a CRC-32 of every member: those that are not sampled show as well.
+    # A zip has a CRC-32 of every member: it also covers those that are not sampled.
     archive = open_images(cards.demo_file("test.zip"), tuple("0123456789"))
     unsampled = archive.entries[3]
     assert isinstance(unsampled.place, ZipPlace)
@@ -167,7 +158,7 @@ def test_the_digest_of_contents(images: ImageFolder, folder: Path) -> None:
 def test_the_digest_of_files(
     images: ImageFolder, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # They were made just now, and might change again unseen.
+    # They were written just now, and another change might not change their stamps.
     assert digest_of_files(images) == ""
     now = time.time_ns()
     monkeypatch.setattr(time, "time_ns", lambda: now + 10**10)

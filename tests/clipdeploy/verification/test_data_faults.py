@@ -1,4 +1,4 @@
-"""Faults in images and labels: reference and artifact err alike, so that only the baseline tells.
+"""Faults in images and labels: reference and artifact err alike; only the baseline detects them.
 
 On the demo's grey digits other means or another filter move an image or two of 500, which no
 accuracy can show; those faults are made on variants where they matter, see ``demo_variants``.
@@ -39,7 +39,7 @@ from exporters.headers import read_passport
 
 CLASSES = tuple("0123456789")
 COUNT = 130
-# So many images without a difference prove a drop below 2.9 points.
+# This many images without a difference prove a drop below 2.9 points.
 CONFIG = VerifyConfig(max_drop=3.0, batch=50, workers=0)
 NONE = "none of the usual causes explains it"
 
@@ -55,7 +55,7 @@ class Bench:
     images: ImageFolder
 
     def judge(self, images: ImageFolder, spec: Preprocess | None = None) -> Verification:
-        """The verdict, and what the diagnosis makes of a failed baseline."""
+        """The verdict, with the diagnosis of a failed baseline."""
         passport = self.graph.passport
         passport = replace(passport, preprocess=spec or passport.preprocess)
         results = run_verification(self.model, passport, [self.graph], images, CONFIG)
@@ -124,7 +124,7 @@ def test_sound_images_confirm_the_baseline(kind: str, request: pytest.FixtureReq
 
 
 def never_judged(result: Verification, cause: str) -> None:
-    """The artifact agrees with PyTorch, and gets no verdict all the same."""
+    """The artifact agrees with PyTorch and still gets no verdict."""
     assert not result
     assert result.baseline.status in ("missed", "implausible"), result.baseline.sentence
     assert cause in result.baseline.sentence
@@ -140,7 +140,7 @@ def shifted(rows: int, columns: int) -> Crop:
 
 
 def no_antialias(image: Image.Image, spec: Preprocess) -> np.ndarray:
-    """Bilinear between the nearest pixels, as OpenCV and torch do it unless asked."""
+    """Bilinear between the nearest pixels, the default of OpenCV and torch."""
     step = image.width / spec.size
     matrix = (step, 0, 0, 0, step, 0)
     edge = (spec.size, spec.size)
@@ -185,7 +185,7 @@ def test_the_mean_and_std_of_another_data_set(colours: Bench) -> None:
 
 
 def test_another_resize(demo_workspace: Workspace, demo_model: LoadedModel, tmp_path: Path) -> None:
-    """Digits in a frame, of a model whose card says to cut it away."""
+    """Digits in a frame, for a model whose card crops it away."""
     card = replace(demo_model.card, timm_crop_pct=0.5)
     folder = write_digits(tmp_path / "framed", framed, COUNT)
     sound = bench(demo_workspace, replace(demo_model, card=card), folder)
@@ -258,7 +258,7 @@ def test_a_fault_in_the_labels(name: str, grey: Bench) -> None:
 
 
 def test_a_label_file_that_was_cut_short(grey: Bench, tmp_path: Path) -> None:
-    """Images of which it says nothing have no class: nothing is judged, and it is told."""
+    """Images that are not listed have no class: nothing is judged, and a note says so."""
     for entry in grey.images.entries:
         (tmp_path / entry.name.replace("/", "-")).symlink_to(grey.images.root / entry.name)
     lines = [f"{e.name.replace('/', '-')} {e.label}\n" for e in grey.images.entries]

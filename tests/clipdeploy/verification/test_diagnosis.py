@@ -1,4 +1,4 @@
-"""Why PyTorch misses its accuracy: causes made for real are named, and nothing is made up.
+"""Diagnosis of a missed accuracy: real causes are named, and no cause is invented.
 
 Those that ``test_data_faults`` makes for whole verifications are not made again here.
 """
@@ -48,7 +48,7 @@ def diagnosed(workspace: Workspace, model: LoadedModel, images: ImageFolder) -> 
     results = run_verification(model, passport, (), images, config)
     answers = [record.reference for record in results.records]
     return diagnose(
-        check_baseline(answers, results.question),
+        check_baseline(answers, results.run_key),
         model,
         passport.preprocess,
         images,
@@ -90,7 +90,7 @@ def test_numerics(demo_workspace: Workspace, tmp_path: Path) -> None:
     assert baseline.causes[0].top1 > 95
     assert baseline.causes[0].gained > 50
     assert baseline.causes[0].images == 60
-    # And what it says is true.
+    # And the sentence is true.
     shipped = load_model(card, weights, Recipe(numerics="as-shipped"))
     assert diagnosed(demo_workspace, shipped, images).status == "confirmed"
 
@@ -113,7 +113,7 @@ def model_of(classes: int, demo_model: LoadedModel) -> LoadedModel:
 
 
 def records(labels: Sequence[int], truth: Sequence[int], classes: int) -> list[ImageRecord]:
-    """A model that answers the truth, and what is said to be the label of each image."""
+    """A model that is always right, and the label given to each image."""
     found = []
     for number, (label, answer) in enumerate(zip(labels, truth, strict=True)):
         top = tuple((answer + i) % classes for i in range(5))
@@ -138,7 +138,7 @@ IN_WORDS = sorted(range(120), key=WORDS.__getitem__)
 
 
 def spoilt(order: Sequence[int]) -> list[int]:
-    """Labels written as places in ``order``."""
+    """Labels as positions in ``order``."""
     place = {label: at for at, label in enumerate(order)}
     return [place[label] for label in TRUTH]
 
@@ -168,7 +168,7 @@ def test_orders_of_many_classes(labels: list[int], likely: str, demo_model: Load
 
 
 def test_an_order_that_maps_all_to_one_answer_is_none(demo_model: LoadedModel) -> None:
-    """A model that always says 3 has a perfect "order of classes", were it not one to one."""
+    """A model that always answers 3 fits an "order of classes" that is not one to one."""
     same = records(TRUTH, [3] * len(TRUTH), 120)
     spec = demo_model.card.preprocess(Recipe())
     found = diagnose(MISSED, model_of(120, demo_model), spec, None, same, WORDS)

@@ -1,4 +1,4 @@
-"""One fault at a time, and none passes as equivalent with the figures of a sound graph.
+"""One fault at a time: none is equivalent with the metrics of a correct graph.
 
 All graphs and runners are judged in one run over the same 130 digits.  With no difference between
 artifact and reference their interval ends at 2.9 points, so that 3 are allowed.
@@ -32,7 +32,7 @@ from clipdeploy.runners.base import Closing
 from clipdeploy.verification import verifier
 from clipdeploy.verification.metrics import Fidelity
 from clipdeploy.verification.result import Row, Verification
-from clipdeploy.verification.results import Asked
+from clipdeploy.verification.results import ArtifactEntry
 from clipdeploy.verification.targets import Target, named_targets, open_target
 from clipdeploy.verification.verdicts import judge_results
 from clipdeploy.verification.verifier import VerifyConfig, run_verification
@@ -63,7 +63,7 @@ CHANGES = {
     )
     for name, edit in changes.items()
 }
-# Wrong numbers where the graph itself takes the image's bytes: what is off, and the most dB.
+# Wrong constants in graphs that take the image's bytes: the fault, and the most dB.
 INNER_PREPROCESSING: dict[str, tuple[Callable[[Preprocess], Preprocess], float]] = {
     "ImageNet's mean and std in the graph": (
         lambda spec: replace(spec, mean=IMAGENET_MEAN, std=IMAGENET_STD),
@@ -78,14 +78,14 @@ INNER_PREPROCESSING: dict[str, tuple[Callable[[Preprocess], Preprocess], float]]
         REGRESSED,
     ),
 }
-# How a sound graph of each precision does here; in float16 and below it is the rounding.
+# The SQNR of a correct graph of each precision here; rounding limits float16 and below.
 SOUND_DB = {"fp32": 120.0, "fp16": 60.0, "int8": 39.0}
 HARMLESS_DB = {"fp32": 115.0, "fp16": 55.0, "int8": 39.0}
 
 
 @pytest.fixture(scope="module")
 def digits() -> ImageFolder:
-    """In the order of the file, sorted by class: the verifier mixes them itself."""
+    """In the order of the file, sorted by class: the verifier shuffles them itself."""
     return select(open_images(cards.demo_file("test.zip"), CLASSES), 130, seed=0)
 
 
@@ -155,9 +155,9 @@ def harmless(workspace: Workspace, folder: Path) -> Iterator[tuple[str, Target]]
     yield "fp16 at both ends", target(halves_at_both_ends(source, folder / "io.onnx"))
 
 
-# The one fault of a graph in this file that mixes images; the others take each by itself.
+# The only fault in this file that mixes images.
 MIXES = "the class token of another image"
-# Harmless changes whose kernels or nodes have to do with the batch: these are run in every call.
+# Harmless changes of kernels or nodes that depend on the batch: these run in every call.
 BY_BATCH = {
     "sound fp32",
     "sound fp16",
@@ -177,7 +177,7 @@ BY_BATCH = {
 
 
 class EachOnce(Closing):
-    """A graph's answers to each image by itself, computed once: every call costs seconds."""
+    """A graph's answers to each single image, computed once: every call costs seconds."""
 
     def __init__(self, runner: Runner) -> None:
         self._answers = Remembered(runner)
@@ -198,17 +198,17 @@ def judged(
     folder = tmp_path_factory.mktemp("faults")
     named = [*faulty(demo_workspace, folder), *harmless(demo_workspace, folder)]
     assert len({name for name, _ in named}) == len(named)
-    sound, asked = open_target(named[0][1])
+    sound, entry = open_target(named[0][1])
     assert sound is not None
     once = EachOnce(sound)
     spoilers = {t.path: RUN_FAULTS[name][0] for name, t in named if name in RUN_FAULTS}
     every_call = {t.path for name, t in named if name in BY_BATCH | {MIXES}}
 
-    def opened(each: Target, **options: Any) -> tuple[Runner | None, Asked]:
+    def opened(each: Target, **options: Any) -> tuple[Runner | None, ArtifactEntry]:
         if each.path not in spoilers:
             runner, known = open_target(each, **options)
             return EachOnce(runner) if runner and each.path not in every_call else runner, known
-        return BrokenRunner(once, spoilers[each.path]), replace(asked, artifact=str(each.path))
+        return BrokenRunner(once, spoilers[each.path]), replace(entry, artifact=str(each.path))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verifier, "open_target", opened)
@@ -219,13 +219,13 @@ def judged(
     return dict(zip((name for name, _ in named), result.rows, strict=True))
 
 
-def figures(row: Row) -> Fidelity:
+def fidelity(row: Row) -> Fidelity:
     assert row.fidelity is not None
     return row.fidelity
 
 
 def decibels(row: Row) -> float:
-    found = figures(row).sqnr_db
+    found = fidelity(row).sqnr_db
     assert found is not None
     return found
 
@@ -240,7 +240,7 @@ def test_a_sound_graph_is_equivalent(precision: str, judged: dict[str, Row]) -> 
     row = judged[f"sound {precision}"]
     assert row.verdict == "equivalent"
     assert decibels(row) > SOUND_DB[precision]
-    assert figures(row).agreement == 100
+    assert fidelity(row).agreement == 100
 
 
 @pytest.mark.parametrize("name", GRAPH_FAULTS)
@@ -250,7 +250,7 @@ def test_a_fault_in_the_graph(name: str, judged: dict[str, Row]) -> None:
     never_unnoticed(row, judged[f"sound {precision}"])
     if name == MIXES:
         assert row.verdict == "not judged"
-        assert row.reason.startswith("does not repeat")
+        assert row.reason.startswith("not repeatable")
     elif shown == REGRESSED:
         assert row.verdict == "regressed", row.reason
     else:
@@ -274,12 +274,12 @@ def test_a_fault_in_the_run(name: str, judged: dict[str, Row]) -> None:
     row, sound = judged[name], judged["sound fp32"]
     if shown == "NaN":
         assert (row.verdict, row.reason) == ("regressed", "logits are NaN or infinite")
-        assert not figures(row).finite
+        assert not fidelity(row).finite
         return
     never_unnoticed(row, sound)
     if isinstance(shown, float):
-        assert figures(row).max_abs > shown > 1000 * figures(sound).max_abs
-    elif shown == "does not repeat":
+        assert fidelity(row).max_abs > shown > 1000 * fidelity(sound).max_abs
+    elif shown == "not repeatable":
         assert row.verdict == "not judged", row.reason
         assert row.reason.startswith(shown)
     else:
@@ -289,10 +289,10 @@ def test_a_fault_in_the_run(name: str, judged: dict[str, Row]) -> None:
 def test_one_wrong_image_is_the_worst_and_is_named(judged: dict[str, Row]) -> None:
     row = judged["one image's result stale"]
     assert row.disagreements == 1
-    assert row.worst[0].max_abs == figures(row).max_abs
-    # It was one call: the image asked again has another answer.
+    assert row.worst[0].max_abs == fidelity(row).max_abs
+    # It was one call: the repeated image has another answer.
     assert row.verdict == "not judged"
-    assert row.reason.startswith("does not repeat")
+    assert row.reason.startswith("not repeatable")
 
 
 @pytest.mark.parametrize("name", [*CHANGES, "preprocessing in the graph", "fp16 at both ends"])
@@ -303,8 +303,8 @@ def test_a_harmless_change(name: str, judged: dict[str, Row]) -> None:
     assert row.verdict == "equivalent", row.reason
     # Sums in another order: some float32 rounding more; float16 at both ends: the pixels' as well.
     assert decibels(row) > HARMLESS_DB[precision]
-    assert figures(row).agreement == 100
-    assert ("no passport vouches for this file" in row.reason) == (name in CHANGES)
+    assert fidelity(row).agreement == 100
+    assert ("this file has no passport" in row.reason) == (name in CHANGES)
 
 
 def run_broken(
@@ -315,10 +315,10 @@ def run_broken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Verification:
     graph = target(workspace.graph(cards.DEMO, "fp32"))
-    runner, asked = open_target(graph)
+    runner, entry = open_target(graph)
     assert runner is not None
     broken = BrokenRunner(runner, spoil)  # type: ignore[arg-type]
-    monkeypatch.setattr(verifier, "open_target", lambda each, **options: (broken, asked))
+    monkeypatch.setattr(verifier, "open_target", lambda each, **options: (broken, entry))
     few = select(images, 20, seed=0)
     results = run_verification(model, graph.passport, [graph], few, CONFIG)
     return judge_results(results, ALLOWED)

@@ -1,4 +1,4 @@
-"""The same pixels in another wrapping, and other company in a batch: the same verdict."""
+"""The same pixels in other files, and other neighbours in a batch: the same verdict."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_in_grey(folder: Path, judge: Judge, tmp_path: Path) -> None:
 def test_with_a_channel_for_opacity(
     folder: Path, plain: Judged, judge: Judge, tmp_path: Path
 ) -> None:
-    """All pixels are opaque, so that nothing shines through."""
+    """All pixels are opaque."""
     for file in folder.rglob("*.jpg"):
         path = (tmp_path / file.relative_to(folder)).with_suffix(".png")
         path.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Runners and engines that differ from the reference in nothing that matters are equivalent."""
+"""Runners and engines with harmless differences from the reference are equivalent."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from exporters.headers import read_passport
 
 CLASSES = tuple("0123456789")
 COUNT = 144
-# The noise that the runner adds is below what its precision has: fp32 by TF32 is the worst.
+# The runner adds less noise than its precision has: FP32 in TF32 is the worst.
 LEAST_DB = {"fp32": 65.0, "fp16": 55.0, "int8": 38.0}
 
 

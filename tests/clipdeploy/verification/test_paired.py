@@ -24,7 +24,7 @@ Method = Callable[[int, int, int], Interval]
 
 
 def wald(b: int, c: int, n: int) -> Interval:
-    """The interval of the textbooks, which fails where discordant images are few."""
+    """The textbook interval, which fails if there are few discordant images."""
     half = 100 * 1.96 * math.sqrt(b + c - (b - c) ** 2 / n) / n
     return Interval(100 * (b - c) / n - half, 100 * (b - c) / n + half)
 
@@ -138,7 +138,7 @@ def test_the_drop_interval_covers_at_any_confidence_and_with_many_discordant_ima
 
 def test_the_enumeration_finds_out_an_interval_that_does_not_cover() -> None:
     below, _ = misses(wald, 500, 0.005, 0.0)
-    # No loss seen: Wald is a point at 0 and calls it certain. e^-2.5 = 8 %.
+    # No loss: Wald's interval is the point 0, with false certainty. e^-2.5 = 8 %.
     assert below > 0.08
     below, above = misses(tango, 500, 0.011 * 0.15, 0.011 * 0.85)
     assert max(below, above) > 0.04
@@ -148,7 +148,7 @@ def test_the_drop_interval_is_near_tangos_where_that_holds() -> None:
     for b, c, n in ((20, 20, 500), (40, 20, 5000), (30, 60, 5000), (1300, 1200, 50_000)):
         got, want = drop_interval(b, c, n), tango(b, c, n)
         width = want.high - want.low
-        # Both are score intervals at heart; they differ by a few hundredths of the width.
+        # Both are score intervals and differ by a few hundredths of the width.
         assert got.low == pytest.approx(want.low, abs=0.02 * width)
         assert got.high == pytest.approx(want.high, abs=0.02 * width)
 
@@ -189,7 +189,7 @@ def test_a_judgement_says_what_it_rests_on() -> None:
     assert "all above the 1.00 allowed" in bad.sentence
     open_ = judge_drop(3, 1, 500, 1.0)
     assert open_.verdict == "undecided"
-    assert f"about {open_.images_needed:,} in all" in open_.sentence
+    assert f"about {open_.images_needed:,} in total" in open_.sentence
     assert "anytime" in judge_drop(3, 1, 500, 1.0, anytime=True).sentence
 
 
@@ -198,17 +198,17 @@ def test_an_undecided_look_is_to_be_followed_by_a_sequential_one(b: int, c: int,
     """More fixed looks until one decides are wrong too often: scripts/bench/statistics_audit.py."""
     fixed, anytime = (judge_drop(b, c, n, 1.0, anytime=each) for each in (False, True))
     assert fixed.verdict == anytime.verdict == "undecided"
-    assert "look again with verify --sequential" in fixed.sentence
-    # Who does so already needs no such advice.
+    assert "repeat with verify --sequential" in fixed.sentence
+    # A sequential run needs no such advice.
     assert "--sequential" not in anytime.sentence
-    assert "go on with more images" in anytime.sentence
+    assert "add more images" in anytime.sentence
     assert fixed.images_needed == anytime.images_needed
     assert fixed.images_needed == images_needed(b, c, n, 1.0, anytime=True)
     for counts in ((0, 0, 5000), (400, 0, 5000)):
         for each in (False, True):
             decided = judge_drop(*counts, 1.0, anytime=each)
             assert decided.verdict != "undecided"
-            assert not any(word in decided.sentence for word in ("--sequential", "go on", "again"))
+            assert not any(word in decided.sentence for word in ("--sequential", "add", "repeat"))
 
 
 @pytest.mark.parametrize("anytime", [False, True])
@@ -274,7 +274,7 @@ def test_a_drop_at_the_limit_is_never_decided(anytime: bool) -> None:
     for b, c, n, limit in ((5, 0, 500, 1.0), (7, 7, 700, 0.0), (3, 0, 1000, 0.3)):
         got = judge_drop(b, c, n, limit, anytime=anytime)
         assert (got.verdict, got.images_needed) == ("undecided", None)
-        assert "too near it" in got.sentence
+        assert "too close to it" in got.sentence
     decided = judge_drop(400, 0, 1000, 1.0, anytime=anytime)
     assert (decided.verdict, decided.images_needed) == ("regressed", None)
     assert images_needed(400, 0, 1000, 1.0, anytime=anytime) == 1000
@@ -302,7 +302,7 @@ def test_the_anytime_interval_pays_for_its_looks_with_width() -> None:
         fixed, anytime = drop_interval(b, c, n), anytime_interval(b, c, n)
         assert anytime.low < fixed.low
         assert fixed.high < anytime.high
-        # Dearer, but of use: less than twice as wide.
+        # Wider, but less than twice as wide.
         assert anytime.high - anytime.low < 2 * (fixed.high - fixed.low)
 
 

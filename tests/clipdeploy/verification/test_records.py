@@ -1,4 +1,4 @@
-"""One image's record, against NumPy done the plain way."""
+"""An image's record, compared with plain NumPy."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_tie_counts_against_the_label() -> None:
     logits = np.zeros((1, 10), np.float32)
     (record,) = measured(logits, REFERENCE[:1], [0])
     assert record.outcomes[0].answer.top == (0, 1, 2, 3, 4)
-    # Constant logits name class 0 first, and are right about nothing, not even in five.
+    # Constant logits have class 0 first, and are never right, not even among five.
     assert not record.outcomes[0].answer.right(5)
     logits[0, [2, 7]] = 1
     (record,) = measured(logits, REFERENCE[:1], [7])
@@ -104,7 +104,7 @@ def test_without_a_label_nothing_is_right() -> None:
 
 
 def test_a_record_is_of_its_image_alone() -> None:
-    """Whatever the neighbours in a batch: what shards and resumed runs rest on."""
+    """Independent of the neighbours in a batch, as shards and resumed runs need."""
     artifact = (REFERENCE * np.float32(1.01)).astype(np.float32)
     together = measured(artifact)
     for index in range(6):

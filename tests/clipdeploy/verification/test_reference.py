@@ -1,4 +1,4 @@
-"""PyTorch's logits, computed once for the same images in the same company."""
+"""PyTorch's logits are computed once for the same images with the same neighbours."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_other_neighbours_are_another_key(
     crops: list[Crop],
     computed: list[int],
 ) -> None:
-    """A batch of another size or order may differ in the last bit, and is computed anew."""
+    """A batch of another size or order may differ in the last bit, and is computed again."""
     logits(demo_model, spec, cache, crops)
     for other in (crops[:6], crops[::-1], [*crops[1:], crops[0]]):
         before = len(computed)
@@ -166,7 +166,7 @@ def test_other_pixels_of_the_same_files_are_another_key(
     crops: list[Crop],
     computed: list[int],
 ) -> None:
-    """A decoder that was built anew may have its old version."""
+    """A rebuilt decoder may have the same version."""
     before = logits(demo_model, spec, cache, crops)
     darker = [replace(crop, pixels=crop.pixels // 2) for crop in crops]
     after = logits(demo_model, spec, cache, darker)
@@ -200,7 +200,7 @@ def test_damaged_logits_are_computed_again(
         path.unlink()
     assert logits(demo_model, spec, cache, crops).tobytes() == whole.tobytes()
     assert computed == [12, 12]
-    # Mended: the next run computes nothing.
+    # Repaired: the next run computes nothing.
     assert logits(demo_model, spec, cache, crops).tobytes() == whole.tobytes()
     assert computed == [12, 12]
 

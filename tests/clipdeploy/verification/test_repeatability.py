@@ -1,4 +1,4 @@
-"""The tolerance of each precision, and the sentence about what was asked again."""
+"""The tolerance of each precision, and the sentence about repeated calls."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ OWN = 0.0004
 def found(
     made: Make, one: One, precision: str = "fp32", of: str = "graph", **call: Any
 ) -> Repeatability:
-    """What one call over 16 images shows, beside 500 that gave the same as before.
+    """The result of one call over 16 images, besides 500 calls with equal answers.
 
     The artifact is a graph or an engine (``of``).
     """
-    asked = replace(GRAPH, precision=precision, kind=of)
-    results = made([one(i) for i in range(64)], artifacts=(asked,))
+    entry = replace(GRAPH, precision=precision, kind=of)
+    results = made([one(i) for i in range(64)], artifacts=(entry,))
     odd = again(1, **{"signal": 1600.0, "size": 16, "kind": "mixed", **call})
     first, *rest = results.batches
     batches = (replace(first, repeats=((*again(500), *odd),)), *rest)
-    return repeatability_of(replace(results, batches=batches), 0, asked)
+    return repeatability_of(replace(results, batches=batches), 0, entry)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int8-cpu"])
@@ -88,20 +88,20 @@ def test_what_is_said(made: Make, one: One) -> None:
     assert good.sizes == (2, 16)
     assert good.worst_db == pytest.approx(60.0)
     assert good.sentence == (
-        "repeats: asked again in 549 calls, alone and up to 16 at once, 60.0 dB at worst; "
-        "excluded are faults that spoil more than 0.66 % of all calls, or 52 % of those for "
+        "repeatable: 549 repeated calls with up to 16 images each, 60.0 dB at worst; "
+        "faults are excluded that affect more than 0.66 % of all calls, or 52 % of those with "
         "16 images or more"
     )
     bad = found(made, one, "int8", noise=160.0, worst=0.5)
     assert not bad
     assert bad.sentence.startswith(
-        "does not repeat: asked 16 at once in another order, its logits are 3.0 dB from its first "
-        "ones for an image, and 10.0 dB over 16;"
+        "not repeatable: run 16 at once in another order, the logits of an image are 3.0 dB from "
+        "the first ones, and 10.0 dB over 16;"
     )
     for call, shown in (
-        ({"kind": "again"}, "asked in the same batch once more"),
-        ({"kind": "alone", "size": 1}, "asked one by one"),
-        ({"kind": "profile", "profile": 2, "size": 8}, "asked 8 at once in profile 2"),
+        ({"kind": "again"}, "run in the same batch again"),
+        ({"kind": "alone", "size": 1}, "run one by one"),
+        ({"kind": "profile", "profile": 2, "size": 8}, "run 8 at once in profile 2"),
     ):
         unsteady = found(made, one, noise=160.0, worst=0.5, **call)
         assert shown in unsteady.sentence

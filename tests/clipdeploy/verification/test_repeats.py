@@ -1,4 +1,4 @@
-"""Calls that are made again: which ones, and what they show of artifacts that do not repeat."""
+"""Repeated calls: which ones are made, and what they show of unrepeatable artifacts."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from clipdeploy.runners.base import Closing, Images, Logits, in_parts
 from clipdeploy.verification.repeats import (
     Call,
     RepeatPlan,
-    ask_again,
     batch_sizes,
     excluded_share,
+    repeat_calls,
 )
 
 Answers = Callable[[Images], Logits]
-# Images of four numbers; a classifier of ten classes takes each to its logits by itself.
+# Images of four numbers, and a classifier of ten classes without effects between images.
 WEIGHT = np.random.default_rng(0).normal(size=(4, 10)).astype(np.float32)
 
 
@@ -81,14 +81,14 @@ def test_images_are_asked_alone_by_twos_and_at_every_size(images: int, size: int
         if call.kind == "mixed" and len(call.images) == 2
     }
     assert len(twos) >= min(images - size % images, 340)
-    # As many as the interval's own end needs: z^2 / (n + z^2) for no difference at all.
+    # As many as the interval needs without a difference: z^2 / (n + z^2).
     different = len(made) + len(mixed)
     if images >= 64:
         assert excluded_share(different) <= max(100 * 3.85 / (images + 3.85), 1.0)
     for number, each in made.items():
         count = min(size, images - number * size)
         assert all(((call.images >= 0) & (call.images < count)).all() for call in each)
-    # The calls go by the number of the batch: a shard makes those of its own batches.
+    # The calls depend on the number of the batch: a shard makes those of its batches.
     again = calls(Classifier(), images, size)
     for number, each in made.items():
         assert [(c.kind, c.images.tolist()) for c in each] == [
@@ -139,12 +139,12 @@ def test_every_profile_is_tried_at_its_ends_and_its_best() -> None:
 
 
 def asked_again(runner: Classifier, images: int = 128) -> list[tuple[str, int, float | None]]:
-    """What every call of a run over so many images showed: kind, size, worst share."""
+    """The kind, size and worst share of every call of a run over ``count`` images."""
     found = []
     for number, each in calls(runner, images).items():
         batch = images_of(16, seed=number)
         first = runner(batch)
-        for repeat in ask_again(runner, "a.onnx", batch, first, sound(batch), iter(each)):
+        for repeat in repeat_calls(runner, "a.onnx", batch, first, sound(batch), iter(each)):
             found.append((repeat.kind, repeat.size, repeat.worst))
     return found
 
@@ -240,12 +240,12 @@ def test_more_or_fewer_rows_than_images_are_refused(extra: int) -> None:
     batch = images_of(16)
     every = [call for call in calls(runner)[0] if call.kind == "profile"]
     with pytest.raises(ArtifactError, match="gave logits of shape"):
-        ask_again(runner, "a.engine", batch, sound(batch), sound(batch), iter(every))
+        repeat_calls(runner, "a.engine", batch, sound(batch), sound(batch), iter(every))
 
 
 def test_the_share_of_spoilt_calls_that_is_excluded() -> None:
     for count in (1, 10, 369, 5000):
         share = excluded_share(count) / 100
         assert (1 - share) ** count == pytest.approx(0.025)
-    # One point is excluded from 368 calls on, as many as 380 images bring along.
+    # One point is excluded from 368 calls on, as many as 380 images have.
     assert excluded_share(368) < 1.0 < excluded_share(366)

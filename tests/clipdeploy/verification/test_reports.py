@@ -1,4 +1,4 @@
-"""Reports on real verifications: sound, ruined, not judged; hostile names; nothing from outside."""
+"""Reports on real verifications: correct, broken, not judged; hostile names; self-contained."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ from exporters.headers import read_passport
 CLASSES = tuple("0123456789")
 SECTIONS = [
     "Artifacts",
-    "What is odd about the images",
+    "Problems with the images",
     "Logits and answers",
-    "Images that stand out",
+    "Images with the largest errors",
     "Provenance",
 ]
 EVIL = '"><script>alert(1)<|*_$x_$.png'
@@ -105,7 +105,7 @@ def run(
 
 def only(results: Results, *lanes: int) -> Results:
     """The results of these artifacts alone."""
-    asked = tuple(results.question.artifacts[lane] for lane in lanes)
+    entries = tuple(results.run_key.artifacts[lane] for lane in lanes)
     batches = tuple(
         BatchResult(
             batch.batch,
@@ -117,7 +117,7 @@ def only(results: Results, *lanes: int) -> Results:
         )
         for batch in results.batches
     )
-    return replace(results, question=replace(results.question, artifacts=asked), batches=batches)
+    return replace(results, run_key=replace(results.run_key, artifacts=entries), batches=batches)
 
 
 def renamed(results: Results, old: str, new: str) -> Results:
@@ -140,7 +140,7 @@ def test_the_verdict_comes_first_and_the_sections_follow(sound: Case) -> None:
     assert page.text.startswith("EQUIVALENT 2 graphs lose no more than 10.00 points of top-1")
     assert page.sections == SECTIONS
     assert page.text.index("baseline unconfirmed") < page.text.index("Artifacts")
-    for word in ("fp32 graph", "int8 graph", "ONNX Runtime (CPU)", "Nothing.", "SHA-256"):
+    for word in ("fp32 graph", "int8 graph", "ONNX Runtime (CPU)", "None.", "SHA-256"):
         assert word in page.text
     assert len(page.images) == 6
 
@@ -159,7 +159,7 @@ def test_markdown_has_the_same_texts_in_the_same_order(ruined: Case) -> None:
     for text in said:
         assert text in page.text
         assert text in plain
-    # Every line of a table has as many cells as its head.
+    # Every row of a table has as many cells as its header.
     for block in markdown.split("\n\n"):
         lines = [line for line in block.splitlines() if line.startswith("|")]
         assert len({line.count("|") for line in lines}) <= 1
@@ -183,11 +183,11 @@ def test_a_regressed_result_shows_who_answers_what(ruined: Case) -> None:
     assert "✗" in page.text
     assert len(page.images) == 24
     contents = contents_of(ruined.results, judge_results(ruined.results, ruined.max_drop))
-    # Three FP32 graphs are told apart by their files.
+    # Three FP32 graphs are distinguished by their file names.
     names = ["fp32.onnx", "int8 graph", "wrong.onnx", "nan.onnx"]
     assert [line.artifact for line in contents.lines] == ["PyTorch", *names]
     assert list(contents.spreads) == names
-    # An artifact with NaN has no figure that could pass for one.
+    # An artifact with NaN shows no metrics that could look valid.
     assert [value for value, _ in contents.lines[-1].cells[-3:]] == ["NaN/inf"] * 3
     lost = {name: found.lost for name, found in contents.disagreeing.items()}
     _, sane, *bad = lost
@@ -196,9 +196,9 @@ def test_a_regressed_result_shows_who_answers_what(ruined: Case) -> None:
     for row, found in zip(result.rows, contents.disagreeing.values(), strict=True):
         assert row.disagreements == found.images
     assert lost[bad[0]] > 20
-    # No logit that is NaN counts as an answer, not even where its place is the label's.
+    # A NaN logit is not an answer, not even at the label's position.
     nan = [answer for image in contents.worst for answer in image.answers if answer.who == bad[1]]
-    assert {(answer.said, answer.right) for answer in nan} == {("NaN or infinite", False)}
+    assert {(answer.text, answer.right) for answer in nan} == {("NaN or infinite", False)}
 
 
 def test_a_missed_baseline_is_no_verdict(sound: Case) -> None:
@@ -210,16 +210,16 @@ def test_a_missed_baseline_is_no_verdict(sound: Case) -> None:
 
 
 def test_random_weights_and_images_without_labels(sound: Case) -> None:
-    question = replace(sound.results.question, random_weights=True)
-    page = replace(sound, results=replace(sound.results, question=question)).page()
+    run_key = replace(sound.results.run_key, random_weights=True)
+    page = replace(sound, results=replace(sound.results, run_key=run_key)).page()
     assert page.text.startswith("NOT JUDGED random weights have no accuracy")
     assert "✓" not in page.text
     assert "label" not in " ".join(page.sections)
-    bare = replace(sound.results.question, labelled=False)
+    bare = replace(sound.results.run_key, labelled=False)
     batches = tuple(
         replace(b, records=tuple(unlabelled(r) for r in b.records)) for b in sound.results.batches
     )
-    results = replace(sound.results, question=bare, batches=batches)
+    results = replace(sound.results, run_key=bare, batches=batches)
     page = replace(sound, results=results).page()
     assert page.text.startswith("NOT PROVEN fp32 graph not judged")
     assert "✓" not in page.text
@@ -237,35 +237,37 @@ def unlabelled(record: ImageRecord) -> ImageRecord:
 
 
 def test_nothing_that_ran_is_still_a_page(sound: Case) -> None:
-    asked = tuple(replace(a, runner="", why_not="no GPU") for a in sound.results.question.artifacts)
+    entries = tuple(
+        replace(a, runner="", why_not="no GPU") for a in sound.results.run_key.artifacts
+    )
     page = replace(
         sound,
         results=replace(
-            only(sound.results), question=replace(sound.results.question, artifacts=asked)
+            only(sound.results), run_key=replace(sound.results.run_key, artifacts=entries)
         ),
     ).page()
     assert page.text.startswith("NOT PROVEN fp32 graph not executed")
     assert "no GPU" in page.text
-    assert page.sections == ["Artifacts", "What is odd about the images", "Provenance"]
+    assert page.sections == ["Artifacts", "Problems with the images", "Provenance"]
 
 
 def test_names_are_text_and_nothing_else(ruined: Case) -> None:
     worst = contents_of(ruined.results, judge_results(ruined.results, 10.0)).worst[0].name
     results = renamed(ruined.results, worst, f"0/{EVIL}")
-    artifacts = results.question.artifacts
+    artifacts = results.run_key.artifacts
     evil = replace(artifacts[2], artifact=f"/tmp/{EVIL}", vouched=False)
     problems = (f"{EVIL} is odd",)
-    question = replace(
-        results.question, artifacts=(*artifacts[:2], evil, artifacts[3]), problems=problems
+    run_key = replace(
+        results.run_key, artifacts=(*artifacts[:2], evil, artifacts[3]), problems=problems
     )
-    hostile = replace(ruined, results=replace(results, question=question, data=EVIL))
+    hostile = replace(ruined, results=replace(results, run_key=run_key, data=EVIL))
     page = hostile.page()
     assert page.tags == ruined.page().tags
     assert not {"script", "iframe", "object", "link"} & page.tags
     assert f"0/{EVIL}" in page.text
-    # As artifact in the table, both tables of figures, reason, provenance; as problem, as data.
+    # As artifact in the table, both tables of metrics, reason, provenance; as problem, as data.
     assert page.text.count(EVIL) >= 8
-    assert f"Not shown: 0/{EVIL} is no longer there" in page.text
+    assert f"Not shown: 0/{EVIL} no longer exists" in page.text
     markdown = hostile.write(".md")
     assert "<script>" not in markdown.replace("\\<script\\>", "")
     lines = [line for line in markdown.splitlines() if line.startswith("| ")]
@@ -284,7 +286,7 @@ def test_the_page_refers_to_nothing_outside(ruined: Case) -> None:
     assert page.references
     assert all(r.startswith(("data:image/jpeg;base64,", "#")) for r in page.references)
     assert "default-src 'none'" in page.policy
-    # The plots share no identifier, and refer to those that there are.
+    # The plots share no identifier, and refer only to existing ones.
     assert len(set(page.ids)) == len(page.ids)
     assert {r[1:] for r in page.references if r.startswith("#")} <= set(page.ids)
     outside = read_page('<img src="http://a/b.png"><p style="background: url(//c/d)">')
@@ -306,8 +308,8 @@ def test_images_that_are_gone_or_changed_are_named(sound: Case, tmp_path: Path) 
     reader.close()
     page = replace(sound, images=open_images(folder, CLASSES)).page()
     assert len(page.images) == 2
-    assert f"{shown[0].name} has changed since it was judged" in page.text
-    assert f"{shown[5].name} is no longer there" in page.text
+    assert f"{shown[0].name} has changed since the verification" in page.text
+    assert f"{shown[5].name} no longer exists" in page.text
 
 
 def test_wnids_are_shown_with_their_words(sound: Case) -> None:
@@ -330,7 +332,7 @@ def test_the_spread_is_that_of_numpy() -> None:
     spread = spread_of([record(str(i), float(n)) for i, n in enumerate(noises)], 0)
     values = 10 * np.log10(100 / noises)
     wanted = np.percentile(values, PERCENTILES, method="inverted_cdf")
-    # The same images: nothing is interpolated, only the logarithms are another library's.
+    # The same images: nothing is interpolated, only the logarithms are of another library.
     np.testing.assert_allclose(spread.percentiles, wanted, rtol=1e-12)
     odd = spread_of([record("a", 0.0), record("b", None), record("c", 1.0)], 0)
     assert (odd.broken, odd.equal) == (1, 1)

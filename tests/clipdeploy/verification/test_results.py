@@ -27,7 +27,7 @@ One = Callable[..., ImageRecord]
 
 @pytest.fixture
 def whole(made: Make, one: One) -> Results:
-    """Four batches: 16, 16, 16 and 2 images, one of which is off and one is NaN."""
+    """Four batches: 16, 16, 16 and 2 images, one of which is wrong and one NaN."""
     records = [one(i, artifacts=(i != 20,), finite=i != 33) for i in range(50)]
     return made(records)
 
@@ -78,7 +78,7 @@ def test_cut_anywhere_it_holds_whole_batches_or_is_refused(whole: Results, tmp_p
     for cut in [*ends, *(end + 1 for end in ends), *generator.sample(range(len(data)), 40)]:
         path.write_bytes(data[:cut])
         if cut < ends[0]:
-            with pytest.raises(ArtifactError, match="holds no results that can be read"):
+            with pytest.raises(ArtifactError, match="is not a readable results file"):
                 read_results(path)
             continue
         found = read_results(path)
@@ -92,7 +92,7 @@ def test_a_damaged_line_is_refused(line: int, whole: Results, tmp_path: Path) ->
     lines = path.read_bytes().split(b"\n")
     for spoilt in (b"", lines[line][:-3], b"\xff" + lines[line], lines[line].replace(b":", b"", 1)):
         path.write_bytes(b"\n".join([*lines[:line], spoilt, *lines[line + 1 :]]))
-        with pytest.raises(ArtifactError, match="holds no results that can be read"):
+        with pytest.raises(ArtifactError, match="is not a readable results file"):
             read_results(path)
 
 
@@ -108,16 +108,16 @@ def test_what_is_no_results_file(tmp_path: Path) -> None:
 
 def test_a_newer_schema_is_told(whole: Results, tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    save_results(path, replace(whole, question=replace(whole.question, schema=99)))
+    save_results(path, replace(whole, run_key=replace(whole.run_key, schema=99)))
     with pytest.raises(ArtifactError, match="newer clipdeploy") as caught:
         read_results(path)
     assert "upgrade" in caught.value.hint
 
 
 def test_an_older_schema_is_not_misread(whole: Results, tmp_path: Path) -> None:
-    """Rows without names: with a field less they would be read as other figures."""
+    """Rows without names: with a missing field they would be read as other values."""
     path = tmp_path / "results.jsonl"
-    save_results(path, replace(whole, question=replace(whole.question, schema=2)))
+    save_results(path, replace(whole, run_key=replace(whole.run_key, schema=2)))
     with pytest.raises(ArtifactError, match="older clipdeploy") as caught:
         read_results(path)
     assert caught.value.hint == "verify again"
@@ -136,7 +136,7 @@ def edited_header(lines: list[bytes]) -> list[bytes]:
 
 
 def edited_answer(lines: list[bytes]) -> list[bytes]:
-    """One of the reference's answers is said to be right."""
+    """One of the reference's answers is edited to be right."""
     return [*lines[:3], lines[3].replace(b"1],[[[", b"0],[[[", 1), *lines[4:]]
 
 
@@ -168,7 +168,7 @@ def test_an_edited_file_is_refused(name: str, whole: Results, tmp_path: Path) ->
     changed = EDITS[name](lines)
     assert changed != lines
     put_lines(path, changed)
-    with pytest.raises(ArtifactError, match="holds no results that can be read"):
+    with pytest.raises(ArtifactError, match="is not a readable results file"):
         read_results(path)
 
 
@@ -185,9 +185,9 @@ IMPOSSIBLE: dict[str, Callable[[Results], Results]] = {
         r, batches=(r.batches[0], replace(r.batches[0], batch=1), *r.batches[2:])
     ),
     "an artifact without outcomes": lambda r: replace(
-        r, question=replace(r.question, artifacts=r.question.artifacts * 2)
+        r, run_key=replace(r.run_key, artifacts=r.run_key.artifacts * 2)
     ),
-    "nothing asked again": lambda r: replace(
+    "no repeated calls": lambda r: replace(
         r, batches=tuple(replace(batch, repeats=()) for batch in r.batches)
     ),
 }
@@ -195,10 +195,10 @@ IMPOSSIBLE: dict[str, Callable[[Results], Results]] = {
 
 @pytest.mark.parametrize("name", IMPOSSIBLE)
 def test_results_that_cannot_be_are_refused(name: str, whole: Results, tmp_path: Path) -> None:
-    """Their checksums are right: a program wrote them so."""
+    """Their checksums are right, as if a program had written them."""
     path = tmp_path / "results.jsonl"
     save_results(path, IMPOSSIBLE[name](whole))
-    with pytest.raises(ArtifactError, match="holds results that cannot be"):
+    with pytest.raises(ArtifactError, match="has impossible results"):
         read_results(path)
 
 
@@ -249,7 +249,7 @@ def test_shards_of_another_run_are_refused_by_what_differs(
     field: str, value: object, whole: Results
 ) -> None:
     first, second = shard(whole, 1, 2), shard(whole, 2, 2)
-    other = replace(second, question=replace(second.question, **{field: value}))
+    other = replace(second, run_key=replace(second.run_key, **{field: value}))
     with pytest.raises(ArtifactError, match=f"not of one run: they differ in {field}"):
         merge_results([first, other])
 
@@ -269,9 +269,9 @@ def test_shards_of_another_run_are_refused_by_what_differs(
 def test_a_question_that_cannot_be(
     field: str, value: object, whole: Results, tmp_path: Path
 ) -> None:
-    """The checksums are right: they have no key, and anybody can write them."""
+    """The checksums are right: they have no key, and anyone can write them."""
     path = tmp_path / "results.jsonl"
-    question = replace(whole.question, **{field: value})  # type: ignore[arg-type]
-    save_results(path, replace(whole, question=question))
-    with pytest.raises(ArtifactError, match=f"cannot be believed: {field}"):
+    run_key = replace(whole.run_key, **{field: value})  # type: ignore[arg-type]
+    save_results(path, replace(whole, run_key=run_key))
+    with pytest.raises(ArtifactError, match=f"has an invalid value: {field}"):
         read_results(path)

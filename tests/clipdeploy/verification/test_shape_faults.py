@@ -1,4 +1,4 @@
-"""A graph that gives other rows or classes than it should ends the run; no row is guessed."""
+"""A graph that returns the wrong number of rows or classes ends the run; no row is guessed."""
 
 from __future__ import annotations
 

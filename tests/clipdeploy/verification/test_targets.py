@@ -1,4 +1,4 @@
-"""What may be judged, and what is refused before anything runs."""
+"""Which files may be judged, and which are refused before anything runs."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def stamped(source: Path, path: Path, passport: Passport | None) -> Path:
 def test_a_named_graph(source: Path, reference: Passport) -> None:
     (found,) = named_targets([source], reference, trust=False)
     assert found == Target(source, "graph", reference)
-    runner, asked = open_target(found)
+    runner, entry = open_target(found)
     assert runner is not None
-    assert (asked.precision, asked.vouched, asked.emulated) == ("fp32", True, False)
+    assert (entry.precision, entry.vouched, entry.emulated) == ("fp32", True, False)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
@@ -62,11 +62,11 @@ def test_without_a_passport_the_graph_speaks_for_itself(
     assert found.precision == precision
     assert found.passport.input == reference.input
     assert found.passport.preprocess == reference.preprocess
-    runner, asked = open_target(found)
+    runner, entry = open_target(found)
     assert runner is not None
-    assert not asked.vouched
-    assert not asked.emulated
-    assert ("float16 as stored" in asked.runner) == (precision != "fp32")
+    assert not entry.vouched
+    assert not entry.emulated
+    assert ("float16 as stored" in entry.runner) == (precision != "fp32")
 
 
 @pytest.mark.parametrize(
@@ -88,19 +88,19 @@ def test_a_graph_of_something_else(
     changes: dict[str, Any], what: str, source: Path, reference: Passport, tmp_path: Path
 ) -> None:
     path = stamped(source, tmp_path / "g.onnx", replace(reference, **changes))
-    with pytest.raises(ArtifactError, match=f"is of another {what} than"):
+    with pytest.raises(ArtifactError, match=f"does not match [^:]*: {what} is"):
         named_targets([path], reference, trust=False)
 
 
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"mean": (0.5, 0.4578275, 0.40821073)}, r"mean\[0\].* says 0\.5, not 0\.48145466"),
-        ({"std": (0.26862954, 0.26130258, 1.0)}, r"std\[2\].* says 1\.0, not 0\.27577711"),
-        ({"size": 36}, "size.* says 36, not 32"),
-        ({"crop_pct": 0.9}, r"crop_pct.* says 0\.9, not 1\.0"),
-        ({"crop_mode": "squash"}, "crop_mode.* says squash, not center"),
-        ({"exif_orientation": False}, "exif_orientation.* says False, not True"),
+        ({"mean": (0.5, 0.4578275, 0.40821073)}, r"mean\[0\].* is 0\.5, not 0\.48145466"),
+        ({"std": (0.26862954, 0.26130258, 1.0)}, r"std\[2\].* is 1\.0, not 0\.27577711"),
+        ({"size": 36}, "size.* is 36, not 32"),
+        ({"crop_pct": 0.9}, r"crop_pct.* is 0\.9, not 1\.0"),
+        ({"crop_mode": "squash"}, "crop_mode.* is squash, not center"),
+        ({"exif_orientation": False}, "exif_orientation.* is False, not True"),
     ],
 )
 def test_other_preprocessing(
@@ -108,7 +108,7 @@ def test_other_preprocessing(
 ) -> None:
     spec = replace(reference.preprocess, **changes)
     path = stamped(source, tmp_path / "p.onnx", replace(reference, preprocess=spec))
-    with pytest.raises(ArtifactError, match=rf"another preprocess\.{what}"):
+    with pytest.raises(ArtifactError, match=rf"does not match [^:]*: preprocess\.{what}"):
         named_targets([path], reference, trust=False)
 
 
@@ -145,7 +145,7 @@ def test_what_is_no_artifact(source: Path, reference: Passport, tmp_path: Path) 
 def test_a_damaged_passport_is_not_taken_for_none(
     source: Path, reference: Passport, tmp_path: Path
 ) -> None:
-    """Else a passport of another model could be scratched until it is ignored unseen."""
+    """Otherwise damaging the passport of another model would hide it."""
     path = stamped(source, tmp_path / "g.onnx", None)
     model = onnx.load(path)
     onnx.helper.set_model_props(model, {PASSPORT_KEY: "{"})
@@ -167,10 +167,10 @@ def test_an_engine_that_cannot_run_says_why(
     path.write_bytes(b"no plan at all")
     (found,) = named_targets([path], reference, trust=True)
     assert not found.vouched
-    runner, asked = open_target(found, trust=True)
+    runner, entry = open_target(found, trust=True)
     assert runner is None
-    assert asked.runner == ""
-    assert asked.why_not
+    assert entry.runner == ""
+    assert entry.why_not
 
 
 def test_stale_graphs_of_a_workspace_are_refused(demo_workspace: Workspace, tmp_path: Path) -> None:
@@ -188,9 +188,9 @@ def test_stale_graphs_of_a_workspace_are_refused(demo_workspace: Workspace, tmp_
 def test_weights_in_another_file_belong_to_the_graph(
     precision: Any, demo_workspace: Workspace, reference: Passport, tmp_path: Path
 ) -> None:
-    """torch.onnx writes them there: without them in its hash a run would go on with others."""
+    """torch.onnx writes them there: if the hash ignored them, records would be reused wrongly."""
     path = stamped(demo_workspace.graph(cards.DEMO, precision), tmp_path / "g.onnx", None)
-    inside, asked = open_target(named_targets([path], reference, trust=False)[0])
+    inside, entry = open_target(named_targets([path], reference, trust=False)[0])
     onnx.save(onnx.load(path), path, save_as_external_data=True, location="g.data")
     outside, before = open_target(named_targets([path], reference, trust=False)[0])
     images = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
@@ -201,7 +201,7 @@ def test_weights_in_another_file_belong_to_the_graph(
     data = (tmp_path / "g.data").read_bytes()
     (tmp_path / "g.data").write_bytes(data[:5000] + bytes(100) + data[5100:])
     _, after = open_target(named_targets([path], reference, trust=False)[0])
-    assert after.sha256 != before.sha256 != asked.sha256
+    assert after.sha256 != before.sha256 != entry.sha256
     (tmp_path / "g.data").unlink()
     with pytest.raises(FileError, match=r"g\.data"):
         open_target(named_targets([path], reference, trust=False)[0])

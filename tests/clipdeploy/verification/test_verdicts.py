@@ -1,4 +1,4 @@
-"""Each row of the table in the docstring of ``verdicts``, and their order."""
+"""Every row of the table in the docstring of ``verdicts``, and their order."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ One = Callable[..., ImageRecord]
 COUNT = 500
 
 
-def asked(results: Results, **changes: Any) -> Results:
-    """The same results of an artifact of which something else is said."""
-    (graph,) = results.question.artifacts
-    question = replace(results.question, artifacts=(replace(graph, **changes),))
-    return replace(results, question=question)
+def with_entry(results: Results, **changes: Any) -> Results:
+    """The same results with changes of the artifact's entry."""
+    (graph,) = results.run_key.artifacts
+    run_key = replace(results.run_key, artifacts=(replace(graph, **changes),))
+    return replace(results, run_key=run_key)
 
 
 def verdict(result: Verification) -> str:
@@ -61,7 +61,7 @@ def test_the_interval_of_the_drop(
     drop = result.rows[0].drop
     assert drop is not None
     assert (drop.b, drop.c) == (lost, gained)
-    # The same records and a drop that is allowed.
+    # The same records with a larger allowed drop.
     assert verdict(judge_results(made(records), 50.0, Expected("none"))) == "equivalent"
 
 
@@ -70,14 +70,16 @@ def test_one_logit_that_is_no_number_is_enough(made: Make, one: One) -> None:
     result = judge_results(results, 100.0)
     assert verdict(result) == "regressed"
     assert result.rows[0].reason == "logits are NaN or infinite"
-    # Before all else: neither random weights nor missing labels excuse it.
+    # First of all: neither random weights nor missing labels excuse it.
     for excuse in ({"random_weights": True}, {"labelled": False}):
-        spoilt = replace(results, question=replace(results.question, **excuse))
+        spoilt = replace(results, run_key=replace(results.run_key, **excuse))
         assert verdict(judge_results(spoilt, 100.0)) == "regressed"
 
 
 def test_what_did_not_run(made: Make, one: One) -> None:
-    results = asked(made([one(i, artifacts=()) for i in range(COUNT)]), runner="", why_not="no GPU")
+    results = with_entry(
+        made([one(i, artifacts=()) for i in range(COUNT)]), runner="", why_not="no GPU"
+    )
     result = judge_results(results, 100.0)
     assert verdict(result) == "not executed"
     assert result.rows[0].reason == "no GPU"
@@ -85,11 +87,11 @@ def test_what_did_not_run(made: Make, one: One) -> None:
 
 
 def test_lanes_are_those_that_ran(made: Make, one: One) -> None:
-    """The artifact in the middle did not run: the last one keeps its own figures."""
+    """The artifact in the middle did not run: the last one has its own metrics."""
     results = made([one(i, artifacts=(True, False)) for i in range(COUNT)])
-    (graph,) = results.question.artifacts
+    (graph,) = results.run_key.artifacts
     three = (graph, replace(graph, runner="", why_not="no GPU"), graph)
-    results = replace(results, question=replace(results.question, artifacts=three))
+    results = replace(results, run_key=replace(results.run_key, artifacts=three))
     result = judge_results(results, 1.0)
     assert [row.verdict for row in result.rows] == ["equivalent", "not executed", "regressed"]
     assert not result
@@ -99,7 +101,7 @@ def test_lanes_are_those_that_ran(made: Make, one: One) -> None:
     ("changes", "reason"),
     [
         ({"random_weights": True}, "random weights"),
-        ({"labelled": False}, "images without labels"),
+        ({"labelled": False}, "the images have no labels"),
     ],
 )
 def test_no_accuracy_no_verdict(changes: dict[str, Any], reason: str, made: Make, one: One) -> None:
@@ -113,7 +115,7 @@ def test_no_accuracy_no_verdict(changes: dict[str, Any], reason: str, made: Make
 
 
 def test_emulated_float16_is_never_proven(made: Make, one: One) -> None:
-    result = judge_results(asked(made([one(i) for i in range(COUNT)]), emulated=True), 100.0)
+    result = judge_results(with_entry(made([one(i) for i in range(COUNT)]), emulated=True), 100.0)
     assert verdict(result) == "not judged"
     assert "computed in float32" in result.rows[0].reason
 
@@ -124,21 +126,21 @@ def test_a_baseline_that_fails_holds_every_verdict_back(made: Make, one: One) ->
     assert result.baseline.status == "missed"
     assert verdict(result) == "not judged"
     assert result.rows[0].reason.startswith("the baseline failed: ")
-    # What it rests on is shown all the same.
+    # Its drop is shown all the same.
     assert result.rows[0].drop is not None
-    # The user may expect that.
+    # The user may expect this accuracy.
     assert verdict(judge_results(results, 100.0, Expected("user", 89.8))) == "equivalent"
 
 
 def test_nobody_vouches(made: Make, one: One) -> None:
-    result = judge_results(asked(made([one(i) for i in range(COUNT)]), vouched=False), 1.0)
+    result = judge_results(with_entry(made([one(i) for i in range(COUNT)]), vouched=False), 1.0)
     assert verdict(result) == "equivalent"
-    assert result.rows[0].reason.endswith("; no passport vouches for this file")
+    assert result.rows[0].reason.endswith("; this file has no passport")
 
 
 def test_a_sequential_run_is_judged_by_the_anytime_interval(made: Make, one: One) -> None:
     records = [one(i) for i in range(COUNT)]
-    # One look at 500 images proves one point; any look at them needs more.
+    # A single look at 500 images proves one point; a sequential test needs more.
     assert verdict(judge_results(made(records), 1.0)) == "equivalent"
     result = judge_results(made(records, sequential=1.0), 1.0)
     assert verdict(result) == "undecided"
@@ -151,9 +153,9 @@ def test_no_artifact_is_no_pass(made: Make, one: One) -> None:
 
 
 def test_nothing_read_and_no_such_limit(made: Make, one: One) -> None:
-    with pytest.raises(DatasetError, match="not one image of digits could be read"):
+    with pytest.raises(DatasetError, match="no image of digits could be read"):
         judge_results(made([]), 1.0)
-    with pytest.raises(UsageError, match="largest drop of 101"):
+    with pytest.raises(UsageError, match=r"invalid value 101\.0 for --max-drop"):
         judge_results(made([one(0)]), 101.0)
 
 
@@ -163,12 +165,12 @@ def test_images_that_are_there_twice_are_told(made: Make, one: One) -> None:
     assert result.problems == (
         "odd",
         "1 images have the bytes of another one: 9/twin.png is 0/0.png",
-        "1 images have the pixels of another one, with which they count once",
+        "1 images have the same pixels as another one and are counted once",
     )
 
 
 def of_image(record: ImageRecord, **changes: Any) -> ImageRecord:
-    """The record, of an image of which something else is said."""
+    """The record with changes of its image."""
     image = msgspec.structs.replace(record.image, **changes)
     return msgspec.structs.replace(record, image=image)
 
@@ -187,11 +189,11 @@ def test_ten_images_copied_fifty_times_are_ten(saved_again: bool, made: Make, on
     result = judge_results(made(records), 1.0, Expected("none"))
     assert (result.images, result.copies, result.listed) == (10, 490, COUNT)
     assert verdict(result) == "undecided"
-    assert any("490 images have the pixels of another one" in each for each in result.problems)
+    assert any("490 images have the same pixels as another one" in each for each in result.problems)
     drop = result.rows[0].drop
     assert drop is not None
     assert drop.n == 10
-    # The other way round: as many different images are enough.
+    # In contrast, as many different images are enough.
     assert verdict(judge_results(made([one(i) for i in range(COUNT)]), 1.0)) == "equivalent"
 
 
@@ -205,17 +207,17 @@ def test_near_copies_prove_nothing_by_themselves(made: Make, one: One) -> None:
     result = judge_results(made(records), 1.0, Expected("none"))
     assert (result.images, result.copies, result.near_copies) == (COUNT, 0, 490)
     assert verdict(result) == "undecided"
-    assert "only 10 images do not look like another" in result.rows[0].reason
-    # A few of them take nothing away.
+    assert "only 10 images do not look almost like another" in result.rows[0].reason
+    # A few of them change nothing.
     few = [*records[:30], *(one(i) for i in range(30, COUNT))]
     result = judge_results(made(few), 1.0, Expected("none"))
     assert result.near_copies == 20
     assert verdict(result) == "equivalent"
-    assert any("20 images look nearly like another one" in each for each in result.problems)
+    assert any("20 images look almost like another one" in each for each in result.problems)
 
 
 def with_repeats(results: Results, repeats: tuple[Repeat, ...]) -> Results:
-    """The same results, asked again in other calls in the first batch, and in none later."""
+    """The same results, with other repeated calls in the first batch, and none later."""
     first, *rest = results.batches
     batches = [replace(first, repeats=(repeats,)), *(replace(b, repeats=((),)) for b in rest)]
     return replace(results, batches=tuple(batches))
@@ -227,18 +229,18 @@ def test_what_does_not_repeat_has_no_verdict(made: Make, one: One) -> None:
     result = judge_results(with_repeats(results, (*again(500), *odd)), 100.0)
     assert verdict(result) == "not judged"
     reason = result.rows[0].reason
-    assert reason.startswith("does not repeat: asked 8 at once in another order")
-    assert verdict_line(result) == "NOT JUDGED: fp32 graph does not repeat"
+    assert reason.startswith("not repeatable: run 8 at once in another order")
+    assert verdict_line(result) == "NOT JUDGED: the answers of fp32 graph are not repeatable"
     repeats = result.rows[0].repeats
     assert repeats is not None
     assert not repeats
     assert repeats.worst_db == pytest.approx(3.01, abs=0.01)
-    # Neither missing labels nor random weights take its place.
+    # Neither missing labels nor random weights override it.
     for changes in ({"labelled": False}, {"random_weights": True}):
-        spoilt = replace(results, question=replace(results.question, **changes))
+        spoilt = replace(results, run_key=replace(results.run_key, **changes))
         found = judge_results(with_repeats(spoilt, odd), 100.0)
-        assert found.rows[0].reason.startswith("does not repeat")
-    # A logit that is no number in one of two calls.
+        assert found.rows[0].reason.startswith("not repeatable")
+    # A logit that is NaN in one of two calls.
     broken = again(1, noise=None, worst=None)
     found = judge_results(with_repeats(results, (*again(500), *broken)), 100.0)
     assert verdict(found) == "not judged"
@@ -250,13 +252,13 @@ def test_too_few_calls_do_not_exclude_faults_of_whole_calls(made: Make, one: One
     # 32 batches and 300 calls more: (1 - 0.011)^332 = 0.025.
     result = judge_results(with_repeats(results, again(300)), 1.0)
     assert verdict(result) == "undecided"
-    assert "of 332 different calls 1.1 % could be spoilt unseen" in result.rows[0].reason
+    assert "of 332 different calls 1.1 % could be wrong undetected" in result.rows[0].reason
     assert verdict(judge_results(with_repeats(results, again(300)), 1.2)) == "equivalent"
     assert verdict(judge_results(with_repeats(results, again(400)), 1.0)) == "equivalent"
 
 
 def test_top5_is_judged_where_a_limit_is_given(made: Make, one: One) -> None:
-    """The artifact loses 20 labels from its first five answers, of images it is wrong about."""
+    """The artifact loses 20 labels from its top 5, of images whose top-1 is wrong."""
     records = []
     for number in range(COUNT):
         wrong = number < 20
@@ -279,7 +281,7 @@ def test_top5_is_judged_where_a_limit_is_given(made: Make, one: One) -> None:
         assert verdict(judged) == expected
         assert judged.max_drop_top5 == limit
         assert "top-5: drop +4.00 points" in judged.rows[0].reason
-    with pytest.raises(UsageError, match=r"largest drop of -1 points \(--max-top5-drop"):
+    with pytest.raises(UsageError, match="invalid value -1 for --max-top5-drop"):
         Limits(1.0, -1)
 
 
@@ -291,17 +293,17 @@ def test_leaks_count_for_what_was_calibrated(
 ) -> None:
     leaks = {3: "same", 5: "same", 8: "near"}
     records = [msgspec.structs.replace(one(i), leak=leaks.get(i, "")) for i in range(COUNT)]
-    result = judge_results(asked(made(records), calibration=calibration), 1.0)
+    result = judge_results(with_entry(made(records), calibration=calibration), 1.0)
     assert (result.leaked, result.near_leaked) == (leaked, near)
     assert result.rows[0].calibrated == (None if calibration is None else bool(calibration))
-    assert any("1 images look nearly like one" in each for each in result.problems) == bool(near)
+    assert any("1 images look almost like one" in each for each in result.problems) == bool(near)
 
 
 def test_engines_that_were_not_judged_are_in_the_headline(
     made: Make, one: One, tmp_path: Path
 ) -> None:
     graph = tmp_path / "model.int8.onnx"
-    results = asked(made([one(i) for i in range(COUNT)]), artifact=str(graph))
+    results = with_entry(made([one(i) for i in range(COUNT)]), artifact=str(graph))
     line = "EQUIVALENT: 1 graph loses no more than 1.00 points of top-1"
     assert verdict_line(judge_results(results, 1.0)) == line
     graph.with_suffix(".engine").write_bytes(b"")

@@ -31,7 +31,7 @@ def test_damaged_state_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../../x", "/etc", "", "..", "a/b", "a\\b", "a\x1b[2J", "a\n"])
 def test_the_last_model_is_a_name_and_no_path(name: str, tmp_path: Path) -> None:
     (tmp_path / "workspace.json").write_text(json.dumps({"last_model": name}))
-    with pytest.raises(ArtifactError, match=r"workspace\.json cannot be believed: last_model is"):
+    with pytest.raises(ArtifactError, match=r"workspace\.json is invalid: last_model is"):
         Workspace(tmp_path).last_model()
 
 
@@ -66,6 +66,6 @@ def test_a_source_of_another_model_or_precision_is_refused(
         place = workspace.graph(model, "fp32")
         place.parent.mkdir()
         shutil.copy(demo_workspace.graph(cards.DEMO, precision), place)  # type: ignore[arg-type]
-        with pytest.raises(ArtifactError, match=f"is of another {what} than its place") as caught:
+        with pytest.raises(ArtifactError, match=f"does not match [^:]*: {what} is") as caught:
             workspace.source(model)
         assert f"clipdeploy export --model {model} --force" in caught.value.hint

@@ -1,4 +1,4 @@
-"""What a passport is compared with, and the passports that say something else and are sound."""
+"""What a passport is compared with, and valid passports that differ from the card."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from passport_edits import (
     DIGITS,
     EVERY,
     GRAPHS,
-    a_three,
     changed,
     edits,
     file,
@@ -21,7 +20,6 @@ from passport_edits import (
     put,
     restamp,
     text_of,
-    with_engine,
     write_text,
 )
 from safetensors.torch import load_file, save_file
@@ -45,28 +43,8 @@ from exporters.onnx import ExportConfig
 from exporters.precision import Fp16Config
 
 
-@pytest.fixture(scope="module")
-def complete(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's workspace with an INT8 engine.  Read only."""
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
-    return with_engine(demo_workspace, tmp_path_factory.mktemp("complete") / "artifacts")
-
-
-@pytest.fixture
-def artifacts(complete: Path, tmp_path: Path) -> Path:
-    """The same, to be changed."""
-    shutil.copytree(complete, tmp_path / "artifacts")
-    return tmp_path / "artifacts"
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A held-out image of a 3."""
-    return a_three(tmp_path_factory.mktemp("three"))
-
-
 def refusal(path: Path) -> str:
-    """Why a passport is not taken; empty if it is."""
+    """Why a passport is refused; empty if it is accepted."""
     try:
         checked_passport(path)
     except ClipdeployError as error:
@@ -74,17 +52,17 @@ def refusal(path: Path) -> str:
     return ""
 
 
-# Where a checkpoint lies and how it was written decides nothing; how an artifact was made and by
-# what, and what a file's parents are where none lies beside it, nothing can be compared with.
+# The path and layout of a checkpoint do not matter. Nothing can be compared with how and by
+# what an artifact was made, nor with its parents if they are in another folder.
 FREE = ("weights.path", "weights.layout", "settings", "versions", "schema", "parents.calibration")
 
 
 @pytest.mark.parametrize("kind", EVERY)
-def test_any_field_that_decides_anything(kind: str, artifacts: Path) -> None:
-    path = file(artifacts, kind)
+def test_any_field_that_decides_anything(kind: str, engine_artifacts: Path) -> None:
+    path = file(engine_artifacts, kind)
     sound = text_of(path)
-    # An engine's holds a copy of its graph's: no field of it is free.
-    # That the FP32 graph is of these weights, verify sees: it loads them.
+    # An engine's passport has a copy of its graph's: no field of it may change.
+    # verify detects other weights of the FP32 graph, since it loads them.
     free = (*FREE, "weights.sha256", "weights.resized") if kind.startswith("fp32") else FREE
     taken = []
     engine = path.suffix == ".engine"
@@ -113,16 +91,14 @@ def test_any_field_that_decides_anything(kind: str, artifacts: Path) -> None:
     ("kind", "said"),
     [(kind, said) for kind in GRAPHS for said in ("fp32", "fp16", "int8", "int8-cpu")],
 )
-def test_a_precision_is_what_the_graph_holds(kind: str, said: str, artifacts: Path) -> None:
-    path = file(artifacts, kind)
+def test_a_precision_is_what_the_graph_holds(kind: str, said: str, engine_artifacts: Path) -> None:
+    path = file(engine_artifacts, kind)
     found = kind.removesuffix(".onnx")
     if said == found:
         assert checked_passport(path).graph.precision == said
         return
     restamp(path, put("precision", said))
-    said_so = (
-        f"is of another precision than the graph itself: its passport says {said}, not {found}"
-    )
+    said_so = f"does not match the graph itself: precision is {said}, not {found}"
     with pytest.raises(ArtifactError, match=said_so):
         checked_passport(path)
 
@@ -130,28 +106,28 @@ def test_a_precision_is_what_the_graph_holds(kind: str, said: str, artifacts: Pa
 # --- what stays allowed
 
 
-def test_sound_artifacts_are_taken(artifacts: Path, three: Path) -> None:
+def test_sound_artifacts_are_taken(engine_artifacts: Path, three: Path) -> None:
     for kind in EVERY:
-        path = file(artifacts, kind)
+        path = file(engine_artifacts, kind)
         assert checked_passport(path).graph.model == cards.DEMO
-        moved = artifacts.parent / f"moved.{kind}"
+        moved = engine_artifacts.parent / f"moved.{kind}"
         shutil.copy(path, moved)
         if path.suffix == ".engine":
             shutil.copy(passport_path(path), passport_path(moved))
         assert checked_passport(moved).graph == checked_passport(path).graph
-    found = run("predict", three, "--artifact", file(artifacts, "int8.onnx"), "--json")
+    found = run("predict", three, "--artifact", file(engine_artifacts, "int8.onnx"), "--json")
     assert json.loads(found.stdout)["images"][0]["guesses"][0]["name"] == "3"
 
 
 def test_other_recipes_inputs_and_weights_are_their_own(tmp_path: Path, three: Path) -> None:
-    """Every option that an export has changes the passport, and the passport stays true."""
+    """Every option of an export changes the passport, and the passport stays true."""
     shipped, timm = Workspace(tmp_path / "shipped"), Recipe("as-shipped", "timm")
     made = export_model(shipped, cards.DEMO, recipe=timm, config=ExportConfig(preprocess=True))
     assert shipped.source(cards.DEMO)[1] == made.passport
     half = convert_model(shipped, cards.DEMO, Fp16Config(half_io=True)).path
     passport = checked_passport(half, made.passport).graph
     assert (passport.input.dtype, passport.output.dtype) == ("uint8", "float16")
-    # The graph's own mean and std against other ones under a recipe that has them.
+    # The graph's mean and std, compared with those of another recipe.
     trained = cards.find(cards.DEMO).preprocess(Recipe())
     restamp(half, edits(put("recipe.numerics", "trained"), put("preprocess.mean", trained.mean)))
     restamp(half, put("preprocess.std", trained.std))
@@ -173,13 +149,13 @@ def test_the_normalisation_inside_a_graph_is_its_passports(tmp_path: Path) -> No
     values = onnx.numpy_helper.to_array(offset) * 1.1
     offset.CopyFrom(onnx.numpy_helper.from_array(values, offset.name))
     onnx.save(model, path)
-    with pytest.raises(ArtifactError, match=r"another preprocess\.mean or preprocess\.std"):
+    with pytest.raises(ArtifactError, match=r"preprocess\.mean or preprocess\.std is not what"):
         workspace.source(cards.DEMO)
 
 
 @pytest.fixture
 def fine_tuned(tmp_path: Path) -> Callable[[int], Workspace]:
-    """A checkpoint of somebody's own, with so many classes, exported."""
+    """A user's checkpoint with this many classes, exported."""
 
     def make(classes: int) -> Workspace:
         tensors = load_file(cards.demo_file("weights.safetensors"))
@@ -203,11 +179,11 @@ def test_a_fine_tune_has_a_head_and_names_of_its_own(
     half = convert_model(workspace, cards.DEMO).path
     found = run("predict", three, "--artifact", half, "--json")
     assert json.loads(found.stdout)["images"][0]["guesses"][0]["name"] == "3"
-    # Names that its FP32 graph does not have are nobody's.
+    # Names that its FP32 graph does not have are refused.
     restamp(half, put("class_names", ["ant", "bee", "cat", "dog"]))
     result = run("predict", three, "--artifact", half)
     assert result.exit_code == 1
-    assert "another class_names than fp32.onnx beside it" in result.stderr
+    assert "does not match fp32.onnx in the same folder: class_names" in result.stderr
     restamp(path, put("class_names", ["ant", "bee", "cat", "dog"]))
     assert workspace.source(cards.DEMO)[1].class_names[3] == "dog"
     restamp(path, put("class_names", ["ant", "bee", "cat"]))
@@ -216,7 +192,7 @@ def test_a_fine_tune_has_a_head_and_names_of_its_own(
 
 
 def test_a_fine_tune_of_as_many_classes(fine_tuned: Callable[[int], Workspace]) -> None:
-    """Names of its own are its business; the card's in another order are a mistake."""
+    """A checkpoint may have other names; the card's in another order are a mistake."""
     workspace = fine_tuned(10)
     path, passport = workspace.source(cards.DEMO)
     assert passport.class_names == tuple(DIGITS)
@@ -242,5 +218,5 @@ def test_int8_for_cpus_and_int8_without_a_linear(demo_workspace: Workspace, tmp_
         assert checked_passport(made.path, reference).graph == made.passport
         assert ("*" in config.exclude) == (made.passport.settings["int8_nodes"] == 0)
     restamp(made.path, put("settings.int8_nodes", 24))
-    with pytest.raises(ArtifactError, match="another precision"):
+    with pytest.raises(ArtifactError, match="precision is"):
         checked_passport(made.path, reference)

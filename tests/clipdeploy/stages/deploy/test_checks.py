@@ -78,7 +78,7 @@ def no_recipe(tmp_path: Path) -> DeployConfig:
         ),
         (one_broken, DatasetError, ("3/broken.png", "--skip-unreadable")),
         (file_in_the_way, FileError, ("models", "is a file, not a folder")),
-        (another_folder, ArtifactError, ("program holds something else",)),
+        (another_folder, ArtifactError, ("program has other files in it",)),
         (no_recipe, FileError, ("cannot read", "recipe.json")),
     ],
 )
@@ -105,7 +105,7 @@ def test_images_without_labels_are_refused_before_the_calibration(
         shutil.copy(image, flat / f"{image.parent.name}_{image.name}")
     workspace.calibration(cards.DEMO).unlink()
     for asked, said in (
-        ("auto", "no labels were found"),
+        ("auto", "no labels found"),
         ("none", "no verdict could come of them"),
     ):
         scope = VerifyScope(labelling=Labelling(layout=asked))  # type: ignore[arg-type]

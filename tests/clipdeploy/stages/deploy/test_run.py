@@ -245,7 +245,7 @@ def as_if_run(judgement: Judgement) -> Judgement:
     """Every artifact with something that ran it."""
     assert judgement.evidence is not None
     results = judgement.evidence.results
-    question = results.question
-    artifacts = tuple(replace(each, runner=each.runner or "GPU") for each in question.artifacts)
-    results = replace(results, question=replace(question, artifacts=artifacts))
+    run_key = results.run_key
+    artifacts = tuple(replace(each, runner=each.runner or "GPU") for each in run_key.artifacts)
+    results = replace(results, run_key=replace(run_key, artifacts=artifacts))
     return replace(judgement, evidence=replace(judgement.evidence, results=results))

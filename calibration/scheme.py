@@ -1,13 +1,13 @@
-"""What becomes of each Linear: foldings first, then its range, its int8 weight and its bias.
+"""Computes the quantisation of each Linear: folding, input range, int8 weight and bias.
 
-Bias correction: quantised, a Linear gives on average
+Bias correction: the mean output of a quantised Linear is
 
     sum_c (E[x'_c] + E[error_c]) W_q[c, :]     instead of     sum_c E[x'_c] W'[c, :]
 
-and the difference, known from the statistics, is taken off the bias (Nagel et al. 2019, "Data-free
-quantization through weight equalization and bias correction").
+The difference follows from the statistics and is subtracted from the bias (Nagel et al. 2019,
+"Data-free quantization through weight equalization and bias correction").
 
-What INT8 costs a Linear is known before it is written.  With independent channels its output has
+The SQNR of a Linear's output is estimated before it is written.  For independent channels,
 
     signal  sum_c var(x'[c]) |W'[c, :]| ** 2
     noise   sum_c E[error_c ** 2] |W'[c, :]| ** 2  +  sum_c var(x'[c]) |(W_q - W')[c, :]| ** 2
@@ -27,32 +27,40 @@ from calibration.observers import ChannelStatistics
 from calibration.policy import LinearSite
 from calibration.ranges import RANGE_METHODS, RangeMethod, choose_range, search_levels
 from calibration.smoothing import Folding, find_source, fold, search_folding
-from calibration.weights import SMALLEST_SCALE, float16_step, quantize_weight, weight_error
+from calibration.weights import (
+    SMALLEST_SCALE,
+    float16_step,
+    quantize_weight,
+    weight_error,
+)
 from clipdeploy.core.errors import UsageError
 from clipdeploy.core.spans import STRENGTH, check_numbers
-from exporters.initializers import write_initializer
+from exporters.initializers import values_of, write_initializer
+from exporters.metrics import ratio_db
 
 __all__ = [
-    "LinearPlan",
-    "PlanConfig",
+    "LinearScheme",
+    "SchemeConfig",
     "add_to_bias",
     "fold_all",
-    "plan_linear",
-    "plan_product",
+    "linear_scheme",
+    "product_steps",
 ]
 
 
 @dataclass(frozen=True)
-class PlanConfig:
-    """How ranges are found, and which corrections are made; each can be switched off.
+class SchemeConfig:
+    """How to find ranges, and which corrections to apply.
 
-    ``strength``: the smoothing's t for all Linears, from 0 (weights alone decide) to 1 (activations
-    alone), None for each Linear's own with the least expected error.
-    ``shift_gelu`` belongs to the ``auto`` range: it searches fc2's levels to both sides at once,
-    where the other methods name one range and mean it.
+    ``range_method``: see :mod:`calibration.ranges`.  ``smooth``: fold activation outliers into the
+    weights.  ``strength``: the smoothing exponent t for all Linears, from 0 (only weights decide)
+    to 1 (only activations), None for the t with the least expected error of each Linear.
+    ``shift_gelu``: shift fc2's input to use all levels; only with ``auto``, because the other
+    methods choose a symmetric range.  ``clip_weights``: search smaller weight scales.
+    ``correct_bias``: subtract the mean quantisation error from biases.
 
     Raises:
-        UsageError: there is no such range method.
+        UsageError: unknown range method, ``strength`` out of range or without smoothing.
     """
 
     range_method: RangeMethod = "auto"
@@ -64,7 +72,7 @@ class PlanConfig:
 
     @property
     def label(self) -> str:
-        """What sets the plans that a search tries apart."""
+        """Name of the scheme in a search: range method and strength."""
         strength = "" if self.strength is None else f", strength {self.strength:g}"
         return f"{self.range_method}{strength}"
 
@@ -76,25 +84,25 @@ class PlanConfig:
     def __post_init__(self) -> None:
         if self.range_method not in RANGE_METHODS:
             raise UsageError(
-                f"no range method {self.range_method!r}",
-                hint=f"one of {', '.join(RANGE_METHODS)}",
+                f"unknown range method {self.range_method!r}",
+                hint=f"choose one of {', '.join(RANGE_METHODS)}",
             )
         check_numbers(self, strength=STRENGTH.or_none)
         if self.strength is not None and not self.smooth:
             raise UsageError(
-                f"a smoothing strength of {self.strength} without smoothing",
-                hint="leave one of the two out",
+                f"a smoothing strength of {self.strength} has no effect without smoothing",
+                hint="omit the strength, or enable smoothing",
             )
 
 
 @dataclass(frozen=True)
-class LinearPlan:
-    """One quantised Linear.
+class LinearScheme:
+    """The quantisation of one Linear.
 
-    Its input x is quantised as step * (q + zero), q in int8; ``step`` is a float16 value.
-    ``integers`` (Cin, Cout) int8 and ``weight_scale`` (Cout,) are the weight; ``strength`` is the
-    smoothing's t, None without.  ``correction`` (Cout,) is to be added to the bias.  ``sqnr_db`` is
-    the expected signal over noise of the output in dB, ``cause`` what makes most of the noise.
+    The input x is quantised as step * (q + zero) with int8 q; ``step`` is a float16 value.
+    ``integers`` (Cin, Cout) int8 and ``weight_scale`` (Cout,) are the weight.  ``strength``: the
+    smoothing exponent, None without smoothing.  ``correction`` (Cout,): to be added to the bias.
+    ``sqnr_db``: expected SQNR of the output in dB.  ``cause``: main cause of the noise.
     """
 
     step: float
@@ -108,16 +116,9 @@ class LinearPlan:
 
     @property
     def shift_output(self) -> NDArray[np.float64]:
-        """What the Linear's output loses if step * zero is subtracted from its input, (Cout,)."""
+        """The amount (Cout,) that the output loses if step * zero is subtracted from the input."""
         column = self.integers.sum(axis=0, dtype=np.int64) * self.weight_scale.astype(np.float64)
         return np.asarray(self.step * self.zero * column)
-
-
-def _weight(site: LinearSite) -> NDArray[np.float32]:
-    tensor = site.weight.const_value
-    assert tensor is not None
-    weight: NDArray[np.float32] = tensor.numpy()
-    return weight
 
 
 def fold_all(
@@ -125,31 +126,30 @@ def fold_all(
     statistics: Mapping[str, ChannelStatistics],
     strength: float | None = None,
 ) -> dict[str, Folding]:
-    """Search and write the folding of every Linear in ``statistics`` that can have one.
+    """Fold the input outliers of all Linears in ``statistics`` that have a source to fold into.
 
-    The model stays the same.  ``sites`` are all its Linears: proj is folded into qkv also where
-    qkv itself is left alone.  ``strength`` is :class:`PlanConfig`'s.
-
-    proj before qkv, because its folding changes the columns of V in qkv's weight.
+    The model's outputs stay the same.  ``sites`` are all its Linears: proj is folded into qkv even
+    if qkv is not quantised.  ``strength``: see :class:`SchemeConfig`.
     """
     by_name = {site.name: site for site in sites}
     foldings = {}
+    # proj comes before qkv, because its folding changes the columns of V in qkv's weight.
     for site in sorted(sites, key=lambda site: site.role != "attn.proj"):
         source = find_source(site, by_name) if site.bias is not None else None
         if source is None or site.name not in statistics:
             continue
         values = Distribution.of(statistics[site.name])
-        folding = search_folding(values, _weight(site), strength)
+        folding = search_folding(values, values_of(site.weight), strength)
         fold(site, source, folding)
         foldings[site.name] = folding
     return foldings
 
 
-def plan_linear(
-    site: LinearSite, statistics: ChannelStatistics, folding: Folding | None, config: PlanConfig
-) -> LinearPlan:
-    """One Linear's numbers; ``folding`` is what was folded into its source, if anything."""
-    weight = _weight(site)
+def linear_scheme(
+    site: LinearSite, statistics: ChannelStatistics, folding: Folding | None, config: SchemeConfig
+) -> LinearScheme:
+    """Compute the quantisation of one Linear whose input was transformed by ``folding``."""
+    weight = values_of(site.weight)
     folding = folding or Folding.none(statistics.channels)
     values = seen = Distribution.of(statistics, folding.shift, folding.scale)
     squares = np.einsum("ij,ij->i", weight, weight).astype(np.float64)
@@ -171,9 +171,11 @@ def plan_linear(
     from_input = float(values.density(squares).error(np.asarray([step * LEVELS]))[0])
     from_weight = float(variance @ np.einsum("ij,ij->i", error, error))
     noise = from_input + from_weight
-    db = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf
+    # A constant input has no variance, and the bias corrects the error of its mean.
+    db = ratio_db(signal, noise) if signal > 0 else None
+    db = math.inf if db is None else db
     cause = _cause_in_input(seen) if from_input > from_weight else _cause_in_weight(scale)
-    return LinearPlan(step, zero, integers, scale, folding.strength, -offset, db, cause)
+    return LinearScheme(step, zero, integers, scale, folding.strength, -offset, db, cause)
 
 
 def _cause_in_input(values: Distribution) -> str:
@@ -193,20 +195,17 @@ def _cause_in_weight(scale: NDArray[np.float32]) -> str:
 
 
 def add_to_bias(site: LinearSite, offset: NDArray[np.float64]) -> None:
-    """Add ``offset`` (Cout,) to the bias of a Linear that has one."""
+    """Add ``offset`` (Cout,) to the bias of a Linear, which must have one."""
     assert site.add is not None
-    assert site.bias is not None
-    assert site.bias.const_value is not None
-    bias = (site.bias.const_value.numpy() + offset).astype(np.float32)
-    write_initializer(site.add, 1, bias)
+    write_initializer(site.add, 1, (values_of(site.bias) + offset).astype(np.float32))
 
 
-def plan_product(
+def product_steps(
     role: str, statistics: ChannelStatistics, folding: Folding | None
 ) -> tuple[float, float]:
-    """The steps of both operands of attention's product ``role``, by least error of each.
+    """The steps of both operands of attention's product ``role``, each with the least error.
 
-    ``statistics`` are those of qkv's output; ``folding`` is what was moved into its columns of V.
+    ``statistics``: of qkv's output.  ``folding``: the one applied to its columns of V.
     """
     width = statistics.channels // 3
     parts = [statistics.channel_slice(at * width, (at + 1) * width) for at in range(3)]
@@ -214,7 +213,7 @@ def plan_product(
         limits = [choose_range(Distribution.of(part), "mse") for part in parts[:2]]
     else:
         known = folding or Folding.none(width)
-        # Softmax gives values from 0 to 1.
+        # Softmax outputs are from 0 to 1.
         values = Distribution.of(parts[2], known.shift, known.scale)
         limits = [1.0, choose_range(values, "mse")]
     return float16_step(limits[0]), float16_step(limits[1])

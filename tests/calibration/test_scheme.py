@@ -10,29 +10,29 @@ import pytest
 from numpy.typing import NDArray
 
 from calibration.distribution import LEVELS, Distribution
-from calibration.plan import (
-    PlanConfig,
-    add_to_bias,
-    fold_all,
-    plan_linear,
-    plan_product,
-)
 from calibration.policy import LinearSite, find_linears, qkv_output
 from calibration.qdq import QuantizeConfig
 from calibration.ranges import RangeMethod, choose_range
+from calibration.scheme import (
+    SchemeConfig,
+    add_to_bias,
+    fold_all,
+    linear_scheme,
+    product_steps,
+)
 from calibration.smoothing import Folding
 from calibration.table import CalibrationTable
 from clipdeploy.core.errors import UsageError
 from exporters.graphs import load_graph
 from exporters.session import OnnxSession
 
-PLAIN = PlanConfig("minmax", smooth=False, shift_gelu=False, clip_weights=False, correct_bias=False)
+PLAIN = SchemeConfig("minmax", False, False, False, False)
 NAMES = [f"blocks.2.{role}" for role in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
 
 
 @pytest.fixture
 def sites(source: Path) -> dict[str, LinearSite]:
-    """Fresh for each test: planning writes biases."""
+    """Fresh for each test: folding writes biases."""
     return {site.name: site for site in find_linears(load_graph(source))}
 
 
@@ -47,42 +47,42 @@ def test_a_named_range_method_is_used_for_every_linear(
     method: RangeMethod, sites: dict[str, LinearSite], demo_table: CalibrationTable
 ) -> None:
     name = "blocks.2.mlp.fc2"
-    config = PlanConfig(method)
-    plan = plan_linear(sites[name], demo_table.of(name), None, config)
+    config = SchemeConfig(method)
+    scheme = linear_scheme(sites[name], demo_table.of(name), None, config)
     limit = choose_range(Distribution.of(demo_table.of(name)), method)
     # float16 keeps eleven bits.
-    assert plan.step == pytest.approx(limit / LEVELS, rel=2**-11)
-    assert plan.zero == 0
-    # The default searches fc2's levels to both sides of zero at once instead.
-    assert plan_linear(sites[name], demo_table.of(name), None, PlanConfig()).zero > 0
+    assert scheme.step == pytest.approx(limit / LEVELS, rel=2**-11)
+    assert scheme.zero == 0
+    # The default searches fc2's levels on both sides of zero instead.
+    assert linear_scheme(sites[name], demo_table.of(name), None, SchemeConfig()).zero > 0
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_plain_plan_is_the_calibrated_range(
+def test_plain_scheme_is_the_calibrated_range(
     name: str, sites: dict[str, LinearSite], demo_table: CalibrationTable
 ) -> None:
     before = _array(sites[name].bias)
-    plan = plan_linear(sites[name], demo_table.of(name), None, PLAIN)
+    scheme = linear_scheme(sites[name], demo_table.of(name), None, PLAIN)
     # float16 keeps eleven bits.
-    assert plan.step == pytest.approx(float(demo_table.of(name).amax.max()) / LEVELS, rel=2**-11)
-    assert plan.step == float(np.float16(plan.step))
-    assert (plan.zero, plan.strength) == (0, None)
-    assert not plan.shift_output.any()
+    assert scheme.step == pytest.approx(float(demo_table.of(name).amax.max()) / LEVELS, rel=2**-11)
+    assert scheme.step == float(np.float16(scheme.step))
+    assert (scheme.zero, scheme.strength) == (0, None)
+    assert not scheme.shift_output.any()
     assert np.array_equal(_array(sites[name].bias), before)
-    error = plan.integers * plan.weight_scale - _array(sites[name].weight)
-    # Round to nearest; the largest may lack 0.06 of a step, float16 having rounded the scale down.
-    assert (np.abs(error) <= 0.57 * plan.weight_scale).all()
+    error = scheme.integers * scheme.weight_scale - _array(sites[name].weight)
+    # Round to nearest; the largest may be off by 0.06 more, if float16 rounds the scale down.
+    assert (np.abs(error) <= 0.57 * scheme.weight_scale).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_levels_are_shifted_behind_gelu_only(
     name: str, sites: dict[str, LinearSite], demo_table: CalibrationTable
 ) -> None:
-    plan = plan_linear(sites[name], demo_table.of(name), None, PlanConfig(smooth=False))
-    assert (plan.zero > 0) == name.endswith("fc2")
-    column = plan.integers.astype(np.float64).sum(axis=0) * plan.weight_scale
-    # Nothing but float64 rounding.
-    np.testing.assert_allclose(plan.shift_output, plan.step * plan.zero * column, rtol=1e-12)
+    scheme = linear_scheme(sites[name], demo_table.of(name), None, SchemeConfig(smooth=False))
+    assert (scheme.zero > 0) == name.endswith("fc2")
+    column = scheme.integers.astype(np.float64).sum(axis=0) * scheme.weight_scale
+    # Only float64 rounding.
+    np.testing.assert_allclose(scheme.shift_output, scheme.step * scheme.zero * column, rtol=1e-12)
 
 
 def _rows(table: CalibrationTable, name: str, count: int = 4_000) -> NDArray[np.float64]:
@@ -105,17 +105,19 @@ def test_bias_correction_removes_the_mean_error_of_a_linear(
 ) -> None:
     site = sites[name]
     weight = _array(site.weight)
-    plan = plan_linear(site, demo_table.of(name), None, PlanConfig(method, smooth=False))
+    scheme = linear_scheme(site, demo_table.of(name), None, SchemeConfig(method, smooth=False))
     x = _rows(demo_table, name)
     x += demo_table.of(name).mean - x.mean(axis=0)
-    q = np.clip(np.rint(x / plan.step - plan.zero), -LEVELS, LEVELS)
-    found = (plan.step * (q + plan.zero)) @ (plan.integers * plan.weight_scale.astype(np.float64))
+    q = np.clip(np.rint(x / scheme.step - scheme.zero), -LEVELS, LEVELS)
+    found = (scheme.step * (q + scheme.zero)) @ (
+        scheme.integers * scheme.weight_scale.astype(np.float64)
+    )
     error = (found - x @ weight).mean(axis=0)
-    corrected = error + plan.correction
-    # What is left is the noise of 4,000 draws and of bins: a small part of the error.
+    corrected = error + scheme.correction
+    # The remainder is the noise of 4,000 samples and of bins: a small part of the error.
     assert np.abs(corrected).mean() < 0.5 * np.abs(error).mean()
     # Correcting in the wrong direction doubles it.
-    assert np.abs(error - plan.correction).mean() > 1.5 * np.abs(error).mean()
+    assert np.abs(error - scheme.correction).mean() > 1.5 * np.abs(error).mean()
 
 
 def test_bias_correction_lowers_the_mean_error_of_the_logits(
@@ -125,9 +127,9 @@ def test_bias_correction_lowers_the_mean_error_of_the_logits(
 ) -> None:
     errors = []
     for correct in (True, False):
-        plan = PlanConfig(correct_bias=correct)
+        scheme = SchemeConfig(correct_bias=correct)
         # As float16 with Q/DQ: int8 kernels saturate on processors without VNNI.
-        path = make_int8(QuantizeConfig(remainder="fp16", plan=plan))
+        path = make_int8(QuantizeConfig(remainder="fp16", scheme=scheme))
         (logits,) = OnnxSession(path).run(held_out[0])
         errors.append(float(np.abs((logits - reference).mean(axis=0)).mean()))
     assert errors[0] < errors[1]
@@ -135,15 +137,15 @@ def test_bias_correction_lowers_the_mean_error_of_the_logits(
 
 @pytest.mark.parametrize("settings", [{"strength": 1.5}, {"strength": 0.5, "smooth": False}])
 def test_a_strength_that_means_nothing_is_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="smoothing strength"):
-        PlanConfig(**settings)
-    assert PlanConfig(strength=0.5).label == "auto, strength 0.5"
+    with pytest.raises(UsageError, match="strength"):
+        SchemeConfig(**settings)
+    assert SchemeConfig(strength=0.5).label == "auto, strength 0.5"
 
 
 @pytest.mark.parametrize("method", ["max", "", "MINMAX"])
 def test_unknown_range_method_is_refused(method: Any) -> None:
-    with pytest.raises(UsageError, match="no range method") as found:
-        PlanConfig(range_method=method)
+    with pytest.raises(UsageError, match="unknown range method") as found:
+        SchemeConfig(range_method=method)
     assert "auto" in found.value.hint
 
 
@@ -161,15 +163,15 @@ def test_folding_moves_the_linears_that_can_be(
         assert np.array_equal(folding.shift, middle)
 
 
-def test_folded_linear_is_planned_for_what_it_will_see(
+def test_folded_linear_is_quantised_for_what_it_will_see(
     sites: dict[str, LinearSite], demo_table: CalibrationTable
 ) -> None:
     name = "blocks.2.mlp.fc1"
     statistics = demo_table.of(name)
     folding = Folding(np.zeros(96), np.full(96, 4.0), 0.5)
-    one = plan_linear(sites[name], statistics, None, PLAIN)
-    other = plan_linear(sites[name], statistics, folding, PLAIN)
-    # A power of two moves no bit of a float16.
+    one = linear_scheme(sites[name], statistics, None, PLAIN)
+    other = linear_scheme(sites[name], statistics, folding, PLAIN)
+    # A power of two does not change the mantissa of a float16.
     assert other.step == one.step / 4
     assert other.strength == 0.5
 
@@ -177,16 +179,16 @@ def test_folded_linear_is_planned_for_what_it_will_see(
 def test_products_have_a_step_for_each_operand(demo_table: CalibrationTable) -> None:
     statistics = demo_table.of(qkv_output("blocks.2.attn.qkv"))
     parts = [float(statistics.amax[at * 96 : (at + 1) * 96].max()) for at in range(3)]
-    q, k = plan_product("attn.scores", statistics, None)
-    soft, v = plan_product("attn.mix", statistics, None)
+    q, k = product_steps("attn.scores", statistics, None)
+    soft, v = product_steps("attn.mix", statistics, None)
     # Softmax reaches one: 1 / 127 in float16.
     assert soft == float(np.float16(1 / LEVELS))
     for step, largest in zip((q, k, v), parts, strict=True):
-        # Least error clips something of a tensor with tails, but not most; float16 may round up.
+        # Least error clips part of a tensor with tails, but not most of it; float16 may round up.
         assert 0.2 * largest <= step * LEVELS <= largest * (1 + 2**-10)
     folding = Folding(np.zeros(96), np.full(96, 2.0))
-    assert plan_product("attn.mix", statistics, folding)[1] == pytest.approx(v / 2, rel=0.02)
-    assert plan_product("attn.scores", statistics, folding) == (q, k)
+    assert product_steps("attn.mix", statistics, folding)[1] == pytest.approx(v / 2, rel=0.02)
+    assert product_steps("attn.scores", statistics, folding) == (q, k)
 
 
 def test_add_to_bias_adds(sites: dict[str, LinearSite]) -> None:

@@ -1,0 +1,31 @@
+"""The demo's workspace with an INT8 engine, for the tests of edited passports."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from passport_edits import a_three, with_engine
+
+from clipdeploy.workspace.folder import Workspace
+
+
+@pytest.fixture(scope="session")
+def engine_workspace(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The root of the demo's workspace with an INT8 engine.  Read only."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
+    return with_engine(demo_workspace, tmp_path_factory.mktemp("with-engine") / "artifacts")
+
+
+@pytest.fixture
+def engine_artifacts(engine_workspace: Path, tmp_path: Path) -> Path:
+    """A copy of that workspace that a test may change."""
+    shutil.copytree(engine_workspace, tmp_path / "artifacts")
+    return tmp_path / "artifacts"
+
+
+@pytest.fixture(scope="session")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A held-out image of a 3."""
+    return a_three(tmp_path_factory.mktemp("three"))
