@@ -314,7 +314,7 @@ def test_refusals(demo_workspace: Workspace, tmp_path: Path) -> None:
         search(confirm=TEST, max_drop=5.0)
     with pytest.raises(DatasetError, match="used for calibration"):
         search(CALIBRATION, max_drop=5.0)
-    with pytest.raises(DatasetError, match="381 can"):
+    with pytest.raises(DatasetError, match="381 are needed"):
         search(max_drop=1.0)
     with pytest.raises(UsageError):
         SearchConfig(max_drop=0)

@@ -357,7 +357,7 @@ def test_who_is_right_where_answers_differ() -> None:
 
 
 def test_another_suffix_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"as report\.pdf"):
+    with pytest.raises(UsageError, match=r"report\.pdf is not a report"):
         check_report_paths([tmp_path / "a.html", tmp_path / "report.pdf"])
     (tmp_path / "file").write_text("")
     with pytest.raises(FileError, match="cannot write"):
