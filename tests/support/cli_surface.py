@@ -19,7 +19,8 @@ def command_line(main: click.Command) -> dict[str, Any]:
     """Every command of ``main`` by what is typed, and the exit code of every error."""
     named = ((" ".join(("clipdeploy", *path)), command) for path, command in every_command(main))
     commands = {name: _entry(command) for name, command in named}
-    codes = {name: getattr(errors, name).exit_code for name in errors.__all__}
+    kinds = [getattr(errors, name) for name in errors.__all__]
+    codes = {kind.__name__: kind.exit_code for kind in kinds if isinstance(kind, type)}
     codes |= {"verification failed": EXIT_VERIFICATION, "interrupted": EXIT_INTERRUPTED}
     return {"commands": dict(sorted(commands.items())), "exit codes": dict(sorted(codes.items()))}
 
@@ -65,6 +66,8 @@ def _facts(parameter: click.Parameter) -> Iterator[str]:
         yield f"variable {known['envvar']}"
     if known.get("hidden"):
         yield "hidden"
+    if former := getattr(parameter, "formerly", {}):
+        yield f"formerly {', '.join(former)}"
 
 
 def _flag(value: object) -> str:

@@ -17,9 +17,9 @@ from clipdeploy.workspace.folder import Workspace
 
 __all__ = ["JSON_CASES", "Fields", "fields_of", "json_fields"]
 
-_MADE = f"artifacts/{cards.DEMO}/{cards.DEMO}"
+_MADE = f"artifacts/{cards.DEMO}"
 # Few images: what a verdict is does not matter here.
-_VERIFY = "verify --data few.zip --limit 8 --workers 0 --threads 1"
+_VERIFY = "verify --data few.zip --images 8 --workers 0 --threads 1"
 # The cheapest runs that together print every field; the other commands as in the terminal's tests.
 JSON_CASES: dict[str, tuple[Case, ...]] = CASES | {
     "export": (Case("export"),),
@@ -35,26 +35,29 @@ JSON_CASES: dict[str, tuple[Case, ...]] = CASES | {
     ),
     "benchmark": (
         Case("benchmark --batch 1 --rounds 3 --warmup 0 --threads 1", engine=True),
-        Case(f"benchmark {_MADE}.fp16.onnx --batch 1 --rounds 3 --warmup 0 --threads 1"),
+        Case(f"benchmark {_MADE}/fp16.onnx --batch 1 --rounds 3 --warmup 0 --threads 1"),
     ),
     "inspect": (
         Case("inspect foreign.onnx"),
-        Case(f"inspect {_MADE}.fp16.onnx"),
-        Case(f"inspect {_MADE}.int8.onnx"),
-        Case(f"inspect {_MADE}.fp16.engine", engine=True),
+        Case(f"inspect {_MADE}/fp16.onnx"),
+        Case(f"inspect {_MADE}/int8.onnx"),
+        Case(f"inspect {_MADE}/fp16.engine", engine=True),
     ),
     "config": (Case("config"), Case("config --init")),
     "deploy": (
         Case(
-            "deploy --calibration calibration.zip --val few.zip --max-drop 40 --graphs-only "
-            "--threads 1 --no-benchmark --triton models --cpp program",
+            "deploy --calibration-data calibration.zip --val-data few.zip --max-drop 40 "
+            "--graphs-only --threads 1 --no-benchmark --triton models --cpp program",
             engine=True,
         ),
     ),
     "demo": (Case("demo", engine=True, slow=True),),
 }
 # Ends of paths.  Objects whose keys are data: packages, Linears, precisions.
-_MAPS = (".versions", "machine.packages", "costs.linears", ".int8_left_out", ".gemms", ".attention")
+_MAPS = (
+    *(".versions", "machine.packages", "costs.linears", ".int8_left_out", ".gemms", ".attention"),
+    ".kernels",
+)
 # Null or empty on one machine and filled on another; docs/verification.schema.json has the fields
 # of the worst images.
 _OF_MACHINE = (
