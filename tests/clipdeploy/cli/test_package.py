@@ -71,7 +71,7 @@ def test_a_program_is_written_with_the_commands_that_build_it(
     ("words", "code", "said"),
     [
         ((), 2, "package takes either --triton DIR or --cpp DIR"),
-        (("--triton", "a", "--cpp", "b"), 2, "one of --triton DIR and --cpp DIR"),
+        (("--triton", "a", "--cpp", "b"), 2, "either --triton DIR or --cpp DIR"),
         (("--triton", "models", "--name", "a/b"), 2, "'a/b' is not a valid"),
         (("--triton", "models", "--max-batch", "0"), 2, "--max-batch 0 is too small"),
         (("--cpp", "c", "--name", "digits"), 2, "--name belongs to --triton"),
