@@ -27,6 +27,7 @@ from clipdeploy.benchmark import (
 )
 from clipdeploy.core.errors import ClipdeployError
 from clipdeploy.core.passport import Recipe
+from clipdeploy.core.progress_bars import ProgressBars
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.builder import EngineArtifact
 from clipdeploy.imaging import Labelling
@@ -93,6 +94,7 @@ __all__ = [
     "Labelling",
     "Limits",
     "Predictions",
+    "ProgressBars",
     "QuantizeConfig",
     "QuantizedGraph",
     "Recipe",

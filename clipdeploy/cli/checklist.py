@@ -24,7 +24,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-from clipdeploy.cli.console import PlainConsole
+from clipdeploy.core.console import PlainConsole
 
 __all__ = ["checklist"]
 

@@ -17,13 +17,13 @@ import click
 from clipdeploy.cli.hints import followable
 from clipdeploy.cli.options import option, renamed
 from clipdeploy.cli.params import current_settings, fed_values, setting_option, typed_values
-from clipdeploy.cli.progress import RichProgress
 from clipdeploy.cli.streams import made_more_than_output
 from clipdeploy.cli.text import echo, echo_json, echo_line, show
 from clipdeploy.cli.usage import Command, Group, refuse_before_subcommand
 from clipdeploy.core.errors import ClipdeployError
 from clipdeploy.core.printable import printable
 from clipdeploy.core.progress import SILENT
+from clipdeploy.core.progress_bars import ProgressBars
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -79,7 +79,7 @@ class Context:
     @functools.cached_property
     def progress(self) -> Progress:
         """Progress bars on stderr; silent with ``--quiet``."""
-        return SILENT if self.quiet else cast("Progress", RichProgress())
+        return SILENT if self.quiet else cast("Progress", ProgressBars())
 
     def note(self, text: str) -> None:
         """Print a line on stderr, unless ``--quiet``."""

@@ -1,6 +1,6 @@
 """Prints text on stdout and stderr, wrapped for a terminal and unchanged for a file.
 
-All output goes through this module or :mod:`clipdeploy.cli.console`, which remove control
+All output goes through this module or :mod:`clipdeploy.core.console`, which remove control
 characters from file names and messages, see :mod:`clipdeploy.core.printable`.
 """
 
@@ -91,7 +91,7 @@ def show(shown: RenderableType) -> None:
         return
     import io
 
-    from clipdeploy.cli.console import PlainConsole
+    from clipdeploy.core.console import PlainConsole
 
     console = PlainConsole()
     if console.is_terminal:

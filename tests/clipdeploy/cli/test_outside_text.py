@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from clipdeploy.cli.console import PlainConsole
 from clipdeploy.cli.main import main
-from clipdeploy.cli.progress import RichProgress
 from clipdeploy.cli.stage_display import StageDisplay
+from clipdeploy.core.console import PlainConsole
 from clipdeploy.core.printable import is_one_line
+from clipdeploy.core.progress_bars import ProgressBars
 from clipdeploy.models import cards
 
 if sys.platform == "win32":
@@ -149,7 +149,7 @@ def test_a_bar_shows_odd_names_and_no_markup() -> None:
         saved = sys.stderr
         sys.stderr = os.fdopen(device, "w")
         try:
-            with RichProgress().task(f"load {ODD} [/nothing]", 3) as advance:
+            with ProgressBars().task(f"load {ODD} [/nothing]", 3) as advance:
                 advance(3)
         finally:
             sys.stderr.close()

@@ -1,13 +1,18 @@
-"""Progress bars on stderr for commands of a single stage."""
+"""Progress bars with rich, for commands and notebooks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from clipdeploy.core.printable import printable
 
-__all__ = ["RichProgress"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["ProgressBars"]
 
 # Columns of a bar, of a spinner with a time, and of all that is shown beside a task's text.
 _BAR = 30
@@ -15,8 +20,18 @@ _TIME = 12
 _BESIDE_TEXT = _BAR + _TIME + 14
 
 
-class RichProgress:
-    """Progress bars on a terminal; elsewhere one line for each task."""
+def _in_notebook(console: Console) -> bool:
+    # In a notebook rich draws bars with ipywidgets.
+    return console.is_jupyter and find_spec("ipywidgets") is not None
+
+
+class ProgressBars:
+    """Progress bars on a terminal and in a notebook; elsewhere one line for each task.
+
+    Bars are drawn on stderr.  A notebook needs ipywidgets for them.
+
+        clipdeploy.export_model(workspace, model, progress=clipdeploy.ProgressBars())
+    """
 
     @contextmanager
     def task(self, text: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
@@ -32,10 +47,10 @@ class RichProgress:
             TimeRemainingColumn,
         )
 
-        from clipdeploy.cli.console import PlainConsole
+        from clipdeploy.core.console import PlainConsole
 
         console, text = PlainConsole(stderr=True), printable(text)
-        if not console.is_terminal:
+        if not (console.is_terminal or _in_notebook(console)):
             console.print(f"{text} ...", highlight=False, markup=False, soft_wrap=True)
             yield lambda count: None
             return
