@@ -150,7 +150,7 @@ class QdqWriter:
         if bias is not None:
             assert bias.const_value is not None
             added = add_initializer(
-                self._graph, f"{name}.bias", bias.const_value.numpy().reshape(per_channel)
+                self._graph, f"{name}.ratio_bias", bias.const_value.numpy().reshape(per_channel)
             )
             inputs = [new[0].outputs[0], added]
             new.append(

@@ -219,10 +219,11 @@ def _check_sums(graph: Path, kernels: tuple[PlanKernel, ...]) -> None:
         BuildError: it names the first such product.
     """
     if found := overflowing(kernels):
+        name = found[0].rpartition("/")[0]
         raise BuildError(
             f"the engine of {graph} would overflow: {len(found)} 8-bit products, such as "
             f"{found[0]}, write their int32 sums as float16",
-            hint="quantise again with --weight-scales ratio, or build --fp16",
+            hint=f"leave it out of INT8 with --exclude '{name}', or build --fp16",
         )
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from rtx_replay import replayed
 
+from calibration.policy import Scope
 from calibration.qdq import QuantizeConfig, quantize
 from clipdeploy.core.display import Shown
 from clipdeploy.core.errors import BuildError
@@ -154,6 +155,34 @@ def test_the_passport_counts_the_kernels(built: Built, tmp_path: Path) -> None:
     made = build_engine(built["ratio"][0], tmp_path / "int8.engine", ONE_GPU)
     assert made.passport.kernels == kernels_by_block(built["ratio"][1])
     assert isinstance(made, Shown)
+
+
+def test_other_products_build_in_the_ratio_form(demo_workspace: Workspace, tmp_path: Path) -> None:
+    """Also attention's products and the classifier, a Gemm with a bias."""
+    source, passport = demo_workspace.source(cards.DEMO)
+    config = QuantizeConfig(scope=Scope(attention=True, head=True), weight_scales="ratio")
+    graph, engine = tmp_path / "int8.onnx", tmp_path / "int8.engine"
+    samples = sample_images(passport.preprocess, 3)
+    quantize(source, demo_workspace.calibration(cards.DEMO), graph, samples, config)
+    build_engine(graph, engine, ONE_GPU)
+    with engine.open("rb") as plan:
+        kernels = read_kernels(plan)
+    assert overflowing(kernels) == ()
+    eight = {k.layers[0] for k in kernels if k.operands and set(k.operands) == {"int8"}}
+    assert {*LINEARS, "head/Gemm"} <= eight
+
+
+def test_an_int8_convolution_is_refused(demo_workspace: Workspace, tmp_path: Path) -> None:
+    """TensorRT-RTX 1.7 writes the sums of a convolution as float16 in either form."""
+    source, passport = demo_workspace.source(cards.DEMO)
+    config = QuantizeConfig(scope=Scope(patch=True), weight_scales="ratio")
+    graph, engine = tmp_path / "int8.onnx", tmp_path / "int8.engine"
+    samples = sample_images(passport.preprocess, 3)
+    quantize(source, demo_workspace.calibration(cards.DEMO), graph, samples, config)
+    with pytest.raises(BuildError, match="1 8-bit products, such as patch_embed/Conv") as caught:
+        build_engine(graph, engine, ONE_GPU)
+    assert "--exclude 'patch_embed'" in caught.value.hint
+    assert not engine.exists()
 
 
 @pytest.mark.parametrize(
