@@ -17,7 +17,7 @@ _ROOT = Path(__file__).parents[2]
 
 
 def default_of(config: str, field: str) -> Any:
-    """The default of a field: ``default_of("calibration.plan.PlanConfig", "smooth")`` is True.
+    """The default of a field: ``default_of("calibration.scheme.SchemeConfig", "smooth")`` is True.
 
     Raises:
         LookupError: there is no such module, class or field, or the default is not a literal.

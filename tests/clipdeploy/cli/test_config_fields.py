@@ -31,7 +31,7 @@ CHOICES = [
     ("clipdeploy.imaging.layouts.Labelling", "layout"),
     ("clipdeploy.imaging.layouts.Labelling", "first_class"),
     ("clipdeploy.tuning.search.SearchConfig", "cost"),
-    ("calibration.plan.PlanConfig", "range_method"),
+    ("calibration.scheme.SchemeConfig", "range_method"),
 ]
 
 
