@@ -27,7 +27,9 @@ def test_a_recipe_loads_as_it_was_saved(path: Path) -> None:
 def test_the_scheme_is_stored_under_the_key_of_earlier_versions(path: Path) -> None:
     stored = json.loads(path.read_text())
     assert list(stored) == ["model", "weights", "config", "found", "schema"]
-    assert list(stored["config"]) == ["exclude", "remainder", "plan", "scope", "min_sqnr"]
+    assert list(stored["config"]) == [
+        *("exclude", "remainder", "plan", "scope", "min_sqnr", "weight_scales")
+    ]
     assert stored["config"]["plan"]["range_method"] == "mse"
 
 

@@ -98,8 +98,8 @@ def test_one_that_runs_is_enough(artifacts: Path) -> None:
     [
         (("--batch", "1,x"), 2, "'1,x'"),
         (("--batch", "0"), 2, "batches of [0]"),
-        (("--seconds", "0"), 2, "0.0 seconds"),
-        (("--rounds", "0"), 2, "0 rounds"),
+        (("--seconds", "0"), 2, "invalid value 0.0 for --seconds"),
+        (("--rounds", "0"), 2, "invalid value 0 for --rounds"),
         (("--output", "speed.pdf"), 2, "speed.pdf"),
         (("x.onnx", "--model", "demo"), 2, "leave out --model"),
         (("notes.txt",), 2, "neither .onnx nor .engine"),

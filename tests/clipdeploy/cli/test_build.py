@@ -318,11 +318,12 @@ def test_a_linear_that_silently_left_int8_is_told(artifacts: Path) -> None:
     model = onnx.load(graph)
     for node in model.graph.node:
         if node.name == "blocks.3.mlp.fc1/weight_DQ":
-            node.attribute[0].i = 0
+            del node.attribute[:]
+            node.attribute.append(onnx.helper.make_attribute("axis", 0))
             scale = next(w for w in model.graph.initializer if w.name == node.input[1])
             weight = next(w for w in model.graph.initializer if w.name == node.input[0])
             scale.raw_data = np.full(weight.dims[0], 0.01, np.float16).tobytes()
-            scale.dims[0] = weight.dims[0]
+            scale.dims[:] = [weight.dims[0]]
     spoilt = artifacts / "spoilt.onnx"
     onnx.save(model, spoilt)
     passport = build_engine(spoilt, artifacts / "spoilt.engine").passport

@@ -96,7 +96,7 @@ def test_an_engine_that_did_not_run_is_no_pass(artifacts: Path) -> None:
     result = run("verify", "--data", TEST, "--images", "20", "--workspace", artifacts)
     assert result.exit_code == 3
     assert "fp16 engine" in result.stdout
-    assert "fp16.onnx was scored in its place" in " ".join(result.stdout.split())
+    assert "fp16.onnx was scored instead" in " ".join(result.stdout.split())
 
 
 def test_an_undecided_verdict_exits_with_three(artifacts: Path) -> None:

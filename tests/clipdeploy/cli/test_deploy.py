@@ -102,7 +102,7 @@ def test_a_setting_calibrates_int8_alone(
         (("--checkpoint", "x.pth", "--random-init", "1"), 2, "exclude each other"),
         (("--recipe", "x.json", "--no-smooth"), 2, "a recipe contains all"),
         (("--triton", "/proc/clipdeploy"), 1, "cannot write /proc/clipdeploy"),
-        (("--max-drop", "-1"), 2, "--max-drop is 0 to 100"),
+        (("--max-drop", "-1"), 2, "for --max-drop (use a number from 0 to 100)"),
     ],
 )
 def test_bad_options(more: tuple[str, ...], code: int, said: str, artifacts: Path) -> None:

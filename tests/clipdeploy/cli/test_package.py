@@ -73,7 +73,7 @@ def test_a_program_is_written_with_the_commands_that_build_it(
         ((), 2, "package takes either --triton DIR or --cpp DIR"),
         (("--triton", "a", "--cpp", "b"), 2, "either --triton DIR or --cpp DIR"),
         (("--triton", "models", "--name", "a/b"), 2, "'a/b' is not a valid"),
-        (("--triton", "models", "--max-batch", "0"), 2, "--max-batch 0 is too small"),
+        (("--triton", "models", "--max-batch", "0"), 2, "invalid value 0 for --max-batch"),
         (("--cpp", "c", "--name", "digits"), 2, "--name belongs to --triton"),
         (("--cpp", "c", "--queue-delay", "1"), 2, "--queue-delay belongs to --triton"),
         (("notes.txt", "--triton", "models"), 2, "neither .onnx nor .engine"),

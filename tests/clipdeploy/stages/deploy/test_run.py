@@ -176,7 +176,7 @@ def test_an_engine_that_did_not_run_is_not_packaged(workspace: Workspace) -> Non
     assert not workspace.triton(cards.DEMO).exists()
     (engine,) = (row for row in result.verification.rows if row.kind == "engine")
     assert engine.verdict == "not executed"
-    assert "int8.onnx was scored in its place" in engine.reason
+    assert "int8.onnx was scored instead" in engine.reason
     assert any("int8 engine, not executed" in point for point in result.open_points)
 
 
