@@ -86,7 +86,7 @@ def test_shards_of_an_artifact_that_was_replaced_since(artifacts: Path) -> None:
     ruin(graph(artifacts))
     refused(merge(artifacts, "--max-drop", "6"), 1, "fp32.onnx has been replaced since")
     graph(artifacts).unlink()
-    refused(merge(artifacts, "--max-drop", "6"), 1, "fp32.onnx is not there")
+    refused(merge(artifacts, "--max-drop", "6"), 1, "fp32.onnx is missing")
     graph(artifacts).write_bytes(before)
     assert good(merge(artifacts, "--max-drop", "6", "--json"))
 

@@ -76,8 +76,8 @@ def _scales_along_the_input(source: Path, name: str, target: Path) -> Path:
     model = onnx.load(source)
     weights = {weight.name: weight for weight in model.graph.initializer}
     (dq,) = [node for node in model.graph.node if node.name == f"{name}/weight_DQ"]
-    (axis,) = [attribute for attribute in dq.attribute if attribute.name == "axis"]
-    axis.i = 0
+    del dq.attribute[:]
+    dq.attribute.append(onnx.helper.make_attribute("axis", 0))
     channels = weights[dq.input[0]].dims[0]
     scale = numpy_helper.to_array(weights[dq.input[1]])
     flat = np.full(channels, scale.mean(), scale.dtype)

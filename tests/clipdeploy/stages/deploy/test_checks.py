@@ -74,7 +74,7 @@ def no_recipe(tmp_path: Path) -> DeployConfig:
         (
             one_shared,
             DatasetError,
-            ("would be calibrated on: 4/under_another_name.png", "cannot judge"),
+            ("would be calibrated on: 4/under_another_name.png", "remove them from"),
         ),
         (one_broken, DatasetError, ("3/broken.png", "--skip-unreadable")),
         (file_in_the_way, FileError, ("models", "is a file, not a folder")),
@@ -105,7 +105,7 @@ def test_images_without_labels_are_refused_before_the_calibration(
         shutil.copy(image, flat / f"{image.parent.name}_{image.name}")
     workspace.calibration(cards.DEMO).unlink()
     for asked, said in (
-        ("auto", "no labels were found"),
+        ("auto", "no labels found"),
         ("none", "have a label, which a verdict needs"),
     ):
         scope = VerifyScope(labelling=Labelling(layout=asked))  # type: ignore[arg-type]
