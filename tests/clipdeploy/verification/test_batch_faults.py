@@ -202,7 +202,7 @@ def test_batches_spoilt_by_their_images(name: str, bench: Bench, judged: dict[st
         # Nine batches of 16 and a few more cannot exclude that; the row states it.
         assert row.repeats is not None
         assert row.repeats.excluded_large > 100 * share
-        assert f"{row.repeats.excluded_large:.2g} % of those for 16 images" in row.repeats.sentence
+        assert f"{row.repeats.excluded_large:.2g} % of those with 16 images" in row.repeats.sentence
         return
     never_silent(row, judged["sound fp32"], drop)
 

@@ -164,7 +164,7 @@ def test_images_that_are_there_twice_are_told(made: Make, one: One) -> None:
     result = judge_results(made([one(0), one(1), twin], problems=("odd",)), 1.0)
     assert result.problems == (
         "odd",
-        "1 images have the bytes of another one: 9/twin.png is 0/0.png",
+        "1 images have the same bytes as another one: 9/twin.png is 0/0.png",
         "1 images have the same pixels as another one and are counted once",
     )
 
