@@ -26,9 +26,8 @@ def command_line(main: click.Command) -> dict[str, Any]:
 
 
 def _entry(command: click.Command) -> dict[str, Any]:
-    # With the names that the program gives to --help.
-    context = click.Context(command, help_option_names=["-h", "--help"])
-    parameters = command.get_params(context)
+    # Without --help: click makes that option for the first context that asks and keeps it.
+    parameters = command.params
     entry: dict[str, Any] = {"hidden": True} if command.hidden else {}
     if isinstance(command, DefaultGroup):
         entry["default command"] = command.default

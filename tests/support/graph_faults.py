@@ -20,6 +20,7 @@ __all__ = [
     "FP16_FAULTS",
     "FP32_FAULTS",
     "INT8_FAULTS",
+    "RATIO_FAULTS",
     "REGRESSED",
     "Edit",
     "read",
@@ -262,6 +263,18 @@ FP16_FAULTS: dict[str, tuple[Edit, float]] = {
 }
 
 _FC1 = "blocks.2.mlp.fc1"
+# In the ratio form of the weight scales; all others are in the channel form.
+RATIO_FAULTS: dict[str, tuple[Edit, float]] = {
+    "ratios of the weight scales rolled by a channel": (
+        _change(f"{_FC1}.weight_ratio/fp16", lambda ratio: np.roll(ratio, 1)),
+        38,
+    ),
+    "no ratios of the weight scales": (_change(f"{_FC1}.weight_ratio/fp16", np.ones_like), 38),
+    "the common weight scale doubled": (
+        _change(f"{_FC1}.weight/scale/fp16", lambda scale: scale * 2),
+        30,
+    ),
+}
 INT8_FAULTS: dict[str, tuple[Edit, float]] = {
     "an activation scale halved": (_change(f"{_FC1}.input_scale/fp16", lambda s: s / 2), 36),
     "all activation scales doubled": (_all_activations(2), 38),

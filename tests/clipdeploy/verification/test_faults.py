@@ -6,6 +6,7 @@ artifact and reference their interval ends at 2.9 points, so that 3 are allowed.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import onnx
 import pytest
 from broken_runners import RUN_FAULTS, BrokenRunner
 from cut_graphs import Remembered
-from graph_faults import FP16_FAULTS, FP32_FAULTS, INT8_FAULTS, REGRESSED
+from graph_faults import FP16_FAULTS, FP32_FAULTS, INT8_FAULTS, RATIO_FAULTS, REGRESSED
 from harmless_changes import FP32_CHANGES, INT8_CHANGES
 from harmless_rewrites import MORE_FP16_CHANGES, MORE_FP32_CHANGES, MORE_INT8_CHANGES
 from numpy.typing import NDArray
@@ -29,6 +30,7 @@ from clipdeploy.models import cards
 from clipdeploy.models.load import LoadedModel
 from clipdeploy.runners import Runner
 from clipdeploy.runners.base import Closing
+from clipdeploy.stages.quantize import quantize_model
 from clipdeploy.verification import verifier
 from clipdeploy.verification.metrics import Fidelity
 from clipdeploy.verification.result import Row, Verification
@@ -36,7 +38,7 @@ from clipdeploy.verification.results import ArtifactEntry
 from clipdeploy.verification.targets import Target, named_targets, open_target
 from clipdeploy.verification.verdicts import judge_results
 from clipdeploy.verification.verifier import VerifyConfig, run_verification
-from clipdeploy.workspace.folder import Workspace
+from clipdeploy.workspace.folder import PRECISIONS, Workspace
 from exporters.graphs import load_graph, save_graph
 from exporters.headers import read_passport
 from exporters.precision import Fp16Config, half_precision, io_passport
@@ -51,6 +53,7 @@ GRAPH_FAULTS = {
         ("fp32", FP32_FAULTS),
         ("fp16", FP16_FAULTS | MORE_FP16_FAULTS),
         ("int8", INT8_FAULTS | MORE_INT8_FAULTS),
+        ("int8 in ratio form", RATIO_FAULTS),
     )
     for name, (edit, shown) in faults.items()
 }
@@ -79,7 +82,7 @@ INNER_PREPROCESSING: dict[str, tuple[Callable[[Preprocess], Preprocess], float]]
     ),
 }
 # The SQNR of a correct graph of each precision here; rounding limits float16 and below.
-SOUND_DB = {"fp32": 120.0, "fp16": 60.0, "int8": 39.0}
+SOUND_DB = {"fp32": 120.0, "fp16": 60.0, "int8": 39.0, "int8 in ratio form": 39.0}
 HARMLESS_DB = {"fp32": 115.0, "fp16": 55.0, "int8": 39.0}
 
 
@@ -121,8 +124,18 @@ def halves_at_both_ends(source: Path, path: Path) -> Path:
     return save_graph(model, path, passport).path
 
 
-def faulty(workspace: Workspace, folder: Path) -> Iterator[tuple[str, Target]]:
-    graphs = {precision: workspace.graph(cards.DEMO, precision) for precision in SOUND_DB}
+def both_forms(workspace: Workspace, folder: Path) -> tuple[Workspace, Path]:
+    """A workspace whose INT8 graph is in the channel form, and the graph in the ratio form."""
+    channel, ratio = Workspace(folder / "channel"), Workspace(folder / "ratio")
+    for made, backend in ((channel, "tensorrt"), (ratio, "tensorrt-rtx")):
+        shutil.copytree(workspace.folder(cards.DEMO), made.folder(cards.DEMO))
+        quantize_model(made, cards.DEMO, backend=backend)  # type: ignore[arg-type]
+    return channel, ratio.graph(cards.DEMO, "int8")
+
+
+def faulty(workspace: Workspace, ratio: Path, folder: Path) -> Iterator[tuple[str, Target]]:
+    graphs = {precision: workspace.graph(cards.DEMO, precision) for precision in PRECISIONS}
+    graphs["int8 in ratio form"] = ratio
     for precision, graph in graphs.items():
         yield f"sound {precision}", target(graph)
     for number, (name, (precision, edit, _)) in enumerate(GRAPH_FAULTS.items()):
@@ -162,6 +175,7 @@ BY_BATCH = {
     "sound fp32",
     "sound fp16",
     "sound int8",
+    "sound int8 in ratio form",
     "a fixed batch",
     "LayerNorm written out",
     "softmax written out",
@@ -196,7 +210,8 @@ def judged(
 ) -> dict[str, Row]:
     """Every graph and runner of this file, judged in one run."""
     folder = tmp_path_factory.mktemp("faults")
-    named = [*faulty(demo_workspace, folder), *harmless(demo_workspace, folder)]
+    channel, ratio = both_forms(demo_workspace, folder)
+    named = [*faulty(channel, ratio, folder), *harmless(channel, folder)]
     assert len({name for name, _ in named}) == len(named)
     sound, entry = open_target(named[0][1])
     assert sound is not None
