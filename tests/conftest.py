@@ -37,6 +37,8 @@ def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No test reaches a server by mistake, none has the user's settings or touches the cache."""
     for setting in SETTINGS:
         monkeypatch.delenv(setting.variable, raising=False)
+    # Set in the processes of pytest-xdist: it would limit the lines of what commands print.
+    monkeypatch.delenv("COLUMNS", raising=False)
     monkeypatch.setenv("CLIPDEPLOY_CONFIG", os.devnull)
     monkeypatch.setenv("CLIPDEPLOY_OFFLINE", "1")
     monkeypatch.setenv("CLIPDEPLOY_HOME", str(tmp_path / "home"))

@@ -94,11 +94,11 @@ def show(shown: RenderableType) -> None:
     from clipdeploy.core.console import PlainConsole
 
     console = PlainConsole()
+    # Not cropped: text that must not wrap, such as a command or path, may be wider than the lines.
     if console.is_terminal:
-        # Not cropped: text that must not wrap, such as a command, may be wider than the terminal.
         console.print(shown, crop=False)
         return
     text = io.StringIO()
     wide = None if os.environ.get("COLUMNS") else _ENDLESS
-    PlainConsole(file=text, width=wide).print(shown)
+    PlainConsole(file=text, width=wide).print(shown, crop=False)
     click.echo("\n".join(line.rstrip() for line in text.getvalue().splitlines()))

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from calibration.scheme import SchemeConfig
-from clipdeploy.cli.text import wrapped
+from clipdeploy.cli.text import show, wrapped
 from clipdeploy.models import cards
 from clipdeploy.tuning.bisection import BlockError, Measurement, PartError
 from clipdeploy.tuning.cost import CostModel
@@ -136,3 +137,14 @@ def test_a_table_that_loses_something_is_noticed() -> None:
 )
 def test_words_are_wrapped_and_never_cut(text: str, lines: list[str]) -> None:
     assert wrapped(text, 20).split("\n") == lines
+
+
+def test_a_line_that_must_not_wrap_is_whole_in_a_narrow_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    path = "artifacts/" + "x" * 100 + "/deployment.html"
+    show(Group(Text("many words that may wrap"), Text(path, no_wrap=True, overflow="ignore")))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == path
+    assert max(map(len, lines[:-1])) <= 20
