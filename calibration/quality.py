@@ -7,7 +7,7 @@ blank or dim images fit only those: the SQNR on clipdeploy's sample images and t
 the calibration images detect that.
 
 At 0 dB the error is as large as the logits and answers are random.  On the demo model with the
-outliers of real ViTs, plain min-max costs 7.2 points of top-1 at 5.4 dB and 3.6 points at 7.1 dB;
+outliers of real ViTs, plain min-max costs 6.2 points of top-1 at 5.5 dB and 3.0 points at 7.2 dB;
 36 dB cost none (``scripts/bench/outliers.py``).
 """
 
