@@ -102,6 +102,10 @@ def test_a_searched_graph_stays_searched_in_the_other_form(
     for backend in ("tensorrt", "tensorrt-rtx"):
         quantize_model(workspace, cards.DEMO, config, backend=backend)  # type: ignore[arg-type]
         assert chosen_config(workspace, cards.DEMO) == config
+        # The command that `build-engine` prints for the wrong form keeps the search's choice.
+        asked = QuantizeConfig(weight_scales="ratio")
+        found = chosen_config(workspace, cards.DEMO, asked)
+        assert found == replace(config, weight_scales="ratio")
     quantize_model(workspace, cards.DEMO)
     assert chosen_config(workspace, cards.DEMO) == QuantizeConfig()
 
