@@ -306,8 +306,8 @@ def build_engine(
     if precision == "int8":
         note_quality(context, model_quality(context.workspace, name))
     made = artifact.passport
-    for fallback in made.fallbacks:
-        context.note(f"not compiled as requested: {fallback}")
+    for remark in made.remarks:
+        context.note(remark)
     emit(
         context,
         artifact,

@@ -265,9 +265,18 @@ def load_settings() -> Settings:
 
 
 def _given_variable(setting: Setting) -> str:
-    """The variable that gives a setting, the present one before the former one; "" if none does."""
-    names = (setting.variable, setting.old_variable)
-    return next((name for name in names if name and os.environ.get(name)), "")
+    """The variable that gives a setting, by its present or its former name; "" if none does.
+
+    Raises:
+        UsageError: both names are set, to different values.
+    """
+    names = [n for n in (setting.variable, setting.old_variable) if n and os.environ.get(n)]
+    if len({os.environ[name] for name in names}) > 1:
+        raise UsageError(
+            f"{names[1]} and {names[0]} are the same setting",
+            hint=f"unset {names[1]}, the former name",
+        )
+    return names[0] if names else ""
 
 
 def _config_file() -> Path | None:

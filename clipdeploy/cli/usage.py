@@ -2,18 +2,19 @@
 
 It is an error to give an option that the chosen mode does not use, or two options that exclude each
 other.  Values from a settings file, the environment or a default never conflict.  If the same
-option is given twice, the last value counts.
+option is given twice, the last value counts; under two names it is an error.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
-from clipdeploy.cli.options import FormerName, long_name, note_former_name
+from clipdeploy.cli.options import FormerName, Option, long_name, note_former_name
 from clipdeploy.core.errors import UsageError
 
 __all__ = [
@@ -114,7 +115,9 @@ class _CheckedOptions:
         assert isinstance(self, click.Command)
         if not ctx.resilient_parsing:
             _, _, order = self.make_parser(ctx).parse_args(list(args))
-            _refuse_two_of_a_choice(ctx, [_present(ctx, param) for param in order])
+            params = [_present(ctx, param) for param in order]
+            _refuse_two_of_a_choice(ctx, params)
+            _refuse_two_names(ctx, params, args)
         parsed: list[str] = super().parse_args(ctx, args)  # type: ignore[misc]
         return parsed
 
@@ -124,6 +127,22 @@ def _present(ctx: click.Context, param: click.Parameter | FormerName) -> click.P
         note_former_name(ctx, param)
         return param.option
     return param
+
+
+def _refuse_two_names(
+    ctx: click.Context, params: Iterable[click.Parameter], args: Sequence[str]
+) -> None:
+    """Refuse ``--data A --val-data B``: one option under two names, of which one would be lost."""
+    options = itertools.takewhile(lambda arg: arg != "--", args)
+    typed = list(dict.fromkeys(arg.partition("=")[0] for arg in options))
+    for param in params:
+        if not isinstance(param, Option) or param.multiple:
+            continue
+        known = {*param.opts, *(old for old, new in param.formerly.items() if new in param.opts)}
+        if len(names := [name for name in typed if name in known]) > 1:
+            raise click.UsageError(
+                f"{names[0]} and {names[1]} are the same option: pass one of them", ctx
+            )
 
 
 def _refuse_two_of_a_choice(ctx: click.Context, order: Iterable[click.Parameter]) -> None:

@@ -229,6 +229,20 @@ def test_a_wrong_variable_ends_a_command_in_one_line(
     refused(run("zoo", "list"), 2, variable, said)
 
 
+def test_one_setting_under_two_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for setting in SETTINGS:
+        if not setting.old_variable:
+            continue
+        with monkeypatch.context() as patch:
+            patch.setenv(setting.variable, str(setting.example))
+            patch.setenv(setting.old_variable, f"{setting.example}0")
+            said = f"{setting.old_variable} and {setting.variable} are the same setting"
+            refused(run("zoo", "list"), 2, setting.variable, said)
+            # Set to the same value, as for an older version as well.
+            patch.setenv(setting.old_variable, str(setting.example))
+            assert run("zoo", "list").exit_code == 0
+
+
 @pytest.mark.parametrize("text", ["1", "true", "YES", "on"])
 @pytest.mark.parametrize("no", ["0", "False", "no", "off"])
 def test_words_for_a_flag(text: str, no: str, monkeypatch: pytest.MonkeyPatch) -> None:

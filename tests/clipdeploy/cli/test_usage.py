@@ -184,3 +184,27 @@ def test_the_options_of_int8_are_those_of_quantize() -> None:
     assert isinstance(quantize, click.Command)
     shared = {"model", "cpu", "force", "workspace", "as_json", "quiet", "debug"}
     assert {param.name for param in quantize.params} - shared == set(recipe_names())
+
+
+@pytest.mark.parametrize(
+    ("words", "pair"),
+    [
+        ("verify --data a --val-data b", "--data and --val-data"),
+        ("verify --val-data=a --data=a", "--val-data and --data"),
+        ("verify --data a --limit 8 --images 16", "--limit and --images"),
+        ("calibrate --data a --calibration-data b", "--data and --calibration-data"),
+        ("deploy --val a --val-data b", "--val and --val-data"),
+        ("benchmark --provider cpu --device cuda", "--provider and --device"),
+        ("bisect --data a -o b.svg --output c.svg", "-o and --output"),
+    ],
+)
+def test_one_option_under_two_names_is_refused(words: str, pair: str, cwd: Path) -> None:
+    result = run(*words.split())
+    assert result.exit_code == 2, result.output
+    assert f"{pair} are the same option" in result.stderr
+    assert list(cwd.iterdir()) == []
+
+
+def test_several_outputs_may_have_several_names(cwd: Path) -> None:
+    result = run("verify", "--data", "none", "--report", "a.html", "-o", "b.md", "--output", "c.md")
+    assert "are the same option" not in result.stderr
