@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,13 @@ from clipdeploy.engines.passport import (
     read_engine_passport,
     save_engine_passport,
 )
-from clipdeploy.engines.plan_text import PlanKernel, kernels_by_block, overflowing, read_kernels
+from clipdeploy.engines.plan_text import (
+    PlanKernel,
+    checked_products,
+    kernels_by_block,
+    overflowing,
+    read_programs,
+)
 from clipdeploy.engines.plan_writer import PlanFile
 from exporters.blocks import BlockPrecision
 from exporters.headers import read_passport, read_skeleton
@@ -75,7 +82,7 @@ class EngineArtifact(Shown):
             ("batches", "; ".join(profiles)),
             ("made", "now" if self.changed else "before; nothing has changed since"),
         ]
-        return facts([*rows, *(("NOT AS ASKED", text) for text in made.fallbacks)])
+        return facts([*rows, *(("remark", text) for text in made.remarks)])
 
 
 def _unchanged(engine: Path, draft: EnginePassport) -> EnginePassport | None:
@@ -176,8 +183,8 @@ def build_engine(
             # This runs while the plan is synced to the disk.
             compiled = pool.submit(_compiled_precision, log)
             plan_hash = plan.sha256()
-            kernels = plan.read(read_kernels)
-            _check_sums(graph, kernels)
+            programs = plan.read(read_programs)
+            _check_sums(graph, programs)
         seconds = time.perf_counter() - started
         hashes = replace(
             draft.hashes,
@@ -192,33 +199,34 @@ def build_engine(
         build_seconds=round(seconds, 3),
         asked=asked.result(),
         compiled=compiled.result(),
-        kernels=kernels_by_block(kernels),
+        kernels=kernels_by_block(programs[0] if programs else ()),
+        checked_products=min(map(checked_products, programs), default=0),
     )
     save_engine_passport(made, engine)
     return EngineArtifact(engine, made, changed=True)
 
 
 def _check_scales(graph: Path, passport: Passport, backend: Backend) -> None:
-    """Refuse an INT8 graph whose weight scales have the form for the other flavour.
+    """Refuse an INT8 graph whose weight scales have the form for the other backend.
 
     Raises:
         BuildError: it names the command that writes the right one.
     """
-    found, wanted = passport.settings.get("weight_scales", "channel"), scale_form(backend)
-    if passport.precision == "int8" and found != wanted:
+    form, needed = passport.settings.get("weight_scales", "channel"), scale_form(backend)
+    if passport.precision == "int8" and form != needed:
         raise BuildError(
-            f"{graph} has weight scales in {found} form, {backend} needs the {wanted} form",
-            hint=f"clipdeploy quantize --model {passport.model} --weight-scales {wanted}",
+            f"{graph} has weight scales in {form} form, {backend} needs the {needed} form",
+            hint=f"clipdeploy quantize --model {passport.model} --weight-scales {needed}",
         )
 
 
-def _check_sums(graph: Path, kernels: tuple[PlanKernel, ...]) -> None:
+def _check_sums(graph: Path, programs: tuple[tuple[PlanKernel, ...], ...]) -> None:
     """Refuse a plan whose 8-bit products overflow.
 
     Raises:
         BuildError: it names the first such product.
     """
-    if found := overflowing(kernels):
+    if found := overflowing(chain.from_iterable(programs)):
         name = found[0].rpartition("/")[0]
         raise BuildError(
             f"the engine of {graph} would overflow: {len(found)} 8-bit products, such as "

@@ -94,7 +94,9 @@ class EnginePassport:
     compatibility level beyond them.  ``gpu`` and ``driver`` are None if the engine was built
     without a GPU.  ``asked`` lists the precisions that the graph requests, per block; ``compiled``
     those in the build log, None if it lists no layers.  ``kernels`` counts the kernels of each
-    block in the plan; it is empty if the plan does not list them.
+    block in the plan for its first profile; it is empty if the plan does not list them.
+    ``checked_products`` is the number of INT8 products with a weight that were found in the plan
+    and do not overflow.
     """
 
     graph: Passport
@@ -114,6 +116,7 @@ class EnginePassport:
     asked: tuple[BlockPrecision, ...] = ()
     compiled: ExecutedPrecision | None = None
     kernels: dict[str, int] = field(default_factory=dict)
+    checked_products: int = 0
     versions: dict[str, str] = field(default_factory=dict)
     schema: int = ENGINE_SCHEMA
 
@@ -151,6 +154,25 @@ class EnginePassport:
     def fallbacks(self) -> tuple[str, ...]:
         """The blocks that were not compiled in the requested precision, one sentence each."""
         return differences(self.asked, self.compiled) if self.compiled else ()
+
+    @property
+    def unchecked(self) -> tuple[str, ...]:
+        """A sentence if INT8 products could not be checked for overflow, else nothing.
+
+        Only TensorRT-RTX needs the check, see :mod:`clipdeploy.engines.plan_text`.
+        """
+        compiled = self.compiled.blocks if self.compiled else self.asked
+        products = sum(block.gemms.get("int8", 0) for block in compiled)
+        if self.backend != "tensorrt-rtx" or self.checked_products >= products:
+            return ()
+        found = f"{self.checked_products} of {products}"
+        return (f"only {found} INT8 products were checked for overflow in float16",)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What differs from the request, and what was not checked, one sentence each."""
+        fallbacks = (f"not compiled as requested: {text}" for text in self.fallbacks)
+        return (*fallbacks, *self.unchecked)
 
     @property
     def rebuild(self) -> str:

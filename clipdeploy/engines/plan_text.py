@@ -20,13 +20,19 @@ import mmap
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
 
 from exporters.blocks import block_of
 
-__all__ = ["PlanKernel", "kernels_by_block", "overflowing", "read_kernels"]
+__all__ = [
+    "PlanKernel",
+    "checked_products",
+    "kernels_by_block",
+    "overflowing",
+    "read_programs",
+]
 
 _MAIN = b"main {"
 _ENTRY = re.compile(rb"(\w+)=\{|[{}]")
@@ -42,6 +48,8 @@ _LIST = {key: re.compile(rb"\b" + key + rb"=\{([^{}]*)\}") for key in (b"input",
 _QUOTED = re.compile(rb'"([^"]*)"')
 _ALPHA = re.compile(rb"\balpha=([0-9A-F]{8})")
 _FROM_OPERAND = b"scalar_alpha_from_opnd=true"
+# Products of two activations have no scales of weights.
+_ATTENTION = re.compile(r"blocks\.\d+\.attn/")
 _EIGHT_BITS = ("int8", "fp8", "f8")
 
 
@@ -60,15 +68,16 @@ class PlanKernel:
     alpha: float | None = None
 
 
-def read_kernels(plan: BinaryIO) -> tuple[PlanKernel, ...]:
-    """The kernels of a plan, in order; none if it contains no such text.
+def read_programs(plan: BinaryIO) -> tuple[tuple[PlanKernel, ...], ...]:
+    """The kernels of a plan, in order, for each of its profiles; () if it has no such text.
 
-    A plan for several GPUs has the network once for each of them: all are returned.
+    One program serves all GPUs that the plan is built for.
     """
     if plan.seek(0, 2) == 0:
         return ()
     with mmap.mmap(plan.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return tuple(kernel for text in _texts(data) for kernel in _program(text))
+        programs = (tuple(_program(text)) for text in _texts(data))
+        return tuple(program for program in programs if program)
 
 
 def _texts(data: mmap.mmap) -> Iterator[bytes]:
@@ -129,21 +138,31 @@ def _kernel(kind: bytes, text: bytes, types: Mapping[bytes, str]) -> PlanKernel:
     )
 
 
-def overflowing(kernels: tuple[PlanKernel, ...]) -> tuple[str, ...]:
+def _is_8_bit(kernel: PlanKernel) -> bool:
+    return bool(kernel.operands) and all(k.startswith(_EIGHT_BITS) for k in kernel.operands)
+
+
+def overflowing(kernels: Iterable[PlanKernel]) -> tuple[str, ...]:
     """The graph's nodes whose 8-bit products write their raw sums as float16."""
     return tuple(
         dict.fromkeys(
             kernel.layers[0]
             for kernel in kernels
-            if kernel.layers
+            if _is_8_bit(kernel)
+            and kernel.layers
             and kernel.output == "half"
             and kernel.alpha == 1.0
-            and all(kind.startswith(_EIGHT_BITS) for kind in kernel.operands)
         )
     )
 
 
-def kernels_by_block(kernels: tuple[PlanKernel, ...]) -> dict[str, int]:
+def checked_products(kernels: Iterable[PlanKernel]) -> int:
+    """How many 8-bit products with a weight :func:`overflowing` could look at."""
+    layers = {k.layers[0] for k in kernels if _is_8_bit(k) and k.layers and k.output}
+    return sum(1 for name in layers if not _ATTENTION.match(name))
+
+
+def kernels_by_block(kernels: Iterable[PlanKernel]) -> dict[str, int]:
     """How many kernels belong to each block; one of several blocks counts for the last."""
     counts: Counter[str] = Counter()
     for kernel in kernels:

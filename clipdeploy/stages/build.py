@@ -53,7 +53,7 @@ def build_model(
         ClipdeployError: see :mod:`clipdeploy.core.errors`.
     """
     data = as_path(data)
-    _refuse_unused(precision, data, calibrate, fp16, quantize)
+    _refuse_unused(precision, config, data, calibrate, fp16, quantize)
     workspace.source(model)
     if precision == "int8":
         quantize = chosen_config(workspace, model, quantize, force=force, note=note)
@@ -84,19 +84,20 @@ def build_model(
 
 def _refuse_unused(
     precision: Precision,
+    config: BuildConfig,
     data: Path | None,
     calibrate: CalibrateConfig,
     fp16: Fp16Config,
     quantize: QuantizeConfig,
 ) -> None:
-    """Refuse arguments that would have no effect, and a remainder that no engine is built from.
+    """Refuse arguments that would have no effect, and INT8 that ``config`` cannot build.
 
     Raises:
         UsageError: it names the first one.
     """
     if precision != "int8":
         refuse_int8_only({"data": data is not None, "quantize": quantize != QuantizeConfig()})
-    refuse_unbuildable(quantize)
+    refuse_unbuildable(quantize, config.backend)
     if data is None and calibrate != CalibrateConfig():
         raise UsageError("calibrate belongs to data", hint="leave it out, or pass images")
     if precision != "fp16" and fp16 != Fp16Config():

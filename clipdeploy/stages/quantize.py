@@ -135,16 +135,22 @@ def recipe_config(workspace: Workspace, model: str, path: StrPath) -> QuantizeCo
     return recipe.config
 
 
-def refuse_unbuildable(config: QuantizeConfig) -> None:
-    """Refuse a configuration whose INT8 graph is only for ONNX Runtime on a CPU.
+def refuse_unbuildable(config: QuantizeConfig, backend: BackendOption = "auto") -> None:
+    """Refuse a configuration whose INT8 graph ``backend`` does not build, before it is made.
 
     Raises:
-        UsageError: the remainder is not FP16.
+        UsageError: the remainder is not FP16, or the weight scales have another backend's form.
     """
     if config.remainder != "fp16":
         raise UsageError(
             f"no engine is built from INT8 with the rest in {config.remainder}",
             hint="leave the remainder at fp16; fp32 is for graphs on a CPU",
+        )
+    needed = with_scale_form(replace(config, weight_scales=None), backend).weight_scales
+    if config.weight_scales not in (None, needed):
+        raise UsageError(
+            f"weight scales in {config.weight_scales} form, but this backend needs {needed}",
+            hint="leave out --weight-scales, or choose another --backend",
         )
 
 

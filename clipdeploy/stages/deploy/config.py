@@ -74,7 +74,7 @@ class DeployConfig:
             chosen = {"--calibration-data": self.calibration, "--recipe": self.quantize_recipe}
             other = {"quantize": self.quantize != QuantizeConfig()}
             refuse_int8_only({name: bool(path) for name, path in chosen.items()} | other)
-        refuse_unbuildable(self.quantize)
+        refuse_unbuildable(self.quantize, self.build.backend)
         if self.quantize_recipe is not None and self.quantize != QuantizeConfig():
             raise UsageError("a recipe file excludes other INT8 options", hint="pass one of them")
         if not self.package and (self.triton or self.cpp):

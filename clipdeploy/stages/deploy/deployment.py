@@ -142,8 +142,8 @@ def _of_the_engines(verification: Verification, engines: Sequence[EngineArtifact
                 f"{engine.path.name} was built but not executed: the verdict is on the graph that "
                 "it was compiled from, run by ONNX Runtime"
             )
-        for fallback in engine.passport.fallbacks:
-            yield f"{engine.path.name} was not compiled as requested: {fallback}"
+        for remark in engine.passport.remarks:
+            yield f"{engine.path.name}: {remark}"
 
 
 def _of_the_images(verification: Verification, calibration_images: int | None) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,9 @@ from rtx_replay import replayed
 
 from calibration.policy import Scope
 from calibration.qdq import QuantizeConfig, quantize
-from clipdeploy.core.display import Shown
 from clipdeploy.core.errors import BuildError
 from clipdeploy.core.passport import ScaleForm
-from clipdeploy.engines import builder
+from clipdeploy.engines import builder, plan_text
 from clipdeploy.engines.backends import scale_form
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.builder import build_engine
@@ -25,7 +25,7 @@ from clipdeploy.engines.plan_text import (
     PlanKernel,
     kernels_by_block,
     overflowing,
-    read_kernels,
+    read_programs,
 )
 from clipdeploy.imaging import iter_crops, open_images
 from clipdeploy.models import cards
@@ -60,7 +60,8 @@ def built(
             quantize(source, demo_workspace.calibration(cards.DEMO), graph, samples, config)
             build_engine(graph, engine, ONE_GPU)
             with engine.open("rb") as plan:
-                made[form] = graph, read_kernels(plan)
+                (made_kernels,) = read_programs(plan)
+            made[form] = graph, made_kernels
     return made
 
 
@@ -151,10 +152,41 @@ def test_the_wrong_form_is_refused_before_the_build(built: Built, tmp_path: Path
     assert scale_form("tensorrt") == "channel"
 
 
-def test_the_passport_counts_the_kernels(built: Built, tmp_path: Path) -> None:
-    made = build_engine(built["ratio"][0], tmp_path / "int8.engine", ONE_GPU)
-    assert made.passport.kernels == kernels_by_block(built["ratio"][1])
-    assert isinstance(made, Shown)
+def test_the_passport_counts_the_kernels_of_one_profile(built: Built, tmp_path: Path) -> None:
+    two = replace(ONE_GPU, profiles=((1, 1, 1), (2, 8, 32)))
+    for config in (ONE_GPU, two):
+        engine = tmp_path / "int8.engine"
+        made = build_engine(built["ratio"][0], engine, config).passport
+        with engine.open("rb") as plan:
+            programs = read_programs(plan)
+        assert len(programs) == len(config.profiles)
+        assert made.kernels == kernels_by_block(programs[0])
+        # TensorRT-RTX may tune a profile of one image differently by some kernels.
+        assert abs(sum(made.kernels.values()) - len(built["ratio"][1])) <= 5
+        assert made.checked_products == len(LINEARS)
+        assert made.remarks == ()
+
+
+def test_one_program_serves_all_targets(built: Built, tmp_path: Path) -> None:
+    made = build_engine(built["ratio"][0], tmp_path / "int8.engine").passport
+    assert len(made.capabilities) > 3
+    assert made.kernels == kernels_by_block(built["ratio"][1])
+
+
+def test_a_check_that_did_not_run_is_reported(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a version of TensorRT-RTX whose plans contain no text, or other words."""
+    graph, engine = built["ratio"][0], tmp_path / "int8.engine"
+    for name, other in (("_MAIN", b"start {"), ("_KERNELS", frozenset((b"function",)))):
+        with monkeypatch.context() as patch:
+            patch.setattr(plan_text, name, other)
+            made = build_engine(graph, engine, ONE_GPU, force=True)
+        (remark,) = made.passport.remarks
+        assert remark.startswith("only 0 of 24 INT8 products were checked for overflow")
+    old = replace(made.passport, compiled=None, checked_products=0)
+    assert old.remarks == made.passport.remarks
+    assert replace(old, backend="tensorrt").remarks == ()
 
 
 def test_other_products_build_in_the_ratio_form(demo_workspace: Workspace, tmp_path: Path) -> None:
@@ -166,7 +198,7 @@ def test_other_products_build_in_the_ratio_form(demo_workspace: Workspace, tmp_p
     quantize(source, demo_workspace.calibration(cards.DEMO), graph, samples, config)
     build_engine(graph, engine, ONE_GPU)
     with engine.open("rb") as plan:
-        kernels = read_kernels(plan)
+        (kernels,) = read_programs(plan)
     assert overflowing(kernels) == ()
     eight = {k.layers[0] for k in kernels if k.operands and set(k.operands) == {"int8"}}
     assert {*LINEARS, "head/Gemm"} <= eight
@@ -193,7 +225,7 @@ def test_a_file_without_such_text_has_no_kernels(content: bytes, tmp_path: Path)
     path = tmp_path / "plan"
     path.write_bytes(content)
     with path.open("rb") as plan:
-        assert read_kernels(plan) == ()
+        assert read_programs(plan) == ()
 
 
 def _kernel(**changes: Any) -> PlanKernel:

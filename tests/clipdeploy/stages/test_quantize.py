@@ -10,10 +10,13 @@ from verify_command import run
 
 from calibration.qdq import QuantizeConfig
 from calibration.recipe import QuantizeRecipe, save_recipe
-from clipdeploy.core.errors import ArtifactError
+from clipdeploy.core.errors import ArtifactError, UsageError
 from clipdeploy.engines import backends
 from clipdeploy.engines.backends import BackendOption, choose_backend, scale_form
+from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.models import cards
+from clipdeploy.stages.build import build_model
+from clipdeploy.stages.deploy.config import DeployConfig
 from clipdeploy.stages.quantize import (
     _judged_images,
     chosen_config,
@@ -163,3 +166,17 @@ def test_a_recipe_of_other_weights_is_refused(calibrated: Workspace, tmp_path: P
     save_recipe(QuantizeRecipe(cards.DEMO, "other", config, {}), tmp_path / "recipe.json")
     with pytest.raises(ArtifactError):
         recipe_config(calibrated, cards.DEMO, tmp_path / "recipe.json")
+
+
+@pytest.mark.parametrize(("form", "backend"), [("channel", "tensorrt-rtx"), ("ratio", "tensorrt")])
+def test_the_wrong_form_is_refused_before_the_graph_is_made(
+    form: Any, backend: Any, calibrated: Workspace
+) -> None:
+    quantize_model(calibrated, cards.DEMO)
+    before = calibrated.graph(cards.DEMO, "int8").read_bytes()
+    wrong = QuantizeConfig(weight_scales=form)
+    with pytest.raises(UsageError, match=f"{form} form, but this backend needs"):
+        build_model(calibrated, cards.DEMO, "int8", BuildConfig(backend), quantize=wrong)
+    with pytest.raises(UsageError, match=f"{form} form, but this backend needs"):
+        DeployConfig(val="x", calibration="y", quantize=wrong, build=BuildConfig(backend))
+    assert calibrated.graph(cards.DEMO, "int8").read_bytes() == before
