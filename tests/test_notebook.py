@@ -50,3 +50,20 @@ def test_every_cell_runs_and_shows_its_result(tmp_path: Path) -> None:
             assert shown is not None
             assert len(shown["image/png"]) > 10_000
     assert (tmp_path / "verdict.html").is_file()
+
+
+BARS = """
+import clipdeploy
+with clipdeploy.ProgressBars().task("load images", 3) as advance:
+    advance(3)
+"""
+HIDDEN = "import sys; sys.modules['ipywidgets'] = None"
+
+
+@pytest.mark.parametrize(("before", "kind"), [("", "widget-view"), (HIDDEN, "text/plain")])
+def test_progress_is_a_bar_with_ipywidgets_and_a_line_without(before: str, kind: str) -> None:
+    cell = nbformat.v4.new_code_cell(before + BARS)
+    NotebookClient(nbformat.v4.new_notebook(cells=[cell]), timeout=120).execute()
+    shown = [one.data for one in cell.outputs]
+    assert any(kind in name for name in shown[0])
+    assert any("load images ..." in data.get("text/plain", "") for data in shown) == bool(before)

@@ -28,7 +28,7 @@ def _in_notebook(console: Console) -> bool:
 class ProgressBars:
     """Progress bars on a terminal and in a notebook; elsewhere one line for each task.
 
-    Bars are drawn on stderr.  A notebook needs ipywidgets for them.
+    A terminal shows them on stderr.  A notebook needs ipywidgets; without it, it shows lines.
 
         clipdeploy.export_model(workspace, model, progress=clipdeploy.ProgressBars())
     """
