@@ -133,5 +133,5 @@ def test_a_former_variable_gives_the_same_setting(
     assert f"{row.old_variable} is now {row.variable}\n" in found.stderr
     assert f"{row.old_variable} is not a setting" not in found.stderr
     assert load_settings().given[row.name].origin == row.old_variable
-    monkeypatch.setenv(row.variable, "0")
+    monkeypatch.setenv(row.variable, "1")
     assert load_settings().given[row.name].origin == row.variable

@@ -150,7 +150,7 @@ def test_errors_are_reported(built: Built, graphs: Graphs, tmp_path: Path) -> No
     for words, code, said in (
         ((), 2, "usage: classify MODEL IMAGES.raw"),
         ((model, tmp_path / "gone.raw"), 1, "cannot read"),
-        ((model, cut), 1, "the images have 36863 bytes, one has 12288"),
+        ((model, cut), 1, "the images have 36863 bytes, one image has 12288"),
         ((garbage, image), 1, "error: ONNX Runtime: "),
         ((tmp_path / "gone.onnx", image), 1, "error: ONNX Runtime: "),
         ((model, image, short), 1, "holds 3 logits, here are 30"),
