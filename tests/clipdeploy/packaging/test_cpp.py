@@ -153,7 +153,7 @@ def test_errors_are_reported(built: Built, graphs: Graphs, tmp_path: Path) -> No
         ((model, cut), 1, "the images have 36863 bytes, one image has 12288"),
         ((garbage, image), 1, "error: ONNX Runtime: "),
         ((tmp_path / "gone.onnx", image), 1, "error: ONNX Runtime: "),
-        ((model, image, short), 1, "holds 3 logits, here are 30"),
+        ((model, image, short), 1, "has 3 logits, the model computed 30"),
         ((model, image, nan), 1, ""),
         ((graphs["batch 4"], one), 1, "the model has a fixed batch of 4 images, the file has 1"),
     ):
