@@ -7,14 +7,9 @@ assumed to be uniform inside it, and intervals end at the channel's exact extrem
 
 an interval remains an interval, so that shifting and smoothing do not read the images again.
 
-Quantising x to step d with 127 levels on each side of zero has, in units u = x / d, the squared
-error
-
-    e(u) = (u - round(u)) ** 2         |u| <= 127.5
-    e(u) = (|u| - 127) ** 2            beyond
-
-With n = round(u) and f = u - n, its integral up to 127.5 is n / 12 + f ** 3 / 3.  The mean error
-over an interval is therefore exact for any step and any width.
+Quantising x with step d has, in units u = x / d, the squared error (q(u) - u) ** 2, where q(u) is
+the nearest number of the format.  :mod:`calibration.formats` integrates it in closed form, so the
+mean error over an interval is exact for any step and any width.
 """
 
 from __future__ import annotations
@@ -25,47 +20,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.formats import INT8, NumberFormat
 from calibration.observers import BINS, ChannelStatistics, bin_edges
 
-__all__ = ["LEVELS", "Density", "Distribution", "mean_error", "squared_error"]
+__all__ = ["Density", "Distribution", "mean_error", "squared_error"]
 
 F64 = NDArray[np.float64]
 
-LEVELS = 127
 # Even one step of the widest useful range spans a dozen of these bins.
 _DENSITY_BINS = 4096
 
 
-def _squared_integral(u: F64) -> F64:
-    """The integral of e from 0 to |u|, with the sign of u."""
-    size = np.abs(u)
-    inside = np.minimum(size, LEVELS + 0.5)
-    nearest = np.rint(inside)
-    integral = nearest / 12 + (inside - nearest) ** 3 / 3
-    over = np.maximum(size - LEVELS, 0.5)
-    integral += (over**3 - 0.125) / 3
-    return np.asarray(np.copysign(integral, u))
-
-
-def squared_error(low: F64, high: F64, step: float | F64) -> F64:
+def squared_error(
+    low: F64, high: F64, step: float | F64, number_format: NumberFormat = INT8
+) -> F64:
     """Mean squared error of values uniform in [low, high] (any shape), quantised to ``step``."""
     a, b = low / step, high / step
-    return np.asarray(step * step * (_squared_integral(b) - _squared_integral(a)) / (b - a))
+    integral = number_format.squared_integral
+    return np.asarray(step * step * (integral(b) - integral(a)) / (b - a))
 
 
-def _error_integral(u: F64) -> F64:
-    """The integral of quantised(u) - u from 0 to |u|, an even function of u."""
-    size = np.abs(u)
-    inside = np.minimum(size, LEVELS + 0.5)
-    fraction = inside - np.rint(inside)
-    over = np.maximum(size - LEVELS, 0.5)
-    return np.asarray(-(fraction**2) / 2 - (over**2 - 0.25) / 2)
-
-
-def mean_error(low: F64, high: F64, step: float) -> F64:
+def mean_error(low: F64, high: F64, step: float, number_format: NumberFormat = INT8) -> F64:
     """Mean of quantised - x over values uniform in [low, high] (any shape)."""
     a, b = low / step, high / step
-    return np.asarray(step * (_error_integral(b) - _error_integral(a)) / (b - a))
+    integral = number_format.error_integral
+    return np.asarray(step * (integral(b) - integral(a)) / (b - a))
 
 
 @dataclass(frozen=True)
@@ -81,15 +60,16 @@ class Density:
         half = len(self.mass) // 2
         return self.mass[half:] + self.mass[:half][::-1]
 
-    def error(self, limit: NDArray[np.floating[Any]]) -> F64:
-        """Weighted squared error with step limit / 127, for each ``limit`` (K,)."""
+    def error(self, limit: NDArray[np.floating[Any]], number_format: NumberFormat = INT8) -> F64:
+        """Weighted squared error if the largest number represents ``limit``, for each of (K,)."""
         mass = self.folded
         edges = np.linspace(0, self.largest, len(mass) + 1)
-        steps = limit.astype(np.float64)[:, None] / LEVELS
-        return np.asarray(squared_error(edges[None, :-1], edges[None, 1:], steps) @ mass)
+        steps = limit.astype(np.float64)[:, None] / number_format.largest
+        found = squared_error(edges[None, :-1], edges[None, 1:], steps, number_format)
+        return np.asarray(found @ mass)
 
     def shifted_error(self, shift: float, step: float) -> float:
-        """Weighted squared error of x' - shift, quantised to ``step``."""
+        """Weighted squared error of x' - shift, quantised to INT8 with ``step``."""
         edges = np.linspace(-self.largest, self.largest, len(self.mass) + 1) - shift
         return float(squared_error(edges[:-1], edges[1:], step) @ self.mass)
 
@@ -157,9 +137,9 @@ class Distribution:
         """E[x' ** 2] of each channel, (C,)."""
         return self._per_channel((self.low**2 + self.low * self.high + self.high**2) / 3)
 
-    def mean_error(self, step: float) -> F64:
+    def mean_error(self, step: float, number_format: NumberFormat = INT8) -> F64:
         """E[quantised - x'] of each channel at ``step``, (C,)."""
-        return self._per_channel(mean_error(self.low, self.high, step))
+        return self._per_channel(mean_error(self.low, self.high, step, number_format))
 
     def density(self, weight: F64 | float = 1.0) -> Density:
         """The density over all channels, weighted by ``weight``, a scalar or (C,)."""

@@ -1,4 +1,4 @@
-"""Selects the nodes to run in INT8 by their role in the block, not by operator type.
+"""Selects the nodes to quantise by their role in the block, not by operator type.
 
 The Linears of the blocks are quantised: ``attn.qkv``, ``attn.proj``, ``mlp.fc1`` and ``mlp.fc2``;
 on request also attention's two products, the patch convolution and the head.  Residual Adds,
@@ -95,30 +95,30 @@ class LinearSite:
 
 @dataclass(frozen=True)
 class PlacementEntry:
-    """Whether a Linear or product runs in INT8, and the reason if it does not."""
+    """Whether a Linear or product is quantised, and the reason if it is not."""
 
     name: str
     role: str
-    int8: bool
+    quantized: bool
     reason: str = ""
 
 
 @dataclass(frozen=True)
 class Placement(Shown):
-    """The placement report: one entry for each node that could run in INT8."""
+    """The placement report: one entry for each node that could be quantised."""
 
     entries: tuple[PlacementEntry, ...]
 
     @property
     def quantized(self) -> tuple[str, ...]:
-        """Names of the Linears and products in INT8."""
-        return tuple(entry.name for entry in self.entries if entry.int8)
+        """Names of the quantised Linears and products."""
+        return tuple(entry.name for entry in self.entries if entry.quantized)
 
     def without(self, reasons: Mapping[str, str]) -> Placement:
-        """This placement with the names in ``reasons`` not in INT8, each for its reason."""
+        """This placement with the names in ``reasons`` not quantised, each for its reason."""
         return Placement(
             tuple(
-                replace(entry, int8=False, reason=reasons[entry.name])
+                replace(entry, quantized=False, reason=reasons[entry.name])
                 if entry.name in reasons
                 else entry
                 for entry in self.entries
@@ -127,15 +127,15 @@ class Placement(Shown):
 
     def __rich__(self) -> Renderable:
         counts = Counter(
-            (_BLOCK_NUMBER.sub("blocks.*", entry.name), entry.int8, entry.reason)
+            (_BLOCK_NUMBER.sub("blocks.*", entry.name), entry.quantized, entry.reason)
             for entry in self.entries
         )
         rows = [
-            (name, str(count), "yes" if int8 else "no", reason)
-            for (name, int8, reason), count in counts.items()
+            (name, str(count), "yes" if quantized else "no", reason)
+            for (name, quantized, reason), count in counts.items()
         ]
-        titles = ("what", "count", "INT8", "why not")
-        return columns(titles, rows, left=("what", "INT8", "why not"))
+        titles = ("what", "count", "quantised", "why not")
+        return columns(titles, rows, left=("what", "quantised", "why not"))
 
 
 def _bias_add(matmul: ir.Node) -> ir.Node | None:
@@ -212,7 +212,7 @@ def observed_tensors(model: ir.Model) -> list[tuple[str, ir.Value]]:
 
 
 def place(model: ir.Model, exclude: tuple[str, ...] = (), scope: Scope = Scope()) -> Placement:
-    """Decide which nodes run in INT8; ``exclude`` lists name patterns like ``blocks.0.*``.
+    """Decide which nodes to quantise; ``exclude`` lists name patterns like ``blocks.0.*``.
 
     Raises:
         GraphError: a pattern matches nothing, or the graph has no Linears.

@@ -1,4 +1,4 @@
-"""Makes the INT8 graph from the FP32 graph and its calibration.
+"""Makes the INT8 or FP8 graph from the FP32 graph and its calibration.
 
 :mod:`calibration.policy` selects the nodes, :mod:`calibration.scheme` computes their scales and
 weights, :mod:`calibration.write` writes the Q/DQ pairs.
@@ -13,8 +13,10 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from calibration.distribution import Distribution
+from calibration.formats import FORMATS, FormatName, NumberFormat
 from calibration.policy import (
     HEAD,
     PATCH,
@@ -38,12 +40,12 @@ from calibration.scheme import (
 )
 from calibration.smoothing import Folding
 from calibration.table import CalibrationTable, load_table
-from calibration.weights import float16_step, quantize_weight
+from calibration.weights import quantize_weight
 from calibration.write import QdqWriter
 from clipdeploy.core.display import Renderable, Shown, stacked
 from clipdeploy.core.errors import ArtifactError, CalibrationError, GraphError, UsageError
 from clipdeploy.core.files import sha256_file
-from clipdeploy.core.passport import Passport, Preprocess, ScaleForm, settings_of
+from clipdeploy.core.passport import Passport, Precision, Preprocess, ScaleForm, settings_of
 from clipdeploy.core.spans import SQNR_DB, check_numbers
 from exporters.checks import check_structure
 from exporters.graphs import load_graph, save_graph
@@ -70,19 +72,20 @@ SCHEME_KEY = "plan"
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """How to make the INT8 graph.
+    """How to make the quantised graph.
 
-    ``exclude``: name patterns of Linears and products to leave unquantised.  ``remainder``: type of
-    the unquantised nodes; ``fp16`` for TensorRT engines, ``fp32`` for ONNX Runtime's int8 kernels
-    on a CPU.  ``scheme``: how ranges are found and outliers smoothed.  ``scope``: what to quantise
-    besides the Linears of the blocks.  ``min_sqnr``: lowest signal-to-noise ratio in dB; a Linear
-    whose output would fall below it is left unquantised, a graph whose logits fall below it is
-    refused.  None disables both checks.  ``weight_scales``: form of the weight scales, see
-    :mod:`calibration.write`; None selects the form for the installed TensorRT, or ``channel`` for
-    ``fp32``.
+    ``format``: of the quantised tensors.  ``exclude``: name patterns of Linears and products to
+    leave unquantised.  ``remainder``: type of the unquantised nodes; ``fp16`` for TensorRT engines,
+    ``fp32`` for ONNX Runtime's int8 kernels on a CPU.  ``scheme``: how ranges are found and
+    outliers smoothed.  ``scope``: what to quantise besides the Linears of the blocks.
+    ``min_sqnr``: lowest signal-to-noise ratio in dB; a Linear whose output would fall below it is
+    left unquantised, a graph whose logits fall below it is refused.  None disables both checks.
+    ``weight_scales``: form of the weight scales, see :mod:`calibration.write`; None selects the
+    form for the format and the installed TensorRT.
 
     Raises:
-        UsageError: unknown ``remainder`` or ``weight_scales``, or ``min_sqnr`` out of range.
+        UsageError: an unknown value, ``min_sqnr`` out of range, or a ``remainder`` that ``format``
+            or ``weight_scales`` does not fit.
     """
 
     exclude: tuple[str, ...] = ()
@@ -91,37 +94,57 @@ class QuantizeConfig:
     scope: Scope = field(default_factory=Scope)
     min_sqnr: float | None = MIN_SQNR_DB
     weight_scales: ScaleForm | None = None
+    format: FormatName = "int8"
 
     def __post_init__(self) -> None:
-        if self.remainder not in ("fp16", "fp32"):
+        for what, value, known in (
+            ("the remainder", self.remainder, ("fp16", "fp32")),
+            ("the form of the weight scales", self.weight_scales, (None, *get_args(ScaleForm))),
+            ("the format", self.format, tuple(FORMATS)),
+        ):
+            if value not in known:
+                names = " or ".join(name for name in known if name)
+                raise UsageError(f"{what} cannot be {value!r}", hint=f"choose {names}")
+        if self.remainder == "fp32" and self.weight_scales not in (None, "channel"):
             raise UsageError(
-                f"the remainder cannot be {self.remainder!r}", hint="choose fp16 or fp32"
+                f"weight scales in {self.weight_scales} form are for TensorRT engines, "
+                "remainder fp32 is for ONNX Runtime",
+                hint="leave one of the two out",
             )
-        if self.weight_scales not in (None, *get_args(ScaleForm)):
+        if self.remainder == "fp32" and self.format == "fp8":
             raise UsageError(
-                f"weight scales cannot have the form {self.weight_scales!r}",
-                hint=f"one of {', '.join(get_args(ScaleForm))}",
-            )
-        if self.weight_scales == "ratio" and self.remainder == "fp32":
-            raise UsageError(
-                "weight scales in ratio form are for TensorRT-RTX, remainder fp32 for ONNX Runtime",
+                "FP8 is for TensorRT engines, remainder fp32 is for ONNX Runtime's INT8 kernels",
                 hint="leave one of the two out",
             )
         check_numbers(self, min_sqnr=SQNR_DB.or_none)
+
+    @property
+    def number_format(self) -> NumberFormat:
+        """The format of the quantised tensors."""
+        return FORMATS[self.format]
+
+    @property
+    def precision(self) -> Precision:
+        """The precision of the graph."""
+        return "int8-cpu" if self.remainder == "fp32" else self.format
 
 
 def stored_settings(config: QuantizeConfig) -> dict[str, Any]:
     """``config`` as passports and recipes store it.
 
     Its keys are the field names, except that ``scheme`` is stored as ``plan``: the key of earlier
-    versions, whose graphs would otherwise be made again and whose recipes would not load.
+    versions, whose graphs would otherwise be made again and whose recipes would not load.  For the
+    same reason ``format`` is stored only if it is not ``int8``.
     """
-    return {SCHEME_KEY if k == "scheme" else k: v for k, v in settings_of(config).items()}
+    stored = {SCHEME_KEY if k == "scheme" else k: v for k, v in settings_of(config).items()}
+    if config.format == "int8":
+        del stored["format"]
+    return stored
 
 
 @dataclass(frozen=True)
 class QuantizedGraph(Shown):
-    """The INT8 graph, its placement, and its quality; None if it was not measured."""
+    """The quantised graph, its placement, and its quality; None if it was not measured."""
 
     artifact: GraphArtifact
     placement: Placement
@@ -159,7 +182,14 @@ def _write_linears(
     found = {}
     for site in sites:
         statistics, folding = table.of(site.name), foldings.get(site.name)
-        scheme: LinearScheme = linear_scheme(site, statistics, folding, config.scheme)
+        scheme: LinearScheme = linear_scheme(
+            site,
+            statistics,
+            folding,
+            config.scheme,
+            config.number_format,
+            one_scale=config.weight_scales == "tensor",
+        )
         found[site.name] = Weakest(site.name, scheme.sqnr_db, scheme.cause)
         if config.min_sqnr is not None and scheme.sqnr_db < config.min_sqnr:
             continue
@@ -167,7 +197,7 @@ def _write_linears(
             lost = scheme.shift_output if not writer.unsigned else 0.0
             add_to_bias(site, scheme.correction + lost)
         writer.activation(site.matmul, 0, site.name, scheme.step, scheme.zero)
-        writer.weight(site.matmul, site.name, scheme.integers, scheme.weight_scale, axis=1)
+        writer.weight(site.matmul, site.name, scheme.numbers, scheme.weight_scale, axis=1)
     return found
 
 
@@ -177,55 +207,72 @@ def _write_products(
     table: CalibrationTable,
     foldings: dict[str, Folding],
     chosen: frozenset[str],
+    number_format: NumberFormat,
 ) -> None:
     for product in find_products(model):
         if product.name not in chosen:
             continue
         statistics = table.of(qkv_output(f"blocks.{product.block}.attn.qkv"))
         folding = foldings.get(f"blocks.{product.block}.attn.proj")
-        steps = product_steps(product.role, statistics, folding)
+        steps = product_steps(product.role, statistics, folding, number_format)
         for index, step in enumerate(steps):
             writer.activation(product.node, index, f"{product.name}.{index}", step)
 
 
-def _write_head(writer: QdqWriter, node: ir.Node, table: CalibrationTable) -> None:
+def _write_head(
+    writer: QdqWriter, node: ir.Node, table: CalibrationTable, config: QuantizeConfig
+) -> None:
     array = values_of(node.inputs[1])
     # With transB, which torch.onnx sets, Gemm's weight is (Cout, Cin), else (Cin, Cout).
     transposed = bool(node.attributes.get_int("transB", 0))
-    integers, scale = quantize_weight(np.ascontiguousarray(array.T if transposed else array))
+    numbers, scale = _minmax_weight(np.ascontiguousarray(array.T if transposed else array), config)
     amax = Distribution.of(table.of(HEAD)).amax
-    writer.activation(node, 0, HEAD, float16_step(amax))
+    writer.activation(node, 0, HEAD, config.number_format.step(amax))
     if transposed:
-        integers = np.ascontiguousarray(integers.T)
-    writer.weight(node, HEAD, integers, scale, axis=0 if transposed else 1)
+        numbers = np.ascontiguousarray(numbers.T)
+    writer.weight(node, HEAD, numbers, scale, axis=0 if transposed else 1)
 
 
-def _write_patch(writer: QdqWriter, node: ir.Node, spec: Preprocess) -> None:
+def _minmax_weight(
+    weight: NDArray[np.float32], config: QuantizeConfig
+) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    one_scale = config.weight_scales == "tensor"
+    return quantize_weight(weight, None, config.number_format, one_scale=one_scale)
+
+
+def _write_patch(
+    writer: QdqWriter, node: ir.Node, spec: Preprocess, config: QuantizeConfig
+) -> None:
     kernel = values_of(node.inputs[1])
-    integers, scale = quantize_weight(np.ascontiguousarray(kernel.reshape(len(kernel), -1).T))
+    numbers, scale = _minmax_weight(np.ascontiguousarray(kernel.reshape(len(kernel), -1).T), config)
     # Pixels are from 0 to 255, so the range is known without calibration.
     mean, std = np.asarray(spec.mean), np.asarray(spec.std)
     amax = float(np.maximum(mean / std, (1 - mean) / std).max())
-    writer.activation(node, 0, PATCH, float16_step(amax))
-    writer.weight(node, PATCH, integers.T.reshape(kernel.shape).copy(), scale, axis=0)
+    writer.activation(node, 0, PATCH, config.number_format.step(amax))
+    writer.weight(node, PATCH, numbers.T.reshape(kernel.shape).copy(), scale, axis=0)
 
 
 def _write(
     model: ir.Model, table: CalibrationTable, chosen: frozenset[str], config: QuantizeConfig
 ) -> dict[str, Weakest]:
-    scheme = config.scheme
-    foldings = smooth(model, table, chosen, scheme.strength) if scheme.smooth else {}
-    unsigned = config.remainder == "fp32"
-    writer = QdqWriter(model.graph, unsigned=unsigned, scales=config.weight_scales or "channel")
+    scheme, number_format = config.scheme, config.number_format
+    smooths = scheme.smooth and number_format.even
+    foldings = smooth(model, table, chosen, scheme.strength) if smooths else {}
+    writer = QdqWriter(
+        model.graph,
+        unsigned=config.remainder == "fp32",
+        scales=config.weight_scales or "channel",
+        number_format=number_format,
+    )
     sites = [site for site in find_linears(model) if site.name in chosen]
     products = find_products(model)
     found = _write_linears(writer, sites, table, foldings, config)
     if any(product.name in chosen for product in products):
-        _write_products(writer, model, table, foldings, chosen)
+        _write_products(writer, model, table, foldings, chosen, number_format)
     if HEAD in chosen and (node := find_node(model, HEAD, "Gemm")) is not None:
-        _write_head(writer, node, table)
+        _write_head(writer, node, table, config)
     if PATCH in chosen and (node := find_node(model, PATCH, "Conv")) is not None:
-        _write_patch(writer, node, table.preprocess)
+        _write_patch(writer, node, table.preprocess, config)
     return found
 
 
@@ -247,13 +294,13 @@ def _need_opset(model: ir.Model, passport: Passport) -> None:
     opset = model.graph.opset_imports[""]
     if opset < _FIRST_WITH_HALF_SCALES:
         raise GraphError(
-            f"INT8 with an FP16 remainder needs opset {_FIRST_WITH_HALF_SCALES} or newer, "
+            f"a remainder in FP16 needs opset {_FIRST_WITH_HALF_SCALES} or newer, "
             f"{passport.model} was exported with {opset}",
             hint="export again with a newer --opset",
         )
 
 
-def _left_out(found: dict[str, Weakest], minimum: float | None) -> dict[str, str]:
+def _left_out(found: dict[str, Weakest], minimum: float | None, label: str) -> dict[str, str]:
     """The Linears below ``minimum`` dB, each with the reason to leave it unquantised.
 
     Raises:
@@ -264,12 +311,12 @@ def _left_out(found: dict[str, Weakest], minimum: float | None) -> dict[str, str
     low = {name: each for name, each in found.items() if each.sqnr_db < minimum}
     if low and len(low) == len(found):
         raise CalibrationError(
-            f"INT8 would leave every Linear below {minimum:g} dB; "
+            f"{label} would leave every Linear below {minimum:g} dB; "
             f"{min(found.values(), key=lambda each: each.sqnr_db)}",
             hint="calibrate with other images, build with --fp16, or give a lower --min-sqnr",
         )
     return {
-        name: f"INT8 would give it an SQNR of {each.sqnr_db:.1f} dB: {each.cause}"
+        name: f"{label} would give it an SQNR of {each.sqnr_db:.1f} dB: {each.cause}"
         for name, each in low.items()
     }
 
@@ -280,8 +327,9 @@ def _measured(
     table: CalibrationTable,
     kept: Collection[Weakest],
     minimum: float | None,
+    label: str,
 ) -> Quality | None:
-    """Measure an INT8 graph with the quantised Linears ``kept``; None without a ``minimum``.
+    """Measure a graph with the quantised Linears ``kept``; None without a ``minimum``.
 
     Raises:
         CalibrationError: the quality is below ``minimum`` dB.
@@ -294,7 +342,7 @@ def _measured(
         return None
     weakest = min(kept, key=lambda each: each.sqnr_db, default=None)
     quality = replace(judge.measure(model), weakest=weakest)
-    return replace(quality, warnings=check_quality(quality, table, minimum))
+    return replace(quality, warnings=check_quality(quality, table, minimum, label))
 
 
 def quantize(
@@ -304,7 +352,7 @@ def quantize(
     samples: Samples,
     config: QuantizeConfig = QuantizeConfig(),
 ) -> QuantizedGraph:
-    """Write the INT8 graph of the FP32 graph ``source`` to ``target``.
+    """Write the INT8 or FP8 graph of the FP32 graph ``source`` to ``target``.
 
     The images stored in the calibration and ``samples`` (a few real images) decide which tensors of
     an FP16 remainder stay float32, and the result is measured on them before it is saved.
@@ -316,7 +364,8 @@ def quantize(
             valid.
         FileError: a file cannot be read or written.
     """
-    config = replace(config, weight_scales=config.weight_scales or "channel")
+    default: ScaleForm = "tensor" if config.format == "fp8" else "channel"
+    config = replace(config, weight_scales=config.weight_scales or default)
     passport = read_passport(source)
     table = load_table(calibration)
     source_hash = sha256_file(source)
@@ -325,7 +374,8 @@ def quantize(
     placement = place(model, config.exclude, config.scope)
     half = config.remainder == "fp16"
     found = _write(model, table, frozenset(placement.quantized), config)
-    left_out = _left_out(found, config.min_sqnr)
+    label = config.number_format.label
+    left_out = _left_out(found, config.min_sqnr, label)
     placement = placement.without(left_out)
     judge = Judge(source, passport.input, table.samples(), samples, half=half)
     keep = near_limit(judge.peaks)
@@ -334,19 +384,19 @@ def quantize(
         half_precision(model, Fp16Config(keep))
     passport = replace(
         passport,
-        precision="int8" if half else "int8-cpu",
+        precision=config.precision,
         parents={"source_graph": source_hash, "calibration": sha256_file(calibration)},
         settings={
             **passport.settings,
             **stored_settings(config),
-            "int8_nodes": len(placement.quantized),
-            "int8_left_out": left_out,
+            f"{config.format}_nodes": len(placement.quantized),
+            f"{config.format}_left_out": left_out,
             "keep_fp32": list(keep),
         },
     )
     check_structure(model, passport)
     kept = [each for name, each in found.items() if name not in left_out]
-    quality = _measured(judge, model, table, kept, config.min_sqnr)
+    quality = _measured(judge, model, table, kept, config.min_sqnr, label)
     if quality is not None:
         passport = replace(
             passport, settings={**passport.settings, "quality": settings_of(quality)}

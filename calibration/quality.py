@@ -1,8 +1,8 @@
-"""Measures the error that INT8 adds to the logits, and refuses graphs with too much of it.
+"""Measures the error that quantisation adds to the logits, and refuses graphs with too much of it.
 
     SQNR = 10 log10(sum l^2 / sum (l' - l)^2)  dB
 
-with the logits l of the FP32 and l' of the INT8 graph, on calibration images.  Ranges found on
+with the logits l of the FP32 and l' of the quantised graph, on calibration images.  Ranges found on
 blank or dim images fit only those: the SQNR on clipdeploy's sample images and the grey levels of
 the calibration images detect that.
 
@@ -54,7 +54,7 @@ class Weakest:
 
 @dataclass(frozen=True)
 class Quality:
-    """The SQNR of an INT8 graph's logits in dB, None without error.
+    """The SQNR of a quantised graph's logits in dB, None without error.
 
     ``sqnr_db``: on ``images`` calibration images, or on the sample images if the table stores no
     images (``images`` is 0).  ``sample_sqnr_db``: on the sample images.  ``warnings``: sentences
@@ -69,9 +69,9 @@ class Quality:
 
 
 class Judge:
-    """Compares INT8 graphs with the FP32 logits of calibration images and sample images.
+    """Compares quantised graphs with the FP32 logits of calibration images and sample images.
 
-    ``kept``: the images stored in the calibration.  ``half``: whether the INT8 graph stores
+    ``kept``: the images stored in the calibration.  ``half``: whether the quantised graph stores
     float16; then ``peaks`` is max |x| of each tensor of the FP32 graph.
     """
 
@@ -99,13 +99,13 @@ class Judge:
         return np.concatenate([found for (found,) in session.run_all(self._inputs)])
 
     def measure(self, model: ir.Model) -> Quality:
-        """Run an INT8 graph and compare its logits.
+        """Run a quantised graph and compare its logits.
 
         Raises:
             GraphError: a tensor overflows.
         """
         with scratch_folder() as folder:
-            path = folder / "int8.onnx"
+            path = folder / "quantised.onnx"
             with file_errors("write", path):
                 write_model(model, path)
             found = stored_logits(path, self._inputs) if self.half else self._logits(path)
@@ -116,8 +116,12 @@ class Judge:
         return Quality(sqnr_db(self._reference[ours], found[ours]), of_samples, self._images)
 
 
-def check_quality(quality: Quality, table: CalibrationTable, minimum: float) -> tuple[str, ...]:
-    """Check an INT8 graph's quality, and return warnings for the user.
+def check_quality(
+    quality: Quality, table: CalibrationTable, minimum: float, label: str = "INT8"
+) -> tuple[str, ...]:
+    """Check a quantised graph's quality, and return warnings for the user.
+
+    ``label`` names its number format.
 
     Raises:
         CalibrationError: the SQNR is below ``minimum`` dB on the calibration images, or on the
@@ -127,7 +131,7 @@ def check_quality(quality: Quality, table: CalibrationTable, minimum: float) -> 
     hint = "exclude that Linear with --exclude, or accept the graph with a lower --min-sqnr"
     if _below(quality.sqnr_db, minimum):
         raise CalibrationError(
-            f"the INT8 logits have an SQNR of {quality.sqnr_db:.1f} dB on the "
+            f"the {label} logits have an SQNR of {quality.sqnr_db:.1f} dB on the "
             f"{'calibration' if quality.images else 'sample'} images, "
             f"below {minimum:g} dB{weakest}",
             hint=hint,
@@ -136,19 +140,20 @@ def check_quality(quality: Quality, table: CalibrationTable, minimum: float) -> 
     if _below(quality.sample_sqnr_db, minimum):
         found = f"{quality.sample_sqnr_db:.1f} dB on clipdeploy's sample images"
         if is_flat(table):
+            spread = f"{flatness(table):.0f}"
             raise CalibrationError(
-                f"the INT8 logits have an SQNR of {found}, below {minimum:g} dB: the calibration "
-                f"images are dim or flat, their grey levels spread by {flatness(table):.0f} of 255",
+                f"the {label} logits have an SQNR of {found}, below {minimum:g} dB: the "
+                f"calibration images are dim or flat, their grey levels spread by {spread} of 255",
                 hint="calibrate with images like those in production, or give a lower --min-sqnr",
             )
         warnings.append(
-            f"the INT8 logits have only {found}: the ranges fit only the calibration images; "
+            f"the {label} logits have only {found}: the ranges fit only the calibration images; "
             "calibrate with more kinds of images if production has others"
         )
     if _below(quality.sqnr_db, minimum + _MARGIN_DB):
         warnings.append(
-            f"the INT8 logits have an SQNR of {quality.sqnr_db:.1f} dB, little above the minimum "
-            f"of {minimum:g} dB{weakest}"
+            f"the {label} logits have an SQNR of {quality.sqnr_db:.1f} dB, little above the "
+            f"minimum of {minimum:g} dB{weakest}"
         )
     return tuple(warnings)
 

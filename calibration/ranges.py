@@ -1,4 +1,4 @@
-"""Chooses the range that the 127 levels on each side of zero span.
+"""Chooses the range of a tensor: the |x| that the largest number of the format represents.
 
 All methods use the same collected statistics:
 
@@ -19,8 +19,8 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.distribution import LEVELS, Density, Distribution
-from calibration.weights import float16_step
+from calibration.distribution import Density, Distribution
+from calibration.formats import INT8, NumberFormat
 from clipdeploy.core.errors import UsageError
 
 __all__ = ["RANGE_METHODS", "RangeMethod", "choose_range", "search_levels"]
@@ -34,30 +34,32 @@ _COARSE = 0.9 ** np.arange(44)
 _FINE = 1.0 + np.arange(-9, 10) / 100
 _ENTROPY_BINS = 2048
 _ENTROPY_STRIDE = 16
+# A bin for each number >= 0 of INT8.
+_ENTROPY_LEAST = 128
 
 
-def _percentile(density: Density) -> float:
+def _percentile(density: Density, number_format: NumberFormat) -> float:
     cumulative = np.cumsum(density.folded)
     index = int(np.searchsorted(cumulative, cumulative[-1] * _PERCENTILE / 100))
     return density.largest * min(index + 1, len(cumulative)) / len(cumulative)
 
 
-def _least_error(density: Density) -> float:
+def _least_error(density: Density, number_format: NumberFormat) -> float:
     limits = density.largest * _COARSE
-    best = float(limits[np.argmin(density.error(limits))])
+    best = float(limits[np.argmin(density.error(limits, number_format))])
     limits = np.minimum(best * _FINE, density.largest)
-    return float(limits[np.argmin(density.error(limits))])
+    return float(limits[np.argmin(density.error(limits, number_format))])
 
 
-def _divergence(reference: NDArray[np.float64], kept: int) -> float:
-    """KL divergence of the first ``kept`` bins, clipped, from their copy in 128 levels."""
+def _divergence(reference: NDArray[np.float64], kept: int, number_format: NumberFormat) -> float:
+    """KL divergence of the first ``kept`` bins, clipped, from their copy in the format."""
     p = reference[:kept].copy()
     p[-1] += reference[kept:].sum()
-    level = np.arange(kept) * (LEVELS + 1) // kept
+    number = number_format.cells(kept)
     occupied = reference[:kept] > 0
-    sums = np.bincount(level, reference[:kept], minlength=LEVELS + 1)
-    cells = np.bincount(level, occupied, minlength=LEVELS + 1)
-    q = np.where(occupied, sums[level] / np.maximum(cells[level], 1), 0.0)
+    sums = np.bincount(number, reference[:kept])
+    cells = np.bincount(number, occupied)
+    q = np.where(occupied, sums[number] / np.maximum(cells[number], 1), 0.0)
     seen = (p > 0) & (q > 0)
     # Mass in bins where the copy is empty counts as if the copy had a trace of mass there.
     lost = p[(p > 0) & (q <= 0)].sum() / p.sum()
@@ -65,14 +67,14 @@ def _divergence(reference: NDArray[np.float64], kept: int) -> float:
     return float((p * np.log(p / q)).sum() + lost * np.log(1e9))
 
 
-def _entropy(density: Density) -> float:
+def _entropy(density: Density, number_format: NumberFormat) -> float:
     histogram = density.folded.reshape(_ENTROPY_BINS, -1).sum(axis=1)
-    kept = np.arange(LEVELS + 1, _ENTROPY_BINS + 1, _ENTROPY_STRIDE)
-    best = min(kept, key=lambda count: _divergence(histogram, int(count)))
+    kept = np.arange(_ENTROPY_LEAST, _ENTROPY_BINS + 1, _ENTROPY_STRIDE)
+    best = min(kept, key=lambda count: _divergence(histogram, int(count), number_format))
     return density.largest * float(best) / _ENTROPY_BINS
 
 
-_TENSOR_METHODS: dict[str, Callable[[Density], float]] = {
+_TENSOR_METHODS: dict[str, Callable[[Density, NumberFormat], float]] = {
     "percentile": _percentile,
     "mse": _least_error,
     "entropy": _entropy,
@@ -80,7 +82,7 @@ _TENSOR_METHODS: dict[str, Callable[[Density], float]] = {
 
 
 def search_levels(values: Distribution, channel_weight: NDArray[np.float64]) -> tuple[float, int]:
-    """Step and zero level of a one-sided tensor with the least error of the Linear's output.
+    """Step and zero level of a one-sided tensor in INT8, with the least error of the output.
 
     GELU's output is in [-0.17, M]: symmetric levels would leave nearly half of them unused.  x is
     quantised as step * (q + zero), q from -127 to 127.  ``zero`` is an integer, so that subtracting
@@ -89,11 +91,11 @@ def search_levels(values: Distribution, channel_weight: NDArray[np.float64]) -> 
     """
     density = values.density(channel_weight)
     low, high = float(values.smallest.min()), float(values.largest.max())
-    best, least = (density.largest / LEVELS, 0), np.inf
+    best, least = (density.largest / INT8.largest, 0), np.inf
     for part in (*(0.95 ** np.arange(40)), 0.0):
         # Zero is always a level, so that the zero point fits uint8.
         bottom, top = min(low, 0.0), max(high * part, -low, 1e-12)
-        step = float16_step((top - bottom) / 2)
+        step = INT8.step((top - bottom) / 2)
         zero = round((top + bottom) / 2 / step)
         if (error := density.shifted_error(zero * step, step)) < least:
             best, least = (step, zero), error
@@ -101,9 +103,12 @@ def search_levels(values: Distribution, channel_weight: NDArray[np.float64]) -> 
 
 
 def choose_range(
-    values: Distribution, method: RangeMethod, channel_weight: NDArray[np.float64] | float = 1.0
+    values: Distribution,
+    method: RangeMethod,
+    channel_weight: NDArray[np.float64] | float = 1.0,
+    number_format: NumberFormat = INT8,
 ) -> float:
-    """The |x| that level 127 represents.
+    """The |x| that the largest number of the format represents.
 
     ``channel_weight`` (C,): |W[c, :]| ** 2 of the Linear that reads the tensor; used by ``auto``.
 
@@ -113,9 +118,9 @@ def choose_range(
     if method == "minmax":
         return values.amax
     if method == "auto":
-        return min(_least_error(values.density(channel_weight)), values.amax)
+        return min(_least_error(values.density(channel_weight), number_format), values.amax)
     if method not in _TENSOR_METHODS:
         raise UsageError(
             f"unknown range method {method!r}", hint=f"choose one of {', '.join(RANGE_METHODS)}"
         )
-    return min(_TENSOR_METHODS[method](values.density()), values.amax)
+    return min(_TENSOR_METHODS[method](values.density(), number_format), values.amax)

@@ -1,4 +1,4 @@
-"""Computes the quantisation of each Linear: folding, input range, int8 weight and bias.
+"""Computes the quantisation of each Linear: folding, input range, 8-bit weight and bias.
 
 Bias correction: the mean output of a quantised Linear is
 
@@ -18,21 +18,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.distribution import LEVELS, Distribution
+from calibration.distribution import Distribution
+from calibration.formats import INT8, SMALLEST_SCALE, NumberFormat
 from calibration.observers import ChannelStatistics
 from calibration.policy import LinearSite
 from calibration.ranges import RANGE_METHODS, RangeMethod, choose_range, search_levels
 from calibration.smoothing import Folding, find_source, fold, search_folding
-from calibration.weights import (
-    SMALLEST_SCALE,
-    float16_step,
-    quantize_weight,
-    weight_error,
-)
+from calibration.weights import quantize_weight, weight_error
 from clipdeploy.core.errors import UsageError
 from clipdeploy.core.spans import STRENGTH, check_numbers
 from exporters.initializers import values_of, write_initializer
@@ -57,7 +54,8 @@ class SchemeConfig:
     to 1 (only activations), None for the t with the least expected error of each Linear.
     ``shift_gelu``: shift fc2's input to use all levels; only with ``auto``, because the other
     methods choose a symmetric range.  ``clip_weights``: search smaller weight scales.
-    ``correct_bias``: subtract the mean quantisation error from biases.
+    ``correct_bias``: subtract the mean quantisation error from biases.  FP8 is neither smoothed nor
+    shifted: its error is relative to each value.
 
     Raises:
         UsageError: unknown range method, ``strength`` out of range or without smoothing.
@@ -99,15 +97,15 @@ class SchemeConfig:
 class LinearScheme:
     """The quantisation of one Linear.
 
-    The input x is quantised as step * (q + zero) with int8 q; ``step`` is a float16 value.
-    ``integers`` (Cin, Cout) int8 and ``weight_scale`` (Cout,) are the weight.  ``strength``: the
+    The input x is quantised as step * (q + zero); ``step`` is a float16 value.  ``numbers``
+    (Cin, Cout), int8 or float8, and ``weight_scale`` (Cout,) are the weight.  ``strength``: the
     smoothing exponent, None without smoothing.  ``correction`` (Cout,): to be added to the bias.
     ``sqnr_db``: expected SQNR of the output in dB.  ``cause``: main cause of the noise.
     """
 
     step: float
     zero: int
-    integers: NDArray[np.int8]
+    numbers: NDArray[Any]
     weight_scale: NDArray[np.float32]
     strength: float | None
     correction: NDArray[np.float64]
@@ -117,7 +115,7 @@ class LinearScheme:
     @property
     def shift_output(self) -> NDArray[np.float64]:
         """The amount (Cout,) that the output loses if step * zero is subtracted from the input."""
-        column = self.integers.sum(axis=0, dtype=np.int64) * self.weight_scale.astype(np.float64)
+        column = self.numbers.astype(np.float64).sum(axis=0) * self.weight_scale
         return np.asarray(self.step * self.zero * column)
 
 
@@ -146,36 +144,49 @@ def fold_all(
 
 
 def linear_scheme(
-    site: LinearSite, statistics: ChannelStatistics, folding: Folding | None, config: SchemeConfig
+    site: LinearSite,
+    statistics: ChannelStatistics,
+    folding: Folding | None,
+    config: SchemeConfig,
+    number_format: NumberFormat = INT8,
+    *,
+    one_scale: bool = False,
 ) -> LinearScheme:
-    """Compute the quantisation of one Linear whose input was transformed by ``folding``."""
+    """Compute the quantisation of one Linear whose input was transformed by ``folding``.
+
+    ``one_scale``: the same weight scale for all output channels.
+    """
     weight = values_of(site.weight)
     folding = folding or Folding.none(statistics.channels)
     values = seen = Distribution.of(statistics, folding.shift, folding.scale)
     squares = np.einsum("ij,ij->i", weight, weight).astype(np.float64)
     zero = 0
-    if config.shifts_gelu and site.role == "mlp.fc2" and site.bias is not None:
+    shifts = config.shifts_gelu and number_format.even
+    if shifts and site.role == "mlp.fc2" and site.bias is not None:
         step, zero = search_levels(values, squares)
         values = Distribution.of(statistics, step * zero)
     else:
-        limit = choose_range(values, config.range_method, squares)
-        step = float16_step(limit)
+        limit = choose_range(values, config.range_method, squares, number_format)
+        step = number_format.step(limit)
     variance = np.maximum(values.second_moment() - values.mean**2, 0.0)
-    integers, scale = quantize_weight(weight, variance if config.clip_weights else None)
-    error = weight_error(weight, integers, scale)
+    numbers, scale = quantize_weight(
+        weight, variance if config.clip_weights else None, number_format, one_scale=one_scale
+    )
+    error = weight_error(weight, numbers, scale)
     offset = np.zeros(weight.shape[1])
     if config.correct_bias and site.bias is not None:
         offset += (values.mean + step * zero) @ error
-        offset += values.mean_error(step) @ (integers.astype(np.float32) * scale)
+        offset += values.mean_error(step, number_format) @ (numbers.astype(np.float32) * scale)
     signal = float(variance @ squares)
-    from_input = float(values.density(squares).error(np.asarray([step * LEVELS]))[0])
+    limits = np.asarray([step * number_format.largest])
+    from_input = float(values.density(squares).error(limits, number_format)[0])
     from_weight = float(variance @ np.einsum("ij,ij->i", error, error))
     noise = from_input + from_weight
     # A constant input has no variance, and the bias corrects the error of its mean.
     db = ratio_db(signal, noise) if signal > 0 else None
     db = math.inf if db is None else db
     cause = _cause_in_input(seen) if from_input > from_weight else _cause_in_weight(scale)
-    return LinearScheme(step, zero, integers, scale, folding.strength, -offset, db, cause)
+    return LinearScheme(step, zero, numbers, scale, folding.strength, -offset, db, cause)
 
 
 def _cause_in_input(values: Distribution) -> str:
@@ -201,7 +212,10 @@ def add_to_bias(site: LinearSite, offset: NDArray[np.float64]) -> None:
 
 
 def product_steps(
-    role: str, statistics: ChannelStatistics, folding: Folding | None
+    role: str,
+    statistics: ChannelStatistics,
+    folding: Folding | None,
+    number_format: NumberFormat = INT8,
 ) -> tuple[float, float]:
     """The steps of both operands of attention's product ``role``, each with the least error.
 
@@ -210,10 +224,14 @@ def product_steps(
     width = statistics.channels // 3
     parts = [statistics.channel_slice(at * width, (at + 1) * width) for at in range(3)]
     if role == "attn.scores":
-        limits = [choose_range(Distribution.of(part), "mse") for part in parts[:2]]
+        limits = [_least_error_range(Distribution.of(part), number_format) for part in parts[:2]]
     else:
         known = folding or Folding.none(width)
         # Softmax outputs are from 0 to 1.
         values = Distribution.of(parts[2], known.shift, known.scale)
-        limits = [1.0, choose_range(values, "mse")]
-    return float16_step(limits[0]), float16_step(limits[1])
+        limits = [1.0, _least_error_range(values, number_format)]
+    return number_format.step(limits[0]), number_format.step(limits[1])
+
+
+def _least_error_range(values: Distribution, number_format: NumberFormat) -> float:
+    return choose_range(values, "mse", number_format=number_format)

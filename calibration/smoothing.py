@@ -1,5 +1,8 @@
 """Moves activation outliers into the weights, without changing outputs or adding nodes.
 
+It serves INT8, whose error is the same for large and small values.  FP8's error is relative to each
+value, so scaling a channel changes nothing.
+
 A Linear y = x W + b with its input shifted and scaled per channel gives the same y:
 
     x' = (x - m) / s,    W' = diag(s) W,    b' = b + m W
@@ -34,7 +37,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from calibration.distribution import LEVELS, Distribution
+from calibration.distribution import Distribution
+from calibration.formats import INT8
 from calibration.policy import LinearSite
 from exporters.initializers import values_of, write_initializer
 
@@ -49,7 +53,7 @@ _INPUT_SHARE = 0.25
 _STRENGTHS = np.linspace(0.0, 1.0, 21)
 # Bounds of a tensor's largest value so that float16 holds its steps: a channel's step may be a
 # sixteenth of the largest channel's, and there is a margin of 16 to float16's largest number.
-_SMALLEST = 16 * LEVELS * float(np.finfo(np.float16).tiny)
+_SMALLEST = 16 * INT8.largest * float(np.finfo(np.float16).tiny)
 _LARGEST = float(np.finfo(np.float16).max) / 16
 # Lower limit of a channel's range relative to the widest channel's.
 _NARROWEST = 1e-4
@@ -100,10 +104,10 @@ def _at(node: ir.Node, index: int) -> ir.Value:
 def _expected_error(
     spread: F64, variance: F64, squares: F64, magnitudes: NDArray[np.float32], scale: F64
 ) -> float:
-    step = float((spread / scale).max()) / LEVELS
+    step = float((spread / scale).max()) / INT8.largest
     activations = step**2 / 12 * float((squares * scale**2).sum())
     largest = (magnitudes * scale[:, None].astype(np.float32)).max(axis=0).astype(np.float64)
-    weights = float(((largest / LEVELS) ** 2).sum()) / 12 * float((variance / scale**2).sum())
+    weights = float(((largest / INT8.largest) ** 2).sum()) / 12 * float((variance / scale**2).sum())
     return _INPUT_SHARE * activations + weights
 
 

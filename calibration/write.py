@@ -2,19 +2,23 @@
 
     x ── Q(s_x) ── DQ(s_x) ──┐
                              MatMul ── Add(bias)                    "channel"
-    W int8 ────── DQ(s_w) ───┘
+    W ─────────── DQ(s_w) ───┘
 
     x ── Q(s_x) ── DQ(s_x) ──┐
                              MatMul ── Mul(s_w / s) ── Add(bias)    "ratio"
-    W int8 ────── DQ(s) ─────┘
+    W ─────────── DQ(s) ─────┘
 
-A weight has a scale s_w for each output channel, in one of two forms.  TensorRT's INT8 kernels
-accept all of them.  TensorRT-RTX (1.5 to 1.7) multiplies a GEMM's int32 sums by one scale only:
-with several it writes the raw sums as float16, which overflow at 65504.  The ratio form has one
-scale, s = max s_w, and a Mul by the ratios, which TensorRT-RTX fuses with the Add.  Both forms hold
-the same integers.
+    x ── Q(s_x) ── DQ(s_x) ──┐
+                             MatMul ── Add(bias)                    "tensor"
+    W ─────────── DQ(s) ─────┘
 
-There are two dialects with the same integers.  TensorRT requires int8 with a zero point of zero, so
+A weight has a scale s_w for each output channel, in one of two forms, or one for all of them.
+TensorRT's INT8 kernels accept all forms.  TensorRT-RTX (1.5 to 1.7) multiplies a GEMM's sums by one
+scale only: with several it writes the raw sums as float16, which overflow at 65504.  The ratio form
+has one scale, s = max s_w, and a Mul by the ratios, which TensorRT-RTX fuses with the Add.
+"channel" and "ratio" hold the same numbers.
+
+INT8 has two dialects with the same integers.  TensorRT requires int8 with a zero point of zero, so
 a Sub shifts inputs with asymmetric levels first.  ONNX Runtime's CPU kernels are fastest on uint8,
 whose zero point replaces the Sub.  Biases stay floating point, because TensorRT-RTX refuses an
 int32 DequantizeLinear.
@@ -22,10 +26,13 @@ int32 DequantizeLinear.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from calibration.formats import INT8, NumberFormat
 from clipdeploy.core.passport import ScaleForm
 from exporters.initializers import add_initializer, own_initializer, remove_unused
 
@@ -42,16 +49,24 @@ def ratio_name(linear: str) -> str:
 class QdqWriter:
     """Writes Q/DQ pairs into ``graph``; ``unsigned`` selects the dialect of ONNX Runtime's CPU.
 
-    ``scales``: the form of the weight scales.
+    ``scales``: the form of the weight scales.  ``number_format``: of all tensors.
 
     With a ``zero`` level other than 0, the int8 dialect subtracts step * zero from the node's
     input; the caller must compensate for it in the bias.
     """
 
-    def __init__(self, graph: ir.Graph, *, unsigned: bool, scales: ScaleForm = "channel") -> None:
+    def __init__(
+        self,
+        graph: ir.Graph,
+        *,
+        unsigned: bool,
+        scales: ScaleForm = "channel",
+        number_format: NumberFormat = INT8,
+    ) -> None:
         self._graph = graph
         self.unsigned = unsigned
         self._scales = scales
+        self._format = number_format
 
     @staticmethod
     def _node(
@@ -65,11 +80,11 @@ class QdqWriter:
         return node
 
     def activation(self, node: ir.Node, index: int, name: str, step: float, zero: int = 0) -> None:
-        """Quantise input ``index`` of ``node`` as step * (q + zero), q from -127 to 127."""
+        """Quantise input ``index`` of ``node`` as step * (q + zero), q a number of the format."""
         value = node.inputs[index]
         assert value is not None
         nodes = []
-        kind: type[np.generic] = np.uint8 if self.unsigned else np.int8
+        kind = np.dtype(np.uint8) if self.unsigned else self._format.dtype
         point = _MIDDLE - zero if self.unsigned else 0
         if zero and not self.unsigned:
             shift = add_initializer(
@@ -83,9 +98,9 @@ class QdqWriter:
         zero_point = add_initializer(
             self._graph, f"{name}.input_zero_point", np.asarray(point, kind)
         )
-        integer = ir.DataType.UINT8 if self.unsigned else ir.DataType.INT8
+        stored = ir.DataType.UINT8 if self.unsigned else self._format.onnx_type
         q = self._node(
-            "QuantizeLinear", f"{name}/Q", [source, scale, zero_point], integer, value, -1
+            "QuantizeLinear", f"{name}/Q", [source, scale, zero_point], stored, value, -1
         )
         dq = self._node(
             "DequantizeLinear",
@@ -102,20 +117,21 @@ class QdqWriter:
         self,
         node: ir.Node,
         name: str,
-        integers: NDArray[np.int8],
+        numbers: NDArray[Any],
         scale: NDArray[np.float32],
         axis: int,
     ) -> None:
-        """Replace the weight, input 1, by int8 of its shape and scales (C,) along ``axis``.
+        """Replace the weight, input 1, by numbers of its shape and scales (C,) along ``axis``.
 
         In the ratio form a bias of the node, input 2, becomes an Add of its own.
         """
         value = own_initializer(node, 1)
-        if self._scales == "ratio":
+        if self._scales != "channel":
             largest = scale.max()
-            self._multiply_output(node, name, scale / largest)
+            if self._scales == "ratio":
+                self._multiply_output(node, name, scale / largest)
             scale, axis = np.asarray(largest, np.float32), -1
-        stored = add_initializer(self._graph, f"{value.name}/int8", integers)
+        stored = add_initializer(self._graph, f"{value.name}/{self._format.name}", numbers)
         scales = add_initializer(self._graph, f"{value.name}/scale", scale)
         inputs = [stored, scales]
         if self.unsigned:

@@ -38,6 +38,8 @@ class OnnxSession:
     optimisation.  ``exact_int8`` is for graphs with uint8 activations: on processors without VNNI
     the fast kernels add pairs of uint8 x int8 products in int16, which saturates (13 dB on the
     demo model), and this option selects slower exact kernels.  With VNNI it has no effect.
+    ``fp8`` is for graphs with FP8 tensors: ONNX Runtime (1.31) would move their Q/DQ pairs past
+    operators that take no FP8, and then refuse the graph.
 
     Raises:
         GraphError: ONNX Runtime cannot load the graph.
@@ -54,6 +56,7 @@ class OnnxSession:
         lean: bool = False,
         optimise: bool = True,
         exact_int8: bool = False,
+        fp8: bool = False,
     ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = _FATAL_ONLY
@@ -62,6 +65,8 @@ class OnnxSession:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if exact_int8:
             options.add_session_config_entry("session.x64quantprecision", "1")
+        if fp8:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         if not optimise:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if lean:

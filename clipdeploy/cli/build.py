@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -38,6 +38,7 @@ from clipdeploy.cli.usage import (
     with_options,
 )
 from clipdeploy.core.errors import UsageError
+from clipdeploy.core.passport import QUANTISED, Precision
 from clipdeploy.core.spans import BATCH, MEMORY_MIB, OPTIMIZATION
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ _OPTIONS = (
         multiple=True,
         metavar="M.N",
         help="TensorRT-RTX: GPUs to build for, such as 8.9; may be given several times.",
-        default_text="Ampere and newer",
+        default_text="Ampere and newer; with --fp8 Ada and newer",
     ),
 )
 
@@ -197,13 +198,12 @@ def _check_used(precision: str, options: dict[str, Any]) -> None:
     Raises:
         UsageError: it names the first one.
     """
-    if precision != "int8":
-        refuse_unused(
-            ("calibration_data", *_CALIBRATION, *recipe_names()), "--int8", "build --int8"
-        )
+    if precision not in QUANTISED:
+        names = ("calibration_data", *_CALIBRATION, *recipe_names())
+        refuse_unused(names, "--int8 and --fp8", "build --int8 or --fp8")
     if precision != "fp16":
         refuse_unused(["fp16_io"], "--fp16", "build --fp16")
-    check_recipe_options(options)
+    check_recipe_options(options, fp8=precision == "fp8")
     for name in _BATCHES:
         refuse_together("profile", name)
 
@@ -252,7 +252,8 @@ def _precision_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @_precision_options
 @option("--fp16-io", is_flag=True, help="With --fp16: make the image and the logits FP16 as well.")
 @calibration_data_option(
-    "With --int8: calibration images, if the model has not been calibrated yet.", deferred=True
+    "With --int8 and --fp8: calibration images, if the model has not been calibrated yet.",
+    deferred=True,
 )
 @calibration_images_option()
 @calibration_seed_option
@@ -264,7 +265,7 @@ def _precision_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def build_engine(
     context: Context,
     model: str | None,
-    precision: Literal["fp32", "fp16", "int8"],
+    precision: Precision,
     fp16_io: bool,
     calibration_data: Path | None,
     calibration_images: int | None,
@@ -287,8 +288,8 @@ def build_engine(
     from clipdeploy.stages.quantize import model_quality
     from exporters.precision import Fp16Config
 
-    quantize = quantize_config(context, name, options, "fp16")
-    if calibration_data is None and precision == "int8":
+    quantize = quantize_config(context, name, options, "fp16", precision)
+    if calibration_data is None and precision in QUANTISED:
         calibration_data = _calibration_images(context, name)
     artifact = build_model(
         context.workspace,
@@ -303,8 +304,8 @@ def build_engine(
         note=context.note,
         progress=context.progress,
     )
-    if precision == "int8":
-        note_quality(context, model_quality(context.workspace, name))
+    if precision in QUANTISED:
+        note_quality(context, model_quality(context.workspace, name, precision))
     made = artifact.passport
     for remark in made.remarks:
         context.note(remark)

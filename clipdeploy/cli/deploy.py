@@ -40,6 +40,7 @@ from clipdeploy.cli.verify import (
     max_drop_top5_option,
     verify_scope,
 )
+from clipdeploy.core.passport import QUANTISED
 
 if TYPE_CHECKING:
     from clipdeploy.engines.build_config import BuildConfig
@@ -187,17 +188,18 @@ def _check_used(options: dict[str, Any]) -> None:
     Raises:
         UsageError: it names the first one.
     """
-    check_recipe_options(options)
+    precision = options["precision"]
+    check_recipe_options(options, fp8=precision == "fp8")
     check_labelling(options)
-    if options["precision"] != "int8":
+    if precision not in QUANTISED:
         names = ("calibration_data", *_OBSERVED, *recipe_names())
-        refuse_unused(names, "--int8", "pass --int8")
+        refuse_unused(names, "--int8 and --fp8", "pass --int8 or --fp8")
 
 
 def _calibration(context: Context, options: dict[str, Any]) -> Path | None:
-    """The images of the command line, else of the setting, which only INT8 reads."""
+    """The images of the command line, else of the setting, which only INT8 and FP8 read."""
     found: Path | None = options["calibration_data"]
-    if found is None and options["precision"] == "int8":
+    if found is None and options["precision"] in QUANTISED:
         if (set_once := context.setting("calibration_data")) is not None:
             return Path(str(set_once))
         mend = "pass --calibration-data CALIBRATION_IMAGES"

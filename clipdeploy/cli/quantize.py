@@ -1,4 +1,4 @@
-"""``clipdeploy quantize``: write the INT8 graph."""
+"""``clipdeploy quantize``: write the INT8 or the FP8 graph."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from calibration.qdq import QuantizeConfig
     from calibration.quality import Quality
     from calibration.scheme import SchemeConfig
+    from clipdeploy.core.passport import Precision
     from clipdeploy.engines.backends import BackendOption
 
 __all__ = [
@@ -91,8 +92,9 @@ _OPTIONS = (
     option(
         "--weight-scales",
         type=click.Choice(choices_of(_QUANTIZE, "weight_scales")),
-        help="Form of the weight scales: channel for TensorRT, ratio for TensorRT-RTX.",
-        default_text="the form for the backend",
+        help="Form of the weight scales: channel for TensorRT, ratio for TensorRT-RTX, tensor for "
+        "a single scale.",
+        default_text="the form for the backend, tensor for FP8",
     ),
     option("--quantize-attention", is_flag=True, help="Quantise attention's two products too."),
     option("--quantize-head", is_flag=True, help="Quantise the classifier too."),
@@ -148,8 +150,8 @@ def recipe_names() -> list[str]:
     return option_names(_OPTIONS)
 
 
-def check_recipe_options(options: dict[str, Any]) -> None:
-    """Refuse options of :func:`recipe_options` that have no effect with the others.
+def check_recipe_options(options: dict[str, Any], *, fp8: bool = False) -> None:
+    """Refuse options of :func:`recipe_options` that have no effect with the others or with FP8.
 
     Raises:
         UsageError: it names the first one, or the option given beside a recipe file.
@@ -159,6 +161,9 @@ def check_recipe_options(options: dict[str, Any]) -> None:
             *recipe_names(),
             hint="a recipe contains all quantisation options: leave one of them out",
         )
+    if fp8:
+        # FP8's error is relative: neither smoothing nor another zero lowers it.
+        refuse_unused(["no_smooth", "strength", "no_shift"], "INT8", "leave it out of FP8")
     check_scheme_options(options)
 
 
@@ -189,40 +194,48 @@ def quantize_config(
     model: str,
     options: dict[str, Any],
     remainder: Literal["fp16", "fp32"] | None = None,
+    precision: Precision | None = None,
 ) -> QuantizeConfig:
     """The values of :func:`recipe_options`, or of the recipe file, as a configuration.
 
-    ``remainder`` outranks that of a recipe.
+    ``remainder`` outranks that of a recipe.  ``precision`` is the one asked for, if any.
 
     Raises:
         UsageError: a value is out of range.
         ArtifactError, FileError: the recipe cannot be read, or belongs to other weights.
     """
-    from clipdeploy.stages.quantize import recipe_config
+    from clipdeploy.stages.quantize import in_format, recipe_config
 
     if options["recipe"] is None:
-        config = quantize_options(options)
+        config = in_format(quantize_options(options), precision or "int8")
     else:
-        config = recipe_config(context.workspace, model, options["recipe"])
+        config = recipe_config(context.workspace, model, options["recipe"], precision)
     return config if remainder is None else replace(config, remainder=remainder)
 
 
-@command(epilog="\b\nclipdeploy quantize\nclipdeploy quantize --cpu --exclude 'blocks.0.*'")
+@command(
+    epilog="\b\nclipdeploy quantize\nclipdeploy quantize --cpu --exclude 'blocks.0.*'\n"
+    "clipdeploy quantize --fp8"
+)
 @model_option
+@option("--fp8", is_flag=True, help="Write the FP8 graph (E4M3) instead of the INT8 graph.")
 @recipe_options
 @cpu_option
 @force_option
 @stage_command
-def quantize(context: Context, model: str | None, cpu: bool, force: bool, **recipe: Any) -> None:
-    """Write the INT8 graph, from the FP32 graph and its calibration.
+def quantize(
+    context: Context, model: str | None, fp8: bool, cpu: bool, force: bool, **recipe: Any
+) -> None:
+    """Write the INT8 or FP8 graph, from the FP32 graph and its calibration.
 
     Quantised operators are marked by QuantizeLinear and DequantizeLinear (Q/DQ).
     """
-    check_recipe_options(recipe)
+    refuse_together("fp8", "cpu", hint="FP8 is for TensorRT engines: leave one of the two out")
+    check_recipe_options(recipe, fp8=fp8)
     name = context.model(model)
     from clipdeploy.stages.quantize import chosen_config, quantize_model
 
-    config = quantize_config(context, name, recipe, "fp32" if cpu else None)
+    config = quantize_config(context, name, recipe, "fp32" if cpu else None, "fp8" if fp8 else None)
     if recipe["recipe"] is None:
         config = chosen_config(context.workspace, name, config, force=force, note=context.note)
     result = quantize_model(
@@ -233,38 +246,44 @@ def quantize(context: Context, model: str | None, cpu: bool, force: bool, **reci
         force=force,
         progress=context.progress,
     )
+    label = config.number_format.label
     line = (
-        f"{result.artifact.path}: {len(result.placement.quantized)} Linears and products in INT8, "
+        f"{result.artifact.path}: {len(result.placement.quantized)} Linears and products in "
+        f"{label}, "
         f"{result.artifact.bytes / 1e6:.1f} MB"
         + ("" if result.artifact.changed else " (unchanged)")
     )
     quality = result.quality
     note_quality(context, quality)
-    lines = [line, *_left_out(result.placement), *(() if quality is None else [_sqnr(quality)])]
+    lines = [
+        line,
+        *_left_out(result.placement, label),
+        *(() if quality is None else [_sqnr(quality)]),
+    ]
     emit(context, result, lambda: "\n".join(lines))
 
 
 def note_quality(context: Context, quality: Quality | None) -> None:
-    """Note the warnings of an INT8 graph."""
+    """Note the warnings of a quantised graph."""
     for warning in () if quality is None else quality.warnings:
         context.note(warning)
 
 
 def _sqnr(quality: Quality) -> str:
-    """What INT8 costs, in one line."""
+    """What the quantisation costs, in one line."""
     images = f"{quality.images} calibration images" if quality.images else "the sample images"
     ratio = "equal to FP32" if quality.sqnr_db is None else f"SQNR {quality.sqnr_db:.1f} dB"
     return f"  logits: {ratio} on {images}"
 
 
-def _left_out(placement: Placement) -> list[str]:
-    """What is not INT8: a line for each group of operators with the same reason."""
+def _left_out(placement: Placement, label: str) -> list[str]:
+    """What is not quantised: a line for each group of operators with the same reason."""
     counts: dict[tuple[str, str], int] = {}
     for entry in placement.entries:
-        if not entry.int8:
+        if not entry.quantized:
             group = (re.sub(r"^blocks\.\d+", "blocks.*", entry.name), entry.reason)
             counts[group] = counts.get(group, 0) + 1
     return [
-        f"  not INT8: {name}{f' ({count})' if count > 1 else ''}, {reason}"
+        f"  not {label}: {name}{f' ({count})' if count > 1 else ''}, {reason}"
         for (name, reason), count in counts.items()
     ]

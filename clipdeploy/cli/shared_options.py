@@ -183,11 +183,12 @@ calibration_seed_option = seed_option(
 
 
 def precision_options(default: str) -> list[Decorator]:
-    """``--fp32``, ``--fp16`` and ``--int8``, which choose the precision."""
+    """``--fp32``, ``--fp16``, ``--int8`` and ``--fp8``, which choose the precision."""
     helps = {
         "fp32": "Full precision.",
         "fp16": "Half precision.",
         "int8": "INT8 for the Linears, FP16 for the rest.",
+        "fp8": "FP8 (E4M3) for the Linears, FP16 for the rest; needs SM 8.9 or newer.",
     }
     return [
         option(

@@ -36,6 +36,7 @@ __all__ = [
     "IMAGENET_STD",
     "PASSPORT_KEY",
     "PASSPORT_SCHEMA",
+    "QUANTISED",
     "NamesFrom",
     "Passport",
     "Precision",
@@ -65,9 +66,11 @@ IMAGENET_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
 # Source of the class names: the model card, the user's file or the checkpoint.  "assumed" are the
 # card's names for fine-tuned weights with the same number of classes; empty if there are none.
 NamesFrom = Literal["", "card", "file", "checkpoint", "assumed"]
-Precision = Literal["fp32", "fp16", "int8", "int8-cpu"]
-# How a weight with a scale for each output channel is dequantised: see calibration/write.py.
-ScaleForm = Literal["channel", "ratio"]
+Precision = Literal["fp32", "fp16", "int8", "int8-cpu", "fp8"]
+# Precisions whose ranges come from calibration images; the first two have engines.
+QUANTISED: tuple[Precision, ...] = ("int8", "fp8", "int8-cpu")
+# How a weight's scales are stored: see calibration/write.py.
+ScaleForm = Literal["channel", "ratio", "tensor"]
 
 _CROP_MODES = ("center", "squash")
 _DTYPES = ("float32", "float16", "bfloat16", "float64", "uint8", "int8", "int32", "int64", "bool")

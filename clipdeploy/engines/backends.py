@@ -28,7 +28,7 @@ __all__ = [
     "compute_capabilities",
     "default_capabilities",
     "is_installed",
-    "scale_form",
+    "scale_forms",
     "targets_capabilities",
     "tensorrt_module",
 ]
@@ -65,11 +65,17 @@ class BackendChoice:
 
 
 # TensorRT-RTX multiplies a GEMM's int32 sums by one scale only: calibration/write.py.
-_SCALE_FORMS: dict[Backend, ScaleForm] = {"tensorrt": "channel", "tensorrt-rtx": "ratio"}
+_SCALE_FORMS: dict[Backend, tuple[ScaleForm, ...]] = {
+    "tensorrt": ("channel", "tensor"),
+    "tensorrt-rtx": ("ratio", "tensor"),
+}
 
 
-def scale_form(backend: Backend) -> ScaleForm:
-    """The form of the weight scales that ``backend`` computes INT8 with correctly and fast."""
+def scale_forms(backend: Backend) -> tuple[ScaleForm, ...]:
+    """The forms of weight scales that ``backend`` computes 8-bit products with correctly and fast.
+
+    The first has a scale for each output channel.
+    """
     return _SCALE_FORMS[backend]
 
 

@@ -20,12 +20,12 @@ from clipdeploy.core.device import driver, gpus
 from clipdeploy.core.display import Renderable, Shown, facts
 from clipdeploy.core.errors import ArtifactError, BuildError, EngineError, FileError
 from clipdeploy.core.files import atomic_path, file_errors, sha256_file
-from clipdeploy.core.passport import Passport, settings_of
+from clipdeploy.core.passport import QUANTISED, Passport, settings_of
 from clipdeploy.core.progress import SILENT, Progress
 from clipdeploy.engines.backends import (
     Backend,
     choose_backend,
-    scale_form,
+    scale_forms,
     targets_capabilities,
     tensorrt_module,
 )
@@ -163,6 +163,7 @@ def build_engine(
     choice = choose_backend(config.backend)
     _check_scales(graph, passport, choice.backend)
     compiler = Compiler(choice.backend, tensorrt_module(choice.backend))
+    config = replace(config, compute_capability=compiler.targets(config, passport.precision))
     check_options(choice.backend, compiler.module, config)
     draft = _draft(passport, compiler, config)
     with ThreadPoolExecutor(1) as pool:
@@ -207,16 +208,17 @@ def build_engine(
 
 
 def _check_scales(graph: Path, passport: Passport, backend: Backend) -> None:
-    """Refuse an INT8 graph whose weight scales have the form for the other backend.
+    """Refuse a quantised graph whose weight scales have the form for the other backend.
 
     Raises:
         BuildError: it names the command that writes the right one.
     """
-    form, needed = passport.settings.get("weight_scales", "channel"), scale_form(backend)
-    if passport.precision == "int8" and form != needed:
+    form, possible = passport.settings.get("weight_scales", "channel"), scale_forms(backend)
+    if passport.precision in QUANTISED and form not in possible:
         raise BuildError(
-            f"{graph} has weight scales in {form} form, {backend} needs the {needed} form",
-            hint=f"clipdeploy quantize --model {passport.model} --weight-scales {needed}",
+            f"{graph} has weight scales in {form} form, {backend} needs the {possible[0]} form",
+            hint=f"clipdeploy quantize --{passport.precision} --model {passport.model} "
+            f"--weight-scales {possible[0]}",
         )
 
 
@@ -231,7 +233,7 @@ def _check_sums(graph: Path, programs: tuple[tuple[PlanKernel, ...], ...]) -> No
         raise BuildError(
             f"the engine of {graph} would overflow: {len(found)} 8-bit products, such as "
             f"{found[0]}, write their int32 sums as float16",
-            hint=f"leave it out of INT8 with --exclude '{name}', or build --fp16",
+            hint=f"leave it out with --exclude '{name}', or build --fp16",
         )
 
 

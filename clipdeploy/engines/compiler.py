@@ -14,7 +14,7 @@ from clipdeploy.core.device import gpus
 from clipdeploy.core.errors import BuildError
 from clipdeploy.core.files import check_writable
 from clipdeploy.core.interrupts import interrupts
-from clipdeploy.core.passport import TensorSpec
+from clipdeploy.core.passport import Precision, TensorSpec
 from clipdeploy.engines.backends import (
     Backend,
     capture_log,
@@ -75,6 +75,10 @@ def _silent_stderr() -> Iterator[None]:
         os.close(saved)
 
 
+def _numbers(capability: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in capability.split("."))
+
+
 class Compiler:
     """The compiler of ``backend``; ``module`` is the result of ``backends.tensorrt_module``."""
 
@@ -88,6 +92,16 @@ class Compiler:
         if targets_capabilities(self.module):
             return tuple(asked) or default_capabilities(self.module)
         return tuple(gpu.capability for gpu in gpus()[:1])
+
+    def targets(self, config: BuildConfig, precision: Precision) -> tuple[str, ...]:
+        """The targets of ``config``, or by default those that can compute ``precision``."""
+        if config.compute_capability or not targets_capabilities(self.module):
+            return config.compute_capability
+        able = default_capabilities(self.module)
+        if precision == "fp8":
+            able = tuple(each for each in able if _numbers(each) >= _NEEDS["FP8"])
+        # The default of most graphs stays unset, as it was when their engines were built.
+        return able if able != default_capabilities(self.module) else ()
 
     def check_flags(self, config: BuildConfig) -> None:
         """Try the options that some backends or machines lack, on a graph of one MatMul.
@@ -121,7 +135,7 @@ class Compiler:
             types |= {layer.get_output_type(output).name for output in range(layer.num_outputs)}
         for kind in sorted(_NEEDS.keys() & types):
             for capability in capabilities:
-                if tuple(int(part) for part in capability.split(".")) < _NEEDS[kind]:
+                if _numbers(capability) < _NEEDS[kind]:
                     raise BuildError(
                         f"the graph uses {kind.lower()}, which SM {capability} cannot compute",
                         hint="build --fp16 or --int8, or for SM {}.{} and newer".format(

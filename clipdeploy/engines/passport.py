@@ -162,11 +162,11 @@ class EnginePassport:
         Only TensorRT-RTX needs the check, see :mod:`clipdeploy.engines.plan_text`.
         """
         compiled = self.compiled.blocks if self.compiled else self.asked
-        products = sum(block.gemms.get("int8", 0) for block in compiled)
+        products = sum(block.gemms.get(name, 0) for block in compiled for name in ("int8", "fp8"))
         if self.backend != "tensorrt-rtx" or self.checked_products >= products:
             return ()
         found = f"{self.checked_products} of {products}"
-        return (f"only {found} INT8 products were checked for overflow in float16",)
+        return (f"only {found} 8-bit products were checked for overflow in float16",)
 
     @property
     def remarks(self) -> tuple[str, ...]:

@@ -58,6 +58,7 @@ class OnnxRunner(Closing):
             providers=(provider_name,),
             threads=threads,
             exact_int8=passport.precision == "int8-cpu",
+            fp8=passport.precision == "fp8",
         )
         device = "CUDA" if provider_name == CUDA else "CPU"
         self.name = f"ONNX Runtime ({device}{', float16 as stored' if session else ''})"

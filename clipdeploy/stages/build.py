@@ -7,7 +7,7 @@ from pathlib import Path
 
 from calibration.qdq import QuantizeConfig
 from clipdeploy.core.errors import UsageError
-from clipdeploy.core.passport import Precision
+from clipdeploy.core.passport import QUANTISED, Precision
 from clipdeploy.core.paths import StrPath, as_path
 from clipdeploy.core.progress import SILENT, Progress
 from clipdeploy.engines.build_config import BuildConfig
@@ -17,8 +17,9 @@ from clipdeploy.stages.calibrate import CalibrateConfig, calibrate_model
 from clipdeploy.stages.quantize import (
     chosen_config,
     convert_model,
+    in_format,
     quantize_model,
-    refuse_int8_only,
+    refuse_quantised_only,
     refuse_unbuildable,
 )
 from clipdeploy.workspace.folder import Workspace
@@ -44,9 +45,10 @@ def build_model(
 ) -> EngineArtifact:
     """Build an engine of ``precision``; calibrate and quantise first if necessary.
 
-    ``data`` are calibration images; None uses the calibration in the workspace.  An INT8 graph that
-    a search wrote is kept unless ``quantize`` or ``force`` is given.  ``note`` is called with
-    remarks on the images and the graph.
+    ``data`` are calibration images; None uses the calibration in the workspace.  ``quantize`` is
+    for INT8 and FP8; ``precision`` sets its format.  A graph that a search wrote is kept unless
+    ``quantize`` or ``force`` is given.  ``note`` is called with remarks on the images and the
+    graph.
 
     Raises:
         UsageError: a configuration that ``precision`` does not use, or that has no engine.
@@ -55,7 +57,8 @@ def build_model(
     data = as_path(data)
     _refuse_unused(precision, config, data, calibrate, fp16, quantize)
     workspace.source(model)
-    if precision == "int8":
+    if precision in QUANTISED:
+        quantize = in_format(quantize, precision)
         quantize = chosen_config(workspace, model, quantize, force=force, note=note)
         if data is not None:
             made = calibrate_model(
@@ -95,8 +98,8 @@ def _refuse_unused(
     Raises:
         UsageError: it names the first one.
     """
-    if precision != "int8":
-        refuse_int8_only({"data": data is not None, "quantize": quantize != QuantizeConfig()})
+    if precision not in QUANTISED:
+        refuse_quantised_only({"data": data is not None, "quantize": quantize != QuantizeConfig()})
     refuse_unbuildable(quantize, config.backend)
     if data is None and calibrate != CalibrateConfig():
         raise UsageError("calibrate belongs to data", hint="leave it out, or pass images")

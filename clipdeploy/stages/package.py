@@ -20,7 +20,7 @@ from clipdeploy.workspace.folder import Workspace
 
 __all__ = ["artifact_to_package", "package_cpp", "package_triton"]
 
-_ENGINES: tuple[Precision, ...] = ("int8", "fp16", "fp32")
+_ENGINES: tuple[Precision, ...] = ("int8", "fp8", "fp16", "fp32")
 # FP16 first: ONNX Runtime has few INT8 kernels for GPUs.
 _GRAPHS: tuple[Precision, ...] = ("fp16", "fp32", "int8", "int8-cpu")
 

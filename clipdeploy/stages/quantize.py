@@ -1,4 +1,4 @@
-"""Makes the FP16 graph, and the INT8 graph with its calibration, from the FP32 graph."""
+"""Makes the FP16 graph, and with a calibration the INT8 and FP8 graphs, from the FP32 graph."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from calibration.formats import FORMATS
 from calibration.policy import Placement, place
 from calibration.qdq import QuantizeConfig, QuantizedGraph, quantize, stored_settings
 from calibration.quality import Quality
@@ -13,10 +14,10 @@ from calibration.recipe import load_recipe
 from calibration.table import load_table
 from clipdeploy.core.errors import BuildError, UsageError
 from clipdeploy.core.files import sha256_file
-from clipdeploy.core.passport import Preprocess, from_json, to_json
+from clipdeploy.core.passport import Precision, Preprocess, from_json, to_json
 from clipdeploy.core.paths import StrPath
 from clipdeploy.core.progress import SILENT, Progress
-from clipdeploy.engines.backends import BackendOption, choose_backend, scale_form
+from clipdeploy.engines.backends import Backend, BackendOption, choose_backend, scale_forms
 from clipdeploy.models.cards import takes_any_name
 from clipdeploy.stages.calibrate import is_calibrated
 from clipdeploy.stages.samples import sample_images
@@ -30,12 +31,13 @@ __all__ = [
     "calibration_file",
     "chosen_config",
     "convert_model",
-    "int8_quality",
+    "in_format",
     "model_quality",
     "quantize_model",
     "recipe_config",
-    "refuse_int8_only",
+    "refuse_quantised_only",
     "refuse_unbuildable",
+    "stored_quality",
     "with_scale_form",
 ]
 
@@ -53,7 +55,7 @@ def quantize_model(
     force: bool = False,
     progress: Progress = SILENT,
 ) -> QuantizedGraph:
-    """Write the INT8 graph, from the FP32 graph and its calibration.
+    """Write the INT8 or FP8 graph, from the FP32 graph and its calibration.
 
     An existing graph is reused if it was made from the same files with the same ``config``.  To
     keep the graph that a search wrote, take ``config`` from :func:`chosen_config`.
@@ -71,7 +73,7 @@ def quantize_model(
         settings = found.passport.settings
         asked = stored_settings(config)
         if found.passport.parents == parents and settings.items() >= asked.items():
-            return QuantizedGraph(found, _placement(source, config, found), int8_quality(found))
+            return QuantizedGraph(found, _placement(source, config, found), stored_quality(found))
     with progress.task(f"quantise {model}"):
         samples = sample_images(passport.preprocess, _STORAGE_IMAGES)
         return quantize(source, calibration, target, samples, config)
@@ -84,17 +86,40 @@ def with_scale_form(config: QuantizeConfig, backend: BackendOption = "auto") -> 
     """
     if config.weight_scales is not None:
         return config
+    if config.format == "fp8":
+        # Its error is relative, so a scale for each channel gains nothing.
+        return replace(config, weight_scales="tensor")
     if config.remainder == "fp32":
         return replace(config, weight_scales="channel")
+    return replace(config, weight_scales=scale_forms(_backend(backend))[0])
+
+
+def _backend(asked: BackendOption) -> Backend:
+    """The backend that ``asked`` chooses; TensorRT if none is installed."""
+    if asked != "auto":
+        return asked
     try:
-        chosen = choose_backend(backend).backend if backend == "auto" else backend
+        return choose_backend(asked).backend
     except BuildError:
-        chosen = "tensorrt"
-    return replace(config, weight_scales=scale_form(chosen))
+        return "tensorrt"
 
 
 def _target(workspace: Workspace, model: str, config: QuantizeConfig) -> Path:
-    return workspace.graph(model, "int8" if config.remainder == "fp16" else "int8-cpu")
+    return workspace.graph(model, config.precision)
+
+
+def in_format(config: QuantizeConfig, precision: Precision) -> QuantizeConfig:
+    """``config`` for a graph of ``precision``, ``int8`` or ``fp8``.
+
+    Raises:
+        UsageError: ``config`` is for FP8 and ``precision`` is not.
+    """
+    if config.format == "fp8" and precision != "fp8":
+        raise UsageError(
+            f"a configuration for FP8, but the precision is {precision}",
+            hint="choose fp8, or a configuration for int8",
+        )
+    return replace(config, format="fp8") if precision == "fp8" else config
 
 
 def calibration_file(workspace: Workspace, model: str) -> Path:
@@ -112,31 +137,41 @@ def calibration_file(workspace: Workspace, model: str) -> Path:
     return path
 
 
-def refuse_int8_only(given: Mapping[str, bool]) -> None:
-    """Refuse arguments that only INT8 uses; ``given`` says for each name whether it was given.
+def refuse_quantised_only(given: Mapping[str, bool]) -> None:
+    """Refuse arguments of INT8 and FP8; ``given`` says for each name whether it was given.
 
     Raises:
         UsageError: it names the first one that was given.
     """
     for name, is_given in given.items():
         if is_given:
-            raise UsageError(f"{name} belongs to --int8", hint="leave it out, or choose INT8")
+            raise UsageError(
+                f"{name} belongs to --int8 and --fp8", hint="leave it out, or choose one of them"
+            )
 
 
 @takes_any_name
-def recipe_config(workspace: Workspace, model: str, path: StrPath) -> QuantizeConfig:
-    """The configuration in a recipe file.
+def recipe_config(
+    workspace: Workspace, model: str, path: StrPath, precision: Precision | None = None
+) -> QuantizeConfig:
+    """The configuration in a recipe file, for ``precision`` if it is given.
 
     Raises:
         ArtifactError, FileError: it cannot be read, or belongs to other weights than the model's.
+        UsageError: it is for another precision.
     """
     recipe = load_recipe(Path(path))
     recipe.check(workspace.source(model)[1].weights.identity)
+    if precision in FORMATS and precision != recipe.config.format:
+        raise UsageError(
+            f"{path} is a recipe for {recipe.config.format}, not for {precision}",
+            hint=f"choose --{recipe.config.format}, or leave out --recipe",
+        )
     return recipe.config
 
 
 def refuse_unbuildable(config: QuantizeConfig, backend: BackendOption = "auto") -> None:
-    """Refuse a configuration whose INT8 graph ``backend`` does not build, before it is made.
+    """Refuse a configuration whose graph ``backend`` does not build, before it is made.
 
     Raises:
         UsageError: the remainder is not FP16, or the weight scales have another backend's form.
@@ -146,10 +181,10 @@ def refuse_unbuildable(config: QuantizeConfig, backend: BackendOption = "auto") 
             f"no engine is built from INT8 with the rest in {config.remainder}",
             hint="leave the remainder at fp16; fp32 is for graphs on a CPU",
         )
-    needed = with_scale_form(replace(config, weight_scales=None), backend).weight_scales
-    if config.weight_scales not in (None, needed):
+    possible = scale_forms(_backend(backend))
+    if config.weight_scales not in (None, *possible):
         raise UsageError(
-            f"weight scales in {config.weight_scales} form, but this backend needs {needed}",
+            f"weight scales in {config.weight_scales} form, but this backend needs {possible[0]}",
             hint="leave out --weight-scales, or choose another --backend",
         )
 
@@ -163,10 +198,11 @@ def chosen_config(
     force: bool = False,
     note: Callable[[str], object] = lambda text: None,
 ) -> QuantizeConfig:
-    """The configuration of the INT8 graph: ``asked``, or that of a search.
+    """The configuration of the quantised graph: ``asked``, or that of a search.
 
-    A graph that a search wrote is kept if ``asked`` is the default, apart from ``remainder``,
-    ``min_sqnr`` and ``weight_scales``; ``force`` replaces it.  ``note`` is called if it is kept.
+    A graph that a search wrote is kept if ``asked`` is the default, apart from ``format``,
+    ``remainder``, ``min_sqnr`` and ``weight_scales``; ``force`` replaces it.  ``note`` is called if
+    it is kept.
 
     Raises:
         ClipdeployError: the recipe or the graph of the search cannot be read.
@@ -174,15 +210,16 @@ def chosen_config(
     searched = None if force else _searched_config(workspace, model, asked)
     if searched is None:
         return asked
-    note("keeping the INT8 graph of the search; --force or INT8 options replace it")
+    label = asked.number_format.label
+    note(f"keeping the {label} graph of the search; --force or {label} options replace it")
     return searched
 
 
 def _searched_config(
     workspace: Workspace, model: str, asked: QuantizeConfig
 ) -> QuantizeConfig | None:
-    """The configuration of the INT8 graph, if a search wrote it and ``asked`` is the default."""
-    default = QuantizeConfig(remainder=asked.remainder)
+    """The configuration of the graph, if a search wrote it and ``asked`` is the default."""
+    default = QuantizeConfig(remainder=asked.remainder, format=asked.format)
     path = workspace.recipe(model)
     other = replace(asked, min_sqnr=default.min_sqnr, weight_scales=None)
     if other != default or not path.exists():
@@ -190,7 +227,7 @@ def _searched_config(
     if (graph := existing_graph(_target(workspace, model, asked))) is None:
         return None
     config = load_recipe(path).config
-    if config.remainder != asked.remainder:
+    if config.precision != asked.precision:
         return None
     # Both forms hold the same integers, so the graph is the searched one in either form.
     settings = graph.passport.settings
@@ -202,21 +239,23 @@ def _searched_config(
 
 def _placement(source: Path, config: QuantizeConfig, made: GraphArtifact) -> Placement:
     placement = place(load_graph(source), config.exclude, config.scope)
-    return placement.without(made.passport.settings.get("int8_left_out", {}))
+    return placement.without(made.passport.settings.get(f"{config.format}_left_out", {}))
 
 
-def model_quality(workspace: Workspace, model: str) -> Quality | None:
-    """The :func:`int8_quality` of the INT8 graph in the workspace; None if there is none.
+def model_quality(
+    workspace: Workspace, model: str, precision: Precision = "int8"
+) -> Quality | None:
+    """The :func:`stored_quality` of a graph in the workspace; None if there is none.
 
     Raises:
         ArtifactError: its passport cannot be read.
     """
-    graph = existing_graph(workspace.graph(model, "int8"))
-    return None if graph is None else int8_quality(graph)
+    graph = existing_graph(workspace.graph(model, precision))
+    return None if graph is None else stored_quality(graph)
 
 
-def int8_quality(graph: GraphArtifact) -> Quality | None:
-    """The quality that was measured when an INT8 graph was made; None if it was not measured.
+def stored_quality(graph: GraphArtifact) -> Quality | None:
+    """The quality that was measured when a quantised graph was made; None if it was not measured.
 
     Raises:
         ArtifactError: the passport of the graph is invalid.

@@ -14,6 +14,7 @@ from pathlib import Path
 from calibration.table import load_table
 from clipdeploy.core.errors import DatasetError
 from clipdeploy.core.files import sha256_file
+from clipdeploy.core.passport import QUANTISED
 from clipdeploy.imaging import Crop
 from clipdeploy.imaging.fingerprints import Fingerprint, Known
 from clipdeploy.verification.records import Leak
@@ -75,20 +76,20 @@ def read_calibrated(path: Path) -> Calibrated:
 def calibration_of(target: Target, known: Calibrated) -> str | None:
     """Return the table that an artifact was calibrated with: empty if none, None if unknown.
 
-    A graph without a passport that has an INT8 product was calibrated on unknown images; an engine
+    A graph without a passport that has an 8-bit product was calibrated on unknown images; an engine
     without a passport may have been.
     """
     if not target.vouched:
         engine = target.kind == "engine"
-        return None if engine or _has_int8(target.path) else ""
-    if not target.precision.startswith("int8"):
+        return None if engine or _is_quantised(target.path) else ""
+    if target.precision not in QUANTISED:
         return ""
     table = target.passport.parents.get("calibration", "")
     return table if table and table == known.table else None
 
 
-def _has_int8(graph: Path) -> bool:
-    return any(found.precision == "int8" for found in find_products(read_skeleton(graph)))
+def _is_quantised(graph: Path) -> bool:
+    return any(found.precision in QUANTISED for found in find_products(read_skeleton(graph)))
 
 
 def refuse_leaks(images: Iterable[tuple[str, Leak]]) -> None:

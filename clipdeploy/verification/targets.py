@@ -120,7 +120,7 @@ def _foreign_graph(path: Path, reference: Passport) -> Target:
 def _precision(path: Path) -> Precision:
     """Return the precision of most matrix products; FP32 if none has a known precision."""
     products = [product.precision for product in find_products(read_skeleton(path))]
-    known: tuple[Precision, ...] = ("int8", "fp16", "fp32")
+    known: tuple[Precision, ...] = ("int8", "fp8", "fp16", "fp32")
     return max(known, key=products.count) if set(known) & set(products) else "fp32"
 
 

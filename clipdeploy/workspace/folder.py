@@ -9,6 +9,7 @@ artifacts/
     fp16.onnx                         build-engine --fp16
     int8.onnx                         quantize
     int8-cpu.onnx                     quantize --cpu
+    fp8.onnx                          quantize --fp8
     recipe.json                       search: the recipe of its INT8 graph
     search/                           search: measurements, and the recipes of the Pareto front
     int8.engine                       build-engine
@@ -41,7 +42,7 @@ from clipdeploy.workspace.passports import checked_passport
 
 __all__ = ["PRECISIONS", "Workspace"]
 
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8", "fp8")
 
 
 @dataclass(frozen=True)

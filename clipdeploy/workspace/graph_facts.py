@@ -57,10 +57,13 @@ def graph_facts(path: Path, passport: Passport) -> GraphFacts:
 
 
 def _precision(model: ModelProto) -> Precision:
-    """Return the stages' name: INT8 products with a float16 or float32 rest, else the rest."""
+    """Return the stages' name: 8-bit products with a float16 or float32 rest, else the rest."""
     halves = "fp16" in tensor_types(model)
-    if any(product.precision == "int8" for product in find_products(model)):
+    products = {product.precision for product in find_products(model)}
+    if "int8" in products:
         return "int8" if halves else "int8-cpu"
+    if "fp8" in products:
+        return "fp8"
     return "fp16" if halves else "fp32"
 
 

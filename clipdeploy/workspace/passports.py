@@ -170,6 +170,7 @@ def _remake_hint(model: str, precision: Precision) -> str:
         "fp16": f"build-engine --model {model} --fp16",
         "int8": f"quantize --model {model}",
         "int8-cpu": f"quantize --model {model} --cpu",
+        "fp8": f"quantize --model {model} --fp8",
     }
     return (
         "make it again with the same options: "
@@ -301,9 +302,9 @@ def _check_file(path: Path, passport: Passport) -> None:
     hint, source = _remake_hint(passport.model, passport.precision), "the graph itself"
     _refuse_difference(path, passport.input, facts.input, "input", source, hint)
     _refuse_difference(path, passport.output, facts.output, "output", source, hint)
-    # A search may find that no Linear can be INT8, and records it in the settings.
-    none = passport.settings.get("int8_nodes") == 0
-    empty = {"int8": "fp16", "int8-cpu": "fp32"} if none else {}
+    # A search may find that no Linear can be quantised, and records it in the settings.
+    none = 0 in (passport.settings.get(f"{name}_nodes") for name in ("int8", "fp8"))
+    empty = {"int8": "fp16", "fp8": "fp16", "int8-cpu": "fp32"} if none else {}
     if empty.get(passport.precision) != facts.precision:
         _refuse_difference(path, passport.precision, facts.precision, "precision", source, hint)
     if facts.numerics is not None:

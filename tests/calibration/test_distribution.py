@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from calibration.distribution import LEVELS, Distribution, mean_error, squared_error
+from calibration.distribution import Distribution, mean_error, squared_error
+from calibration.formats import INT8
 from calibration.observers import ChannelObserver, ChannelStatistics, bin_edges
 
 F64 = NDArray[np.float64]
@@ -38,7 +39,7 @@ def _middles(low: float, high: float) -> F64:
 
 
 def _quantised(x: F64, step: float) -> F64:
-    return step * np.clip(np.rint(x / step), -LEVELS, LEVELS)
+    return step * np.clip(np.rint(x / step), -INT8.largest, INT8.largest)
 
 
 def _observe(values: NDArray[np.float32], images: int = 8) -> ChannelStatistics:
@@ -188,7 +189,7 @@ def test_density_error_is_the_true_error() -> None:
     limits = density.largest * np.asarray([1.0, 0.7, 0.4, 0.1])
     x = values.astype(np.float64)
     for found, limit in zip(density.error(limits), limits, strict=True):
-        step = limit / LEVELS
+        step = limit / INT8.largest
         expected = ((_quantised(x, step) - x) ** 2).sum(axis=1).mean()
         # Values are not uniform inside a bin: a few percent if the tail is clipped.
         assert found == pytest.approx(expected, rel=0.05)

@@ -129,11 +129,11 @@ def test_patterns_exclude_what_they_match(
 ) -> None:
     placement = place(model, patterns, Scope(attention=True, head=True, patch=True))
     assert [entry.name for entry in placement.entries] == EVERYTHING
-    assert {entry.name for entry in placement.entries if not entry.int8} == set(excluded)
+    assert {entry.name for entry in placement.entries if not entry.quantized} == set(excluded)
     assert list(placement.quantized) == [name for name in EVERYTHING if name not in excluded]
     for entry in placement.entries:
-        assert entry.int8 == (entry.reason == "")
-        assert entry.int8 or entry.reason in {f"excluded by {p!r}" for p in patterns}
+        assert entry.quantized == (entry.reason == "")
+        assert entry.quantized or entry.reason in {f"excluded by {p!r}" for p in patterns}
 
 
 @pytest.mark.parametrize("pattern", ["blocks.6.*", "blocks.0", "BLOCKS.0.*", "neck", ""])

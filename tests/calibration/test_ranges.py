@@ -8,7 +8,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy.special import erf
 
-from calibration.distribution import LEVELS, Distribution
+from calibration.distribution import Distribution
+from calibration.formats import INT8
 from calibration.observers import ChannelObserver
 from calibration.ranges import RANGE_METHODS, choose_range, search_levels
 from clipdeploy.core.errors import ClipdeployError, UsageError
@@ -52,8 +53,8 @@ SHAPED = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.__name
 
 def _true_error(values: F64, limit: float, weight: F64 | float = 1.0) -> float:
     """Mean weighted squared error of the values themselves, quantised to limit / 127."""
-    step = limit / LEVELS
-    error = step * np.clip(np.rint(values / step), -LEVELS, LEVELS) - values
+    step = limit / INT8.largest
+    error = step * np.clip(np.rint(values / step), -INT8.largest, INT8.largest) - values
     return float((error**2 * weight).sum(axis=1).mean())
 
 
@@ -181,7 +182,7 @@ def _gelu(rng: np.random.Generator) -> F64:
 
 def _level_error(values: F64, step: float, zero: int, weight: F64 | float = 1.0) -> float:
     """The true error of step * (q + zero), q from -127 to 127."""
-    q = np.clip(np.rint(values / step - zero), -LEVELS, LEVELS)
+    q = np.clip(np.rint(values / step - zero), -INT8.largest, INT8.largest)
     return float(((step * (q + zero) - values) ** 2 * weight).sum(axis=1).mean())
 
 
@@ -189,12 +190,12 @@ def _level_error(values: F64, step: float, zero: int, weight: F64 | float = 1.0)
 def test_gelu_gets_its_levels_to_one_side(seed: int) -> None:
     values = _gelu(np.random.default_rng(seed))
     step, zero = search_levels(_distribution(values), np.ones(4))
-    assert 100 <= zero <= LEVELS
+    assert 100 <= zero <= INT8.largest
     assert step == float(np.float16(step))
     # The lowest value, -0.17, is within the levels.
-    assert step * (zero - LEVELS) <= values.min() + step
+    assert step * (zero - INT8.largest) <= values.min() + step
     symmetric = min(
-        _level_error(values, np.abs(values).max() * 0.975**i / LEVELS, 0) for i in range(200)
+        _level_error(values, np.abs(values).max() * 0.975**i / INT8.largest, 0) for i in range(200)
     )
     # Nearly twice as many levels in use would be a quarter of the error; zero at its best is a
     # whole number and the range is one of 41.

@@ -9,7 +9,8 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-from calibration.distribution import LEVELS, Distribution
+from calibration.distribution import Distribution
+from calibration.formats import INT8
 from calibration.policy import LinearSite, find_linears, qkv_output
 from calibration.qdq import QuantizeConfig
 from calibration.ranges import RangeMethod, choose_range
@@ -51,7 +52,7 @@ def test_a_named_range_method_is_used_for_every_linear(
     scheme = linear_scheme(sites[name], demo_table.of(name), None, config)
     limit = choose_range(Distribution.of(demo_table.of(name)), method)
     # float16 keeps eleven bits.
-    assert scheme.step == pytest.approx(limit / LEVELS, rel=2**-11)
+    assert scheme.step == pytest.approx(limit / INT8.largest, rel=2**-11)
     assert scheme.zero == 0
     # The default searches fc2's levels on both sides of zero instead.
     assert linear_scheme(sites[name], demo_table.of(name), None, SchemeConfig()).zero > 0
@@ -64,12 +65,14 @@ def test_plain_scheme_is_the_calibrated_range(
     before = _array(sites[name].bias)
     scheme = linear_scheme(sites[name], demo_table.of(name), None, PLAIN)
     # float16 keeps eleven bits.
-    assert scheme.step == pytest.approx(float(demo_table.of(name).amax.max()) / LEVELS, rel=2**-11)
+    assert scheme.step == pytest.approx(
+        float(demo_table.of(name).amax.max()) / INT8.largest, rel=2**-11
+    )
     assert scheme.step == float(np.float16(scheme.step))
     assert (scheme.zero, scheme.strength) == (0, None)
     assert not scheme.shift_output.any()
     assert np.array_equal(_array(sites[name].bias), before)
-    error = scheme.integers * scheme.weight_scale - _array(sites[name].weight)
+    error = scheme.numbers * scheme.weight_scale - _array(sites[name].weight)
     # Round to nearest; the largest may be off by 0.06 more, if float16 rounds the scale down.
     assert (np.abs(error) <= 0.57 * scheme.weight_scale).all()
 
@@ -80,7 +83,7 @@ def test_levels_are_shifted_behind_gelu_only(
 ) -> None:
     scheme = linear_scheme(sites[name], demo_table.of(name), None, SchemeConfig(smooth=False))
     assert (scheme.zero > 0) == name.endswith("fc2")
-    column = scheme.integers.astype(np.float64).sum(axis=0) * scheme.weight_scale
+    column = scheme.numbers.astype(np.float64).sum(axis=0) * scheme.weight_scale
     # Only float64 rounding.
     np.testing.assert_allclose(scheme.shift_output, scheme.step * scheme.zero * column, rtol=1e-12)
 
@@ -108,9 +111,9 @@ def test_bias_correction_removes_the_mean_error_of_a_linear(
     scheme = linear_scheme(site, demo_table.of(name), None, SchemeConfig(method, smooth=False))
     x = _rows(demo_table, name)
     x += demo_table.of(name).mean - x.mean(axis=0)
-    q = np.clip(np.rint(x / scheme.step - scheme.zero), -LEVELS, LEVELS)
+    q = np.clip(np.rint(x / scheme.step - scheme.zero), -INT8.largest, INT8.largest)
     found = (scheme.step * (q + scheme.zero)) @ (
-        scheme.integers * scheme.weight_scale.astype(np.float64)
+        scheme.numbers * scheme.weight_scale.astype(np.float64)
     )
     error = (found - x @ weight).mean(axis=0)
     corrected = error + scheme.correction
@@ -182,10 +185,10 @@ def test_products_have_a_step_for_each_operand(demo_table: CalibrationTable) -> 
     q, k = product_steps("attn.scores", statistics, None)
     soft, v = product_steps("attn.mix", statistics, None)
     # Softmax reaches one: 1 / 127 in float16.
-    assert soft == float(np.float16(1 / LEVELS))
+    assert soft == float(np.float16(1 / INT8.largest))
     for step, largest in zip((q, k, v), parts, strict=True):
         # Least error clips part of a tensor with tails, but not most of it; float16 may round up.
-        assert 0.2 * largest <= step * LEVELS <= largest * (1 + 2**-10)
+        assert 0.2 * largest <= step * INT8.largest <= largest * (1 + 2**-10)
     folding = Folding(np.zeros(96), np.full(96, 2.0))
     assert product_steps("attn.mix", statistics, folding)[1] == pytest.approx(v / 2, rel=0.02)
     assert product_steps("attn.scores", statistics, folding) == (q, k)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from calibration.weights import float16_scale, quantize_weight, weight_error
+from calibration.formats import float16_scale
+from calibration.weights import quantize_weight, weight_error
 
 TINY = float(np.finfo(np.float16).tiny)
 

@@ -29,7 +29,7 @@ def check_deployment(
     """Check the images, the compiler, the recipe and the folders of a deployment.
 
     Raises:
-        UsageError: INT8 without calibration images.
+        UsageError: INT8 or FP8 without calibration images.
         DatasetError: images are missing or unreadable, or calibration images are also judged on.
         ArtifactError, FileError, BuildError: the recipe, a folder or TensorRT cannot be used.
     """
@@ -46,7 +46,8 @@ def check_deployment(
         _refuse_shared(observed, judging, config)
     elif config.calibrates and not workspace.calibration(model).exists():
         raise UsageError(
-            "INT8 without calibration images", hint="pass --calibration-data CALIBRATION_IMAGES"
+            f"{config.quantised[0].upper()} without calibration images",
+            hint="pass --calibration-data CALIBRATION_IMAGES",
         )
     _readable(judging, progress, skip=config.verify.skip_unreadable)
     _writable(workspace, model, config)
@@ -81,8 +82,8 @@ def _refuse_shared(observed: ImageFolder, judging: ImageFolder, config: DeployCo
         return
     if shared := shared_images(observed, judging):
         raise DatasetError(
-            f"{judging.root} holds images of {observed.root} that INT8 would be calibrated on: "
-            f"{Few.of(shared)}",
+            f"{judging.root} holds images of {observed.root} that the engine would be "
+            f"calibrated on: {Few.of(shared)}",
             hint="remove them from --calibration-data or --val-data",
         )
 

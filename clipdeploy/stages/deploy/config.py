@@ -8,17 +8,17 @@ from pathlib import Path
 from calibration.qdq import QuantizeConfig
 from clipdeploy.benchmark import BenchmarkConfig
 from clipdeploy.core.errors import UsageError
-from clipdeploy.core.passport import Precision, Recipe
+from clipdeploy.core.passport import QUANTISED, Precision, Recipe
 from clipdeploy.core.paths import convert_paths
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.models.load import WeightsChoice
 from clipdeploy.stages.calibrate import CalibrateConfig
-from clipdeploy.stages.quantize import refuse_int8_only, refuse_unbuildable
+from clipdeploy.stages.quantize import refuse_quantised_only, refuse_unbuildable
 from clipdeploy.stages.verify.setup import VerifyScope
 from clipdeploy.verification.verifier import VerifyConfig
 from clipdeploy.workspace.folder import PRECISIONS
 
-__all__ = ["SHORT_BENCHMARK", "DeployConfig"]
+__all__ = ["SHORT_BENCHMARK", "DeployConfig", "quantize_stage"]
 
 # Two seconds are enough to see which precision is faster.
 SHORT_BENCHMARK = BenchmarkConfig(batches=(1, 8), seconds=2.0)
@@ -28,15 +28,21 @@ _INSTEAD_OF: dict[Precision, tuple[Precision, ...]] = {
     "fp32": (),
     "fp16": ("fp32",),
     "int8": ("fp16",),
+    "fp8": ("fp16",),
 }
+
+
+def quantize_stage(precision: Precision) -> str:
+    """The name of the stage that makes the graph of a quantised ``precision``."""
+    return "quantize" if precision == "int8" else f"quantize to {precision}"
 
 
 @dataclass(frozen=True)
 class DeployConfig:
     """How one precision of a model is deployed, from its weights to a package.
 
-    ``val`` are labelled images to judge on.  ``calibration`` are the calibration images of INT8;
-    None uses the calibration in the workspace.  ``beside`` are further precisions to build and
+    ``val`` are labelled images to judge on.  ``calibration`` are the calibration images of INT8 and
+    FP8; None uses the calibration in the workspace.  ``beside`` are further precisions to build and
     judge; None are those that the ``benchmark`` compares with.  ``quantize_recipe`` is a file of
     :mod:`calibration.recipe`, used instead of ``quantize``.  The artifacts in ``scope`` are
     ignored.  ``triton`` and ``cpp`` are the folders of packages; with neither, a model repository
@@ -68,15 +74,17 @@ class DeployConfig:
         unknown = set(self.precisions) - set(PRECISIONS)
         if unknown:
             raise UsageError(
-                f"engines cannot be built in {unknown.pop()}", hint="fp32, fp16 or int8"
+                f"engines cannot be built in {unknown.pop()}", hint="fp32, fp16, int8 or fp8"
             )
         if not self.calibrates:
             chosen = {"--calibration-data": self.calibration, "--recipe": self.quantize_recipe}
             other = {"quantize": self.quantize != QuantizeConfig()}
-            refuse_int8_only({name: bool(path) for name, path in chosen.items()} | other)
+            refuse_quantised_only({name: bool(path) for name, path in chosen.items()} | other)
         refuse_unbuildable(self.quantize, self.build.backend)
         if self.quantize_recipe is not None and self.quantize != QuantizeConfig():
-            raise UsageError("a recipe file excludes other INT8 options", hint="pass one of them")
+            raise UsageError(
+                "a recipe file excludes other quantisation options", hint="pass one of them"
+            )
         if not self.package and (self.triton or self.cpp):
             raise UsageError(
                 "no package is made, but a folder for it was given", hint="leave it out"
@@ -88,7 +96,7 @@ class DeployConfig:
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
-        """All precisions that are built, from FP32 to INT8."""
+        """All precisions that are built, from FP32 to FP8."""
         others = self.beside
         if others is None:
             others = _INSTEAD_OF.get(self.precision, ()) if self.benchmark else ()
@@ -97,19 +105,25 @@ class DeployConfig:
 
     @property
     def calibrates(self) -> bool:
-        """Whether INT8 is among the precisions."""
-        return "int8" in self.precisions
+        """Whether INT8 or FP8 is among the precisions."""
+        return bool(self.quantised)
+
+    @property
+    def quantised(self) -> tuple[Precision, ...]:
+        """The precisions that are built from quantised graphs."""
+        return tuple(precision for precision in self.precisions if precision in QUANTISED)
 
     @property
     def stages(self) -> tuple[str, ...]:
         """The names of the stages, in order."""
-        int8 = ("calibrate", "quantize") if self.calibrates else ()
+        calibrate = ("calibrate",) if self.calibrates and self.calibration else ()
         return (
             "check",
             "export",
             "check labels",
             *(("convert to fp16",) if "fp16" in self.precisions else ()),
-            *(int8 if self.calibration else int8[1:]),
+            *calibrate,
+            *map(quantize_stage, self.quantised),
             *(f"build {precision}" for precision in self.precisions),
             "verify",
             *(("benchmark",) if self.benchmark else ()),

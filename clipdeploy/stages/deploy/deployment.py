@@ -51,7 +51,8 @@ class Deployment(Shown):
     ``passed``: all judged artifacts are equivalent to PyTorch; otherwise there are no packages.
     ``open_points`` has a sentence for each thing that was not proven.  ``serve`` are the commands
     that build and start the packages.  ``calibration_images`` is the number of calibration images,
-    None without INT8.  ``report`` is the page of the verification, ``page`` that of the deployment.
+    None without calibration.  ``report`` is the page of the verification, ``page`` that of the
+    deployment.
     """
 
     model: str
@@ -152,7 +153,7 @@ def _of_the_images(verification: Verification, calibration_images: int | None) -
         yield f"{skipped:,} {were} unreadable and not used"
     if calibration_images is not None and calibration_images < FEW_IMAGES:
         yield (
-            f"the INT8 ranges are from only {calibration_images} images: with {FEW_IMAGES} or more "
+            f"the ranges are from only {calibration_images} images: with {FEW_IMAGES} or more "
             "they represent the data better"
         )
 

@@ -30,7 +30,7 @@ from clipdeploy.engines.builder import EngineArtifact, build_engine
 from clipdeploy.models import cards
 from clipdeploy.stages.calibrate import calibrate_model
 from clipdeploy.stages.deploy.checks import check_deployment, check_labels
-from clipdeploy.stages.deploy.config import DeployConfig
+from clipdeploy.stages.deploy.config import DeployConfig, quantize_stage
 from clipdeploy.stages.deploy.deployment import Deployment, Packages, open_points, serve_commands
 from clipdeploy.stages.deploy.package import make_packages, no_packages
 from clipdeploy.stages.deploy.page import write_pages
@@ -38,6 +38,7 @@ from clipdeploy.stages.export import export_model
 from clipdeploy.stages.quantize import (
     chosen_config,
     convert_model,
+    in_format,
     quantize_model,
     recipe_config,
 )
@@ -118,15 +119,17 @@ class _Run:
             convert = partial(convert_model, *at, force=self.force, progress=self.progress)
             half = self.log.run("convert to fp16", convert, _is_new)
             self.graphs.append(half)
-        if self.config.calibrates:
-            if (images := self.config.calibration) is not None:
-                calibrate = partial(calibrate_model, *at, images, self.config.calibrate)
-                calibrate = partial(calibrate, force=self.force, progress=self.progress)
-                made = self.log.run("calibrate", calibrate, _is_new)
-                self._warn(made.notes())
-            int8 = self.log.run("quantize", self._quantize, lambda made: made.artifact.changed)
-            self._warn(int8.quality.warnings if int8.quality is not None else ())
-            self.graphs.append(int8.artifact)
+        if self.config.quantised and (images := self.config.calibration) is not None:
+            calibrate = partial(calibrate_model, *at, images, self.config.calibrate)
+            calibrate = partial(calibrate, force=self.force, progress=self.progress)
+            made = self.log.run("calibrate", calibrate, _is_new)
+            self._warn(made.notes())
+        for precision in self.config.quantised:
+            quantize = partial(self._quantize, precision)
+            name = quantize_stage(precision)
+            graph = self.log.run(name, quantize, lambda made: made.artifact.changed)
+            self._warn(graph.quality.warnings if graph.quality is not None else ())
+            self.graphs.append(graph.artifact)
 
     def _warn(self, warnings: tuple[str, ...]) -> None:
         for warning in warnings:
@@ -147,8 +150,8 @@ class _Run:
             progress=self.progress,
         )
 
-    def _quantize(self) -> QuantizedGraph:
-        config = self._quantize_config()
+    def _quantize(self, precision: Precision) -> QuantizedGraph:
+        config = self._quantize_config(precision)
         at = (self.workspace, self.model)
         return quantize_model(
             *at,
@@ -158,11 +161,12 @@ class _Run:
             progress=self.progress,
         )
 
-    def _quantize_config(self) -> QuantizeConfig:
+    def _quantize_config(self, precision: Precision) -> QuantizeConfig:
         at = (self.workspace, self.model)
         if (path := self.config.quantize_recipe) is not None:
-            return replace(recipe_config(*at, path), remainder="fp16")
-        return chosen_config(*at, self.config.quantize, force=self.force, note=self.note)
+            return replace(recipe_config(*at, path, precision), remainder="fp16")
+        asked = in_format(self.config.quantize, precision)
+        return chosen_config(*at, asked, force=self.force, note=self.note)
 
     def _build(self, precision: Precision) -> EngineArtifact:
         graph = self.workspace.graph(self.model, precision)
