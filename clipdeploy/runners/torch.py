@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -10,7 +12,48 @@ from torch import nn
 from clipdeploy.core.passport import Preprocess, TensorSpec
 from clipdeploy.runners.base import Closing, Images, Logits
 
-__all__ = ["TorchRunner"]
+__all__ = ["TorchRunner", "full_float32"]
+
+
+def _float32_settings() -> tuple[Any, ...]:
+    """PyTorch's settings for float32 in matrix products and convolutions, on GPUs and CPUs."""
+    backends = torch.backends
+    return backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
+
+
+def _global_precision() -> str | None:
+    """``torch.get_float32_matmul_precision()``; None if it contradicts the newer settings.
+
+    PyTorch then refuses to read it.
+    """
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Compute matrix products and convolutions in float32, without TF32 and bfloat16.
+
+    TF32 has 10 of float32's 23 bits of mantissa, bfloat16 has 7.  The settings apply to the whole
+    process, and are restored at the end.  Nothing else changes, such as whether cuDNN is used
+    (``torch.backends.cudnn.flags`` would also set that).
+    """
+    settings = _float32_settings()
+    before, global_before = [each.fp32_precision for each in settings], _global_precision()
+    try:
+        # PyTorch refuses products if the global precision contradicts the settings.
+        if global_before is not None:
+            torch.set_float32_matmul_precision("highest")
+        for each in settings:
+            each.fp32_precision = "ieee"
+        yield
+    finally:
+        if global_before is not None:
+            torch.set_float32_matmul_precision(global_before)
+        for each, precision in zip(settings, before, strict=True):
+            each.fp32_precision = precision
 
 
 class TorchRunner(Closing):
@@ -33,7 +76,6 @@ class TorchRunner(Closing):
 
     def __call__(self, images: Images) -> Logits:
         """See :class:`Runner`."""
-        # TF32 would cost the reference 13 of its 23 bits of mantissa.
-        with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.inference_mode(), full_float32():
             logits = self._module(torch.from_numpy(images).to(self._device))
             return cast(Logits, logits.cpu().numpy())
