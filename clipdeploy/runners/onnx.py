@@ -70,7 +70,7 @@ class OnnxRunner(Closing):
     def __call__(self, images: Images) -> Logits:
         """See :class:`Runner`."""
         inputs = images.astype(np.float32) if self._widen else images
-        return in_parts(lambda part: self._session.run(part)[0], inputs, self.batches)
+        return in_parts(lambda part: self._session.run(part)[0], inputs, [self.batches])
 
 
 def _as_stored(

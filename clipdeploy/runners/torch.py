@@ -17,7 +17,7 @@ __all__ = ["TorchRunner", "full_float32"]
 
 def _float32_settings() -> tuple[Any, ...]:
     """PyTorch's settings for float32 in matrix products and convolutions, on GPUs and CPUs."""
-    backends = torch.backends
+    backends: Any = torch.backends
     return backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
 
 
