@@ -7,10 +7,14 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 
-__all__ = ["Driver", "Gpu", "driver", "gpus"]
+__all__ = ["CpuFallback", "Driver", "Gpu", "driver", "gpus"]
 
 # CUdevice_attribute in cuda.h.
 _MAJOR, _MINOR = 75, 76
+
+
+class CpuFallback(UserWarning):
+    """A graph runs on the CPU although a GPU is visible, because a library cannot use it."""
 
 
 @dataclass(frozen=True)

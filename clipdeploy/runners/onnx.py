@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from clipdeploy.core.device import gpus
+from clipdeploy.core.device import CpuFallback, gpus
 from clipdeploy.core.errors import EngineError, GraphError
-from clipdeploy.core.passport import Passport
+from clipdeploy.core.passport import Passport, Precision
 from clipdeploy.runners.base import Closing, Images, Logits, in_parts
 from exporters.headers import read_passport
 from exporters.overflow import stored_session
-from exporters.session import CPU, CUDA, OnnxSession, available_providers
+from exporters.providers import CPU, CUDA, cuda_problem
+from exporters.session import OnnxSession
 from exporters.signature import stored_types
 
 __all__ = ["OnnxRunner", "Provider"]
@@ -23,7 +26,11 @@ Provider = Literal["auto", "cpu", "cuda"]
 
 
 class OnnxRunner(Closing):
-    """Runs a graph on ONNX Runtime; ``auto`` uses CUDA if it is available, otherwise the CPU.
+    """Runs a graph on ONNX Runtime; ``auto`` uses CUDA if it works here, otherwise the CPU.
+
+    If there is a GPU that CUDA cannot use, ``auto`` warns once per process
+    (:class:`clipdeploy.core.device.CpuFallback`).  An ``int8-cpu`` graph always runs on the CPU:
+    its INT8 is made for the kernels there.
 
     The CPU computes float16 in float32, which hides overflow and rounding.  On the CPU,
     ``as_stored`` rounds every float16 tensor to float16, see :mod:`exporters.overflow`; graphs
@@ -34,7 +41,7 @@ class OnnxRunner(Closing):
     graph that contains none.
 
     Raises:
-        EngineError: CUDA was requested and is not available.
+        EngineError: CUDA was requested and does not work here, or for an ``int8-cpu`` graph.
         GraphError, ArtifactError: the graph cannot be loaded, or it has no passport.
     """
 
@@ -48,14 +55,14 @@ class OnnxRunner(Closing):
         passport: Passport | None = None,
     ) -> None:
         passport = passport or read_passport(graph)
-        provider_name = _provider(provider)
+        provider_name = _provider(provider, graph, passport.precision)
         types = stored_types(graph) if provider_name == CPU else set()
         session, self.emulation = _as_stored(graph, threads, types, requested=as_stored)
         self._widen = session is not None and passport.input.dtype == "float16"
         self.emulates_float16 = bool(self.emulation)
         self._session = session or OnnxSession(
             graph,
-            providers=(provider_name,),
+            provider=provider_name,
             threads=threads,
             exact_int8=passport.precision == "int8-cpu",
         )
@@ -93,12 +100,32 @@ def _as_stored(
         return None, error.message
 
 
-def _provider(requested: Provider) -> str:
-    has_cuda = bool(gpus()) and CUDA in available_providers()
-    if requested == "cuda" and not has_cuda:
+def _provider(requested: Provider, graph: Path, precision: Precision) -> str:
+    """Choose the execution provider of a graph; the only place that does."""
+    if precision == "int8-cpu":
+        if requested == "cuda":
+            raise EngineError(
+                f"{graph} has INT8 for ONNX Runtime's CPU kernels and does not run on CUDA",
+                hint="leave out --device cuda, or take the graph of another precision",
+            )
+        return CPU
+    if requested == "cpu":
+        return CPU
+    problem = cuda_problem()
+    if requested == "cuda" and problem:
         raise EngineError(
-            "ONNX Runtime cannot use CUDA: "
-            + ("there is no GPU" if not gpus() else "onnxruntime without -gpu is installed"),
-            hint="leave out --device cuda, or install onnxruntime-gpu on a machine with a GPU",
+            f"ONNX Runtime cannot use CUDA: {problem}",
+            hint="leave out --device cuda, or run clipdeploy doctor, which names what to install",
         )
-    return CUDA if has_cuda and requested != "cpu" else CPU
+    if problem and gpus():
+        _warn_of_cpu(problem)
+    return CPU if problem else CUDA
+
+
+@cache
+def _warn_of_cpu(problem: str) -> None:
+    """Warn that graphs run on the CPU, once per process."""
+    text = (
+        f"graphs run on the CPU of this machine with a GPU: ONNX Runtime cannot use CUDA: {problem}"
+    )
+    warnings.warn(f"{text} (run clipdeploy doctor)", CpuFallback, stacklevel=4)
