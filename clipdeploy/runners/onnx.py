@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from clipdeploy.core.device import CpuFallback, gpus
+from clipdeploy.core.device import gpus, warn_of_cpu
 from clipdeploy.core.errors import EngineError, GraphError
 from clipdeploy.core.passport import Passport, Precision
 from clipdeploy.runners.base import Closing, Images, Logits, in_parts
@@ -118,14 +116,5 @@ def _provider(requested: Provider, graph: Path, precision: Precision) -> str:
             hint="leave out --device cuda, or run clipdeploy doctor, which names what to install",
         )
     if problem and gpus():
-        _warn_of_cpu(problem)
+        warn_of_cpu("graphs run", f"ONNX Runtime cannot use CUDA: {problem}")
     return CPU if problem else CUDA
-
-
-@cache
-def _warn_of_cpu(problem: str) -> None:
-    """Warn that graphs run on the CPU, once per process."""
-    text = (
-        f"graphs run on the CPU of this machine with a GPU: ONNX Runtime cannot use CUDA: {problem}"
-    )
-    warnings.warn(f"{text} (run clipdeploy doctor)", CpuFallback, stacklevel=4)

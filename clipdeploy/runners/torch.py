@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from clipdeploy.core.device import gpus, warn_of_cpu
 from clipdeploy.core.passport import Preprocess, TensorSpec
 from clipdeploy.runners.base import Closing, Images, Logits
 
@@ -30,6 +31,12 @@ def _global_precision() -> str | None:
         return torch.get_float32_matmul_precision()
     except RuntimeError:
         return None
+
+
+def _why_no_gpu() -> str:
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} is built without CUDA"
+    return f"PyTorch {torch.__version__} for CUDA {torch.version.cuda} does not see it"
 
 
 @contextmanager
@@ -59,6 +66,9 @@ def full_float32() -> Iterator[None]:
 class TorchRunner(Closing):
     """Runs the reference module in float32, on the GPU if PyTorch has one.
 
+    If there is a GPU that PyTorch cannot use, it warns once per process
+    (:class:`clipdeploy.core.device.CpuFallback`).
+
     ``threads`` is set for the whole process; 0 keeps the current number.
     """
 
@@ -66,6 +76,8 @@ class TorchRunner(Closing):
         if threads:
             torch.set_num_threads(threads)
         on_gpu = torch.cuda.is_available()
+        if not on_gpu and gpus():
+            warn_of_cpu("the PyTorch reference runs", _why_no_gpu())
         self._device = torch.device("cuda" if on_gpu else "cpu")
         self._module = module.to(self._device)
         self.threads = torch.get_num_threads()
