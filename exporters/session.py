@@ -11,23 +11,12 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from clipdeploy.core.errors import EngineError, GraphError, first_line
+from exporters.providers import CPU, FATAL_ONLY, open_session
 
-__all__ = ["CPU", "CUDA", "OnnxSession", "available_providers"]
+__all__ = ["OnnxSession"]
 
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-_FATAL_ONLY = 4
 # Images per run of a graph with a symbolic batch.
 _BATCH = 8
-
-
-def available_providers() -> list[str]:
-    """Return the execution providers of the installed ONNX Runtime."""
-    return list(ort.get_available_providers())
-
-
-def _with_options(provider: str) -> str | tuple[str, dict[str, str]]:
-    # TF32 has 10 mantissa bits instead of 23; an FP32 graph must run in FP32.
-    return (CUDA, {"use_tf32": "0"}) if provider == CUDA else provider
 
 
 class OnnxSession:
@@ -43,7 +32,7 @@ class OnnxSession:
 
     Raises:
         GraphError: ONNX Runtime cannot load the graph.
-        EngineError: the first provider is not available.
+        EngineError: ``provider`` is CUDA, whose libraries do not load.
     """
 
     def __init__(
@@ -51,7 +40,7 @@ class OnnxSession:
         source: Path | bytes,
         *,
         name: str = "graph",
-        providers: Sequence[str] = (CPU,),
+        provider: str = CPU,
         threads: int = 0,
         lean: bool = False,
         optimise: bool = True,
@@ -59,7 +48,7 @@ class OnnxSession:
         fp8: bool = False,
     ) -> None:
         options = ort.SessionOptions()
-        options.log_severity_level = _FATAL_ONLY
+        options.log_severity_level = FATAL_ONLY
         options.intra_op_num_threads = threads
         # Threads that spin after a run take CPU time from the next program.
         options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -72,26 +61,20 @@ class OnnxSession:
         if lean:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False
-        if CUDA in providers and hasattr(ort, "preload_dlls"):
-            # Finds the CUDA libraries in PyTorch's wheels.
-            ort.preload_dlls()
         model = str(source) if isinstance(source, Path) else source
         self.name = str(source) if isinstance(source, Path) else name
         try:
-            self._session = ort.InferenceSession(
-                model, options, providers=[_with_options(provider) for provider in providers]
-            )
+            self._session = open_session(model, options, provider)
+        except EngineError as error:
+            raise EngineError(
+                f"ONNX Runtime cannot use CUDA: {error.message}",
+                hint="install the CUDA and cuDNN versions that this onnxruntime-gpu was built for",
+            ) from error
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             raise GraphError(
                 f"ONNX Runtime cannot load {self.name}: {first_line(error)}",
                 hint="the file is truncated or not an ONNX graph: export it again",
             ) from error
-        # ONNX Runtime falls back to the CPU with only a warning.
-        if self._session.get_providers()[0] != providers[0]:
-            raise EngineError(
-                f"ONNX Runtime cannot use {providers[0]} here: its CUDA libraries do not load",
-                hint="install the CUDA and cuDNN versions that this onnxruntime-gpu was built for",
-            )
         image = self._session.get_inputs()[0]
         self.input_name: str = image.name
         first = image.shape[0] if image.shape else None

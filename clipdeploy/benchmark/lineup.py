@@ -12,6 +12,7 @@ from clipdeploy.core.errors import ArtifactError, ClipdeployError, EngineError
 from clipdeploy.core.passport import Passport
 from clipdeploy.engines.passport import read_engine_passport
 from clipdeploy.runners import Runner
+from clipdeploy.runners.base import BatchRange, batch_ranges, runs_at_once
 from clipdeploy.workspace.folder import PRECISIONS, Workspace
 from clipdeploy.workspace.passports import check_made_from, checked_passport, is_vouched
 from exporters.headers import read_passport
@@ -108,12 +109,18 @@ def workspace_files(
     return found, {path: reason for path, reason in reasons.items() if reason}
 
 
+def _named(batches: BatchRange) -> str:
+    low, high = batches
+    if high is None:
+        return f"{low} or more"
+    return f"exactly {low}" if low == high else f"{low} to {high}"
+
+
 def _case(path: Path, label: str, runner: Runner, batch: int, seed: int) -> Case:
-    low, high = runner.batches
-    if batch < low or (high is not None and batch > high):
+    # A padded batch would be timed as a larger one.
+    if not runs_at_once(runner, batch):
         kind = "engine" if path.suffix == ENGINE else "graph"
-        accepted = f"{low} or more" if high is None else f"{low} to {high}"
-        accepted = f"exactly {low}" if low == high else accepted
+        accepted = " or ".join(map(_named, batch_ranges(runner)))
         raise EngineError(f"not possible: the {kind} takes {accepted}")
     return Case(path, label, runner, random_images(runner.input, batch, seed))
 

@@ -27,6 +27,7 @@ from clipdeploy.cli.predict import predict
 from clipdeploy.cli.quantize import quantize
 from clipdeploy.cli.search import search
 from clipdeploy.cli.streams import closing_code, drop_impossible_sizes, guard_streams
+from clipdeploy.cli.text import format_warning
 from clipdeploy.cli.usage import Group, group
 from clipdeploy.cli.verify import verify
 from clipdeploy.cli.zoo import zoo
@@ -119,6 +120,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # clipdeploy refuses such images itself, with the file's name.
     warnings.filterwarnings("ignore", message=r"Image size \(\d+ pixels\) exceeds limit")
+    warnings.formatwarning = format_warning
 
 
 for commands in _SECTIONS.values():

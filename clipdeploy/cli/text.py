@@ -10,16 +10,18 @@ import os
 import re
 import sys
 import textwrap
+import warnings
 from typing import IO, TYPE_CHECKING, Any, TextIO
 
 import click
 
+from clipdeploy.core.device import CpuFallback
 from clipdeploy.core.printable import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["COMMAND", "echo", "echo_json", "echo_line", "show", "wrapped"]
+__all__ = ["COMMAND", "echo", "echo_json", "echo_line", "format_warning", "show", "wrapped"]
 
 # A line with this arrow contains a command to copy, and is never wrapped.
 COMMAND = "-> "
@@ -76,6 +78,22 @@ def echo(text: str, *, err: bool = False) -> None:
 def echo_line(text: str, file: IO[Any] | None = None) -> None:
     """Print ``text`` on stderr, or in ``file``, as exactly one line."""
     click.echo(printable(text), file=file, err=True)
+
+
+_standard_format = warnings.formatwarning
+
+
+def format_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """Format clipdeploy's own warnings as one line, other warnings as Python does."""
+    if issubclass(category, CpuFallback):
+        return f"warning: {printable(str(message))}\n"
+    return _standard_format(message, category, filename, lineno, line)
 
 
 def echo_json(data: bytes) -> None:

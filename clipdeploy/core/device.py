@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import warnings
 from dataclasses import dataclass
 from functools import cache
 
-__all__ = ["Driver", "Gpu", "driver", "gpus"]
+__all__ = ["CpuFallback", "Driver", "Gpu", "driver", "gpus", "warn_of_cpu"]
 
 # CUdevice_attribute in cuda.h.
 _MAJOR, _MINOR = 75, 76
+
+
+class CpuFallback(UserWarning):
+    """Something runs on the CPU although a GPU is visible, because a library cannot use it."""
+
+
+@cache
+def warn_of_cpu(what: str, problem: str) -> None:
+    """Warn, once per process, that ``what`` ("graphs run") is on the CPU because of ``problem``."""
+    text = f"{what} on the CPU although there is a GPU: {problem} (run clipdeploy doctor)"
+    warnings.warn(text, CpuFallback, stacklevel=4)
 
 
 @dataclass(frozen=True)

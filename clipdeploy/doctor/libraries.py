@@ -16,6 +16,7 @@ _OLDEST_TENSORRT = Version("10.12")
 _NEW_TENSORRT = f'pip install "tensorrt>={_OLDEST_TENSORRT}"'
 # The first driver of each CUDA major (NVIDIA, "CUDA Compatibility", minor version compatibility).
 _DRIVER_OF_CUDA = {11: 450, 12: 525, 13: 580}
+_CUDA_OF_ONNXRUNTIME = 'pip install "onnxruntime-gpu[cuda,cudnn]"'
 _ONE_ONNXRUNTIME = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
 
 
@@ -98,7 +99,8 @@ def judge_onnxruntime(machine: Machine) -> Iterator[Finding]:
 
 def _cuda_provider(machine: Machine) -> Iterator[Finding]:
     runtime, torch = machine.onnxruntime, machine.torch
-    if runtime is None or not machine.gpus:
+    # Empty: a graph was run on the GPU.
+    if runtime is None or not machine.gpus or runtime.cuda_problem == "":
         return
     slow = "graphs run on the CPU"
     if "CUDAExecutionProvider" not in runtime.providers:
@@ -111,8 +113,11 @@ def _cuda_provider(machine: Machine) -> Iterator[Finding]:
         yield warning(
             "ONNX Runtime",
             f"is built for CUDA {runtime.cuda}, but PyTorch installs {torch.cuda}: {slow}",
-            f'pip install "onnxruntime-gpu[cuda,cudnn]"  (adds CUDA {_major(runtime.cuda)})',
+            f"{_CUDA_OF_ONNXRUNTIME}  (adds CUDA {_major(runtime.cuda)})",
         )
+    elif runtime.cuda_problem:
+        text = f"cannot use CUDA: {runtime.cuda_problem}: {slow}"
+        yield warning("ONNX Runtime", text, _CUDA_OF_ONNXRUNTIME)
 
 
 def _tensorrt_provider(machine: Machine) -> Iterator[Finding]:

@@ -19,9 +19,10 @@ class Library:
 
     ``problem`` is the reason why it cannot be imported; the other fields are then unset.  ``cuda``
     is the CUDA version that it was built for (``13.0``), None for a build without CUDA.
-    ``sees_gpu`` is set for PyTorch, ``providers`` and ``tensorrt`` (the major version that its
-    TensorRT provider links) for ONNX Runtime, and ``capabilities``, such as ``8.9``, for
-    TensorRT-RTX.
+    ``sees_gpu`` is set for PyTorch; ``providers``, ``tensorrt`` (the major version that its
+    TensorRT provider links) and ``cuda_problem`` for ONNX Runtime; and ``capabilities``, such as
+    ``8.9``, for TensorRT-RTX.  ``cuda_problem`` is the reason why CUDA does not work, empty if it
+    does, and None if it was not tried, because there is no GPU.
     """
 
     version: str = ""
@@ -30,6 +31,7 @@ class Library:
     sees_gpu: bool = False
     providers: tuple[str, ...] = ()
     tensorrt: int | None = None
+    cuda_problem: str | None = None
     capabilities: tuple[str, ...] = ()
 
 
@@ -43,9 +45,12 @@ _ONNXRUNTIME = r"""
 import mmap, pathlib, re
 import onnxruntime as module
 from onnxruntime.capi import build_and_package_info as built
+from clipdeploy.core.device import gpus
+from exporters.providers import cuda_problem
 facts = {
     "cuda": getattr(built, "cuda_version", None) or None,
     "providers": module.get_available_providers(),
+    "cuda_problem": cuda_problem() if gpus() else None,
 }
 for path in pathlib.Path(built.__file__).parent.glob("*onnxruntime_providers_tensorrt*"):
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:

@@ -151,6 +151,11 @@ class EnginePassport:
         return min(low for low, _, _ in self.profiles), max(high for _, _, high in self.profiles)
 
     @property
+    def has_weights(self) -> bool:
+        """Whether the plan contains its weights; if not, they are refitted from the graph."""
+        return not self.settings.get("strip_weights")
+
+    @property
     def fallbacks(self) -> tuple[str, ...]:
         """The blocks that were not compiled in the requested precision, one sentence each."""
         return differences(self.asked, self.compiled) if self.compiled else ()

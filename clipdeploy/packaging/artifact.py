@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from clipdeploy.core.errors import ArtifactError
 from clipdeploy.core.files import sha256_file
 from clipdeploy.core.passport import Passport, to_json
 from clipdeploy.core.printable import printable
@@ -46,10 +47,15 @@ def open_packable(path: Path) -> Packable:
 
     Raises:
         FileError, GraphError, ArtifactError: the file cannot be read, or does not match its
-            passport, see :mod:`clipdeploy.workspace.passports`.
+            passport, see :mod:`clipdeploy.workspace.passports`; or it is an engine without weights.
         UsageError: the file is neither a graph nor an engine.
     """
     found = checked_passport(path)
+    if found.engine and not found.engine.has_weights:
+        raise ArtifactError(
+            f"{path} has no weights, and no package can refit them",
+            hint="build it without --strip-weights",
+        )
     sha256 = found.engine.hashes.plan if found.engine else sha256_file(path)
     return Packable(path, sha256, found.graph, found.engine)
 

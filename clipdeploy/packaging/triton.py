@@ -147,11 +147,6 @@ def _check_servable(source: Packable) -> None:
             hint=f"package the graph, {source.path.with_suffix('.onnx')}, or build with "
             "--backend tensorrt",
         )
-    if engine.settings.get("strip_weights"):
-        raise ArtifactError(
-            f"{source.path} has no weights, and Triton cannot refit them",
-            hint="build it without --strip-weights",
-        )
     if source.fixed_batch is None and (missing := _first_gap(engine.profiles)):
         raise ArtifactError(
             f"no profile of {source.path} accepts {missing} image{'s' * (missing > 1)}, and Triton "

@@ -20,7 +20,7 @@ from clipdeploy.core.passport import TensorSpec
 from clipdeploy.engines.backends import Backend, capture_log, choose_backend, tensorrt_module
 from clipdeploy.engines.passport import BatchProfile
 from clipdeploy.engines.preflight import Plan, preflight
-from clipdeploy.runners.base import Closing, Images, Logits, in_parts
+from clipdeploy.runners.base import Closing, Images, Logits, batch_ranges, best_profile, in_parts
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -171,23 +171,9 @@ class Engine:
                 hint="build the engine with a smaller --max-batch, or free GPU memory",
             ) from error
 
-    def _profile_of(self, batch: int) -> int:
-        """The index of the profile that accepts ``batch`` and has the nearest optimal batch."""
-        accepting = [
-            (abs(best - batch), index)
-            for index, (low, best, high) in enumerate(self.profiles)
-            if low <= batch <= high
-        ]
-        if not accepting:
-            raise EngineError(
-                f"no batch profile of the engine accepts {batch} images: {list(self.profiles)}",
-                hint="build it with a --profile MIN,OPT,MAX that includes this batch",
-            )
-        return min(accepting)[1]
-
     def _launcher(self, batch: int, profile: int | None = None) -> _Launcher:
         if profile is None:
-            profile = self._profile_of(batch)
+            profile = best_profile(self.profiles, batch)
         # A recorded CUDA graph has fixed shapes and needs a separate context.
         key = (profile, batch if self._cuda_graph else 0)
         if key not in self._launchers:
@@ -272,13 +258,13 @@ class EngineRunner(Closing):
 
     def __call__(self, images: Images) -> Logits:
         """See :class:`Runner`."""
-        return in_parts(self._loaded.run, images, self.batches)
+        return in_parts(self._loaded.run, images, batch_ranges(self))
 
     def run_in(self, profile: int, images: Images) -> Logits:
         """See :class:`Runner`."""
         smallest, _, largest = self.profiles[profile]
         run = partial(self._loaded.run, profile=profile)
-        return in_parts(run, images, (smallest, largest))
+        return in_parts(run, images, [(smallest, largest)])
 
     def device_seconds(self, images: Images) -> float | None:
         """See :class:`Runner`; measured with two CUDA events around the launch."""

@@ -8,13 +8,14 @@ from typing import Literal
 
 import numpy as np
 
-from clipdeploy.core.device import gpus
+from clipdeploy.core.device import gpus, warn_of_cpu
 from clipdeploy.core.errors import EngineError, GraphError
-from clipdeploy.core.passport import Passport
+from clipdeploy.core.passport import Passport, Precision
 from clipdeploy.runners.base import Closing, Images, Logits, in_parts
 from exporters.headers import read_passport
 from exporters.overflow import stored_session
-from exporters.session import CPU, CUDA, OnnxSession, available_providers
+from exporters.providers import CPU, CUDA, cuda_problem
+from exporters.session import OnnxSession
 from exporters.signature import stored_types
 
 __all__ = ["OnnxRunner", "Provider"]
@@ -23,7 +24,11 @@ Provider = Literal["auto", "cpu", "cuda"]
 
 
 class OnnxRunner(Closing):
-    """Runs a graph on ONNX Runtime; ``auto`` uses CUDA if it is available, otherwise the CPU.
+    """Runs a graph on ONNX Runtime; ``auto`` uses CUDA if it works here, otherwise the CPU.
+
+    If there is a GPU that CUDA cannot use, ``auto`` warns once per process
+    (:class:`clipdeploy.core.device.CpuFallback`).  An ``int8-cpu`` graph always runs on the CPU:
+    its INT8 is made for the kernels there.
 
     The CPU computes float16 in float32, which hides overflow and rounding.  On the CPU,
     ``as_stored`` rounds every float16 tensor to float16, see :mod:`exporters.overflow`; graphs
@@ -34,7 +39,7 @@ class OnnxRunner(Closing):
     graph that contains none.
 
     Raises:
-        EngineError: CUDA was requested and is not available.
+        EngineError: CUDA was requested and does not work here, or for an ``int8-cpu`` graph.
         GraphError, ArtifactError: the graph cannot be loaded, or it has no passport.
     """
 
@@ -48,14 +53,14 @@ class OnnxRunner(Closing):
         passport: Passport | None = None,
     ) -> None:
         passport = passport or read_passport(graph)
-        provider_name = _provider(provider)
+        provider_name = _provider(provider, graph, passport.precision)
         types = stored_types(graph) if provider_name == CPU else set()
         session, self.emulation = _as_stored(graph, threads, types, requested=as_stored)
         self._widen = session is not None and passport.input.dtype == "float16"
         self.emulates_float16 = bool(self.emulation)
         self._session = session or OnnxSession(
             graph,
-            providers=(provider_name,),
+            provider=provider_name,
             threads=threads,
             exact_int8=passport.precision == "int8-cpu",
             fp8=passport.precision == "fp8",
@@ -71,7 +76,7 @@ class OnnxRunner(Closing):
     def __call__(self, images: Images) -> Logits:
         """See :class:`Runner`."""
         inputs = images.astype(np.float32) if self._widen else images
-        return in_parts(lambda part: self._session.run(part)[0], inputs, self.batches)
+        return in_parts(lambda part: self._session.run(part)[0], inputs, [self.batches])
 
 
 def _as_stored(
@@ -94,12 +99,23 @@ def _as_stored(
         return None, error.message
 
 
-def _provider(requested: Provider) -> str:
-    has_cuda = bool(gpus()) and CUDA in available_providers()
-    if requested == "cuda" and not has_cuda:
+def _provider(requested: Provider, graph: Path, precision: Precision) -> str:
+    """Choose the execution provider of a graph; the only place that does."""
+    if precision == "int8-cpu":
+        if requested == "cuda":
+            raise EngineError(
+                f"{graph} has INT8 for ONNX Runtime's CPU kernels and does not run on CUDA",
+                hint="leave out --device cuda, or take the graph of another precision",
+            )
+        return CPU
+    if requested == "cpu":
+        return CPU
+    problem = cuda_problem()
+    if requested == "cuda" and problem:
         raise EngineError(
-            "ONNX Runtime cannot use CUDA: "
-            + ("there is no GPU" if not gpus() else "onnxruntime without -gpu is installed"),
-            hint="leave out --device cuda, or install onnxruntime-gpu on a machine with a GPU",
+            f"ONNX Runtime cannot use CUDA: {problem}",
+            hint="leave out --device cuda, or run clipdeploy doctor, which names what to install",
         )
-    return CUDA if has_cuda and requested != "cpu" else CPU
+    if problem and gpus():
+        warn_of_cpu("graphs run", f"ONNX Runtime cannot use CUDA: {problem}")
+    return CPU if problem else CUDA

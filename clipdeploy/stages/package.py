@@ -27,14 +27,14 @@ _GRAPHS: tuple[Precision, ...] = ("fp16", "fp32", "int8", "int8-cpu")
 
 @takes_any_name
 def artifact_to_package(workspace: Workspace, model: str) -> Path:
-    """The best artifact of a model to package: a TensorRT engine, else a graph.
+    """The best artifact of a model to package: a TensorRT engine with its weights, else a graph.
 
     Raises:
         UsageError: there is no artifact.
     """
     for precision in _ENGINES:
         engine = workspace.engine(model, precision)
-        if engine.exists() and _is_tensorrt(engine):
+        if engine.exists() and _can_be_served(engine):
             return engine
     for precision in _GRAPHS:
         graph = workspace.graph(model, precision)
@@ -46,11 +46,12 @@ def artifact_to_package(workspace: Workspace, model: str) -> Path:
     )
 
 
-def _is_tensorrt(engine: Path) -> bool:
+def _can_be_served(engine: Path) -> bool:
     try:
-        return read_engine_passport(engine).backend == "tensorrt"
+        passport = read_engine_passport(engine)
     except ArtifactError:
         return False
+    return passport.backend == "tensorrt" and passport.has_weights
 
 
 def package_triton(

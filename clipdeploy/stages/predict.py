@@ -16,6 +16,7 @@ from clipdeploy.core.device import gpus
 from clipdeploy.core.display import Renderable, Shown
 from clipdeploy.core.errors import EngineError, UsageError
 from clipdeploy.core.files import read_regular
+from clipdeploy.core.passport import Precision
 from clipdeploy.core.paths import StrPath, as_path, as_paths
 from clipdeploy.core.printable import printable
 from clipdeploy.core.progress import SILENT, Progress
@@ -28,6 +29,7 @@ from clipdeploy.runners import Runner, open_runner
 from clipdeploy.verification.targets import Target, named_targets
 from clipdeploy.workspace.folder import PRECISIONS, Workspace
 from clipdeploy.workspace.passports import checked_passport
+from exporters.providers import cuda_problem
 from exporters.samples import Samples
 
 __all__ = ["Guess", "Prediction", "Predictions", "predict_images"]
@@ -80,13 +82,19 @@ class Predictions(Shown):
         return Group(*parts)
 
 
+def _by_speed(workspace: Workspace, model: str) -> Iterator[Path]:
+    """The artifacts of a model that may run here, the fastest first."""
+    if gpus():
+        yield from (workspace.engine(model, precision) for precision in reversed(PRECISIONS))
+    # INT8 for the CPU does not run on a GPU.
+    graphs: tuple[Precision, ...] = ("int8-cpu", "fp32") if cuda_problem() else ("fp16", "fp32")
+    yield from (workspace.graph(model, precision) for precision in graphs)
+
+
 def _default(workspace: Workspace, model: str) -> Path:
     """The fastest artifact that runs here: an engine with a GPU, else a graph."""
-    engines = [workspace.engine(model, precision) for precision in reversed(PRECISIONS)]
-    graphs = [workspace.graph(model, precision) for precision in ("int8-cpu", "fp32")]
     source, _ = workspace.source(model)
-    candidates = [*engines, *graphs] if gpus() else graphs
-    return next((path for path in candidates if path.exists()), source)
+    return next((path for path in _by_speed(workspace, model) if path.exists()), source)
 
 
 def _target(workspace: Workspace, model: str | None, artifact: Path | None) -> Target:

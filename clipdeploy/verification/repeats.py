@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from clipdeploy.core.errors import ArtifactError
 from clipdeploy.runners import Runner
+from clipdeploy.runners.base import runs_at_once
 
 __all__ = ["Call", "Repeat", "RepeatPlan", "batch_sizes", "excluded_share", "repeat_calls"]
 
@@ -89,14 +90,7 @@ def batch_sizes(runner: Runner, images: int) -> tuple[int, ...]:
     sizes.add(smallest)
     if largest is not None:
         sizes |= {largest, largest - 1}
-    return tuple(sorted(size for size in sizes if _takes(runner, size)))
-
-
-def _takes(runner: Runner, size: int) -> bool:
-    """Return whether ``size`` images run in one call, neither split nor padded."""
-    smallest, largest = runner.batches
-    ranges = [(low, high) for low, _, high in runner.profiles] or [(smallest, largest or size)]
-    return size > 1 and any(low <= size <= high for low, high in ranges)
+    return tuple(sorted(size for size in sizes if size > 1 and runs_at_once(runner, size)))
 
 
 def _fewest(runner: Runner) -> int:
@@ -105,7 +99,7 @@ def _fewest(runner: Runner) -> int:
     An engine's profiles may not include a batch of 2.
     """
     smallest, _ = runner.batches
-    if smallest > 1 or _takes(runner, 2):
+    if smallest > 1 or runs_at_once(runner, 2):
         return 2
     return min((low for low, _, _ in runner.profiles if low > 1), default=2)
 

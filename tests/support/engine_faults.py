@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from clipdeploy.core.errors import EngineError
 from clipdeploy.core.passport import TensorSpec
-from clipdeploy.runners.base import Closing, Images, Logits, in_parts
+from clipdeploy.runners.base import Closing, Images, Logits, batch_ranges, best_profile, in_parts
 
 __all__ = ["ENGINE_FAULTS", "EngineFault", "ProfileRunner", "Profiles"]
 
@@ -60,23 +59,15 @@ class ProfileRunner(Closing):
     def __call__(self, images: Images) -> Logits:
         """See :class:`clipdeploy.runners.Runner`."""
         return in_parts(
-            lambda part: self._run(self._nearest(len(part)), part), images, self.batches
+            lambda part: self._run(best_profile(self.profiles, len(part)), part),
+            images,
+            batch_ranges(self),
         )
 
     def run_in(self, profile: int, images: Images) -> Logits:
         """See :class:`clipdeploy.runners.Runner`."""
         smallest, _, largest = self.profiles[profile]
-        return in_parts(lambda part: self._run(profile, part), images, (smallest, largest))
-
-    def _nearest(self, batch: int) -> int:
-        fitting = [
-            (abs(best - batch), index)
-            for index, (low, best, high) in enumerate(self.profiles)
-            if low <= batch <= high
-        ]
-        if not fitting:
-            raise EngineError(f"no batch profile takes {batch} images: {self.profiles}")
-        return min(fitting)[1]
+        return in_parts(lambda part: self._run(profile, part), images, [(smallest, largest)])
 
     def _run(self, profile: int, images: Images) -> Logits:
         kept, logits = self._context, self._sound(images)

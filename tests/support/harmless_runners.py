@@ -50,7 +50,7 @@ class _Parts(Closing):
         self.batches: tuple[int, int | None] = (smallest, largest)
 
     def __call__(self, images: Images) -> Logits:
-        return in_parts(self._sound, images, self.batches)
+        return in_parts(self._sound, images, [self.batches])
 
 
 def _read_only(logits: Logits, number: int) -> Logits:

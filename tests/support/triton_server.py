@@ -16,7 +16,7 @@ import numpy as np
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
-from exporters.session import CPU, OnnxSession
+from exporters.session import OnnxSession
 
 NUMPY = {"FP32": np.float32, "FP16": np.float16, "UINT8": np.uint8}
 
@@ -30,7 +30,7 @@ def read_config(folder: Path) -> Any:
 class _Model(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
     def __init__(self, folder: Path) -> None:
         self.config = read_config(folder)
-        self.session = OnnxSession(folder / "1" / "model.onnx", providers=(CPU,))
+        self.session = OnnxSession(folder / "1" / "model.onnx")
         self.batches: list[int] = []
 
     def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802 - the protocol's name

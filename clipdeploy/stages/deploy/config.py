@@ -89,6 +89,11 @@ class DeployConfig:
             raise UsageError(
                 "no package is made, but a folder for it was given", hint="leave it out"
             )
+        if self.package and self.build.strip_weights:
+            raise UsageError(
+                "an engine without weights cannot be packaged",
+                hint="build it without --strip-weights",
+            )
         if self.calibrate.shard or self.verify.shard:
             raise UsageError(
                 "a single shard has no verdict", hint="use shards with `calibrate` and `verify`"

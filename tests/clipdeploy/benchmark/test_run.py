@@ -244,6 +244,19 @@ def test_a_batch_is_refused_and_never_changed(
     assert worker.closed == 1
 
 
+def test_a_batch_between_two_profiles_is_not_measured_as_a_larger_one(clock: Clockwork) -> None:
+    worker = Worker("a", clock, 0.01, batches=(1, 32))
+    worker.profiles = ((1, 2, 4), (8, 16, 32))
+    with ExitStack() as stack:
+        cases, not_run = open_cases(
+            [Path("a.engine")], (4, 5, 8), lambda path: worker, stack, refused={}, seed=0
+        )
+    assert [case.batch for case in cases] == [4, 8]
+    assert [(left.batch, left.reason) for left in not_run] == [
+        (5, "not possible: the engine takes 1 to 4 or 8 to 32")
+    ]
+
+
 def test_files_that_cannot_be_opened_are_listed(clock: Clockwork) -> None:
     def open_one(path: Path) -> Runner:
         if path.name == "bad.engine":

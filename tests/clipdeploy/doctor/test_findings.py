@@ -52,6 +52,14 @@ def test_a_good_server_has_nothing_to_fix() -> None:
     assert {"Python", "PyTorch", "ONNX Runtime", "TensorRT", "driver", "GPU", "cache"} <= subjects
 
 
+def test_what_runs_on_the_gpu_is_not_doubted_because_of_its_version() -> None:
+    """The libraries of the other CUDA version may come from the system."""
+    other = replace(ORT, cuda="12.8")
+    assert diagnose(replace(SERVER, onnxruntime=other)).of("warning")
+    ran = replace(other, cuda_problem="")
+    assert not diagnose(replace(SERVER, onnxruntime=ran)).of("warning")
+
+
 def test_a_laptop_without_a_gpu_can_run() -> None:
     cpu = Library("2.13.0+cpu")
     diagnosis = diagnose(replace(SERVER, gpus=(), driver=None, torch=cpu))
@@ -135,6 +143,14 @@ BAD: list[tuple[str, dict[str, Any], str, str, str, str]] = [
         "ONNX Runtime",
         "CUDA 12.8, but PyTorch installs 13.0",
         "pip install",
+    ),
+    (
+        "ONNX Runtime without cuDNN",
+        {"onnxruntime": replace(ORT, cuda_problem="cuDNN is unavailable: libcudnn.so")},
+        "warning",
+        "ONNX Runtime",
+        "cannot use CUDA: cuDNN is unavailable: libcudnn.so: graphs run on the CPU",
+        'pip install "onnxruntime-gpu[cuda,cudnn]"',
     ),
     (
         "a TensorRT provider of another major version",

@@ -26,7 +26,7 @@ from clipdeploy.packaging.client import client_source
 from clipdeploy.pipeline import package_triton
 from exporters.headers import read_passport
 from exporters.samples import Samples
-from exporters.session import CPU, OnnxSession
+from exporters.session import OnnxSession
 
 Graphs = dict[str, Path]
 
@@ -139,7 +139,7 @@ def test_the_client_prints_the_five_most_likely_classes(
     passport = read_passport(graphs[kind])
     crops = np.stack([np.asarray(Image.open(path)) for path in digits])
     images = Samples(crops, passport.preprocess)
-    session = OnnxSession(graphs[kind], providers=(CPU,))
+    session = OnnxSession(graphs[kind])
     count = 4 if kind == "batch 4" else 1
     told = re.findall(r"^  +([\d.]+) %  (\d)$", done.stdout, re.MULTILINE)
     assert len(told) == 5 * 5

@@ -200,7 +200,6 @@ def test_the_table_of_servers_is_in_order() -> None:
     ("changes", "said", "mend"),
     [
         ({"backend": "tensorrt-rtx"}, "Triton cannot load", "--backend tensorrt"),
-        ({"settings": {"strip_weights": True}}, "no weights", "without --strip-weights"),
         ({"profiles": ((8, 8, 8),)}, "accepts 1 image, and", "start at 1"),
         ({"profiles": ((1, 1, 2), (4, 8, 16))}, "accepts 3 images, and", "have no gaps"),
     ],
@@ -314,8 +313,13 @@ def test_an_engine_of_tensorrt_is_preferred_to_a_graph(
         artifact_to_package(workspace, cards.DEMO)
     shutil.copytree(demo_workspace.root, workspace.root)
     assert artifact_to_package(workspace, cards.DEMO).name == "fp16.onnx"
-    for backend, taken in (("tensorrt-rtx", "onnx"), ("tensorrt", "engine")):
-        engine = described_engine("int8", backend=backend)
+    stripped = {"strip_weights": True}
+    for backend, settings, taken in (
+        ("tensorrt-rtx", {}, "onnx"),
+        ("tensorrt", stripped, "onnx"),
+        ("tensorrt", {}, "engine"),
+    ):
+        engine = described_engine("int8", backend=backend, settings=settings)
         for path in (engine, engine.with_name(engine.name + ".json")):
             name = path.name.replace("demo.int8", "clip-vit-demo.int8")
             shutil.copy(path, workspace.folder(cards.DEMO) / name)

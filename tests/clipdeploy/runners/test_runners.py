@@ -5,16 +5,17 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from engine_faults import ProfileRunner, Profiles
 from graph_faults import FP16_FAULTS
 from numpy.typing import NDArray
 
-from clipdeploy.core.errors import GraphError
-from clipdeploy.core.passport import Precision
+from clipdeploy.core.errors import EngineError, GraphError
+from clipdeploy.core.passport import Precision, TensorSpec
 from clipdeploy.models import cards
 from clipdeploy.models.load import LoadedModel
 from clipdeploy.pipeline import VerifyScope, export_model, verify_model
 from clipdeploy.runners import OnnxRunner
-from clipdeploy.runners.base import in_parts
+from clipdeploy.runners.base import best_profile, in_parts
 from clipdeploy.runners.torch import TorchRunner
 from clipdeploy.workspace.folder import Workspace
 from exporters.graphs import load_graph, save_graph
@@ -46,10 +47,68 @@ def test_parts_are_padded_and_cut() -> None:
         return part * 2
 
     images = np.arange(7, dtype=np.float32)[:, None]
-    assert in_parts(run, images, (3, 3)).tolist() == (images * 2).tolist()
-    assert in_parts(run, images, (1, 3)).tolist() == (images * 2).tolist()
-    assert in_parts(run, images, (1, None)).tolist() == (images * 2).tolist()
+    assert in_parts(run, images, [(3, 3)]).tolist() == (images * 2).tolist()
+    assert in_parts(run, images, [(1, 3)]).tolist() == (images * 2).tolist()
+    assert in_parts(run, images, [(1, None)]).tolist() == (images * 2).tolist()
     assert sizes == [3, 3, 3, 3, 3, 1, 7]
+
+
+def doubled(images: NDArray[np.float32]) -> NDArray[np.float32]:
+    return images * 2
+
+
+GAP = ((1, 2, 4), (8, 16, 32))
+
+
+@pytest.mark.parametrize(
+    ("profiles", "count", "ran"),
+    [
+        (GAP, 4, [4]),
+        (GAP, 5, [8]),
+        (GAP, 7, [8]),
+        (GAP, 8, [8]),
+        (GAP, 37, [32, 8]),
+        (GAP, 66, [32, 32, 2]),
+        (GAP[::-1], 5, [8]),
+        (((2, 2, 2), (6, 6, 6), (9, 9, 9)), 3, [6]),
+        (((2, 2, 2), (6, 6, 6), (9, 9, 9)), 16, [9, 9]),
+        (((2, 2, 2), (6, 6, 6), (9, 9, 9)), 1, [2]),
+    ],
+)
+def test_a_batch_between_two_profiles_is_padded_to_the_next_accepted_one(
+    profiles: Profiles, count: int, ran: list[int]
+) -> None:
+    sizes = []
+
+    def sound(images: NDArray[np.float32]) -> NDArray[np.float32]:
+        sizes.append(len(images))
+        return doubled(images)
+
+    runner = ProfileRunner(sound, TensorSpec("image", "float32", ("batch", 1)), profiles)
+    images = np.arange(count, dtype=np.float32)[:, None]
+    assert runner(images).tolist() == (images * 2).tolist()
+    assert sizes == ran
+
+
+def test_without_the_ranges_of_the_profiles_such_a_batch_is_refused() -> None:
+    runner = ProfileRunner(doubled, TensorSpec("image", "float32", ("batch", 1)), GAP)
+
+    def run(part: NDArray[np.float32]) -> NDArray[np.float32]:
+        return runner.run_in(best_profile(GAP, len(part)), part)
+
+    with pytest.raises(EngineError, match=r"no batch profile of the engine accepts 5 images"):
+        in_parts(run, np.zeros((5, 1), np.float32), [runner.batches])
+
+
+def test_a_profile_alone_pads_and_splits_to_its_own_batches() -> None:
+    runner = ProfileRunner(doubled, TensorSpec("image", "float32", ("batch", 1)), GAP)
+    images = np.arange(5, dtype=np.float32)[:, None]
+    for profile in (0, 1):
+        assert runner.run_in(profile, images).tolist() == (images * 2).tolist()
+
+
+def test_the_profile_with_the_nearest_optimal_batch_runs() -> None:
+    assert [best_profile(((1, 1, 16), (4, 16, 32)), size) for size in (4, 8, 9, 16)] == [0, 0, 1, 1]
 
 
 def hot(source: Path, path: Path) -> Path:

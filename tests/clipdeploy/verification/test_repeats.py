@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from clipdeploy.core.errors import ArtifactError, EngineError
 from clipdeploy.core.passport import TensorSpec
-from clipdeploy.runners.base import Closing, Images, Logits, in_parts
+from clipdeploy.runners.base import Closing, Images, Logits, batch_ranges, in_parts
 from clipdeploy.verification.repeats import (
     Call,
     RepeatPlan,
@@ -47,7 +47,7 @@ class Classifier(Closing):
 
     def __call__(self, images: Images) -> Logits:
         self.asked.append((len(images), None))
-        return in_parts(self._answers, images, self.batches)
+        return in_parts(self._answers, images, batch_ranges(self))
 
     def run_in(self, profile: int, images: Images) -> Logits:
         self.asked.append((len(images), profile))

@@ -20,7 +20,14 @@ from clipdeploy.core.errors import (
 from clipdeploy.imaging import Labelling, open_images
 from clipdeploy.imaging.overlap import shared_images
 from clipdeploy.models import cards
-from clipdeploy.pipeline import CalibrateConfig, DeployConfig, VerifyScope, Workspace, deploy_model
+from clipdeploy.pipeline import (
+    BuildConfig,
+    CalibrateConfig,
+    DeployConfig,
+    VerifyScope,
+    Workspace,
+    deploy_model,
+)
 
 pytestmark = pytest.mark.usefixtures("tensorrt_rtx")
 
@@ -121,11 +128,16 @@ def test_images_without_labels_are_refused_before_the_calibration(
         ({"precision": "int8-cpu", "benchmark": None}, "engines cannot be built in int8-cpu"),
         ({"package": False, "cpp": Path("x")}, "but a folder for it was given"),
         ({"calibrate": CalibrateConfig(shard=(1, 2))}, "a single shard has no verdict"),
+        ({"build": BuildConfig(strip_weights=True)}, "without weights cannot be packaged"),
     ],
 )
 def test_choices_that_do_not_go_together(wrong: dict[str, object], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         replace(CONFIG, calibration=CALIBRATION, **wrong)
+
+
+def test_an_engine_without_weights_may_be_deployed_without_a_package() -> None:
+    assert replace(CONFIG, build=BuildConfig(strip_weights=True), package=False)
 
 
 def test_shared_images_are_found_by_their_bytes(tmp_path: Path) -> None:

@@ -1,0 +1,110 @@
+"""The reference's float32: the settings of PyTorch while it runs and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from clipdeploy.core.passport import Recipe
+from clipdeploy.models import cards
+from clipdeploy.runners.torch import TorchRunner, full_float32
+
+BACKENDS = torch.backends
+
+
+def global_precision() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return "contradicts"
+
+
+def settings() -> dict[str, object]:
+    return {
+        "cuDNN": BACKENDS.cudnn.enabled,
+        "benchmark": BACKENDS.cudnn.benchmark,
+        "matmul": BACKENDS.cuda.matmul.fp32_precision,
+        "conv": BACKENDS.cudnn.conv.fp32_precision,
+        "matmul on a CPU": BACKENDS.mkldnn.matmul.fp32_precision,
+        "conv on a CPU": BACKENDS.mkldnn.conv.fp32_precision,
+        "global": global_precision(),
+    }
+
+
+def new_matmul() -> None:
+    BACKENDS.cuda.matmul.fp32_precision = "tf32"
+
+
+def bfloat16_on_a_cpu() -> None:
+    BACKENDS.mkldnn.matmul.fp32_precision = "bf16"
+    BACKENDS.mkldnn.conv.fp32_precision = "bf16"
+
+
+def no_cudnn() -> None:
+    BACKENDS.cudnn.enabled = False
+
+
+CHOICES: dict[str, Callable[[], object]] = {
+    "defaults": lambda: None,
+    "global high": lambda: torch.set_float32_matmul_precision("high"),
+    "global medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "TF32 by the new setting": new_matmul,
+    "bfloat16 on a CPU": bfloat16_on_a_cpu,
+    "cuDNN switched off": no_cudnn,
+}
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    before = settings()
+    yield
+    torch.set_float32_matmul_precision("highest")
+    BACKENDS.cudnn.enabled = before["cuDNN"]
+    BACKENDS.cuda.matmul.fp32_precision = before["matmul"]
+    BACKENDS.cudnn.conv.fp32_precision = before["conv"]
+    BACKENDS.mkldnn.matmul.fp32_precision = before["matmul on a CPU"]
+    BACKENDS.mkldnn.conv.fp32_precision = before["conv on a CPU"]
+    assert settings() == before
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_the_reference_runs_in_full_float32_and_restores_the_settings(choice: str) -> None:
+    seen: list[dict[str, object]] = []
+
+    class Seeing(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append(settings())
+            return images.mean(dim=(2, 3))
+
+    CHOICES[choice]()
+    before = settings()
+    spec = cards.find(cards.DEMO).preprocess(Recipe())
+    TorchRunner(Seeing(), spec)(np.zeros((2, 3, 4, 4), np.float32))
+    (during,) = seen
+    precisions = {name: value for name, value in during.items() if "mat" in name or "conv" in name}
+    assert set(precisions.values()) == {"ieee"}
+    assert during["global"] == "highest"
+    # `cudnn.flags` switches cuDNN off unless it is told otherwise.
+    assert during["cuDNN"] == before["cuDNN"]
+    assert settings() == before
+
+
+def test_the_settings_are_restored_after_an_error() -> None:
+    torch.set_float32_matmul_precision("high")
+    before = settings()
+    with pytest.raises(KeyboardInterrupt), full_float32():
+        raise KeyboardInterrupt
+    assert settings() == before
+    assert before["matmul"] == "tf32"
+
+
+def test_cudnn_flags_alone_would_not_do() -> None:
+    torch.set_float32_matmul_precision("high")
+    with BACKENDS.cudnn.flags(allow_tf32=False):
+        during = settings()
+    assert during["matmul"] == "tf32"
+    assert not during["cuDNN"]
