@@ -214,11 +214,11 @@ def _check_scales(graph: Path, passport: Passport, backend: Backend) -> None:
         BuildError: it names the command that writes the right one.
     """
     form, possible = passport.settings.get("weight_scales", "channel"), scale_forms(backend)
+    fp8 = "--fp8 " if passport.precision == "fp8" else ""
     if passport.precision in QUANTISED and form not in possible:
         raise BuildError(
             f"{graph} has weight scales in {form} form, {backend} needs the {possible[0]} form",
-            hint=f"clipdeploy quantize --{passport.precision} --model {passport.model} "
-            f"--weight-scales {possible[0]}",
+            hint=f"clipdeploy quantize --model {passport.model} {fp8}--weight-scales {possible[0]}",
         )
 
 

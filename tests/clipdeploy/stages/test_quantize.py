@@ -12,7 +12,7 @@ from calibration.qdq import QuantizeConfig
 from calibration.recipe import QuantizeRecipe, save_recipe
 from clipdeploy.core.errors import ArtifactError, UsageError
 from clipdeploy.engines import backends
-from clipdeploy.engines.backends import BackendOption, choose_backend, scale_form
+from clipdeploy.engines.backends import BackendOption, choose_backend, scale_forms
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.models import cards
 from clipdeploy.stages.build import build_model
@@ -68,6 +68,9 @@ def test_the_demos_int8_graph_is_sound(demo_workspace: Workspace) -> None:
         ({"weight_scales": "ratio"}, "tensorrt", "ratio"),
         # ONNX Runtime's int8 kernels, whatever TensorRT there is.
         ({"remainder": "fp32"}, "tensorrt-rtx", "channel"),
+        ({"format": "fp8"}, "tensorrt", "tensor"),
+        ({"format": "fp8"}, "tensorrt-rtx", "tensor"),
+        ({"format": "fp8", "weight_scales": "ratio"}, "tensorrt-rtx", "ratio"),
     ],
 )
 def test_the_backend_chooses_the_form_of_the_weight_scales(
@@ -77,7 +80,7 @@ def test_the_backend_chooses_the_form_of_the_weight_scales(
 
 
 def test_auto_is_the_form_of_the_backend_that_builds(monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = scale_form(choose_backend("auto").backend)
+    wanted = scale_forms(choose_backend("auto").backend)[0]
     assert with_scale_form(QuantizeConfig()).weight_scales == wanted
     monkeypatch.setattr(backends, "is_installed", lambda backend: False)
     assert with_scale_form(QuantizeConfig()).weight_scales == "channel"
