@@ -20,6 +20,7 @@ from clipdeploy.benchmark.lineup import (
 from clipdeploy.benchmark.result import Benchmark, BenchmarkConfig, summary_rows
 from clipdeploy.benchmark.rounds import Case, Clock, measure
 from clipdeploy.core.errors import ClipdeployError, FileError, UsageError
+from clipdeploy.core.passport import QUANTISED
 from clipdeploy.core.paths import StrPath, as_paths
 from clipdeploy.core.progress import SILENT, Progress
 from clipdeploy.models.cards import takes_any_name
@@ -66,21 +67,21 @@ def _on_cpu(case: Case) -> bool:
 
 
 def _is_mixed(graph: Path) -> bool:
-    """Whether a graph has INT8 products and FP16 tensors, the form made for TensorRT."""
+    """Whether a graph has 8-bit products and FP16 tensors, the form made for TensorRT."""
     skeleton = read_skeleton(graph)
-    int8 = any(product.precision == "int8" for product in find_products(skeleton))
-    return int8 and stores_float16(skeleton)
+    quantised = any(product.precision in QUANTISED for product in find_products(skeleton))
+    return quantised and stores_float16(skeleton)
 
 
 def _notes(cases: Sequence[Case]) -> tuple[str, ...]:
-    """Explain why an INT8 graph for TensorRT is slow on a CPU, if one was measured there."""
+    """Explain why an 8-bit graph for TensorRT is slow on a CPU, if one was measured there."""
     graphs = {each.label: each.path for each in cases if _on_cpu(each)}
     mixed = [label for label, path in graphs.items() if _is_mixed(path)]
     if not mixed:
         return ()
     return (
-        f"{', '.join(mixed)}: INT8 with FP16 tensors is made for TensorRT; ONNX Runtime has no "
-        "integer kernel for it on a CPU, so it dequantises, computes in FP32 and casts from and to "
+        f"{', '.join(mixed)}: INT8 or FP8 with FP16 tensors is made for TensorRT; ONNX Runtime "
+        "has no kernel for it on a CPU, so it dequantises, computes in FP32 and casts from and to "
         "FP16; `clipdeploy quantize --cpu` makes an INT8 graph for the CPU",
     )
 

@@ -232,7 +232,7 @@ def _check_sums(graph: Path, programs: tuple[tuple[PlanKernel, ...], ...]) -> No
         name = found[0].rpartition("/")[0]
         raise BuildError(
             f"the engine of {graph} would overflow: {len(found)} 8-bit products, such as "
-            f"{found[0]}, write their int32 sums as float16",
+            f"{found[0]}, write their raw sums as float16",
             hint=f"leave it out with --exclude '{name}', or build --fp16",
         )
 

@@ -47,7 +47,8 @@ def open_packable(path: Path) -> Packable:
 
     Raises:
         FileError, GraphError, ArtifactError: the file cannot be read, or does not match its
-            passport, see :mod:`clipdeploy.workspace.passports`; or it is an engine without weights.
+            passport, see :mod:`clipdeploy.workspace.passports`; or it is an engine without weights,
+            or a graph in FP8.
         UsageError: the file is neither a graph nor an engine.
     """
     found = checked_passport(path)
@@ -55,6 +56,11 @@ def open_packable(path: Path) -> Packable:
         raise ArtifactError(
             f"{path} has no weights, and no package can refit them",
             hint="build it without --strip-weights",
+        )
+    if found.engine is None and found.graph.precision == "fp8":
+        raise ArtifactError(
+            f"{path} is a graph in FP8, which ONNX Runtime runs only for judging",
+            hint="package an engine that TensorRT built from it, or a graph in another precision",
         )
     sha256 = found.engine.hashes.plan if found.engine else sha256_file(path)
     return Packable(path, sha256, found.graph, found.engine)

@@ -53,6 +53,7 @@ class Chain:
                 switchable(segment, self.reference, self.candidate, self.bridges),
                 name=f"{segment.name} of {candidate}",
                 exact_int8=self.candidate.unsigned,
+                fp8=self.candidate.fp8,
                 optimise=optimise,
                 threads=threads,
             )
@@ -108,5 +109,7 @@ class Chain:
         if source != tensor:
             raise GraphError(f"{name} reads {source} in {self.candidate.name}, not {tensor}")
         model = switchable(segment, self.reference, self.candidate)
-        session = OnnxSession(model, name=name, exact_int8=self.candidate.unsigned)
+        session = OnnxSession(
+            model, name=name, exact_int8=self.candidate.unsigned, fp8=self.candidate.fp8
+        )
         return session, switch_input(name)

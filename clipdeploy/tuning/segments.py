@@ -101,8 +101,16 @@ class GraphSource:
     @property
     def unsigned(self) -> bool:
         """Whether activations are quantised to uint8, as for ONNX Runtime's CPU kernels."""
+        return self._quantises_to(TensorProto.UINT8)
+
+    @property
+    def fp8(self) -> bool:
+        """Whether activations are quantised to FP8."""
+        return self._quantises_to(TensorProto.FLOAT8E4M3FN)
+
+    def _quantises_to(self, kind: int) -> bool:
         return any(
-            self.type_of(node.input[2]) == TensorProto.UINT8
+            self.type_of(node.input[2]) == kind
             for node in self._nodes
             if node.op_type == "QuantizeLinear" and len(node.input) > 2
         )

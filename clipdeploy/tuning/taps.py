@@ -1,4 +1,4 @@
-"""Measures the input of Linears: max |x| of each channel, and the share outside the int8 range.
+"""Measures the input of Linears: max |x| of each channel, and the share outside its range.
 
 Both are reduced inside the graph, so that no activation is copied out.
 """
@@ -21,12 +21,16 @@ from exporters.tapped import add_tap, free_batch, serialised
 __all__ = ["InputMeter", "InputPeaks", "Tap", "find_tap"]
 
 _FIRST_WITH_AXES_INPUT = 18
-_INTEGERS = {int(TensorProto.INT8): (-128, 127), int(TensorProto.UINT8): (0, 255)}
+_RANGES = {
+    int(TensorProto.INT8): (-128, 127),
+    int(TensorProto.UINT8): (0, 255),
+    int(TensorProto.FLOAT8E4M3FN): (-448, 448),
+}
 
 
 @dataclass(frozen=True)
 class Tap:
-    """The input tensor of a Linear before quantisation, and its int8 range.
+    """The input tensor of a Linear before quantisation, and the range of its 8 bits.
 
     The range is infinite if the input is not quantised.
     """
@@ -69,7 +73,7 @@ def find_tap(source: GraphSource, name: str) -> Tap:
         kind = source.type_of(quantize.input[2])
         point = source.constant(quantize.input[2])
         zero = 0.0 if point is None else float(np.ravel(point)[0])
-    low, high = _INTEGERS.get(kind, (-np.inf, np.inf))
+    low, high = _RANGES.get(kind, (-np.inf, np.inf))
     step = float(np.ravel(scale)[0])
     tensor, shift = _before_shift(source, quantize.input[0])
     return Tap(name, tensor, step * (low - zero) + shift, step * (high - zero) + shift)
@@ -93,6 +97,7 @@ class InputMeter:
             _tapped(source, self._taps),
             name=source.name,
             exact_int8=source.unsigned,
+            fp8=source.fp8,
             threads=threads,
         )
         self._peaks: list[NDArray[np.float32]] = []

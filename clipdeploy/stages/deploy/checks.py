@@ -9,7 +9,7 @@ from clipdeploy.core.errors import DatasetError, UsageError
 from clipdeploy.core.files import check_writable
 from clipdeploy.core.passport import Passport
 from clipdeploy.core.progress import Progress
-from clipdeploy.engines.backends import choose_backend, tensorrt_module
+from clipdeploy.engines.backends import Backend, choose_backend, tensorrt_module
 from clipdeploy.engines.build_config import check_options
 from clipdeploy.imaging import ImageFolder, open_images
 from clipdeploy.imaging.overlap import shared_images
@@ -29,7 +29,7 @@ def check_deployment(
     """Check the images, the compiler, the recipe and the folders of a deployment.
 
     Raises:
-        UsageError: INT8 or FP8 without calibration images.
+        UsageError: INT8 or FP8 without calibration images, or FP8 that cannot be packaged.
         DatasetError: images are missing or unreadable, or calibration images are also judged on.
         ArtifactError, FileError, BuildError: the recipe, a folder or TensorRT cannot be used.
     """
@@ -37,6 +37,7 @@ def check_deployment(
         load_recipe(config.quantize_recipe)
     backend = choose_backend(config.build.backend).backend
     check_options(backend, tensorrt_module(backend), config.build)
+    _check_packable(config, backend)
     _check_exists(config.val, "--val-data")
     judging = open_images(config.val)
     if config.calibration is not None:
@@ -51,6 +52,26 @@ def check_deployment(
         )
     _readable(judging, progress, skip=config.verify.skip_unreadable)
     _writable(workspace, model, config)
+
+
+def _check_packable(config: DeployConfig, backend: Backend) -> None:
+    """Refuse a deployment in FP8 that would package its graph: only engines run FP8 in production.
+
+    Raises:
+        UsageError: the graph would be packaged, because the engine cannot be run or served.
+    """
+    if config.precision != "fp8" or not config.package:
+        return
+    if config.scope.graphs_only:
+        raise UsageError(
+            "a graph in FP8 cannot be packaged, only an engine",
+            hint="leave out --graphs-only, or deploy --int8 or --fp16",
+        )
+    if backend == "tensorrt-rtx" and (config.triton or not config.cpp):
+        raise UsageError(
+            "Triton loads neither engines of TensorRT-RTX nor graphs in FP8",
+            hint="pass --cpp DIR, or --backend tensorrt on a machine with a GPU",
+        )
 
 
 def check_labels(config: DeployConfig, passport: Passport) -> None:

@@ -58,9 +58,10 @@ def no_packages(
     older = [path for path in _places(workspace, model, config) if path.exists()]
     there = f"; {', '.join(map(str, older))} is from an earlier verdict" if older else ""
     if {row.verdict for row in judgement.verification.rows} == {"equivalent", "not executed"}:
+        or_graph = ", or pass --graphs-only to deploy the graph"
         return Packages(
             why_not="the engine was not executed; run the same command on a machine that can run "
-            f"it, which reuses all results, or pass --graphs-only to deploy the graph{there}"
+            f"it, which reuses all results{'' if config.precision == 'fp8' else or_graph}{there}"
         )
     return Packages(why_not=f"the verdict does not allow one{there}")
 

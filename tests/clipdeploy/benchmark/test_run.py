@@ -487,11 +487,11 @@ def test_an_int8_graph_for_tensorrt_is_explained_on_a_cpu(
     result = benchmark_model(workspace, cards.DEMO, config)
     assert {row.label for row in result.rows} >= {"fp16.onnx", "int8.onnx", "int8-cpu.onnx"}
     [note] = result.notes
-    assert note.startswith("int8.onnx: INT8 with FP16 tensors is made for TensorRT")
+    assert note.startswith("int8.onnx: INT8 or FP8 with FP16 tensors is made for TensorRT")
     assert "`clipdeploy quantize --cpu`" in note
     assert json.loads(to_json(result))["notes"] == [note]
     assert note in footnotes(result)
-    assert "INT8 with FP16 tensors" in shown(result)
+    assert "INT8 or FP8 with FP16 tensors" in shown(result)
     # The reason: no Linear of that graph runs in int8, and all 24 of the other graph do.
     kernels = {
         precision: optimised_kernels(workspace.graph(cards.DEMO, precision), tmp_path)
