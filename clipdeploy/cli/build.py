@@ -306,7 +306,7 @@ def build_engine(
     if precision == "int8":
         note_quality(context, model_quality(context.workspace, name))
     made = artifact.passport
-    for remark in made.remarks:
+    for remark in artifact.remarks:
         context.note(remark)
     emit(
         context,
