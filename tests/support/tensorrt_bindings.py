@@ -6,6 +6,7 @@ The bindings are a small wheel on the package index.  They link three large libr
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import shutil
@@ -97,9 +98,13 @@ def _link(version: str, folder: Path) -> None:
 def bindings(requirement: str, downloads: Path) -> Bindings:
     """Make the bindings of ``requirement`` importable; ``downloads`` keeps the wheel.
 
-    Skips the test if there is no C compiler, or if pip finds no wheel for this interpreter.
+    Skips the test if this is not Linux, there is no C compiler, or pip finds no wheel for this
+    interpreter.
     """
+    if sys.platform != "linux":
+        pytest.skip("the stub of TensorRT's library is for Linux")
     folder = Path(tempfile.mkdtemp(prefix="tensorrt-bindings-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     made = Bindings(requirement.split("==")[1], folder / "packages", folder / "libraries")
     made.libraries.mkdir()
     with zipfile.ZipFile(_download(requirement, downloads)) as wheel:

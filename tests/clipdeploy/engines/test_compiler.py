@@ -29,9 +29,16 @@ except BuildError as error:
 """
 
 
+def new_builder(compiler: Compiler) -> Any:
+    """A builder with Polygraphy's logger: TensorRT keeps the first logger of a process."""
+    from polygraphy.backend.trt import get_trt_logger
+
+    return compiler.module.Builder(get_trt_logger())
+
+
 def configured(compiler: Compiler, config: BuildConfig) -> Any:
     """TensorRT-RTX's own configuration object, made for a network with the demo's input."""
-    builder = compiler.module.Builder(compiler.module.Logger())
+    builder = new_builder(compiler)
     network = builder.create_network()
     shape = tuple(-1 if isinstance(axis, str) else axis for axis in SPEC.shape)
     network.add_input(SPEC.name, compiler.module.float32, shape)
@@ -76,8 +83,8 @@ def test_the_flags_of_the_builder(
 
 
 def test_tf32_is_the_default_of_tensorrt(compiler: Compiler) -> None:
-    builder = compiler.module.Builder(compiler.module.Logger())
-    assert builder.create_builder_config().get_flag(compiler.module.BuilderFlag.TF32)
+    config = new_builder(compiler).create_builder_config()
+    assert config.get_flag(compiler.module.BuilderFlag.TF32)
 
 
 @pytest.mark.parametrize("requirement", [OLDEST, NEWEST])
