@@ -307,7 +307,7 @@ def build_engine(
     if precision in QUANTISED:
         note_quality(context, model_quality(context.workspace, name, precision))
     made = artifact.passport
-    for remark in made.remarks:
+    for remark in artifact.remarks:
         context.note(remark)
     emit(
         context,

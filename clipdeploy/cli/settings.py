@@ -137,7 +137,7 @@ SETTINGS = (
         "home",
         "CLIPDEPLOY_HOME",
         FOLDER,
-        "Folder of downloads, timing caches and cached crops.",
+        "Folder of downloads, cached kernels, kernel times and crops.",
         example="~/.cache/clipdeploy",
         otherwise="~/.cache/clipdeploy",
         exported=True,

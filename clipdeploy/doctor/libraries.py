@@ -9,10 +9,11 @@ from packaging.version import Version
 
 from clipdeploy.doctor.machine import Library, Machine
 from clipdeploy.doctor.verdicts import Finding, error, good, note, warning
+from clipdeploy.engines.backends import OLDEST
 
 __all__ = ["judge_onnxruntime", "judge_tensorrt", "judge_torch"]
 
-_OLDEST_TENSORRT = Version("10.12")
+_OLDEST_TENSORRT = Version(OLDEST["tensorrt"])
 _NEW_TENSORRT = f'pip install "tensorrt>={_OLDEST_TENSORRT}"'
 # The first driver of each CUDA major (NVIDIA, "CUDA Compatibility", minor version compatibility).
 _DRIVER_OF_CUDA = {11: 450, 12: 525, 13: 580}

@@ -1,41 +1,55 @@
 """Chooses the TensorRT backend, reports what it can do and captures its messages.
 
-Capabilities are probed on the imported module, never derived from a version number.
+Capabilities are probed on the imported module.  A version number only says which releases are too
+old, and which have a defect that cannot be probed.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from clipdeploy.core.device import gpus
+from packaging.version import Version
+
+from clipdeploy.core.device import Gpu, gpus
 from clipdeploy.core.errors import BuildError
 from clipdeploy.core.passport import ScaleForm
 
 __all__ = [
+    "OLDEST",
     "Backend",
     "BackendChoice",
     "BackendOption",
     "CapturedLog",
     "capture_log",
+    "check_versions",
     "choose_backend",
+    "compiles_kernels_at_run_time",
     "compute_capabilities",
+    "created",
     "default_capabilities",
     "is_installed",
+    "machine_name",
+    "release_of",
     "scale_forms",
     "targets_capabilities",
     "tensorrt_module",
 ]
 
+T = TypeVar("T")
 Backend = Literal["tensorrt", "tensorrt-rtx"]
 BackendOption = Literal["auto", "tensorrt", "tensorrt-rtx"]
 _MODULES: dict[Backend, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+# The oldest releases that work, by package, as in setup.cfg.  TensorRT-RTX 1.4.0.76 cannot build
+# INT8 graphs without a GPU, and Polygraphy 0.49.26 cannot build any with TensorRT-RTX.
+OLDEST = {"tensorrt": "10.12", "tensorrt-rtx": "1.5", "polygraphy": "0.50.3"}
 _LOGGER = "Polygraphy"
 # The logging level that Polygraphy gives to TensorRT's VERBOSE messages.
 _VERBOSE = 6
@@ -148,6 +162,54 @@ def tensorrt_module(backend: Backend) -> ModuleType:
     G_LOGGER.colors = G_LOGGER.letter = False
     G_LOGGER.module_severity = G_LOGGER.WARNING
     return importlib.import_module(_MODULES[backend])
+
+
+def check_versions(backend: Backend, trt: ModuleType) -> None:
+    """Check that ``backend``, imported as ``trt``, and Polygraphy are not too old.
+
+    Raises:
+        BuildError: one is older than its version in :data:`OLDEST`.
+    """
+    import polygraphy
+
+    for package, version in ((backend, trt.__version__), ("polygraphy", polygraphy.__version__)):
+        if Version(version) < Version(OLDEST[package]):
+            raise BuildError(
+                f"{package} {version} is too old: clipdeploy needs {OLDEST[package]} or newer",
+                hint=f'pip install "{package}>={OLDEST[package]}"',
+            )
+
+
+def release_of(version: str) -> str:
+    """The release of TensorRT in a version: ``10.13.3.9`` of ``10.13.3.9.post1``.
+
+    A post-release is another Python package of the same library (PyPA, "Version specifiers").
+    """
+    return re.sub(r"\.post\d+$", "", version)
+
+
+def created(make: Callable[[], T | None]) -> T | None:
+    """What ``make`` creates with TensorRT; None if TensorRT creates nothing.
+
+    If the driver is too old or memory is missing, TensorRT's methods return None, and its
+    constructors raise the ``TypeError`` with which pybind11 reports a null pointer.
+    """
+    try:
+        return make()
+    except TypeError as error:
+        if "returned nullptr" not in str(error):
+            raise
+        return None
+
+
+def machine_name(backend: Backend, version: str, gpu: Gpu) -> str:
+    """A file name for what depends on the backend's version and the GPU, such as a cache."""
+    return f"{backend}-{version}-sm{gpu.capability}-{re.sub(r'[^A-Za-z0-9.-]+', '-', gpu.name)}"
+
+
+def compiles_kernels_at_run_time(trt: ModuleType) -> bool:
+    """Whether the backend compiles an engine's kernels when it runs, and can cache them."""
+    return hasattr(trt, "IRuntimeCache")
 
 
 def targets_capabilities(trt: ModuleType) -> bool:

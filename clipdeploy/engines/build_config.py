@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
 
+from packaging.version import Version
+
 from clipdeploy.core.device import gpus
 from clipdeploy.core.errors import BuildError, UsageError
 from clipdeploy.core.spans import BATCH, MEMORY_MIB, OPTIMIZATION, check_numbers, shown
 from clipdeploy.engines.backends import (
     Backend,
     BackendOption,
+    check_versions,
     compute_capabilities,
     targets_capabilities,
 )
@@ -21,6 +24,10 @@ from clipdeploy.engines.passport import BatchProfile
 __all__ = ["BuildConfig", "Hardware", "check_options"]
 
 Hardware = Literal["none", "ampere-plus", "same-capability"]
+# From this release on BuilderFlag.REFIT may drop the bias of a GEMM, even if nothing is refitted
+# (NVIDIA TensorRT 11.3.0, "Refitting an Engine"); no later release is known to be repaired.
+# REFIT_IDENTICAL has no such defect, but only takes the same weights again: of no use here.
+_DROPS_BIASES = Version("11.3")
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,7 @@ class BuildConfig:
     ("8.9",); empty means Ampere and newer.  ``hardware_compatible`` and ``version_compatible`` let
     a TensorRT engine run on other GPUs and on newer TensorRT versions.  ``strip_weights`` leaves
     the weights out of the plan; they are refitted from the graph when the engine is loaded.
+    ``refittable`` allows other weights to be loaded later.
 
     Raises:
         UsageError: a profile is out of order, or a number or a compute capability is invalid.
@@ -85,8 +93,10 @@ def check_options(backend: Backend, trt: ModuleType, config: BuildConfig) -> Non
     """Check that ``backend`` supports every option, before anything is built.
 
     Raises:
-        BuildError: an option is not supported; the hint names an alternative.
+        BuildError: an option is not supported, or the backend is too old; the hint names an
+            alternative.
     """
+    check_versions(backend, trt)
     if targets_capabilities(trt):
         _check_portable(backend, compute_capabilities(trt), config)
     elif config.compute_capability:
@@ -95,6 +105,12 @@ def check_options(backend: Backend, trt: ModuleType, config: BuildConfig) -> Non
             f"{backend} builds for the local GPU ({here}) and has no --compute-capability",
             hint="leave it out, add --hardware-compatible ampere-plus, or use --backend "
             "tensorrt-rtx",
+        )
+    elif config.refittable and Version(trt.__version__) >= _DROPS_BIASES:
+        raise BuildError(
+            f"--refittable is not safe with {backend} {trt.__version__}: the engine may compute a "
+            "matrix product without its bias",
+            hint=f'leave it out, or pip install "{backend}<{_DROPS_BIASES}"',
         )
 
 

@@ -51,6 +51,7 @@ from clipdeploy.engines.plan_text import (
     read_programs,
 )
 from clipdeploy.engines.plan_writer import PlanFile
+from clipdeploy.engines.preflight import runs_on
 from exporters.blocks import BlockPrecision
 from exporters.headers import read_passport, read_skeleton
 
@@ -71,6 +72,19 @@ class EngineArtifact(Shown):
     passport: EnginePassport
     changed: bool
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """The passport's remarks, and one if the GPU of this machine cannot run the engine."""
+        made = self.passport
+        unfit = (
+            f"{gpu.name} in this machine is {gpu.sm}, and cannot run an engine for SM "
+            f"{', '.join(made.capabilities)}; for this machine, build it with "
+            f"--compute-capability {gpu.capability} or --backend tensorrt"
+            for gpu in gpus()[:1]
+            if not runs_on(made, gpu)
+        )
+        return (*made.remarks, *unfit)
+
     def __rich__(self) -> Renderable:
         made = self.passport
         profiles = (f"{low} to {high}, tuned for {best}" for low, best, high in made.profiles)
@@ -82,7 +96,7 @@ class EngineArtifact(Shown):
             ("batches", "; ".join(profiles)),
             ("made", "now" if self.changed else "before; nothing has changed since"),
         ]
-        return facts([*rows, *(("remark", text) for text in made.remarks)])
+        return facts([*rows, *(("remark", text) for text in self.remarks)])
 
 
 def _unchanged(engine: Path, draft: EnginePassport) -> EnginePassport | None:
@@ -98,7 +112,9 @@ def _unchanged(engine: Path, draft: EnginePassport) -> EnginePassport | None:
 def _settings(config: BuildConfig) -> dict[str, Any]:
     """The settings that determine the engine, without the chosen backend and the cache."""
     settings = settings_of(config)
-    return {name: settings[name] for name in settings if name not in ("backend", "timing_cache")}
+    kept = {name: settings[name] for name in settings if name not in ("backend", "timing_cache")}
+    # The compiler clears the flag.  Engines without this entry may compute in TF32.
+    return {**kept, "tf32": False}
 
 
 def _draft(passport: Passport, compiler: Compiler, config: BuildConfig) -> EnginePassport:

@@ -18,7 +18,9 @@ from clipdeploy.core.passport import Precision, TensorSpec
 from clipdeploy.engines.backends import (
     Backend,
     capture_log,
+    created,
     default_capabilities,
+    machine_name,
     targets_capabilities,
 )
 from clipdeploy.engines.build_config import BuildConfig
@@ -153,13 +155,31 @@ class Compiler:
         """
         if not config.timing_cache or targets_capabilities(self.module):
             return None
-        gpu = gpus()[0]
-        name = f"{self.backend}-{self.version}-sm{gpu.capability}-{gpu.name.replace(' ', '-')}"
+        name = machine_name(self.backend, self.version, gpus()[0])
         path = folder / "timing" / f"{name}.cache"
         check_writable(path)
         return path
 
-    def _config(self, spec: TensorSpec, config: BuildConfig, **more: Any) -> Any:
+    def _config(
+        self, spec: TensorSpec, config: BuildConfig, **more: Any
+    ) -> Callable[[Any, trt.INetworkDefinition], trt.IBuilderConfig]:
+        """Make a function that creates TensorRT's configuration for a builder and a network."""
+        create = self._loader(spec, config, **more)
+
+        def configured(builder: Any, network: trt.INetworkDefinition) -> trt.IBuilderConfig:
+            made: trt.IBuilderConfig = create(builder, network)
+            flags = self.module.BuilderFlag
+            # TensorRT allows TF32 by default, and Polygraphy leaves it on for TensorRT-RTX.  FP32
+            # engines would then multiply with 10 bits of mantissa instead of 23.
+            made.clear_flag(flags.TF32)
+            if config.strip_weights and not config.refittable:
+                # The graph's own weights come back.  Newer releases choose this flag themselves.
+                made.set_flag(flags.REFIT_IDENTICAL)
+            return made
+
+        return configured
+
+    def _loader(self, spec: TensorSpec, config: BuildConfig, **more: Any) -> Any:
         from polygraphy.backend.trt import CreateConfig, Profile
 
         shape = tuple(axis for axis in spec.shape[1:] if isinstance(axis, int))
@@ -209,8 +229,8 @@ class Compiler:
         An exception in either cancels the build and is raised again.
 
         Raises:
-            BuildError: TensorRT refuses the graph (the message quotes its first error), or a target
-                cannot compute a tensor type of the graph.
+            BuildError: TensorRT cannot start or refuses the graph (the message quotes its first
+                error), or a target cannot compute a tensor type of the graph.
             KeyboardInterrupt: Ctrl-C cancelled the build.
         """
         from polygraphy.backend.trt import (
@@ -228,7 +248,10 @@ class Compiler:
         stop: list[BaseException] = []
 
         def network() -> tuple[Any, ...]:
-            builder, definition, *rest = load()
+            loaded = created(load)
+            if loaded is None:
+                raise self._no_builder(log.reason())
+            builder, definition, *rest = loaded
             self._check_types(definition, self.capabilities(config.compute_capability))
             return StreamingBuilder(self.module, builder, write, stop), definition, *rest
 
@@ -254,6 +277,12 @@ class Compiler:
         if stop:
             raise stop[0]
         return tuple(log.messages)
+
+    def _no_builder(self, reason: str) -> BuildError:
+        return BuildError(
+            f"{self.backend} {self.version} cannot start: {reason}",
+            hint="the driver may be too old, or GPU memory full: see clipdeploy doctor",
+        )
 
     def _refusal(self, graph: Path | bytes, reason: str) -> BuildError:
         name = graph if isinstance(graph, Path) else "the graph"

@@ -6,13 +6,14 @@ An engine file can contain anything, so only bytes with the hash in the passport
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from clipdeploy.core.device import Gpu, gpus
 from clipdeploy.core.errors import EngineError
 from clipdeploy.core.files import read_regular
-from clipdeploy.engines.backends import is_installed, tensorrt_module
+from clipdeploy.engines.backends import is_installed, release_of, tensorrt_module
 from clipdeploy.engines.passport import (
     EnginePassport,
     check_plan,
@@ -21,15 +22,19 @@ from clipdeploy.engines.passport import (
     read_engine_passport,
 )
 
-__all__ = ["Host", "Plan", "check_machine", "preflight", "read_host"]
+__all__ = ["Host", "Plan", "check_machine", "preflight", "read_host", "runs_on"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An engine's bytes and passport; None only for a trusted engine that has none."""
+    """An engine's bytes, their SHA-256 in hex, and its passport.
+
+    ``passport`` is None only for a trusted engine that has none.
+    """
 
     path: Path
     data: bytes
+    sha256: str
     passport: EnginePassport | None
 
 
@@ -50,18 +55,27 @@ def read_host(passport: EnginePassport) -> Host:
     return Host(platform_name(), devices[0] if devices else None, version)
 
 
-def _runs_on(passport: EnginePassport, gpu: Gpu) -> bool:
+def runs_on(passport: EnginePassport, gpu: Gpu) -> bool:
+    """Whether the engine is built for the compute capability of ``gpu``."""
     if passport.hardware == "ampere-plus":
         return gpu.compute_capability >= (8, 0)
     return gpu.capability in passport.capabilities
 
 
 def _same_version(passport: EnginePassport, version: str) -> bool:
+    built, found = release_of(passport.backend_version), release_of(version)
     if not passport.settings.get("version_compatible"):
-        return passport.backend_version == version
+        return built == found
     # Runs on newer versions of the same major (NVIDIA's developer guide, "Version Compatibility").
-    built, found = passport.backend_version.split("."), version.split(".")
-    return built[0] == found[0] and [int(p) for p in built[1:2]] <= [int(p) for p in found[1:2]]
+    (major, minor), other = _numbers(built), _numbers(found)
+    return other[0] == major and other[1] >= minor
+
+
+def _numbers(version: str) -> tuple[int, int]:
+    """The major and minor number of a version; -1 for one that it lacks."""
+    numbers = [int(number) for number in re.findall(r"\d+", version)]
+    major, minor, *_ = *numbers, -1, -1
+    return major, minor
 
 
 def _no_gpu() -> EngineError:
@@ -91,7 +105,7 @@ def check_machine(engine: Path, passport: EnginePassport, host: Host) -> None:
         )
     if not _same_version(passport, host.version):
         raise EngineError(f"{engine} was built by {built}, installed is {host.version}", hint=again)
-    if not _runs_on(passport, host.gpu):
+    if not runs_on(passport, host.gpu):
         raise EngineError(
             f"{engine} runs on SM {', '.join(passport.capabilities)}; "
             f"{host.gpu.name} is {host.gpu.sm}",
@@ -102,8 +116,8 @@ def check_machine(engine: Path, passport: EnginePassport, host: Host) -> None:
 def preflight(engine: Path, *, trust: bool = False, host: Host | None = None) -> Plan:
     """Read an engine and check that it can be loaded on this machine.
 
-    The file is read once, so the returned bytes are the hashed bytes.  ``trust`` skips the hash,
-    and every check if there is no passport.
+    The file is read once, so the returned bytes are the hashed bytes.  ``trust`` does not
+    compare the hash, and checks nothing if there is no passport.
 
     Raises:
         FileError: the engine cannot be read.
@@ -111,12 +125,13 @@ def preflight(engine: Path, *, trust: bool = False, host: Host | None = None) ->
         EngineError: the engine cannot run here; see :func:`check_machine`.
     """
     data = read_regular(engine)
+    digest = hashlib.sha256(data).hexdigest()
     if trust and not passport_path(engine).exists():
         if not gpus():
             raise _no_gpu()
-        return Plan(engine, data, None)
+        return Plan(engine, data, digest, None)
     passport = read_engine_passport(engine)
     if not trust:
-        check_plan(engine, passport, len(data), hashlib.sha256(data).hexdigest())
+        check_plan(engine, passport, len(data), digest)
     check_machine(engine, passport, host or read_host(passport))
-    return Plan(engine, data, passport)
+    return Plan(engine, data, digest, passport)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 
 from clipdeploy.core.printable import printable
+from clipdeploy.engines.backends import release_of
 from clipdeploy.engines.passport import EnginePassport
 from clipdeploy.packaging.artifact import Packable
 from clipdeploy.packaging.client import template
@@ -33,7 +34,7 @@ def dockerfile(source: Packable, name: str) -> str:
             "# The newest known release; other releases also work.",
         )
     else:
-        version = printable(engine.backend_version)
+        version = printable(release_of(engine.backend_version))
         what = f"an engine of TensorRT {version}"
         reason = f"# The server needs the TensorRT version of the engine: {version}."
     if release is None:
@@ -54,7 +55,7 @@ def dockerfile(source: Packable, name: str) -> str:
 
 
 def _same_tensorrt(engine: EnginePassport) -> str:
-    needed = shlex.quote(printable(engine.backend_version))
+    needed = shlex.quote(printable(release_of(engine.backend_version)))
     return (
         "# NVIDIA's images set TRT_VERSION; an image that does not set it is accepted.\n"
         f'RUN needed={needed}; case "${{TRT_VERSION:-$needed}}" in "$needed"*) ;; *) '

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
+from clipdeploy.engines.backends import release_of
 from clipdeploy.engines.passport import EnginePassport
 
 __all__ = ["IMAGE", "MATRIX", "Server", "server_for", "servers"]
@@ -43,5 +44,6 @@ def server_for(engine: EnginePassport | None) -> str | None:
     """The newest release that can serve ``engine``, or a graph if None; None if unknown."""
     if engine is None:
         return servers()[-1].release
-    matching = [one.release for one in servers() if one.tensorrt == engine.backend_version]
+    needed = release_of(engine.backend_version)
+    matching = [one.release for one in servers() if one.tensorrt == needed]
     return matching[-1] if matching else None

@@ -15,12 +15,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from clipdeploy.core.errors import EngineError
+from clipdeploy.core.device import gpus
+from clipdeploy.core.errors import EngineError, first_line
 from clipdeploy.core.passport import TensorSpec
-from clipdeploy.engines.backends import Backend, capture_log, choose_backend, tensorrt_module
+from clipdeploy.engines.backends import (
+    Backend,
+    CapturedLog,
+    capture_log,
+    choose_backend,
+    compiles_kernels_at_run_time,
+    created,
+    tensorrt_module,
+)
 from clipdeploy.engines.passport import BatchProfile
 from clipdeploy.engines.preflight import Plan, preflight
 from clipdeploy.runners.base import Closing, Images, Logits, batch_ranges, best_profile, in_parts
+from clipdeploy.runners.kernel_cache import KernelCache, cache_file, runtime_config
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -51,8 +61,10 @@ def load_engine(plan: Plan) -> tuple[Any, trt.ICudaEngine]:
     module = tensorrt_module(_backend(plan))
     from polygraphy.backend.trt import get_trt_logger
 
-    runtime: trt.Runtime = module.Runtime(get_trt_logger())
     with capture_log() as log:
+        runtime: trt.Runtime | None = created(lambda: module.Runtime(get_trt_logger()))
+        if runtime is None:
+            raise _cannot_start(f"{_backend(plan)} {module.__version__}", log)
         engine = runtime.deserialize_cuda_engine(plan.data)
     if engine is None:
         raise EngineError(
@@ -61,6 +73,46 @@ def load_engine(plan: Plan) -> tuple[Any, trt.ICudaEngine]:
         )
     _refit(module, plan, engine)
     return module, engine
+
+
+def _cannot_start(what: str, log: CapturedLog) -> EngineError:
+    return EngineError(
+        f"{what} cannot start: {log.reason()}",
+        hint="the driver may be too old, or GPU memory full: see clipdeploy doctor",
+    )
+
+
+def new_context(engine: trt.ICudaEngine, config: Any = None) -> trt.IExecutionContext:
+    """Create an execution context, with the runtime configuration of TensorRT-RTX if given.
+
+    Raises:
+        EngineError: there is not enough GPU memory for the activations of the largest batch.
+    """
+    with capture_log() as log:
+        context: trt.IExecutionContext | None = created(
+            engine.create_execution_context
+            if config is None
+            else partial(engine.create_execution_context, config)
+        )
+    if context is None:
+        raise EngineError(
+            f"TensorRT cannot create an execution context: {log.reason()}",
+            hint="free GPU memory, or build the engine with a smaller --max-batch",
+        )
+    return context
+
+
+def enqueue(context: trt.IExecutionContext, stream: int) -> None:
+    """Launch the engine on a CUDA stream, or record it if the stream is being captured.
+
+    Raises:
+        EngineError: TensorRT could not launch it.
+    """
+    if not context.execute_async_v3(stream):
+        raise EngineError(
+            "TensorRT failed to run the engine",
+            hint="free GPU memory, or build the engine again on this machine",
+        )
 
 
 def layer_information(plan: Plan) -> str:
@@ -72,20 +124,26 @@ def layer_information(plan: Plan) -> str:
     module, engine = load_engine(plan)
     inspector: trt.EngineInspector = engine.create_engine_inspector()
     # Without a context that has the input shape, dynamic shapes are not listed.
-    context: trt.IExecutionContext = engine.create_execution_context()
+    context = new_context(engine)
     name = engine.get_tensor_name(0)
     _, best, _ = engine.get_tensor_profile_shape(name, 0)
-    context.set_input_shape(name, best)
+    _set_shape(context, name, best)
     inspector.execution_context = context
     return str(inspector.get_engine_information(module.LayerInformationFormat.JSON))
+
+
+def _set_shape(context: trt.IExecutionContext, name: str, shape: Any) -> None:
+    if not context.set_input_shape(name, shape):
+        raise EngineError(
+            f"the engine refuses a batch of {shape[0]} images",
+            hint="build it with a --profile MIN,OPT,MAX that includes this batch",
+        )
 
 
 def _refit(module: Any, plan: Plan, engine: trt.ICudaEngine) -> None:
     """Load the weights of the graph next to a stripped engine into the engine."""
     if plan.passport is None or not plan.passport.settings.get("strip_weights"):
         return
-    from polygraphy.backend.trt import get_trt_logger
-
     from clipdeploy.core.files import sha256_file
 
     graph = plan.path.with_suffix(".onnx")
@@ -94,13 +152,28 @@ def _refit(module: Any, plan: Plan, engine: trt.ICudaEngine) -> None:
             f"{plan.path} has no weights, and its graph, {graph.name}, is missing or changed",
             hint=f"copy the graph next to it, or build it again: {plan.passport.rebuild}",
         )
-    refitter: trt.Refitter = module.Refitter(engine, get_trt_logger())
-    parser: trt.OnnxParserRefitter = module.OnnxParserRefitter(refitter, get_trt_logger())
-    if not (parser.refit_from_file(str(graph)) and refitter.refit_cuda_engine()):
+    with capture_log() as log:
+        fits = _refit_from(graph, module, engine)
+    if not fits:
         raise EngineError(
-            f"the weights of {graph} do not fit {plan.path}",
+            f"the weights of {graph} do not fit {plan.path}: {log.reason()}",
             hint=f"build it again: {plan.passport.rebuild}",
         )
+
+
+def _refit_from(graph: Path, module: Any, engine: trt.ICudaEngine) -> bool:
+    from polygraphy.backend.trt import get_trt_logger
+
+    logger = get_trt_logger()
+    refitter: trt.Refitter | None = created(lambda: module.Refitter(engine, logger))
+    if refitter is None:
+        return False
+    parser: trt.OnnxParserRefitter | None = created(
+        lambda: module.OnnxParserRefitter(refitter, logger)
+    )
+    if parser is None:
+        return False
+    return bool(parser.refit_from_file(str(graph)) and refitter.refit_cuda_engine())
 
 
 class Engine:
@@ -120,8 +193,16 @@ class Engine:
             )
         self._engine: trt.ICudaEngine
         self._module, self._engine = load_engine(plan)
-        self._cuda_graph = cuda_graph
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._config: Any = None
+        self._kernels: KernelCache | None = None
+        late = compiles_kernels_at_run_time(self._module)
+        if late:
+            self._config = runtime_config(self._module, self._engine, cuda_graph=cuda_graph)
+            path = cache_file(plan.sha256, str(self._module.__version__), gpus()[0])
+            self._kernels = KernelCache(self._config, path)
+        # TensorRT-RTX records CUDA graphs itself, and no stream may be captured twice.
+        self._records = cuda_graph and not late
         self.input, self.output = self._tensors()
         self.profiles = self._read_profiles()
         self.batches = (
@@ -175,35 +256,50 @@ class Engine:
         if profile is None:
             profile = best_profile(self.profiles, batch)
         # A recorded CUDA graph has fixed shapes and needs a separate context.
-        key = (profile, batch if self._cuda_graph else 0)
+        key = (profile, batch if self._records else 0)
         if key not in self._launchers:
-            context = self._engine.create_execution_context()
-            context.set_optimization_profile_async(profile, self._stream.cuda_stream)
-            context.set_tensor_address(self.input.name, self._in.data_ptr())
-            context.set_tensor_address(self.output.name, self._out.data_ptr())
-            self._launchers[key] = _Launcher(context)
+            self._launchers[key] = _Launcher(self._context(profile))
         launcher = self._launchers[key]
-        context = launcher.context
-        if not context.set_input_shape(self.input.name, (batch, *self._in.shape[1:])):
-            raise EngineError(f"the engine refuses a batch of {batch} images")
-        if self._cuda_graph and launcher.graph is None:
-            launcher.graph = self._record(context)
+        _set_shape(launcher.context, self.input.name, (batch, *self._in.shape[1:]))
+        if self._records and launcher.graph is None:
+            launcher.graph = self._record(launcher.context)
         return launcher
+
+    def _context(self, profile: int) -> trt.IExecutionContext:
+        """Create a context of ``profile`` that reads and writes the engine's memory."""
+        context = new_context(self._engine, self._config)
+        if not (
+            context.set_optimization_profile_async(profile, self._stream.cuda_stream)
+            and context.set_tensor_address(self.input.name, self._in.data_ptr())
+            and context.set_tensor_address(self.output.name, self._out.data_ptr())
+        ):
+            raise EngineError(
+                f"TensorRT refuses batch profile {profile} or the memory of the engine",
+                hint="free GPU memory, or build the engine again on this machine",
+            )
+        return context
 
     def _record(self, context: trt.IExecutionContext) -> Any:
         # The first run may allocate memory, which is not allowed while recording.
-        self._launch(_Launcher(context))
+        enqueue(context, self._stream.cuda_stream)
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
-            context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
+        try:
+            with torch.cuda.graph(graph, stream=self._stream):
+                enqueue(context, torch.cuda.current_stream().cuda_stream)
+        # PyTorch's error, for a capture that the failed launch made invalid, hides the first one.
+        except (EngineError, RuntimeError) as error:
+            raise EngineError(
+                f"the engine cannot be recorded as a CUDA graph: {first_line(error)}",
+                hint="run it without a CUDA graph",
+            ) from error
         return graph
 
     def _launch(self, launcher: _Launcher) -> None:
         if launcher.graph is not None:
             launcher.graph.replay()
-        elif not launcher.context.execute_async_v3(self._stream.cuda_stream):
-            raise EngineError("TensorRT failed to run the engine")
+        else:
+            enqueue(launcher.context, self._stream.cuda_stream)
 
     def run(self, images: NDArray[Any], profile: int | None = None) -> NDArray[np.float32]:
         """Images (B, ...) -> logits (B, classes), in the given or else the best profile."""
@@ -233,8 +329,11 @@ class Engine:
         return float(before.elapsed_time(after)) / 1e3
 
     def close(self) -> None:
-        """Free the contexts, the engine and its memory."""
+        """Save the compiled kernels; free the contexts, the engine and its memory."""
+        if self._kernels is not None:
+            self._kernels.save()
         self._launchers.clear()
+        self._kernels = self._config = None
         del self._engine, self._in, self._out, self._host_in, self._host_out
 
 
@@ -243,7 +342,8 @@ class EngineRunner(Closing):
 
     Memory is allocated once, for the largest batch, and transfers go through pinned memory.
     ``cuda_graph`` records the launches of each batch size once and replays them.  ``trust`` loads
-    the engine without comparing it with its passport.
+    the engine without comparing it with its passport.  The kernels that TensorRT-RTX compiles are
+    kept in the cache folder, see :mod:`clipdeploy.runners.kernel_cache`.
 
     Raises:
         EngineError: there is no GPU, or the engine cannot run on this machine.

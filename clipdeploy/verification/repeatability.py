@@ -26,9 +26,9 @@ from exporters.metrics import BROKEN_DB, ratio_db
 __all__ = ["Repeatability", "repeatability_of"]
 
 # Rounding by precision, as noise over signal. Graphs on ONNX Runtime in float32 repeat within
-# 120 dB; an FP32 engine may compute in TF32, which keeps 10 bits (60 dB); float16 keeps 10 bits
-# and kernels of another shape add in another order (50 dB); an int8 value may round to the
-# neighbouring level (40 dB).
+# 120 dB; another program's FP32 engine may compute in TF32, which keeps 10 bits (60 dB); float16
+# keeps 10 bits and kernels of another shape add in another order (50 dB); an int8 value may round
+# to the neighbouring level (40 dB).
 _GRAPH_FP32 = 1e-9
 _ROUNDING = {"fp32": 1e-6, "fp16": 1e-5}
 _EIGHT_BITS = 1e-4

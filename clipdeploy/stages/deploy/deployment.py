@@ -143,7 +143,7 @@ def _of_the_engines(verification: Verification, engines: Sequence[EngineArtifact
                 f"{engine.path.name} was built but not executed: the verdict is on the graph that "
                 "it was compiled from, run by ONNX Runtime"
             )
-        for remark in engine.passport.remarks:
+        for remark in engine.remarks:
             yield f"{engine.path.name}: {remark}"
 
 

@@ -28,7 +28,7 @@ SERVER = Machine(
         "tensorrt-rtx-cu13": "1.7.1.116",
         "torch": "2.13.0",
     },
-    requirements=("numpy>=1.26", "onnxruntime-gpu>=1.20", "torch>=2.9", "tensorrt-rtx>=1.4"),
+    requirements=("numpy>=1.26", "onnxruntime-gpu>=1.20", "torch>=2.9", "tensorrt-rtx>=1.5"),
     torch=Library("2.13.0", cuda="13.0", sees_gpu=True),
     onnxruntime=ORT,
     tensorrt=Library("10.13.3.9"),
@@ -85,6 +85,14 @@ BAD: list[tuple[str, dict[str, Any], str, str, str, str]] = [
         "packages",
         "numpy 1.24.0 does not match numpy>=1.26",
         'pip install "numpy>=1.26"',
+    ),
+    (
+        "old tensorrt-rtx",
+        {"packages": SERVER.packages | {"tensorrt-rtx": "1.4.0.76"}},
+        "error",
+        "packages",
+        "tensorrt-rtx 1.4.0.76 does not match tensorrt-rtx>=1.5",
+        'pip install "tensorrt-rtx>=1.5"',
     ),
     ("no torch", {"torch": None}, "error", "PyTorch", "not installed", "pip install torch"),
     (

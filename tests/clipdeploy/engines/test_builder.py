@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +16,16 @@ import onnx
 import pytest
 from compiling import SPEC, ignore
 
-from clipdeploy.core.device import gpus
+from clipdeploy.core.device import Gpu, gpus
 from clipdeploy.core.errors import ArtifactError, BuildError, EngineError, FileError, UsageError
 from clipdeploy.core.files import sha256_file
 from clipdeploy.core.passport import Precision
-from clipdeploy.engines import backends
+from clipdeploy.engines import backends, builder
 from clipdeploy.engines.backends import choose_backend
 from clipdeploy.engines.build_config import BuildConfig
-from clipdeploy.engines.builder import _DeferredWork, build_engine
+from clipdeploy.engines.builder import EngineArtifact, _DeferredWork, build_engine
 from clipdeploy.engines.compiler import Compiler
-from clipdeploy.engines.passport import load_engine_passport, passport_path
+from clipdeploy.engines.passport import load_engine_passport, passport_path, save_engine_passport
 from clipdeploy.engines.plan_writer import Piece, PlanFile
 from clipdeploy.models import cards
 from clipdeploy.runners.engine import EngineRunner
@@ -165,6 +166,44 @@ def test_deferred_work_runs_once_for_any_progress(counts: list[int]) -> None:
     assert shown == counts
 
 
+@pytest.mark.parametrize(
+    ("gpu", "unfit"),
+    [
+        (None, False),
+        (Gpu("NVIDIA L4", (8, 9)), False),
+        (Gpu("NVIDIA H200", (9, 0)), True),
+        (Gpu("Tesla T4", (7, 5)), True),
+    ],
+)
+def test_an_engine_that_this_gpu_cannot_run_has_a_remark(
+    gpu: Gpu | None, unfit: bool, engines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passport = load_engine_passport(engines / "fp16.engine")
+    artifact = EngineArtifact(engines / "fp16.engine", passport, changed=True)
+    monkeypatch.setattr(builder, "gpus", lambda: (gpu,) if gpu else ())
+    said = artifact.remarks
+    assert bool(said) == unfit
+    if unfit and gpu:
+        assert (
+            f"{gpu.name} in this machine is {gpu.sm}, and cannot run an engine for SM 8.0"
+            in said[0]
+        )
+
+
+def test_an_engine_that_may_compute_in_tf32_is_built_again(
+    engines: Path, demo_workspace: Workspace, tmp_path: Path
+) -> None:
+    engine = tmp_path / "fp32.engine"
+    for path in (engine, passport_path(engine)):
+        shutil.copy((engines / "fp32.engine").with_name(path.name), path)
+    made = load_engine_passport(engine)
+    graph = demo_workspace.graph(cards.DEMO, "fp32")
+    assert not build_engine(graph, engine).changed
+    older = {name: value for name, value in made.settings.items() if name != "tf32"}
+    save_engine_passport(replace(made, settings=older), engine)
+    assert build_engine(graph, engine).changed
+
+
 @pytest.mark.parametrize("profile", [(0, 1, 2), (2, 1, 4), (1, 8, 4)])
 def test_a_profile_out_of_order_is_refused(profile: tuple[int, int, int]) -> None:
     with pytest.raises(UsageError, match="not in order"):
@@ -188,5 +227,5 @@ def test_an_engine_computes_what_its_graph_computes(
 
     expected = OnnxRunner(demo_workspace.graph(cards.DEMO, "fp32"))(demo_images)
     with EngineRunner(engines / "fp32.engine") as runner:
-        # float32 with other orders of summation (TF32 is off in a strongly typed network).
+        # float32 with other orders of summation (the builder clears TF32).
         np.testing.assert_allclose(runner(demo_images), expected, atol=1e-3)

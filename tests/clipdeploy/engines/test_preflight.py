@@ -50,6 +50,7 @@ def test_a_matching_engine_is_returned(engine: Path) -> None:
     plan = preflight(engine, host=fitting(engine))
     assert plan.data == engine.read_bytes()
     assert plan.passport is not None
+    assert plan.sha256 == plan.passport.hashes.plan
     assert plan.passport.hashes.graph
 
 
@@ -160,6 +161,10 @@ def test_hardware_compatibility(
         (True, "10.14.1.48", True),
         (True, "10.12.0.36", False),
         (True, "11.0.0.114", False),
+        (False, "10.13.0.35.post1", True),
+        (False, "10.13.0.36.post1", False),
+        (True, "10.14.1.48.post1", True),
+        (True, "unknown", False),
     ],
 )
 def test_version_compatibility(
@@ -172,6 +177,13 @@ def test_version_compatibility(
     else:
         with pytest.raises(EngineError, match=r"was built by tensorrt 10\.13"):
             check_machine(Path("x.engine"), passport, host)
+
+
+def test_an_engine_of_a_post_release_runs_on_the_release(data_centre: EnginePassport) -> None:
+    passport = replace(data_centre, backend_version="10.13.0.35.post1")
+    check_machine(
+        Path("x.engine"), passport, Host(passport.platform, Gpu("A10", (8, 6)), "10.13.0.35")
+    )
 
 
 @pytest.mark.skipif(bool(gpus()), reason="tests a machine without a GPU")

@@ -171,6 +171,16 @@ def test_the_dockerfile_names_the_server_of_the_engine(
     assert tensorrt_check(text, {"TRT_VERSION": "10.14.1.48"}) == 1
 
 
+def test_an_engine_of_a_post_release_is_served_by_the_release(
+    described_engine: DescribedEngine, tmp_path: Path
+) -> None:
+    made = package_triton(described_engine(backend_version="10.13.3.9.post1"), tmp_path)
+    assert made.server == "nvcr.io/nvidia/tritonserver:25.10-py3"
+    text = (made.path / "Dockerfile").read_text()
+    assert tensorrt_check(text, {"TRT_VERSION": "10.13.3.9+cuda13.0"}) == 0
+    assert tensorrt_check(text, {"TRT_VERSION": "10.14.1.48"}) == 1
+
+
 def test_an_unknown_server_is_reported_and_must_be_given(
     described_engine: DescribedEngine, tmp_path: Path
 ) -> None:
