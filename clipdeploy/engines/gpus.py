@@ -19,7 +19,15 @@ from clipdeploy.core.data_rows import DataRow, read_rows
 from clipdeploy.core.device import gpus
 from clipdeploy.core.errors import UsageError
 
-__all__ = ["DEFAULT_GPU", "Format", "GpuSpec", "all_gpus", "find_gpu", "local_gpu"]
+__all__ = [
+    "DEFAULT_GPU",
+    "Format",
+    "GpuSpec",
+    "all_gpus",
+    "find_gpu",
+    "gpu_or_default",
+    "local_gpu",
+]
 
 Format = Literal["fp16", "int8", "fp8"]
 # Used if the machine has no GPU of the table: the data centre GPU made for inference.
@@ -136,3 +144,12 @@ def local_gpu() -> GpuSpec | None:
     """The data sheet of this machine's first GPU; None without a GPU or its data sheet."""
     names = [gpu.name for gpu in gpus()[:1]]
     return _by_name().get(_plain(names[0])) if names else None
+
+
+def gpu_or_default(name: str) -> GpuSpec:
+    """The GPU called ``name``; if that is empty this machine's, or else ``DEFAULT_GPU``.
+
+    Raises:
+        UsageError: see :func:`find_gpu`.
+    """
+    return find_gpu(name) if name else local_gpu() or find_gpu(DEFAULT_GPU)
