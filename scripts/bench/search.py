@@ -7,7 +7,8 @@ The models are the demo model and its variants with activation outliers
 quantised with min-max and without smoothing.  Half of the 500 held-out digits are used for the
 search, the other half for confirmation.  Prints for each model: points of top-1 lost with all
 Linears in INT8, on the digits of the search; share of the MACs that the choice keeps in INT8; its
-cost relative to FP16 (``macs``: INT8 counts half); the interval of its drop on the digits of the confirmation; the verdict.
+cost relative to FP16, with MACs in INT8 counted half; the interval of its drop on the digits of the
+confirmation; the verdict.
 """
 
 from __future__ import annotations
