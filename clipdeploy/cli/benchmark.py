@@ -99,7 +99,7 @@ def benchmark(
     plot: Path | None,
     trust: bool,
 ) -> None:
-    """Measure the latency and throughput of artifacts, or estimate them for a GPU.
+    """Measure the latency and throughput of artifacts.
 
     ARTIFACTS are .onnx and .engine files; without any, all artifacts of the model. They run in
     turns, so that their speeds can be compared even on a busy machine.
