@@ -7,15 +7,17 @@ Nothing is run: see :mod:`clipdeploy.engines.roofline`.  Prints
 1. for each model and GPU at batch 32: milliseconds of FP16, and how many times faster each other
    format is, with all Linears of the blocks and, where it says so, attention in that format;
 2. the Linears of an inner block that INT8 makes faster, which are those that ``search`` considers;
-3. published latencies of ViTs beside the estimates, whose ratio shows how far they are off.
+3. published latencies of ViTs beside the estimates, whose ratio shows how far they are off;
+4. how many times faster 8 bits are if products reach only a share of their peak rate, for the
+   published measurements at batch 32 or more and for INT8 on the GPUs of the first table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from clipdeploy.engines.gpus import Format, find_gpu
+from clipdeploy.engines.gpus import Format, GpuSpec, find_gpu
 from clipdeploy.engines.roofline import (
     Formats,
     Geometry,
@@ -134,9 +136,43 @@ def published_table() -> list[str]:
     return lines
 
 
+def _slowed(gpu: str, share: float) -> GpuSpec:
+    """A GPU whose products reach ``share`` of their peak rate."""
+    found = find_gpu(gpu)
+    fp8 = None if found.fp8_tflops is None else share * found.fp8_tflops
+    fp16, int8 = share * found.fp16_tflops, share * found.int8_tops
+    return replace(found, fp16_tflops=fp16, int8_tops=int8, fp8_tflops=fp8)
+
+
+def _speedup(geometry: Geometry, formats: Formats, batch: int, gpu: GpuSpec) -> float:
+    plain = engine_seconds(kernels(geometry, {}, batch), gpu)
+    return plain / engine_seconds(kernels(geometry, formats, batch), gpu)
+
+
+def share_table(shares: tuple[float, ...]) -> list[str]:
+    """The lines of the fourth table."""
+    lines = [f"{'':46}{'published':>10}" + "".join(f"{100 * s:7.0f} %" for s in shares)]
+    for each in PUBLISHED:
+        if each.quantised is None or each.batch < 32:
+            continue
+        formats = every_linear(each.geometry.depth, each.form, attention=True)
+        row = f"{f'{each.what}, {each.gpu}':46}{each.fp16 / each.quantised:10.2f}"
+        for share in shares:
+            row += f"{_speedup(each.geometry, formats, each.batch, _slowed(each.gpu, share)):9.2f}"
+        lines.append(row)
+    for gpu in GPUS[:-1]:
+        row = f"{f'INT8 p16, {gpu}':46}{'':10}"
+        for share in shares:
+            formats = every_linear(12, "int8")
+            row += f"{_speedup(VIT_B16, formats, 32, _slowed(gpu, share)):9.2f}"
+        lines.append(row)
+    return lines
+
+
 def main() -> None:
     """Print the tables."""
-    for lines in (speed_table(32), gain_table((1, 8, 32)), published_table()):
+    shares = share_table((1.0, 0.7, 0.5))
+    for lines in (speed_table(32), gain_table((1, 8, 32)), published_table(), shares):
         print("\n".join(lines), end="\n\n")
 
 

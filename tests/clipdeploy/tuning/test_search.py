@@ -411,3 +411,20 @@ def test_search_command_draws(cut: Workspace, small: SearchResult, tmp_path: Pat
     assert result.exit_code == (0 if small.confirmed else 3), result.output
     assert "CONFIRMED" in result.stdout
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--cost", "macs", "--gpu", "L4"), "--gpu belongs to --cost roofline"),
+        (("--cpu", "--gpu", "L4"), "--gpu belongs to --cost roofline"),
+        (("--gpu", "Voodoo 2"), "no data sheet of a GPU 'Voodoo 2'"),
+    ],
+)
+def test_a_gpu_that_has_no_effect_or_no_data_sheet(
+    words: tuple[str, ...], message: str, demo_workspace: Workspace
+) -> None:
+    place = ["--workspace", str(demo_workspace.root), "--model", cards.DEMO, "--data", str(TEST)]
+    result = CliRunner().invoke(main, ["search", *place, *words])
+    assert result.exit_code == 2
+    assert message in result.stderr
