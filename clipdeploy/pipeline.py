@@ -22,8 +22,11 @@ from calibration.scheme import SchemeConfig
 from clipdeploy.benchmark import (
     Benchmark,
     BenchmarkConfig,
+    SpeedEstimate,
     benchmark_artifacts,
     benchmark_model,
+    estimate_artifacts,
+    estimate_model,
 )
 from clipdeploy.core.errors import ClipdeployError
 from clipdeploy.core.passport import Recipe
@@ -102,6 +105,7 @@ __all__ = [
     "Scope",
     "SearchConfig",
     "SearchResult",
+    "SpeedEstimate",
     "StageRun",
     "StageWatch",
     "TritonConfig",
@@ -119,6 +123,8 @@ __all__ = [
     "calibrate_model",
     "convert_model",
     "deploy_model",
+    "estimate_artifacts",
+    "estimate_model",
     "export_model",
     "inspect_file",
     "merge_calibration",

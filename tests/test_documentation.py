@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -21,6 +22,7 @@ from script_module import load_script
 from calibration.scheme import SchemeConfig
 from clipdeploy import pipeline
 from clipdeploy.cli.main import main
+from clipdeploy.core.data_rows import read_rows
 from clipdeploy.core.display import Shown
 from clipdeploy.models import cards
 from clipdeploy.workspace.folder import Workspace
@@ -335,13 +337,22 @@ def test_every_column_of_the_zoo_is_explained() -> None:
     assert {name for names in told for name in names if name} == set(zoo_rows()[0])
 
 
+def test_every_column_of_the_gpus_is_explained() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.partition("## Add a GPU")[2].partition("\n## ")[0]
+    told = re.findall(r"^\| `(\w+)`(?:, `(\w+)`)?", section, flags=re.MULTILINE)
+    assert [n for names in told for n in names if n] == list(read_rows("gpus.csv")[0].columns)
+
+
 def test_the_row_of_the_page_becomes_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     (block,) = [
         b for b in Page.read(DOCS / "adding-a-checkpoint.md").blocks() if b.language == "csv"
     ]
     (row,) = csv.DictReader(block.text.splitlines())
     assert set(row) == set(zoo_rows()[0])
-    monkeypatch.setattr(cards, "_read_rows", lambda name: [*zoo_rows(), row])
+    rows = read_rows("zoo.csv")
+    added = [*rows, replace(rows[0], columns=dict(row))]
+    monkeypatch.setattr(cards, "read_rows", lambda name, hint: added)
     cards.all_cards.cache_clear()
     try:
         card = cards.find(row["name"])

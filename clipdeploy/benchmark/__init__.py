@@ -6,6 +6,14 @@ latency extends from the input in host memory to the logits in host memory: it i
 not the decoding of images.  On a GPU, CUDA events time a second launch in each round.
 """
 
+from clipdeploy.benchmark.estimate import (
+    EstimateRow,
+    GpuTable,
+    SpeedEstimate,
+    estimate_artifacts,
+    estimate_model,
+    known_gpus,
+)
 from clipdeploy.benchmark.lineup import NotRun
 from clipdeploy.benchmark.result import Benchmark, BenchmarkConfig, BenchmarkRow
 from clipdeploy.benchmark.run import benchmark_artifacts, benchmark_model
@@ -14,7 +22,13 @@ __all__ = [
     "Benchmark",
     "BenchmarkConfig",
     "BenchmarkRow",
+    "EstimateRow",
+    "GpuTable",
     "NotRun",
+    "SpeedEstimate",
     "benchmark_artifacts",
     "benchmark_model",
+    "estimate_artifacts",
+    "estimate_model",
+    "known_gpus",
 ]

@@ -26,6 +26,11 @@ from clipdeploy.core.spans import ROUNDS, SECONDS, WARMUP
 
 _CONFIG = "clipdeploy.benchmark.result.BenchmarkConfig"
 _SECONDS = default_of(_CONFIG, "seconds")
+_BATCHES = "such as 1,8,32"
+# What only a measurement uses.
+_MEASURING = (
+    *("seconds", "rounds", "warmup", "threads", "device", "cuda_graph", "seed", "plot", "trust"),
+)
 
 
 @command(epilog="\b\nclipdeploy benchmark --batch 1,8,32 -o latency.svg")
@@ -66,6 +71,13 @@ _SECONDS = default_of(_CONFIG, "seconds")
     formerly={"--provider": "--device"},
     help="Device that runs ONNX graphs; auto is the GPU if ONNX Runtime can use it.",
 )
+@option(
+    "--estimate",
+    metavar="GPU",
+    help="Estimate the times on a GPU from its data sheet, without running anything; list lists "
+    "the GPUs.",
+    default_text="measure on this machine",
+)
 @option("--cuda-graph", is_flag=True, help="Replay engines as CUDA graphs.")
 @seed_option(_CONFIG, "Seed for the input pixels and the order of runs.")
 @picture_option
@@ -81,6 +93,7 @@ def benchmark(
     warmup: float,
     threads: int,
     device: Literal["auto", "cpu", "cuda"],
+    estimate: str | None,
     cuda_graph: bool,
     seed: int,
     plot: Path | None,
@@ -92,6 +105,9 @@ def benchmark(
     turns, so that their speeds can be compared even on a busy machine.
     """
     refuse_together("artifacts", "model", hint="leave out --model: each file has its own")
+    if estimate is not None:
+        _estimate(context, estimate, artifacts, model, batch)
+        return
     if {path.suffix for path in artifacts} == {".onnx"}:
         refuse_unused(["cuda_graph", "trust"], "engines", "name an .engine file")
     from clipdeploy.core.plots import check_plot_path, save_plot
@@ -102,7 +118,7 @@ def benchmark(
     from clipdeploy.benchmark.plot import draw_benchmark
 
     config = BenchmarkConfig(
-        batches=whole_numbers(batch, "--batch", "such as 1,8,32"),
+        batches=whole_numbers(batch, "--batch", _BATCHES),
         seconds=_SECONDS if seconds is None and rounds is None else seconds,
         rounds=rounds,
         warmup=warmup,
@@ -124,3 +140,28 @@ def benchmark(
     if plot:
         save_plot(draw_benchmark(result), plot)
         context.note(f"picture: {plot}")
+
+
+def _estimate(
+    context: Context, gpu: str, artifacts: tuple[Path, ...], model: str | None, batch: str
+) -> None:
+    """Estimate the times of artifacts, or of all graphs of a model, on a GPU."""
+    refuse_unused(_MEASURING, "a measurement", "leave out --estimate")
+    from clipdeploy.benchmark import (
+        BenchmarkConfig,
+        estimate_artifacts,
+        estimate_model,
+        known_gpus,
+    )
+
+    if gpu.lower() == "list":
+        refuse_unused(["artifacts", "model", "batch"], "an estimate", "name a GPU")
+        known = known_gpus()
+        emit(context, known, lambda: known)
+        return
+    batches = BenchmarkConfig(batches=whole_numbers(batch, "--batch", _BATCHES)).batches
+    if artifacts:
+        result = estimate_artifacts(artifacts, gpu, batches)
+    else:
+        result = estimate_model(context.workspace, context.model(model), gpu, batches)
+    emit(context, result, lambda: result)

@@ -64,8 +64,15 @@ _CONFIG = "clipdeploy.tuning.search.SearchConfig"
 @option(
     "--cost",
     type=click.Choice(choices_of(_CONFIG, "cost")),
-    help="Estimate the time from MACs and bytes, or measure the Linears on this CPU.",
-    default_text="macs; cpu with --cpu",
+    help="Estimate the time on a GPU, count MACs, or time the Linears on this CPU.",
+    default_text="roofline; cpu with --cpu",
+)
+@option(
+    "--gpu",
+    default="",
+    metavar="NAME",
+    help="GPU to estimate the time for; `benchmark --estimate list` lists them.",
+    default_text="this machine's, or L4",
 )
 @batch_option(_CONFIG, "Images per inference run, for which the time is estimated as well.")
 @run_threads_option
@@ -89,7 +96,8 @@ def search(
     budget: float | None,
     search_images: int | None,
     seed: int,
-    cost: Literal["macs", "cpu"] | None,
+    cost: Literal["roofline", "macs", "cpu"] | None,
+    gpu: str,
     batch: int,
     threads: int,
     fixed_scheme: bool,
@@ -111,6 +119,9 @@ def search(
     if confirm_data is not None:
         # Then nothing is split.
         refuse_unused(["search_images", "seed"], "a split of --data", "leave out --confirm-data")
+    chosen = cost or ("cpu" if cpu else "roofline")
+    if chosen != "roofline":
+        refuse_unused(["gpu"], "--cost roofline", "choose --cost roofline")
     name = context.model(model)
     from clipdeploy.stages.search import search_model
     from clipdeploy.tuning.search import SearchConfig
@@ -120,7 +131,8 @@ def search(
         budget=budget,
         seed=seed,
         search_images=search_images,
-        cost=cost or ("cpu" if cpu else "macs"),
+        cost=chosen,
+        gpu=gpu,
         batch=batch,
         threads=threads,
         scheme=scheme_config(options),

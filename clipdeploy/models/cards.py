@@ -5,17 +5,17 @@ Each row of ``data/zoo.csv`` is a card; to add a checkpoint, add a row.
 
 from __future__ import annotations
 
-import csv
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, wraps
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from clipdeploy.core.errors import ArtifactError, UsageError
+from clipdeploy.core.data_rows import DataRow, read_rows
+from clipdeploy.core.errors import UsageError
 from clipdeploy.core.passport import (
     CLIP_MEAN,
     CLIP_STD,
@@ -43,7 +43,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 DOWNLOAD_ROOT = "https://download.openmmlab.com/mmclassification/v0/clip/"
 DEMO = "clip-vit-demo"
-T = TypeVar("T")
+_COLUMNS = "see docs/adding-a-checkpoint.md for the columns"
 
 
 @dataclass(frozen=True)
@@ -120,11 +120,6 @@ def _mmpretrain_name(name: str) -> str:
     return f"{geometry}_clip-{rest}"
 
 
-def _read_rows(name: str) -> list[dict[str, str]]:
-    text = resources.files("clipdeploy").joinpath("data", name).read_text(encoding="utf-8")
-    return list(csv.DictReader(text.splitlines()))
-
-
 def _demo_card() -> ModelCard:
     return ModelCard(
         name=DEMO,
@@ -156,7 +151,7 @@ def all_cards() -> tuple[ModelCard, ...]:
     Raises:
         ArtifactError: a row of ``zoo.csv`` is invalid.
     """
-    read = [_card(line, row) for line, row in enumerate(_read_rows("zoo.csv"), start=2)]
+    read = [_card(row) for row in read_rows("zoo.csv", hint=_COLUMNS)]
     best: dict[str, ModelCard] = {}
     for card in read:
         alias = _short_alias(card.patch, card.image_size)
@@ -170,26 +165,12 @@ def all_cards() -> tuple[ModelCard, ...]:
     return (*named, _demo_card())
 
 
-def _card(line: int, row: Mapping[str, str | None]) -> ModelCard:
+def _card(row: DataRow) -> ModelCard:
     """Parse a row of ``zoo.csv`` into a card without its short alias.
 
     Accuracy, ``file``, its hash and timm's columns may be blank, for unpublished checkpoints.
     """
-
-    def value(column: str, kind: Callable[[str], T], default: T | None = None) -> T:
-        text = (row.get(column) or "").strip()
-        if not text and default is not None:
-            return default
-        try:
-            if not text:
-                raise ValueError("it is blank")
-            return kind(text)
-        except ValueError as error:
-            raise ArtifactError(
-                f"zoo.csv, line {line}: no valid value in column {column}: {error}",
-                hint="see docs/adding-a-checkpoint.md for the columns",
-            ) from error
-
+    value = row.value
     name, timm_name = value("name", str), value("timm_name", str, "")
     return ModelCard(
         name=name,
@@ -257,7 +238,10 @@ def find(name: str) -> ModelCard:
 @cache
 def imagenet_classes() -> tuple[tuple[str, str], ...]:
     """(wnid, label) of ImageNet's 1000 classes in logit order."""
-    return tuple((row["wnid"], row["label"]) for row in _read_rows("imagenet_classes.csv"))
+    return tuple(
+        (row.value("wnid", str), row.value("label", str))
+        for row in read_rows("imagenet_classes.csv")
+    )
 
 
 def recipe_notes(card: ModelCard) -> dict[str, str]:

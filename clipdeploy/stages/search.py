@@ -21,12 +21,20 @@ from clipdeploy.core.locks import sole_writer
 from clipdeploy.core.passport import to_json
 from clipdeploy.core.paths import StrPath, as_path
 from clipdeploy.core.progress import SILENT, Progress
+from clipdeploy.engines.gpus import DEFAULT_GPU, GpuSpec, gpu_or_default, local_gpu
+from clipdeploy.engines.roofline import geometry_of
 from clipdeploy.models.cards import takes_any_name
 from clipdeploy.runners.onnx import OnnxRunner
 from clipdeploy.stages.quantize import calibration_file, quantize_model
 from clipdeploy.stages.samples import sample_images
 from clipdeploy.tuning.chain import Chain
-from clipdeploy.tuning.cost import CostModel, counted_costs, linear_shapes, measured_costs
+from clipdeploy.tuning.cost import (
+    CostModel,
+    counted_costs,
+    estimated_costs,
+    linear_shapes,
+    measured_costs,
+)
 from clipdeploy.tuning.evaluate import Counter, Evaluator, is_feasible
 from clipdeploy.tuning.images import Labelled, check_enough, labelled_batches, make_splits
 from clipdeploy.tuning.optimiser import Combination, OutOfTimeError, cheapest
@@ -74,8 +82,8 @@ class _Search:
         self.images = list(labelled_batches(self.search, spec, config.batch, self.calibrated))
 
     def _key(self) -> str:
-        """A hash of all inputs that the results in the state depend on."""
-        config = replace(self.config, budget=None, max_drop=1.0, threads=0)
+        """A hash of all inputs that the evaluations in the state depend on."""
+        config = replace(self.config, budget=None, max_drop=1.0, threads=0, cost="roofline", gpu="")
         parts = (
             to_json(config),
             sha256_file(self.source).encode(),
@@ -109,17 +117,26 @@ class _Search:
         )
 
     def costs(self, chain: Chain) -> CostModel:
-        """The cost model, which is measured or counted once."""
-        if self.state.costs is None:
-            image = self.images[0][0].as_input(self.passport.input)[:1]
-            shapes = linear_shapes(chain, image)
-            measure = measured_costs if self.config.cost == "cpu" else None
-            batch = self.config.batch
-            self.state.costs = (
-                measure(chain, shapes, batch) if measure else counted_costs(shapes, batch)
-            )
+        """The cost model, which is measured, estimated or counted once."""
+        kind, batch = self.config.cost, self.config.batch
+        gpu = gpu_or_default(self.config.gpu) if kind == "roofline" else None
+        wanted = (kind, gpu.name if gpu else "", batch)
+        known = self.state.costs
+        if known is None or (known.kind, known.gpu, known.batch) != wanted:
+            self.state.costs = self._made_costs(chain, gpu)
             save_state(self.state, self.path)
+        assert self.state.costs is not None
         return self.state.costs
+
+    def _made_costs(self, chain: Chain, gpu: GpuSpec | None) -> CostModel:
+        image, batch = self.images[0][0].as_input(self.passport.input)[:1], self.config.batch
+        shapes = linear_shapes(chain, image)
+        if gpu is not None:
+            depth = sum(name.endswith(".attn.qkv") for name in shapes)
+            return estimated_costs(shapes, geometry_of(self.passport, depth), gpu, batch)
+        if self.config.cost == "cpu":
+            return measured_costs(chain, shapes, batch)
+        return counted_costs(shapes, batch)
 
     def feasible(self, found: Evaluation) -> bool:
         """Whether the drop is within the limit, and would be on the confirming images."""
@@ -206,6 +223,10 @@ def search_model(
     check_splits(*splits, frozenset(record.sha256 for record in table.images))
     check_enough(splits[0], config, "search")
     check_enough(splits[1], config, "confirm")
+    if config.cost == "roofline" and not config.gpu and local_gpu() is None:
+        note(
+            f"times are estimated for {DEFAULT_GPU}: this machine has no GPU with a data sheet here"
+        )
     state = workspace.search(model) / "state.json"
     with sole_writer(state, "clipdeploy search"), scratch_folder() as temporary:
         search = _Search(workspace, model, splits, config, progress)
@@ -217,14 +238,14 @@ def _run(search: _Search, folder: Path, data: Path) -> SearchResult:
     with search.progress.task("search", _guess(len(chain.linears))) as advance:
         evaluator = search.evaluator(chain, scheme, advance)
         costs = search.costs(chain)
+        gain = costs.gains()
         try:
-            power = evaluator.power()
+            power = evaluator.power() if max(gain.values()) > 0 else {}
         except OutOfTimeError:
             chosen, finished = frozenset[str](), False
         else:
-            gain = {name: cost.gain for name, cost in costs.linears.items()}
             chosen, finished = cheapest(
-                power, gain, lambda int8: search.feasible(evaluator.evaluate(int8))
+                power, gain, costs.total, lambda int8: search.feasible(evaluator.evaluate(int8))
             )
     chosen, artifact, measured = _write(search, scheme, chosen, costs)
     points = _points(search, scheme, costs, chosen, measured)

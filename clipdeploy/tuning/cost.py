@@ -1,18 +1,16 @@
 """Estimates or measures the cost of each Linear in INT8 and FP16, which the search minimises.
 
-Cost model ``macs``, in FP16 MACs:
+Cost model ``roofline``: microseconds of a whole engine on a GPU, from its data sheet and from the
+kernels that TensorRT-RTX compiles, see :mod:`clipdeploy.engines.roofline`.  With T(S) the time with
+the Linears S in INT8 and the others in FP16,
 
-    cost = MACs / rate + bytes * balance
+    T(S) = T({}) + sum over L in S of (T({L}) - T({})) + sum over pairs in S of what they share
 
-with batch size B, N tokens and a weight of Cin x Cout,
+fc1 and fc2 of a block share a kernel: either of them in INT8 separates GELU from the product of
+fc1.  No other Linears share one, so this is exact (``tests/clipdeploy/tuning/test_cost.py``).
 
-    MACs  = B N Cin Cout                    rate    = 1 for FP16, 2 for INT8
-    bytes = Cin Cout w + B N (Cin w + 2 Cout)       w = 2 for FP16, 1 for INT8
-    balance = 76 MACs a byte
-
-INT8 tensor cores perform twice the operations of FP16 ones and read half the bytes.  The balance is
-that of an A100 80GB (NVIDIA's data sheet: 312 TFLOPS dense FP16, which is 156 TMAC/s, and
-2.04 TB/s).  The terms are added: compute and memory traffic are assumed not to overlap.
+Cost model ``macs``: multiply-accumulates of one image, those in INT8 counted half.  This is no
+time; the choice with the lowest cost has most of its MACs in INT8.
 
 Cost model ``cpu``: median time in microseconds of each kind of Linear on ONNX Runtime's CPU
 provider, INT8 and FP32 in alternation.
@@ -24,17 +22,36 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Literal
 
 import numpy as np
 
+from clipdeploy.engines.gpus import Format, GpuSpec
+from clipdeploy.engines.roofline import (
+    Geometry,
+    block_linears,
+    engine_seconds,
+    kernel_seconds,
+    kernels,
+)
 from clipdeploy.tuning.chain import Chain, Tensor
 
-__all__ = ["CostModel", "LinearCost", "counted_costs", "linear_shapes", "measured_costs"]
+__all__ = [
+    "CostKind",
+    "CostModel",
+    "LinearCost",
+    "SharedCost",
+    "counted_costs",
+    "estimated_costs",
+    "linear_shapes",
+    "measured_costs",
+]
 
-CostKind = Literal["macs", "cpu"]
-_BALANCE = 76.0
+CostKind = Literal["roofline", "macs", "cpu"]
 _ROUNDS = 9
+# In microseconds: below it a difference of sums is rounding.
+_NOTHING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -45,20 +62,29 @@ class LinearCost:
     half: float
     int8: float
 
-    @property
-    def gain(self) -> float:
-        """Cost that INT8 saves."""
-        return self.half - self.int8
+
+@dataclass(frozen=True)
+class SharedCost:
+    """``cost`` to add if all of ``linears`` are in INT8; negative if they share a kernel."""
+
+    linears: tuple[str, ...]
+    cost: float
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Costs of all Linears, and the unit and batch size that they apply to."""
+    """Costs of all Linears, and the unit and batch size that they apply to.
+
+    ``gpu`` is the GPU of a ``roofline``, and ``rest`` the cost of everything that is no Linear.
+    """
 
     kind: CostKind
     unit: str
     batch: int
     linears: dict[str, LinearCost]
+    gpu: str = ""
+    rest: float = 0.0
+    shared: tuple[SharedCost, ...] = ()
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -66,12 +92,24 @@ class CostModel:
         return tuple(self.linears)
 
     def total(self, int8: frozenset[str]) -> float:
-        """The cost of all Linears if those in ``int8`` are quantised."""
-        return sum(c.int8 if name in int8 else c.half for name, c in self.linears.items())
+        """The cost with the Linears in ``int8`` quantised."""
+        linears = sum(c.int8 if name in int8 else c.half for name, c in self.linears.items())
+        shared = sum(each.cost for each in self.shared if int8.issuperset(each.linears))
+        return self.rest + linears + shared
 
     def relative(self, int8: frozenset[str]) -> float:
-        """:meth:`total` divided by the cost of all Linears in FP16."""
+        """:meth:`total` divided by the cost with all Linears in FP16."""
         return self.total(int8) / self.total(frozenset())
+
+    def gains(self) -> dict[str, float]:
+        """What each Linear saves in INT8: the mean of being the first and the last to change."""
+        every = frozenset(self.linears)
+        none, everything = self.total(frozenset()), self.total(every)
+        return {
+            name: (none - self.total(frozenset((name,))) + self.total(every - {name}) - everything)
+            / 2
+            for name in self.linears
+        }
 
     def int8_macs(self, int8: frozenset[str]) -> float:
         """Share of the Linears' MACs that run in INT8, from 0 to 1."""
@@ -94,20 +132,45 @@ def linear_shapes(chain: Chain, image: Tensor) -> dict[str, tuple[int, int, int]
     return shapes
 
 
-def _counted(tokens: int, cin: int, cout: int, batch: int) -> LinearCost:
-    macs = tokens * cin * cout
-
-    def cost(rate: float, width: int) -> float:
-        moved = cin * cout * width + batch * tokens * (cin * width + 2 * cout)
-        return batch * macs / rate + moved * _BALANCE
-
-    return LinearCost(macs, cost(1.0, 2), cost(2.0, 1))
-
-
 def counted_costs(shapes: Mapping[str, tuple[int, int, int]], batch: int) -> CostModel:
-    """Cost model ``macs``: count the MACs and bytes of each Linear."""
-    linears = {name: _counted(*shape, batch) for name, shape in shapes.items()}
-    return CostModel("macs", "FP16 MACs", batch, linears)
+    """Cost model ``macs``: count the MACs of each Linear."""
+    macs = {name: tokens * cin * cout for name, (tokens, cin, cout) in shapes.items()}
+    linears = {name: LinearCost(count, count, count / 2) for name, count in macs.items()}
+    return CostModel("macs", "MACs of an image, half for INT8", batch, linears)
+
+
+def estimated_costs(
+    shapes: Mapping[str, tuple[int, int, int]], geometry: Geometry, gpu: GpuSpec, batch: int
+) -> CostModel:
+    """Cost model ``roofline``: estimate the time of an engine on ``gpu``."""
+
+    def time(*int8: str) -> float:
+        formats: dict[str, Format] = dict.fromkeys(int8, "int8")
+        return 1e6 * engine_seconds(kernels(geometry, formats, batch), gpu)
+
+    plain = {
+        f"{kernel.block}.{kernel.name}": 1e6 * kernel_seconds(kernel, gpu)
+        for kernel in kernels(geometry, {}, batch)
+    }
+    alone = {name: time(name) - time() for name in shapes}
+    linears = {
+        name: LinearCost(tokens * cin * cout, plain[name], plain[name] + alone[name])
+        for name, (tokens, cin, cout) in shapes.items()
+    }
+    pairs = [
+        SharedCost(pair, time(*pair) - time() - sum(alone[name] for name in pair))
+        for block in range(geometry.depth)
+        for pair in combinations([n for n in block_linears(block) if n in shapes], 2)
+    ]
+    return CostModel(
+        "roofline",
+        f"microseconds on {gpu.name}, estimated from its data sheet",
+        batch,
+        linears,
+        gpu=gpu.name,
+        rest=time() - sum(plain[name] for name in shapes),
+        shared=tuple(pair for pair in pairs if abs(pair.cost) > _NOTHING),
+    )
 
 
 def measured_costs(

@@ -102,7 +102,7 @@ def draw_front(result: SearchResult) -> Figure:
     chosen = result.chosen
     axes.scatter([chosen.cost], [chosen.drop], s=90, marker="*", color="#D55E00", label="chosen")
     axes.axhline(result.search.max_drop, color="0.4", linewidth=1, linestyle="--")
-    axes.set_xlabel(f"cost of the Linears over all FP16 ({result.costs.unit})")
+    axes.set_xlabel(f"cost over all FP16 ({result.costs.unit})")
     axes.set_ylabel("points of top-1 lost on the search images")
     axes.set_title(f"{result.model}: {result.search.n} images", fontsize=10)
     axes.grid(color="0.9", linewidth=0.8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from rich.console import Group
 from rich.padding import Padding
@@ -15,8 +15,9 @@ from calibration.scheme import SchemeConfig
 from clipdeploy.core.display import Renderable, Shown
 from clipdeploy.core.errors import UsageError
 from clipdeploy.core.spans import BATCH, BUDGET, IMAGES, SEARCHED_DROP, SEED, THREADS, check_numbers
+from clipdeploy.engines.gpus import find_gpu
 from clipdeploy.imaging import Labelling
-from clipdeploy.tuning.cost import CostModel
+from clipdeploy.tuning.cost import CostKind, CostModel
 from clipdeploy.tuning.pareto import Candidate
 from clipdeploy.tuning.tables import decibels, number_columns
 from clipdeploy.verification.paired import DropJudgement
@@ -31,22 +32,25 @@ class SearchConfig:
 
     ``max_drop``: points of top-1 that may be lost.  ``budget``: minutes, None for no limit.
     ``search_images``: number of images to search on, None for half of them, at most 1024; the
-    others confirm the result.  ``seed``: chooses the split.  ``cost``: ``macs`` counts MACs and
-    bytes, ``cpu`` times the Linears on this CPU.  ``batch``: batch size that costs apply to.
+    others confirm the result.  ``seed``: chooses the split.  ``cost``: see
+    :mod:`clipdeploy.tuning.cost`.  ``gpu``: the GPU of a ``roofline``, empty for this machine's or,
+    without one in the table, ``DEFAULT_GPU``.  ``batch``: batch size that costs apply to.
     ``threads``: ONNX Runtime's, 0 for its default.  ``scheme``: how Linears are quantised; if it
     loses too much accuracy, other ranges and smoothing strengths are tried, unless
     ``fixed_scheme``.  ``remainder``: see :class:`calibration.qdq.QuantizeConfig`.  ``labelling``:
     where the images' classes come from.
 
     Raises:
-        UsageError: a number out of range, or an unknown cost model.
+        UsageError: a number out of range, an unknown cost model, an unknown GPU, or a GPU without a
+            roofline.
     """
 
     max_drop: float = 1.0
     budget: float | None = None
     seed: int = 0
     search_images: int | None = None
-    cost: Literal["macs", "cpu"] = "macs"
+    cost: CostKind = "roofline"
+    gpu: str = ""
     batch: int = 8
     threads: int = 0
     scheme: SchemeConfig = field(default_factory=SchemeConfig)
@@ -64,8 +68,16 @@ class SearchConfig:
             batch=BATCH,
             threads=THREADS,
         )
-        if self.cost not in ("macs", "cpu"):
-            raise UsageError(f"unknown cost model {self.cost!r}", hint="choose macs or cpu")
+        if self.cost not in get_args(CostKind):
+            known = ", ".join(get_args(CostKind))
+            raise UsageError(f"unknown cost model {self.cost!r}", hint=f"choose one of {known}")
+        if self.gpu and self.cost != "roofline":
+            raise UsageError(
+                f"the cost model {self.cost} does not depend on a GPU such as {self.gpu!r}",
+                hint="choose roofline, or no GPU",
+            )
+        if self.gpu:
+            find_gpu(self.gpu)
 
 
 @dataclass(frozen=True)
@@ -136,6 +148,9 @@ def search_table(result: SearchResult) -> Group:
         f"written: {result.artifact.path}",
         f"recipe: {result.recipe}",
     ]
+    if max(result.costs.gains().values(), default=1.0) <= 0:
+        where = f"{result.costs.gpu or 'this CPU'} at batch {result.costs.batch}"
+        lines.append(f"no Linear is faster in INT8 on {where}, so all stay in FP16")
     if not result.finished:
         lines.append("the budget ended the search early; run it again to continue")
     fp16 = ", ".join(result.excluded)

@@ -120,6 +120,10 @@ def test_tensorrt_builds_every_geometry_in_every_precision(alias: str, tmp_path:
         more: dict[str, Any] = observed if precision == "int8" else {}
         # For one GPU, since each costs a build of its own.
         engine = build_model(workspace, name, precision, ONE_GPU, **more)
+        if precision != "fp32":
+            # As clipdeploy.engines.roofline counts them; the demo's are in its tests.
+            inner = {engine.passport.kernels[f"blocks.{block}"] for block in range(1, 11)}
+            assert inner == {8 if precision == "fp16" else 10}
         # An engine holds the weights, 86 M of them.
         assert engine.passport.plan_bytes > 86e6 * size
         # Written in several pieces.

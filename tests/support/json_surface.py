@@ -36,6 +36,8 @@ JSON_CASES: dict[str, tuple[Case, ...]] = CASES | {
     "benchmark": (
         Case("benchmark --batch 1 --rounds 3 --warmup 0 --threads 1", engine=True),
         Case(f"benchmark {_MADE}/fp16.onnx --batch 1 --rounds 3 --warmup 0 --threads 1"),
+        Case(f"benchmark {_MADE}/fp32.onnx {_MADE}/int8.onnx --estimate L4 --batch 1"),
+        Case("benchmark --estimate list"),
     ),
     "inspect": (
         Case("inspect foreign.onnx"),
@@ -57,6 +59,7 @@ JSON_CASES: dict[str, tuple[Case, ...]] = CASES | {
 _MAPS = (
     *(".versions", "machine.packages", "costs.linears", ".int8_left_out", ".gemms", ".attention"),
     ".kernels",
+    ".formats",
 )
 # Null or empty on one machine and filled on another; docs/verification.schema.json has the fields
 # of the worst images.

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
 
 from clipdeploy.cli.main import main
+from clipdeploy.core.data_rows import read_rows
 from clipdeploy.core.errors import CheckpointError, UsageError
 from clipdeploy.core.passport import CLIP_MEAN, IMAGENET_MEAN, Recipe
 from clipdeploy.models import cards
@@ -105,11 +107,11 @@ def test_class_names_are_the_thousand_wnids_in_logit_order() -> None:
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Replaces fields of the first row of ``zoo.csv``."""
-    rows = cards._read_rows("zoo.csv")
+    first, *others = read_rows("zoo.csv")
 
     def change(**fields: str | None) -> None:
-        edited = [rows[0] | fields, *rows[1:]]
-        monkeypatch.setattr(cards, "_read_rows", lambda name: edited)
+        edited = [replace(first, columns=first.columns | fields), *others]
+        monkeypatch.setattr(cards, "read_rows", lambda name, hint: edited)
         cards.all_cards.cache_clear()
 
     yield change
@@ -118,7 +120,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
 
 NEEDED = ("name", "patch", "image_size", "true_params", "true_macs")
-UNNEEDED = tuple(column for column in cards._read_rows("zoo.csv")[0] if column not in NEEDED)
+UNNEEDED = tuple(column for column in read_rows("zoo.csv")[0].columns if column not in NEEDED)
 
 
 @pytest.mark.parametrize("blank", ["", "  ", None])

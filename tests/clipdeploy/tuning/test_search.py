@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain as joined
 from itertools import combinations
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from outlier_script import channel_outliers
+from rich.console import Console
 
 from calibration.qdq import QuantizeConfig, quantize
 from calibration.recipe import load_recipe
@@ -93,6 +96,8 @@ def searched(workspace: Workspace, **settings: Any) -> SearchResult:
         "scheme": NAIVE,
         "fixed_scheme": True,
         "max_drop": LIMIT,
+        # The demo is too small to be faster in INT8 on any GPU.
+        "cost": "macs",
     }
     return search_model(workspace, cards.DEMO, TEST, SearchConfig(**(defaults | settings)))
 
@@ -211,8 +216,6 @@ def test_killed_and_resumed_ends_at_the_same_recipe(
 
 
 def _moved(points: tuple[Any, ...], copies: list[Path]) -> list[Any]:
-    from dataclasses import replace
-
     return [
         replace(point, recipe=point.recipe.replace(str(copies[0]), str(copies[1])))
         for point in points
@@ -238,6 +241,41 @@ def test_a_healthy_model_stays_all_int8(demo_workspace: Workspace, tmp_path: Pat
     assert found.excluded == ()
     assert found.chosen.label == "chosen, all INT8"
     assert found.evaluations == 1
+
+
+def test_only_what_is_faster_on_the_gpu_becomes_int8(
+    demo_workspace: Workspace, tmp_path: Path
+) -> None:
+    shutil.copytree(demo_workspace.root, tmp_path / "copy")
+    workspace = Workspace(tmp_path / "copy")
+    notes: list[str] = []
+
+    def search(**settings: Any) -> SearchResult:
+        config = SearchConfig(threads=1, batch=120, fixed_scheme=True, **FEW, **settings)
+        return search_model(workspace, cards.DEMO, TEST, config, note=notes.append)
+
+    # In so small a model the number of kernels decides, which INT8 qkv does not change.
+    hopper = search(gpu="h100 sxm")
+    assert hopper.confirmed
+    assert hopper.chosen.int8 == tuple(f"blocks.{n}.attn.qkv" for n in range(6))
+    assert hopper.costs.gpu == "H100-SXM"
+    twin = next(point for point in hopper.points if point.label == "all INT8")
+    assert 1.05 < twin.cost < 1.3
+    # Its INT8 rate is a fifteenth of its FP16 rate.
+    ultra = search(gpu="B300")
+    assert ultra.confirmed
+    assert ultra.chosen.label == "chosen, all FP16"
+    assert said(ultra)
+    assert not said(hopper)
+    # Another cost needs no new evaluations.
+    assert ultra.evaluations == hopper.evaluations
+    assert not any("estimated for" in note for note in notes)
+
+
+def said(found: SearchResult) -> bool:
+    stream = io.StringIO()
+    Console(file=stream, width=200).print(found)
+    return "no Linear is faster in INT8 on B300 at batch 120, so all stay" in stream.getvalue()
 
 
 def labels(best: _Best, **settings: Any) -> Iterator[str]:
@@ -318,6 +356,10 @@ def test_refusals(demo_workspace: Workspace, tmp_path: Path) -> None:
         search(max_drop=1.0)
     with pytest.raises(UsageError):
         SearchConfig(max_drop=0)
+    with pytest.raises(UsageError, match="no data sheet of a GPU 'H1'; near it: H100-SXM"):
+        SearchConfig(gpu="H1")
+    with pytest.raises(UsageError, match="cost model cpu does not depend on a GPU"):
+        SearchConfig(cost="cpu", gpu="L4")
     other = Workspace(tmp_path)
     export_model(other, cards.DEMO, WeightsChoice(random_seed=1))
     with pytest.raises(UsageError, match="not been calibrated"):
@@ -369,3 +411,20 @@ def test_search_command_draws(cut: Workspace, small: SearchResult, tmp_path: Pat
     assert result.exit_code == (0 if small.confirmed else 3), result.output
     assert "CONFIRMED" in result.stdout
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--cost", "macs", "--gpu", "L4"), "--gpu belongs to --cost roofline"),
+        (("--cpu", "--gpu", "L4"), "--gpu belongs to --cost roofline"),
+        (("--gpu", "Voodoo 2"), "no data sheet of a GPU 'Voodoo 2'"),
+    ],
+)
+def test_a_gpu_that_has_no_effect_or_no_data_sheet(
+    words: tuple[str, ...], message: str, demo_workspace: Workspace
+) -> None:
+    place = ["--workspace", str(demo_workspace.root), "--model", cards.DEMO, "--data", str(TEST)]
+    result = CliRunner().invoke(main, ["search", *place, *words])
+    assert result.exit_code == 2
+    assert message in result.stderr

@@ -1,0 +1,266 @@
+"""Estimates the time of an engine from a GPU's data sheet: a roofline for each kernel.
+
+    time = sum over kernels of  max(operations / rate, bytes / bandwidth) + launch
+
+The kernels are those of the plans that TensorRT-RTX 1.7 makes of the graphs, read with
+:mod:`clipdeploy.engines.plan_text` (``tests/clipdeploy/engines/test_roofline.py`` compares their
+number).  In a block with n rows (images times tokens) of width D, a Linear that is
+
+    FP16     is one kernel with its bias, and with GELU or the residual addition
+    8 bits   is one kernel that writes its sums as FP16, and its bias, the residual addition or GELU
+             are in a second kernel, which also computes the next LayerNorm and rounds the input of
+             the next 8-bit Linear
+
+and the other kernels of a block are a LayerNorm before each FP16 chain, one that splits Q, K and V,
+and one for both products of attention with the softmax between them.  A kernel reads its inputs and
+writes its outputs once, w bytes a value: 2 in FP16, 1 in 8 bits.
+
+The estimate is optimistic, since no kernel reaches these peaks.  It is pessimistic where a tensor
+stays in the L2 cache, and it does not know what TensorRT fuses, whose plans contain no text.
+``docs/numbers.md`` compares it with published measurements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from clipdeploy.core.errors import UsageError
+from clipdeploy.core.passport import Passport
+from clipdeploy.engines.gpus import Format, GpuSpec
+from clipdeploy.models import cards
+from clipdeploy.models.cards import ModelCard
+
+__all__ = [
+    "LAUNCH_SECONDS",
+    "Formats",
+    "Geometry",
+    "Kernel",
+    "attention_name",
+    "block_linears",
+    "check_formats",
+    "engine_seconds",
+    "every_linear",
+    "geometry_of",
+    "kernel_seconds",
+    "kernels",
+]
+
+# From the end of a kernel to the start of the next one in a stream: 3.8 us a kernel less the 2.9 us
+# that it runs, on a V100 (Gray 2019, "Getting Started with CUDA Graphs", NVIDIA's developer blog;
+# 0.5 us in a CUDA graph).  No source has it for every GPU of the table.
+LAUNCH_SECONDS = 0.9e-6
+
+_ROLES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+# Format by name: of Linears, such as ``blocks.3.mlp.fc1``, and of attention's two products, such as
+# ``blocks.3.attn``.  Names that are left out are FP16.
+Formats = Mapping[str, Format]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What determines the sizes of a ViT's tensors; ``heads`` and ``classes`` hardly matter."""
+
+    image_size: int
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    classes: int
+
+    @property
+    def tokens(self) -> int:
+        """Sequence length, including the class token."""
+        return (self.image_size // self.patch) ** 2 + 1
+
+    @classmethod
+    def of_card(cls, card: ModelCard) -> Geometry:
+        """The geometry of a card's model."""
+        return cls(card.image_size, card.patch, card.width, card.depth, card.heads, card.classes)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel: what it computes, its block, its operations and the bytes that it moves.
+
+    ``operations`` counts two for each multiply-accumulate of matrix products, 0 for other kernels;
+    ``form`` is the format of the products' operands.  A kernel that ends one block and begins the
+    next belongs to the next, as in :func:`clipdeploy.engines.plan_text.kernels_by_block`.
+    """
+
+    name: str
+    block: str
+    operations: float
+    bytes: float
+    form: Format = "fp16"
+
+
+def geometry_of(passport: Passport, depth: int | None = None) -> Geometry:
+    """The geometry of a graph; ``depth`` replaces the card's number of blocks.
+
+    Raises:
+        UsageError: the passport's model has no card.
+    """
+    card = cards.find(passport.model)
+    blocks = card.depth if depth is None else depth
+    size = passport.preprocess.size
+    return Geometry(size, card.patch, card.width, blocks, card.heads, passport.classes)
+
+
+def block_linears(block: int) -> tuple[str, ...]:
+    """The names of a block's Linears, in network order."""
+    return tuple(
+        f"blocks.{block}.{role}" for role in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    )
+
+
+def attention_name(block: int) -> str:
+    """The name of a block's two products of activations, Q K^T and the one with V."""
+    return f"blocks.{block}.attn"
+
+
+def every_linear(depth: int, form: Format, *, attention: bool = False) -> dict[str, Format]:
+    """Formats with all Linears of the blocks in ``form``, and attention's products if asked."""
+    names = [name for block in range(depth) for name in block_linears(block)]
+    if attention:
+        names += map(attention_name, range(depth))
+    return dict.fromkeys(names, form)
+
+
+def check_formats(gpu: GpuSpec, formats: Formats) -> None:
+    """Raise an error if a GPU has no rate for one of the formats.
+
+    Raises:
+        UsageError: the GPU's data sheet has no such rate.
+    """
+    for form in sorted(set(formats.values())):
+        if gpu.rate(form) is None:
+            raise UsageError(
+                f"{gpu.name} has no {form.upper()} products",
+                hint="choose a GPU of compute capability 8.9 or later",
+            )
+
+
+def kernel_seconds(kernel: Kernel, gpu: GpuSpec) -> float:
+    """The time of one kernel with its launch; infinite if the GPU does not have its format."""
+    rate = gpu.rate(kernel.form) if kernel.operations else 1.0
+    computing = float("inf") if rate is None else kernel.operations / rate
+    return max(computing, kernel.bytes / gpu.bandwidth) + LAUNCH_SECONDS
+
+
+def engine_seconds(made: Iterable[Kernel], gpu: GpuSpec) -> float:
+    """The time of all kernels, one after the other."""
+    return sum(kernel_seconds(kernel, gpu) for kernel in made)
+
+
+def kernels(geometry: Geometry, formats: Formats, batch: int) -> tuple[Kernel, ...]:
+    """The kernels of an engine for ``batch`` images, in order.
+
+    From the last block's attention on, only the class tokens are computed.
+    """
+    made = list(_stem(geometry, batch))
+    follows: Format = "fp16"
+    for number in range(geometry.depth):
+        block = _Block(geometry, formats, batch, number)
+        made += block.kernels(follows)
+        follows = block.form("mlp.fc2")
+    return (*made, *_head(geometry, formats, batch, follows))
+
+
+def _width(form: Format) -> int:
+    """Bytes of a value."""
+    return 2 if form == "fp16" else 1
+
+
+def _stem(geometry: Geometry, batch: int) -> Iterator[Kernel]:
+    """To FP16, the patch convolution, and the class token, positions and first LayerNorm."""
+    pixels = 3 * geometry.patch**2
+    patches, rows = batch * (geometry.tokens - 1), batch * geometry.tokens
+    image, width = batch * 3 * geometry.image_size**2, geometry.width
+    yield Kernel("to fp16", "image", 0, 6 * image)
+    moved = 2 * (image + pixels * width + patches * width)
+    yield Kernel("patch_embed", "patch_embed", 2 * patches * pixels * width, moved)
+    yield Kernel("norm_pre", "vit", 0, 4 * rows * width)
+
+
+def _head(geometry: Geometry, formats: Formats, batch: int, follows: Format) -> Iterator[Kernel]:
+    width, classes, form = geometry.width, geometry.classes, formats.get("head", "fp16")
+    yield _norm("norm", "norm", batch * width, follows, form)
+    moved = _width(form) * (batch + classes) * width + 4 * batch * classes
+    yield Kernel("head", "head", 2 * batch * width * classes, moved, form)
+
+
+def _norm(name: str, block: str, values: int, follows: Format, form: Format) -> Kernel:
+    """A LayerNorm; after an 8-bit Linear also its scales, its bias and the residual addition."""
+    read, written = (2, 0) if follows == "fp16" else (4, 2)
+    return Kernel(name, block, 0, (read + written + _width(form)) * values)
+
+
+class _Block:
+    """One block: n rows go in, and ``rows`` come out, which are fewer in the last block."""
+
+    def __init__(self, geometry: Geometry, formats: Formats, batch: int, number: int) -> None:
+        self._geometry, self._formats, self._batch = geometry, formats, batch
+        self._name = f"blocks.{number}"
+        self._attention = formats.get(attention_name(number), "fp16")
+        self._n = batch * geometry.tokens
+        self._queries = 1 if number == geometry.depth - 1 else geometry.tokens
+        self._rows = batch * self._queries
+
+    def form(self, role: str) -> Format:
+        """The format of a Linear: ``attn.qkv``, ``attn.proj``, ``mlp.fc1`` or ``mlp.fc2``."""
+        return self._formats.get(f"{self._name}.{role}", "fp16")
+
+    def kernels(self, follows: Format) -> Iterator[Kernel]:
+        """All kernels of the block; ``follows`` is the format of the Linear before it."""
+        width = self._geometry.width
+        qkv, proj, fc1, fc2 = map(self.form, _ROLES)
+        yield _norm("norm1", self._name, self._n * width, follows, qkv)
+        yield self._linear("attn.qkv", self._n, width, 3 * width)
+        split = (2 + _width(self._attention)) * 3 * self._n * width
+        yield Kernel("attn.split", self._name, 0, split)
+        if self._attention == "int8" and proj == "fp16":
+            yield from self._separate_attention()
+        else:
+            yield from self._fused_attention(proj)
+        yield self._linear("attn.proj", self._rows, width, width, residual=proj == "fp16")
+        yield _norm("norm2", self._name, self._rows * width, proj, fc1)
+        yield self._linear("mlp.fc1", self._rows, width, 4 * width)
+        if fc1 != "fp16" or fc2 != "fp16":
+            gelu = (2 + _width(fc2)) * self._rows * 4 * width
+            yield Kernel("mlp.gelu", self._name, 0, gelu)
+        yield self._linear("mlp.fc2", self._rows, 4 * width, width, residual=fc2 == "fp16")
+
+    def _linear(
+        self, role: str, rows: int, cin: int, cout: int, *, residual: bool = False
+    ) -> Kernel:
+        form = self.form(role)
+        moved = _width(form) * (rows + cout) * cin + 2 * rows * cout * (2 if residual else 1)
+        return Kernel(role, self._name, 2 * rows * cin * cout, moved, form)
+
+    @property
+    def _product(self) -> float:
+        """Operations of one of attention's products."""
+        return 2.0 * self._rows * self._geometry.tokens * self._geometry.width
+
+    def _fused_attention(self, proj: Format) -> Iterator[Kernel]:
+        """One kernel for both products; INT8 output of FP16 products is transposed separately."""
+        width, form = self._geometry.width, self._attention
+        moved = _width(form) * (self._rows + 2 * self._n) + _width(proj) * self._rows
+        yield Kernel("attn", self._name, 2 * self._product, moved * width, form)
+        if form == "fp16" and proj == "int8":
+            yield Kernel("attn.transpose", self._name, 0, 2 * self._rows * width)
+
+    def _separate_attention(self) -> Iterator[Kernel]:
+        """INT8 products are fused only if their output is INT8 too, for an INT8 proj."""
+        form, name = self._attention, self._name
+        queries, keys = self._rows * self._geometry.width, self._n * self._geometry.width
+        scores = self._rows * self._geometry.heads * self._geometry.tokens
+        yield Kernel("attn.pad", name, 0, 2 * (queries + keys))
+        yield Kernel("attn.scores", name, self._product, queries + keys + 2 * scores, form)
+        yield Kernel("attn.softmax", name, 0, 3 * scores)
+        yield Kernel("attn.pad scores", name, 0, 2 * scores)
+        yield Kernel("attn.pad values", name, 0, 2 * keys)
+        yield Kernel("attn.mix", name, self._product, scores + keys + 2 * queries, form)
+        yield Kernel("attn.transpose", name, 0, 4 * queries)

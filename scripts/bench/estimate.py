@@ -1,0 +1,180 @@
+"""Estimates speeds on GPUs from their data sheets, and compares them with published measurements.
+
+    python scripts/bench/estimate.py
+
+Nothing is run: see :mod:`clipdeploy.engines.roofline`.  Prints
+
+1. for each model and GPU at batch 32: milliseconds of FP16, and how many times faster each other
+   format is, with all Linears of the blocks and, where it says so, attention in that format;
+2. the Linears of an inner block that INT8 makes faster, which are those that ``search`` considers;
+3. published latencies of ViTs beside the estimates, whose ratio shows how far they are off;
+4. how many times faster 8 bits are if products reach only a share of their peak rate, for the
+   published measurements at batch 32 or more and for INT8 on the GPUs of the first table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from clipdeploy.engines.gpus import Format, GpuSpec, find_gpu
+from clipdeploy.engines.roofline import (
+    Formats,
+    Geometry,
+    block_linears,
+    engine_seconds,
+    every_linear,
+    kernels,
+)
+from clipdeploy.models import cards
+from clipdeploy.tuning.cost import estimated_costs
+
+MODELS = {"p32": "clip-vit-base-p32", "p16": "clip-vit-base-p16"}
+GPUS = ("L4", "L40S", "H100-SXM", "RTX-5090", "B300")
+COLUMNS: dict[str, tuple[Format, bool]] = {
+    "INT8": ("int8", False),
+    "INT8+attention": ("int8", True),
+    "FP8": ("fp8", False),
+    "FP8+attention": ("fp8", True),
+}
+VIT_B16 = Geometry(224, 16, 768, 12, 12, 1000)
+CLIP_L14 = Geometry(224, 14, 1024, 24, 16, 768)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A measurement: milliseconds of FP16, and of ``form`` with its attention, None if unknown."""
+
+    what: str
+    geometry: Geometry
+    gpu: str
+    batch: int
+    fp16: float
+    form: Format = "int8"
+    quantised: float | None = None
+
+
+# NVIDIA/FasterTransformer, docs/vit_guide.md: a memory clock of 1215 MHz is that of the A100 with
+# 40 GB, and the INT8 products have INT8 outputs.
+# facebookincubator/AITemplate, examples/04_vit/README.md.
+# NVIDIA's developer blog, "Model Quantization: Turn FP8 Checkpoints into High-Performance Inference
+# Engines with NVIDIA TensorRT".
+PUBLISHED = (
+    Published("FasterTransformer ViT-B/16", VIT_B16, "A100-40GB", 1, 1.53, "int8", 1.52),
+    Published("FasterTransformer ViT-B/16", VIT_B16, "A100-40GB", 8, 3.03, "int8", 2.38),
+    Published("FasterTransformer ViT-B/16", VIT_B16, "A100-40GB", 32, 10.04, "int8", 6.43),
+    Published("FasterTransformer ViT-B/16", VIT_B16, "T4", 1, 3.43, "int8", 2.16),
+    Published("FasterTransformer ViT-B/16", VIT_B16, "T4", 8, 14.46, "int8", 8.37),
+    Published("FasterTransformer ViT-B/16", VIT_B16, "T4", 32, 57.22, "int8", 35.43),
+    Published("AITemplate ViT-B/16", VIT_B16, "A100-40GB", 1, 1.02),
+    Published("AITemplate ViT-B/16", VIT_B16, "A100-40GB", 32, 6.51),
+    Published("TensorRT 10.16 CLIP ViT-L/14", CLIP_L14, "RTX-6000-Ada", 128, 166.2, "fp8", 119.8),
+)
+
+
+def milliseconds(geometry: Geometry, formats: Formats, batch: int, gpu: str) -> float:
+    """The estimate for one batch."""
+    return 1e3 * engine_seconds(kernels(geometry, formats, batch), find_gpu(gpu))
+
+
+def speed_table(batch: int) -> list[str]:
+    """The lines of the first table."""
+    lines = [f"{'':14}{'FP16 ms':>9}" + "".join(f"{title:>16}" for title in COLUMNS)]
+    for short, name in MODELS.items():
+        geometry = Geometry.of_card(cards.find(name))
+        for gpu in GPUS:
+            plain = milliseconds(geometry, {}, batch, gpu)
+            row = f"{short + ' ' + gpu:14}{plain:9.2f}"
+            for form, attention in COLUMNS.values():
+                formats = every_linear(geometry.depth, form, attention=attention)
+                row += f"{plain / milliseconds(geometry, formats, batch, gpu):16.2f}"
+            lines.append(row)
+    return lines
+
+
+def _shapes(geometry: Geometry) -> Mapping[str, tuple[int, int, int]]:
+    width, tokens = geometry.width, geometry.tokens
+    sizes = ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width))
+    return {
+        name: (tokens, *size)
+        for block in range(geometry.depth)
+        for name, size in zip(block_linears(block), sizes, strict=True)
+    }
+
+
+def gain_table(batches: tuple[int, ...]) -> list[str]:
+    """The lines of the second table."""
+    lines = [f"{'':14}" + "".join(f"{f'batch {batch}':18}" for batch in batches).rstrip()]
+    for short, name in MODELS.items():
+        geometry = Geometry.of_card(cards.find(name))
+        for gpu in GPUS:
+            row = f"{short + ' ' + gpu:14}"
+            for batch in batches:
+                costs = estimated_costs(_shapes(geometry), geometry, find_gpu(gpu), batch)
+                gains = costs.gains()
+                faster = [each for each in block_linears(3) if gains[each] > 0]
+                roles = " ".join(each.rpartition(".")[2] for each in faster)
+                row += f"{roles or 'none':18}"
+            lines.append(row.rstrip())
+    return lines
+
+
+def published_table() -> list[str]:
+    """The lines of the third table."""
+    title = f"{'':30}{'GPU':>14}{'batch':>6}{'FP16 ms':>9}{'estimate':>9}{'off':>6}"
+    lines = [f"{title}{'faster':>13}{'estimate':>9}"]
+    for each in PUBLISHED:
+        plain = milliseconds(each.geometry, {}, each.batch, each.gpu)
+        row = f"{each.what:30}{each.gpu:>14}{each.batch:6}{each.fp16:9.2f}{plain:9.2f}"
+        row += f"{each.fp16 / plain:6.1f}"
+        if each.quantised is not None:
+            formats = every_linear(each.geometry.depth, each.form, attention=True)
+            ours = milliseconds(each.geometry, formats, each.batch, each.gpu)
+            faster = f"{each.form.upper()} {each.fp16 / each.quantised:.2f}"
+            row += f"{faster:>13}{plain / ours:9.2f}"
+        lines.append(row)
+    return lines
+
+
+def _slowed(gpu: str, share: float) -> GpuSpec:
+    """A GPU whose products reach ``share`` of their peak rate."""
+    found = find_gpu(gpu)
+    fp8 = None if found.fp8_tflops is None else share * found.fp8_tflops
+    fp16, int8 = share * found.fp16_tflops, share * found.int8_tops
+    return replace(found, fp16_tflops=fp16, int8_tops=int8, fp8_tflops=fp8)
+
+
+def _speedup(geometry: Geometry, formats: Formats, batch: int, gpu: GpuSpec) -> float:
+    plain = engine_seconds(kernels(geometry, {}, batch), gpu)
+    return plain / engine_seconds(kernels(geometry, formats, batch), gpu)
+
+
+def share_table(shares: tuple[float, ...]) -> list[str]:
+    """The lines of the fourth table."""
+    lines = [f"{'':46}{'published':>10}" + "".join(f"{100 * s:7.0f} %" for s in shares)]
+    for each in PUBLISHED:
+        if each.quantised is None or each.batch < 32:
+            continue
+        formats = every_linear(each.geometry.depth, each.form, attention=True)
+        row = f"{f'{each.what}, {each.gpu}':46}{each.fp16 / each.quantised:10.2f}"
+        for share in shares:
+            row += f"{_speedup(each.geometry, formats, each.batch, _slowed(each.gpu, share)):9.2f}"
+        lines.append(row)
+    for gpu in GPUS[:-1]:
+        row = f"{f'INT8 p16, {gpu}':46}{'':10}"
+        for share in shares:
+            formats = every_linear(12, "int8")
+            row += f"{_speedup(VIT_B16, formats, 32, _slowed(gpu, share)):9.2f}"
+        lines.append(row)
+    return lines
+
+
+def main() -> None:
+    """Print the tables."""
+    shares = share_table((1.0, 0.7, 0.5))
+    for lines in (speed_table(32), gain_table((1, 8, 32)), published_table(), shares):
+        print("\n".join(lines), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()
