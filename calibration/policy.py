@@ -1,9 +1,9 @@
 """Selects the nodes to quantise by their role in the block, not by operator type.
 
 The Linears of the blocks are quantised: ``attn.qkv``, ``attn.proj``, ``mlp.fc1`` and ``mlp.fc2``;
-on request also attention's two products, the patch convolution and the head.  Residual Adds,
-LayerNorm, softmax and GELU never are: quantised residuals ruin INT8 on ViTs (onnxsim#1742: 85 %
-with only the Linears quantised, 5 % with the defaults).
+on request also attention's two products in all blocks but the last, the patch convolution and the
+head.  Residual Adds, LayerNorm, softmax and GELU never are: quantised residuals ruin INT8 on ViTs
+(onnxsim#1742: 85 % with only the Linears quantised, 5 % with the defaults).
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ __all__ = [
 ]
 
 HEAD, PATCH = "head", "patch_embed"
+# TensorRT-RTX (1.7) fuses no 8-bit products with one row: it would compile the last block to 15
+# kernels in INT8 instead of 9, and its attention to FP16 in FP8 (scripts/bench/precisions.py).
+_ONE_ROW = "only the class token leaves the last block"
 _BLOCK_LINEAR = re.compile(r"^blocks\.(\d+)\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)$")
 _BLOCK_NUMBER = re.compile(r"^blocks\.\d+")
 _ATTENTION = re.compile(r"^blocks\.(\d+)\.attn$")
@@ -221,8 +224,12 @@ def place(model: ir.Model, exclude: tuple[str, ...] = (), scope: Scope = Scope()
     candidates = [(site.name, site.role, "") for site in sites]
     if find_node(model, PATCH, "Conv") is not None:
         candidates.insert(0, (PATCH, PATCH, "" if scope.patch else _not_requested("patch")))
-    for product in find_products(model):
+    products = find_products(model)
+    last = max((product.block for product in products), default=0)
+    for product in products:
         reason = "" if scope.attention else _not_requested("attention")
+        if scope.attention and product.block == last:
+            reason = _ONE_ROW
         candidates.append((product.name, product.role, reason))
     if find_node(model, HEAD, "Gemm") is not None:
         candidates.append((HEAD, HEAD, "" if scope.head else _not_requested("head")))

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 from clipdeploy.engines.gpus import Format, GpuSpec, find_gpu
 from clipdeploy.engines.roofline import (
+    PRODUCT_SHARE,
     Formats,
     Geometry,
     block_linears,
@@ -138,7 +139,7 @@ def published_table() -> list[str]:
 
 def _slowed(gpu: str, share: float) -> GpuSpec:
     """A GPU whose products reach ``share`` of their peak rate."""
-    found = find_gpu(gpu)
+    found, share = find_gpu(gpu), share / PRODUCT_SHARE
     fp8 = None if found.fp8_tflops is None else share * found.fp8_tflops
     fp16, int8 = share * found.fp16_tflops, share * found.int8_tops
     return replace(found, fp16_tflops=fp16, int8_tops=int8, fp8_tflops=fp8)
@@ -171,7 +172,7 @@ def share_table(shares: tuple[float, ...]) -> list[str]:
 
 def main() -> None:
     """Print the tables."""
-    shares = share_table((1.0, 0.7, 0.5))
+    shares = share_table((1.0, PRODUCT_SHARE, 0.5))
     for lines in (speed_table(32), gain_table((1, 8, 32)), published_table(), shares):
         print("\n".join(lines), end="\n\n")
 

@@ -114,7 +114,9 @@ def main() -> None:
     )
     parser.add_argument("table", choices=("accuracy", "kernels"))
     parser.add_argument("--variants", type=Path)
-    parser.add_argument("--model", nargs="+", default=[each.name for each in cards.all_cards() if not each.shipped])
+    parser.add_argument(
+        "--model", nargs="+", default=[each.name for each in cards.all_cards() if not each.shipped]
+    )
     parser.add_argument("--workspace", type=Path)
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

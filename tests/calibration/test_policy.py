@@ -29,6 +29,7 @@ ALL = [f"blocks.{block}.{role}" for block in range(6) for role in ROLES]
 
 
 PRODUCTS = [f"blocks.{b}.attn.{role}" for b in range(6) for role in ("scores", "mix")]
+LAST_PRODUCTS = PRODUCTS[10:]
 EVERYTHING = [PATCH, *ALL, *PRODUCTS, HEAD]
 
 
@@ -104,12 +105,15 @@ def test_unknown_node_is_not_found(model: ir.Model) -> None:
 def test_scope_decides(model: ir.Model, attention: bool, head: bool, patch: bool) -> None:
     placement = place(model, scope=Scope(attention=attention, head=head, patch=patch))
     assert [entry.name for entry in placement.entries] == EVERYTHING
-    expected = {*ALL, *(PRODUCTS * attention), *([HEAD] * head), *([PATCH] * patch)}
+    inner = [name for name in PRODUCTS if name not in LAST_PRODUCTS]
+    expected = {*ALL, *(inner * attention), *([HEAD] * head), *([PATCH] * patch)}
     assert set(placement.quantized) == expected
     for entry in placement.entries:
         option = {HEAD: "head", PATCH: "patch"}.get(entry.name, "attention")
-        asked = entry.name in expected
-        assert entry.reason == ("" if asked else f"not requested with --quantize-{option}")
+        reason = f"not requested with --quantize-{option}"
+        if attention and entry.name in LAST_PRODUCTS:
+            reason = "only the class token leaves the last block"
+        assert entry.reason == ("" if entry.name in expected else reason)
 
 
 @pytest.mark.parametrize(
@@ -129,11 +133,12 @@ def test_patterns_exclude_what_they_match(
 ) -> None:
     placement = place(model, patterns, Scope(attention=True, head=True, patch=True))
     assert [entry.name for entry in placement.entries] == EVERYTHING
-    assert {entry.name for entry in placement.entries if not entry.quantized} == set(excluded)
-    assert list(placement.quantized) == [name for name in EVERYTHING if name not in excluded]
+    left_out = {*excluded, *LAST_PRODUCTS}
+    assert list(placement.quantized) == [name for name in EVERYTHING if name not in left_out]
+    reasons = {f"excluded by {pattern!r}" for pattern in patterns}
     for entry in placement.entries:
         assert entry.quantized == (entry.reason == "")
-        assert entry.quantized or entry.reason in {f"excluded by {p!r}" for p in patterns}
+        assert (entry.reason in reasons) == (entry.name in excluded)
 
 
 @pytest.mark.parametrize("pattern", ["blocks.6.*", "blocks.0", "BLOCKS.0.*", "neck", ""])

@@ -107,9 +107,10 @@ def test_images_it_was_calibrated_on_are_refused(workspace: Workspace, graph: Pa
 def test_the_graph_is_made_once(workspace: Workspace) -> None:
     again = quantize_model(workspace, cards.DEMO, FP8)
     assert not again.artifact.changed
-    assert {e.name for e in again.placement.entries if not e.quantized} == {"head", "patch_embed"}
+    left_out = {e.name for e in again.placement.entries if not e.quantized}
+    assert left_out == {"head", "patch_embed", "blocks.5.attn.scores", "blocks.5.attn.mix"}
     passport = again.artifact.passport
-    assert (passport.precision, passport.settings["fp8_nodes"]) == ("fp8", 36)
+    assert (passport.precision, passport.settings["fp8_nodes"]) == ("fp8", 34)
     assert passport.settings["weight_scales"] == "tensor"
 
 
@@ -133,8 +134,7 @@ def test_it_is_bisected(workspace: Workspace, graph: Path, demo_images: NDArray[
 def test_the_engine(engine: EngineArtifact) -> None:
     made = engine.passport
     assert all(float(each) >= 8.9 for each in made.capabilities)
-    # Only the class token leaves the last block: its attention is a product with one row.
-    assert made.remarks == ("not compiled as requested: blocks.5: asked for 2 fp8, got 2 fp16",)
+    assert made.remarks == ()
     assert made.checked_products == 24
     assert made.compiled is not None
     for block in made.compiled.blocks[1:-2]:

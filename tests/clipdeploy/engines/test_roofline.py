@@ -18,6 +18,7 @@ from clipdeploy.engines.gpus import Format, all_gpus, find_gpu
 from clipdeploy.engines.plan_text import PlanKernel, kernels_by_block, read_programs
 from clipdeploy.engines.roofline import (
     LAUNCH_SECONDS,
+    PRODUCT_SHARE,
     Formats,
     Geometry,
     Kernel,
@@ -175,7 +176,7 @@ def test_a_kernel_takes_the_longer_of_computing_and_moving() -> None:
     moving = kernel_seconds(Kernel("a", "b", 1e9, 3e9), gpu)
     computing = kernel_seconds(Kernel("a", "b", 242e12, 1.0, "int8"), gpu)
     assert moving == pytest.approx(3e9 / 300e9 + LAUNCH_SECONDS)
-    assert computing == pytest.approx(1 + LAUNCH_SECONDS)
+    assert computing == pytest.approx(1 / PRODUCT_SHARE + LAUNCH_SECONDS)
     assert engine_seconds((Kernel("a", "b", 0, 3e9),) * 2, gpu) == pytest.approx(2 * moving)
 
 
@@ -187,8 +188,8 @@ def speedup(gpu: str, case: dict[str, Any], batch: int = 32) -> float:
 
 def test_int8_is_not_twice_as_fast() -> None:
     int8, attention = every_linear(12, "int8"), every_linear(12, "int8", attention=True)
-    assert 1.10 < speedup("H100-SXM", int8) < 1.20
-    assert 1.20 < speedup("H100-SXM", attention) < 1.35
+    assert 1.20 < speedup("H100-SXM", int8) < 1.30
+    assert 1.30 < speedup("H100-SXM", attention) < 1.45
     # 0.15 POPS of INT8, 4.5 PFLOPS of FP8.
     assert speedup("B300", int8) < 0.2
     assert speedup("B300", every_linear(12, "fp8")) > 1.1
