@@ -59,6 +59,7 @@ __all__ = [
     "SCHEME_KEY",
     "QuantizeConfig",
     "QuantizedGraph",
+    "Remainder",
     "quantize",
     "smooth",
     "stored_settings",
@@ -66,6 +67,7 @@ __all__ = [
 
 # First opset whose QuantizeLinear and DequantizeLinear take float16 scales.
 _FIRST_WITH_HALF_SCALES = 19
+Remainder = Literal["fp16", "fp32"]
 # The JSON key of ``scheme`` in every passport and recipe written so far.
 SCHEME_KEY = "plan"
 
@@ -89,7 +91,7 @@ class QuantizeConfig:
     """
 
     exclude: tuple[str, ...] = ()
-    remainder: Literal["fp16", "fp32"] = "fp16"
+    remainder: Remainder = "fp16"
     scheme: SchemeConfig = field(default_factory=SchemeConfig)
     scope: Scope = field(default_factory=Scope)
     min_sqnr: float | None = MIN_SQNR_DB
@@ -98,7 +100,7 @@ class QuantizeConfig:
 
     def __post_init__(self) -> None:
         for what, value, known in (
-            ("the remainder", self.remainder, ("fp16", "fp32")),
+            ("the remainder", self.remainder, get_args(Remainder)),
             ("the form of the weight scales", self.weight_scales, (None, *get_args(ScaleForm))),
             ("the format", self.format, tuple(FORMATS)),
         ):

@@ -115,12 +115,15 @@ def scheme_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return with_options(_SCHEME_OPTIONS, function)
 
 
-def check_scheme_options(options: dict[str, Any]) -> None:
-    """Refuse options of :func:`scheme_options` that have no effect with the others.
+def check_scheme_options(options: dict[str, Any], *, fp8: bool = False) -> None:
+    """Refuse options of :func:`scheme_options` that have no effect with the others or with FP8.
 
     Raises:
         UsageError: it names the first one.
     """
+    if fp8:
+        # FP8's error is relative: neither smoothing nor another zero lowers it.
+        refuse_unused(["no_smooth", "strength", "no_shift"], "INT8", "use INT8 instead of FP8")
     refuse_together("no_smooth", "strength")
     if options["range_method"] != "auto":
         refuse_unused(["no_shift"], "--range auto", "pass --range auto")
@@ -161,10 +164,7 @@ def check_recipe_options(options: dict[str, Any], *, fp8: bool = False) -> None:
             *recipe_names(),
             hint="a recipe contains all quantisation options: leave one of them out",
         )
-    if fp8:
-        # FP8's error is relative: neither smoothing nor another zero lowers it.
-        refuse_unused(["no_smooth", "strength", "no_shift"], "INT8", "leave it out of FP8")
-    check_scheme_options(options)
+    check_scheme_options(options, fp8=fp8)
 
 
 def quantize_options(options: dict[str, Any]) -> QuantizeConfig:

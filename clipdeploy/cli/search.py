@@ -1,4 +1,4 @@
-"""``clipdeploy search``: choose INT8 or FP16 for each Linear within an accuracy limit."""
+"""``clipdeploy search``: choose 8 bits or FP16 for each Linear within an accuracy limit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from clipdeploy.cli.shared_options import (
     seed_option,
     val_data_option,
 )
-from clipdeploy.cli.usage import command, refuse_unused
+from clipdeploy.cli.usage import command, refuse_together, refuse_unused
 from clipdeploy.core.spans import BUDGET, IMAGES, SEARCHED_DROP
 
 _CONFIG = "clipdeploy.tuning.search.SearchConfig"
@@ -82,6 +82,7 @@ _CONFIG = "clipdeploy.tuning.search.SearchConfig"
     is_flag=True,
     help="Do not try other values of --range and --strength.",
 )
+@option("--fp8", is_flag=True, help="Choose FP8 or FP16 for each Linear, instead of INT8 or FP16.")
 @cpu_option
 @picture_option
 @labelling_options()
@@ -101,11 +102,12 @@ def search(
     batch: int,
     threads: int,
     fixed_scheme: bool,
+    fp8: bool,
     cpu: bool,
     plot: Path | None,
     **options: Any,
 ) -> int:
-    """Choose INT8 or FP16 for each Linear and write the graph.
+    """Choose INT8 (or FP8) or FP16 for each Linear and write the graph.
 
     Finds the fastest combination that is proven to lose at most --max-drop of top-1, and confirms
     it on images that the search did not use. The exit code is 3 if they do not confirm it.
@@ -114,7 +116,8 @@ def search(
 
     if plot:
         check_plot_path(plot)
-    check_scheme_options(options)
+    refuse_together("fp8", "cpu", hint="FP8 is for TensorRT engines: leave one of the two out")
+    check_scheme_options(options, fp8=fp8)
     check_labelling(options)
     if confirm_data is not None:
         # Then nothing is split.
@@ -138,6 +141,7 @@ def search(
         scheme=scheme_config(options),
         fixed_scheme=fixed_scheme,
         remainder="fp32" if cpu else "fp16",
+        format="fp8" if fp8 else "int8",
         labelling=labelling(options),
     )
     result = search_model(

@@ -1,4 +1,4 @@
-"""Searches for the fastest choice of INT8 or FP16 for each Linear that keeps the accuracy."""
+"""Searches for the fastest choice of 8 bits or FP16 for each Linear that keeps the accuracy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from calibration.qdq import QuantizeConfig, quantize
+from calibration.formats import FORMATS
+from calibration.qdq import QuantizeConfig, Remainder, quantize
 from calibration.ranges import RangeMethod
 from calibration.recipe import QuantizeRecipe, save_recipe
 from calibration.scheme import SchemeConfig
@@ -49,7 +50,7 @@ from exporters.headers import GraphArtifact
 
 __all__ = ["SearchConfig", "SearchResult", "search_model"]
 
-# Tried if the configured scheme loses too much accuracy with all Linears in INT8: other range
+# Tried if the configured scheme loses too much accuracy with all Linears quantised: other range
 # methods, then SmoothQuant's usual strengths with the best of these.
 _OTHER_RANGES: tuple[RangeMethod, ...] = ("auto", "percentile", "mse")
 _OTHER_STRENGTHS = (0.5, 0.75)
@@ -93,10 +94,12 @@ class _Search:
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
     def chain(self, scheme: SchemeConfig, folder: Path) -> Chain:
-        """Reference against all Linears in INT8; the flavour of the CPU runs fast here."""
+        """Reference against all Linears in 8 bits; INT8 has a flavour that runs fast here."""
         target = folder / f"{scheme.label}.onnx"
         samples = sample_images(self.passport.preprocess, _STORAGE_IMAGES)
-        config = QuantizeConfig(remainder="fp32", scheme=scheme, min_sqnr=None)
+        form = self.config.format
+        remainder: Remainder = "fp32" if form == "int8" else "fp16"
+        config = QuantizeConfig((), remainder, scheme, min_sqnr=None, format=form)
         with self.progress.task(f"quantise {self.model}, ranges by {scheme.label}"):
             quantize(self.source, self.calibration, target, samples, config)
             return Chain(self.source, target, threads=self.config.threads)
@@ -133,7 +136,9 @@ class _Search:
         shapes = linear_shapes(chain, image)
         if gpu is not None:
             depth = sum(name.endswith(".attn.qkv") for name in shapes)
-            return estimated_costs(shapes, geometry_of(self.passport, depth), gpu, batch)
+            return estimated_costs(
+                shapes, geometry_of(self.passport, depth), gpu, batch, self.config.format
+            )
         if self.config.cost == "cpu":
             return measured_costs(chain, shapes, batch)
         return counted_costs(shapes, batch)
@@ -152,7 +157,8 @@ class _Search:
             if method != asked.range_method:
                 yield replace(asked, range_method=method)
         by_range = best.scheme or asked
-        for strength in _OTHER_STRENGTHS if asked.smooth else ():
+        smooths = asked.smooth and FORMATS[self.config.format].even
+        for strength in _OTHER_STRENGTHS if smooths else ():
             if strength != asked.strength:
                 yield replace(by_range, strength=strength)
 
@@ -166,7 +172,7 @@ class _Best:
     chain: Chain | None = None
 
     def offer(self, found: Evaluation, scheme: SchemeConfig, chain: Chain) -> None:
-        """All Linears in INT8 under ``scheme``."""
+        """All Linears in 8 bits under ``scheme``."""
         db = math.inf if found.sqnr_db is None else found.sqnr_db
         if self.chain is None or db > self.db:
             self.db, self.scheme, self.chain = db, scheme, chain
@@ -175,7 +181,7 @@ class _Best:
 def _choose_scheme(
     search: _Search, folder: Path, advance: Callable[[int], None]
 ) -> tuple[Chain, SchemeConfig]:
-    """The first scheme whose all-INT8 graph is feasible, else the one with the cleanest logits."""
+    """The first scheme with which all Linears may be quantised, else that with the best logits."""
     best = _Best()
     for scheme in search.schemes(best):
         chain = search.chain(scheme, folder)
@@ -205,7 +211,7 @@ def search_model(
     note: Callable[[str], object] = lambda text: None,
     progress: Progress = SILENT,
 ) -> SearchResult:
-    """Choose INT8 or FP16 for every Linear, write the INT8 graph of the choice, and confirm it.
+    """Choose 8 bits or FP16 for every Linear, write the graph of the choice, and confirm it.
 
     ``data`` is split in two: the choice is made on one part and confirmed on the other, or on
     ``confirm``.  ``note`` is called with remarks on the images.  All measurements are saved in the
@@ -245,7 +251,10 @@ def _run(search: _Search, folder: Path, data: Path) -> SearchResult:
             chosen, finished = frozenset[str](), False
         else:
             chosen, finished = cheapest(
-                power, gain, costs.total, lambda int8: search.feasible(evaluator.evaluate(int8))
+                power,
+                gain,
+                costs.total,
+                lambda quantised: search.feasible(evaluator.evaluate(quantised)),
             )
     chosen, artifact, measured = _write(search, scheme, chosen, costs)
     points = _points(search, scheme, costs, chosen, measured)
@@ -256,7 +265,7 @@ def _run(search: _Search, folder: Path, data: Path) -> SearchResult:
         images = labelled_batches(search.confirm, spec, batch, search.calibrated)
         fresh = _score(search, artifact.path, images)
     confirmed = judge_drop(fresh.lost, fresh.gained, fresh.images, search.config.max_drop)
-    point = next(p for p in points if frozenset(p.int8) == chosen)
+    point = next(p for p in points if frozenset(p.quantised) == chosen)
     recipe = search.workspace.recipe(search.model)
     config = _config(search, scheme, costs, chosen)
     found = {"max_drop": search.config.max_drop, "seed": search.config.seed, "cost": point.cost}
@@ -270,6 +279,7 @@ def _run(search: _Search, folder: Path, data: Path) -> SearchResult:
         excluded=config.exclude,
         points=tuple(points),
         costs=costs,
+        format=search.config.format,
         scheme=scheme,
         finished=finished,
         evaluations=sum(" written: " not in slot for slot in search.state.evaluations),
@@ -287,11 +297,13 @@ def _guess(linears: int) -> int:
 
 
 def _config(
-    search: _Search, scheme: SchemeConfig, costs: CostModel, int8: Combination
+    search: _Search, scheme: SchemeConfig, costs: CostModel, quantised: Combination
 ) -> QuantizeConfig:
-    exclude = tuple(name for name in costs.order if name not in int8)
+    exclude = tuple(name for name in costs.order if name not in quantised)
     # The search judges accuracy itself, and decides which Linears stay.
-    return QuantizeConfig(exclude, search.config.remainder, scheme, min_sqnr=None)
+    return QuantizeConfig(
+        exclude, search.config.remainder, scheme, min_sqnr=None, format=search.config.format
+    )
 
 
 def _write(
@@ -303,30 +315,34 @@ def _write(
     all Linears are quantised.  So the written graph is evaluated again.
     """
     written = search.state.evaluations
-    for int8 in _next_best(search, scheme, chosen, costs):
-        slot = search.state.slot(f"{scheme.label} written", int8)
-        if slot in written and int8 and not search.feasible(written[slot]):
+    for quantised in _next_best(search, scheme, chosen, costs):
+        slot = search.state.slot(f"{scheme.label} written", quantised)
+        if slot in written and quantised and not search.feasible(written[slot]):
             continue
-        config = _config(search, scheme, costs, int8)
+        config = _config(search, scheme, costs, quantised)
         made = quantize_model(search.workspace, search.model, config, progress=search.progress)
         if slot not in written:
             written[slot] = _score(search, made.artifact.path, search.images)
             save_state(search.state, search.path)
         if search.feasible(written[slot]):
             break
-    return int8, made.artifact, written[slot]
+    return quantised, made.artifact, written[slot]
 
 
 def _next_best(
     search: _Search, scheme: SchemeConfig, chosen: Combination, costs: CostModel
 ) -> Iterator[Combination]:
-    """The choice, then the other feasible combinations by cost, and at last no INT8."""
+    """The choice, then the other feasible combinations by cost, and at last none in 8 bits."""
     yield chosen
     known = search.state.of(scheme.label)
-    feasible = (int8 for int8, found in known.items() if int8 and search.feasible(found))
-    for int8 in sorted(feasible, key=lambda int8: (costs.total(int8), sorted(int8))):
-        if costs.total(int8) >= costs.total(chosen) and int8 != chosen:
-            yield int8
+    feasible = (
+        quantised for quantised, found in known.items() if quantised and search.feasible(found)
+    )
+    for quantised in sorted(
+        feasible, key=lambda quantised: (costs.total(quantised), sorted(quantised))
+    ):
+        if costs.total(quantised) >= costs.total(chosen) and quantised != chosen:
+            yield quantised
     if chosen:
         yield frozenset()
 
@@ -355,26 +371,26 @@ def _points(
     the Pareto front get a recipe file.
     """
     everything = frozenset(costs.order)
-    named = {frozenset[str](): "all FP16", everything: "all INT8"}
+    named = {frozenset[str](): "all FP16", everything: f"all {FORMATS[search.config.format].label}"}
     named[chosen] = ", ".join(["chosen", *([named[chosen]] if chosen in named else [])])
     known = search.state.of(scheme.label)
     known[chosen] = measured
     known.setdefault(frozenset(), Evaluation(0, 0, len(search.search.hashes), None))
     points = [
         Candidate(
-            label=named.get(int8, ""),
-            int8=tuple(name for name in costs.order if name in int8),
-            cost=costs.relative(int8),
-            int8_macs=costs.int8_macs(int8),
+            label=named.get(quantised, ""),
+            quantised=tuple(name for name in costs.order if name in quantised),
+            cost=costs.relative(quantised),
+            quantised_macs=costs.quantised_macs(quantised),
             evaluation=found,
             feasible=search.feasible(found),
         )
-        for int8, found in known.items()
+        for quantised, found in known.items()
     ]
-    front = {point.int8 for point in pareto_front(points)}
+    front = {point.quantised for point in pareto_front(points)}
     points.sort(key=lambda point: (point.cost, point.drop))
     return [
-        _with_recipe(search, scheme, costs, replace(point, front=point.int8 in front), index)
+        _with_recipe(search, scheme, costs, replace(point, front=point.quantised in front), index)
         for index, point in enumerate(points)
     ]
 
@@ -385,7 +401,7 @@ def _with_recipe(
     if not (point.front or point.label):
         return point
     path = search.folder / f"point-{index:02}.json"
-    config = _config(search, scheme, costs, frozenset(point.int8))
+    config = _config(search, scheme, costs, frozenset(point.quantised))
     found = {"cost": point.cost, "drop": point.drop, "label": point.label}
     identity = search.passport.weights.identity
     save_recipe(QuantizeRecipe(search.model, identity, config, found), path)

@@ -31,6 +31,7 @@ from clipdeploy.engines.gpus import Format, GpuSpec
 from clipdeploy.engines.roofline import (
     Geometry,
     block_linears,
+    check_formats,
     engine_seconds,
     kernel_seconds,
     kernels,
@@ -56,11 +57,11 @@ _NOTHING = 1e-6
 
 @dataclass(frozen=True)
 class LinearCost:
-    """``macs`` of one image; ``half`` and ``int8``: costs in the unit of the cost model."""
+    """``macs`` of one image; ``half`` and ``quantised``: costs in the unit of the cost model."""
 
     macs: int
     half: float
-    int8: float
+    quantised: float
 
 
 @dataclass(frozen=True)
@@ -91,15 +92,18 @@ class CostModel:
         """Names of the Linears in network order."""
         return tuple(self.linears)
 
-    def total(self, int8: frozenset[str]) -> float:
-        """The cost with the Linears in ``int8`` quantised."""
-        linears = sum(c.int8 if name in int8 else c.half for name, c in self.linears.items())
-        shared = sum(each.cost for each in self.shared if int8.issuperset(each.linears))
+    def total(self, quantised: frozenset[str]) -> float:
+        """The cost with the Linears in ``quantised`` quantised."""
+        linears = sum(
+            cost.quantised if name in quantised else cost.half
+            for name, cost in self.linears.items()
+        )
+        shared = sum(each.cost for each in self.shared if quantised.issuperset(each.linears))
         return self.rest + linears + shared
 
-    def relative(self, int8: frozenset[str]) -> float:
+    def relative(self, quantised: frozenset[str]) -> float:
         """:meth:`total` divided by the cost with all Linears in FP16."""
-        return self.total(int8) / self.total(frozenset())
+        return self.total(quantised) / self.total(frozenset())
 
     def gains(self) -> dict[str, float]:
         """What each Linear saves in INT8: the mean of being the first and the last to change."""
@@ -111,10 +115,10 @@ class CostModel:
             for name in self.linears
         }
 
-    def int8_macs(self, int8: frozenset[str]) -> float:
+    def quantised_macs(self, quantised: frozenset[str]) -> float:
         """Share of the Linears' MACs that run in INT8, from 0 to 1."""
         every = sum(cost.macs for cost in self.linears.values())
-        return sum(self.linears[name].macs for name in int8) / every
+        return sum(self.linears[name].macs for name in quantised) / every
 
 
 def linear_shapes(chain: Chain, image: Tensor) -> dict[str, tuple[int, int, int]]:
@@ -136,16 +140,25 @@ def counted_costs(shapes: Mapping[str, tuple[int, int, int]], batch: int) -> Cos
     """Cost model ``macs``: count the MACs of each Linear."""
     macs = {name: tokens * cin * cout for name, (tokens, cin, cout) in shapes.items()}
     linears = {name: LinearCost(count, count, count / 2) for name, count in macs.items()}
-    return CostModel("macs", "MACs of an image, half for INT8", batch, linears)
+    return CostModel("macs", "MACs of an image, half for 8 bits", batch, linears)
 
 
 def estimated_costs(
-    shapes: Mapping[str, tuple[int, int, int]], geometry: Geometry, gpu: GpuSpec, batch: int
+    shapes: Mapping[str, tuple[int, int, int]],
+    geometry: Geometry,
+    gpu: GpuSpec,
+    batch: int,
+    form: Format = "int8",
 ) -> CostModel:
-    """Cost model ``roofline``: estimate the time of an engine on ``gpu``."""
+    """Cost model ``roofline``: estimate the time on ``gpu`` of Linears in FP16 and in ``form``.
 
-    def time(*int8: str) -> float:
-        formats: dict[str, Format] = dict.fromkeys(int8, "int8")
+    Raises:
+        UsageError: ``gpu`` has no products of ``form``.
+    """
+    check_formats(gpu, {"quantised": form})
+
+    def time(*quantised: str) -> float:
+        formats: dict[str, Format] = dict.fromkeys(quantised, form)
         return 1e6 * engine_seconds(kernels(geometry, formats, batch), gpu)
 
     plain = {
@@ -183,8 +196,8 @@ def measured_costs(
         kind = (name.rpartition(".")[2], shape)
         if kind not in known:
             known[kind] = _time(chain, name, shape, batch)
-        half, int8 = known[kind]
-        linears[name] = LinearCost(shape[0] * shape[1] * shape[2], half, int8)
+        half, quantised = known[kind]
+        linears[name] = LinearCost(shape[0] * shape[1] * shape[2], half, quantised)
     return CostModel("cpu", "microseconds on ONNX Runtime's CPU provider", batch, linears)
 
 
@@ -198,5 +211,5 @@ def _time(chain: Chain, name: str, shape: tuple[int, int, int], batch: int) -> t
             started = time.perf_counter()
             session.run(x, {inputs: np.asarray(on)})
             seconds[on].append(time.perf_counter() - started)
-    half, int8 = (1e6 * statistics.median(seconds[on][1:]) for on in (False, True))
-    return half, int8
+    half, quantised = (1e6 * statistics.median(seconds[on][1:]) for on in (False, True))
+    return half, quantised

@@ -1,4 +1,4 @@
-"""Evaluates combinations of INT8 Linears on the search images, each once, and saves the results.
+"""Evaluates combinations of Linears on the search images, each once, and saves the results.
 
 The search picks a combination that lost few of the search images, partly by luck: it would lose
 more of fresh images.  The counts are therefore compared with expected counts, derived from the size
@@ -154,26 +154,26 @@ class Evaluator:
                 yield samples.as_input(self._tensor)[:left]
             left -= len(samples.crops)
 
-    def evaluate(self, int8: frozenset[str]) -> Evaluation:
-        """Evaluate the network with the Linears ``int8`` quantised.
+    def evaluate(self, quantised: frozenset[str]) -> Evaluation:
+        """Evaluate the network with the Linears ``quantised`` quantised.
 
         Raises:
             OutOfTimeError: the time budget is used up and the result is not saved yet.
         """
-        slot = self._state.slot(self._scheme, int8)
+        slot = self._state.slot(self._scheme, quantised)
         if slot not in self._state.evaluations:
             self._check_time()
-            self._state.evaluations[slot] = self._run(int8)
+            self._state.evaluations[slot] = self._run(quantised)
             save_state(self._state, self._path)
         self._advance(1)
         return self._state.evaluations[slot]
 
-    def _run(self, int8: frozenset[str]) -> Evaluation:
+    def _run(self, quantised: frozenset[str]) -> Evaluation:
         counter = Counter()
         first = not self._reference
         for index, (samples, labels) in enumerate(self._images):
             x = samples.as_input(self._tensor)
             if first:
                 self._reference.append(self._chain.run(x, ())[-1])
-            counter.add(self._chain.run(x, int8)[-1], self._reference[index], labels)
+            counter.add(self._chain.run(x, quantised)[-1], self._reference[index], labels)
         return counter.result()

@@ -1,4 +1,4 @@
-"""Chooses the Linears to run in INT8: the lowest cost that preserves the accuracy.
+"""Chooses the Linears to run in 8 bits: the lowest cost that preserves the accuracy.
 
 This is a knapsack problem with estimated weights: quantised alone, Linear L adds the error power
 p[L] to the logits and saves the cost g[L].  Powers of small independent errors add up, so a greedy
@@ -6,7 +6,7 @@ choice in order of p[L] / g[L] is nearly optimal for a knapsack of any size (Dan
 "Discrete-variable extremum problems").  The accuracy of a combination is evaluated, not estimated:
 
 1. Find the longest feasible prefix of that order by bisection.
-2. Try to remove each Linear that costs more in INT8 without those that it shares a kernel with.
+2. Try to remove each Linear that costs more in 8 bits without those that it shares a kernel with.
 3. Try to add each remaining Linear, the largest saving first.
 4. Try to exchange each remaining Linear for one or two of the noisiest that save less.
 

@@ -35,14 +35,15 @@ class Evaluation:
 class Candidate:
     """An evaluated combination.
 
-    ``cost``: relative to all Linears in FP16.  ``int8_macs``: share of the Linears' MACs in INT8.
+    ``cost``: relative to all Linears in FP16.  ``quantised_macs``: share of the
+    Linears' MACs in 8 bits.
     ``front``: whether it is on the Pareto front.  ``recipe``: path of the file to rebuild it with.
     """
 
     label: str
-    int8: tuple[str, ...]
+    quantised: tuple[str, ...]
     cost: float
-    int8_macs: float
+    quantised_macs: float
     evaluation: Evaluation
     feasible: bool
     front: bool = False

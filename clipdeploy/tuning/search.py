@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from calibration.formats import FORMATS, FormatName
 from calibration.scheme import SchemeConfig
 from clipdeploy.core.display import Renderable, Shown
 from clipdeploy.core.errors import UsageError
@@ -37,12 +38,12 @@ class SearchConfig:
     without one in the table, ``DEFAULT_GPU``.  ``batch``: batch size that costs apply to.
     ``threads``: ONNX Runtime's, 0 for its default.  ``scheme``: how Linears are quantised; if it
     loses too much accuracy, other ranges and smoothing strengths are tried, unless
-    ``fixed_scheme``.  ``remainder``: see :class:`calibration.qdq.QuantizeConfig`.  ``labelling``:
-    where the images' classes come from.
+    ``fixed_scheme``.  ``format``: of the Linears that are not FP16.  ``remainder``: see
+    :class:`calibration.qdq.QuantizeConfig`.  ``labelling``: where the images' classes come from.
 
     Raises:
-        UsageError: a number out of range, an unknown cost model, an unknown GPU, or a GPU without a
-            roofline.
+        UsageError: a number out of range, an unknown format, cost model or GPU, a GPU without a
+            roofline, or FP8 on a CPU.
     """
 
     max_drop: float = 1.0
@@ -56,6 +57,7 @@ class SearchConfig:
     scheme: SchemeConfig = field(default_factory=SchemeConfig)
     fixed_scheme: bool = False
     remainder: Literal["fp16", "fp32"] = "fp16"
+    format: FormatName = "int8"
     labelling: Labelling = field(default_factory=Labelling)
 
     def __post_init__(self) -> None:
@@ -71,6 +73,10 @@ class SearchConfig:
         if self.cost not in get_args(CostKind):
             known = ", ".join(get_args(CostKind))
             raise UsageError(f"unknown cost model {self.cost!r}", hint=f"choose one of {known}")
+        if self.format not in FORMATS:
+            raise UsageError(f"unknown format {self.format!r}", hint=f"{' or '.join(FORMATS)}")
+        if self.format == "fp8" and (self.remainder != "fp16" or self.cost == "cpu"):
+            raise UsageError("FP8 is for TensorRT engines", hint="search INT8 for a CPU")
         if self.gpu and self.cost != "roofline":
             raise UsageError(
                 f"the cost model {self.cost} does not depend on a GPU such as {self.gpu!r}",
@@ -95,6 +101,7 @@ class SearchResult(Shown):
     excluded: tuple[str, ...]
     points: tuple[Candidate, ...]
     costs: CostModel
+    format: FormatName
     scheme: SchemeConfig
     finished: bool
     evaluations: int
@@ -111,23 +118,27 @@ class SearchResult(Shown):
         return search_table(self)
 
 
+def _label(result: SearchResult) -> str:
+    return FORMATS[result.format].label
+
+
 def _front(result: SearchResult) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("point", no_wrap=True)
-    number_columns(table, ("INT8", "MACs", "cost", "drop", "dB", "within", "recipe"))
+    number_columns(table, (_label(result), "MACs", "cost", "drop", "dB", "within", "recipe"))
     for point in result.points:
         if not (point.front or point.label):
             continue
         table.add_row(
             point.label or "front",
-            str(len(point.int8)),
-            f"{100 * point.int8_macs:.0f} %",
+            str(len(point.quantised)),
+            f"{100 * point.quantised_macs:.0f} %",
             f"{point.cost:.3f}",
             f"{point.drop:+.2f}",
             decibels(point.evaluation.sqnr_db),
             "yes" if point.feasible else "no",
             point.recipe.rpartition("/")[2],
-            style="bold" if point.int8 == result.chosen.int8 else "",
+            style="bold" if point.quantised == result.chosen.quantised else "",
         )
     return table
 
@@ -136,8 +147,8 @@ def search_table(result: SearchResult) -> Group:
     """The verdict, then the front, then the Linears in FP16."""
     chosen, total = result.chosen, len(result.costs.linears)
     heading = (
-        f"{result.model}: {len(chosen.int8)} of {total} Linears in INT8, "
-        f"{100 * chosen.int8_macs:.0f} % of their MACs, cost {chosen.cost:.3f} of all FP16"
+        f"{result.model}: {len(chosen.quantised)} of {total} Linears in {_label(result)}, "
+        f"{100 * chosen.quantised_macs:.0f} % of their MACs, cost {chosen.cost:.3f} of all FP16"
     )
     verdict = "CONFIRMED" if result.confirmed else "NOT CONFIRMED"
     lines = [
@@ -150,7 +161,7 @@ def search_table(result: SearchResult) -> Group:
     ]
     if max(result.costs.gains().values(), default=1.0) <= 0:
         where = f"{result.costs.gpu or 'this CPU'} at batch {result.costs.batch}"
-        lines.append(f"no Linear is faster in INT8 on {where}, so all stay in FP16")
+        lines.append(f"no Linear is faster in {_label(result)} on {where}, so all stay in FP16")
     if not result.finished:
         lines.append("the budget ended the search early; run it again to continue")
     fp16 = ", ".join(result.excluded)
@@ -161,5 +172,5 @@ def search_table(result: SearchResult) -> Group:
         Text(""),
         _front(result),
         Text(""),
-        Text(f"in FP16: {fp16}" if fp16 else "all Linears in INT8"),
+        Text(f"in FP16: {fp16}" if fp16 else f"all Linears in {_label(result)}"),
     )

@@ -32,9 +32,9 @@ class SearchState:
     schema: int = _SCHEMA
 
     @staticmethod
-    def slot(scheme: str, int8: frozenset[str]) -> str:
+    def slot(scheme: str, quantised: frozenset[str]) -> str:
         """The key of a combination in ``evaluations``."""
-        return f"{scheme}: {' '.join(sorted(int8))}"
+        return f"{scheme}: {' '.join(sorted(quantised))}"
 
     def of(self, scheme: str) -> dict[frozenset[str], Evaluation]:
         """All evaluations of one scheme, by combination."""

@@ -40,7 +40,8 @@ def row(name: str, found: SearchResult, seconds: float) -> str:
     twin = next(point for point in found.points if "all INT8" in point.label)
     low, high = found.confirm.interval.low, found.confirm.interval.high
     return (
-        f"{name:10}{twin.drop:10.2f}{100 * found.chosen.int8_macs:8.0f} %{found.chosen.cost:8.3f}"
+        f"{name:10}{twin.drop:10.2f}{100 * found.chosen.quantised_macs:8.0f} %"
+        f"{found.chosen.cost:8.3f}"
         f"{low:9.2f} to {high:5.2f}  {found.confirm.verdict:12}{found.evaluations:5}{seconds:7.0f}"
     )
 

@@ -30,11 +30,13 @@ from clipdeploy.pipeline import (
     package_cpp,
     package_triton,
     quantize_model,
+    search_model,
     verify_model,
 )
 from clipdeploy.runners.onnx import OnnxRunner
 from clipdeploy.stages.quantize import in_format, recipe_config
 from clipdeploy.tuning.chain import Chain
+from clipdeploy.tuning.search import SearchConfig
 from clipdeploy.verification.result import Row
 from clipdeploy.verification.verifier import VerifyConfig
 from clipdeploy.workspace.folder import Workspace
@@ -94,7 +96,7 @@ def test_the_verdict_of_a_wrong_scale(workspace: Workspace, graph: Path, tmp_pat
     onnx.save(model, tmp_path / "wrong.onnx")
     row = judged(workspace, tmp_path / "wrong.onnx")
     assert row.precision == "fp8"
-    assert row.verdict == "not equivalent"
+    assert row.verdict == "regressed"
 
 
 def test_images_it_was_calibrated_on_are_refused(workspace: Workspace, graph: Path) -> None:
@@ -176,6 +178,26 @@ def test_a_deployment_without_a_package_to_make_ends_first(
     with pytest.raises(UsageError, match=said):
         deploy_model(Workspace(tmp_path / "artifacts"), cards.DEMO, config)
     assert not (tmp_path / "artifacts" / cards.DEMO / "fp32.onnx").exists()
+
+
+def test_a_search_chooses_between_fp8_and_fp16(workspace: Workspace, tmp_path: Path) -> None:
+    copy = Workspace(tmp_path / "copy")
+    shutil.copytree(workspace.root, copy.root)
+    config = SearchConfig(30, search_images=40, cost="macs", format="fp8", fixed_scheme=True)
+    found = search_model(copy, cards.DEMO, TEST, config)
+    # FP8 loses less than 30 points of top-1, so that every Linear may be in it.
+    assert found.chosen.label == "chosen, all FP8"
+    assert found.artifact.path == copy.graph(cards.DEMO, "fp8")
+    assert found.artifact.passport.settings["fp8_nodes"] == 24
+    assert found.chosen.evaluation.sqnr_db is not None
+    assert 26 < found.chosen.evaluation.sqnr_db < 36
+    assert load_recipe(found.recipe).config.format == "fp8"
+    assert found.format == "fp8"
+    for wrong in ({"format": "fp4"}, {"format": "fp8", "remainder": "fp32"}):
+        with pytest.raises(UsageError):
+            SearchConfig(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="A100-40GB has no FP8 products"):
+        search_model(copy, cards.DEMO, TEST, replace(config, cost="roofline", gpu="A100-40GB"))
 
 
 def test_a_recipe_is_for_one_format(workspace: Workspace, tmp_path: Path) -> None:

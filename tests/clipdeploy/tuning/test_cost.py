@@ -37,7 +37,7 @@ def test_the_total_of_any_combination_is_the_time_of_its_engine(gpu: str, batch:
         formats: dict[str, Format] = dict.fromkeys(int8, "int8")
         direct = 1e6 * engine_seconds(kernels(geometry, formats, batch), find_gpu(gpu))
         assert costs.total(int8) == pytest.approx(direct, rel=1e-9)
-        without = sum(c.int8 if n in int8 else c.half for n, c in costs.linears.items())
+        without = sum(c.quantised if n in int8 else c.half for n, c in costs.linears.items())
         if share > 0.2:
             # The shared kernels matter: without them the sum is wrong.
             assert costs.rest + without != pytest.approx(direct, rel=1e-3)
@@ -73,7 +73,7 @@ def test_macs_count_half_in_int8() -> None:
     costs = counted_costs(shapes_of(geometry), 8)
     every = frozenset(costs.order)
     assert costs.relative(every) == 0.5
-    assert costs.int8_macs(every) == 1
+    assert costs.quantised_macs(every) == 1
     first = costs.linears["blocks.0.attn.qkv"]
-    assert (first.macs, first.half, first.int8) == (65 * 96 * 288, first.macs, first.macs / 2)
+    assert (first.macs, first.half, first.quantised) == (65 * 96 * 288, first.macs, first.macs / 2)
     assert costs.gains() == {name: each.macs / 2 for name, each in costs.linears.items()}

@@ -115,7 +115,7 @@ def check_outlier_search(workspace: Workspace) -> None:
     assert found.confirm.verdict == "equivalent"
     assert found.confirmed
     assert found.finished
-    assert 0.8 <= found.chosen.int8_macs < 1.0
+    assert 0.8 <= found.chosen.quantised_macs < 1.0
     assert found.chosen.cost < 0.8
 
 
@@ -141,7 +141,7 @@ def test_recipes_of_the_front_rebuild_their_points(cut: Workspace, small: Search
     assert labels == {"all FP16", "all INT8", "chosen"}
     for point in written:
         recipe = load_recipe(Path(point.recipe))
-        assert len(recipe.config.exclude) == 8 - len(point.int8)
+        assert len(recipe.config.exclude) == 8 - len(point.quantised)
         assert recipe.config.scheme == NAIVE
     chosen = load_recipe(small.recipe)
     assert set(chosen.config.exclude) == set(small.excluded)
@@ -174,7 +174,7 @@ def test_within_five_percent_of_every_combination(
                 best = min(best, costs.total(first | second))
                 feasible += 1
     assert 10 < feasible < 250
-    assert costs.total(frozenset(small.chosen.int8)) <= 1.05 * best
+    assert costs.total(frozenset(small.chosen.quantised)) <= 1.05 * best
 
 
 def subsets(names: tuple[str, ...]) -> list[frozenset[str]]:
@@ -257,7 +257,7 @@ def test_only_what_is_faster_on_the_gpu_becomes_int8(
     # In so small a model the number of kernels decides, which INT8 qkv does not change.
     hopper = search(gpu="h100 sxm")
     assert hopper.confirmed
-    assert hopper.chosen.int8 == tuple(f"blocks.{n}.attn.qkv" for n in range(6))
+    assert hopper.chosen.quantised == tuple(f"blocks.{n}.attn.qkv" for n in range(6))
     assert hopper.costs.gpu == "H100-SXM"
     twin = next(point for point in hopper.points if point.label == "all INT8")
     assert 1.05 < twin.cost < 1.3
