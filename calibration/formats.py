@@ -73,15 +73,15 @@ class NumberFormat(ABC):
 
     @abstractmethod
     def squared_integral(self, units: F64) -> F64:
-        """The integral of (q - u) ** 2 from 0 to |u| for u = x / step, with the sign of u."""
+        """The integral of (q - u) ** 2 from 0 to |u|, with the sign of u = x / step, of any shape."""
 
     @abstractmethod
     def error_integral(self, units: F64) -> F64:
-        """The integral of q - u from 0 to |u| for u = x / step, an even function of u."""
+        """The integral of q - u from 0 to |u|, an even function of u = x / step, of any shape."""
 
     @abstractmethod
     def cells(self, count: int) -> NDArray[np.int64]:
-        """The index of the number >= 0 that represents each of ``count`` equal bins of |x|."""
+        """The index of the number >= 0 that represents each of ``count`` equal bins, (count,)."""
 
 
 class _Integers(NumberFormat):

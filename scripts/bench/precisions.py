@@ -92,8 +92,8 @@ def print_accuracy(variants: Path | None, folder: Path) -> None:
 
 def print_kernels(models: list[str], workspace: Workspace) -> None:
     """Print the table of ``kernels``."""
-    print(f"{'':26}" + "".join(f"{name:>18}" for name in CASES))
-    print(f"{'':26}" + f"{'MB':>8}{'all':>5}{'block':>5}" * len(CASES))
+    print(f"{'':56}" + "".join(f"{name:>18}" for name in CASES))
+    print(f"{'':56}" + f"{'MB':>8}{'all':>5}{'block':>5}" * len(CASES))
     for model in models:
         export_model(workspace, model, WeightsChoice(random_seed=0))
         calibrate_model(workspace, model, DIGITS, CalibrateConfig(images=4))
@@ -104,7 +104,7 @@ def print_kernels(models: list[str], workspace: Workspace) -> None:
             blocks = [n for name, n in made.kernels.items() if name.startswith("blocks.")]
             total = sum(made.kernels.values())
             cells.append(f"{made.plan_bytes / 1e6:8.0f}{total:5}{max(blocks):5}")
-        print(f"{model:26}{''.join(cells)}", flush=True)
+        print(f"{model:56}{''.join(cells)}", flush=True)
 
 
 def main() -> None:

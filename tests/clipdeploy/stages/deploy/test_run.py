@@ -138,7 +138,7 @@ def test_a_changed_choice_is_done_again(workspace: Workspace) -> None:
     }
     assert result.packages.triton is not None
     assert result.packages.triton.version == 2
-    assert "the INT8 ranges are from only 100 images" in " ".join(result.open_points)
+    assert "the ranges are from only 100 images" in " ".join(result.open_points)
 
 
 def test_a_regressed_graph_is_not_packaged(workspace: Workspace) -> None:
