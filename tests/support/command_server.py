@@ -47,7 +47,8 @@ class Command:
 
     ``env`` is added to the environment, None removes a variable.  ``kill_at``: number of the file
     system operation under ``cwd`` at which the process kills itself; ``kill_after``: seconds after
-    which it is killed; ``steps``: file to which the name of each operation is written.
+    which it is killed; ``steps``: file to which the name of each operation is written; ``pid``:
+    file to which the process writes its number.
     """
 
     words: tuple[str, ...]
@@ -58,6 +59,7 @@ class Command:
     kill_at: int | None = None
     kill_after: float | None = None
     steps: str | None = None
+    pid: str | None = None
 
 
 class CommandServer:
@@ -96,6 +98,10 @@ def command_server(env: Mapping[str, str]) -> Iterator[CommandServer]:
 def _become(command: Command) -> int:
     """Run the command in the child like ``python -m clipdeploy``; return its exit code."""
     os.setsid()
+    # As in a terminal: what starts in the background may ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if command.pid:
+        Path(command.pid).write_text(str(os.getpid()))
     opened = (("/dev/null", os.O_RDONLY), (command.out, os.O_RDWR), (command.err, os.O_RDWR))
     for number, (path, mode) in enumerate(opened):
         # The first terminal becomes the controlling terminal.

@@ -45,7 +45,7 @@ def complete_workspace(graphs: Workspace, root: Path) -> Workspace:
     calibration, test = cards.demo_file("calibration.zip"), cards.demo_file("test.zip")
     for part in (1, 2):
         verify = VerifyConfig(max_drop=20, shard=(part, 2), workers=0)
-        scope = VerifyScope(graphs_only=True, limit=60)
+        scope = VerifyScope(graphs_only=True, limit=24)
         calibrate_model(workspace, cards.DEMO, calibration, CalibrateConfig(24, shard=(part, 2)))
         verify_model(workspace, cards.DEMO, test, verify, scope)
     if TENSORRT:

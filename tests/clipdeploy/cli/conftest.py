@@ -24,10 +24,10 @@ def artifacts(demo_workspace: Workspace, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def digits(tmp_path: Path) -> Path:
-    """The first twenty test digits of each class, in class folders."""
+    """The first ten test digits of each class, in class folders."""
     with zipfile.ZipFile(cards.demo_file("test.zip")) as archive:
         for digit in range(10):
-            names = sorted(n for n in archive.namelist() if n.startswith(f"{digit}/"))[:20]
+            names = sorted(n for n in archive.namelist() if n.startswith(f"{digit}/"))[:10]
             archive.extractall(tmp_path / "digits", names)
     return tmp_path / "digits"
 

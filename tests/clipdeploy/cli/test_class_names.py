@@ -17,7 +17,7 @@ from exporters.headers import read_passport
 
 # Four of the demo's digits under other names, the logits in an order of their own.
 KEPT = {"ant": 3, "bee": 1, "cow": 4, "dog": 5}
-PASSING = ("--max-drop", "3", "--workers", "0", "--json")
+PASSING = ("--max-drop", "5", "--workers", "0", "--json")
 
 
 def checkpoint(path: Path, rows: list[int], **meta: Any) -> Path:
@@ -36,14 +36,14 @@ def export(tmp_path: Path, weights: Path, *words: str | Path) -> Any:
 
 @pytest.fixture
 def bugs(tmp_path: Path) -> Path:
-    """The digits of the kept classes, in folders of the classes' names."""
+    """Twenty digits of each kept class, in folders of the classes' names."""
     root = tmp_path / "bugs"
     with zipfile.ZipFile(TEST) as archive:
         for name, digit in KEPT.items():
             (root / name).mkdir(parents=True)
-            for member in sorted(archive.namelist()):
-                if member.startswith(f"{digit}/") and member.endswith(".png"):
-                    (root / name / Path(member).name).write_bytes(archive.read(member))
+            members = sorted(n for n in archive.namelist() if n.startswith(f"{digit}/"))
+            for member in members[:20]:
+                (root / name / Path(member).name).write_bytes(archive.read(member))
     return root
 
 
@@ -171,7 +171,7 @@ def test_some_of_the_classes_are_judged_without_the_published_figure(
     for digit in range(4, 10):
         for path in (digits / str(digit)).iterdir():
             path.unlink()
-    found = good(verify(artifacts, "--max-drop", "5", "--workers", "0", "--json", data=digits))
+    found = good(verify(artifacts, "--max-drop", "10", "--workers", "0", "--json", data=digits))
     assert found["baseline"]["status"] == "unpublished"
     assert "4 of the 10 classes" in found["baseline"]["sentence"]
     assert found["baseline"]["published_top1"] is None
@@ -184,12 +184,12 @@ def test_what_has_no_class_stops_before_the_work_or_is_left_out(
     (digits / "stray.png").write_bytes(whole)
     (digits / "3" / ".ipynb_checkpoints").mkdir()
     (digits / "3" / ".ipynb_checkpoints" / "a-checkpoint.png").write_bytes(whole)
-    at = ("--max-drop", "2", "--workers", "0", "--json")
+    at = ("--max-drop", "4", "--workers", "0", "--json")
     result = verify(artifacts, *at, data=digits)
-    refused(result, 1, "1 of 201 images have no class: stray.png", "--skip-unlabelled")
+    refused(result, 1, "1 of 101 images have no class: stray.png", "--skip-unlabelled")
     assert "load clip-vit-demo" not in result.stderr
     found = good(verify(artifacts, *at, "--skip-unlabelled", data=digits))
-    assert found["images"] == 200
+    assert found["images"] == 100
     told = " ".join(found["problems"])
     assert "1 images without a class were left out: stray.png" in told
     assert "3/.ipynb_checkpoints/a-checkpoint.png is hidden" in told
@@ -200,9 +200,9 @@ def test_images_of_unusual_names_are_judged_too(artifacts: Path, digits: Path) -
         if number % 5 == 0:
             path.rename(path.with_suffix((".apng", ".orig", "")[number % 3]))
     (digits / "3" / "readme.doc").write_text("no image")
-    at = ("--max-drop", "2", "--workers", "0", "--json")
+    at = ("--max-drop", "4", "--workers", "0", "--json")
     found = good(verify(artifacts, *at, data=digits))
-    assert found["images"] == 200
+    assert found["images"] == 100
     assert "1 files are not images and were left out: 3/readme.doc" in found["problems"]
 
 
@@ -212,7 +212,7 @@ def test_merge_holds_named_labels_against_the_shards(artifacts: Path, digits: Pa
     table.write_text("".join(f"{name} {digit}\n" for name, digit in rows))
     other = digits.parent / "other.txt"
     other.write_text("".join(f"{name} {9 - int(digit)}\n" for name, digit in rows))
-    at = ("--max-drop", "2", "--workers", "0")
+    at = ("--max-drop", "4", "--workers", "0")
     for shard in ("1/2", "2/2"):
         words = (*at[2:], "--shard", shard, "--labels", table)
         assert verify(artifacts, *words, data=digits).exit_code == 0
@@ -234,5 +234,6 @@ def test_every_stage_names_the_files_that_it_leaves_out(artifacts: Path, digits:
     result = run("predict", digits, *at, "--json")
     assert told in result.stderr
     assert told in json.loads(result.stdout)["problems"]
-    for command in ("search", "bisect"):
-        assert told in run(command, "--data", digits, *at).stderr
+    search = ("search", "--fixed-plan", "--search-images", "22", "--max-drop", "15")
+    for words in (search, ("bisect", "--images", "2")):
+        assert told in run(*words, "--data", digits, *at).stderr

@@ -26,7 +26,7 @@ from click.testing import CliRunner
 if sys.platform == "win32" or not os.path.exists("/dev/full"):
     pytest.skip("POSIX shells and /dev/full", allow_module_level=True)
 
-from command_cases import prepare
+from command_cases import SEARCH, prepare
 from graph_faults import ruin, turn_answers
 from interrupts import hear_interrupts
 
@@ -240,9 +240,13 @@ def folder(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) 
 
 GRAPH = f"artifacts/{cards.DEMO}/int8.onnx"
 BAD = "--workspace regressed"
-VERIFY = "verify --data few.zip --images 64 --max-drop 8 --workers 0 --graphs-only --no-cache-crops"
+VERIFY = (
+    "verify --data few.zip --images 24 --max-drop 15 --workers 0 --graphs-only --no-cache-crops"
+)
 # So few images prove no such drop.
-DEPLOY = "deploy --fp16 --val-data few.zip --max-drop 0.01 --graphs-only --no-benchmark"
+DEPLOY = (
+    "deploy --fp16 --val-data few.zip --val-images 24 --max-drop 0.01 --graphs-only --no-benchmark"
+)
 NEEDS_TENSORRT = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="needs TensorRT-RTX")
 REAL = [
     (f"{VERIFY} --json", "all closed", 0),
@@ -252,13 +256,12 @@ REAL = [
     (f"{VERIFY} {BAD} --quiet", "no columns", 3),
     pytest.param(DEPLOY, "gone", 3, marks=NEEDS_TENSORRT),
     pytest.param(f"{DEPLOY} --json", "both full", 3, marks=NEEDS_TENSORRT),
-    ("search --data few.zip --max-drop 15 --fixed-plan", "both full", 0),
+    (SEARCH, "both full", 0),
     ("bisect --data test.zip --images 1", "both full", 0),
     (f"inspect {GRAPH}", "one column", 0),
     (f"inspect {GRAPH}", "gone", 0),
     (f"inspect {GRAPH} --json", "both full", 1),
     ("inspect nowhere.onnx", "messages closed", 1),
-    pytest.param("demo --workspace another", "both full", 0, marks=[pytest.mark.slow]),
 ]
 
 

@@ -23,7 +23,7 @@ import pytest
 if sys.platform == "win32":
     pytest.skip("POSIX signals", allow_module_level=True)
 
-from command_cases import prepare
+from command_cases import SEARCH, prepare
 from command_server import Command, CommandServer, command_server
 
 from clipdeploy.models import cards
@@ -64,9 +64,9 @@ KILLED = (
         (f"{MODEL}/int8.onnx", f"{MODEL}/calibration.json"),
         engine=True,
     ),
-    Killed("verify --data test.zip --images 96 --max-drop 20 --output verdict.json"),
-    Killed("bisect --data test.zip --images 8 --output bisection.svg"),
-    Killed("search --data few.zip --max-drop 15 --fixed-plan"),
+    Killed("verify --data test.zip --images 24 --max-drop 20 --batch 4 --output verdict.json"),
+    Killed("bisect --data test.zip --images 2 --output bisection.svg"),
+    Killed(SEARCH),
     Killed("benchmark --batch 1 --rounds 3 --warmup 0.01 --output speed.svg", measured=True),
     Killed("package --triton models", quick=True),
     Killed(f"package {MODEL}/int8.onnx --triton old --force", quick=True),

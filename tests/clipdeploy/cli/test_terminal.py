@@ -16,6 +16,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,7 @@ from clipdeploy.workspace.folder import Workspace
 TO_COPY = re.compile(r".*-> |\s*\S+$")
 NUMBER = re.compile(r"[+-]?\d[\d.,:]*(?:e[+-]\d+)?")
 NARROW, BROAD = 80, 160
+FULL = Path("/dev/full")
 
 
 @dataclass(frozen=True)
@@ -59,23 +61,43 @@ Show = Callable[..., Shown]
 def show(
     complete_demo: Workspace, server: CommandServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Show:
-    """Runs a case once for each way to look at it, in a folder of its own."""
+    """Runs a case once for each way to look at it, in a folder of its own; a long one always in the
+    same folder, where it has been run before unless ``first``.
+    """
 
     @functools.cache
-    def run(words: str, columns: int | None = None, *, colour: bool = True) -> Shown:
+    def prepared(words: str) -> Path:
         folder = tmp_path_factory.mktemp("run")
         prepare(complete_demo, folder)
+        return folder
+
+    @functools.cache
+    def run(
+        words: str,
+        columns: int | None = None,
+        *,
+        colour: bool = True,
+        first: bool = False,
+        full: bool = False,
+    ) -> Shown:
+        long = next((case.words for case in LONG if words.startswith(case.words)), None)
+        if long and not first:
+            run(long, NARROW, first=True)
+        folder = prepared(long or f"{words} {columns} {colour}")
         env = dict.fromkeys(("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "COLORTERM"))
         env |= {"TERM": "xterm-256color"} | ({} if colour else {"NO_COLOR": "1"})
         if columns is None:
-            out, err = folder / "out", folder / "err"
+            out, err = (FULL, FULL) if full else (folder / "out", folder / "err")
+            for path in (folder / "out", folder / "err"):
+                path.unlink(missing_ok=True)
             command = Command(tuple(words.split()), str(folder), str(out), str(err), env)
             status = server.run(command)
-            return Shown(out.read_bytes(), err.read_bytes(), status)
+            return Shown(*((b"", b"") if full else (out.read_bytes(), err.read_bytes())), status)
         with terminal(columns) as seen, terminal(columns) as told:
             command = Command(tuple(words.split()), str(folder), seen.path, told.path, env)
             status = server.run(command)
-        shutil.rmtree(folder)
+        if not long:
+            shutil.rmtree(folder)
         return Shown(seen.raw, told.raw, status)
 
     return run
@@ -90,6 +112,7 @@ def _parameters() -> Iterator[object]:
             yield pytest.param(case, id=case.words.replace(" ", "_"), marks=marks)
 
 
+LONG = [case for cases in CASES.values() for case in cases if case.long]
 every_case = pytest.mark.parametrize("case", list(_parameters()))
 
 
@@ -112,17 +135,42 @@ def test_every_command_is_shown() -> None:
     assert set(CASES) == runnable_commands(main)
 
 
+def check_screens(case: Case, shown: Shown, columns: int) -> None:
+    for lines in (screen(shown.out), screen(shown.err)):
+        assert case.program or too_wide(lines, columns) == []
+        # An ellipsis stands for something that nobody can read.
+        assert "…" not in "".join(lines)
+        assert "Traceback" not in "".join(lines)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TENSORRT, reason="needs TensorRT-RTX")
+@pytest.mark.parametrize("case", LONG, ids=lambda case: case.words.replace(" ", "_"))
+def test_the_first_run_of_a_long_command(case: Case, show: Show) -> None:
+    shown = show(case.words, NARROW, first=True)
+    assert shown.status == 0, screen(shown.err)
+    check_screens(case, shown, NARROW)
+    # The other tests look at runs whose work is done, which show the same result.
+    again = show(case.words)
+    assert words_of(screen(shown.out)) == words_of(again.out.decode().splitlines())
+    assert b"build the " in shown.err
+    assert b"build the " not in again.err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TENSORRT or not FULL.exists(), reason="needs TensorRT-RTX and /dev/full")
+@pytest.mark.parametrize("case", LONG, ids=lambda case: case.words.replace(" ", "_"))
+def test_a_long_command_keeps_its_code_on_a_full_disk(case: Case, show: Show) -> None:
+    assert show(case.words, full=True).status == 0
+
+
 @every_case
 def test_in_a_terminal(case: Case, show: Show) -> None:
     narrow, broad = show(case.words, NARROW), show(case.words, BROAD, colour=False)
     file = show(case.words)
     assert (narrow.status, broad.status, file.status) == (0, 0, 0), screen(narrow.err)
     for shown, columns in ((narrow, NARROW), (broad, BROAD)):
-        for lines in (screen(shown.out), screen(shown.err)):
-            assert case.program or too_wide(lines, columns) == []
-            # An ellipsis stands for something that nobody can read.
-            assert "…" not in "".join(lines)
-            assert "Traceback" not in "".join(lines)
+        check_screens(case, shown, columns)
     # Nothing is lost for want of room: no word, and no piece of one.
     assert words_of(screen(narrow.out)) == words_of(screen(broad.out))
     assert words_of(screen(narrow.out)) == words_of(file.out.decode().splitlines())

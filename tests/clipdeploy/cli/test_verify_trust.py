@@ -27,7 +27,7 @@ from clipdeploy.verification import results as results_file
 from clipdeploy.verification.verifier import VerifyConfig
 from clipdeploy.workspace.folder import Workspace
 
-SOME = ("--max-drop", "6", "--batch", "8", "--workers", "0")
+SOME = ("--max-drop", "15", "--batch", "4", "--workers", "0")
 
 
 @pytest.fixture
@@ -39,11 +39,11 @@ def whole_workspace(demo_workspace: Workspace, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def bitmaps(digits: Path, tmp_path: Path) -> Path:
-    """Eighty digits in class folders as BMP: all files have one size, and are from yesterday."""
+    """Forty digits in class folders as BMP: all files have one size, and are from yesterday."""
     for path in digits.rglob("*.png"):
         place = tmp_path / "bitmaps" / path.parent.name / f"{path.stem}.bmp"
         place.parent.mkdir(parents=True, exist_ok=True)
-        if len(list(place.parent.iterdir())) < 8:
+        if len(list(place.parent.iterdir())) < 4:
             Image.open(path).convert("RGB").save(place)
             os.utime(place, (1, 1))
     return tmp_path / "bitmaps"
@@ -81,14 +81,14 @@ def shards(artifacts: Path, data: Path, *more: str) -> None:
 
 
 def test_shards_of_an_artifact_that_was_replaced_since(artifacts: Path) -> None:
-    shards(artifacts, TEST, "--images", "64")
+    shards(artifacts, TEST, "--images", "24")
     before = graph(artifacts).read_bytes()
     ruin(graph(artifacts))
-    refused(merge(artifacts, "--max-drop", "6"), 1, "fp32.onnx has been replaced since")
+    refused(merge(artifacts, "--max-drop", "15"), 1, "fp32.onnx has been replaced since")
     graph(artifacts).unlink()
-    refused(merge(artifacts, "--max-drop", "6"), 1, "fp32.onnx is missing")
+    refused(merge(artifacts, "--max-drop", "15"), 1, "fp32.onnx is missing")
     graph(artifacts).write_bytes(before)
-    assert good(merge(artifacts, "--max-drop", "6", "--json"))
+    assert good(merge(artifacts, "--max-drop", "15", "--json"))
 
 
 def test_shards_of_two_artifacts_under_one_name(artifacts: Path) -> None:
@@ -109,7 +109,7 @@ def test_shards_of_two_sets_of_images_with_the_same_names(artifacts: Path, bitma
         ):
             shutil.copy(theirs, mine)
     assert verify(artifacts, *SOME, "--shard", "2/2", data=bitmaps).exit_code == 0
-    refused(merge(artifacts, "--max-drop", "6"), 1, "not of one run", "contents")
+    refused(merge(artifacts, "--max-drop", "15"), 1, "not of one run", "contents")
 
 
 @pytest.mark.parametrize("when", ["between the shards", "before the merge"])
@@ -127,13 +127,13 @@ def test_one_image_that_was_replaced_under_its_name(
         shutil.copy(other, bitmaps / name)
     assert verify(artifacts, *SOME, "--shard", "2/2", data=bitmaps).exit_code == 0
     shutil.copy(other, bitmaps / name)
-    found = merge(artifacts, "--max-drop", "6")
+    found = merge(artifacts, "--max-drop", "15")
     refused(found, 1, f"{name} in ", "is not the image that was verified")
 
 
 def test_a_merge_uses_its_shards_up(artifacts: Path) -> None:
-    shards(artifacts, TEST, "--images", "64")
-    assert good(merge(artifacts, "--max-drop", "6", "--json"))
+    shards(artifacts, TEST, "--images", "24")
+    assert good(merge(artifacts, "--max-drop", "15", "--json"))
     assert sorted(path.name for path in folder(artifacts).glob("verification*")) == [
         "verification.jsonl"
     ]
@@ -143,24 +143,24 @@ def test_a_merge_uses_its_shards_up(artifacts: Path) -> None:
 def test_a_finished_run_is_no_shard_to_be_removed(artifacts: Path) -> None:
     whole = verify(artifacts, *FEW, "--json")
     kept = folder(artifacts) / "verification.jsonl"
-    assert merge(artifacts, kept, "--max-drop", "6", "--json").stdout == whole.stdout
+    assert merge(artifacts, kept, "--max-drop", "15", "--json").stdout == whole.stdout
     assert kept.exists()
 
 
 def test_a_merge_without_the_images_says_so(artifacts: Path, bitmaps: Path) -> None:
     shards(artifacts, bitmaps)
     bitmaps.rename(bitmaps.with_name("moved"))
-    found = good(merge(artifacts, "--max-drop", "6", "--json"))
+    found = good(merge(artifacts, "--max-drop", "15", "--json"))
     assert any("images were not compared with the records" in each for each in found["problems"])
     bitmaps.with_name("moved").rename(bitmaps)
     shards(artifacts, bitmaps, "--force")
-    assert not good(merge(artifacts, "--max-drop", "6", "--json"))["problems"]
+    assert not good(merge(artifacts, "--max-drop", "15", "--json"))["problems"]
 
 
 def test_a_merge_finds_moved_images(artifacts: Path, bitmaps: Path) -> None:
     shards(artifacts, bitmaps)
     moved = bitmaps.rename(bitmaps.with_name("moved"))
-    found = good(merge(artifacts, "--max-drop", "6", "--data", moved, "--json"))
+    found = good(merge(artifacts, "--max-drop", "15", "--data", moved, "--json"))
     assert not found["problems"]
 
 
@@ -226,7 +226,7 @@ def test_what_is_known_of_an_artifact_is_not_computed_again(
             rows = {row["artifact"]: row for row in three["rows"]}
             assert found["rows"] == [rows[str(name)] for name in chosen]
         # An early stop goes by the same records.
-        at = ("--images", "64", "--batch", "8", "--workers", "0", "--max-drop", "30")
+        at = ("--images", "24", "--batch", "3", "--workers", "0", "--max-drop", "50")
         assert good(verify(whole_workspace, *names, *at, "--sequential", "--json"))["sequential"]
     other = whole_workspace / "other.onnx"
     shutil.copy(names[0], other)
@@ -249,7 +249,7 @@ def test_without_a_gpu_the_way_out_is_named_and_costs_nothing(
     no_run(monkeypatch)
     result = verify(artifacts, *FEW, "--graphs-only")
     assert result.exit_code == 0
-    line = "EQUIVALENT: 1 graph loses no more than 6.00 points of top-1; 1 engine not executed"
+    line = "EQUIVALENT: 1 graph loses no more than 15.00 points of top-1; 1 engine not executed"
     assert line in " ".join(result.stdout.split())
 
 
@@ -266,11 +266,11 @@ def test_a_second_run_at_once_is_refused_and_the_first_one_named(artifacts: Path
 
 
 def copied(digits: Path, place: Path, save: Callable[[Path, Path], object]) -> Path:
-    """Ten digits, one of each class, fifty times each."""
+    """Ten digits, one of each class, ten times each: 100 different ones prove 4 points."""
     for digit in range(10):
         first = min((digits / str(digit)).iterdir())
         (place / str(digit)).mkdir(parents=True)
-        for number in range(50):
+        for number in range(10):
             save(first, place / str(digit) / f"{number}")
     return place
 
@@ -297,25 +297,29 @@ def _jpeg(source: Path, path: Path) -> None:
 
 
 @pytest.mark.parametrize("save", [_same_bytes, _lossless, _jpeg])
-def test_ten_images_copied_fifty_times_prove_nothing(
+def test_ten_images_copied_ten_times_prove_nothing(
     save: Callable[[Path, Path], object], artifacts: Path, digits: Path, tmp_path: Path
 ) -> None:
     data = copied(digits, tmp_path / "copies", save)
-    result = verify(artifacts, "--workers", "0", "--baseline", "none", "--json", data=data)
+    at = ("--max-drop", "4", "--workers", "0")
+    result = verify(artifacts, *at, "--baseline", "none", "--json", data=data)
     assert result.exit_code == 3
     found = json.loads(result.stdout)
     assert found["rows"][0]["verdict"] == "undecided"
     assert found["images"] - found["near_copies"] == 10
-    assert found["images"] + found["copies"] == 500
+    assert found["images"] + found["copies"] == 100
 
 
 def leaky(whole: Path, digits: Path, save: Callable[[Path, Path], object]) -> Path:
-    """The test digits, and a calibration image saved anew."""
+    """Three test digits of each class, and a calibration image saved anew."""
     import zipfile
 
     name = load_table(folder(whole) / "calibration.json").images[7].name
     with zipfile.ZipFile(cards.demo_file("calibration.zip")) as archive:
         archive.extract(name, whole)
+    for place in digits.iterdir():
+        for path in sorted(place.iterdir())[3:]:
+            path.unlink()
     save(whole / name, digits / Path(name).parent.name / "7")
     return digits
 
@@ -325,7 +329,7 @@ def test_a_calibration_image_saved_anew_is_a_leak(
     save: Callable[[Path, Path], object], whole_workspace: Path, digits: Path
 ) -> None:
     data = leaky(whole_workspace, digits, save)
-    at = ("--max-drop", "6", "--workers", "0", "--graphs-only")
+    at = ("--max-drop", "15", "--workers", "0", "--graphs-only")
     refused(verify(whole_workspace, *at, data=data), 1, "was used for calibration")
     found = good(verify(whole_workspace, *at, "--allow-leak", "--json", data=data))
     assert (found["leaked"], found["near_leaked"]) == (1, 0)
@@ -352,7 +356,7 @@ def test_a_calibration_that_knows_no_pixels_is_named_in_the_result(whole_workspa
 
 def test_one_saved_with_loss_is_counted(whole_workspace: Path, digits: Path) -> None:
     data = leaky(whole_workspace, digits, _jpeg)
-    at = ("--max-drop", "6", "--workers", "0", "--graphs-only", "--json")
+    at = ("--max-drop", "15", "--workers", "0", "--graphs-only", "--json")
     found = good(verify(whole_workspace, *at, data=data))
     assert (found["leaked"], found["near_leaked"]) == (0, 1)
     assert any("1 images look almost like one" in each for each in found["problems"])
@@ -366,7 +370,7 @@ def test_unknown_calibration_images_are_unknown(how: str, whole_workspace: Path)
     if how == "no calibration":
         table.unlink()
     elif how == "another calibration":
-        images = ("--images", "64", "--data", cards.demo_file("calibration.zip"))
+        images = ("--images", "24", "--data", cards.demo_file("calibration.zip"))
         where = ("--model", "demo", "--workspace", whole_workspace)
         assert run("calibrate", *images, *where, "--force").exit_code == 0
     else:
@@ -387,8 +391,8 @@ def test_a_shard_alone_is_no_pass(artifacts: Path) -> None:
         Workspace(artifacts),
         cards.DEMO,
         TEST,
-        VerifyConfig(max_drop=6, batch=8, workers=0, shard=(1, 2)),
-        VerifyScope(limit=64),
+        VerifyConfig(max_drop=15, batch=3, workers=0, shard=(1, 2)),
+        VerifyScope(limit=24),
     )
     assert shard.verification is None
     assert not shard

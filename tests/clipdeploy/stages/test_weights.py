@@ -45,9 +45,25 @@ def workspace(tmp_path: Path) -> Workspace:
     return Workspace(tmp_path / "artifacts")
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Read only, since the workspace below names it."""
+    return fine_tuned(tmp_path_factory.mktemp("checkpoint") / "mine.safetensors")
+
+
+@pytest.fixture(scope="module")
+def made(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """The checkpoint, exported.  Read only."""
+    workspace = Workspace(tmp_path_factory.mktemp("made") / "artifacts")
+    export_model(workspace, cards.DEMO, WeightsChoice(checkpoint))
+    return workspace
+
+
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    return fine_tuned(tmp_path / "mine.safetensors")
+def exported(made: Workspace, workspace: Workspace) -> Workspace:
+    """The checkpoint, exported into a workspace that may be changed."""
+    shutil.copytree(made.root, workspace.root)
+    return workspace
 
 
 @pytest.mark.parametrize("own", ["checkpoint", "seed", "resized"])
@@ -68,72 +84,65 @@ def test_exporting_again_keeps_the_weights(own: str, workspace: Workspace, tmp_p
 
 
 @pytest.mark.parametrize("gone", ["missing", "damaged"])
-def test_weights_are_known_without_the_fp32_graph(
-    gone: str, workspace: Workspace, checkpoint: Path
-) -> None:
-    graph = export_model(workspace, cards.DEMO, WeightsChoice(checkpoint)).path
-    convert_model(workspace, cards.DEMO)
-    before = weights(workspace)
+def test_weights_are_known_without_the_fp32_graph(gone: str, exported: Workspace) -> None:
+    graph = exported.graph(cards.DEMO, "fp32")
+    convert_model(exported, cards.DEMO)
+    before = weights(exported)
     if gone == "missing":
         graph.unlink()
     else:
         graph.write_bytes(graph.read_bytes()[:1000])
-    export_model(workspace, cards.DEMO)
-    assert weights(workspace) == before
+    export_model(exported, cards.DEMO)
+    assert weights(exported) == before
 
 
-def test_deploying_keeps_the_weights(
-    workspace: Workspace, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_deploying_keeps_the_weights(exported: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
-    export_model(workspace, cards.DEMO, WeightsChoice(checkpoint))
-    before = weights(workspace)
+    before = weights(exported)
 
     def stop(*args: object) -> None:
         raise BuildError("far enough", hint="")
 
     monkeypatch.setattr(Compiler, "compile", stop)
     with pytest.raises(BuildError, match="far enough"):
-        deploy_model(workspace, cards.DEMO, replace(CONFIG, precision="fp32", calibration=None))
-    assert weights(workspace) == before
+        deploy_model(exported, cards.DEMO, replace(CONFIG, precision="fp32", calibration=None))
+    assert weights(exported) == before
 
 
 @pytest.mark.parametrize("other", ["checkpoint", "seed"])
 def test_other_weights_are_refused_and_taken_on_purpose(
-    other: str, workspace: Workspace, checkpoint: Path, tmp_path: Path
+    other: str, exported: Workspace, checkpoint: Path, tmp_path: Path
 ) -> None:
-    export_model(workspace, cards.DEMO, WeightsChoice(checkpoint))
-    before = weights(workspace)
+    before = weights(exported)
     second = fine_tuned(tmp_path / "second.safetensors", -0.02)
     choice = WeightsChoice(random_seed=3) if other == "seed" else WeightsChoice(second)
     named = "random weights, seed 3" if other == "seed" else str(second)
     with pytest.raises(UsageError, match="--replace-weights") as error:
-        export_model(workspace, cards.DEMO, choice, force=True)
+        export_model(exported, cards.DEMO, choice, force=True)
     assert str(checkpoint) in str(error.value)
     assert named in str(error.value)
-    assert weights(workspace) == before
+    assert weights(exported) == before
 
     options = ("--random-init", "3") if other == "seed" else ("--checkpoint", second)
-    at = ("--model", "demo", "--workspace", workspace.root)
+    at = ("--model", "demo", "--workspace", exported.root)
     assert run("export", *at, *options).exit_code == 2
-    assert weights(workspace) == before
+    assert weights(exported) == before
     assert run("export", *at, *options, "--replace-weights").exit_code == 0
-    assert named in weights(workspace).description
+    assert named in weights(exported).description
     # Without a choice: the published ones.
     assert run("export", *at, "--replace-weights").exit_code == 0
-    assert weights(workspace).path == str(cards.demo_file("weights.safetensors"))
+    assert weights(exported).path == str(cards.demo_file("weights.safetensors"))
 
 
 def test_published_weights_give_way_to_a_named_checkpoint(
-    workspace: Workspace, checkpoint: Path
+    demo_workspace: Workspace, workspace: Workspace, checkpoint: Path
 ) -> None:
-    export_model(workspace, cards.DEMO)
+    shutil.copytree(demo_workspace.root, workspace.root)
     assert export_model(workspace, cards.DEMO, WeightsChoice(checkpoint)).changed
 
 
-def test_a_checkpoint_that_has_changed_or_is_gone(
-    workspace: Workspace, checkpoint: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_that_has_changed_or_is_gone(workspace: Workspace, tmp_path: Path) -> None:
+    checkpoint = fine_tuned(tmp_path / "mine.safetensors")
     export_model(workspace, cards.DEMO, WeightsChoice(checkpoint))
     before = weights(workspace)
     kept = shutil.copy(checkpoint, tmp_path / "moved.safetensors")

@@ -124,7 +124,7 @@ def test_outliers_without_smoothing_leave_a_mixed_graph(outliers: Workspace) -> 
     passport = read_passport(outliers.graph(cards.DEMO, "int8"))
     assert passport.settings["int8_nodes"] == 24 - len(passport.settings["exclude"])
     verified = verify_model(
-        outliers, cards.DEMO, TEST, scope=VerifyScope(graphs_only=True)
+        outliers, cards.DEMO, TEST, scope=VerifyScope(graphs_only=True, limit=20)
     ).verification
     assert verified is not None
     assert [row.precision for row in verified.rows] == ["fp32", "int8"]
