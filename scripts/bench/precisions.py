@@ -92,8 +92,8 @@ def print_accuracy(variants: Path | None, folder: Path) -> None:
 
 def print_kernels(models: list[str], workspace: Workspace) -> None:
     """Print the table of ``kernels``."""
-    print(f"{'':56}" + "".join(f"{name:>18}" for name in CASES))
-    print(f"{'':56}" + f"{'MB':>8}{'all':>5}{'block':>5}" * len(CASES))
+    print(f"{'':24}" + "".join(f"{name:>18}" for name in CASES))
+    print(f"{'':24}" + f"{'MB':>7}{'all':>5}{'block':>6}" * len(CASES))
     for model in models:
         export_model(workspace, model, WeightsChoice(random_seed=0))
         calibrate_model(workspace, model, DIGITS, CalibrateConfig(images=4))
@@ -103,8 +103,8 @@ def print_kernels(models: list[str], workspace: Workspace) -> None:
             made = build_engine(graph, workspace.engine(model, precision), TARGETS).passport
             blocks = [n for name, n in made.kernels.items() if name.startswith("blocks.")]
             total = sum(made.kernels.values())
-            cells.append(f"{made.plan_bytes / 1e6:8.0f}{total:5}{max(blocks):5}")
-        print(f"{model:56}{''.join(cells)}", flush=True)
+            cells.append(f"{made.plan_bytes / 1e6:7.0f}{total:5}{max(blocks):6}")
+        print(f"{model:24}{''.join(cells)}", flush=True)
 
 
 def main() -> None:

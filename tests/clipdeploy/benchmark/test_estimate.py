@@ -72,7 +72,7 @@ def test_a_linear_left_in_fp16_and_quantised_attention_are_read(workspace: Works
     found = estimate_artifacts(workspace.graph(cards.DEMO, "int8"), "L4", (8,))
     (row,) = found.rows
     assert row.formats == {"int8": 22, "fp16": 2}
-    assert row.attention == {"int8": 6}
+    assert row.attention == {"int8": 5, "fp16": 1}
 
 
 def test_fp8_graphs_and_gpus_without_it(workspace: Workspace, tmp_path: Path) -> None:

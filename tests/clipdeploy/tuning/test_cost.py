@@ -58,10 +58,10 @@ def test_only_fc1_and_fc2_share_a_kernel() -> None:
     assert sum(gains.values()) == pytest.approx(costs.total(none) - costs.total(frozenset(gains)))
 
 
-def test_int8_costs_seven_eighths_on_an_h100_and_more_than_fp16_on_a_b300() -> None:
+def test_int8_costs_four_fifths_on_an_h100_and_more_than_fp16_on_a_b300() -> None:
     _, costs = costs_of("clip-vit-base-p16", "H100-SXM", 32)
     assert costs.relative(frozenset()) == 1
-    assert costs.relative(frozenset(costs.order)) == pytest.approx(1 / 1.14, rel=0.03)
+    assert costs.relative(frozenset(costs.order)) == pytest.approx(1 / 1.25, rel=0.03)
     # proj moves more bytes than it saves operations.
     assert costs.gains()["blocks.3.attn.proj"] < 0 < costs.gains()["blocks.3.mlp.fc2"]
     _, without = costs_of("clip-vit-base-p16", "B300", 32)
