@@ -73,7 +73,7 @@ class NumberFormat(ABC):
 
     @abstractmethod
     def squared_integral(self, units: F64) -> F64:
-        """The integral of (q - u) ** 2 from 0 to |u|, with the sign of u, any shape; u = x / step."""
+        """The integral of (q - u) ** 2 from 0 to |u|, with u's sign, of any shape; u = x / step."""
 
     @abstractmethod
     def error_integral(self, units: F64) -> F64:
