@@ -36,8 +36,8 @@ __all__ = [
 ]
 
 HEAD, PATCH = "head", "patch_embed"
-# TensorRT-RTX (1.7) fuses no 8-bit products with one row: it would compile the last block to 15
-# kernels in INT8 instead of 9, and its attention to FP16 in FP8 (scripts/bench/precisions.py).
+# TensorRT-RTX (1.7) fuses no 8-bit products with one row: in INT8 they would take more kernels than
+# in FP16, and those of FP8 are computed in FP16.
 _ONE_ROW = "only the class token leaves the last block"
 _BLOCK_LINEAR = re.compile(r"^blocks\.(\d+)\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)$")
 _BLOCK_NUMBER = re.compile(r"^blocks\.\d+")
