@@ -19,9 +19,9 @@ from typing import Any
 
 from clipdeploy.core.errors import FileError
 from clipdeploy.core.files import file_errors, open_regular
-from clipdeploy.core.leftovers import HeldError, RemovedError, try_lock
+from clipdeploy.core.leftovers import HeldError, RemovedError, remove_leftovers, try_lock
 
-__all__ = ["sole_writer"]
+__all__ = ["remove_abandoned_lock", "sole_writer"]
 
 # Larger than any lock file.
 _MOST_BYTES = 4096
@@ -50,7 +50,7 @@ def sole_writer(path: Path, what: str) -> Iterator[None]:
     Raises:
         FileError: another process or thread holds the lock, or the lock file cannot be created.
     """
-    lock = path.with_name(f".{path.name}.lock")
+    lock = _lock_of(path)
     descriptor = _acquire(path, lock, what)
     try:
         yield
@@ -63,6 +63,16 @@ def sole_writer(path: Path, what: str) -> Iterator[None]:
                 if os.path.samestat(lock.stat(), os.fstat(descriptor)):
                     lock.unlink()
             os.close(descriptor)
+
+
+def remove_abandoned_lock(path: Path) -> None:
+    """Remove the lock on ``path`` that a killed process left, if there is nothing to write."""
+    lock = _lock_of(path)
+    remove_leftovers(lock.parent, lock.name)
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
 
 
 def _acquire(path: Path, lock: Path, what: str) -> int | None:

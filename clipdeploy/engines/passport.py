@@ -58,6 +58,9 @@ _LIBRARIES = (
 BatchProfile = tuple[int, int, int]
 # Far above any real value: 30 days, and 256 batch profiles.
 _MOST_SECONDS = 30 * 24 * 3600
+# Most kernels of a block in INT8 or FP8 whose attention is FP16 or one fused kernel; with INT8
+# attention that is not fused it has 15 (scripts/bench/precisions.py).
+_MOST_FUSED = 10
 _MOST_PROFILES = 256
 
 
@@ -95,7 +98,7 @@ class EnginePassport:
     without a GPU.  ``asked`` lists the precisions that the graph requests, per block; ``compiled``
     those in the build log, None if it lists no layers.  ``kernels`` counts the kernels of each
     block in the plan for its first profile; it is empty if the plan does not list them.
-    ``checked_products`` is the number of INT8 products with a weight that were found in the plan
+    ``checked_products`` is the number of 8-bit products with a weight that were found in the plan
     and do not overflow.
     """
 
@@ -162,7 +165,7 @@ class EnginePassport:
 
     @property
     def unchecked(self) -> tuple[str, ...]:
-        """A sentence if INT8 products could not be checked for overflow, else nothing.
+        """A sentence if 8-bit products could not be checked for overflow, else nothing.
 
         Only TensorRT-RTX needs the check, see :mod:`clipdeploy.engines.plan_text`.
         """
@@ -174,10 +177,25 @@ class EnginePassport:
         return (f"only {found} 8-bit products were checked for overflow in float16",)
 
     @property
+    def unfused(self) -> tuple[str, ...]:
+        """A sentence if TensorRT-RTX compiled INT8 attention to many kernels, else nothing."""
+        counts = [
+            self.kernels.get(each.block, 0) for each in self.asked if "int8" in each.attention
+        ]
+        many = [count for count in counts if count > _MOST_FUSED]
+        if not many:
+            return ()
+        return (
+            f"TensorRT-RTX did not fuse the INT8 attention of {len(many)} blocks, which have up to "
+            f"{max(many)} kernels each instead of {_MOST_FUSED} or fewer: leave out "
+            "--quantize-attention, or use --fp8",
+        )
+
+    @property
     def remarks(self) -> tuple[str, ...]:
         """What differs from the request, and what was not checked, one sentence each."""
         fallbacks = (f"not compiled as requested: {text}" for text in self.fallbacks)
-        return (*fallbacks, *self.unchecked)
+        return (*fallbacks, *self.unfused, *self.unchecked)
 
     @property
     def rebuild(self) -> str:

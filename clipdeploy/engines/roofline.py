@@ -56,6 +56,9 @@ LAUNCH_SECONDS = 0.9e-6
 # The share of the peak rate that matrix products reach; see above.
 PRODUCT_SHARE = 0.7
 
+# TensorRT-RTX fuses INT8 attention of 197 tokens and not of 577 (docs/numbers.md); FP8 of both.
+_MOST_FUSED_TOKENS = 197
+
 _ROLES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 # Format by name: of Linears, such as ``blocks.3.mlp.fc1``, and of attention's two products, such as
@@ -228,7 +231,8 @@ class _Block:
         yield self._linear("attn.qkv", self._n, width, 3 * width)
         split = (2 + _width(self._attention)) * 3 * self._n * width
         yield Kernel("attn.split", self._name, 0, split)
-        if self._attention == "int8" and proj == "fp16":
+        long = self._geometry.tokens > _MOST_FUSED_TOKENS
+        if self._attention == "int8" and (proj == "fp16" or long):
             yield from self._separate_attention()
         else:
             yield from self._fused_attention(proj)
@@ -261,7 +265,7 @@ class _Block:
             yield Kernel("attn.transpose", self._name, 0, 2 * self._rows * width)
 
     def _separate_attention(self) -> Iterator[Kernel]:
-        """INT8 products are fused only if their output is INT8 too, for an INT8 proj."""
+        """INT8 products are fused only for an INT8 proj, and for few tokens."""
         form, name = self._attention, self._name
         queries, keys = self._rows * self._geometry.width, self._n * self._geometry.width
         scores = self._rows * self._geometry.heads * self._geometry.tokens

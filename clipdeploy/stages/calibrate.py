@@ -23,7 +23,7 @@ from calibration.table import (
 from clipdeploy.core.display import Renderable, Shown, facts
 from clipdeploy.core.errors import ArtifactError, DatasetError, UsageError
 from clipdeploy.core.files import file_errors, sha256_file
-from clipdeploy.core.locks import sole_writer
+from clipdeploy.core.locks import remove_abandoned_lock, sole_writer
 from clipdeploy.core.passport import Passport
 from clipdeploy.core.paths import StrPath, as_path, as_paths
 from clipdeploy.core.progress import SILENT, Progress
@@ -170,6 +170,7 @@ def calibrate_model(
     if not force and path.exists():
         table = load_table(path)
         if table.source_graph == sha256_file(graph) and _has_all(table, wanted):
+            remove_abandoned_lock(path)
             return CalibrationArtifact(path, table, (), changed=False, problems=problems)
     if cluster is not None:
         job = _cluster_job(workspace, model, data, config, len(chosen.entries))

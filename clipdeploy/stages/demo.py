@@ -17,7 +17,7 @@ from clipdeploy.models import cards
 from clipdeploy.stages.deploy.run import DeployConfig, deploy_model
 from clipdeploy.stages.verify.setup import VerifyScope
 from clipdeploy.verification.result import Verification
-from clipdeploy.workspace.folder import PRECISIONS, Workspace
+from clipdeploy.workspace.folder import Workspace
 from exporters.headers import GraphArtifact
 
 __all__ = ["DemoResult", "run_demo"]
@@ -79,7 +79,7 @@ def run_demo(
     config = DeployConfig(
         val=cards.demo_file("test.zip"),
         calibration=cards.demo_file("calibration.zip"),
-        beside=PRECISIONS,
+        beside=("fp32", "fp16"),
         scope=VerifyScope(graphs_only=not executed),
         benchmark=None,
         package=False,

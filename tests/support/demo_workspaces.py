@@ -6,6 +6,7 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
+from clipdeploy.core.passport import Precision
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.models import cards
 from clipdeploy.pipeline import (
@@ -21,8 +22,10 @@ from clipdeploy.stages.verify.setup import VerifyScope
 from clipdeploy.verification.verifier import VerifyConfig
 from clipdeploy.workspace.folder import Workspace
 
-__all__ = ["TENSORRT", "complete_workspace", "graph_workspace"]
+__all__ = ["MADE", "TENSORRT", "complete_workspace", "graph_workspace"]
 
+# The precisions of the graphs that graph_workspace makes.
+MADE: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 TENSORRT = find_spec("tensorrt_rtx") is not None
 
 

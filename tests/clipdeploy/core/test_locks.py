@@ -19,7 +19,7 @@ import pytest
 
 from clipdeploy.core import leftovers
 from clipdeploy.core.errors import FileError
-from clipdeploy.core.locks import sole_writer
+from clipdeploy.core.locks import remove_abandoned_lock, sole_writer
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX locks")
 
@@ -98,6 +98,20 @@ def test_the_lock_of_a_killed_holder_is_free(path: Path) -> None:
         # The next one signs with its own name.
         assert json.loads(lock_of(path).read_text())["pid"] == os.getpid()
     assert os.listdir(path.parent) == []
+
+
+def test_only_the_lock_of_a_killed_holder_is_removed(path: Path) -> None:
+    with holder(path) as process:
+        remove_abandoned_lock(path)
+        assert lock_of(path).exists()
+        assert "is being written by" in refusal(path)
+        process.kill()
+        process.wait()
+        assert lock_of(path).exists()
+        remove_abandoned_lock(path)
+    assert os.listdir(path.parent) == []
+    # Nothing to do.
+    remove_abandoned_lock(path)
 
 
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])

@@ -214,6 +214,19 @@ def test_other_products_build_too(
     assert {*LINEARS, "head/Gemm"} <= eight
 
 
+@pytest.mark.parametrize(("exclude", "fused"), [((), True), (("*.attn.proj",), False)])
+def test_int8_attention_that_is_not_fused_is_remarked(
+    exclude: tuple[str, ...], fused: bool, demo_workspace: Workspace, tmp_path: Path
+) -> None:
+    source, passport = demo_workspace.source(cards.DEMO)
+    config = QuantizeConfig(exclude, scope=Scope(attention=True), weight_scales="ratio")
+    graph, samples = tmp_path / "int8.onnx", sample_images(passport.preprocess, 3)
+    quantize(source, demo_workspace.calibration(cards.DEMO), graph, samples, config)
+    made = build_engine(graph, tmp_path / "int8.engine", ONE_GPU)
+    assert (made.remarks == ()) == fused
+    assert fused or "did not fuse the INT8 attention of 5 blocks" in made.remarks[0]
+
+
 @pytest.mark.parametrize(("name", "form"), [("int8", "ratio"), ("int8", "tensor")])
 def test_an_int8_convolution_is_refused(
     name: FormatName, form: ScaleForm, demo_workspace: Workspace, tmp_path: Path

@@ -121,6 +121,14 @@ def test_the_kernels_of_every_block_are_those_of_the_plan(
     assert [counts("int8 attention")[name] for name in INNER] == [9, 9, 9, 15]
 
 
+def test_int8_attention_of_many_tokens_is_not_fused() -> None:
+    """As in the plans of ViT-B/16-384: 15 kernels a block in INT8, 9 in FP8."""
+    geometry = Geometry.of_card(cards.find("clip-vit-base-p16-384px"))
+    for form, count in (("int8", 15), ("fp8", 9)):
+        made = kernels(geometry, every_linear(12, form, attention=True), 1)  # type: ignore[arg-type]
+        assert sum(kernel.block == "blocks.3" for kernel in made) == count
+
+
 def test_the_kernels_of_another_format_are_noticed(
     plans: dict[str, tuple[PlanKernel, ...]],
 ) -> None:

@@ -17,6 +17,7 @@ import pytest
 from batch_faults import MIXING_FAULTS, SIZE_FAULTS, BatchFault
 from broken_runners import BrokenRunner
 from cut_graphs import Body, CutRunner, session
+from demo_workspaces import MADE
 from engine_faults import ENGINE_FAULTS, EngineFault, ProfileRunner
 from judging import (
     ALLOWED,
@@ -36,7 +37,7 @@ from clipdeploy.runners import Runner
 from clipdeploy.runners.base import Logits
 from clipdeploy.verification.result import Row
 from clipdeploy.verification.targets import Target
-from clipdeploy.workspace.folder import PRECISIONS, Workspace
+from clipdeploy.workspace.folder import Workspace
 from exporters.headers import read_passport
 
 STEADY: dict[str, BatchFault] = {**MIXING_FAULTS, **SIZE_FAULTS}
@@ -58,7 +59,7 @@ class Bench:
         images = open_images(cards.demo_file("test.zip"), tuple("0123456789"))
         self.model = model
         self.digits = Digits(select(images, COUNT, seed=0), model)
-        self.graphs = {each: workspace.graph(cards.DEMO, each) for each in PRECISIONS}
+        self.graphs = {each: workspace.graph(cards.DEMO, each) for each in MADE}
         self.targets = {
             each: Target(path, "graph", read_passport(path)) for each, path in self.graphs.items()
         }
@@ -92,13 +93,13 @@ def bench(demo_workspace: Workspace, demo_model: LoadedModel) -> Bench:
 
 @pytest.fixture(scope="module")
 def sound(bench: Bench) -> dict[str, CutRunner]:
-    return {each: bench.sound(each) for each in PRECISIONS}
+    return {each: bench.sound(each) for each in MADE}
 
 
 @pytest.fixture(scope="module")
 def judged(bench: Bench) -> dict[str, Row]:
     """Every runner of this file in one run over the same 144 images."""
-    runners = {f"sound {each}": (each, partial(bench.sound, each)) for each in PRECISIONS}
+    runners = {f"sound {each}": (each, partial(bench.sound, each)) for each in MADE}
     for name, fault in GRAPHS.items():
         runners[name] = (fault.precision, partial(bench.faulty, fault))
     for name in CALL_FAULTS:
@@ -112,7 +113,7 @@ def whole(model: onnx.ModelProto) -> ort.InferenceSession:
     return session(model)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", MADE)
 def test_the_sound_graph_in_two_parts_is_the_whole(
     precision: str, bench: Bench, sound: dict[str, CutRunner], judged: dict[str, Row]
 ) -> None:

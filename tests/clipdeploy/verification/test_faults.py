@@ -17,6 +17,7 @@ import onnx
 import pytest
 from broken_runners import RUN_FAULTS, BrokenRunner
 from cut_graphs import Remembered
+from demo_workspaces import MADE
 from graph_faults import FP16_FAULTS, FP32_FAULTS, INT8_FAULTS, RATIO_FAULTS, REGRESSED
 from harmless_changes import FP32_CHANGES, INT8_CHANGES
 from harmless_rewrites import MORE_FP16_CHANGES, MORE_FP32_CHANGES, MORE_INT8_CHANGES
@@ -38,7 +39,7 @@ from clipdeploy.verification.results import ArtifactEntry
 from clipdeploy.verification.targets import Target, named_targets, open_target
 from clipdeploy.verification.verdicts import judge_results
 from clipdeploy.verification.verifier import VerifyConfig, run_verification
-from clipdeploy.workspace.folder import PRECISIONS, Workspace
+from clipdeploy.workspace.folder import Workspace
 from exporters.graphs import load_graph, save_graph
 from exporters.headers import read_passport
 from exporters.precision import Fp16Config, half_precision, io_passport
@@ -134,7 +135,7 @@ def both_forms(workspace: Workspace, folder: Path) -> tuple[Workspace, Path]:
 
 
 def faulty(workspace: Workspace, ratio: Path, folder: Path) -> Iterator[tuple[str, Target]]:
-    graphs = {precision: workspace.graph(cards.DEMO, precision) for precision in PRECISIONS}
+    graphs = {precision: workspace.graph(cards.DEMO, precision) for precision in MADE}
     graphs["int8 in ratio form"] = ratio
     for precision, graph in graphs.items():
         yield f"sound {precision}", target(graph)

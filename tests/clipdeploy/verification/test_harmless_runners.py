@@ -7,6 +7,7 @@ from functools import partial
 import onnx
 import pytest
 from cut_graphs import Body, CutRunner
+from demo_workspaces import MADE
 from harmless_runners import HARMLESS_RUNNERS
 from judging import decibels, judge_runners
 
@@ -17,7 +18,7 @@ from clipdeploy.runners import Runner
 from clipdeploy.verification.result import Row
 from clipdeploy.verification.targets import Target
 from clipdeploy.verification.verifier import VerifyConfig
-from clipdeploy.workspace.folder import PRECISIONS, Workspace
+from clipdeploy.workspace.folder import Workspace
 from exporters.headers import read_passport
 
 CLASSES = tuple("0123456789")
@@ -30,7 +31,7 @@ class Bench:
     """The sound graphs in two parts: the first is computed once for an image."""
 
     def __init__(self, workspace: Workspace) -> None:
-        self._graphs = {each: workspace.graph(cards.DEMO, each) for each in PRECISIONS}
+        self._graphs = {each: workspace.graph(cards.DEMO, each) for each in MADE}
         self._bodies = {each: Body(path) for each, path in self._graphs.items()}
         self.targets = {
             each: Target(path, "graph", read_passport(path)) for each, path in self._graphs.items()
@@ -70,7 +71,7 @@ def test_a_harmless_runner(name: str, judged: dict[str, Row]) -> None:
 
 def test_all_500_digits_prove_a_point_and_a_quarter(bench: Bench, demo_model: LoadedModel) -> None:
     images = open_images(cards.demo_file("test.zip"), CLASSES)
-    runners = {each: (each, partial(bench.sound, each)) for each in PRECISIONS}
+    runners = {each: (each, partial(bench.sound, each)) for each in MADE}
     config = VerifyConfig(max_drop=1.25, batch=50, workers=0)
     rows = judge_runners(demo_model, bench.targets, runners, images, config)
     assert {row.verdict for row in rows.values()} == {"equivalent"}
