@@ -226,7 +226,7 @@ def quantize_config(
 def quantize(
     context: Context, model: str | None, fp8: bool, cpu: bool, force: bool, **recipe: Any
 ) -> None:
-    """Write the INT8 or FP8 graph, from the FP32 graph and its calibration.
+    """Write the INT8 or FP8 graph with the ranges of the calibration.
 
     Quantised operators are marked by QuantizeLinear and DequantizeLinear (Q/DQ).
     """

@@ -107,7 +107,7 @@ def search(
     plot: Path | None,
     **options: Any,
 ) -> int:
-    """Choose INT8 (or FP8) or FP16 for each Linear and write the graph.
+    """Choose 8 bits or FP16 for each Linear and write the graph.
 
     Finds the fastest combination that is proven to lose at most --max-drop of top-1, and confirms
     it on images that the search did not use. The exit code is 3 if they do not confirm it.

@@ -96,8 +96,8 @@ def search() -> SearchResult:
     path = Path(f"artifacts/{LONGEST}/int8.onnx")
     costs = CostModel("macs", "FP16 MACs", 8, {})
     return SearchResult(
-        LONGEST, "data", points[0], tuple(linears), points, costs, SchemeConfig("percentile"),
-        False, 1, judged,
+        LONGEST, "data", points[0], tuple(linears), points, costs, "int8",
+        SchemeConfig("percentile"), False, 1, judged,
         judged, False, path.with_name("recipe.json"), cast(Any, SimpleNamespace(path=path)),
     )  # fmt: skip
 

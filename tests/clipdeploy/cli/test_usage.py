@@ -39,7 +39,7 @@ WITHOUT_INT8 = [
     f"{DEPLOY} --fp32 --calibration-data images",
 ]
 UNUSED = [
-    *((words, "--int8") for words in WITHOUT_INT8),
+    *((words, "--int8 and --fp8") for words in WITHOUT_INT8),
     ("build-engine --int8 --fp16-io", "--fp16"),
     ("verify --data images --layout none --skip-unlabelled", "the layouts with classes"),
     ("search --data images --layout none --first-class 1", "the layouts with classes"),
@@ -182,7 +182,7 @@ def test_the_options_of_int8_are_those_of_quantize() -> None:
     assert set(recipe_names()) <= own
     quantize = main.commands["quantize"]
     assert isinstance(quantize, click.Command)
-    shared = {"model", "cpu", "force", "workspace", "as_json", "quiet", "debug"}
+    shared = {"model", "fp8", "cpu", "force", "workspace", "as_json", "quiet", "debug"}
     assert {param.name for param in quantize.params} - shared == set(recipe_names())
 
 
