@@ -47,7 +47,6 @@ _NAMES: dict[int, str] = {
     TensorProto.FLOAT8E5M2: "fp8",
     TensorProto.FLOAT4E2M1: "fp4",
     TensorProto.INT8: "int8",
-    TensorProto.FLOAT8E4M3FN: "fp8",
     # Products of uint8 activations and int8 weights, as in ONNX Runtime's CPU kernels.
     TensorProto.UINT8: "int8",
 }

@@ -19,6 +19,7 @@ from clipdeploy.imaging import Crop
 from clipdeploy.imaging.fingerprints import Fingerprint, Known
 from clipdeploy.verification.records import Leak
 from clipdeploy.verification.targets import Target
+from exporters.blocks import UNKNOWN
 from exporters.headers import read_skeleton
 from exporters.products import find_products
 
@@ -73,11 +74,15 @@ def read_calibrated(path: Path) -> Calibrated:
     return Calibrated(sha256_file(path), digest, Known(prints), decoded)
 
 
+# Precisions of products that no images were needed for; all others, such as int4, have scales.
+_UNCALIBRATED = ("fp64", "fp32", "fp16", "bf16", UNKNOWN)
+
+
 def calibration_of(target: Target, known: Calibrated) -> str | None:
     """Return the table that an artifact was calibrated with: empty if none, None if unknown.
 
-    A graph without a passport that has an 8-bit product was calibrated on unknown images; an engine
-    without a passport may have been.
+    A graph without a passport that has a quantised product was calibrated on unknown images; an
+    engine without a passport may have been.
     """
     if not target.vouched:
         engine = target.kind == "engine"
@@ -89,7 +94,9 @@ def calibration_of(target: Target, known: Calibrated) -> str | None:
 
 
 def _is_quantised(graph: Path) -> bool:
-    return any(found.precision in QUANTISED for found in find_products(read_skeleton(graph)))
+    return any(
+        found.precision not in _UNCALIBRATED for found in find_products(read_skeleton(graph))
+    )
 
 
 def refuse_leaks(images: Iterable[tuple[str, Leak]]) -> None:
