@@ -126,6 +126,14 @@ class QuantizeConfig:
         return FORMATS[self.format]
 
     @property
+    def default_scales(self) -> ScaleForm:
+        """The form of the weight scales if none is named and no backend is known.
+
+        A relative error, as that of FP8, gains nothing from a scale for each channel.
+        """
+        return "channel" if self.number_format.even else "tensor"
+
+    @property
     def precision(self) -> Precision:
         """The precision of the graph."""
         return "int8-cpu" if self.remainder == "fp32" else self.format
@@ -366,8 +374,7 @@ def quantize(
             valid.
         FileError: a file cannot be read or written.
     """
-    default: ScaleForm = "tensor" if config.format == "fp8" else "channel"
-    config = replace(config, weight_scales=config.weight_scales or default)
+    config = replace(config, weight_scales=config.weight_scales or config.default_scales)
     passport = read_passport(source)
     table = load_table(calibration)
     source_hash = sha256_file(source)

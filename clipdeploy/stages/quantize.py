@@ -10,7 +10,7 @@ from calibration.formats import FORMATS
 from calibration.policy import Placement, place
 from calibration.qdq import QuantizeConfig, QuantizedGraph, quantize, stored_settings
 from calibration.quality import Quality
-from calibration.recipe import load_recipe
+from calibration.recipe import QuantizeRecipe, load_recipe
 from calibration.table import load_table
 from clipdeploy.core.errors import BuildError, UsageError
 from clipdeploy.core.files import sha256_file
@@ -34,6 +34,7 @@ __all__ = [
     "in_format",
     "model_quality",
     "quantize_model",
+    "read_recipe",
     "recipe_config",
     "refuse_quantised_only",
     "refuse_unbuildable",
@@ -86,11 +87,8 @@ def with_scale_form(config: QuantizeConfig, backend: BackendOption = "auto") -> 
     """
     if config.weight_scales is not None:
         return config
-    if config.format == "fp8":
-        # Its error is relative, so a scale for each channel gains nothing.
-        return replace(config, weight_scales="tensor")
-    if config.remainder == "fp32":
-        return replace(config, weight_scales="channel")
+    if config.remainder == "fp32" or config.default_scales == "tensor":
+        return replace(config, weight_scales=config.default_scales)
     return replace(config, weight_scales=scale_forms(_backend(backend))[0])
 
 
@@ -160,14 +158,25 @@ def recipe_config(
         ArtifactError, FileError: it cannot be read, or belongs to other weights than the model's.
         UsageError: it is for another precision.
     """
-    recipe = load_recipe(Path(path))
+    recipe = read_recipe(Path(path), precision)
     recipe.check(workspace.source(model)[1].weights.identity)
+    return recipe.config
+
+
+def read_recipe(path: Path, precision: Precision | None = None) -> QuantizeRecipe:
+    """Read a recipe file and check that it is for ``precision``, if that is given.
+
+    Raises:
+        ArtifactError, FileError: it cannot be read.
+        UsageError: it is for another precision.
+    """
+    recipe = load_recipe(path)
     if precision in FORMATS and precision != recipe.config.format:
         raise UsageError(
             f"{path} is a recipe for {recipe.config.format}, not for {precision}",
             hint=f"choose --{recipe.config.format}, or leave out --recipe",
         )
-    return recipe.config
+    return recipe
 
 
 def refuse_unbuildable(config: QuantizeConfig, backend: BackendOption = "auto") -> None:

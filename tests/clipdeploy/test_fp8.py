@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -81,7 +82,7 @@ def test_the_verdict_of_a_sound_graph(workspace: Workspace, graph: Path) -> None
     assert row.verdict == "equivalent"
     assert row.fidelity is not None
     assert row.fidelity.sqnr_db is not None
-    # Measured 29 dB with attention on the 500 digits; three bits of mantissa allow about 31.
+    # Measured 29 dB on all 500 digits; 100 of them differ by less than 3 dB.
     assert 26 < row.fidelity.sqnr_db < 34
 
 
@@ -95,8 +96,29 @@ def test_the_verdict_of_a_wrong_scale(workspace: Workspace, graph: Path, tmp_pat
             tensor.CopyFrom(numpy_helper.from_array(wrong, tensor.name))
     onnx.save(model, tmp_path / "wrong.onnx")
     row = judged(workspace, tmp_path / "wrong.onnx")
-    assert row.precision == "fp8"
+    assert (row.precision, row.calibrated) == ("fp8", None)
     assert row.verdict == "regressed"
+
+
+def test_another_fp8_of_another_tool(workspace: Workspace, graph: Path, tmp_path: Path) -> None:
+    """E5M2: judged, and its calibration images are as unknown as those of any such file."""
+    model = onnx.load(graph)
+    del model.metadata_props[:]
+    ours, other = onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT8E5M2
+    for tensor in model.graph.initializer:
+        if tensor.data_type == ours:
+            numbers = numpy_helper.to_array(tensor).astype(ml_dtypes.float8_e5m2)
+            tensor.raw_data, tensor.data_type = numbers.tobytes(), other
+    for value in model.graph.value_info:
+        if value.type.tensor_type.elem_type == ours:
+            value.type.tensor_type.elem_type = other
+    onnx.save(model, tmp_path / "e5m2.onnx")
+    row = judged(workspace, tmp_path / "e5m2.onnx")
+    assert (row.precision, row.calibrated) == ("fp8", None)
+    assert row.fidelity is not None
+    assert row.fidelity.sqnr_db is not None
+    # A bit less of mantissa is 6 dB.
+    assert 19 < row.fidelity.sqnr_db < 26
 
 
 def test_images_it_was_calibrated_on_are_refused(workspace: Workspace, graph: Path) -> None:
@@ -209,6 +231,10 @@ def test_a_recipe_is_for_one_format(workspace: Workspace, tmp_path: Path) -> Non
         assert recipe_config(workspace, cards.DEMO, path, config.format) == config
         with pytest.raises(UsageError, match=f"for {config.format}, not for {other}"):
             recipe_config(workspace, cards.DEMO, path, other)  # type: ignore[arg-type]
+        deploy = replace(DEPLOY, precision=other, quantize_recipe=path, cpp=tmp_path / "cpp")  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match=f"for {config.format}, not for {other}"):
+            deploy_model(Workspace(tmp_path / "none"), cards.DEMO, deploy)
+        assert not (tmp_path / "none" / cards.DEMO / "fp32.onnx").exists()
 
 
 def test_int8_graphs_of_earlier_versions_are_not_made_again() -> None:
@@ -221,6 +247,8 @@ def test_the_precision_sets_the_format() -> None:
     assert in_format(QuantizeConfig(), "int8") == QuantizeConfig()
     with pytest.raises(UsageError, match="for FP8, but the precision is int8"):
         in_format(FP8, "int8")
+    with pytest.raises(UsageError, match="for FP8, but the precision is int8"):
+        replace(DEPLOY, beside=("int8",), quantize=FP8)
     for wrong in ({"format": "fp4"}, {"format": "fp8", "remainder": "fp32"}):
         with pytest.raises(UsageError):
             QuantizeConfig(**wrong)  # type: ignore[arg-type]
@@ -239,15 +267,10 @@ def test_calibration_images_are_only_for_8_bits(workspace: Workspace) -> None:
         ("quantize --fp8 --no-smooth", "--no-smooth belongs to INT8"),
         ("build-engine --fp8 --no-shift", "--no-shift belongs to INT8"),
         ("build-engine --fp16 --weight-scales tensor", "belongs to --int8 and --fp8"),
-        ("quantize --fp8 --weight-scales channel", "this backend needs"),
     ],
 )
 def test_options_that_do_not_belong_to_fp8(words: str, said: str, workspace: Workspace) -> None:
     name, *rest = words.split()
     result = run(name, "--workspace", str(workspace.root), "--model", cards.DEMO, *rest)
-    if said.startswith("this"):
-        # A graph may have any form; the build refuses it.
-        assert result.exit_code == 0
-        return
     assert result.exit_code == 2
     assert said in result.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from calibration.recipe import load_recipe
 from clipdeploy.core.errors import DatasetError, UsageError
 from clipdeploy.core.files import check_writable
 from clipdeploy.core.passport import Passport
@@ -17,6 +16,7 @@ from clipdeploy.imaging.survey import Few
 from clipdeploy.packaging.cpp import check_replaceable
 from clipdeploy.stages.calibrate import choose_images
 from clipdeploy.stages.deploy.config import DeployConfig
+from clipdeploy.stages.quantize import read_recipe
 from clipdeploy.stages.verify.setup import labelled_images, refuse_unreadable
 from clipdeploy.workspace.folder import Workspace
 
@@ -29,12 +29,14 @@ def check_deployment(
     """Check the images, the compiler, the recipe and the folders of a deployment.
 
     Raises:
-        UsageError: INT8 or FP8 without calibration images, or FP8 that cannot be packaged.
+        UsageError: INT8 or FP8 without calibration images, FP8 that cannot be packaged, or a recipe
+            for another precision.
         DatasetError: images are missing or unreadable, or calibration images are also judged on.
         ArtifactError, FileError, BuildError: the recipe, a folder or TensorRT cannot be used.
     """
     if config.quantize_recipe is not None:
-        load_recipe(config.quantize_recipe)
+        for precision in config.quantised:
+            read_recipe(config.quantize_recipe, precision)
     backend = choose_backend(config.build.backend).backend
     check_options(backend, tensorrt_module(backend), config.build)
     _check_packable(config, backend)

@@ -13,7 +13,7 @@ from clipdeploy.core.paths import convert_paths
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.models.load import WeightsChoice
 from clipdeploy.stages.calibrate import CalibrateConfig
-from clipdeploy.stages.quantize import refuse_quantised_only, refuse_unbuildable
+from clipdeploy.stages.quantize import in_format, refuse_quantised_only, refuse_unbuildable
 from clipdeploy.stages.verify.setup import VerifyScope
 from clipdeploy.verification.verifier import VerifyConfig
 from clipdeploy.workspace.folder import PRECISIONS
@@ -80,6 +80,8 @@ class DeployConfig:
             chosen = {"--calibration-data": self.calibration, "--recipe": self.quantize_recipe}
             other = {"quantize": self.quantize != QuantizeConfig()}
             refuse_quantised_only({name: bool(path) for name, path in chosen.items()} | other)
+        for precision in self.quantised:
+            in_format(self.quantize, precision)
         refuse_unbuildable(self.quantize, self.build.backend)
         if self.quantize_recipe is not None and self.quantize != QuantizeConfig():
             raise UsageError(
