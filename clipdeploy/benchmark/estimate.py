@@ -22,6 +22,7 @@ from clipdeploy.core.paths import StrPath, as_paths
 from clipdeploy.engines.gpus import Format, GpuSpec, all_gpus, find_gpu
 from clipdeploy.engines.roofline import (
     LAUNCH_SECONDS,
+    PRODUCT_SHARE,
     Formats,
     Geometry,
     attention_name,
@@ -245,7 +246,10 @@ def _counted(formats: Mapping[Format, int]) -> str:
 def _footnotes(result: SpeedEstimate) -> Iterator[str]:
     yield f"an estimate from {result.gpu.source}: nothing was run"
     yield f"{_rates(result.gpu)}; {result.launch_microseconds:g} µs between kernels"
-    yield "these are peak rates: expect longer times, and compare the ratios to FP16"
+    yield (
+        f"products are assumed to reach {100 * PRODUCT_SHARE:.0f} % of these peak rates: expect "
+        "longer times, and compare the ratios to FP16"
+    )
     yield "kernels as TensorRT-RTX 1.7 compiles them; TensorRT may fuse more"
     for row in {row.label: row for row in result.rows}.values():
         yield f"{row.label}: Linears {_counted(row.formats)}; attention {_counted(row.attention)}"

@@ -57,7 +57,7 @@ def calibrate(
     skip_unreadable: bool,
     force: bool,
 ) -> None:
-    """Measure the inputs of all Linears on real images, for INT8.
+    """Measure the inputs of all Linears on real images, for INT8/FP8.
 
     To continue an interrupted run, give the same command again.
     """

@@ -80,6 +80,15 @@ def test_fp8_is_rounded_as_by_onnx_runtime() -> None:
     assert not np.array_equal(INT8.rounded(u.copy()), found)
 
 
+def test_fp8_rounds_an_octave_at_32_and_a_half_decibels() -> None:
+    """Steps of 1/8 over a mean square of 7/3, and any power of two times that."""
+    for octave in (2.0**-5, 1.0, 128.0):
+        ends = np.asarray([octave, 2 * octave])
+        noise = np.diff(FP8.squared_integral(ends))[0] / octave
+        signal = 7 / 3 * octave**2
+        assert 10 * np.log10(signal / noise) == pytest.approx(32.5, abs=0.05)
+
+
 @BOTH
 @pytest.mark.parametrize("end", [2.0**-9, 0.03, 0.7, 1.0, 17.3, 126.9, 300.0, 448.0, 700.0])
 def test_integrals_are_brute_forces(number_format: NumberFormat, end: float) -> None:

@@ -138,7 +138,7 @@ def test_every_command_is_shown() -> None:
 def check_screens(case: Case, shown: Shown, columns: int) -> None:
     for lines in (screen(shown.out), screen(shown.err)):
         assert case.program or too_wide(lines, columns) == []
-        # An ellipsis stands for something that nobody can read.
+        # An ellipsis stands for text that was cut off.
         assert "…" not in "".join(lines)
         assert "Traceback" not in "".join(lines)
 

@@ -88,7 +88,7 @@ def test_the_reference_runs_in_full_float32_and_restores_the_settings(choice: st
     precisions = {name: value for name, value in during.items() if "mat" in name or "conv" in name}
     assert set(precisions.values()) == {"ieee"}
     assert during["global"] == "highest"
-    # `cudnn.flags` switches cuDNN off unless it is told otherwise.
+    # `cudnn.flags` has the default enabled=False, which disables cuDNN.
     assert during["cuDNN"] == before["cuDNN"]
     assert settings() == before
 

@@ -67,7 +67,7 @@ def lasting(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(server: CommandServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a deployment that nobody killed."""
+    """The folder of an uninterrupted deployment."""
     folder = tmp_path_factory.mktemp("deployed") / "undisturbed"
     assert deploy_in(server, folder)[0] == 0
     return folder
