@@ -1,3 +1,8 @@
+"""The verbs of the Python API, one after the other.
+
+Covers: clipdeploy/stages/demo.py, clipdeploy/stages/export.py.
+"""
+
 from __future__ import annotations
 
 import shutil

@@ -1,4 +1,7 @@
-"""What the verbs of the Python API take: names, paths, numbers; and what they refuse."""
+"""What the verbs of the Python API take: names, paths, numbers; and what they refuse.
+
+Covers: clipdeploy/core/paths.py.
+"""
 
 from __future__ import annotations
 

@@ -1,3 +1,8 @@
+"""Graph files: saved, loaded, damaged.
+
+Covers: exporters/functions.py, exporters/session.py.
+"""
+
 from __future__ import annotations
 
 import hashlib

@@ -1,4 +1,7 @@
-"""Normalised pixels, bit by bit, and the memory that they lie in."""
+"""Normalised pixels, bit by bit, and the memory that they lie in.
+
+Covers: clipdeploy/core/buffers.py.
+"""
 
 from __future__ import annotations
 

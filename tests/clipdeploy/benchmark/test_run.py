@@ -1,3 +1,9 @@
+"""Latencies of real and of made-up runners, with a clock that the test sets.
+
+Covers: clipdeploy/benchmark/environment.py, clipdeploy/benchmark/lineup.py,
+    clipdeploy/benchmark/plot.py, clipdeploy/benchmark/result.py, clipdeploy/benchmark/rounds.py.
+"""
+
 from __future__ import annotations
 
 import json

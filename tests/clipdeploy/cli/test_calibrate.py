@@ -1,4 +1,7 @@
-"""Calibration as a user runs it: killed, resumed, in shards, and never on verification images."""
+"""Calibration as a user runs it: killed, resumed, in shards, and never on verification images.
+
+Covers: clipdeploy/stages/calibrate.py.
+"""
 
 from __future__ import annotations
 

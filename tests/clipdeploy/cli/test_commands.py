@@ -1,4 +1,10 @@
-"""The commands as a user types them, and what they say to bad input."""
+"""The commands as a user types them, and what they say to bad input.
+
+Covers: clipdeploy/cli/bisect.py, clipdeploy/cli/common.py, clipdeploy/cli/demo.py,
+    clipdeploy/cli/export.py, clipdeploy/cli/inspect.py, clipdeploy/cli/labelling.py,
+    clipdeploy/cli/params.py, clipdeploy/cli/quantize.py, clipdeploy/cli/search.py,
+    clipdeploy/cli/shared_options.py, clipdeploy/cli/zoo.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Commands on machines with a GPU that ONNX Runtime cannot use; see ``cuda_machine``."""
+"""Commands on machines with a GPU that ONNX Runtime cannot use; see ``cuda_machine``.
+
+Covers: clipdeploy/__main__.py, clipdeploy/core/device.py.
+"""
 
 from __future__ import annotations
 

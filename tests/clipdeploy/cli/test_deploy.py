@@ -1,4 +1,8 @@
-"""``clipdeploy deploy`` as a user types it, and its checklist."""
+"""``clipdeploy deploy`` as a user types it, and its checklist.
+
+Covers: clipdeploy/cli/checklist.py, clipdeploy/stages/stage_log.py,
+    clipdeploy/stages/deploy/page.py.
+"""
 
 from __future__ import annotations
 

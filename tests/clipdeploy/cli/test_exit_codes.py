@@ -2,6 +2,8 @@
 
 Every way to lose the output is tried by real shells on a program of one small command that gives
 any exit code; the real commands are tried in a few of them each, as each takes a start of torch.
+
+Covers: clipdeploy/cli/main.py, clipdeploy/cli/streams.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Every option that takes a number has a span, and refuses what lies outside in one line."""
+"""Every option that takes a number has a span, and refuses what lies outside in one line.
+
+Covers: clipdeploy/core/spans.py.
+"""
 
 from __future__ import annotations
 

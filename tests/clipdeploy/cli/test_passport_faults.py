@@ -1,6 +1,8 @@
 """Edited passports are refused, for every field, artifact and command.
 
 The demo's artifacts are real, TensorRT-RTX compiles the engine; only their passports are edited.
+
+Covers: clipdeploy/stages/bisect.py, clipdeploy/workspace/graph_facts.py.
 """
 
 from __future__ import annotations

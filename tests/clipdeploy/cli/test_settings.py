@@ -1,4 +1,7 @@
-"""Precedence, held for every row of the table, and what is said to a file that is wrong."""
+"""Precedence, held for every row of the table, and what is said to a file that is wrong.
+
+Covers: clipdeploy/cli/setting_types.py, clipdeploy/core/cache.py.
+"""
 
 from __future__ import annotations
 

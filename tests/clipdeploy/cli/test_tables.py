@@ -1,4 +1,7 @@
-"""Tables with the longest names and figures there are: nothing is lost at 80 columns."""
+"""Tables with the longest names and figures there are: nothing is lost at 80 columns.
+
+Covers: clipdeploy/cli/text.py, clipdeploy/tuning/tables.py.
+"""
 
 from __future__ import annotations
 

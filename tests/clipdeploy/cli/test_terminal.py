@@ -2,6 +2,9 @@
 file, as JSON, and when it is to be quiet.
 
 The commands, and how to add one: ``tests/support/command_cases.py``.
+
+Covers: clipdeploy/cli/stage_display.py, clipdeploy/core/console.py, clipdeploy/core/progress.py,
+    clipdeploy/core/progress_bars.py.
 """
 
 from __future__ import annotations

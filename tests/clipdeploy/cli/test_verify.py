@@ -1,4 +1,8 @@
-"""Verification as a user runs it: in shards, killed, from the cache, on named artifacts."""
+"""Verification as a user runs it: in shards, killed, from the cache, on named artifacts.
+
+Covers: clipdeploy/stages/verify/merge.py, clipdeploy/stages/verify/run.py,
+    clipdeploy/stages/verify/setup.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""``verify --output`` as a user types it; the page in a real browser, the JSON by its schema."""
+"""``verify --output`` as a user types it; the page in a real browser, the JSON by its schema.
+
+Covers: clipdeploy/stages/report.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""What `verify` is given is compared, not believed: shards, kept records, copies, leaks."""
+"""What `verify` is given is compared, not believed: shards, kept records, copies, leaks.
+
+Covers: clipdeploy/stages/verify/on_disk.py, clipdeploy/verification/distinct.py,
+    clipdeploy/verification/leaks.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What a notebook shows: well-formed HTML, nothing of a name read as markup."""
+"""What a notebook shows: well-formed HTML, nothing of a name read as markup.
+
+Covers: clipdeploy/core/display_html.py, clipdeploy/core/plots.py.
+"""
 
 from __future__ import annotations
 

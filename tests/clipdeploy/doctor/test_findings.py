@@ -1,4 +1,7 @@
-"""Tests that known-bad combinations of made-up machines are found, and none on a good one."""
+"""Tests that known-bad combinations of made-up machines are found, and none on a good one.
+
+Covers: clipdeploy/doctor/libraries.py, clipdeploy/doctor/verdicts.py.
+"""
 
 from __future__ import annotations
 

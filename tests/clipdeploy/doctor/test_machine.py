@@ -1,4 +1,7 @@
-"""Tests the facts of the real machine, and libraries that fail to import."""
+"""Tests the facts of the real machine, and libraries that fail to import.
+
+Covers: clipdeploy/doctor/probes.py.
+"""
 
 from __future__ import annotations
 

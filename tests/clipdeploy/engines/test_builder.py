@@ -1,4 +1,7 @@
-"""Tests building with TensorRT-RTX and real graphs."""
+"""Tests building with TensorRT-RTX and real graphs.
+
+Covers: clipdeploy/engines/build_config.py, clipdeploy/engines/passport.py.
+"""
 
 from __future__ import annotations
 

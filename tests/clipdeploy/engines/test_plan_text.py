@@ -1,4 +1,7 @@
-"""What plans of real TensorRT-RTX builds say, and the graphs whose products would overflow."""
+"""What plans of real TensorRT-RTX builds say, and the graphs whose products would overflow.
+
+Covers: clipdeploy/stages/samples.py.
+"""
 
 from __future__ import annotations
 

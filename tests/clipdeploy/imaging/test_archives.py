@@ -1,3 +1,8 @@
+"""Images in archives, among them damaged and hostile ones.
+
+Covers: clipdeploy/imaging/listing.py.
+"""
+
 from __future__ import annotations
 
 import gzip

@@ -1,3 +1,9 @@
+"""The crop cache: what it finds again, and what it must not return.
+
+Covers: clipdeploy/imaging/crop_shards.py, clipdeploy/imaging/decoding.py,
+    clipdeploy/imaging/keys.py.
+"""
+
 from __future__ import annotations
 
 import os

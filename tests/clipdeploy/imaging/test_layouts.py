@@ -1,4 +1,9 @@
-"""Layouts of images and labels other than ImageNet's own."""
+"""Layouts of images and labels other than ImageNet's own.
+
+Covers: clipdeploy/imaging/devkit.py, clipdeploy/imaging/folders.py,
+    clipdeploy/imaging/label_files.py, clipdeploy/imaging/label_rows.py,
+    clipdeploy/imaging/labelled.py, clipdeploy/imaging/survey.py.
+"""
 
 from __future__ import annotations
 

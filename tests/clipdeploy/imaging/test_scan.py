@@ -1,3 +1,8 @@
+"""A scan of images finds unreadable files and duplicates.
+
+Covers: clipdeploy/imaging/formats.py, clipdeploy/imaging/images.py.
+"""
+
 from __future__ import annotations
 
 import shutil

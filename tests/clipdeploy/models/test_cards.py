@@ -1,3 +1,8 @@
+"""The cards of the zoo, and tables of data with mistakes.
+
+Covers: clipdeploy/core/data_rows.py, clipdeploy/core/version.py.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator

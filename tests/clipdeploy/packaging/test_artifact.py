@@ -1,4 +1,7 @@
-"""Artifacts that no package can hold."""
+"""Artifacts that no package can hold.
+
+Covers: clipdeploy/stages/package.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Tests passports that try to inject code, commands or lines into a package."""
+"""Tests passports that try to inject code, commands or lines into a package.
+
+Covers: clipdeploy/packaging/dockerfile.py.
+"""
 
 from __future__ import annotations
 

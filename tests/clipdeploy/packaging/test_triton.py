@@ -1,4 +1,8 @@
-"""Tests Triton model repositories with Triton's protobuf and against the graph."""
+"""Tests Triton model repositories with Triton's protobuf and against the graph.
+
+Covers: clipdeploy/packaging/pbtxt.py, clipdeploy/packaging/servers.py,
+    clipdeploy/packaging/triton_config.py.
+"""
 
 from __future__ import annotations
 

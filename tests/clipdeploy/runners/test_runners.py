@@ -1,3 +1,8 @@
+"""Batches of any size, and float16 as TensorRT stores it.
+
+Covers: clipdeploy/runners/base.py, clipdeploy/runners/onnx.py.
+"""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,3 +1,8 @@
+"""Quantising a model: what is reused, what is refused, and in which form.
+
+Covers: clipdeploy/stages/build.py.
+"""
+
 from __future__ import annotations
 
 import shutil

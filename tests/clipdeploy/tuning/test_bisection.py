@@ -1,4 +1,8 @@
-"""Bisection names a planted fault exactly, and finds no culprit in a healthy model."""
+"""Bisection names a planted fault exactly, and finds no culprit in a healthy model.
+
+Covers: clipdeploy/tuning/culprit.py, clipdeploy/tuning/linears.py, clipdeploy/tuning/result.py,
+    clipdeploy/tuning/taps.py, clipdeploy/tuning/drawing.py.
+"""
 
 from __future__ import annotations
 

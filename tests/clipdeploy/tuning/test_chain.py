@@ -1,4 +1,7 @@
-"""With all switches on the chain computes the candidate, with all off the reference."""
+"""With all switches on the chain computes the candidate, with all off the reference.
+
+Covers: clipdeploy/tuning/coordinates.py, clipdeploy/tuning/segments.py.
+"""
 
 from __future__ import annotations
 

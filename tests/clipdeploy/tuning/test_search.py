@@ -1,4 +1,8 @@
-"""Mixed precision under an accuracy budget, on real graphs."""
+"""Mixed precision under an accuracy budget, on real graphs.
+
+Covers: clipdeploy/stages/search.py, clipdeploy/tuning/evaluate.py, clipdeploy/tuning/images.py,
+    clipdeploy/tuning/pareto.py, clipdeploy/tuning/state.py.
+"""
 
 from __future__ import annotations
 

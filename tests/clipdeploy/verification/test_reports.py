@@ -1,4 +1,9 @@
-"""Reports on real verifications: correct, broken, not judged; hostile names; self-contained."""
+"""Reports on real verifications: correct, broken, not judged; hostile names; self-contained.
+
+Covers: clipdeploy/verification/reports/contents.py, clipdeploy/verification/reports/drawings.py,
+    clipdeploy/verification/reports/evidence.py, clipdeploy/verification/reports/pages.py,
+    clipdeploy/verification/reports/provenance.py, clipdeploy/verification/reports/thumbnails.py.
+"""
 
 from __future__ import annotations
 

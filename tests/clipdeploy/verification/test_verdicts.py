@@ -1,4 +1,7 @@
-"""Every row of the table in the docstring of ``verdicts``, and their order."""
+"""Every row of the table in the docstring of ``verdicts``, and their order.
+
+Covers: clipdeploy/verification/disagreements.py.
+"""
 
 from __future__ import annotations
 

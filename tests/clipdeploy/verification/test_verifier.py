@@ -1,4 +1,7 @@
-"""The verifier on the demo's graphs, correct and broken ones."""
+"""The verifier on the demo's graphs, correct and broken ones.
+
+Covers: clipdeploy/verification/early_stop.py, clipdeploy/verification/result.py.
+"""
 
 from __future__ import annotations
 

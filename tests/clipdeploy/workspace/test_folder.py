@@ -1,3 +1,8 @@
+"""The files of a workspace, and workspaces that are damaged.
+
+Covers: clipdeploy/workspace/names.py.
+"""
+
 from __future__ import annotations
 
 import json

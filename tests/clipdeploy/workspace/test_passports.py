@@ -1,4 +1,7 @@
-"""What a passport is compared with, and valid passports that differ from the card."""
+"""What a passport is compared with, and valid passports that differ from the card.
+
+Covers: clipdeploy/workspace/inspection.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Bad input to a deployment is refused before anything is made."""
+"""Bad input to a deployment is refused before anything is made.
+
+Covers: clipdeploy/imaging/overlap.py.
+"""
 
 from __future__ import annotations
 
