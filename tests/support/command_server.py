@@ -35,9 +35,12 @@ _PRELOADED = (
     "clipdeploy.tuning.drawing",
     "clipdeploy.verification.result",
     "matplotlib.figure",
+    "networkx",
     "onnxruntime",
     "tensorrt_rtx",
+    "torch._dynamo",
     "torch.hub",
+    "torch.onnx._internal.exporter._core",
 )
 
 

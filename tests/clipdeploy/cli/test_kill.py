@@ -57,14 +57,14 @@ class Killed:
 KILLED = (
     Killed("export --model demo", ("artifacts",)),
     Killed("quantize --range minmax"),
-    Killed("calibrate --data calibration.zip --images 48", (f"{MODEL}/calibration.json",)),
+    Killed("calibrate --data calibration.zip --images 24", (f"{MODEL}/calibration.json",)),
     Killed("quantize", (f"{MODEL}/int8.onnx",)),
     Killed(
-        "build-engine --int8 --data calibration.zip --images 48",
+        "build-engine --int8 --data calibration.zip --images 24",
         (f"{MODEL}/int8.onnx", f"{MODEL}/calibration.json"),
         engine=True,
     ),
-    Killed("verify --data test.zip --images 24 --max-drop 20 --batch 4 --output verdict.json"),
+    Killed("verify --data test.zip --images 12 --max-drop 45 --batch 4 --output verdict.json"),
     Killed("bisect --data test.zip --images 2 --output bisection.svg"),
     Killed(SEARCH),
     Killed("benchmark --batch 1 --rounds 3 --warmup 0.01 --output speed.svg", measured=True),
