@@ -31,13 +31,14 @@ F64 = NDArray[np.float64]
 _DENSITY_BINS = 4096
 
 
-def squared_error(
-    low: F64, high: F64, step: float | F64, number_format: NumberFormat = INT8
-) -> F64:
-    """Mean squared error of values uniform in [low, high] (any shape), quantised to ``step``."""
-    a, b = low / step, high / step
-    integral = number_format.squared_integral
-    return np.asarray(step * step * (integral(b) - integral(a)) / (b - a))
+def squared_error(edges: F64, step: float | F64, number_format: NumberFormat = INT8) -> F64:
+    """Mean squared error of values uniform in each bin, quantised to ``step``: (..., K).
+
+    ``edges`` (K + 1,) separate K adjacent bins; ``step`` is a number or (..., 1).
+    """
+    ends = edges / step
+    whole = np.diff(number_format.squared_integral(ends))
+    return np.asarray(step * step * whole / np.diff(ends))
 
 
 def mean_error(low: F64, high: F64, step: float, number_format: NumberFormat = INT8) -> F64:
@@ -65,13 +66,12 @@ class Density:
         mass = self.folded
         edges = np.linspace(0, self.largest, len(mass) + 1)
         steps = limit.astype(np.float64)[:, None] / number_format.largest
-        found = squared_error(edges[None, :-1], edges[None, 1:], steps, number_format)
-        return np.asarray(found @ mass)
+        return np.asarray(squared_error(edges, steps, number_format) @ mass)
 
     def shifted_error(self, shift: float, step: float) -> float:
         """Weighted squared error of x' - shift, quantised to INT8 with ``step``."""
         edges = np.linspace(-self.largest, self.largest, len(self.mass) + 1) - shift
-        return float(squared_error(edges[:-1], edges[1:], step) @ self.mass)
+        return float(squared_error(edges, step) @ self.mass)
 
 
 @dataclass(frozen=True)
