@@ -38,16 +38,19 @@ _PRODUCER = "clipdeploy"
 
 def structure(model: ir.Model) -> onnx.ModelProto:
     """Return the model without its initializers: nodes, names, types and metadata."""
+    # serialize_... instead of to_proto, which takes most of the time to find the object's kind.
     proto = onnx.ModelProto(ir_version=model.ir_version, producer_name=_PRODUCER)
     proto.opset_import.extend(
         onnx.helper.make_opsetid(domain, version)
         for domain, version in model.graph.opset_imports.items()
     )
     onnx.helper.set_model_props(proto, dict(model.metadata_props))
-    proto.functions.extend(ir.to_proto(function) for function in model.functions.values())
+    proto.functions.extend(
+        ir.serde.serialize_function(function) for function in model.functions.values()
+    )
     graph = proto.graph
     graph.name = model.graph.name or "graph"
-    graph.node.extend(ir.to_proto(node) for node in model.graph)
+    graph.node.extend(ir.serde.serialize_node(node) for node in model.graph)
     graph.input.extend(ir.serde.serialize_value(value) for value in model.graph.inputs)
     graph.output.extend(ir.serde.serialize_value(value) for value in model.graph.outputs)
     outputs = {value.name for value in model.graph.outputs}
@@ -66,7 +69,7 @@ def weight_proto(value: ir.Value) -> onnx.TensorProto:
     Raises:
         GraphError: it has no data.
     """
-    tensor = ir.to_proto(tensor_of(value))
+    tensor = ir.serde.serialize_tensor(tensor_of(value))
     tensor.name = value.name or ""
     return tensor
 
