@@ -6,13 +6,13 @@ import os
 import re
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from command_lines import parse
+from demo_workspaces import few_digits
 from doc_pages import Block
 
 from clipdeploy.models import cards
@@ -76,23 +76,13 @@ def run_step(name: str, folder: Path, **settings: str) -> subprocess.CompletedPr
     )
 
 
-def few_images(path: Path) -> str:
-    """Five digits of each class."""
-    with zipfile.ZipFile(cards.demo_file("test.zip")) as archive, zipfile.ZipFile(path, "w") as few:
-        for digit in "0123456789":
-            names = sorted(name for name in archive.namelist() if name.startswith(f"{digit}/"))
-            for name in names[:5]:
-                few.writestr(name, archive.read(name))
-    return str(path)
-
-
 @pytest.mark.slow
 def test_its_steps_run_and_fail_where_nothing_is_proven(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     command = tmp_path / "bin" / "clipdeploy"
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P -m clipdeploy "$@"\n')
     command.chmod(0o755)
-    few = few_images(tmp_path / "few.zip")
+    few = str(few_digits(tmp_path / "few.zip", 2))
     made = run_step("Export and quantize", tmp_path)
     assert made.returncode == 0, made.stderr
     judged = run_step("Judge", tmp_path, VALIDATION=few, CLIPDEPLOY_MAX_DROP="30")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
+from demo_workspaces import few_digits
 
 from clipdeploy.models import cards
 from clipdeploy.workspace.folder import Workspace
@@ -122,13 +123,9 @@ def prepare(made: Workspace, folder: Path) -> None:
     for name in ("calibration.zip", "test.zip"):
         shutil.copy(cards.demo_file(name), folder)
     shutil.copy(made.graph(cards.DEMO, "fp32"), folder / "foreign.onnx")
-    with (
-        zipfile.ZipFile(cards.demo_file("test.zip")) as archive,
-        zipfile.ZipFile(folder / "few.zip", "w") as few,
-    ):
-        for digit in "0123456789":
-            names = sorted(name for name in archive.namelist() if name.startswith(f"{digit}/"))
-            for name in names[:_FEW]:
-                few.writestr(zipfile.ZipInfo(name), archive.read(name))
-            if digit in "37":
-                archive.extract(names[0], folder / "digits")
+    few_digits(folder / "few.zip", _FEW)
+    with zipfile.ZipFile(few_digits(folder / "digits.zip", 1)) as digits:
+        digits.extractall(
+            folder / "digits", [name for name in digits.namelist() if name[0] in "37"]
+        )
+    (folder / "digits.zip").unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from clipdeploy.stages.verify.setup import VerifyScope
 from clipdeploy.verification.verifier import VerifyConfig
 from clipdeploy.workspace.folder import Workspace
 
-__all__ = ["MADE", "TENSORRT", "complete_workspace", "graph_workspace"]
+__all__ = ["MADE", "TENSORRT", "complete_workspace", "few_digits", "graph_workspace"]
 
 # The precisions of the graphs that graph_workspace makes.
 MADE: tuple[Precision, ...] = ("fp32", "fp16", "int8")
@@ -54,3 +55,16 @@ def complete_workspace(graphs: Workspace, root: Path) -> Workspace:
     if TENSORRT:
         build_model(workspace, cards.DEMO, "fp16", BuildConfig(backend="tensorrt-rtx"))
     return workspace
+
+
+def few_digits(path: Path, each: int, source: str = "test.zip") -> Path:
+    """Write the first ``each`` digits of each class as a zip at ``path``, always the same bytes."""
+    with (
+        zipfile.ZipFile(cards.demo_file(source)) as archive,
+        zipfile.ZipFile(path, "w") as few,
+    ):
+        for digit in range(10):
+            names = sorted(name for name in archive.namelist() if name.startswith(f"{digit}/"))
+            for name in names[:each]:
+                few.writestr(zipfile.ZipInfo(name), archive.read(name))
+    return path

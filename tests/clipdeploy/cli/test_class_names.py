@@ -17,7 +17,7 @@ from exporters.headers import read_passport
 
 # Four of the demo's digits under other names, the logits in an order of their own.
 KEPT = {"ant": 3, "bee": 1, "cow": 4, "dog": 5}
-PASSING = ("--max-drop", "5", "--workers", "0", "--json")
+PASSING = ("--max-drop", "10", "--workers", "0", "--json")
 
 
 def checkpoint(path: Path, rows: list[int], **meta: Any) -> Path:
@@ -36,13 +36,13 @@ def export(tmp_path: Path, weights: Path, *words: str | Path) -> Any:
 
 @pytest.fixture
 def bugs(tmp_path: Path) -> Path:
-    """Twenty digits of each kept class, in folders of the classes' names."""
+    """Ten digits of each kept class, in folders of the classes' names."""
     root = tmp_path / "bugs"
     with zipfile.ZipFile(TEST) as archive:
         for name, digit in KEPT.items():
             (root / name).mkdir(parents=True)
             members = sorted(n for n in archive.namelist() if n.startswith(f"{digit}/"))
-            for member in members[:20]:
+            for member in members[:10]:
                 (root / name / Path(member).name).write_bytes(archive.read(member))
     return root
 
@@ -67,7 +67,7 @@ def test_folders_name_the_classes_that_nobody_named(
     result = verify(tmp_path / "artifacts", *PASSING, data=bugs)
     found = good(result)
     assert found["class_names"] == list(KEPT)
-    assert found["baseline"]["top1_interval"]["low"] > 90
+    assert found["baseline"]["top1_interval"]["low"] > 80
     assert "classes in the order of the folder names" in result.stderr
 
 
@@ -86,7 +86,7 @@ def test_a_label_file_names_them_or_counts_them(tmp_path: Path, bugs: Path, weig
         (tmp_path / kind).write_text(text)
         words = (*PASSING, "--labels", tmp_path / kind)
         found = good(verify(tmp_path / "artifacts", *words, data=flat))
-        assert found["baseline"]["top1_interval"]["low"] > 90
+        assert found["baseline"]["top1_interval"]["low"] > 80
     refused(
         verify(tmp_path / "artifacts", *PASSING, "--labels", "nosuch.txt", data=flat),
         1,
@@ -126,7 +126,7 @@ def test_verify_takes_names_for_a_graph_without(tmp_path: Path, bugs: Path, weig
     names.write_text(json.dumps(["zebra", "bee", "cow", "dog"]))
     words = (*PASSING, "--class-names", names)
     found = good(verify(tmp_path / "artifacts", *words, data=bugs))
-    assert found["baseline"]["top1_interval"]["low"] > 90
+    assert found["baseline"]["top1_interval"]["low"] > 80
 
 
 @pytest.mark.parametrize(

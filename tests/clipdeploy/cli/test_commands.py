@@ -82,7 +82,8 @@ def test_the_three_commands(tmp_path: Path) -> None:
     built = run("build-engine", "--int8", "--data", CALIBRATION, *at)
     assert built.exit_code == 0, built.output
     assert "model: clip-vit-demo (the last one of" in built.stderr
-    verified = run("verify", "--data", TEST, "--graphs-only", "--json", *at)
+    few = ("--images", "100", "--max-drop", "5")
+    verified = run("verify", "--data", TEST, *few, "--graphs-only", "--json", *at)
     assert verified.exit_code == 0, verified.output
     result = json.loads(verified.stdout)
     assert result["passed"] is True

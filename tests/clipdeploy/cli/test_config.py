@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import tomllib
-import zipfile
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from demo_workspaces import few_digits
 
 from clipdeploy.cli.config import template
 from clipdeploy.cli.main import main
@@ -145,15 +145,6 @@ def test_a_verdict_says_which_settings_it_rests_on(
     assert "--max-drop" not in typed.stderr
 
 
-def few_digits(archive: str, target: Path) -> Path:
-    """Three images of each class."""
-    with zipfile.ZipFile(archive) as images:
-        for digit in range(10):
-            names = sorted(name for name in images.namelist() if name.startswith(f"{digit}/"))
-            images.extractall(target, names[:3])
-    return target
-
-
 def calibrated_on(artifacts: Path) -> list[str]:
     table = json.loads((artifacts / cards.DEMO / "calibration.json").read_text())
     return sorted(image["sha256"] for image in table["images"])
@@ -161,21 +152,21 @@ def calibrated_on(artifacts: Path) -> list[str]:
 
 def test_a_setting_fills_a_gap_and_replaces_no_calibration(cwd: Path, artifacts: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
-    few_digits(CALIBRATION, cwd / "digits")
+    few_digits(cwd / "digits.zip", 3, "calibration.zip")
     build = ("build-engine", "--int8", "--range", "minmax")
     without = run(*build, "--model", "demo")
     assert without.exit_code == 2
     for way in ("has not been calibrated", "--data", "CLIPDEPLOY_CALIBRATION_DATA", CONFIG_FILE):
         assert way in without.stderr
-    write('model = "demo"', 'calibration_data = "digits"', 'backend = "tensorrt-rtx"')
+    write('model = "demo"', 'calibration_data = "digits.zip"', 'backend = "tensorrt-rtx"')
     built = run(*build)
     assert built.exit_code == 0, built.output
-    assert "calibration_data: digits (clipdeploy.toml)" in built.stderr
+    assert "calibration_data: digits.zip (clipdeploy.toml)" in built.stderr
     assert "settings: --backend tensorrt-rtx (clipdeploy.toml)" in built.stderr
     first = calibrated_on(artifacts)
     assert len(first) == 30
-    few_digits(TEST, cwd / "others")
-    write('model = "demo"', 'calibration_data = "others"')
+    few_digits(cwd / "others.zip", 3)
+    write('model = "demo"', 'calibration_data = "others.zip"')
     kept = run(*build)
     assert kept.exit_code == 0, kept.output
     assert "calibration:" not in kept.stderr
