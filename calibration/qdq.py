@@ -153,10 +153,11 @@ def stored_settings(config: QuantizeConfig) -> dict[str, Any]:
     same reason ``format`` is stored only if it is not ``int8``, and ``scope.outputs`` only if set.
     """
     stored = {SCHEME_KEY if k == "scheme" else k: v for k, v in settings_of(config).items()}
+    # Of a configuration read from JSON, msgspec does not encode defaults that were left out.
     if config.format == "int8":
-        del stored["format"]
+        stored.pop("format", None)
     if not config.scope.outputs:
-        del stored["scope"]["outputs"]
+        stored["scope"].pop("outputs", None)
     return stored
 
 

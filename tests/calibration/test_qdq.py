@@ -19,6 +19,7 @@ from planted import calibrated
 from calibration.policy import Scope, find_linears, find_products, place
 from calibration.qdq import QuantizeConfig, quantize, stored_settings
 from calibration.quality import Judge
+from calibration.recipe import QuantizeRecipe, load_recipe, save_recipe
 from calibration.scheme import SchemeConfig
 from calibration.table import CalibrationTable, load_table, pack, save_table
 from clipdeploy.core.errors import (
@@ -214,9 +215,16 @@ def test_too_narrow_a_range_of_sums_is_noticed(
         QuantizeConfig(remainder="fp32", scope=Scope(outputs=True))
 
 
-def test_settings_of_earlier_versions_have_no_outputs() -> None:
+def test_settings_of_earlier_versions_have_no_outputs(tmp_path: Path) -> None:
     assert "outputs" not in stored_settings(QuantizeConfig())["scope"]
     assert stored_settings(QuantizeConfig(scope=Scope(outputs=True)))["scope"]["outputs"] is True
+    path = tmp_path / "recipe.json"
+    for scope in (Scope(), Scope(outputs=True)):
+        config = QuantizeConfig(scope=scope)
+        save_recipe(QuantizeRecipe("demo", "none", config), path)
+        loaded = load_recipe(path).config
+        assert loaded == config
+        assert stored_settings(loaded) == stored_settings(config)
 
 
 def test_excluded_ones_stay_float(source: Path, make_int8: Make) -> None:
