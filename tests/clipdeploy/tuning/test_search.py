@@ -41,8 +41,8 @@ from clipdeploy.pipeline import (
     search_model,
     verify_model,
 )
-from clipdeploy.stages import search as stage
-from clipdeploy.stages.search import _Best, _Search
+from clipdeploy.stages import search, search_formats
+from clipdeploy.stages.search_formats import Best, Search
 from clipdeploy.tuning.chain import Chain
 from clipdeploy.tuning.cost import counted_costs, linear_shapes
 from clipdeploy.tuning.evaluate import Counter, Evaluator, is_feasible
@@ -330,15 +330,15 @@ def test_a_graph_that_fails_when_written_does_not_stay(
 ) -> None:
     shutil.copytree(cut.root, tmp_path / "copy")
     workspace = Workspace(tmp_path / "copy")
-    real = stage._score
+    real = search._score
 
     def score(search: Any, graph: Path, images: Any) -> Evaluation:
         found = real(search, graph, images)
         return replace(found, lost=found.images, gained=0) if graph.stem == "int8" else found
 
-    monkeypatch.setattr(stage, "_score", score)
+    monkeypatch.setattr(search, "_score", score)
     # Search both formats, although INT8 has a choice that is as fast.
-    monkeypatch.setattr(stage, "_ideal", lambda costs, form: (0.0, 0))
+    monkeypatch.setattr(search_formats, "_ideal", lambda costs, form: (0.0, 0))
     found = searched(workspace, **FEW, cost="roofline", gpu="L4", scheme=SchemeConfig())
     assert found.format == "fp8"
     assert {point.format for point in found.points} == {"int8", "fp8"}
@@ -358,13 +358,13 @@ def said(found: SearchResult) -> bool:
     return "nothing is faster in INT8 than in FP16 on B300 at batch 120" in shown(found)
 
 
-def labels(best: _Best, **settings: Any) -> Iterator[str]:
+def labels(best: Best, **settings: Any) -> Iterator[str]:
     asked = SimpleNamespace(config=SearchConfig(**settings))
-    return (scheme.label for scheme in _Search.schemes(cast("_Search", asked), "int8", best))
+    return (scheme.label for scheme in Search.schemes(cast("Search", asked), "int8", best))
 
 
 def test_ranges_then_strengths_of_the_best_are_tried() -> None:
-    best = _Best()
+    best = Best()
     tried = labels(best, scheme=SchemeConfig("minmax"))
     assert [next(tried) for _ in range(4)] == ["minmax", "auto", "percentile", "mse"]
     best.offer(Evaluation(9, 0, 100, 12.0), SchemeConfig("minmax"), cast("Chain", object()))
@@ -375,8 +375,8 @@ def test_ranges_then_strengths_of_the_best_are_tried() -> None:
 
 def test_no_strengths_without_smoothing_and_no_other_scheme_than_a_fixed_one() -> None:
     scheme = SchemeConfig("minmax", smooth=False)
-    assert list(labels(_Best(), scheme=scheme)) == ["minmax", "auto", "percentile", "mse"]
-    assert list(labels(_Best(), scheme=scheme, fixed_scheme=True)) == ["minmax"]
+    assert list(labels(Best(), scheme=scheme)) == ["minmax", "auto", "percentile", "mse"]
+    assert list(labels(Best(), scheme=scheme, fixed_scheme=True)) == ["minmax"]
 
 
 def test_a_strength_is_searched_and_written(cut: Workspace, tmp_path: Path) -> None:
