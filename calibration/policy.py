@@ -30,6 +30,7 @@ __all__ = [
     "find_linears",
     "find_node",
     "find_products",
+    "find_sums",
     "observed_tensors",
     "place",
     "qkv_output",
@@ -41,16 +42,22 @@ HEAD, PATCH = "head", "patch_embed"
 _ONE_ROW = "only the class token leaves the last block"
 _BLOCK_LINEAR = re.compile(r"^blocks\.(\d+)\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)$")
 _BLOCK_NUMBER = re.compile(r"^blocks\.\d+")
+# The Linears whose outputs no residual is added to.
+_WITH_OUTPUTS = ("attn.qkv", "mlp.fc1")
 _ATTENTION = re.compile(r"^blocks\.(\d+)\.attn$")
 
 
 @dataclass(frozen=True)
 class Scope:
-    """What to quantise besides the Linears of the blocks."""
+    """What to quantise besides the Linears of the blocks.
+
+    ``outputs``: the sums of each quantised qkv and fc1, before their bias.
+    """
 
     attention: bool = False
     head: bool = False
     patch: bool = False
+    outputs: bool = False
 
 
 @dataclass(frozen=True)
@@ -190,6 +197,15 @@ def find_products(model: ir.Model) -> list[ProductSite]:
 def find_node(model: ir.Model, name: str, kind: str) -> ir.Node | None:
     """The node of module ``name`` (:data:`HEAD` or :data:`PATCH`) with operator ``kind``."""
     return next((n for n in model.graph if n.op_type == kind and n.name == f"{name}/{kind}"), None)
+
+
+def find_sums(model: ir.Model, names: Iterable[str]) -> list[tuple[str, ir.Value]]:
+    """The MatMul outputs of the qkv and fc1 among the Linears ``names``, before ratio and bias."""
+    found = []
+    for name in names:
+        if name.endswith(_WITH_OUTPUTS) and (node := find_node(model, name, "MatMul")) is not None:
+            found.append((name, node.outputs[0]))
+    return found
 
 
 def qkv_output(name: str) -> str:

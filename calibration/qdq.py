@@ -6,7 +6,7 @@ weights, :mod:`calibration.write` writes the Q/DQ pairs.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,6 +26,7 @@ from calibration.policy import (
     find_linears,
     find_node,
     find_products,
+    find_sums,
     place,
     qkv_output,
 )
@@ -87,7 +88,7 @@ class QuantizeConfig:
 
     Raises:
         UsageError: an unknown value, ``min_sqnr`` out of range, or a ``remainder`` that ``format``
-            or ``weight_scales`` does not fit.
+            ``weight_scales`` or ``scope`` does not fit.
     """
 
     exclude: tuple[str, ...] = ()
@@ -111,6 +112,11 @@ class QuantizeConfig:
             raise UsageError(
                 f"weight scales in {self.weight_scales} form are for TensorRT engines, "
                 "remainder fp32 is for ONNX Runtime",
+                hint="leave one of the two out",
+            )
+        if self.remainder == "fp32" and self.scope.outputs:
+            raise UsageError(
+                "8-bit outputs are for TensorRT engines, remainder fp32 is for ONNX Runtime",
                 hint="leave one of the two out",
             )
         if self.remainder == "fp32" and self.format == "fp8":
@@ -144,11 +150,14 @@ def stored_settings(config: QuantizeConfig) -> dict[str, Any]:
 
     Its keys are the field names, except that ``scheme`` is stored as ``plan``: the key of earlier
     versions, whose graphs would otherwise be made again and whose recipes would not load.  For the
-    same reason ``format`` is stored only if it is not ``int8``.
+    same reason ``format`` is stored only if it is not ``int8``, and ``scope.outputs`` only if set.
     """
     stored = {SCHEME_KEY if k == "scheme" else k: v for k, v in settings_of(config).items()}
+    # Of a configuration read from JSON, msgspec does not encode defaults that were left out.
     if config.format == "int8":
-        del stored["format"]
+        stored.pop("format", None)
+    if not config.scope.outputs:
+        stored["scope"].pop("outputs", None)
     return stored
 
 
@@ -286,6 +295,19 @@ def _write(
     return found
 
 
+def _write_outputs(
+    model: ir.Model, chosen: Iterable[str], judge: Judge, number_format: NumberFormat
+) -> None:
+    """Quantise the sums of qkv and fc1 to their range on the judge's images."""
+    sums = find_sums(model, chosen)
+    peaks = judge.peaks_of(model)
+    writer = QdqWriter(model.graph, unsigned=False, number_format=number_format)
+    for name, value in sums:
+        step = number_format.step(peaks[value.name or ""])
+        for node, index in list(value.uses()):
+            writer.activation(node, index, f"{name}.output", step)
+
+
 def _check_table(table: CalibrationTable, passport: Passport, source: str, where: Path) -> None:
     for what, found, expected in (
         ("model", table.model, passport.model),
@@ -387,6 +409,8 @@ def quantize(
     left_out = _left_out(found, config.min_sqnr, label)
     placement = placement.without(left_out)
     judge = Judge(source, passport.input, table.samples(), samples, half=half)
+    if config.scope.outputs:
+        _write_outputs(model, placement.quantized, judge, config.number_format)
     keep = near_limit(judge.peaks)
     if half:
         _need_opset(model, passport)

@@ -98,6 +98,14 @@ class Judge:
         session = OnnxSession(graph, exact_int8=True)
         return np.concatenate([found for (found,) in session.run_all(self._inputs)])
 
+    def peaks_of(self, model: ir.Model) -> dict[str, float]:
+        """Max |x| of each float32 tensor of ``model``, by name."""
+        with scratch_folder() as folder:
+            path = folder / "quantised.onnx"
+            with file_errors("write", path):
+                write_model(model, path)
+            return largest_values(path, self._inputs)[1]
+
     def measure(self, model: ir.Model) -> Quality:
         """Run a quantised graph and compare its logits.
 

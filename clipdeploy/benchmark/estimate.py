@@ -31,6 +31,7 @@ from clipdeploy.engines.roofline import (
     engine_seconds,
     geometry_of,
     kernels,
+    linear_outputs,
 )
 from clipdeploy.models.cards import takes_any_name
 from clipdeploy.workspace.folder import Workspace
@@ -191,7 +192,10 @@ def _read(path: Path, label: str) -> _Graph:
     if passport.precision in ("fp32", "int8-cpu"):
         raise ArtifactError(f"the data sheets have no rate for its {passport.precision} products")
     geometry = geometry_of(passport)
-    return _Graph(path, label, passport.model, geometry, _formats(path, geometry.depth))
+    formats = _formats(path, geometry.depth)
+    if passport.settings.get("scope", {}).get("outputs"):
+        formats |= {name: formats[name.removesuffix(".output")] for name in linear_outputs(formats)}
+    return _Graph(path, label, passport.model, geometry, formats)
 
 
 def _formats(graph: Path, depth: int) -> dict[str, Format]:

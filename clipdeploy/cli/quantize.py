@@ -97,6 +97,11 @@ _OPTIONS = (
         default_text="the form for the backend, tensor for FP8",
     ),
     option("--quantize-attention", is_flag=True, help="Quantise attention's two products too."),
+    option(
+        "--quantize-outputs",
+        is_flag=True,
+        help="Round the sums of qkv and fc1 too, so that they move as 8 bits.",
+    ),
     option("--quantize-head", is_flag=True, help="Quantise the classifier too."),
     option("--quantize-patch", is_flag=True, help="Quantise the patch convolution too."),
     option(
@@ -181,6 +186,7 @@ def quantize_options(options: dict[str, Any]) -> QuantizeConfig:
         attention=options["quantize_attention"],
         head=options["quantize_head"],
         patch=options["quantize_patch"],
+        outputs=options["quantize_outputs"],
     )
     config = QuantizeConfig(
         options["exclude"], "fp16", scheme, scope, weight_scales=options["weight_scales"]

@@ -1,4 +1,4 @@
-"""``clipdeploy search``: choose 8 bits or FP16 for each Linear within an accuracy limit."""
+"""``clipdeploy search``: choose 8 bits or FP16 for each product within an accuracy limit."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ _CONFIG = "clipdeploy.tuning.search.SearchConfig"
     is_flag=True,
     help="Do not try other values of --range and --strength.",
 )
-@option("--fp8", is_flag=True, help="Choose FP8 or FP16 for each Linear, instead of INT8 or FP16.")
+@option("--int8", is_flag=True, help="Search INT8 only, instead of each format that the GPU has.")
+@option("--fp8", is_flag=True, help="Search FP8 only, instead of each format that the GPU has.")
 @cpu_option
 @picture_option
 @labelling_options()
@@ -102,21 +103,24 @@ def search(
     batch: int,
     threads: int,
     fixed_scheme: bool,
+    int8: bool,
     fp8: bool,
     cpu: bool,
     plot: Path | None,
     **options: Any,
 ) -> int:
-    """Choose 8 bits or FP16 for each Linear and write the graph.
+    """Choose INT8, FP8 or FP16 for each Linear and write the graph.
 
     Finds the fastest combination that is proven to lose at most --max-drop of top-1, and confirms
-    it on images that the search did not use. The exit code is 3 if they do not confirm it.
+    it on images that the search did not use. The exit code is 3 if they do not confirm it. With
+    --cost roofline, it also chooses for the attention of each block.
     """
     from clipdeploy.core.plots import check_plot_path, save_plot
 
     if plot:
         check_plot_path(plot)
     refuse_together("fp8", "cpu", hint="FP8 is for TensorRT engines: leave one of the two out")
+    refuse_together("int8", "fp8", hint="leave both out to search both")
     check_scheme_options(options, fp8=fp8)
     check_labelling(options)
     if confirm_data is not None:
@@ -141,7 +145,7 @@ def search(
         scheme=scheme_config(options),
         fixed_scheme=fixed_scheme,
         remainder="fp32" if cpu else "fp16",
-        format="fp8" if fp8 else "int8",
+        format="fp8" if fp8 else "int8" if int8 else None,
         labelling=labelling(options),
     )
     result = search_model(

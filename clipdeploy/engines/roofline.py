@@ -7,9 +7,9 @@ The kernels are those of the plans that TensorRT-RTX 1.7 makes of the graphs, re
 number).  In a block with n rows (images times tokens) of width D, a Linear that is
 
     FP16     is one kernel with its bias, and with GELU or the residual addition
-    8 bits   is one kernel that writes its sums as FP16, and its bias, the residual addition or GELU
-             are in a second kernel, which also computes the next LayerNorm and rounds the input of
-             the next 8-bit Linear
+    8 bits   is one kernel that writes its sums as FP16 (of qkv and fc1, on request, in 8 bits), and
+             its bias, the residual addition or GELU are in a second kernel, which also computes the
+             next LayerNorm and rounds the input of the next 8-bit Linear
 
 and the other kernels of a block are a LayerNorm before each FP16 chain, one that splits Q, K and V,
 and one for both products of attention with the softmax between them.  A kernel reads its inputs and
@@ -40,12 +40,14 @@ __all__ = [
     "Kernel",
     "attention_name",
     "block_linears",
+    "block_products",
     "check_formats",
     "engine_seconds",
     "every_linear",
     "geometry_of",
     "kernel_seconds",
     "kernels",
+    "linear_outputs",
 ]
 
 # From the end of a kernel to the start of the next one in a stream: 3.8 us a kernel less the 2.9 us
@@ -59,10 +61,13 @@ PRODUCT_SHARE = 0.7
 # TensorRT-RTX fuses INT8 attention of 197 tokens and not of 577 (docs/numbers.md); FP8 of both.
 _MOST_FUSED_TOKENS = 197
 
+# The Linears whose sums may be written in 8 bits; see calibration.policy.Scope.outputs.
+_WITH_OUTPUTS = ("attn.qkv", "mlp.fc1")
 _ROLES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
-# Format by name: of Linears, such as ``blocks.3.mlp.fc1``, and of attention's two products, such as
-# ``blocks.3.attn``.  Names that are left out are FP16.
+# Format by name: of Linears, such as ``blocks.3.mlp.fc1``, of attention's two products, such as
+# ``blocks.3.attn``, and of the sums that 8-bit Linears write, such as ``blocks.3.mlp.fc1.output``.
+# Names that are left out are FP16.
 Formats = Mapping[str, Format]
 
 
@@ -128,12 +133,31 @@ def attention_name(block: int) -> str:
     return f"blocks.{block}.attn"
 
 
-def every_linear(depth: int, form: Format, *, attention: bool = False) -> dict[str, Format]:
-    """Formats with all Linears of the blocks in ``form``, and attention's products if asked.
+def block_products(geometry: Geometry, block: int) -> tuple[str, ...]:
+    """What may be in 8 bits in a block: its Linears and its attention, in network order.
+
+    The last block's attention stays in FP16, as :func:`calibration.policy.place` decides.
+    """
+    qkv, *others = block_linears(block)
+    attention = [attention_name(block)] if block < geometry.depth - 1 else []
+    return (qkv, *attention, *others)
+
+
+def linear_outputs(linears: Iterable[str]) -> tuple[str, ...]:
+    """The names of the sums that may be in 8 bits, of the 8-bit Linears ``linears``."""
+    return tuple(f"{name}.output" for name in linears if name.endswith(_WITH_OUTPUTS))
+
+
+def every_linear(
+    depth: int, form: Format, *, attention: bool = False, outputs: bool = False
+) -> dict[str, Format]:
+    """Formats with all Linears of the blocks in ``form``, and attention and outputs if asked.
 
     As :func:`calibration.policy.place` does, it leaves out the last block's attention.
     """
     names = [name for block in range(depth) for name in block_linears(block)]
+    if outputs:
+        names += linear_outputs(names)
     if attention:
         names += map(attention_name, range(depth - 1))
     return dict.fromkeys(names, form)
@@ -223,13 +247,17 @@ class _Block:
         """The format of a Linear: ``attn.qkv``, ``attn.proj``, ``mlp.fc1`` or ``mlp.fc2``."""
         return self._formats.get(f"{self._name}.{role}", "fp16")
 
+    def _sum_width(self, role: str) -> int:
+        """Bytes of a sum that a Linear writes."""
+        return _width(self.form(f"{role}.output"))
+
     def kernels(self, follows: Format) -> Iterator[Kernel]:
         """All kernels of the block; ``follows`` is the format of the Linear before it."""
         width = self._geometry.width
         qkv, proj, fc1, fc2 = map(self.form, _ROLES)
         yield _norm("norm1", self._name, self._n * width, follows, qkv)
         yield self._linear("attn.qkv", self._n, width, 3 * width)
-        split = (2 + _width(self._attention)) * 3 * self._n * width
+        split = (self._sum_width("attn.qkv") + _width(self._attention)) * 3 * self._n * width
         yield Kernel("attn.split", self._name, 0, split)
         long = self._geometry.tokens > _MOST_FUSED_TOKENS
         if self._attention == "int8" and (proj == "fp16" or long):
@@ -240,7 +268,7 @@ class _Block:
         yield _norm("norm2", self._name, self._rows * width, proj, fc1)
         yield self._linear("mlp.fc1", self._rows, width, 4 * width)
         if fc1 != "fp16" or fc2 != "fp16":
-            gelu = (2 + _width(fc2)) * self._rows * 4 * width
+            gelu = (self._sum_width("mlp.fc1") + _width(fc2)) * self._rows * 4 * width
             yield Kernel("mlp.gelu", self._name, 0, gelu)
         yield self._linear("mlp.fc2", self._rows, 4 * width, width, residual=fc2 == "fp16")
 
@@ -248,7 +276,8 @@ class _Block:
         self, role: str, rows: int, cin: int, cout: int, *, residual: bool = False
     ) -> Kernel:
         form = self.form(role)
-        moved = _width(form) * (rows + cout) * cin + 2 * rows * cout * (2 if residual else 1)
+        written = self._sum_width(role) + (2 if residual else 0)
+        moved = _width(form) * (rows + cout) * cin + written * rows * cout
         return Kernel(role, self._name, 2 * rows * cin * cout, moved, form)
 
     @property

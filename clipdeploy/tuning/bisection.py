@@ -36,8 +36,8 @@ __all__ = ["Batch", "BlockError", "Measurement", "PartError", "measure"]
 
 Labels = NDArray[np.int64]
 
-# Networks with at most _FEW_PARTS parts (the demo has 32) have all parts restored, larger ones the
-# _RESTORED_PARTS with the largest shares.
+# Networks with at most _FEW_PARTS parts in their blocks (the demo has at most 36) have all of them
+# restored, larger ones the _RESTORED_PARTS with the largest shares.
 _FEW_PARTS, _RESTORED_PARTS = 40, 12
 
 
@@ -51,7 +51,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class PartError:
-    """Errors of one part: a Linear, ``patch_embed``, ``head`` or a block's remaining nodes.
+    """Errors of one part: a Linear, attention, ``patch_embed``, ``head`` or a block's other nodes.
 
     dB as in the module docstring: None without any error, ``BROKEN_DB`` if the output is not
     finite.  ``alone_drop`` and ``restored_drop``: points of top-1 lost against the reference in the
@@ -147,7 +147,7 @@ class _Runs:
     @property
     def _restored_parts(self) -> int:
         parts = len(self.alone.keys() - set(self._blocks))
-        return parts if len(self.alone) <= _FEW_PARTS else min(parts, _RESTORED_PARTS)
+        return parts if parts <= _FEW_PARTS else min(parts, _RESTORED_PARTS)
 
     def add(self, batch: Batch, advance: Callable[[int], None]) -> None:
         """Evaluate one batch with each part alone from the candidate."""

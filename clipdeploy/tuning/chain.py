@@ -38,7 +38,8 @@ class Chain:
     ) -> None:
         files = [(str(path), read_whole(path)) for path in (reference, candidate)]
         self.reference, self.candidate = read_sources(files)
-        segments = find_segments(ir.from_proto(self.reference.model))
+        model = ir.from_proto(self.reference.model)
+        segments = find_segments(model, attention=self.candidate.attention)
         self.bridges = find_bridges(self.reference, self.candidate, segments)
         self.segments: tuple[Segment, ...] = tuple(segments)
         self.everything = frozenset(s for segment in segments for s in segment.switches)
@@ -46,7 +47,7 @@ class Chain:
             s
             for segment in segments
             for s in segment.switches
-            if s != segment.name and s != f"{segment.name}.rest"
+            if s != segment.name and not s.endswith((".rest", ".attn"))
         )
         self._sessions = [
             OnnxSession(

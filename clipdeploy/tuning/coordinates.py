@@ -5,6 +5,8 @@ are its four Linears, each with the LayerNorm or Sub before it, and the nodes be
 
     x ── norm1, qkv ── attention ── proj ── + ── norm2, fc1 ── GELU ── fc2 ── +
 
+Attention is a part with a switch of its own if the candidate quantises its products.
+
 A smoothed candidate computes the same function in other coordinates (:mod:`calibration.smoothing`).
 Those of qkv and fc1 stay inside the part.  Those of V pass from qkv's part to proj's:
 
@@ -33,6 +35,7 @@ from numpy.typing import NDArray
 
 from calibration.policy import HEAD, PATCH, LinearSite, find_linears
 from clipdeploy.core.errors import GraphError
+from clipdeploy.engines.roofline import attention_name
 from clipdeploy.tuning.segments import Bridge, GraphSource, Part, Segment
 
 __all__ = ["find_bridges", "find_segments", "rest_of", "weight_pair"]
@@ -58,8 +61,10 @@ def rest_of(block: int) -> str:
     return f"blocks.{block}.rest"
 
 
-def find_segments(model: ir.Model) -> list[Segment]:
+def find_segments(model: ir.Model, *, attention: bool = False) -> list[Segment]:
     """The segments of an FP32 graph, from its image to its logits.
+
+    With ``attention``, the attention of each block has a switch of its own.
 
     Raises:
         GraphError: clipdeploy did not export the graph.
@@ -75,7 +80,7 @@ def find_segments(model: ir.Model) -> list[Segment]:
         qkv, proj, fc1, fc2 = (sites[f"blocks.{block}.{role}"] for role in roles)
         parts = (
             Part(qkv.name, qkv.output.name or ""),
-            Part(rest, proj.activation.name or ""),
+            Part(attention_name(block) if attention else rest, proj.activation.name or ""),
             Part(proj.name, proj.output.name or ""),
             Part(rest, _residual_sum(proj)),
             Part(fc1.name, fc1.output.name or ""),

@@ -1,16 +1,20 @@
-"""Estimates or measures the cost of each Linear in INT8 and FP16, which the search minimises.
+"""Estimates or measures the cost of each product in 8 bits and FP16, which the search minimises.
+
+A product is a Linear or, in cost model ``roofline``, the attention of a block: both of its products
+of activations.
 
 Cost model ``roofline``: microseconds of a whole engine on a GPU, from its data sheet and from the
 kernels that TensorRT-RTX compiles, see :mod:`clipdeploy.engines.roofline`.  With T(S) the time with
-the Linears S in INT8 and the others in FP16,
+the products S in 8 bits and the others in FP16,
 
-    T(S) = T({}) + sum over L in S of (T({L}) - T({})) + sum over pairs in S of what they share
+    T(S) = T({}) + sum over p in S of (T({p}) - T({})) + sum over pairs in S of what they share
 
-fc1 and fc2 of a block share a kernel: either of them in INT8 separates GELU from the product of
-fc1.  No other Linears share one, so this is exact (``tests/clipdeploy/tuning/test_cost.py``).
+Products of a block share kernels: fc1 or fc2 in 8 bits separates GELU from the product of fc1, and
+attention is one kernel in INT8 only if proj is in INT8 too.  No three share one, so this is exact
+(``tests/clipdeploy/tuning/test_cost.py``).
 
-Cost model ``macs``: multiply-accumulates of one image, those in INT8 counted half.  This is no
-time; the choice with the lowest cost has most of its MACs in INT8.
+Cost model ``macs``: multiply-accumulates of the Linears for one image, those in 8 bits counted
+half.  This is no time; the choice with the lowest cost has most of its MACs in 8 bits.
 
 Cost model ``cpu``: median time in microseconds of each kind of Linear on ONNX Runtime's CPU
 provider, INT8 and FP32 in alternation.
@@ -20,8 +24,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain as joined
 from itertools import combinations
 from typing import Literal
 
@@ -30,7 +36,7 @@ import numpy as np
 from clipdeploy.engines.gpus import Format, GpuSpec
 from clipdeploy.engines.roofline import (
     Geometry,
-    block_linears,
+    block_products,
     check_formats,
     engine_seconds,
     kernel_seconds,
@@ -41,7 +47,7 @@ from clipdeploy.tuning.chain import Chain, Tensor
 __all__ = [
     "CostKind",
     "CostModel",
-    "LinearCost",
+    "ProductCost",
     "SharedCost",
     "counted_costs",
     "estimated_costs",
@@ -56,7 +62,7 @@ _NOTHING = 1e-6
 
 
 @dataclass(frozen=True)
-class LinearCost:
+class ProductCost:
     """``macs`` of one image; ``half`` and ``quantised``: costs in the unit of the cost model."""
 
     macs: int
@@ -66,59 +72,91 @@ class LinearCost:
 
 @dataclass(frozen=True)
 class SharedCost:
-    """``cost`` to add if all of ``linears`` are in INT8; negative if they share a kernel."""
+    """``cost`` to add if all ``products`` are in 8 bits; negative if they share a kernel."""
 
-    linears: tuple[str, ...]
+    products: tuple[str, ...]
     cost: float
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Costs of all Linears, and the unit and batch size that they apply to.
+    """Costs of all products, and the unit and batch size that they apply to.
 
-    ``gpu`` is the GPU of a ``roofline``, and ``rest`` the cost of everything that is no Linear.
+    ``gpu`` is the GPU of a ``roofline``, and ``rest`` the cost of everything that is no product.
     """
 
     kind: CostKind
     unit: str
     batch: int
-    linears: dict[str, LinearCost]
+    products: dict[str, ProductCost]
     gpu: str = ""
     rest: float = 0.0
     shared: tuple[SharedCost, ...] = ()
 
     @property
     def order(self) -> tuple[str, ...]:
-        """Names of the Linears in network order."""
-        return tuple(self.linears)
+        """Names of the products in network order."""
+        return tuple(self.products)
 
     def total(self, quantised: frozenset[str]) -> float:
-        """The cost with the Linears in ``quantised`` quantised."""
-        linears = sum(
-            cost.quantised if name in quantised else cost.half
-            for name, cost in self.linears.items()
+        """The cost with the products in ``quantised`` in 8 bits."""
+        return self.rest + self._sum(self.products, quantised)
+
+    def _sum(self, names: Iterable[str], quantised: frozenset[str]) -> float:
+        """The cost of the products ``names``, which contain ``quantised``."""
+        alone = (
+            self.products[name].quantised if name in quantised else self.products[name].half
+            for name in names
         )
-        shared = sum(each.cost for each in self.shared if quantised.issuperset(each.linears))
-        return self.rest + linears + shared
+        shared = (each.cost for each in self.shared if quantised.issuperset(each.products))
+        return sum(alone) + sum(shared)
 
     def relative(self, quantised: frozenset[str]) -> float:
-        """:meth:`total` divided by the cost with all Linears in FP16."""
+        """:meth:`total` divided by the cost with all products in FP16."""
         return self.total(quantised) / self.total(frozenset())
 
+    def fastest(self) -> frozenset[str]:
+        """The products in 8 bits at the lowest cost, whatever their accuracy.
+
+        Only products of one block share a cost, so each block has its own best set.
+        """
+        blocks: defaultdict[str, list[str]] = defaultdict(list)
+        for name in self.products:
+            blocks[_block(name)].append(name)
+        best = (
+            min(_subsets(names), key=lambda chosen, names=names: self._sum(names, chosen))  # type: ignore[misc]
+            for names in blocks.values()
+        )
+        return frozenset().union(*best)
+
     def gains(self) -> dict[str, float]:
-        """What each Linear saves in INT8: the mean of being the first and the last to change."""
-        every = frozenset(self.linears)
-        none, everything = self.total(frozenset()), self.total(every)
+        """What each product saves: the cost of :meth:`fastest` without it, less that with it.
+
+        0 for products outside it.  None of them is worth 8 bits, whichever others are in FP16,
+        because sharing a kernel makes products in 8 bits cheaper together, not dearer.
+        """
+        best = self.fastest()
+        least = self.total(best)
         return {
-            name: (none - self.total(frozenset((name,))) + self.total(every - {name}) - everything)
-            / 2
-            for name in self.linears
+            name: self.total(best - {name}) - least if name in best else 0.0
+            for name in self.products
         }
 
     def quantised_macs(self, quantised: frozenset[str]) -> float:
-        """Share of the Linears' MACs that run in INT8, from 0 to 1."""
-        every = sum(cost.macs for cost in self.linears.values())
-        return sum(self.linears[name].macs for name in quantised) / every
+        """Share of the products' MACs that run in 8 bits, from 0 to 1."""
+        every = sum(cost.macs for cost in self.products.values())
+        return sum(self.products[name].macs for name in quantised) / every
+
+
+def _block(name: str) -> str:
+    """``blocks.3.mlp.fc1`` -> ``blocks.3``."""
+    return ".".join(name.split(".")[:2])
+
+
+def _subsets(names: Collection[str]) -> Iterator[frozenset[str]]:
+    """All subsets, smaller ones first."""
+    sizes = (combinations(names, size) for size in range(len(names) + 1))
+    return map(frozenset, joined.from_iterable(sizes))
 
 
 def linear_shapes(chain: Chain, image: Tensor) -> dict[str, tuple[int, int, int]]:
@@ -139,18 +177,14 @@ def linear_shapes(chain: Chain, image: Tensor) -> dict[str, tuple[int, int, int]
 def counted_costs(shapes: Mapping[str, tuple[int, int, int]], batch: int) -> CostModel:
     """Cost model ``macs``: count the MACs of each Linear."""
     macs = {name: tokens * cin * cout for name, (tokens, cin, cout) in shapes.items()}
-    linears = {name: LinearCost(count, count, count / 2) for name, count in macs.items()}
-    return CostModel("macs", "MACs of an image, half for 8 bits", batch, linears)
+    products = {name: ProductCost(count, count, count / 2) for name, count in macs.items()}
+    return CostModel("macs", "MACs of an image, half for 8 bits", batch, products)
 
 
 def estimated_costs(
-    shapes: Mapping[str, tuple[int, int, int]],
-    geometry: Geometry,
-    gpu: GpuSpec,
-    batch: int,
-    form: Format = "int8",
+    geometry: Geometry, gpu: GpuSpec, batch: int, form: Format = "int8"
 ) -> CostModel:
-    """Cost model ``roofline``: estimate the time on ``gpu`` of Linears in FP16 and in ``form``.
+    """Cost model ``roofline``: estimate the time on ``gpu`` of products in FP16 and in ``form``.
 
     Raises:
         UsageError: ``gpu`` has no products of ``form``.
@@ -161,27 +195,28 @@ def estimated_costs(
         formats: dict[str, Format] = dict.fromkeys(quantised, form)
         return 1e6 * engine_seconds(kernels(geometry, formats, batch), gpu)
 
-    plain = {
-        f"{kernel.block}.{kernel.name}": 1e6 * kernel_seconds(kernel, gpu)
-        for kernel in kernels(geometry, {}, batch)
-    }
-    alone = {name: time(name) - time() for name in shapes}
-    linears = {
-        name: LinearCost(tokens * cin * cout, plain[name], plain[name] + alone[name])
-        for name, (tokens, cin, cout) in shapes.items()
+    plain = {f"{kernel.block}.{kernel.name}": kernel for kernel in kernels(geometry, {}, batch)}
+    half = {name: 1e6 * kernel_seconds(kernel, gpu) for name, kernel in plain.items()}
+    blocks = [block_products(geometry, number) for number in range(geometry.depth)]
+    alone = {name: time(name) - time() for names in blocks for name in names}
+    products = {
+        name: ProductCost(
+            round(plain[name].operations / 2 / batch), half[name], half[name] + alone[name]
+        )
+        for name in alone
     }
     pairs = [
         SharedCost(pair, time(*pair) - time() - sum(alone[name] for name in pair))
-        for block in range(geometry.depth)
-        for pair in combinations([n for n in block_linears(block) if n in shapes], 2)
+        for names in blocks
+        for pair in combinations(names, 2)
     ]
     return CostModel(
         "roofline",
         f"microseconds on {gpu.name}, estimated from its data sheet",
         batch,
-        linears,
+        products,
         gpu=gpu.name,
-        rest=time() - sum(plain[name] for name in shapes),
+        rest=time() - sum(half[name] for name in products),
         shared=tuple(pair for pair in pairs if abs(pair.cost) > _NOTHING),
     )
 
@@ -191,14 +226,14 @@ def measured_costs(
 ) -> CostModel:
     """Cost model ``cpu``: time each kind and shape of Linear once on this machine's CPU."""
     known: dict[tuple[str, tuple[int, int, int]], tuple[float, float]] = {}
-    linears = {}
+    products = {}
     for name, shape in shapes.items():
         kind = (name.rpartition(".")[2], shape)
         if kind not in known:
             known[kind] = _time(chain, name, shape, batch)
         half, quantised = known[kind]
-        linears[name] = LinearCost(shape[0] * shape[1] * shape[2], half, quantised)
-    return CostModel("cpu", "microseconds on ONNX Runtime's CPU provider", batch, linears)
+        products[name] = ProductCost(shape[0] * shape[1] * shape[2], half, quantised)
+    return CostModel("cpu", "microseconds on ONNX Runtime's CPU provider", batch, products)
 
 
 def _time(chain: Chain, name: str, shape: tuple[int, int, int], batch: int) -> tuple[float, float]:

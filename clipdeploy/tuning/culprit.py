@@ -10,7 +10,8 @@ A Linear is an outlier if both conditions hold:
 * Its share of the logits' error is at least a quarter, so that restoring it gains at least
   10 log10(1 / (1 - 1/4)) = 1.2 dB.
 
-The nodes between the Linears of a block are compared with those of the other blocks.
+The attention of a block, and the other nodes between its Linears, are compared with those of the
+other blocks.
 ``patch_embed`` and ``head`` have no peers: they are outliers if they cause nine tenths of the
 error, so that restoring one gains 10 dB.
 """
@@ -73,11 +74,12 @@ def _deviations(parts: Sequence[PartError]) -> dict[str, float]:
 def _outliers(parts: Sequence[PartError]) -> list[tuple[PartError, float | None]]:
     rest = [part for part in parts if part.name.endswith(".rest")]
     single = [part for part in parts if part.name == part.block]
-    linears = [part for part in parts if part not in rest and part not in single]
+    attention = [part for part in parts if part.name.endswith(".attn")]
+    linears = [part for part in parts if part not in (*rest, *single, *attention)]
     found: list[tuple[PartError, float | None]] = [
         (part, None) for part in single if part.share >= _SHARE_WITHOUT_PEERS
     ]
-    for peers in (linears, rest):
+    for peers in (linears, attention, rest):
         deviations = _deviations(peers) if peers else {}
         found += [
             (part, deviations[part.name])

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_bisection", "draw_front"]
 
-_ROLES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "rest")
+_ROLES = ("attn.qkv", "attn", "attn.proj", "mlp.fc1", "mlp.fc2", "rest")
 # Errors beyond this are float32 rounding; equal tensors are drawn with this value.
 _EQUAL_DB = 120.0
 
@@ -54,7 +54,8 @@ def _heat_map(axes: Axes, result: Bisection, blocks: list[str]) -> None:
     from matplotlib.patches import Rectangle
 
     parts = {part.name: _finite(part.alone_db) for part in result.measured.parts}
-    values = np.asarray([[parts[f"{block}.{role}"] for role in _ROLES] for block in blocks])
+    roles = [role for role in _ROLES if f"{blocks[0]}.{role}" in parts]
+    values = np.asarray([[parts[f"{block}.{role}"] for role in roles] for block in blocks])
     image = axes.imshow(values, cmap="magma", aspect="auto")
     middle = (values.min() + values.max()) / 2
     for (row, column), value in np.ndenumerate(values):
@@ -62,11 +63,11 @@ def _heat_map(axes: Axes, result: Bisection, blocks: list[str]) -> None:
         axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
     culprits = {culprit.name for culprit in result.culprits}
     for row, block in enumerate(blocks):
-        for column, role in enumerate(_ROLES):
+        for column, role in enumerate(roles):
             if f"{block}.{role}" in culprits:
                 corner = (column - 0.5, row - 0.5)
                 axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="#56B4E9", lw=3))
-    axes.set_xticks(range(len(_ROLES)), [role.rpartition(".")[2] for role in _ROLES])
+    axes.set_xticks(range(len(roles)), [role.rpartition(".")[2] for role in roles])
     axes.set_yticks(range(len(blocks)), blocks)
     axes.set_title("SQNR of the logits with this part alone, dB", fontsize=10)
     axes.figure.colorbar(image, ax=axes)

@@ -1,4 +1,4 @@
-"""Evaluates combinations of Linears on the search images, each once, and saves the results.
+"""Evaluates combinations of products on the search images, each once, and saves the results.
 
 The search picks a combination that lost few of the search images, partly by luck: it would lose
 more of fresh images.  The counts are therefore compared with expected counts, derived from the size
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,7 +40,7 @@ from clipdeploy.verification.paired import judge_drop
 
 __all__ = ["Counter", "Evaluator", "is_feasible"]
 
-# Images for the error power of each Linear alone; it only ranks the Linears.
+# Images for the error power of each product alone; it only ranks the products.
 _POWER_IMAGES = 64
 # The 90th percentile of a normal distribution, in standard deviations.
 _NINE_IN_TEN = 1.2816
@@ -122,20 +122,20 @@ class Evaluator:
         if self._deadline is not None and time.monotonic() > self._deadline:
             raise OutOfTimeError
 
-    def power(self) -> dict[str, float]:
-        """Error power of the logits relative to their signal, with one Linear quantised, by name.
+    def power(self, names: Collection[str]) -> dict[str, float]:
+        """Error power of the logits relative to their signal, with one product quantised, by name.
 
         Raises:
             OutOfTimeError: the time budget is used up.
         """
         known = self._state.power.setdefault(self._scheme, {})
-        for name in self._chain.linears:
+        for name in names:
             if name not in known:
                 self._check_time()
                 known[name] = self._power(name)
                 save_state(self._state, self._path)
             self._advance(1)
-        return known
+        return {name: known[name] for name in names}
 
     def _power(self, name: str) -> float:
         meter = FidelityMeter()
@@ -155,7 +155,7 @@ class Evaluator:
             left -= len(samples.crops)
 
     def evaluate(self, quantised: frozenset[str]) -> Evaluation:
-        """Evaluate the network with the Linears ``quantised`` quantised.
+        """Evaluate the network with the products ``quantised`` quantised.
 
         Raises:
             OutOfTimeError: the time budget is used up and the result is not saved yet.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from calibration.formats import FormatName
+
 __all__ = ["Candidate", "Evaluation", "pareto_front"]
 
 
@@ -35,12 +37,14 @@ class Evaluation:
 class Candidate:
     """An evaluated combination.
 
-    ``cost``: relative to all Linears in FP16.  ``quantised_macs``: share of the
-    Linears' MACs in 8 bits.
+    ``format``: of the products in ``quantised``, which are Linears and the attention of blocks,
+    ``blocks.N.attn``.  ``cost``: relative to everything in FP16.  ``quantised_macs``: share of the
+    products' MACs in 8 bits.
     ``front``: whether it is on the Pareto front.  ``recipe``: path of the file to rebuild it with.
     """
 
     label: str
+    format: FormatName
     quantised: tuple[str, ...]
     cost: float
     quantised_macs: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -16,7 +17,7 @@ from calibration.scheme import SchemeConfig
 from clipdeploy.core.display import Renderable, Shown
 from clipdeploy.core.errors import UsageError
 from clipdeploy.core.spans import BATCH, BUDGET, IMAGES, SEARCHED_DROP, SEED, THREADS, check_numbers
-from clipdeploy.engines.gpus import find_gpu
+from clipdeploy.engines.gpus import GpuSpec, find_gpu
 from clipdeploy.imaging import Labelling
 from clipdeploy.tuning.cost import CostKind, CostModel
 from clipdeploy.tuning.pareto import Candidate
@@ -24,7 +25,7 @@ from clipdeploy.tuning.tables import decibels, number_columns
 from clipdeploy.verification.paired import DropJudgement
 from exporters.headers import GraphArtifact
 
-__all__ = ["SearchConfig", "SearchResult", "search_table"]
+__all__ = ["SearchConfig", "SearchResult", "is_attention", "search_table"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class SearchConfig:
     without one in the table, ``DEFAULT_GPU``.  ``batch``: batch size that costs apply to.
     ``threads``: ONNX Runtime's, 0 for its default.  ``scheme``: how Linears are quantised; if it
     loses too much accuracy, other ranges and smoothing strengths are tried, unless
-    ``fixed_scheme``.  ``format``: of the Linears that are not FP16.  ``remainder``: see
+    ``fixed_scheme``.  ``format``: of the products that are not FP16; None for the fastest of those
+    that the GPU has, or INT8 if the cost is no ``roofline``.  ``remainder``: see
     :class:`calibration.qdq.QuantizeConfig`.  ``labelling``: where the images' classes come from.
 
     Raises:
@@ -57,7 +59,7 @@ class SearchConfig:
     scheme: SchemeConfig = field(default_factory=SchemeConfig)
     fixed_scheme: bool = False
     remainder: Literal["fp16", "fp32"] = "fp16"
-    format: FormatName = "int8"
+    format: FormatName | None = None
     labelling: Labelling = field(default_factory=Labelling)
 
     def __post_init__(self) -> None:
@@ -73,7 +75,7 @@ class SearchConfig:
         if self.cost not in get_args(CostKind):
             known = ", ".join(get_args(CostKind))
             raise UsageError(f"unknown cost model {self.cost!r}", hint=f"choose one of {known}")
-        if self.format not in FORMATS:
+        if self.format not in (None, *FORMATS):
             raise UsageError(f"unknown format {self.format!r}", hint=f"{' or '.join(FORMATS)}")
         if self.format == "fp8" and (self.remainder != "fp16" or self.cost == "cpu"):
             raise UsageError("FP8 is for TensorRT engines", hint="search INT8 for a CPU")
@@ -85,14 +87,25 @@ class SearchConfig:
         if self.gpu:
             find_gpu(self.gpu)
 
+    def formats(self, gpu: GpuSpec | None) -> tuple[FormatName, ...]:
+        """The formats to search; ``gpu`` is that of a ``roofline``."""
+        if self.format is not None:
+            return (self.format,)
+        if gpu is None or self.remainder != "fp16":
+            return ("int8",)
+        return tuple(name for name in FORMATS if gpu.rate(name) is not None)
+
 
 @dataclass(frozen=True)
 class SearchResult(Shown):
     """The chosen combination and its verdicts; true if the fresh images confirm it.
 
-    ``excluded``: Linears in FP16.  ``points``: all evaluated combinations; those on the front have
-    recipes.  ``scheme``: the chosen scheme.  ``finished``: False if the budget ended the search
-    early.  ``search`` and ``confirm``: verdicts on the two splits, for the graph that was written.
+    ``excluded``: products in FP16.  ``points``: all evaluated combinations, of all formats; those
+    on the front have recipes.  ``costs``, ``format`` and ``scheme``: those of the choice.
+    ``fastest``: by format, the lowest possible cost relative to FP16, whatever the accuracy; a
+    format that cannot be faster than the choice of another is not searched.  ``finished``: False if
+    the budget ended the search early.  ``search`` and ``confirm``: verdicts on the two splits, for
+    the graph that was written.
     """
 
     model: str
@@ -103,6 +116,7 @@ class SearchResult(Shown):
     costs: CostModel
     format: FormatName
     scheme: SchemeConfig
+    fastest: dict[FormatName, float]
     finished: bool
     evaluations: int
     search: DropJudgement
@@ -118,38 +132,73 @@ class SearchResult(Shown):
         return search_table(self)
 
 
-def _label(result: SearchResult) -> str:
-    return FORMATS[result.format].label
+def is_attention(name: str) -> bool:
+    """Whether a product is the attention of a block instead of a Linear."""
+    return name.endswith(".attn")
+
+
+def _counts(names: Iterable[str]) -> tuple[int, int]:
+    """How many of the products are Linears, and how many are attention."""
+    attention = [is_attention(name) for name in names]
+    return attention.count(False), attention.count(True)
 
 
 def _front(result: SearchResult) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("point", no_wrap=True)
-    number_columns(table, (_label(result), "MACs", "cost", "drop", "dB", "within", "recipe"))
+    number_columns(table, ("8 bits", "MACs", "cost", "drop", "dB", "fits", "recipe"))
     for point in result.points:
         if not (point.front or point.label):
             continue
+        linears, attention = _counts(point.quantised)
         table.add_row(
-            point.label or "front",
-            str(len(point.quantised)),
+            _title(point),
+            f"{linears}+{attention}" if attention else str(linears),
             f"{100 * point.quantised_macs:.0f} %",
             f"{point.cost:.3f}",
             f"{point.drop:+.2f}",
             decibels(point.evaluation.sqnr_db),
             "yes" if point.feasible else "no",
             point.recipe.rpartition("/")[2],
-            style="bold" if point.quantised == result.chosen.quantised else "",
+            style="bold" if point == result.chosen else "",
         )
     return table
 
 
-def search_table(result: SearchResult) -> Group:
-    """The verdict, then the front, then the Linears in FP16."""
-    chosen, total = result.chosen, len(result.costs.linears)
-    heading = (
-        f"{result.model}: {len(chosen.quantised)} of {total} Linears in {_label(result)}, "
+def _title(point: Candidate) -> str:
+    """The label of a point, with its format."""
+    title, form = point.label or "front", FORMATS[point.format].label
+    return title if form in title or not point.quantised else f"{title}, {form}"
+
+
+def _heading(result: SearchResult) -> str:
+    chosen = result.chosen
+    linears, attention = _counts(chosen.quantised)
+    every, blocks = _counts(result.costs.order)
+    products = f"{linears} of {every} Linears"
+    if blocks:
+        products += f" and the attention of {attention} of {blocks} blocks"
+    return (
+        f"{result.model}: {products} in {FORMATS[result.format].label}, "
         f"{100 * chosen.quantised_macs:.0f} % of their MACs, cost {chosen.cost:.3f} of all FP16"
     )
+
+
+def _fastest(result: SearchResult) -> Iterator[str]:
+    """Sentences about formats that save nothing, and about those that were not searched."""
+    where = f"{result.costs.gpu or 'this CPU'} at batch {result.costs.batch}"
+    slow = [FORMATS[name].label for name, cost in result.fastest.items() if cost >= 1]
+    if slow:
+        names = " or ".join(slow)
+        yield f"nothing is faster in {names} than in FP16 on {where}"
+    searched = {point.format for point in result.points}
+    for name, cost in result.fastest.items():
+        if name not in searched and cost < 1:
+            yield f"{FORMATS[name].label} was not searched: its cost is at least {cost:.3f}"
+
+
+def search_table(result: SearchResult) -> Group:
+    """The verdict, then the front, then the products in FP16."""
     verdict = "CONFIRMED" if result.confirmed else "NOT CONFIRMED"
     lines = [
         f"searched on {result.search.n} images: {result.search.sentence}",
@@ -158,19 +207,18 @@ def search_table(result: SearchResult) -> Group:
         f"{result.evaluations} combination{'s' * (result.evaluations > 1)} evaluated",
         f"written: {result.artifact.path}",
         f"recipe: {result.recipe}",
+        *_fastest(result),
     ]
-    if max(result.costs.gains().values(), default=1.0) <= 0:
-        where = f"{result.costs.gpu or 'this CPU'} at batch {result.costs.batch}"
-        lines.append(f"no Linear is faster in {_label(result)} on {where}, so all stay in FP16")
     if not result.finished:
         lines.append("the budget ended the search early; run it again to continue")
     fp16 = ", ".join(result.excluded)
     return Group(
-        Text(heading),
+        Text(_heading(result)),
         Text(verdict, style="bold green" if result.confirmed else "bold red"),
         *(Padding(Text(line), (0, 0, 0, 2)) for line in lines),
         Text(""),
         _front(result),
+        Text("8 bits: Linears + attention of blocks; fits: within the limit", style="dim"),
         Text(""),
-        Text(f"in FP16: {fp16}" if fp16 else f"all Linears in {_label(result)}"),
+        Text(f"in FP16: {fp16}" if fp16 else f"everything in {FORMATS[result.format].label}"),
     )

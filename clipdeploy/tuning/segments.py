@@ -108,6 +108,14 @@ class GraphSource:
         """Whether activations are quantised to FP8."""
         return self._quantises_to(TensorProto.FLOAT8E4M3FN)
 
+    @property
+    def attention(self) -> bool:
+        """Whether the inputs of attention's products are quantised in any block."""
+        return any(
+            node.op_type == "QuantizeLinear" and ".attn.scores." in node.name
+            for node in self._nodes
+        )
+
     def _quantises_to(self, kind: int) -> bool:
         return any(
             self.type_of(node.input[2]) == kind
@@ -144,7 +152,10 @@ class GraphSource:
         node = self.need(f"{linear}/MatMul")
         if node.name != ratio_name(linear):
             return node, None
-        return self.need(node.input[0]), self.constant(node.input[1])
+        product = self.need(node.input[0])
+        while product.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            product = self.need(product.input[0])
+        return product, self.constant(node.input[1])
 
     def type_of(self, tensor: str) -> int:
         """The ONNX element type of ``tensor``; UNDEFINED if it is not declared."""

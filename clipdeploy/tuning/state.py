@@ -20,9 +20,9 @@ _SCHEMA = 1
 class SearchState:
     """Everything a search has measured.
 
-    ``key``: hash of all inputs that the measurements depend on.  ``costs``: the cost model.
-    ``power``: by scheme, the error power of each Linear alone.  ``evaluations``: by scheme and
-    combination, see :meth:`slot`.
+    ``key``: hash of all inputs that the measurements depend on.  ``costs``: the cost model, if it
+    was measured.  ``power``: by scheme, the error power of each product alone.  ``evaluations``: by
+    scheme and combination, see :meth:`slot`.  A scheme's name begins with its format.
     """
 
     key: str

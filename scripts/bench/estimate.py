@@ -5,8 +5,10 @@
 Nothing is run: see :mod:`clipdeploy.engines.roofline`.  Prints
 
 1. for each model and GPU at batch 32: milliseconds of FP16, and how many times faster each other
-   format is, with all Linears of the blocks and, where it says so, attention in that format;
-2. the Linears of an inner block that INT8 makes faster, which are those that ``search`` considers;
+   format is, with all Linears of the blocks in that format, then attention too, then the sums of
+   qkv and fc1 too;
+2. for each format, what makes an inner block fastest in it: Linears, and attention (``attn``),
+   which ``search`` considers;
 3. published latencies of ViTs beside the estimates, whose ratio shows how far they are off;
 4. how many times faster 8 bits are if products reach only a share of their peak rate, for the
    published measurements at batch 32 or more and for INT8 on the GPUs of the first table.
@@ -14,15 +16,15 @@ Nothing is run: see :mod:`clipdeploy.engines.roofline`.  Prints
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from calibration.formats import FORMATS
 from clipdeploy.engines.gpus import Format, GpuSpec, find_gpu
 from clipdeploy.engines.roofline import (
     PRODUCT_SHARE,
     Formats,
     Geometry,
-    block_linears,
+    block_products,
     engine_seconds,
     every_linear,
     kernels,
@@ -32,11 +34,14 @@ from clipdeploy.tuning.cost import estimated_costs
 
 MODELS = {"p32": "clip-vit-base-p32", "p16": "clip-vit-base-p16"}
 GPUS = ("L4", "L40S", "H100-SXM", "RTX-5090", "B300")
-COLUMNS: dict[str, tuple[Format, bool]] = {
-    "INT8": ("int8", False),
-    "INT8+attention": ("int8", True),
-    "FP8": ("fp8", False),
-    "FP8+attention": ("fp8", True),
+# Attention and outputs in 8 bits.
+COLUMNS: dict[str, tuple[Format, bool, bool]] = {
+    "INT8": ("int8", False, False),
+    "+attention": ("int8", True, False),
+    "+outputs": ("int8", True, True),
+    "FP8": ("fp8", False, False),
+    "+attention ": ("fp8", True, False),
+    "+outputs ": ("fp8", True, True),
 }
 VIT_B16 = Geometry(224, 16, 768, 12, 12, 1000)
 CLIP_L14 = Geometry(224, 14, 1024, 24, 16, 768)
@@ -80,42 +85,32 @@ def milliseconds(geometry: Geometry, formats: Formats, batch: int, gpu: str) -> 
 
 def speed_table(batch: int) -> list[str]:
     """The lines of the first table."""
-    lines = [f"{'':14}{'FP16 ms':>9}" + "".join(f"{title:>16}" for title in COLUMNS)]
+    lines = [f"{'':14}{'FP16 ms':>9}" + "".join(f"{title.strip():>12}" for title in COLUMNS)]
     for short, name in MODELS.items():
         geometry = Geometry.of_card(cards.find(name))
         for gpu in GPUS:
             plain = milliseconds(geometry, {}, batch, gpu)
             row = f"{short + ' ' + gpu:14}{plain:9.2f}"
-            for form, attention in COLUMNS.values():
-                formats = every_linear(geometry.depth, form, attention=attention)
-                row += f"{plain / milliseconds(geometry, formats, batch, gpu):16.2f}"
+            for form, attention, outputs in COLUMNS.values():
+                formats = every_linear(geometry.depth, form, attention=attention, outputs=outputs)
+                row += f"{plain / milliseconds(geometry, formats, batch, gpu):12.2f}"
             lines.append(row)
     return lines
 
 
-def _shapes(geometry: Geometry) -> Mapping[str, tuple[int, int, int]]:
-    width, tokens = geometry.width, geometry.tokens
-    sizes = ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width))
-    return {
-        name: (tokens, *size)
-        for block in range(geometry.depth)
-        for name, size in zip(block_linears(block), sizes, strict=True)
-    }
-
-
-def gain_table(batches: tuple[int, ...]) -> list[str]:
+def gain_table(form: Format, batches: tuple[int, ...]) -> list[str]:
     """The lines of the second table."""
-    lines = [f"{'':14}" + "".join(f"{f'batch {batch}':18}" for batch in batches).rstrip()]
+    title = f"{form.upper():14}"
+    lines = [title + "".join(f"{f'batch {batch}':23}" for batch in batches).rstrip()]
     for short, name in MODELS.items():
         geometry = Geometry.of_card(cards.find(name))
         for gpu in GPUS:
             row = f"{short + ' ' + gpu:14}"
             for batch in batches:
-                costs = estimated_costs(_shapes(geometry), geometry, find_gpu(gpu), batch)
-                gains = costs.gains()
-                faster = [each for each in block_linears(3) if gains[each] > 0]
+                fastest = estimated_costs(geometry, find_gpu(gpu), batch, form).fastest()
+                faster = [each for each in block_products(geometry, 3) if each in fastest]
                 roles = " ".join(each.rpartition(".")[2] for each in faster)
-                row += f"{roles or 'none':18}"
+                row += f"{roles or 'none':23}"
             lines.append(row.rstrip())
     return lines
 
@@ -173,7 +168,8 @@ def share_table(shares: tuple[float, ...]) -> list[str]:
 def main() -> None:
     """Print the tables."""
     shares = share_table((1.0, PRODUCT_SHARE, 0.5))
-    for lines in (speed_table(32), gain_table((1, 8, 32)), published_table(), shares):
+    gains = [gain_table(form, (1, 8, 32)) for form in FORMATS]
+    for lines in (speed_table(32), *gains, published_table(), shares):
         print("\n".join(lines), end="\n\n")
 
 

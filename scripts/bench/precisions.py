@@ -1,16 +1,17 @@
 """Compares the precisions: what each costs in accuracy, bytes and kernels.
 
-    python scripts/bench/precisions.py accuracy [--variants FOLDER]
-    python scripts/bench/precisions.py kernels [--model NAME ...] [--workspace FOLDER]
+    python scripts/bench/precisions.py accuracy [--variants FOLDER] [--case NAME ...]
+    python scripts/bench/precisions.py kernels [--model NAME ...] [--workspace FOLDER] [--case ...]
 
 ``accuracy``: the demo model and its variants with the outliers of real CLIP ViTs (``--variants``: a
 folder that ``scripts/make_outlier_variants.py`` wrote, else they are made first).  For each: top-1
 on the 500 held-out digits in PyTorch, then top-1 and the SQNR of the logits for FP16, INT8 and FP8,
-the latter two also with attention quantised.  ONNX Runtime runs the graphs.
+the latter two also with attention (``attn``) and the sums of qkv and fc1 (``out``) in 8 bits.  ONNX
+Runtime runs the graphs.
 
 ``kernels``: every model of the zoo with random weights, compiled by TensorRT-RTX, without a GPU,
 for SM 8.9 and 12.0.  For each precision: megabytes of the plan, all kernels, and the most kernels
-of one block.
+of one block.  ``--case`` selects columns.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from outliers import make_variants
 
+from calibration.formats import FormatName
 from calibration.policy import Scope
 from calibration.qdq import QuantizeConfig
 from clipdeploy.core.passport import Precision
@@ -41,19 +43,24 @@ from clipdeploy.workspace.folder import Workspace
 
 DIGITS = cards.demo_file("calibration.zip")
 TARGETS = BuildConfig(backend="tensorrt-rtx", compute_capability=("8.9", "12.0"))
-ATTENTION = Scope(attention=True)
-CASES: dict[str, tuple[Precision, QuantizeConfig]] = {
-    "FP16": ("fp16", QuantizeConfig()),
-    "INT8": ("int8", QuantizeConfig(min_sqnr=None)),
-    "INT8 + attention": ("int8", QuantizeConfig(min_sqnr=None, scope=ATTENTION)),
-    "FP8": ("fp8", QuantizeConfig(min_sqnr=None, format="fp8")),
-    "FP8 + attention": ("fp8", QuantizeConfig(min_sqnr=None, format="fp8", scope=ATTENTION)),
-}
+# ``INT8+attn+out`` -> what is in 8 bits besides the Linears.
+EXTRAS = ("", "+out", "+attn", "+attn+out")
+CASES = ("FP16", *(f"{form}{extra}" for form in ("INT8", "FP8") for extra in EXTRAS))
+
+
+def case_config(case: str) -> tuple[Precision, QuantizeConfig]:
+    """The precision and configuration of a case."""
+    form, *more = case.split("+")
+    if form == "FP16":
+        return "fp16", QuantizeConfig()
+    name: FormatName = "int8" if form == "INT8" else "fp8"
+    scope = Scope(attention="attn" in more, outputs="out" in more)
+    return name, QuantizeConfig(min_sqnr=None, format=name, scope=scope)
 
 
 def write_graph(workspace: Workspace, model: str, case: str) -> Path:
     """Write the graph of ``case`` and return its path."""
-    precision, config = CASES[case]
+    precision, config = case_config(case)
     if precision == "fp16":
         return convert_model(workspace, model).path
     return quantize_model(workspace, model, config, backend="tensorrt-rtx").artifact.path
@@ -71,39 +78,39 @@ def top1_and_sqnr(workspace: Workspace, graph: Path) -> tuple[float, float, floa
     return reference.top1, fidelity.accuracy.top1, fidelity.sqnr_db or 0.0
 
 
-def print_accuracy(variants: Path | None, folder: Path) -> None:
+def print_accuracy(variants: Path | None, folder: Path, cases: list[str]) -> None:
     """Print the table of ``accuracy``."""
     if variants is None:
         variants = folder / "variants"
         make_variants(variants)
     files = {"demo": None, **{path.stem: path for path in sorted(variants.glob("*.safetensors"))}}
-    print(f"{'':10}{'PyTorch':>10}" + "".join(f"{name:>18}{'dB':>7}" for name in CASES))
+    print(f"{'':10}{'PyTorch':>10}" + "".join(f"{name:>14}{'dB':>6}" for name in cases))
     for name, file in files.items():
         workspace = Workspace(folder / name)
         export_model(workspace, cards.DEMO, WeightsChoice(file))
         calibrate_model(workspace, cards.DEMO, DIGITS)
         cells, reference = [], 0.0
-        for case in CASES:
+        for case in cases:
             graph = write_graph(workspace, cards.DEMO, case)
             reference, top1, db = top1_and_sqnr(workspace, graph)
-            cells.append(f"{top1:18.1f}{db:7.1f}")
+            cells.append(f"{top1:14.1f}{db:6.1f}")
         print(f"{name:10}{reference:10.1f}{''.join(cells)}", flush=True)
 
 
-def print_kernels(models: list[str], workspace: Workspace) -> None:
+def print_kernels(models: list[str], workspace: Workspace, cases: list[str]) -> None:
     """Print the table of ``kernels``."""
-    print(f"{'':24}" + "".join(f"{name:>18}" for name in CASES))
-    print(f"{'':24}" + f"{'MB':>7}{'all':>5}{'block':>6}" * len(CASES))
+    print(f"{'':24}" + "".join(f"{name:>16}" for name in cases))
+    print(f"{'':24}" + f"{'MB':>5}{'all':>5}{'block':>6}" * len(cases))
     for model in models:
         export_model(workspace, model, WeightsChoice(random_seed=0))
         calibrate_model(workspace, model, DIGITS, CalibrateConfig(images=4))
         cells = []
-        for case, (precision, _) in CASES.items():
-            graph = write_graph(workspace, model, case)
+        for case in cases:
+            graph, precision = write_graph(workspace, model, case), case_config(case)[0]
             made = build_engine(graph, workspace.engine(model, precision), TARGETS).passport
             blocks = [n for name, n in made.kernels.items() if name.startswith("blocks.")]
             total = sum(made.kernels.values())
-            cells.append(f"{made.plan_bytes / 1e6:7.0f}{total:5}{max(blocks):6}")
+            cells.append(f"{made.plan_bytes / 1e6:5.0f}{total:5}{max(blocks):6}")
         print(f"{model:24}{''.join(cells)}", flush=True)
 
 
@@ -118,13 +125,14 @@ def main() -> None:
         "--model", nargs="+", default=[each.name for each in cards.all_cards() if not each.shipped]
     )
     parser.add_argument("--workspace", type=Path)
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = chosen.workspace or Path(temporary)
         if chosen.table == "accuracy":
-            print_accuracy(chosen.variants, folder)
+            print_accuracy(chosen.variants, folder, chosen.case)
         else:
-            print_kernels(chosen.model, Workspace(folder))
+            print_kernels(chosen.model, Workspace(folder), chosen.case)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from planted import calibrated
 
 from calibration.policy import Scope, find_linears, find_products, place
 from calibration.qdq import QuantizeConfig, quantize, stored_settings
+from calibration.quality import Judge
+from calibration.recipe import QuantizeRecipe, load_recipe, save_recipe
 from calibration.scheme import SchemeConfig
 from calibration.table import CalibrationTable, load_table, pack, save_table
 from clipdeploy.core.errors import (
@@ -28,7 +30,7 @@ from clipdeploy.core.errors import (
     UsageError,
 )
 from clipdeploy.core.files import sha256_file
-from clipdeploy.core.passport import Preprocess
+from clipdeploy.core.passport import Preprocess, ScaleForm
 from clipdeploy.models import cards
 from clipdeploy.workspace.folder import Workspace
 from exporters.graphs import load_graph
@@ -159,6 +161,70 @@ def test_pairs_sit_where_placement_says(
 def test_pairs_of_the_int8_dialect(scope: Scope, make_int8: Make, source: Path) -> None:
     names = place(load_graph(source), (), scope).quantized
     _check_graph(make_int8(QuantizeConfig(scope=scope)), source, names, unsigned=False)
+
+
+def _rounded_sums(path: Path) -> dict[str, str]:
+    """The Linears whose MatMul output is quantised, and the node that reads the result."""
+    found = {}
+    for node in load_graph(path).graph:
+        if node.op_type == "MatMul" and (readers := node.outputs[0].consumers()):
+            if readers[0].op_type != "QuantizeLinear":
+                continue
+            (dq,) = readers[0].outputs[0].consumers()
+            (reader,) = dq.outputs[0].consumers()
+            name, after = node.name or "", reader.name or ""
+            found[name.removesuffix("/MatMul")] = after.rpartition("/")[2]
+    return found
+
+
+@pytest.mark.parametrize(("form", "reader"), [("ratio", "ratio"), ("tensor", "Add")])
+def test_rounded_sums_are_those_of_quantised_qkv_and_fc1(
+    form: ScaleForm,
+    reader: str,
+    make_int8: Make,
+    held_out: HeldOut,
+    reference: NDArray[np.float32],
+) -> None:
+    config = QuantizeConfig(EXCLUDE, scope=Scope(outputs=True), weight_scales=form)
+    path = make_int8(config)
+    names = [f"blocks.{n}.{role}" for n in range(1, 6) for role in ("attn.qkv", "mlp.fc1")]
+    assert _rounded_sums(path) == dict.fromkeys(names, reader)
+    plain = make_int8(replace(config, scope=Scope()))
+    assert _rounded_sums(plain) == {}
+    few = slice(0, 100)
+    decibels = [
+        _sqnr_db(reference[few], OnnxSession(graph).run(held_out[0][few])[0])
+        for graph in (plain, path)
+    ]
+    # The largest sum is the range, as it should be: a range too narrow or too wide costs more.
+    assert decibels[0] - 5 < decibels[1] < decibels[0] - 0.5
+
+
+def test_too_narrow_a_range_of_sums_is_noticed(
+    make_int8: Make, source: Path, calibration: Path, samples: Samples, tmp_path: Path
+) -> None:
+    config = QuantizeConfig(scope=Scope(outputs=True), weight_scales="ratio")
+    with pytest.MonkeyPatch.context() as patch:
+        wide = Judge.peaks_of
+        patch.setattr(
+            Judge, "peaks_of", lambda *given: {k: v / 16 for k, v in wide(*given).items()}
+        )
+        with pytest.raises(CalibrationError, match="below 10 dB"):
+            quantize(source, calibration, tmp_path / "x.onnx", samples, config)
+    with pytest.raises(UsageError, match="8-bit outputs are for TensorRT"):
+        QuantizeConfig(remainder="fp32", scope=Scope(outputs=True))
+
+
+def test_settings_of_earlier_versions_have_no_outputs(tmp_path: Path) -> None:
+    assert "outputs" not in stored_settings(QuantizeConfig())["scope"]
+    assert stored_settings(QuantizeConfig(scope=Scope(outputs=True)))["scope"]["outputs"] is True
+    path = tmp_path / "recipe.json"
+    for scope in (Scope(), Scope(outputs=True)):
+        config = QuantizeConfig(scope=scope)
+        save_recipe(QuantizeRecipe("demo", "none", config), path)
+        loaded = load_recipe(path).config
+        assert loaded == config
+        assert stored_settings(loaded) == stored_settings(config)
 
 
 def test_excluded_ones_stay_float(source: Path, make_int8: Make) -> None:

@@ -57,9 +57,10 @@ JSON_CASES: dict[str, tuple[Case, ...]] = CASES | {
 }
 # Ends of paths.  Objects whose keys are data: packages, Linears, precisions.
 _MAPS = (
-    *(".versions", "machine.packages", "costs.linears", ".int8_left_out", ".gemms", ".attention"),
+    *(".versions", "machine.packages", "costs.products", ".int8_left_out", ".gemms", ".attention"),
     ".kernels",
     ".formats",
+    "fastest",
 )
 # Null or empty on one machine and filled on another; docs/verification.schema.json has the fields
 # of the worst images.

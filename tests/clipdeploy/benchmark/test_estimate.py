@@ -73,6 +73,12 @@ def test_a_linear_left_in_fp16_and_quantised_attention_are_read(workspace: Works
     (row,) = found.rows
     assert row.formats == {"int8": 22, "fp16": 2}
     assert row.attention == {"int8": 5, "fp16": 1}
+    words = ("--quantize-attention", "--quantize-outputs", "--exclude", "blocks.2.mlp.*")
+    command("quantize", workspace, *words)
+    (rounded,) = estimate_artifacts(workspace.graph(cards.DEMO, "int8"), "L4", (8,)).rows
+    assert rounded.formats == row.formats
+    assert rounded.kernels == row.kernels
+    assert rounded.milliseconds < row.milliseconds
 
 
 def test_fp8_graphs_and_gpus_without_it(workspace: Workspace, tmp_path: Path) -> None:

@@ -90,17 +90,18 @@ def bisection() -> Bisection:
 
 def search() -> SearchResult:
     linears = [f"blocks.{block}.mlp.fc1" for block in range(DEPTH)]
+    attention = [f"blocks.{block}.attn" for block in range(DEPTH - 1)]
     points = tuple(
-        Candidate(label, tuple(linears * 8), 1.0, 1.0, Evaluation(499, 0, 500, -17.2), False,
-                  True, f"search/point-{number}.json")
-        for number, label in enumerate(("chosen, all INT8", "all FP16", ""), 97)
+        Candidate(label, "int8", (*linears * 8, *attention), 1.0, 1.0,
+                  Evaluation(499, 0, 500, -17.2), False, True, f"search/point-{number}.json")
+        for number, label in enumerate(("chosen, all INT8+attn", "all FP16", ""), 97)
     )  # fmt: skip
     judged = judge_drop(0, 0, 500, 1.0)
     path = Path(f"artifacts/{LONGEST}/int8.onnx")
     costs = CostModel("macs", "FP16 MACs", 8, {})
     return SearchResult(
         LONGEST, "data", points[0], tuple(linears), points, costs, "int8",
-        SchemeConfig("percentile"), False, 1, judged,
+        SchemeConfig("percentile"), {"int8": 0.9, "fp8": 0.8}, False, 1, judged,
         judged, False, path.with_name("recipe.json"), cast(Any, SimpleNamespace(path=path)),
     )  # fmt: skip
 

@@ -15,13 +15,19 @@ from clipdeploy.core.errors import UsageError
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.compiler import Compiler
 from clipdeploy.engines.gpus import Format, all_gpus, find_gpu
-from clipdeploy.engines.plan_text import PlanKernel, kernels_by_block, read_programs
+from clipdeploy.engines.plan_text import (
+    PlanKernel,
+    kernels_by_block,
+    overflowing,
+    read_programs,
+)
 from clipdeploy.engines.roofline import (
     LAUNCH_SECONDS,
     PRODUCT_SHARE,
     Formats,
     Geometry,
     Kernel,
+    block_linears,
     check_formats,
     engine_seconds,
     every_linear,
@@ -35,13 +41,15 @@ from clipdeploy.workspace.folder import Workspace
 
 ONE_GPU = BuildConfig(compute_capability=("8.9",))
 # Attention's products, and the Linears left in FP16: in one graph another one in each inner block.
-GRAPHS: dict[str, tuple[bool, tuple[str, ...]]] = {
-    "int8": (False, ()),
+GRAPHS: dict[str, tuple[Scope, tuple[str, ...]]] = {
+    "int8": (Scope(), ()),
     "int8 mixed": (
-        False,
+        Scope(),
         ("blocks.1.attn.qkv", "blocks.2.mlp.fc1", "blocks.3.mlp.fc2", "blocks.4.attn.proj"),
     ),
-    "int8 attention": (True, ("blocks.4.attn.proj",)),
+    "int8 attention": (Scope(attention=True), ("blocks.4.attn.proj",)),
+    "int8 outputs": (Scope(outputs=True), ()),
+    "int8 attention outputs": (Scope(attention=True, outputs=True), ()),
 }
 
 
@@ -50,8 +58,8 @@ def formats(case: str) -> Formats:
     if case == "fp16":
         return {}
     form: Format = "fp8" if case.startswith("fp8") else "int8"
-    attention, exclude = GRAPHS[case.replace("fp8", "int8")]
-    chosen = every_linear(6, form, attention=attention)
+    scope, exclude = GRAPHS[case.replace("fp8", "int8")]
+    chosen = every_linear(6, form, attention=scope.attention, outputs=scope.outputs)
     return {name: value for name, value in chosen.items() if name not in exclude}
 
 
@@ -68,13 +76,11 @@ def plans(
     source, passport = demo_workspace.source(cards.DEMO)
     samples = sample_images(passport.preprocess, 3)
     graphs = {"fp16": demo_workspace.graph(cards.DEMO, "fp16")}
-    for case, (attention, exclude) in GRAPHS.items():
+    for case, (scope, exclude) in GRAPHS.items():
         graphs[case] = folder / f"{case}.onnx"
-        config = QuantizeConfig(
-            exclude, scope=Scope(attention=attention), weight_scales="ratio", min_sqnr=None
-        )
+        config = QuantizeConfig(exclude, scope=scope, weight_scales="ratio", min_sqnr=None)
         quantize(source, demo_workspace.calibration(cards.DEMO), graphs[case], samples, config)
-    for case in ("int8", "int8 attention"):
+    for case in ("int8", "int8 attention", "int8 outputs"):
         other = case.replace("int8", "fp8")
         graphs[other] = folder / f"{other}.onnx"
         onnx.save(as_fp8(graphs[case]), graphs[other])
@@ -115,10 +121,28 @@ def test_the_kernels_of_every_block_are_those_of_the_plan(
     assert per_block["int8"] == [10] * 4
     assert per_block["fp8"] == per_block["fp8 attention"] == [9] * 4
     assert per_block["int8 mixed"] == [10, 10, 10, 9]
+    # Rounding the sums of qkv and fc1 adds no kernel.
+    assert per_block["int8 outputs"] == [10] * 4
+    assert per_block["int8 attention outputs"] == per_block["fp8 outputs"] == [9] * 4
     # One of the 15 kernels is of no node, as is one of the last block's.
     assert per_block["int8 attention"] == [9, 9, 9, 14]
     assert kernels_by_block(plans["int8 attention"])["other"] == 2
     assert [counts("int8 attention")[name] for name in INNER] == [9, 9, 9, 15]
+
+
+def test_products_write_8_bits_where_their_sums_are_rounded(
+    plans: dict[str, tuple[PlanKernel, ...]],
+) -> None:
+    written = {
+        case: {k.layers[0]: k.output for k in plans[case] if k.output}
+        for case in ("int8", "int8 outputs", "fp8 outputs")
+    }
+    names = [f"{name}/MatMul" for name in block_linears(3)]
+    assert [written["int8"][name] for name in names] == ["half"] * 4
+    for case, eight in (("int8 outputs", "int8"), ("fp8 outputs", "fp8_e4m3")):
+        found = [written[case][name] for name in names]
+        assert found == [eight, "half", eight, "half"]
+        assert not overflowing(plans[case])
 
 
 def test_int8_attention_of_many_tokens_is_not_fused() -> None:
@@ -174,6 +198,17 @@ def test_bytes_of_a_block_by_hand() -> None:
         "mlp.fc1": 9 * values + 4 * weights,
         "mlp.gelu": 12 * values,
         "mlp.fc2": 6 * values + 4 * weights,
+    }
+    rounded = every_linear(12, "int8", attention=True, outputs=True)
+    smaller = {k.name: k for k in kernels(geometry, rounded, 32) if k.block == "blocks.3"}
+    saved = {
+        name: (quantised[name].bytes - kernel.bytes) / values for name, kernel in smaller.items()
+    }
+    assert {name: count for name, count in saved.items() if count} == {
+        "attn.qkv": 3,
+        "attn.split": 3,
+        "mlp.fc1": 4,
+        "mlp.gelu": 4,
     }
     # Half of attention's operations are in each product.
     assert block["attn"].operations == 2 * 2 * rows * 197 * width

@@ -18,7 +18,8 @@ import planted
 import pytest
 from click.testing import CliRunner
 
-from calibration.qdq import QuantizeConfig
+from calibration.policy import Scope
+from calibration.qdq import QuantizeConfig, quantize
 from calibration.scheme import SchemeConfig
 from clipdeploy.cli.main import main
 from clipdeploy.core.errors import ArtifactError, UsageError
@@ -65,6 +66,22 @@ def test_fp16_is_healthy_too(demo_workspace: Workspace) -> None:
     found = bisected(demo_workspace, demo_workspace.graph(cards.DEMO, "fp16"))
     assert found.culprits == ()
     assert found.precision == "fp16"
+
+
+def test_quantised_attention_is_a_part(demo_workspace: Workspace, tmp_path: Path) -> None:
+    graph = tmp_path / "attention.onnx"
+    samples = sample_images(cards.find(cards.DEMO).preprocess(Recipe()), 3)
+    config = QuantizeConfig(scope=Scope(attention=True, outputs=True), weight_scales="ratio")
+    source, calibration = (
+        demo_workspace.graph(cards.DEMO, "fp32"),
+        demo_workspace.calibration(cards.DEMO),
+    )
+    quantize(source, calibration, graph, samples, config)
+    found = bisected(demo_workspace, graph)
+    parts = {part.name: part for part in found.measured.parts}
+    # The last block's attention is not quantised.
+    assert (parts["blocks.5.attn"].alone_db or 99) > (parts["blocks.4.attn"].alone_db or 99) + 10
+    assert found.culprits == ()
 
 
 def test_powers_of_parts_add_up(healthy: Bisection) -> None:

@@ -13,7 +13,7 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from calibration.policy import find_linears
+from calibration.policy import Scope, find_linears
 from calibration.qdq import QuantizeConfig, quantize
 from clipdeploy.core.errors import GraphError
 from clipdeploy.core.passport import Recipe
@@ -114,6 +114,31 @@ def test_a_linear_alone_is_the_graph_that_quantises_it_alone(
         # Errors of equal power, not equal errors: V's scales are found to a part in a thousand,
         # which changes roundings.  A folding that is not undone costs at least 20 dB.
         assert abs(decibels(reference, real) - decibels(reference, found)) < 1.0
+
+
+def test_attention_has_a_switch_if_it_is_quantised(
+    demo_workspace: Workspace, demo_images: Array, tmp_path: Path, cpu_graph: Path
+) -> None:
+    source = demo_workspace.graph(cards.DEMO, "fp32")
+    samples = sample_images(cards.find(cards.DEMO).preprocess(Recipe()), 3)
+
+    def quantised(name: str, exclude: tuple[str, ...]) -> Path:
+        target = tmp_path / name
+        config = QuantizeConfig(exclude, remainder="fp32", scope=Scope(attention=True))
+        quantize(source, demo_workspace.calibration(cards.DEMO), target, samples, config)
+        return target
+
+    chain = Chain(source, quantised("all.onnx", ()), threads=1)
+    assert len(chain.linears) == 24
+    assert not any(s.endswith(".attn") for s in Chain(source, cpu_graph, threads=1).everything)
+    others = tuple(f"blocks.{n}.attn.[sm]*" for n in range(5) if n != 2)
+    alone = quantised("alone.onnx", ("*.mlp.*", "*.qkv", "*.proj", *others))
+    reference = OnnxSession(source, threads=1).run(demo_images)[0]
+    real = OnnxSession(alone, exact_int8=True, threads=1).run(demo_images)[0]
+    found, other = (chain.run(demo_images, {f"blocks.{n}.attn"})[-1] for n in (2, 4))
+    # Errors of equal power, as above, and not those of another block.
+    assert abs(decibels(reference, real) - decibels(reference, found)) < 1.0
+    assert abs(decibels(reference, real) - decibels(reference, other)) > 1.0
 
 
 def test_another_model_is_refused(demo_workspace: Workspace, tmp_path: Path) -> None:

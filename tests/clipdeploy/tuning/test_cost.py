@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from clipdeploy.engines.gpus import Format, find_gpu
-from clipdeploy.engines.roofline import Geometry, block_linears, engine_seconds, kernels
+from clipdeploy.engines.roofline import (
+    Geometry,
+    block_linears,
+    block_products,
+    engine_seconds,
+    kernels,
+)
 from clipdeploy.models import cards
 from clipdeploy.tuning.cost import CostModel, counted_costs, estimated_costs
 
@@ -22,50 +28,74 @@ def shapes_of(geometry: Geometry) -> dict[str, tuple[int, int, int]]:
     }
 
 
-def costs_of(model: str, gpu: str, batch: int) -> tuple[Geometry, CostModel]:
+def costs_of(model: str, gpu: str, batch: int, form: Format = "int8") -> tuple[Geometry, CostModel]:
     geometry = Geometry.of_card(cards.find(model))
-    return geometry, estimated_costs(shapes_of(geometry), geometry, find_gpu(gpu), batch)
+    return geometry, estimated_costs(geometry, find_gpu(gpu), batch, form)
 
 
 @pytest.mark.parametrize("gpu", ["L4", "H100-SXM", "B300"])
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+@pytest.mark.parametrize("model", ["clip-vit-base-p32", "clip-vit-base-p16-384px"])
 @pytest.mark.parametrize("batch", [1, 32])
-def test_the_total_of_any_combination_is_the_time_of_its_engine(gpu: str, batch: int) -> None:
-    geometry, costs = costs_of("clip-vit-base-p32", gpu, batch)
+def test_the_total_of_any_combination_is_the_time_of_its_engine(
+    gpu: str, form: Format, model: str, batch: int
+) -> None:
+    geometry, costs = costs_of(model, gpu, batch, form)
     generator = np.random.default_rng(0)
     for share in (0.0, 0.2, 0.5, 0.8, 1.0):
-        int8 = frozenset(name for name in costs.order if generator.random() < share)
-        formats: dict[str, Format] = dict.fromkeys(int8, "int8")
+        chosen = frozenset(name for name in costs.order if generator.random() < share)
+        formats: dict[str, Format] = dict.fromkeys(chosen, form)
         direct = 1e6 * engine_seconds(kernels(geometry, formats, batch), find_gpu(gpu))
-        assert costs.total(int8) == pytest.approx(direct, rel=1e-9)
-        without = sum(c.quantised if n in int8 else c.half for n, c in costs.linears.items())
+        assert costs.total(chosen) == pytest.approx(direct, rel=1e-9)
+        without = sum(c.quantised if n in chosen else c.half for n, c in costs.products.items())
         if share > 0.2:
             # The shared kernels matter: without them the sum is wrong.
             assert costs.rest + without != pytest.approx(direct, rel=1e-3)
 
 
-def test_only_fc1_and_fc2_share_a_kernel() -> None:
+def test_products_that_share_a_kernel() -> None:
     _, costs = costs_of("clip-vit-base-p16", "H100-SXM", 32)
-    assert [each.linears for each in costs.shared] == [
-        (f"blocks.{n}.mlp.fc1", f"blocks.{n}.mlp.fc2") for n in range(12)
-    ]
-    assert all(each.cost < 0 for each in costs.shared)
-    # Either alone is slower in INT8, both together are faster.
-    none, pair = frozenset[str](), frozenset(costs.shared[0].linears)
-    assert all(costs.total(frozenset((name,))) > costs.total(none) for name in pair)
-    assert costs.total(pair) < costs.total(none)
-    gains = costs.gains()
-    assert all(gains[name] > 0 for name in pair)
-    assert sum(gains.values()) == pytest.approx(costs.total(none) - costs.total(frozenset(gains)))
+    inner = {each.products: each.cost for each in costs.shared if "blocks.3." in each.products[0]}
+    mlp = ("blocks.3.mlp.fc1", "blocks.3.mlp.fc2")
+    attention = ("blocks.3.attn", "blocks.3.attn.proj")
+    assert set(inner) == {mlp, attention}
+    assert all(cost < 0 for cost in inner.values())
+    # Any of them alone is slower in INT8, each pair together is faster.
+    none = frozenset[str]()
+    for pair in (mlp, attention):
+        assert all(costs.total(frozenset((name,))) > costs.total(none) for name in pair)
+        assert costs.total(frozenset(pair)) < costs.total(none)
+        assert all(costs.gains()[name] > 0 for name in pair)
+
+
+def test_the_fastest_combination_is_the_fastest_of_a_block() -> None:
+    geometry = Geometry.of_card(cards.find(cards.DEMO))
+    for gpu, form, batch in (("H100-SXM", "int8", 8), ("L4", "fp8", 128), ("B300", "int8", 32)):
+        _, costs = costs_of(cards.DEMO, gpu, batch, form)  # type: ignore[arg-type]
+        fastest = costs.fastest()
+        names = block_products(geometry, 3)
+        others = fastest - set(names)
+        for bits in range(2 ** len(names)):
+            chosen = frozenset(name for at, name in enumerate(names) if bits >> at & 1)
+            assert costs.total(fastest) <= costs.total(others | chosen)
+        gains = costs.gains()
+        assert {name for name, saved in gains.items() if saved > 0} == fastest
+        assert all(gains[name] == 0 for name in set(costs.order) - fastest)
 
 
 def test_int8_costs_four_fifths_on_an_h100_and_more_than_fp16_on_a_b300() -> None:
     _, costs = costs_of("clip-vit-base-p16", "H100-SXM", 32)
     assert costs.relative(frozenset()) == 1
-    assert costs.relative(frozenset(costs.order)) == pytest.approx(1 / 1.25, rel=0.03)
-    # proj moves more bytes than it saves operations.
-    assert costs.gains()["blocks.3.attn.proj"] < 0 < costs.gains()["blocks.3.mlp.fc2"]
+    linears = frozenset(name for name in costs.order if not name.endswith(".attn"))
+    assert costs.relative(linears) == pytest.approx(1 / 1.25, rel=0.03)
+    assert costs.relative(frozenset(costs.order)) == pytest.approx(1 / 1.36, rel=0.03)
+    # Without attention in INT8, proj moves more bytes than it saves operations.
+    assert costs.total(linears) > costs.total(linears - {"blocks.3.attn.proj"})
     _, without = costs_of("clip-vit-base-p16", "B300", 32)
-    assert max(without.gains().values()) < 0
+    assert without.fastest() == frozenset()
+    # 577 tokens of INT8 attention are not fused.
+    _, long = costs_of("clip-vit-base-p16-384px", "L4", 32)
+    assert not any(name.endswith(".attn") for name in long.fastest())
 
 
 def test_macs_count_half_in_int8() -> None:
@@ -74,6 +104,11 @@ def test_macs_count_half_in_int8() -> None:
     every = frozenset(costs.order)
     assert costs.relative(every) == 0.5
     assert costs.quantised_macs(every) == 1
-    first = costs.linears["blocks.0.attn.qkv"]
+    first = costs.products["blocks.0.attn.qkv"]
     assert (first.macs, first.half, first.quantised) == (65 * 96 * 288, first.macs, first.macs / 2)
-    assert costs.gains() == {name: each.macs / 2 for name, each in costs.linears.items()}
+    assert costs.gains() == {name: each.macs / 2 for name, each in costs.products.items()}
+    # A roofline counts the same MACs.
+    estimated = estimated_costs(geometry, find_gpu("L4"), 8)
+    assert {name: estimated.products[name].macs for name in costs.order} == {
+        name: each.macs for name, each in costs.products.items()
+    }

@@ -23,6 +23,7 @@ from click.testing import CliRunner
 from outlier_script import channel_outliers
 from rich.console import Console
 
+from calibration.policy import Scope
 from calibration.qdq import QuantizeConfig, quantize
 from calibration.recipe import load_recipe
 from calibration.scheme import SchemeConfig
@@ -44,7 +45,8 @@ from clipdeploy.pipeline import (
     search_model,
     verify_model,
 )
-from clipdeploy.stages.search import _Best, _Search
+from clipdeploy.stages import search, search_formats
+from clipdeploy.stages.search_formats import Best, Search
 from clipdeploy.tuning.chain import Chain
 from clipdeploy.tuning.cost import counted_costs, linear_shapes
 from clipdeploy.tuning.evaluate import Counter, Evaluator, is_feasible
@@ -258,15 +260,21 @@ def test_only_what_is_faster_on_the_gpu_becomes_int8(
         config = SearchConfig(threads=1, batch=120, fixed_scheme=True, **FEW, **settings)
         return search_model(workspace, cards.DEMO, TEST, config, note=notes.append)
 
-    # In so small a model the number of kernels decides, which INT8 qkv does not change.
-    hopper = search(gpu="h100 sxm")
+    # In so small a model the number of kernels decides, which only MLPs and the last proj raise.
+    hopper = search(gpu="h100 sxm", format="int8")
     assert hopper.confirmed
-    assert hopper.chosen.quantised == tuple(f"blocks.{n}.attn.qkv" for n in range(6))
+    inner = [f"blocks.{n}.{role}" for n in range(5) for role in ("attn.qkv", "attn", "attn.proj")]
+    assert hopper.chosen.quantised == (*inner, "blocks.5.attn.qkv")
     assert hopper.costs.gpu == "H100-SXM"
     twin = next(point for point in hopper.points if point.label == "all INT8")
     assert 1.05 < twin.cost < 1.3
+    settings = hopper.artifact.passport.settings
+    # Two products in each attention.
+    assert settings["int8_nodes"] == 11 + 2 * 5
+    assert "blocks.5.attn.proj" in settings["exclude"]
+    assert not any("scores" in name for name in settings["exclude"])
     # Its INT8 rate is a fifteenth of its FP16 rate.
-    ultra = search(gpu="B300")
+    ultra = search(gpu="B300", format="int8")
     assert ultra.confirmed
     assert ultra.chosen.label == "chosen, all FP16"
     assert said(ultra)
@@ -276,19 +284,91 @@ def test_only_what_is_faster_on_the_gpu_becomes_int8(
     assert not any("estimated for" in note for note in notes)
 
 
-def said(found: SearchResult) -> bool:
+def test_the_fastest_of_all_combinations_with_attention(cut: Workspace, tmp_path: Path) -> None:
+    shutil.copytree(cut.root, tmp_path / "copy")
+    workspace = Workspace(tmp_path / "copy")
+    found = searched(workspace, **FEW, cost="roofline", gpu="T4")
+    costs, limit = found.costs, FEW["max_drop"]
+    assert costs.order[1] == "blocks.0.attn"
+    source, passport = workspace.source(cards.DEMO)
+    search, fresh = make_splits(TEST, None, passport, SearchConfig(search_images=120))
+    ((samples, labels),) = labelled_batches(search, passport.preprocess, 120)
+    target = tmp_path / "int8.onnx"
+    few, scope = sample_images(passport.preprocess, 3), Scope(attention=True)
+    config = QuantizeConfig(scheme=NAIVE, remainder="fp32", min_sqnr=None, scope=scope)
+    quantize(source, workspace.calibration(cards.DEMO), target, few, config)
+    chain = Chain(source, target, threads=1)
+    reference = chain.run(samples.pixels, ())[-1]
+    feasible = {}
+    for chosen in subsets(tuple(sorted(costs.fastest()))):
+        counter = Counter()
+        counter.add(chain.run(samples.pixels, chosen)[-1], reference, labels)
+        feasible[chosen] = is_feasible(counter.result(), len(fresh.hashes), limit)
+    best = min(costs.total(chosen) for chosen, fits in feasible.items() if fits)
+    assert costs.total(frozenset(found.chosen.quantised)) <= 1.05 * best
+
+
+def test_each_format_that_can_be_faster_is_searched(cut: Workspace, tmp_path: Path) -> None:
+    shutil.copytree(cut.root, tmp_path / "copy")
+    workspace = Workspace(tmp_path / "copy")
+    place = {**FEW, "cost": "roofline"}
+    # On an L4 both formats have the same rate, and INT8, the more accurate one, comes first.
+    ada = searched(workspace, **place, gpu="L4", scheme=SchemeConfig())
+    assert ada.format == "int8"
+    assert {point.format for point in ada.points} == {"int8"}
+    assert abs(ada.fastest["int8"] - ada.fastest["fp8"]) < 0.01
+    assert "FP8 was not searched: its cost is at least 0." in shown(ada)
+    # Without INT8 on the GPU, FP8 is searched instead.
+    ultra = searched(workspace, **place, gpu="B300", scheme=SchemeConfig())
+    assert ultra.format == "fp8"
+    assert ultra.artifact.path == workspace.graph(cards.DEMO, "fp8")
+    assert load_recipe(ultra.recipe).config.format == "fp8"
+    assert "nothing is faster in INT8 than in FP16 on B300" in shown(ultra)
+    # A T4 has no FP8.
+    turing = searched(workspace, **place, gpu="T4", scheme=SchemeConfig())
+    assert list(turing.fastest) == ["int8"]
+
+
+def test_a_graph_that_fails_when_written_does_not_stay(
+    cut: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(cut.root, tmp_path / "copy")
+    workspace = Workspace(tmp_path / "copy")
+    real = search._score
+
+    def score(search: Any, graph: Path, images: Any) -> Evaluation:
+        found = real(search, graph, images)
+        return replace(found, lost=found.images, gained=0) if graph.stem == "int8" else found
+
+    monkeypatch.setattr(search, "_score", score)
+    # Search both formats, although INT8 has a choice that is as fast.
+    monkeypatch.setattr(search_formats, "_ideal", lambda costs, form: (0.0, 0))
+    found = searched(workspace, **FEW, cost="roofline", gpu="L4", scheme=SchemeConfig())
+    assert found.format == "fp8"
+    assert {point.format for point in found.points} == {"int8", "fp8"}
+    assert [point.cost for point in found.points] == sorted(p.cost for p in found.points)
+    assert sum("all FP16" in point.label for point in found.points) == 1
+    assert workspace.graph(cards.DEMO, "fp8").exists()
+    assert not workspace.graph(cards.DEMO, "int8").exists()
+
+
+def shown(found: SearchResult) -> str:
     stream = io.StringIO()
     Console(file=stream, width=200).print(found)
-    return "no Linear is faster in INT8 on B300 at batch 120, so all stay" in stream.getvalue()
+    return stream.getvalue()
 
 
-def labels(best: _Best, **settings: Any) -> Iterator[str]:
+def said(found: SearchResult) -> bool:
+    return "nothing is faster in INT8 than in FP16 on B300 at batch 120" in shown(found)
+
+
+def labels(best: Best, **settings: Any) -> Iterator[str]:
     asked = SimpleNamespace(config=SearchConfig(**settings))
-    return (scheme.label for scheme in _Search.schemes(cast("_Search", asked), best))
+    return (scheme.label for scheme in Search.schemes(cast("Search", asked), "int8", best))
 
 
 def test_ranges_then_strengths_of_the_best_are_tried() -> None:
-    best = _Best()
+    best = Best()
     tried = labels(best, scheme=SchemeConfig("minmax"))
     assert [next(tried) for _ in range(4)] == ["minmax", "auto", "percentile", "mse"]
     best.offer(Evaluation(9, 0, 100, 12.0), SchemeConfig("minmax"), cast("Chain", object()))
@@ -299,8 +379,8 @@ def test_ranges_then_strengths_of_the_best_are_tried() -> None:
 
 def test_no_strengths_without_smoothing_and_no_other_scheme_than_a_fixed_one() -> None:
     scheme = SchemeConfig("minmax", smooth=False)
-    assert list(labels(_Best(), scheme=scheme)) == ["minmax", "auto", "percentile", "mse"]
-    assert list(labels(_Best(), scheme=scheme, fixed_scheme=True)) == ["minmax"]
+    assert list(labels(Best(), scheme=scheme)) == ["minmax", "auto", "percentile", "mse"]
+    assert list(labels(Best(), scheme=scheme, fixed_scheme=True)) == ["minmax"]
 
 
 def test_a_strength_is_searched_and_written(cut: Workspace, tmp_path: Path) -> None:
@@ -422,6 +502,7 @@ def test_search_command_draws(cut: Workspace, small: SearchResult, tmp_path: Pat
     [
         (("--cost", "macs", "--gpu", "L4"), "--gpu belongs to --cost roofline"),
         (("--cpu", "--gpu", "L4"), "--gpu belongs to --cost roofline"),
+        (("--int8", "--fp8"), "--int8 and --fp8 exclude each other"),
         (("--gpu", "Voodoo 2"), "no data sheet of a GPU 'Voodoo 2'"),
     ],
 )

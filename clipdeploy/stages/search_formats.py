@@ -1,0 +1,310 @@
+"""Searches each 8-bit format for the cheapest feasible combination of products.
+
+A format is searched only if it can be faster than the best choice so far.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from calibration.formats import FORMATS, FormatName
+from calibration.policy import Scope, find_linears
+from calibration.qdq import QuantizeConfig, Remainder, quantize
+from calibration.ranges import RangeMethod
+from calibration.scheme import SchemeConfig
+from clipdeploy.core.errors import UsageError
+from clipdeploy.core.files import sha256_file
+from clipdeploy.core.passport import to_json
+from clipdeploy.core.progress import Progress
+from clipdeploy.engines.gpus import GpuSpec, gpu_or_default
+from clipdeploy.engines.roofline import geometry_of
+from clipdeploy.stages.samples import sample_images
+from clipdeploy.tuning.chain import Chain
+from clipdeploy.tuning.cost import (
+    CostModel,
+    counted_costs,
+    estimated_costs,
+    linear_shapes,
+    measured_costs,
+)
+from clipdeploy.tuning.evaluate import Evaluator, is_feasible
+from clipdeploy.tuning.images import labelled_batches
+from clipdeploy.tuning.optimiser import Combination, OutOfTimeError, cheapest
+from clipdeploy.tuning.pareto import Evaluation
+from clipdeploy.tuning.search import SearchConfig
+from clipdeploy.tuning.splits import Split
+from clipdeploy.tuning.state import load_state, save_state
+from clipdeploy.verification.leaks import read_calibrated
+from clipdeploy.workspace.folder import Workspace
+from exporters.graphs import load_graph
+
+__all__ = ["Best", "Found", "Search", "search_formats"]
+
+# Tried if the configured scheme loses too much accuracy with all Linears quantised: other range
+# methods, then SmoothQuant's usual strengths with the best of these.
+_OTHER_RANGES: tuple[RangeMethod, ...] = ("auto", "percentile", "mse")
+_OTHER_STRENGTHS = (0.5, 0.75)
+_STORAGE_IMAGES = 3
+_EVERYTHING = Scope(attention=True)
+
+
+class Search:
+    """One search: its splits, its state on disk, and the schemes that it has tried."""
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        model: str,
+        splits: tuple[Split, Split],
+        config: SearchConfig,
+        progress: Progress,
+    ) -> None:
+        self.workspace, self.model, self.config = workspace, model, config
+        self.progress = progress
+        self.source, self.passport = workspace.source(model)
+        self.calibration = workspace.calibration(model)
+        self.search, self.confirm = splits
+        self.folder = workspace.search(model)
+        self.path = self.folder / "state.json"
+        self.state = load_state(self.path, self._key())
+        minutes = config.budget
+        self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        spec = self.passport.preprocess
+        self.calibrated = read_calibrated(self.calibration)
+        self.images = list(labelled_batches(self.search, spec, config.batch, self.calibrated))
+
+        gpu = gpu_or_default(config.gpu) if config.cost == "roofline" else None
+        self.estimates: dict[FormatName, CostModel] = (
+            {} if gpu is None else self._estimates(gpu, config.formats(gpu))
+        )
+        self.formats = tuple(self.estimates) or config.formats(None)
+
+    def _key(self) -> str:
+        """A hash of all inputs that the evaluations in the state depend on."""
+        config = replace(
+            self.config,
+            budget=None,
+            max_drop=1.0,
+            threads=0,
+            cost="roofline",
+            gpu="",
+            format=None,
+        )
+        parts = (
+            to_json(config),
+            sha256_file(self.source).encode(),
+            sha256_file(self.calibration).encode(),
+            self.search.digest.encode(),
+        )
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+    def _estimates(
+        self, gpu: GpuSpec, formats: tuple[FormatName, ...]
+    ) -> dict[FormatName, CostModel]:
+        """The costs of a ``roofline`` in each format, that which can be fastest first."""
+        depth = 1 + max(site.block for site in find_linears(load_graph(self.source)))
+        geometry = geometry_of(self.passport, depth)
+        batch = self.config.batch
+        costs = {form: estimated_costs(geometry, gpu, batch, form) for form in formats}
+        return {form: costs[form] for form in sorted(costs, key=lambda form: _ideal(costs, form))}
+
+    def chain(self, form: FormatName, scheme: SchemeConfig, folder: Path) -> Chain:
+        """Reference against all products in 8 bits; INT8 has a flavour that runs fast here."""
+        target = folder / f"{form} {scheme.label}.onnx"
+        samples = sample_images(self.passport.preprocess, _STORAGE_IMAGES)
+        remainder: Remainder = "fp32" if form == "int8" else "fp16"
+        config = QuantizeConfig((), remainder, scheme, _EVERYTHING, min_sqnr=None, format=form)
+        label = FORMATS[form].label
+        with self.progress.task(f"quantise {self.model} to {label}, ranges by {scheme.label}"):
+            quantize(self.source, self.calibration, target, samples, config)
+            return Chain(self.source, target, threads=self.config.threads)
+
+    def evaluator(self, chain: Chain, label: str, advance: Callable[[int], None]) -> Evaluator:
+        """Of the combinations of one scheme, which is called ``label`` in the state."""
+        return Evaluator(
+            chain,
+            self.images,
+            self.passport.input,
+            label,
+            self.state,
+            self.path,
+            self._deadline,
+            advance,
+        )
+
+    def costs(self, form: FormatName, chain: Chain) -> CostModel:
+        """The cost model, which is estimated, counted or measured; it is measured once."""
+        if form in self.estimates:
+            return self.estimates[form]
+        batch = self.config.batch
+        if self.config.cost == "cpu" and self.state.costs is not None:
+            return self.state.costs
+        image = self.images[0][0].as_input(self.passport.input)[:1]
+        shapes = linear_shapes(chain, image)
+        if self.config.cost == "macs":
+            return counted_costs(shapes, batch)
+        self.state.costs = measured_costs(chain, shapes, batch)
+        save_state(self.state, self.path)
+        return self.state.costs
+
+    def feasible(self, found: Evaluation) -> bool:
+        """Whether the drop is within the limit, and would be on the confirming images."""
+        return is_feasible(found, len(self.confirm.hashes), self.config.max_drop)
+
+    def schemes(self, form: FormatName, best: Best) -> Iterator[SchemeConfig]:
+        """The scheme asked for, then others; the ``best`` by then is varied further."""
+        asked = self.config.scheme
+        yield asked
+        if self.config.fixed_scheme:
+            return
+        for method in _OTHER_RANGES:
+            if method != asked.range_method:
+                yield replace(asked, range_method=method)
+        by_range = best.scheme or asked
+        smooths = asked.smooth and FORMATS[form].even
+        for strength in _OTHER_STRENGTHS if smooths else ():
+            if strength != asked.strength:
+                yield replace(by_range, strength=strength)
+
+
+@dataclass
+class Best:
+    """The scheme whose graph has the cleanest logits so far, and its chain."""
+
+    db: float = -math.inf
+    scheme: SchemeConfig | None = None
+    chain: Chain | None = None
+
+    def offer(self, found: Evaluation, scheme: SchemeConfig, chain: Chain) -> None:
+        """All Linears in 8 bits under ``scheme``."""
+        db = math.inf if found.sqnr_db is None else found.sqnr_db
+        if self.chain is None or db > self.db:
+            self.db, self.scheme, self.chain = db, scheme, chain
+
+
+@dataclass(frozen=True)
+class Found:
+    """The cheapest feasible combination of one format, and the scheme and costs it belongs to."""
+
+    form: FormatName
+    scheme: SchemeConfig
+    costs: CostModel
+    chosen: Combination
+    finished: bool
+
+    @property
+    def label(self) -> str:
+        """The name of the scheme in the state."""
+        return _state_label(self.form, self.scheme)
+
+    @property
+    def cost(self) -> float:
+        """The cost of the combination."""
+        return self.costs.total(self.chosen)
+
+    @property
+    def rank(self) -> tuple[float, int]:
+        """The rank of the combination among those of other formats."""
+        return _rank(self.form, self.costs, self.chosen)
+
+
+def _rank(form: FormatName, costs: CostModel, chosen: Combination) -> tuple[float, int]:
+    """Sorts combinations by cost; a difference below 1 % counts less than the order of FORMATS.
+
+    No estimate is that exact, and INT8 is the more accurate one.
+    """
+    return round(costs.relative(chosen), 2), tuple(FORMATS).index(form)
+
+
+def _ideal(costs: Mapping[FormatName, CostModel], form: FormatName) -> tuple[float, int]:
+    """The rank of a format's fastest combination."""
+    return _rank(form, costs[form], costs[form].fastest())
+
+
+def _state_label(form: FormatName, scheme: SchemeConfig) -> str:
+    return f"{form} {scheme.label}"
+
+
+def _choose_scheme(
+    search: Search, form: FormatName, folder: Path, advance: Callable[[int], None]
+) -> tuple[Chain, SchemeConfig]:
+    """The first scheme with which all Linears may be quantised, else that with the best logits.
+
+    Raises:
+        OutOfTimeError: the budget ended before a combination was evaluated.
+    """
+    best = Best()
+    for scheme in search.schemes(form, best):
+        chain = search.chain(form, scheme, folder)
+        evaluator = search.evaluator(chain, _state_label(form, scheme), advance)
+        try:
+            found = evaluator.evaluate(frozenset(chain.linears))
+        except OutOfTimeError:
+            break
+        if search.feasible(found):
+            return chain, scheme
+        best.offer(found, scheme, chain)
+    if best.scheme is None or best.chain is None:
+        raise OutOfTimeError
+    return best.chain, best.scheme
+
+
+def _search_format(search: Search, form: FormatName, folder: Path) -> Found:
+    """The cheapest feasible combination of one format.
+
+    Raises:
+        OutOfTimeError: the budget ended before a combination was evaluated.
+    """
+    chain, scheme = _choose_scheme(search, form, folder, lambda count: None)
+    costs = search.costs(form, chain)
+    gain = {name: saved for name, saved in costs.gains().items() if saved > 0}
+    with search.progress.task(f"search {FORMATS[form].label}", _guess(len(gain))) as advance:
+        evaluator = search.evaluator(chain, _state_label(form, scheme), advance)
+        try:
+            power = evaluator.power(tuple(gain))
+        except OutOfTimeError:
+            return Found(form, scheme, costs, frozenset(), finished=False)
+        chosen, finished = cheapest(
+            power,
+            gain,
+            costs.total,
+            lambda quantised: search.feasible(evaluator.evaluate(quantised)),
+        )
+    return Found(form, scheme, costs, chosen, finished)
+
+
+def search_formats(search: Search, folder: Path) -> tuple[list[Found], bool]:
+    """What was found in each format, the best first, and whether the search finished.
+
+    A format whose fastest combination ranks below the choice of another is left out.
+
+    Raises:
+        UsageError: the budget ended before a combination was evaluated.
+    """
+    founds: list[Found] = []
+    finished = True
+    for form in search.formats:
+        if founds and _ideal(search.estimates, form) > min(found.rank for found in founds):
+            continue
+        try:
+            founds.append(_search_format(search, form, folder))
+        except OutOfTimeError:
+            finished = False
+            break
+    if not founds:
+        raise UsageError(
+            "the budget ended before a single combination was evaluated",
+            hint="allow more minutes with --budget; the results so far are reused",
+        )
+    founds.sort(key=lambda found: found.rank)
+    return founds, finished and all(found.finished for found in founds)
+
+
+def _guess(products: int) -> int:
+    """An estimate of the steps of a search: each alone, the bisection, a round of trials."""
+    return 2 * products + products.bit_length()
