@@ -1,6 +1,7 @@
 """Mixed precision under an accuracy budget, on real graphs.
 
-Covers: clipdeploy/stages/search.py, clipdeploy/tuning/evaluate.py, clipdeploy/tuning/images.py,
+Covers: clipdeploy/stages/search.py, clipdeploy/stages/search_formats.py,
+    clipdeploy/tuning/evaluate.py, clipdeploy/tuning/images.py,
     clipdeploy/tuning/pareto.py, clipdeploy/tuning/state.py.
 """
 
