@@ -99,9 +99,11 @@ class _Integers(NumberFormat):
         size = np.abs(units)
         inside = np.minimum(size, self.largest + 0.5)
         nearest = np.rint(inside)
-        integral = nearest / 12 + (inside - nearest) ** 3 / 3
+        fraction = inside - nearest
         over = np.maximum(size - self.largest, 0.5)
-        integral += (over**3 - 0.125) / 3
+        # Products, because numpy's power is ten times as slow.
+        integral = nearest / 12 + fraction * fraction * fraction / 3
+        integral += (over * over * over - 0.125) / 3
         return np.asarray(np.copysign(integral, units))
 
     def error_integral(self, units: F64) -> F64:
