@@ -27,13 +27,14 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from calibration.blocks import Block, ends_of, find_blocks
 from calibration.formats import INT8, NumberFormat
 from calibration.policy import LinearSite, find_linears
 from calibration.rounding import Moments, output_error, round_weight
 from calibration.scheme import LinearScheme, add_to_bias
 from calibration.weights import weight_error
 from calibration.write import QdqWriter
-from clipdeploy.core.errors import CalibrationError, GraphError
+from clipdeploy.core.errors import CalibrationError
 from exporters.initializers import values_of, write_initializer
 from exporters.parts import cut_out, run_part
 
@@ -52,40 +53,6 @@ class Fit:
 
     schemes: dict[str, LinearScheme]
     nearest: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Block:
-    """One block of the network: its number, input and output, and the names of its Linears."""
-
-    number: int
-    start: ir.Value
-    end: ir.Value
-    linears: tuple[str, ...]
-
-
-def _blocks(model: ir.Model, sites: Sequence[LinearSite]) -> list[_Block]:
-    numbers = sorted({site.block for site in sites})
-    starts = [_start(sites, number) for number in numbers]
-    ends = [*starts[1:], model.graph.outputs[0]]
-    return [
-        _Block(number, start, end, tuple(site.name for site in sites if site.block == number))
-        for number, start, end in zip(numbers, starts, ends, strict=True)
-    ]
-
-
-def _start(sites: Sequence[LinearSite], number: int) -> ir.Value:
-    """The residual stream before a block: what the LayerNorm of its qkv reads."""
-    for site in sites:
-        norm = site.activation.producer()
-        if site.block == number and site.role == "attn.qkv" and norm is not None:
-            value = norm.inputs[0]
-            if norm.op_type == "LayerNormalization" and value is not None:
-                return value
-    raise GraphError(
-        f"blocks.{number} has no attn.qkv behind a LayerNormalization",
-        hint="use an FP32 graph that `clipdeploy export` wrote, or --effort fast",
-    )
 
 
 def fit_linears(
@@ -107,9 +74,9 @@ def fit_linears(
         CalibrationError: the numbers of most Linears are not.
         GraphError: a block cannot be cut out of the graph, or cannot run.
     """
-    blocks = _blocks(model, find_linears(model))
+    blocks = find_blocks(model)
     stem = cut_out(model, None, blocks[0].start)
-    exact = _ends(stem, [image[None] for image in (*images, *checks)])
+    exact = ends_of(stem, [image[None] for image in (*images, *checks)])
     coarse = list(exact)
     fitted: dict[str, LinearScheme] = {}
     gains: dict[str, float] = {}
@@ -120,7 +87,7 @@ def fit_linears(
             if name in schemes:
                 fitted[name], gains[name] = part.fit(name, schemes[name], coarse, correct_bias)
         if block is not blocks[-1]:
-            coarse = _ends(part.coarse, coarse)
+            coarse = ends_of(part.coarse, coarse)
     return Fit(fitted, check_gains(gains))
 
 
@@ -144,10 +111,6 @@ def check_gains(gains: Mapping[str, float]) -> tuple[str, ...]:
     return failed
 
 
-def _ends(part: ir.Model, inputs: Sequence[NDArray[Any]]) -> list[F32]:
-    return [end for (end,) in run_part(part, list(part.graph.outputs), inputs)]
-
-
 class _Part:
     """A block in FP32 with the means of its Linears' outputs, and the copy that is quantised.
 
@@ -157,7 +120,7 @@ class _Part:
     def __init__(
         self,
         model: ir.Model,
-        block: _Block,
+        block: Block,
         inputs: Sequence[NDArray[Any]],
         count: int,
         number_format: NumberFormat,

@@ -6,9 +6,10 @@ weights, :mod:`calibration.write` writes the Q/DQ pairs.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -16,8 +17,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from calibration.distribution import Distribution
-from calibration.fitting import FEWEST_IMAGES, Fit, fit_linears
+from calibration.fitting import FEWEST_IMAGES, fit_linears
 from calibration.formats import FORMATS, FormatName, NumberFormat
+from calibration.measuring import Setting, measure_settings, other_views
 from calibration.policy import (
     HEAD,
     PATCH,
@@ -186,6 +188,7 @@ def smooth(
     table: CalibrationTable,
     chosen: frozenset[str],
     strength: float | None = None,
+    settings: Mapping[str, Setting] = MappingProxyType({}),
 ) -> dict[str, Folding]:
     """Fold the activation outliers of the chosen Linears into ``model``; its outputs stay the same.
 
@@ -194,13 +197,14 @@ def smooth(
     """
     sites = find_linears(model)
     statistics = {site.name: table.of(site.name) for site in sites if site.name in chosen}
-    return fold_all(sites, statistics, strength)
+    return fold_all(sites, statistics, strength, settings)
 
 
 def _linear_schemes(
     sites: list[LinearSite],
     table: CalibrationTable,
     foldings: dict[str, Folding],
+    settings: Mapping[str, Setting],
     config: QuantizeConfig,
 ) -> dict[str, LinearScheme]:
     """The quantisation of each Linear by the statistics."""
@@ -212,6 +216,7 @@ def _linear_schemes(
             config.scheme,
             config.number_format,
             one_scale=config.weight_scales == "tensor",
+            part=settings.get(site.name, Setting()).part,
         )
         for site in sites
     }
@@ -236,34 +241,36 @@ def _write_linears(
         writer.weight(site.matmul, site.name, scheme.numbers, scheme.weight_scale, axis=1)
 
 
-def _fit(
-    model: ir.Model,
-    table: CalibrationTable,
-    schemes: dict[str, LinearScheme],
-    config: QuantizeConfig,
-    tensor: TensorSpec,
-) -> Fit:
-    """Fit ``schemes`` to the images that the calibration stores.
+@dataclass(frozen=True)
+class _Images:
+    """Graph inputs (N, ...) that a calibration stores.
+
+    ``fitted``: to fit weights and biases to.  ``checks``: others.  ``unseen``: views of the first
+    that the statistics do not include.
+    """
+
+    fitted: NDArray[Any]
+    checks: NDArray[Any]
+    unseen: NDArray[Any]
+
+
+def _stored_images(table: CalibrationTable, tensor: TensorSpec) -> _Images:
+    """The images of ``table``.
 
     Raises:
-        CalibrationError: there are too few, or most Linears become worse on other images.
+        CalibrationError: there are too few.
     """
-    images, checks = table.fitted(), table.samples()
-    count = 0 if images is None else len(images.crops)
-    if images is None or checks is None or count < FEWEST_IMAGES:
+    fitted, checks = table.fitted(), table.samples()
+    count = 0 if fitted is None else len(fitted.crops)
+    if fitted is None or checks is None or count < FEWEST_IMAGES:
         raise CalibrationError(
             f"--effort best needs {FEWEST_IMAGES} calibration images besides those that judge the "
             f"graph, the calibration stores {count}",
             hint="calibrate again with more images, or give --effort fast",
         )
-    return fit_linears(
-        model,
-        schemes,
-        images.as_input(tensor),
-        checks.as_input(tensor),
-        config.number_format,
-        correct_bias=config.scheme.correct_bias,
-    )
+    views = Samples(other_views(fitted.crops), fitted.spec)
+    inputs = (each.as_input(tensor) for each in (fitted, checks, views))
+    return _Images(*inputs)
 
 
 def _write_products(
@@ -332,7 +339,13 @@ def _write(
     config: QuantizeConfig,
     tensor: TensorSpec,
 ) -> _Written:
-    foldings = _fold(model, table, chosen, config)
+    fits = config.effort == "best" and any(site.name in chosen for site in find_linears(model))
+    images = _stored_images(table, tensor) if fits else None
+    settings: dict[str, Setting] = {}
+    if images is not None and config.scheme.searches and config.number_format.even:
+        statistics = {s.name: table.of(s.name) for s in find_linears(model) if s.name in chosen}
+        settings = measure_settings(model, statistics, images.unseen)
+    foldings = _fold(model, table, chosen, settings, config)
     writer = QdqWriter(
         model.graph,
         unsigned=config.remainder == "fp32",
@@ -340,11 +353,19 @@ def _write(
         number_format=config.number_format,
     )
     sites = [site for site in find_linears(model) if site.name in chosen]
-    schemes = _linear_schemes(sites, table, foldings, config)
+    schemes = _linear_schemes(sites, table, foldings, settings, config)
     kept = _kept(schemes, config)
     nearest: tuple[str, ...] = ()
-    if config.effort == "best" and kept:
-        fit = _fit(model, table, kept, config, tensor)
+    if images is not None and kept:
+        correct = config.scheme.correct_bias
+        fit = fit_linears(
+            model,
+            kept,
+            images.fitted,
+            images.checks,
+            config.number_format,
+            correct_bias=correct,
+        )
         kept, nearest = fit.schemes, fit.nearest
     products = find_products(model)
     _write_linears(writer, sites, kept)
@@ -359,12 +380,16 @@ def _write(
 
 
 def _fold(
-    model: ir.Model, table: CalibrationTable, chosen: frozenset[str], config: QuantizeConfig
+    model: ir.Model,
+    table: CalibrationTable,
+    chosen: frozenset[str],
+    settings: Mapping[str, Setting],
+    config: QuantizeConfig,
 ) -> dict[str, Folding]:
     scheme = config.scheme
     if not (scheme.smooth and config.number_format.even):
         return {}
-    foldings = smooth(model, table, chosen, scheme.strength)
+    foldings = smooth(model, table, chosen, scheme.strength, settings)
     if config.effort == "best" and scheme.shifts_gelu:
         sites = [site for site in find_linears(model) if site.name in chosen]
         statistics = {site.name: table.of(site.name) for site in sites}

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 
 from calibration.distribution import Distribution
 from calibration.formats import INT8, SMALLEST_SCALE, NumberFormat
+from calibration.measuring import ROUNDED_SHARE, Setting
 from calibration.observers import ChannelStatistics
 from calibration.policy import LinearSite
 from calibration.ranges import RANGE_METHODS, RangeMethod, choose_range, search_levels
@@ -44,10 +46,6 @@ __all__ = [
     "linear_scheme",
     "product_steps",
 ]
-
-
-# Assumed noise of a weight that is rounded on data, relative to that of the nearest numbers.
-_ROUNDED_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,11 @@ class SchemeConfig:
         """Name of the scheme in a search: range method and strength."""
         strength = "" if self.strength is None else f", strength {self.strength:g}"
         return f"{self.range_method}{strength}"
+
+    @property
+    def searches(self) -> bool:
+        """Whether neither the strength of smoothing nor the range method is given."""
+        return self.smooth and self.strength is None and self.range_method == "auto"
 
     @property
     def shifts_gelu(self) -> bool:
@@ -128,11 +131,12 @@ def fold_all(
     sites: Sequence[LinearSite],
     statistics: Mapping[str, ChannelStatistics],
     strength: float | None = None,
+    settings: Mapping[str, Setting] = MappingProxyType({}),
 ) -> dict[str, Folding]:
     """Fold the input outliers of all Linears in ``statistics`` that have a source to fold into.
 
     The model's outputs stay the same.  ``sites`` are all its Linears: proj is folded into qkv even
-    if qkv is not quantised.  ``strength``: see :class:`SchemeConfig`.
+    if qkv is not quantised.  ``strength``: see :class:`SchemeConfig`; ``settings`` outrank it.
     """
     by_name = {site.name: site for site in sites}
     foldings = {}
@@ -142,7 +146,8 @@ def fold_all(
         if source is None or site.name not in statistics:
             continue
         values = Distribution.of(statistics[site.name])
-        folding = search_folding(values, values_of(site.weight), strength)
+        chosen = settings[site.name].strength if site.name in settings else strength
+        folding = search_folding(values, values_of(site.weight), chosen)
         fold(site, source, folding)
         foldings[site.name] = folding
     return foldings
@@ -193,7 +198,7 @@ def _squares(weight: NDArray[np.float32]) -> NDArray[np.float64]:
 
 def _weight_error(values: Distribution, weight: NDArray[np.float32]) -> float:
     steps = np.abs(weight).max(axis=0).astype(np.float64) / INT8.largest
-    return _ROUNDED_SHARE * float((steps**2).sum() / 12 * values.variance().sum())
+    return ROUNDED_SHARE * float((steps**2).sum() / 12 * values.variance().sum())
 
 
 def linear_scheme(
@@ -204,10 +209,12 @@ def linear_scheme(
     number_format: NumberFormat = INT8,
     *,
     one_scale: bool = False,
+    part: float | None = None,
 ) -> LinearScheme:
     """Compute the quantisation of one Linear whose input was transformed by ``folding``.
 
-    ``one_scale``: the same weight scale for all output channels.
+    ``one_scale``: the same weight scale for all output channels.  ``part``: the range divided by
+    the largest value, None to use the range method.
     """
     weight = values_of(site.weight)
     shifts = config.shifts_gelu and number_format.even and folding is None
@@ -219,7 +226,11 @@ def linear_scheme(
         step, zero = search_levels(values, squares)
         values = Distribution.of(statistics, step * zero)
     else:
-        limit = choose_range(values, config.range_method, squares, number_format)
+        limit = (
+            choose_range(values, config.range_method, squares, number_format)
+            if part is None
+            else values.amax * part
+        )
         step = number_format.step(limit)
     variance = values.variance()
     numbers, scale = quantize_weight(
