@@ -137,6 +137,10 @@ class Distribution:
         """E[x' ** 2] of each channel, (C,)."""
         return self._per_channel((self.low**2 + self.low * self.high + self.high**2) / 3)
 
+    def variance(self) -> F64:
+        """The variance of x' in each channel, (C,)."""
+        return np.maximum(self.second_moment() - self.mean**2, 0.0)
+
     def mean_error(self, step: float, number_format: NumberFormat = INT8) -> F64:
         """E[quantised - x'] of each channel at ``step``, (C,)."""
         return self._per_channel(mean_error(self.low, self.high, step, number_format))

@@ -6,9 +6,10 @@ weights, :mod:`calibration.write` writes the Q/DQ pairs.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -16,7 +17,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from calibration.distribution import Distribution
+from calibration.fitting import FEWEST_IMAGES, fit_linears
 from calibration.formats import FORMATS, FormatName, NumberFormat
+from calibration.measuring import Setting, measure_settings, other_views
 from calibration.policy import (
     HEAD,
     PATCH,
@@ -36,6 +39,7 @@ from calibration.scheme import (
     SchemeConfig,
     add_to_bias,
     fold_all,
+    fold_all_gelu,
     linear_scheme,
     product_steps,
 )
@@ -46,7 +50,14 @@ from calibration.write import QdqWriter
 from clipdeploy.core.display import Renderable, Shown, stacked
 from clipdeploy.core.errors import ArtifactError, CalibrationError, GraphError, UsageError
 from clipdeploy.core.files import sha256_file
-from clipdeploy.core.passport import Passport, Precision, Preprocess, ScaleForm, settings_of
+from clipdeploy.core.passport import (
+    Passport,
+    Precision,
+    Preprocess,
+    ScaleForm,
+    TensorSpec,
+    settings_of,
+)
 from clipdeploy.core.spans import SQNR_DB, check_numbers
 from exporters.checks import check_structure
 from exporters.graphs import load_graph, save_graph
@@ -58,6 +69,7 @@ from exporters.samples import Samples
 
 __all__ = [
     "SCHEME_KEY",
+    "Effort",
     "QuantizeConfig",
     "QuantizedGraph",
     "Remainder",
@@ -69,6 +81,7 @@ __all__ = [
 # First opset whose QuantizeLinear and DequantizeLinear take float16 scales.
 _FIRST_WITH_HALF_SCALES = 19
 Remainder = Literal["fp16", "fp32"]
+Effort = Literal["fast", "best"]
 # The JSON key of ``scheme`` in every passport and recipe written so far.
 SCHEME_KEY = "plan"
 
@@ -84,7 +97,9 @@ class QuantizeConfig:
     ``min_sqnr``: lowest signal-to-noise ratio in dB; a Linear whose output would fall below it is
     left unquantised, a graph whose logits fall below it is refused.  None disables both checks.
     ``weight_scales``: form of the weight scales, see :mod:`calibration.write`; None selects the
-    form for the format and the installed TensorRT.
+    form for the format and the installed TensorRT.  ``effort``: ``fast`` computes everything from
+    the statistics, ``best`` also shifts and scales each channel of GELU's output and fits weights
+    and biases to the images that the calibration stores.
 
     Raises:
         UsageError: an unknown value, ``min_sqnr`` out of range, or a ``remainder`` that ``format``
@@ -98,12 +113,14 @@ class QuantizeConfig:
     min_sqnr: float | None = MIN_SQNR_DB
     weight_scales: ScaleForm | None = None
     format: FormatName = "int8"
+    effort: Effort = "fast"
 
     def __post_init__(self) -> None:
         for what, value, known in (
             ("the remainder", self.remainder, get_args(Remainder)),
             ("the form of the weight scales", self.weight_scales, (None, *get_args(ScaleForm))),
             ("the format", self.format, tuple(FORMATS)),
+            ("the effort", self.effort, get_args(Effort)),
         ):
             if value not in known:
                 names = " or ".join(name for name in known if name)
@@ -150,12 +167,14 @@ def stored_settings(config: QuantizeConfig) -> dict[str, Any]:
 
     Its keys are the field names, except that ``scheme`` is stored as ``plan``: the key of earlier
     versions, whose graphs would otherwise be made again and whose recipes would not load.  For the
-    same reason ``format`` is stored only if it is not ``int8``, and ``scope.outputs`` only if set.
+    same reason ``format`` and ``effort`` are stored only if they are not the defaults, and
+    ``scope.outputs`` only if set.
     """
     stored = {SCHEME_KEY if k == "scheme" else k: v for k, v in settings_of(config).items()}
     # Of a configuration read from JSON, msgspec does not encode defaults that were left out.
-    if config.format == "int8":
-        stored.pop("format", None)
+    for name in ("format", "effort"):
+        if getattr(config, name) == getattr(QuantizeConfig, name):
+            stored.pop(name, None)
     if not config.scope.outputs:
         stored["scope"].pop("outputs", None)
     return stored
@@ -179,6 +198,7 @@ def smooth(
     table: CalibrationTable,
     chosen: frozenset[str],
     strength: float | None = None,
+    settings: Mapping[str, Setting] = MappingProxyType({}),
 ) -> dict[str, Folding]:
     """Fold the activation outliers of the chosen Linears into ``model``; its outputs stay the same.
 
@@ -187,37 +207,80 @@ def smooth(
     """
     sites = find_linears(model)
     statistics = {site.name: table.of(site.name) for site in sites if site.name in chosen}
-    return fold_all(sites, statistics, strength)
+    return fold_all(sites, statistics, strength, settings)
 
 
-def _write_linears(
-    writer: QdqWriter,
+def _linear_schemes(
     sites: list[LinearSite],
     table: CalibrationTable,
     foldings: dict[str, Folding],
+    settings: Mapping[str, Setting],
     config: QuantizeConfig,
-) -> dict[str, Weakest]:
-    """Quantise all Linears that reach ``min_sqnr``; return the expected SQNR of every Linear."""
-    found = {}
-    for site in sites:
-        statistics, folding = table.of(site.name), foldings.get(site.name)
-        scheme: LinearScheme = linear_scheme(
+) -> dict[str, LinearScheme]:
+    """The quantisation of each Linear by the statistics."""
+    return {
+        site.name: linear_scheme(
             site,
-            statistics,
-            folding,
+            table.of(site.name),
+            foldings.get(site.name),
             config.scheme,
             config.number_format,
             one_scale=config.weight_scales == "tensor",
+            part=settings.get(site.name, Setting()).part,
         )
-        found[site.name] = Weakest(site.name, scheme.sqnr_db, scheme.cause)
-        if config.min_sqnr is not None and scheme.sqnr_db < config.min_sqnr:
+        for site in sites
+    }
+
+
+def _kept(schemes: dict[str, LinearScheme], config: QuantizeConfig) -> dict[str, LinearScheme]:
+    """The schemes of the Linears that reach ``min_sqnr``."""
+    minimum = config.min_sqnr
+    return {n: each for n, each in schemes.items() if minimum is None or each.sqnr_db >= minimum}
+
+
+def _write_linears(
+    writer: QdqWriter, sites: list[LinearSite], schemes: dict[str, LinearScheme]
+) -> None:
+    for site in sites:
+        if (scheme := schemes.get(site.name)) is None:
             continue
         if site.bias is not None:
             lost = scheme.shift_output if not writer.unsigned else 0.0
             add_to_bias(site, scheme.correction + lost)
         writer.activation(site.matmul, 0, site.name, scheme.step, scheme.zero)
         writer.weight(site.matmul, site.name, scheme.numbers, scheme.weight_scale, axis=1)
-    return found
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Graph inputs (N, ...) that a calibration stores.
+
+    ``fitted``: to fit weights and biases to.  ``checks``: others.  ``unseen``: views of the first
+    that the statistics do not include.
+    """
+
+    fitted: NDArray[Any]
+    checks: NDArray[Any]
+    unseen: NDArray[Any]
+
+
+def _stored_images(table: CalibrationTable, tensor: TensorSpec) -> _Images:
+    """The images of ``table``.
+
+    Raises:
+        CalibrationError: there are too few.
+    """
+    fitted, checks = table.fitted(), table.samples()
+    count = 0 if fitted is None else len(fitted.crops)
+    if fitted is None or checks is None or count < FEWEST_IMAGES:
+        raise CalibrationError(
+            f"--effort best needs {FEWEST_IMAGES} calibration images besides those that judge the "
+            f"graph, the calibration stores {count}",
+            hint="calibrate again with more images, or give --effort fast",
+        )
+    views = Samples(other_views(fitted.crops), fitted.spec)
+    inputs = (each.as_input(tensor) for each in (fitted, checks, views))
+    return _Images(*inputs)
 
 
 def _write_products(
@@ -271,28 +334,77 @@ def _write_patch(
     writer.weight(node, PATCH, numbers.T.reshape(kernel.shape).copy(), scale, axis=0)
 
 
+@dataclass(frozen=True)
+class _Written:
+    """The expected SQNR of each Linear, and the Linears that fitting to images did not improve."""
+
+    linears: dict[str, Weakest]
+    nearest: tuple[str, ...] = ()
+
+
 def _write(
-    model: ir.Model, table: CalibrationTable, chosen: frozenset[str], config: QuantizeConfig
-) -> dict[str, Weakest]:
-    scheme, number_format = config.scheme, config.number_format
-    smooths = scheme.smooth and number_format.even
-    foldings = smooth(model, table, chosen, scheme.strength) if smooths else {}
+    model: ir.Model,
+    table: CalibrationTable,
+    chosen: frozenset[str],
+    config: QuantizeConfig,
+    tensor: TensorSpec,
+) -> _Written:
+    fits = config.effort == "best" and any(site.name in chosen for site in find_linears(model))
+    images = _stored_images(table, tensor) if fits else None
+    settings: dict[str, Setting] = {}
+    if images is not None and config.scheme.searches and config.number_format.even:
+        statistics = {s.name: table.of(s.name) for s in find_linears(model) if s.name in chosen}
+        settings = measure_settings(model, statistics, images.unseen)
+    foldings = _fold(model, table, chosen, settings, config)
     writer = QdqWriter(
         model.graph,
         unsigned=config.remainder == "fp32",
         scales=config.weight_scales or "channel",
-        number_format=number_format,
+        number_format=config.number_format,
     )
     sites = [site for site in find_linears(model) if site.name in chosen]
+    schemes = _linear_schemes(sites, table, foldings, settings, config)
+    kept = _kept(schemes, config)
+    nearest: tuple[str, ...] = ()
+    if images is not None and kept:
+        correct = config.scheme.correct_bias
+        fit = fit_linears(
+            model,
+            kept,
+            images.fitted,
+            images.checks,
+            config.number_format,
+            correct_bias=correct,
+        )
+        kept, nearest = fit.schemes, fit.nearest
     products = find_products(model)
-    found = _write_linears(writer, sites, table, foldings, config)
+    _write_linears(writer, sites, kept)
     if any(product.name in chosen for product in products):
-        _write_products(writer, model, table, foldings, chosen, number_format)
+        _write_products(writer, model, table, foldings, chosen, config.number_format)
     if HEAD in chosen and (node := find_node(model, HEAD, "Gemm")) is not None:
         _write_head(writer, node, table, config)
     if PATCH in chosen and (node := find_node(model, PATCH, "Conv")) is not None:
         _write_patch(writer, node, table.preprocess, config)
-    return found
+    expected = {n: Weakest(n, each.sqnr_db, each.cause) for n, each in schemes.items()}
+    return _Written(expected, nearest)
+
+
+def _fold(
+    model: ir.Model,
+    table: CalibrationTable,
+    chosen: frozenset[str],
+    settings: Mapping[str, Setting],
+    config: QuantizeConfig,
+) -> dict[str, Folding]:
+    scheme = config.scheme
+    if not (scheme.smooth and config.number_format.even):
+        return {}
+    foldings = smooth(model, table, chosen, scheme.strength, settings)
+    if config.effort == "best" and scheme.shifts_gelu:
+        sites = [site for site in find_linears(model) if site.name in chosen]
+        statistics = {site.name: table.of(site.name) for site in sites}
+        foldings |= fold_all_gelu(sites, statistics, scheme.strength)
+    return foldings
 
 
 def _write_outputs(
@@ -404,7 +516,8 @@ def quantize(
     model = load_graph(source)
     placement = place(model, config.exclude, config.scope)
     half = config.remainder == "fp16"
-    found = _write(model, table, frozenset(placement.quantized), config)
+    written = _write(model, table, frozenset(placement.quantized), config, passport.input)
+    found = written.linears
     label = config.number_format.label
     left_out = _left_out(found, config.min_sqnr, label)
     placement = placement.without(left_out)
@@ -424,6 +537,7 @@ def quantize(
             **stored_settings(config),
             f"{config.format}_nodes": len(placement.quantized),
             f"{config.format}_left_out": left_out,
+            **({"rounded_to_nearest": written.nearest} if written.nearest else {}),
             "keep_fp32": list(keep),
         },
     )

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,11 @@ from numpy.typing import NDArray
 
 from calibration.distribution import Distribution
 from calibration.formats import INT8, SMALLEST_SCALE, NumberFormat
+from calibration.measuring import ROUNDED_SHARE, Setting
 from calibration.observers import ChannelStatistics
 from calibration.policy import LinearSite
 from calibration.ranges import RANGE_METHODS, RangeMethod, choose_range, search_levels
-from calibration.smoothing import Folding, find_source, fold, search_folding
+from calibration.smoothing import Folding, find_source, fold, fold_gelu, search_folding
 from calibration.weights import quantize_weight, weight_error
 from clipdeploy.core.errors import UsageError
 from clipdeploy.core.spans import STRENGTH, check_numbers
@@ -40,6 +42,7 @@ __all__ = [
     "SchemeConfig",
     "add_to_bias",
     "fold_all",
+    "fold_all_gelu",
     "linear_scheme",
     "product_steps",
 ]
@@ -73,6 +76,11 @@ class SchemeConfig:
         """Name of the scheme in a search: range method and strength."""
         strength = "" if self.strength is None else f", strength {self.strength:g}"
         return f"{self.range_method}{strength}"
+
+    @property
+    def searches(self) -> bool:
+        """Whether neither the strength of smoothing nor the range method is given."""
+        return self.smooth and self.strength is None and self.range_method == "auto"
 
     @property
     def shifts_gelu(self) -> bool:
@@ -123,11 +131,12 @@ def fold_all(
     sites: Sequence[LinearSite],
     statistics: Mapping[str, ChannelStatistics],
     strength: float | None = None,
+    settings: Mapping[str, Setting] = MappingProxyType({}),
 ) -> dict[str, Folding]:
     """Fold the input outliers of all Linears in ``statistics`` that have a source to fold into.
 
     The model's outputs stay the same.  ``sites`` are all its Linears: proj is folded into qkv even
-    if qkv is not quantised.  ``strength``: see :class:`SchemeConfig`.
+    if qkv is not quantised.  ``strength``: see :class:`SchemeConfig`; ``settings`` outrank it.
     """
     by_name = {site.name: site for site in sites}
     foldings = {}
@@ -137,10 +146,59 @@ def fold_all(
         if source is None or site.name not in statistics:
             continue
         values = Distribution.of(statistics[site.name])
-        folding = search_folding(values, values_of(site.weight), strength)
+        chosen = settings[site.name].strength if site.name in settings else strength
+        folding = search_folding(values, values_of(site.weight), chosen)
         fold(site, source, folding)
         foldings[site.name] = folding
     return foldings
+
+
+def fold_all_gelu(
+    sites: Sequence[LinearSite],
+    statistics: Mapping[str, ChannelStatistics],
+    strength: float | None = None,
+) -> dict[str, Folding]:
+    """Shift and scale each channel of GELU's output where that is expected to lower fc2's error.
+
+    The alternative is one shift for all channels.  The model's outputs stay the same.
+    """
+    foldings = {}
+    for site in sites:
+        if site.role != "mlp.fc2" or site.bias is None or site.name not in statistics:
+            continue
+        values, weight = Distribution.of(statistics[site.name]), values_of(site.weight)
+        folding = search_folding(values, weight, strength)
+        scaled = Distribution.of(statistics[site.name], folding.shift, folding.scale)
+        inside = folding.scale[:, None].astype(np.float32) * weight
+        if _symmetric_error(scaled, inside) < _shifted_error(values, weight):
+            fold_gelu(site, folding)
+            foldings[site.name] = folding
+    return foldings
+
+
+def _symmetric_error(values: Distribution, weight: NDArray[np.float32]) -> float:
+    """Expected squared error of a Linear's output with the same levels on both sides of zero."""
+    squares = _squares(weight)
+    limit = np.asarray([choose_range(values, "auto", squares)])
+    return float(values.density(squares).error(limit)[0]) + _weight_error(values, weight)
+
+
+def _shifted_error(values: Distribution, weight: NDArray[np.float32]) -> float:
+    """Expected squared error of a Linear's output with one shift for all channels."""
+    squares = _squares(weight)
+    step, zero = search_levels(values, squares)
+    from_input = values.density(squares).shifted_error(step * zero, step)
+    return from_input + _weight_error(values, weight)
+
+
+def _squares(weight: NDArray[np.float32]) -> NDArray[np.float64]:
+    """|W[c, :]| ** 2 of each input channel, (Cin,)."""
+    return np.asarray(np.einsum("ij,ij->i", weight, weight), np.float64)
+
+
+def _weight_error(values: Distribution, weight: NDArray[np.float32]) -> float:
+    steps = np.abs(weight).max(axis=0).astype(np.float64) / INT8.largest
+    return ROUNDED_SHARE * float((steps**2).sum() / 12 * values.variance().sum())
 
 
 def linear_scheme(
@@ -151,24 +209,30 @@ def linear_scheme(
     number_format: NumberFormat = INT8,
     *,
     one_scale: bool = False,
+    part: float | None = None,
 ) -> LinearScheme:
     """Compute the quantisation of one Linear whose input was transformed by ``folding``.
 
-    ``one_scale``: the same weight scale for all output channels.
+    ``one_scale``: the same weight scale for all output channels.  ``part``: the range divided by
+    the largest value, None to use the range method.
     """
     weight = values_of(site.weight)
+    shifts = config.shifts_gelu and number_format.even and folding is None
     folding = folding or Folding.none(statistics.channels)
     values = seen = Distribution.of(statistics, folding.shift, folding.scale)
-    squares = np.einsum("ij,ij->i", weight, weight).astype(np.float64)
+    squares = _squares(weight)
     zero = 0
-    shifts = config.shifts_gelu and number_format.even
     if shifts and site.role == "mlp.fc2" and site.bias is not None:
         step, zero = search_levels(values, squares)
         values = Distribution.of(statistics, step * zero)
     else:
-        limit = choose_range(values, config.range_method, squares, number_format)
+        limit = (
+            choose_range(values, config.range_method, squares, number_format)
+            if part is None
+            else values.amax * part
+        )
         step = number_format.step(limit)
-    variance = np.maximum(values.second_moment() - values.mean**2, 0.0)
+    variance = values.variance()
     numbers, scale = quantize_weight(
         weight, variance if config.clip_weights else None, number_format, one_scale=one_scale
     )

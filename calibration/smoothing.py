@@ -14,7 +14,8 @@ Suppression+, Wei et al. 2023):
     proj       x = softmax(..) V, where rows of softmax sum to one:
                columns of V in qkv:  W_v' = W_v / s,  b_v' = (b_v - m) / s
 
-fc2 reads GELU's output, and GELU does not commute with a shift or scale.
+fc2 reads GELU's output, and GELU does not commute with a shift or scale: they are two nodes behind
+it, Sub and Mul, which TensorRT-RTX computes in GELU's own kernel.  :func:`fold_gelu` adds them.
 
 A common factor k of all channels is free: s k instead of s leaves both errors unchanged.  k is 1
 unless the result exceeds float16: it loses scales below its smallest normal number and steps above
@@ -40,9 +41,9 @@ from numpy.typing import NDArray
 from calibration.distribution import Distribution
 from calibration.formats import INT8
 from calibration.policy import LinearSite
-from exporters.initializers import values_of, write_initializer
+from exporters.initializers import add_initializer, values_of, write_initializer
 
-__all__ = ["Folding", "Source", "find_source", "fold", "search_folding"]
+__all__ = ["Folding", "Source", "find_source", "fold", "fold_gelu", "search_folding"]
 
 F64 = NDArray[np.float64]
 
@@ -127,7 +128,7 @@ def search_folding(
     top = magnitudes.max(axis=1).astype(np.float64)
     top = np.maximum(top, max(float(top.max()) * _NARROWEST, 1e-12))
     squares = np.einsum("ij,ij->i", weight, weight).astype(np.float64)
-    variance = np.maximum(values.second_moment() - values.mean**2, 0.0)
+    variance = values.variance()
 
     def error(scale: F64) -> float:
         return _expected_error(spread, variance, squares, magnitudes, scale)
@@ -228,4 +229,23 @@ def fold(site: LinearSite, source: Source, folding: Folding) -> None:
     write_initializer(*source.offset_at, offset.astype(np.float32))
     bias += folding.shift @ weight
     write_initializer(site.add, 1, bias.astype(np.float32))
+    write_initializer(site.matmul, 1, (folding.scale[:, None] * weight).astype(np.float32))
+
+
+def fold_gelu(site: LinearSite, folding: Folding) -> None:
+    """Write ``folding`` into two nodes before fc2 and into fc2; the outputs stay the same."""
+    graph, value = site.matmul.graph, site.matmul.inputs[0]
+    assert isinstance(graph, ir.Graph)
+    assert value is not None
+    assert site.add is not None
+    weight, bias = (values_of(each).astype(np.float64) for each in (site.weight, site.bias))
+    for op, array in (("Sub", folding.shift), ("Mul", 1 / folding.scale)):
+        constant = add_initializer(graph, f"{site.name}.input_{op}", array.astype(np.float32))
+        node = ir.node(op, [value, constant], name=f"{site.name}/{op}")
+        node.outputs[0].name = node.name
+        node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
+        graph.insert_before(site.matmul, node)
+        value = node.outputs[0]
+    site.matmul.replace_input_with(0, value)
+    write_initializer(site.add, 1, (bias + folding.shift @ weight).astype(np.float32))
     write_initializer(site.matmul, 1, (folding.scale[:, None] * weight).astype(np.float32))

@@ -43,8 +43,9 @@ _SCHEMA = 4
 _SCHEMA_WITH_PIXELS = 3
 # First schema with crops.
 _SCHEMA_WITH_CROPS = 4
-# Number of crops stored in a table.
-MOST_CROPS = 8
+# Number of crops stored in a table: the first are for judging a graph, the others for fitting it.
+MOST_CROPS = 40
+_JUDGED_CROPS = 8
 # Upper limits for values read from a file.
 _MOST_CHANNELS = 1_000_000
 _MOST_SHARDS = 1_000_000
@@ -72,7 +73,7 @@ class CalibrationImageRecord:
 
 @dataclass(frozen=True)
 class CalibrationCrop:
-    """An image to measure the quantised graph on; ``pixels`` are uint8 (S, S, 3), zlib."""
+    """An image to fit or judge a quantised graph on; ``pixels`` are uint8 (S, S, 3), zlib."""
 
     name: str
     sha256: str
@@ -130,14 +131,25 @@ class CalibrationTable(Shown):
     crops: tuple[CalibrationCrop, ...] = ()
 
     def samples(self) -> Samples | None:
-        """The stored images; None in a table of an older clipdeploy.
+        """The stored images to judge a graph on; None in a table of an older clipdeploy.
 
         Raises:
             CalibrationError: an image does not have the size of ``preprocess``.
         """
+        return self._decoded(self.crops[:_JUDGED_CROPS])
+
+    def fitted(self) -> Samples | None:
+        """The stored images to fit a graph to, none of them in :meth:`samples`; None without any.
+
+        Raises:
+            CalibrationError: see :meth:`samples`.
+        """
+        return self._decoded(self.crops[_JUDGED_CROPS:])
+
+    def _decoded(self, crops: Sequence[CalibrationCrop]) -> Samples | None:
         size = self.preprocess.size
         try:
-            arrays = [_array(crop.pixels, "uint8", size, size, 3) for crop in self.crops]
+            arrays = [_array(crop.pixels, "uint8", size, size, 3) for crop in crops]
         except (zlib.error, ValueError) as error:
             raise CalibrationError(
                 f"the calibration's images are damaged: {error}", hint="calibrate again"

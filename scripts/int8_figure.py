@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 from make_outlier_variants import add_channel_outliers
@@ -23,7 +26,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from calibration.qdq import QuantizeConfig, smooth
+from calibration.qdq import Effort, QuantizeConfig, smooth
 from calibration.ranges import RANGE_METHODS
 from calibration.scheme import SchemeConfig
 from calibration.table import CalibrationTable, load_table
@@ -50,6 +53,12 @@ STEPS = {
     "+ GELU's shift": SchemeConfig("auto", True, True, False, False),
     "+ weight clip": SchemeConfig("auto", True, True, True, False),
     "+ bias correction": SchemeConfig(),
+}
+# The steps of --effort best, each with the functions that are switched off in its row.
+BEST = {
+    "+ rounding on data": ("measure_settings", "fold_all_gelu"),
+    "+ GELU's scale per channel": ("measure_settings",),
+    "+ measured smoothing": (),
 }
 METHODS = {method: SchemeConfig(method) for method in RANGE_METHODS}
 COLOURS = {"demo": "#0072B2", "with outliers": "#D55E00"}
@@ -91,6 +100,15 @@ def channels(
     return seen.amax.astype(np.float64), np.maximum(*after)
 
 
+@contextmanager
+def without(names: tuple[str, ...]) -> Iterator[None]:
+    """Switch off steps of the recipe, functions of :mod:`calibration.qdq` that return a dict."""
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(patch(f"calibration.qdq.{name}", lambda *given: {}))
+        yield
+
+
 def measure(folder: Path, weights: Path | None, images: NDArray[np.float32]) -> Measured:
     """Export, calibrate, and quantise with every scheme."""
     workspace = Workspace(folder)
@@ -98,14 +116,17 @@ def measure(folder: Path, weights: Path | None, images: NDArray[np.float32]) -> 
     calibrate_model(workspace, cards.DEMO, cards.demo_file("calibration.zip"))
     (reference,) = OnnxSession(workspace.graph(cards.DEMO, "fp32")).run(images)
 
-    def fidelity(scheme: SchemeConfig) -> float:
-        config = QuantizeConfig(scheme=scheme, remainder="fp32", min_sqnr=None)
-        graph = quantize_model(workspace, cards.DEMO, config).artifact.path
+    def fidelity(scheme: SchemeConfig, effort: Effort = "fast") -> float:
+        config = QuantizeConfig(scheme=scheme, remainder="fp32", min_sqnr=None, effort=effort)
+        graph = quantize_model(workspace, cards.DEMO, config, force=True).artifact.path
         (found,) = OnnxSession(graph, exact_int8=True).run(images)
         return decibels(reference, found)
 
     before, after = channels(workspace, load_table(workspace.calibration(cards.DEMO)))
     steps = {name: fidelity(scheme) for name, scheme in STEPS.items()}
+    for name, off in BEST.items():
+        with without(off):
+            steps[name] = fidelity(SchemeConfig(), "best")
     methods = {name: fidelity(scheme) for name, scheme in METHODS.items()}
     return Measured(before, after, steps, methods)
 

@@ -88,6 +88,12 @@ _OPTIONS = (
         metavar="PATTERN",
         help="Linears to leave unquantised, such as 'blocks.0.*'; may be given several times.",
     ),
+    option(
+        "--effort",
+        type=click.Choice(choices_of(_QUANTIZE, "effort")),
+        default=default_of(_QUANTIZE, "effort"),
+        help="best also fits weights and biases to the stored calibration images, block by block.",
+    ),
     *_SCHEME_OPTIONS,
     option(
         "--weight-scales",
@@ -189,7 +195,12 @@ def quantize_options(options: dict[str, Any]) -> QuantizeConfig:
         outputs=options["quantize_outputs"],
     )
     config = QuantizeConfig(
-        options["exclude"], "fp16", scheme, scope, weight_scales=options["weight_scales"]
+        options["exclude"],
+        "fp16",
+        scheme,
+        scope,
+        weight_scales=options["weight_scales"],
+        effort=options["effort"],
     )
     minimum = options["min_sqnr"]
     return config if minimum is None else replace(config, min_sqnr=minimum)

@@ -155,7 +155,7 @@ def _crops(count: int) -> list[CalibrationCrop]:
 
 
 def test_the_same_crops_are_chosen_in_any_order_and_sharding() -> None:
-    crops = _crops(30)
+    crops = _crops(90)
     chosen = choose_crops(crops)
     assert len(chosen) == MOST_CROPS
     assert choose_crops(crops[::-1]) == chosen

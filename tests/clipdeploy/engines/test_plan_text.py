@@ -18,6 +18,7 @@ from rtx_replay import replayed
 from calibration.formats import FormatName
 from calibration.policy import Scope
 from calibration.qdq import QuantizeConfig, quantize
+from calibration.scheme import SchemeConfig
 from clipdeploy.core.errors import BuildError
 from clipdeploy.core.passport import ScaleForm
 from clipdeploy.engines import builder, plan_text
@@ -282,3 +283,21 @@ def _kernel(**changes: Any) -> PlanKernel:
 )
 def test_only_raw_sums_of_8_bit_products_overflow(changes: dict[str, Any], bad: bool) -> None:
     assert bool(overflowing((_kernel(**changes),))) == bad
+
+
+def test_scaling_the_output_of_gelu_adds_no_kernel(
+    built: Built, demo_workspace: Workspace, tmp_path: Path
+) -> None:
+    source, passport = demo_workspace.source(cards.DEMO)
+    samples = sample_images(passport.preprocess, 3)
+    # With a given strength, none is searched for.
+    scheme = SchemeConfig(strength=0.65)
+    config = QuantizeConfig(scheme=scheme, weight_scales="ratio", effort="best")
+    graph, engine = tmp_path / "best.onnx", tmp_path / "best.engine"
+    quantize(source, demo_workspace.calibration(cards.DEMO), graph, samples, config)
+    names = {node.name for node in onnx.load(graph).graph.node}
+    assert "blocks.0.mlp.fc2/Mul" in names
+    build_engine(graph, engine, ONE_GPU)
+    with engine.open("rb") as plan:
+        (kernels,) = read_programs(plan)
+    assert len(kernels) == len(built["int8", "ratio"][1])

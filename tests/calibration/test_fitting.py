@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from calibration import fitting
+from calibration.fitting import check_gains
+from calibration.measuring import Setting, measure_settings, other_views
+from calibration.policy import find_linears
+from calibration.qdq import QuantizeConfig, quantize, smooth, stored_settings
+from calibration.rounding import Moments
+from calibration.scheme import SchemeConfig, fold_all_gelu
+from calibration.table import CalibrationTable, save_table
+from clipdeploy.core.errors import CalibrationError, UsageError
+from clipdeploy.models import cards
+from clipdeploy.workspace.folder import Workspace
+from exporters.graphs import load_graph, write_model
+from exporters.headers import read_passport
+from exporters.metrics import sqnr_db
+from exporters.samples import Samples
+from exporters.session import OnnxSession
+
+Make = Callable[[QuantizeConfig], Path]
+HeldOut = tuple[NDArray[np.float32], NDArray[np.int64]]
+
+FAST = QuantizeConfig(remainder="fp32")
+BEST = replace(FAST, effort="best")
+# Without the search of smoothing and range, which takes most of the time.
+FITTED = replace(BEST, scheme=SchemeConfig(strength=0.65), exclude=("blocks.[1-4].*",))
+
+
+def _db(graph: Path, held_out: HeldOut, reference: NDArray[np.float32]) -> float:
+    (found,) = OnnxSession(graph, exact_int8=True).run(held_out[0])
+    db = sqnr_db(reference, found)
+    assert db is not None
+    return db
+
+
+def test_best_is_closer_to_fp32_on_held_out_images(
+    make_int8: Make, held_out: HeldOut, reference: NDArray[np.float32]
+) -> None:
+    fast, best = (_db(make_int8(each), held_out, reference) for each in (FAST, BEST))
+    assert best > fast + 1
+
+
+def test_the_effort_is_stored_unless_it_is_the_default() -> None:
+    assert "effort" not in stored_settings(FAST)
+    assert stored_settings(BEST)["effort"] == "best"
+    with pytest.raises(UsageError, match="the effort cannot be 'most'"):
+        replace(FAST, effort="most")
+
+
+def test_the_same_images_give_the_same_graph(
+    make_int8: Make, source: Path, calibration: Path, samples: Samples, tmp_path: Path
+) -> None:
+    quantize(source, calibration, tmp_path / "again.onnx", samples, FITTED)
+    assert (tmp_path / "again.onnx").read_bytes() == make_int8(FITTED).read_bytes()
+
+
+def _scrambled(moments: Moments) -> NDArray[np.float64]:
+    order = np.random.default_rng(0).permutation(len(moments.mean))
+    return _covariance(moments)[np.ix_(order, order)]
+
+
+def _of_other_images(moments: Moments) -> NDArray[np.float64]:
+    mixing = np.random.default_rng(0).normal(size=(len(moments.mean), 8))
+    return mixing @ mixing.T
+
+
+_covariance = Moments.covariance.fget  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("wrong", [_scrambled, _of_other_images])
+def test_wrong_second_moments_are_detected(
+    wrong: Callable[[Moments], NDArray[np.float64]],
+    source: Path,
+    calibration: Path,
+    samples: Samples,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def rounded(weight, scale, covariance, number_format):  # type: ignore[no-untyped-def]
+        moments = Moments(len(covariance))
+        monkeypatch.setattr(Moments, "covariance", property(lambda self: covariance))
+        changed = wrong(moments)
+        monkeypatch.setattr(Moments, "covariance", property(_covariance))
+        return round_weight(weight, scale, changed, number_format)
+
+    round_weight = fitting.round_weight
+    monkeypatch.setattr(fitting, "round_weight", rounded)
+    with pytest.raises(CalibrationError, match=r"second moments are of unlike images, or their"):
+        quantize(source, calibration, tmp_path / "wrong.onnx", samples, FITTED)
+
+
+def test_linears_that_do_not_gain_are_named() -> None:
+    assert check_gains({"a": 2.0, "b": 0.5, "c": 1.1}) == ("b",)
+    with pytest.raises(CalibrationError, match=r"in 2 of 3 Linears, in b 4\.0 times"):
+        check_gains({"a": 2.0, "b": 0.25, "c": 0.9})
+
+
+def test_a_calibration_with_few_images_is_refused(
+    source: Path, demo_table: CalibrationTable, samples: Samples, tmp_path: Path
+) -> None:
+    table = replace(demo_table, crops=demo_table.crops[:12])
+    save_table(table, tmp_path / "table.json")
+    with pytest.raises(CalibrationError, match="stores 4") as caught:
+        quantize(source, tmp_path / "table.json", tmp_path / "x.onnx", samples, BEST)
+    assert "--effort fast" in caught.value.hint
+
+
+def test_scaling_the_output_of_gelu_keeps_the_function(
+    source: Path, demo_table: CalibrationTable, demo_images: NDArray[np.float32], tmp_path: Path
+) -> None:
+    model = load_graph(source)
+    sites = find_linears(model)
+    statistics = {site.name: demo_table.of(site.name) for site in sites}
+    assert fold_all_gelu(sites, statistics)
+    write_model(model, tmp_path / "scaled.onnx")
+    (found,) = OnnxSession(tmp_path / "scaled.onnx").run(demo_images)
+    (expected,) = OnnxSession(source).run(demo_images)
+    assert np.abs(found - expected).max() < 1e-4
+
+
+def test_other_views_are_mirrored_and_magnified() -> None:
+    crop = np.zeros((1, 11, 11, 3), np.uint8)
+    crop[0, :, 0], crop[0, 5, 5], crop[0, 5, 3] = 9, 1, 2
+    view = other_views(crop)
+    assert view.shape == crop.shape
+    assert view[0, 5, 5, 0] == 1
+    assert view[0, 5, 7, 0] == 2
+    assert not (view == 9).any()
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.4])
+def test_a_setting_is_measured_for_each_linear_that_can_be_smoothed(
+    demo_workspace: Workspace,
+    demo_table: CalibrationTable,
+    clip: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A range of 0.4 times the largest value clips, so it is never chosen beside 1."""
+    monkeypatch.setattr("calibration.measuring._STRENGTHS", (None,))
+    monkeypatch.setattr("calibration.measuring._PARTS", (1.0, clip))
+    source = demo_workspace.graph(cards.DEMO, "fp32")
+    stored = demo_table.fitted()
+    assert stored is not None
+    images = Samples(other_views(stored.crops[:4]), stored.spec)
+    inputs = images.as_input(read_passport(source).input)
+    names = [f"blocks.0.{role}" for role in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+    statistics = {name: demo_table.of(name) for name in names}
+    found = measure_settings(load_graph(source), statistics, inputs)
+    assert found == {name: Setting(None, 1.0) for name in names[:3]}
+
+
+def test_smoothing_takes_the_measured_strength(source: Path, demo_table: CalibrationTable) -> None:
+    name = "blocks.2.mlp.fc1"
+    setting = {name: Setting(0.35)}
+    model = load_graph(source)
+    assert smooth(model, demo_table, frozenset([name]), None, setting)[name].strength == 0.35
