@@ -1,3 +1,8 @@
+"""``--effort best``: what is fitted to the images, and images that it must not be fitted to.
+
+Covers: calibration/blocks.py, calibration/measuring.py.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable
