@@ -1,6 +1,6 @@
 """Reads and writes recipe files, which hold the configuration of an INT8 graph.
 
-A recipe holds a :class:`calibration.qdq.QuantizeConfig` and its origin.  It applies only to the
+A recipe holds a :class:`calibration.config.QuantizeConfig` and its origin.  It applies only to the
 weights for which a search found it.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from calibration.qdq import SCHEME_KEY, QuantizeConfig, stored_settings
+from calibration.config import SCHEME_KEY, QuantizeConfig, stored_settings
 from clipdeploy.core.errors import ArtifactError
 from clipdeploy.core.files import read_regular, write_atomic
 from clipdeploy.core.passport import from_json, settings_of, to_json

@@ -16,8 +16,9 @@ The commands call the same functions.  A result is a table where a notebook or r
 truth value where it is a verdict.  ``docs/python.md`` has every verb with an example.
 """
 
+from calibration.config import QuantizeConfig
 from calibration.policy import Scope
-from calibration.qdq import QuantizeConfig, QuantizedGraph
+from calibration.qdq import QuantizedGraph
 from calibration.scheme import SchemeConfig
 from clipdeploy.benchmark import (
     Benchmark,

@@ -26,7 +26,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from calibration.qdq import Effort, QuantizeConfig, smooth
+from calibration.config import Effort, QuantizeConfig
+from calibration.qdq import smooth
 from calibration.ranges import RANGE_METHODS
 from calibration.scheme import SchemeConfig
 from calibration.table import CalibrationTable, load_table

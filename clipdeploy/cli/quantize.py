@@ -26,8 +26,8 @@ from clipdeploy.cli.usage import (
 from clipdeploy.core.spans import SQNR_DB, STRENGTH
 
 if TYPE_CHECKING:
+    from calibration.config import QuantizeConfig
     from calibration.policy import Placement
-    from calibration.qdq import QuantizeConfig
     from calibration.quality import Quality
     from calibration.scheme import SchemeConfig
     from clipdeploy.core.passport import Precision
@@ -46,7 +46,7 @@ __all__ = [
     "scheme_options",
 ]
 
-_QUANTIZE = "calibration.qdq.QuantizeConfig"
+_QUANTIZE = "calibration.config.QuantizeConfig"
 _SCHEME = "calibration.scheme.SchemeConfig"
 _SCHEME_OPTIONS = (
     option(
@@ -116,7 +116,7 @@ _OPTIONS = (
         metavar="DB",
         help="Lowest signal-to-noise ratio in dB. A Linear whose output has less is not quantised; "
         "a graph whose logits have less on the calibration images is refused.",
-        default_text=f"{default_of('calibration.qdq.QuantizeConfig', 'min_sqnr'):g}",
+        default_text=f"{default_of('calibration.config.QuantizeConfig', 'min_sqnr'):g}",
     ),
 )
 
@@ -184,8 +184,8 @@ def quantize_options(options: dict[str, Any]) -> QuantizeConfig:
     Raises:
         UsageError: a value is out of range.
     """
+    from calibration.config import QuantizeConfig
     from calibration.policy import Scope
-    from calibration.qdq import QuantizeConfig
 
     scheme = scheme_config(options)
     scope = Scope(

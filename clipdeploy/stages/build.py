@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from calibration.qdq import QuantizeConfig
+from calibration.config import QuantizeConfig
 from clipdeploy.core.errors import UsageError
 from clipdeploy.core.passport import QUANTISED, Precision
 from clipdeploy.core.paths import StrPath, as_path

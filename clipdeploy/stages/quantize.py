@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from calibration.config import QuantizeConfig, stored_settings
 from calibration.formats import FORMATS
 from calibration.policy import Placement, place
-from calibration.qdq import QuantizeConfig, QuantizedGraph, quantize, stored_settings
+from calibration.qdq import QuantizedGraph, quantize
 from calibration.quality import Quality
 from calibration.recipe import QuantizeRecipe, load_recipe
 from calibration.table import load_table

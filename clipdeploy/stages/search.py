@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from calibration.config import QuantizeConfig
 from calibration.formats import FORMATS
 from calibration.policy import Scope
-from calibration.qdq import QuantizeConfig
 from calibration.recipe import QuantizeRecipe, save_recipe
 from calibration.table import load_table
 from clipdeploy.core.leftovers import scratch_folder

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from calibration.config import QuantizeConfig, Remainder
 from calibration.formats import FORMATS, FormatName
 from calibration.policy import Scope, find_linears
-from calibration.qdq import QuantizeConfig, Remainder, quantize
+from calibration.qdq import quantize
 from calibration.ranges import RangeMethod
 from calibration.scheme import SchemeConfig
 from clipdeploy.core.errors import UsageError

@@ -41,7 +41,7 @@ class SearchConfig:
     loses too much accuracy, other ranges and smoothing strengths are tried, unless
     ``fixed_scheme``.  ``format``: of the products that are not FP16; None for the fastest of those
     that the GPU has, or INT8 if the cost is no ``roofline``.  ``remainder``: see
-    :class:`calibration.qdq.QuantizeConfig`.  ``labelling``: where the images' classes come from.
+    :class:`calibration.config.QuantizeConfig`.  ``labelling``: where the images' classes come from.
 
     Raises:
         UsageError: a number out of range, an unknown format, cost model or GPU, a GPU without a

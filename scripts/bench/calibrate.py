@@ -190,7 +190,7 @@ def _calibrate(job: Job) -> None:
 
 def _ours(job: Job) -> None:
     """Run ``clipdeploy calibrate`` and ``clipdeploy quantize``."""
-    from calibration.qdq import QuantizeConfig
+    from calibration.config import QuantizeConfig
     from clipdeploy.pipeline import quantize_model
 
     _calibrate(job)

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from calibration.qdq import QuantizeConfig
+from calibration.config import QuantizeConfig
 from calibration.scheme import SchemeConfig
 from clipdeploy.models import cards
 from clipdeploy.models.load import WeightsChoice

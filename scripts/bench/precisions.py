@@ -22,9 +22,9 @@ from pathlib import Path
 
 from outliers import make_variants
 
+from calibration.config import QuantizeConfig
 from calibration.formats import FormatName
 from calibration.policy import Scope
-from calibration.qdq import QuantizeConfig
 from clipdeploy.core.passport import Precision
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.builder import build_engine

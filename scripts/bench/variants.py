@@ -23,8 +23,8 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from calibration.config import QuantizeConfig
 from calibration.policy import Scope
-from calibration.qdq import QuantizeConfig
 from clipdeploy.core.passport import TensorSpec
 from clipdeploy.engines.backends import tensorrt_module
 from clipdeploy.engines.build_config import BuildConfig

@@ -10,7 +10,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from calibration.qdq import QuantizeConfig, quantize
+from calibration.config import QuantizeConfig
+from calibration.qdq import quantize
 from calibration.table import CalibrationTable, load_table
 from clipdeploy.core.passport import Recipe
 from clipdeploy.imaging import iter_crops, open_images

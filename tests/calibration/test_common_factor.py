@@ -11,9 +11,10 @@ import pytest
 from numpy.typing import NDArray
 from planted import calibrated, edit
 
+from calibration.config import QuantizeConfig
 from calibration.distribution import Distribution
 from calibration.policy import find_linears
-from calibration.qdq import QuantizeConfig, quantize
+from calibration.qdq import quantize
 from calibration.smoothing import search_folding
 from calibration.table import CalibrationTable
 from exporters.graphs import load_graph

@@ -14,10 +14,11 @@ import pytest
 from numpy.typing import NDArray
 
 from calibration import fitting
+from calibration.config import QuantizeConfig, stored_settings
 from calibration.fitting import check_gains
 from calibration.measuring import Setting, measure_settings, other_views
 from calibration.policy import find_linears
-from calibration.qdq import QuantizeConfig, quantize, smooth, stored_settings
+from calibration.qdq import quantize, smooth
 from calibration.rounding import Moments
 from calibration.scheme import SchemeConfig, fold_all_gelu
 from calibration.table import CalibrationTable, save_table

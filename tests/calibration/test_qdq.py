@@ -1,3 +1,8 @@
+"""The quantised graphs of the demo, in each format, scope and form of the weight scales.
+
+Covers: calibration/config.py.
+"""
+
 from __future__ import annotations
 
 import itertools
@@ -16,8 +21,9 @@ import pytest
 from numpy.typing import NDArray
 from planted import calibrated
 
+from calibration.config import QuantizeConfig, stored_settings
 from calibration.policy import Scope, find_linears, find_products, place
-from calibration.qdq import QuantizeConfig, quantize, stored_settings
+from calibration.qdq import quantize
 from calibration.quality import Judge
 from calibration.recipe import QuantizeRecipe, load_recipe, save_recipe
 from calibration.scheme import SchemeConfig

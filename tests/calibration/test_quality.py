@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from planted import calibrated, edit, outlier_behind_gelu
 
 from calibration.collect import CalibrationImage, collect
+from calibration.config import QuantizeConfig
 from calibration.policy import find_linears
-from calibration.qdq import QuantizeConfig, QuantizedGraph, quantize
+from calibration.qdq import QuantizedGraph, quantize
 from calibration.quality import MIN_SQNR_DB, Quality, Weakest, check_quality
 from calibration.table import CalibrationTable, load_table, save_table
 from clipdeploy.core.errors import CalibrationError, UsageError

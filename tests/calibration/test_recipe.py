@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from calibration.qdq import QuantizeConfig
+from calibration.config import QuantizeConfig
 from calibration.recipe import QuantizeRecipe, load_recipe, save_recipe
 from calibration.scheme import SchemeConfig
 from clipdeploy.core.errors import ArtifactError

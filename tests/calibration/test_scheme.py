@@ -9,10 +9,10 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
+from calibration.config import QuantizeConfig
 from calibration.distribution import Distribution
 from calibration.formats import INT8
 from calibration.policy import LinearSite, find_linears, qkv_output
-from calibration.qdq import QuantizeConfig
 from calibration.ranges import RangeMethod, choose_range
 from calibration.scheme import (
     SchemeConfig,

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from planted import calibrated
 from shared_constants import KINDS, alike, shared
 
+from calibration.config import QuantizeConfig
 from calibration.policy import find_linears
-from calibration.qdq import QuantizeConfig, quantize, smooth
+from calibration.qdq import quantize, smooth
 from calibration.scheme import SchemeConfig
 from exporters.graphs import load_graph, write_model
 from exporters.samples import Samples

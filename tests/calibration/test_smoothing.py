@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from script_module import load_script
 
+from calibration.config import QuantizeConfig
 from calibration.distribution import Distribution
 from calibration.observers import ChannelObserver
 from calibration.policy import LinearSite, find_linears
-from calibration.qdq import QuantizeConfig, quantize, smooth
+from calibration.qdq import quantize, smooth
 from calibration.scheme import SchemeConfig
 from calibration.smoothing import Folding, find_source, fold, search_folding
 from calibration.table import CalibrationTable, load_table

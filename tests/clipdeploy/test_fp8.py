@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from verify_command import run
 
+from calibration.config import QuantizeConfig, stored_settings
 from calibration.policy import Scope
-from calibration.qdq import QuantizeConfig, stored_settings
 from calibration.recipe import QuantizeRecipe, load_recipe, save_recipe
 from clipdeploy.core.errors import ArtifactError, BuildError, DatasetError, UsageError
 from clipdeploy.engines.build_config import BuildConfig

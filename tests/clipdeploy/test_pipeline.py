@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from calibration.qdq import QuantizeConfig
+from calibration.config import QuantizeConfig
 from clipdeploy.core.errors import ArtifactError, UsageError
 from clipdeploy.core.files import sha256_file
 from clipdeploy.models import cards

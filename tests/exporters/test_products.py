@@ -9,8 +9,9 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto
 
+from calibration.config import QuantizeConfig
 from calibration.policy import Scope
-from calibration.qdq import QuantizeConfig, quantize
+from calibration.qdq import quantize
 from clipdeploy.core.passport import Recipe, from_json, to_json
 from clipdeploy.models import cards
 from clipdeploy.pipeline import sample_images

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from calibration.collect import collect
-from calibration.qdq import QuantizeConfig, quantize
+from calibration.config import QuantizeConfig
+from calibration.qdq import quantize
 from calibration.table import CalibrationTable, save_table
 from clipdeploy.imaging import open_images
 from clipdeploy.models import cards

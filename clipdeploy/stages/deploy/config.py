@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from calibration.qdq import QuantizeConfig
+from calibration.config import QuantizeConfig
 from clipdeploy.benchmark import BenchmarkConfig
 from clipdeploy.core.errors import UsageError
 from clipdeploy.core.passport import QUANTISED, Precision, Recipe

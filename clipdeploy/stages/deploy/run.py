@@ -20,7 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from calibration.qdq import QuantizeConfig, QuantizedGraph
+from calibration.config import QuantizeConfig
+from calibration.qdq import QuantizedGraph
 from calibration.table import load_table
 from clipdeploy.benchmark.cached import CachedBenchmark, cached_benchmark
 from clipdeploy.core.device import gpus

@@ -22,7 +22,7 @@ import pytest
 from numpy.typing import NDArray
 from rich.console import Console
 
-from calibration.qdq import QuantizeConfig
+from calibration.config import QuantizeConfig
 from clipdeploy.benchmark import (
     Benchmark,
     BenchmarkConfig,

@@ -21,7 +21,7 @@ DEFAULTS = [
     ("clipdeploy.stages.calibrate.CalibrateConfig", "seed"),
     ("exporters.onnx.ExportConfig", "opset"),
     # A constant of another module.
-    ("calibration.qdq.QuantizeConfig", "min_sqnr"),
+    ("calibration.config.QuantizeConfig", "min_sqnr"),
 ]
 CHOICES = [
     ("clipdeploy.engines.build_config.BuildConfig", "backend"),

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from cuda_machine import REASONS, Machine, cuda_machine, environment
 
-from calibration.qdq import QuantizeConfig
+from calibration.config import QuantizeConfig
 from clipdeploy.models import cards
 from clipdeploy.pipeline import quantize_model
 from clipdeploy.workspace.folder import Workspace

@@ -15,9 +15,10 @@ import pytest
 import torch
 from rtx_replay import replayed
 
+from calibration.config import QuantizeConfig
 from calibration.formats import FormatName
 from calibration.policy import Scope
-from calibration.qdq import QuantizeConfig, quantize
+from calibration.qdq import quantize
 from calibration.scheme import SchemeConfig
 from clipdeploy.core.errors import BuildError
 from clipdeploy.core.passport import ScaleForm

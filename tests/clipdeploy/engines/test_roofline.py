@@ -9,8 +9,9 @@ import pytest
 from compiling import compiled_plan
 from fp8_graphs import as_fp8
 
+from calibration.config import QuantizeConfig
 from calibration.policy import Scope
-from calibration.qdq import QuantizeConfig, quantize
+from calibration.qdq import quantize
 from clipdeploy.core.errors import UsageError
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.compiler import Compiler

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pytest
 from verify_command import run
 
-from calibration.qdq import QuantizeConfig
+from calibration.config import QuantizeConfig
 from calibration.recipe import QuantizeRecipe, save_recipe
 from clipdeploy.core.errors import ArtifactError, UsageError
 from clipdeploy.engines import backends

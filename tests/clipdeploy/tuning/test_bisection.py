@@ -18,8 +18,9 @@ import planted
 import pytest
 from click.testing import CliRunner
 
+from calibration.config import QuantizeConfig
 from calibration.policy import Scope
-from calibration.qdq import QuantizeConfig, quantize
+from calibration.qdq import quantize
 from calibration.scheme import SchemeConfig
 from clipdeploy.cli.main import main
 from clipdeploy.core.errors import ArtifactError, UsageError

@@ -13,8 +13,9 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
+from calibration.config import QuantizeConfig
 from calibration.policy import Scope, find_linears
-from calibration.qdq import QuantizeConfig, quantize
+from calibration.qdq import quantize
 from clipdeploy.core.errors import GraphError
 from clipdeploy.core.passport import Recipe
 from clipdeploy.models import cards

@@ -24,8 +24,9 @@ from click.testing import CliRunner
 from outlier_script import channel_outliers
 from rich.console import Console
 
+from calibration.config import QuantizeConfig
 from calibration.policy import Scope
-from calibration.qdq import QuantizeConfig, quantize
+from calibration.qdq import quantize
 from calibration.recipe import load_recipe
 from calibration.scheme import SchemeConfig
 from clipdeploy.cli.main import main
