@@ -8,11 +8,10 @@ from pathlib import Path
 from clipdeploy.core.passport import Passport, Recipe, TensorSpec, settings_of
 from clipdeploy.core.progress import SILENT, Progress
 from clipdeploy.engines.passport import library_versions
-from clipdeploy.models import cards
 from clipdeploy.models.load import LoadedModel, WeightsChoice
 from clipdeploy.stages.class_names import ClassNames, name_classes
 from clipdeploy.stages.samples import sample_images
-from clipdeploy.stages.weights import load_weights
+from clipdeploy.stages.weights import chosen_card, load_weights
 from clipdeploy.workspace.folder import Workspace
 from exporters.headers import GraphArtifact, existing_graph
 from exporters.onnx import ExportConfig, export_graph
@@ -41,7 +40,7 @@ def _passport(model: LoadedModel, named: ClassNames) -> Passport:
 
 def export_model(
     workspace: Workspace,
-    name: str,
+    name: str | None,
     weights: WeightsChoice = WeightsChoice(),
     recipe: Recipe = Recipe(),
     config: ExportConfig = ExportConfig(),
@@ -53,16 +52,19 @@ def export_model(
     """Export the FP32 graph of a model into the workspace and check it.
 
     A workspace keeps the checkpoint or seed that it was exported with: if ``weights`` names none,
-    that one is used, and others are refused unless ``weights.replace``.  ``note`` is called if the
-    names of the classes may be wrong.
+    that one is used, and others are refused unless ``weights.replace``.  If ``name`` is None, the
+    model is inferred from the checkpoint.  ``note`` is called with remarks: the inferred model, the
+    weights that were chosen, names of classes that may be wrong.
 
     Raises:
         UsageError: ``weights`` differ from the workspace's and do not replace them.
         ClipdeployError: see :mod:`clipdeploy.core.errors`; no file is left behind.
     """
-    card = cards.find(name)
+    card = chosen_card(workspace, name, weights, note)
     with progress.task(f"load {card.name}"):
         model = load_weights(workspace, card, weights, recipe)
+    for remark in model.notes:
+        note(remark)
     path = workspace.graph(card.name, "fp32")
     found = existing_graph(path)
     named = name_classes(model, weights, found.passport if found else None)
