@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from clipdeploy.core.passport import ModelChoices
 from clipdeploy.models.checkpoints.archive import read_archive
 from clipdeploy.models.checkpoints.canonical import canonical, is_square
 from clipdeploy.models.checkpoints.foreign import listed
-from clipdeploy.models.checkpoints.layouts.layout import Layout, Pooling
+from clipdeploy.models.checkpoints.layouts.layout import Pooling
 from clipdeploy.models.checkpoints.select import FoundModel, select_model
 from clipdeploy.models.checkpoints.told import Told, told_by
 from clipdeploy.models.vit import ViTConfig
@@ -26,6 +27,7 @@ StateDict = dict[str, Tensor]
 
 # Keys of mmengine (dataset_meta), mmcv, torchvision and Hugging Face.
 _CLASS_KEYS = ("classes", "CLASSES", "class_names", "class_to_idx", "id2label", "idx_to_class")
+_UNNAMED = re.compile(r"LABEL_\d+")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -130,7 +132,10 @@ def read_checkpoint(path: Path, choices: ModelChoices = ModelChoices()) -> Check
     tensors |= {name: torch.empty(0) for name in found.unknown}
     told = told_by(found.layout, archive.config, archive.loaded)
     made = _made(found, told, tensors, choices, path)
-    _drop_unread_norm(tensors, found.layout, made)
+    unread = made.pooling == "avg" and not found.layout.final_norm
+    _drop_unread_norm(tensors, made, unread=unread)
+    shape = _shape(tensors)
+    shape = replace(shape, heads=told.heads, final_norm=shape.final_norm and not unread)
     nested = "nested" if found.nested else "flat"
     weights = {None: "", True: ", averaged weights", False: ", without averaging"}[found.averaged]
     return Checkpoint(
@@ -140,7 +145,7 @@ def read_checkpoint(path: Path, choices: ModelChoices = ModelChoices()) -> Check
         tensors,
         _class_names(archive.loaded, archive.config),
         made,
-        replace(_shape(tensors), heads=told.heads),
+        shape,
         tuple(_notes(found, told, choices)),
         found.layout.eps,
         found.layout.resampling,
@@ -165,8 +170,8 @@ def _made(
     return replace(choices, averaged=found.averaged, gelu=gelu, pooling=pooling, eps=eps)
 
 
-def _drop_unread_norm(tensors: StateDict, layout: Layout, made: ModelChoices) -> None:
-    if made.pooling == "avg" and not layout.final_norm:
+def _drop_unread_norm(tensors: StateDict, made: ModelChoices, *, unread: bool) -> None:
+    if unread:
         tensors.pop("norm.weight", None)
         tensors.pop("norm.bias", None)
         return
@@ -251,8 +256,15 @@ def _class_names(loaded: Any, config: Mapping[str, Any]) -> Any:
         for name in _CLASS_KEYS:
             if isinstance(place, Mapping) and (found := place.get(name)):
                 # A tensor under such a key is not a list of names.
-                return found if isinstance(found, Mapping | list | tuple) else None
+                named = isinstance(found, Mapping | list | tuple)
+                return found if named and not _placeholders(found) else None
     return None
+
+
+def _placeholders(names: Mapping[Any, Any] | list[Any] | tuple[Any, ...]) -> bool:
+    """Whether these are transformers' names for classes that were not named: LABEL_0 ..."""
+    values = names.values() if isinstance(names, Mapping) else names
+    return all(isinstance(each, str) and _UNNAMED.fullmatch(each) for each in values)
 
 
 def validate(checkpoint: Checkpoint, config: ViTConfig, model: str) -> None:
