@@ -145,6 +145,8 @@ def weights_choice(context: Context, options: dict[str, Any]) -> tuple[WeightsCh
     refuse_together("checkpoint", "random_init")
     if options["checkpoint"] is None:
         refuse_unused(_READING, "--checkpoint", "pass --checkpoint FILE")
+    elif options["image_size"] is None and not options["resize_pos_embed"]:
+        refuse_unused(["resampling"], "--image-size", "pass --image-size PIXELS")
     from clipdeploy.core.passport import ModelChoices, Recipe
     from clipdeploy.models.load import WeightsChoice
 
