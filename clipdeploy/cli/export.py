@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -34,6 +35,12 @@ def _classes(passport: Passport) -> str:
         "assumed": "assumed to be the model's",
     }.get(passport.class_names_from, "the model's")
     return f"{passport.classes}, names {source}: {names[0]} to {names[-1]}"
+
+
+def _proof(passport: Passport) -> str:
+    if passport.weights.probed:
+        return "has the logits of your framework (--probe)"
+    return "not compared with another framework; --probe does that"
 
 
 _RECIPE = "clipdeploy.core.passport.Recipe"
@@ -115,6 +122,13 @@ _WEIGHTS_OPTIONS = (
         default_text="that of the checkpoint's library",
     ),
     option(
+        "--probe",
+        metavar="FILE",
+        type=click.Path(path_type=Path),
+        help="Inputs and their logits in your framework (.npz), with which the model must agree.",
+        default_text="the model is not compared with another framework",
+    ),
+    option(
         "--numerics",
         type=click.Choice(choices_of(_RECIPE, "numerics")),
         default=default_of(_RECIPE, "numerics"),
@@ -165,6 +179,7 @@ def weights_choice(context: Context, options: dict[str, Any]) -> tuple[WeightsCh
         ),
         heads=options["heads"],
         image_size=options["image_size"],
+        probe=options["probe"],
     )
     return choice, Recipe(options["numerics"], options["resize"])
 
@@ -244,6 +259,7 @@ def export(
             f"{artifact.path}: {artifact.nodes} nodes, {artifact.bytes / 1e6:.1f} MB"
             + ("" if artifact.changed else " (unchanged)")
             + f"\n  weights: {artifact.passport.weights.description}"
+            + f"\n  reference: {_proof(artifact.passport)}"
             + f"\n  classes: {_classes(artifact.passport)}"
         ),
     )

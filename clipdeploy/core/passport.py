@@ -187,6 +187,7 @@ class WeightsOrigin:
     ``kind`` is ``file`` (``path`` and ``sha256`` of a checkpoint) or ``random`` (``seed``), for
     which no accuracy verdict is given.  ``resized_position`` is True if the position embedding was
     resampled to the model's grid.  ``choices`` are those with which the checkpoint was read.
+    ``probed`` says whether the model's logits were compared with those of another framework.
     """
 
     kind: Literal["file", "random"]
@@ -196,6 +197,7 @@ class WeightsOrigin:
     layout: str = ""
     resized_position: bool = False
     choices: ModelChoices = field(default_factory=ModelChoices)
+    probed: bool = False
 
     @property
     def identity(self) -> str:

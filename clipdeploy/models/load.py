@@ -62,6 +62,8 @@ class WeightsChoice:
         choices: what the checkpoint's tensors do not tell.
         heads: the number of attention heads; None takes that of the file, of the card or of CLIP.
         image_size: the edge of the image in pixels; the position grid is resampled to it.
+        probe: a file with inputs and their logits in the user's framework, with which the model
+            must agree, see :mod:`clipdeploy.models.probe`.
 
     Raises:
         UsageError: the seed is invalid, or both a checkpoint and a seed are given.
@@ -77,6 +79,7 @@ class WeightsChoice:
     choices: ModelChoices = field(default_factory=ModelChoices)
     heads: int | None = None
     image_size: int | None = None
+    probe: StrPath | None = None
 
     def __post_init__(self) -> None:
         check_numbers(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from clipdeploy.core.passport import Passport, Recipe, TensorSpec, settings_of
 from clipdeploy.core.progress import SILENT, Progress
 from clipdeploy.engines.passport import library_versions
 from clipdeploy.models.load import LoadedModel, WeightsChoice
+from clipdeploy.models.probe import prove, read_probe
 from clipdeploy.stages.class_names import ClassNames, name_classes
 from clipdeploy.stages.samples import sample_images
 from clipdeploy.stages.weights import chosen_card, load_weights
@@ -36,6 +38,29 @@ def _passport(model: LoadedModel, named: ClassNames) -> Passport:
         class_names_from=named.source,
         versions=library_versions(),
     )
+
+
+def _probed(
+    model: LoadedModel,
+    weights: WeightsChoice,
+    found: GraphArtifact | None,
+    note: Callable[[str], object],
+) -> LoadedModel:
+    """The model, with the record of whether its logits are those of the user's framework."""
+    if weights.probe is None:
+        old = found.passport if found else None
+        same = old is not None and (old.weights.identity, old.recipe) == (
+            model.weights.identity,
+            model.recipe,
+        )
+        probed = same and old is not None and old.weights.probed
+    else:
+        probe = read_probe(Path(weights.probe))
+        difference = prove(model, probe)
+        count = len(probe.logits)
+        note(f"probe: {count} inputs agree, by {difference:.1e} of the largest logit")
+        probed = True
+    return replace(model, weights=replace(model.weights, probed=probed))
 
 
 def export_model(
@@ -67,6 +92,7 @@ def export_model(
         note(remark)
     path = workspace.graph(card.name, "fp32")
     found = existing_graph(path)
+    model = _probed(model, weights, found, note)
     named = name_classes(model, weights, found.passport if found else None)
     if named.doubt:
         note(named.doubt)
@@ -75,9 +101,10 @@ def export_model(
     if found and not force:
         old = found.passport
         same = (
-            (old.weights.identity, old.recipe, old.settings, old.versions, old.class_names)
+            *(old.weights.identity, old.weights.probed, old.recipe, old.settings),
+            *(old.versions, old.class_names),
         ) == (
-            *(passport.weights.identity, recipe, settings),
+            *(passport.weights.identity, passport.weights.probed, recipe, settings),
             *(passport.versions, passport.class_names),
         )
         # The graph is not reused if its checkpoint, the reference of `verify`, has moved.
