@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-
-from torch import Tensor
 
 from clipdeploy.core.errors import CheckpointError
 from clipdeploy.core.printable import printable
@@ -37,7 +35,6 @@ _ARCHITECTURES: tuple[tuple[str, str], ...] = (
 )
 _ADAPTER = re.compile(r"(^|\.)(lora_\w+|hada_\w+|loha_\w+|oft_\w+|ia3_\w+|adapter_\w+)(\.|$)")
 _HEAD = re.compile(r"(^|\.)(head|heads|fc|classifier|linear|probe)\b")
-# Adapters contain the tensors that they train completely, under such names.
 _MERGE = (
     "merge them first: model.merge_and_unload() of peft, then save the state dict of the result"
 )
@@ -74,8 +71,9 @@ def foreign_error(path: Path, names: Iterable[str]) -> CheckpointError | None:
     return None
 
 
-def unknown_error(path: Path, tensors: Mapping[str, Tensor]) -> CheckpointError:
-    """The error for tensors in which no layout's model was found."""
+def unknown_error(path: Path, names: Iterable[str]) -> CheckpointError:
+    """The error for a state dict in whose names no layout's model was found."""
+    tensors = list(names)
     named = adapter_error(path, tensors) or foreign_error(path, tensors)
     if named is not None:
         return named
@@ -86,9 +84,9 @@ def unknown_error(path: Path, tensors: Mapping[str, Tensor]) -> CheckpointError:
         )
     layout, unfitting = _closest(tensors)
     if len(unfitting) == len(tensors):
-        names = ", ".join(each.name for each in LAYOUTS)
+        libraries = ", ".join(each.name for each in LAYOUTS)
         return CheckpointError(
-            f"{path} has none of the layouts of {names}: {listed(tensors)}",
+            f"{path} has none of the layouts of {libraries}: {listed(tensors)}",
             hint="pass the state dict of a ViT classifier in one of these layouts",
         )
     missing = layout.anchor
@@ -99,7 +97,7 @@ def unknown_error(path: Path, tensors: Mapping[str, Tensor]) -> CheckpointError:
     )
 
 
-def _closest(tensors: Mapping[str, Tensor]) -> tuple[Layout, list[str]]:
+def _closest(tensors: list[str]) -> tuple[Layout, list[str]]:
     """The layout that fits most names, whatever their prefix, and the names that do not fit."""
     misfits = [(layout, [n for n in tensors if not _fits(layout, n)]) for layout in LAYOUTS]
     return min(misfits, key=lambda each: len(each[1]))

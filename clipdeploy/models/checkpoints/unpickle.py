@@ -249,7 +249,7 @@ def _read_legacy(stream: IO[bytes], size: int) -> Any:
 
 
 def module_tensors(module: Inert) -> dict[str, Tensor]:
-    """The state dict of a pickled ``torch.nn.Module``; empty if the object is none."""
+    """The state dict of a pickled ``torch.nn.Module``: name -> tensor of any shape; else empty."""
     return dict(_named(module, "", 0))
 
 
