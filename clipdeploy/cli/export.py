@@ -140,6 +140,29 @@ _WEIGHTS_OPTIONS = (
         default=default_of(_RECIPE, "resize"),
         help="Resize and crop images as for the published top-1, or as timm does.",
     ),
+    option(
+        "--mean",
+        nargs=3,
+        type=float,
+        metavar="R G B",
+        help="Mean of each channel, for samples scaled to 0..1.",
+        default_text="that of the checkpoint's configuration, else of --numerics",
+    ),
+    option(
+        "--std",
+        nargs=3,
+        type=float,
+        metavar="R G B",
+        help="Standard deviation of each channel, for samples scaled to 0..1.",
+        default_text="that of the checkpoint's configuration, else of --numerics",
+    ),
+    option(
+        "--crop-pct",
+        type=float,
+        metavar="PART",
+        help="Edge of the crop as a part of the resized edge.",
+        default_text="that of the checkpoint's configuration, else of --resize",
+    ),
     class_names_option,
     setting_option("offline", "--offline/--no-offline", help="Download nothing."),
 )
@@ -181,7 +204,8 @@ def weights_choice(context: Context, options: dict[str, Any]) -> tuple[WeightsCh
         image_size=options["image_size"],
         probe=options["probe"],
     )
-    return choice, Recipe(options["numerics"], options["resize"])
+    preprocessing = {name: options[name] for name in ("mean", "std", "crop_pct")}
+    return choice, Recipe(options["numerics"], options["resize"], **preprocessing)
 
 
 def model_or_none(context: Context, name: str | None, weights: WeightsChoice) -> str | None:

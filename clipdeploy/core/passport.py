@@ -86,11 +86,28 @@ class Recipe:
 
     ``numerics``: ``trained`` is CLIP's mean/std, the native position grid and LayerNorm eps 1e-5,
     as in training; ``as-shipped`` follows mmpretrain's current configs.  ``resize``: ``published``
-    is the crop of the published top-1, ``timm`` that of timm's model card.
+    is the crop of the published top-1, ``timm`` that of timm's model card.  The other fields
+    replace values of :class:`Preprocess` that would follow from these two; None replaces nothing.
+
+    Raises:
+        UsageError: a replacement is out of range.
     """
 
     numerics: Literal["trained", "as-shipped"] = "trained"
     resize: Literal["published", "timm"] = "published"
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    crop_pct: float | None = None
+    crop_mode: Literal["center", "squash"] | None = None
+
+    def __post_init__(self) -> None:
+        crop_pct = 1.0 if self.crop_pct is None else self.crop_pct
+        made = Preprocess(1, self.mean or CLIP_MEAN, self.std or CLIP_STD, crop_pct)
+        for fault in made.faults():
+            raise UsageError(
+                f"invalid preprocessing: {fault}",
+                hint="mean and std are for samples scaled to 0..1: divide by 255 those for 0..255",
+            )
 
 
 @dataclass(frozen=True)

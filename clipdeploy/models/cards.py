@@ -112,12 +112,13 @@ class ModelCard:
         """The preprocessing under ``recipe``."""
         clip = recipe.numerics == "trained"
         timm = recipe.resize == "timm"
+        crop_pct = self.timm_crop_pct if timm else 1.0
         return Preprocess(
             size=self.image_size,
-            mean=CLIP_MEAN if clip else IMAGENET_MEAN,
-            std=CLIP_STD if clip else IMAGENET_STD,
-            crop_pct=self.timm_crop_pct if timm else 1.0,
-            crop_mode=self.timm_crop_mode if timm else "center",
+            mean=recipe.mean or (CLIP_MEAN if clip else IMAGENET_MEAN),
+            std=recipe.std or (CLIP_STD if clip else IMAGENET_STD),
+            crop_pct=crop_pct if recipe.crop_pct is None else recipe.crop_pct,
+            crop_mode=recipe.crop_mode or (self.timm_crop_mode if timm else "center"),
             # OpenCV, used for the published numbers, applies the EXIF orientation; timm does not.
             exif_orientation=not timm,
         )

@@ -30,7 +30,7 @@ HUB_PREFIX = "hf://"
 _NETWORK = (URLError, ConnectionError, TimeoutError, ValueError, http.client.HTTPException)
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 # Beside the weights, it tells what they do not.
-_HUB_CONFIG = "config.json"
+_HUB_CONFIGS = ("config.json", "preprocessor_config.json")
 # Seconds without data after which a download fails.
 _STALL = 30.0
 # torch.hub's unfinished downloads.
@@ -153,8 +153,8 @@ def _network_errors(url: str, hint: str) -> Iterator[None]:
 def fetch_hub(reference: str, *, offline: bool = False, progress: bool = True) -> Path:
     """Download the weights of ``hf://OWNER/NAME`` from the Hugging Face hub; return their path.
 
-    ``model.safetensors`` is preferred to ``pytorch_model.bin``.  The repository's ``config.json``,
-    if it has one, is downloaded into the same folder.
+    ``model.safetensors`` is preferred to ``pytorch_model.bin``.  The repository's ``config.json``
+    and ``preprocessor_config.json``, if it has them, are downloaded into the same folder.
 
     Raises:
         UsageError: the reference is not a repository, or huggingface_hub is not installed.
@@ -194,7 +194,8 @@ def fetch_hub(reference: str, *, offline: bool = False, progress: bool = True) -
 
     for name in _HUB_FILES:
         if (path := download(name)) is not None:
-            download(_HUB_CONFIG)
+            for config in _HUB_CONFIGS:
+                download(config)
             return path
     where = "is in the cache, and downloads are off" if local else "exists"
     raise CheckpointError(

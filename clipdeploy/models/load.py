@@ -24,6 +24,7 @@ from clipdeploy.models.checkpoints import (
     validate,
 )
 from clipdeploy.models.checkpoints.position import Resampling
+from clipdeploy.models.checkpoints.preprocessing import Preprocessing
 from clipdeploy.models.vit import VisionTransformer, ViTConfig
 
 __all__ = [
@@ -314,7 +315,9 @@ def load_model(card: ModelCard, choice: WeightsChoice, recipe: Recipe) -> Loaded
         position = _resized(tensors["pos_embed"], _grids(card, recipe), "mmpretrain")
         module = _assemble(tensors | {"pos_embed": position}, config)
         return LoadedModel(card, module, WeightsOrigin("random", seed=choice.random_seed), recipe)
-    read = _with_eps(_read(card, choice), recipe)
+    read = _read(card, choice)
+    stated, recipe = read.preprocessing, _own_recipe(card, recipe, read.preprocessing)
+    read = _with_eps(read, recipe)
     checkpoint, resized = _fit_position(read, card, choice, recipe)
     config = _checkpoint_config(card, recipe, checkpoint)
     _check_heads(checkpoint, card)
@@ -328,7 +331,43 @@ def load_model(card: ModelCard, choice: WeightsChoice, recipe: Recipe) -> Loaded
         choices=checkpoint.choices,
     )
     module = _assemble(checkpoint.tensors, config)
-    return LoadedModel(card, module, origin, recipe, checkpoint.class_names, checkpoint.notes)
+    notes = checkpoint.notes
+    if choice.checkpoint is not None:
+        notes = (*notes, _preprocessing_note(card, recipe, stated))
+    return LoadedModel(card, module, origin, recipe, checkpoint.class_names, notes)
+
+
+def _own_recipe(card: ModelCard, recipe: Recipe, stated: Preprocessing | None) -> Recipe:
+    """The recipe with what the checkpoint's configuration states, where the caller states nothing.
+
+    Values that follow from the recipe anyway are left out.
+    """
+    if stated is None:
+        return recipe
+    usual = card.preprocess(recipe)
+    own = {
+        name: getattr(stated, name)
+        for name in ("mean", "std", "crop_pct", "crop_mode")
+        if getattr(recipe, name) is None
+        and getattr(stated, name) not in (None, getattr(usual, name))
+    }
+    return replace(recipe, **own)
+
+
+def _preprocessing_note(card: ModelCard, recipe: Recipe, stated: Preprocessing | None) -> str:
+    made = card.preprocess(recipe)
+    resize = "both edges" if made.crop_mode == "squash" else "short edge"
+    mean, std = (", ".join(f"{value:.4g}" for value in triple) for triple in (made.mean, made.std))
+    source = "assumed" if stated is None else f"from {stated.source}"
+    text = (
+        f"preprocessing, {source}: mean {mean}, std {std}, {resize} "
+        f"{int(made.size / made.crop_pct)}, crop {made.size}"
+    )
+    if stated is not None and stated.interpolation not in (None, "bicubic", ""):
+        text += f"; bicubic, although the configuration states {stated.interpolation}"
+    if stated is None and recipe.numerics == "trained":
+        text += "; fine-tunes made with mmpretrain's present configs need --numerics as-shipped"
+    return text
 
 
 def _check_choice(card: ModelCard, choice: WeightsChoice) -> None:
@@ -380,8 +419,13 @@ def _read(card: ModelCard, choice: WeightsChoice) -> Checkpoint:
     return checkpoint
 
 
-def reload_model(card: ModelCard, weights: WeightsOrigin, recipe: Recipe) -> LoadedModel:
+def reload_model(
+    card: ModelCard, weights: WeightsOrigin, recipe: Recipe, *, complete: bool = True
+) -> LoadedModel:
     """Build the model of an artifact again from its passport's weights and recipe.
+
+    ``complete`` says that ``recipe`` is an artifact's; otherwise the configuration beside the
+    checkpoint completes it, as in :func:`load_model`.
 
     Raises:
         ArtifactError: the checkpoint is missing or has changed.
@@ -404,4 +448,4 @@ def reload_model(card: ModelCard, weights: WeightsOrigin, recipe: Recipe) -> Loa
             f"{path} has changed since the artifact was made from it",
             hint="restore it, or export the new one with --checkpoint and --replace-weights",
         )
-    return model
+    return replace(model, recipe=recipe) if complete else model

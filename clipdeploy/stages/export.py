@@ -104,7 +104,7 @@ def export_model(
             *(old.weights.identity, old.weights.probed, old.recipe, old.settings),
             *(old.versions, old.class_names),
         ) == (
-            *(passport.weights.identity, passport.weights.probed, recipe, settings),
+            *(passport.weights.identity, passport.weights.probed, model.recipe, settings),
             *(passport.versions, passport.class_names),
         )
         # The graph is not reused if its checkpoint, the reference of `verify`, has moved.

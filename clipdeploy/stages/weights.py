@@ -96,7 +96,7 @@ def load_weights(
     if own is None or choice.replace:
         return load_model(card, choice, recipe)
     if not choice.named:
-        return reload_model(card, own, recipe)
+        return reload_model(card, own, recipe, complete=False)
     model = load_model(card, choice, recipe)
     if model.weights.identity != own.identity:
         raise UsageError(

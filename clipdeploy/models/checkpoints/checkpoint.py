@@ -17,6 +17,7 @@ from clipdeploy.models.checkpoints.archive import read_archive
 from clipdeploy.models.checkpoints.canonical import canonical, is_square
 from clipdeploy.models.checkpoints.foreign import listed
 from clipdeploy.models.checkpoints.layouts.layout import Pooling
+from clipdeploy.models.checkpoints.preprocessing import Preprocessing, stated_preprocessing
 from clipdeploy.models.checkpoints.select import FoundModel, select_model
 from clipdeploy.models.checkpoints.told import Told, told_by
 from clipdeploy.models.vit import ViTConfig
@@ -78,6 +79,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     eps: tuple[float, float] = (1e-5, 1e-6)
     resampling: Literal["timm", "mmpretrain"] = "mmpretrain"
+    preprocessing: Preprocessing | None = None
 
     @property
     def classes(self) -> int | None:
@@ -149,6 +151,7 @@ def read_checkpoint(path: Path, choices: ModelChoices = ModelChoices()) -> Check
         tuple(_notes(found, told, choices)),
         found.layout.eps,
         found.layout.resampling,
+        stated_preprocessing(archive.config, archive.preprocessor, found.inside),
     )
 
 

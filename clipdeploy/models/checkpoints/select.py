@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,8 @@ class FoundModel:
 
     ``place`` is where it is in the file, empty for a flat file without a prefix.  ``averaged`` says
     whether its weights are averaged; None if the file has only one kind.  ``head`` is the name of a
-    head beside the tower, and ``left_out`` are names that do not change the logits.
+    head beside the tower, and ``left_out`` are names that do not change the logits.  ``inside`` has
+    the model's tensors under the layout's names.
     """
 
     layout: Layout
@@ -71,6 +72,7 @@ class FoundModel:
     averaged: bool | None = None
     head: str = ""
     left_out: tuple[str, ...] = ()
+    inside: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -223,6 +225,7 @@ def _found(chosen: _Candidate, path: Path, averaged: bool | None) -> FoundModel:
         averaged,
         head,
         reported,
+        inside,
     )
 
 
