@@ -316,7 +316,7 @@ def load_model(card: ModelCard, choice: WeightsChoice, recipe: Recipe) -> Loaded
         module = _assemble(tensors | {"pos_embed": position}, config)
         return LoadedModel(card, module, WeightsOrigin("random", seed=choice.random_seed), recipe)
     read = _read(card, choice)
-    stated, recipe = read.preprocessing, _own_recipe(card, recipe, read.preprocessing)
+    recipe = _own_recipe(card, recipe, read.preprocessing)
     read = _with_eps(read, recipe)
     checkpoint, resized = _fit_position(read, card, choice, recipe)
     config = _checkpoint_config(card, recipe, checkpoint)
@@ -333,7 +333,7 @@ def load_model(card: ModelCard, choice: WeightsChoice, recipe: Recipe) -> Loaded
     module = _assemble(checkpoint.tensors, config)
     notes = checkpoint.notes
     if choice.checkpoint is not None:
-        notes = (*notes, _preprocessing_note(card, recipe, stated))
+        notes = (*notes, _preprocessing_note(card, recipe, checkpoint))
     return LoadedModel(card, module, origin, recipe, checkpoint.class_names, notes)
 
 
@@ -354,8 +354,8 @@ def _own_recipe(card: ModelCard, recipe: Recipe, stated: Preprocessing | None) -
     return replace(recipe, **own)
 
 
-def _preprocessing_note(card: ModelCard, recipe: Recipe, stated: Preprocessing | None) -> str:
-    made = card.preprocess(recipe)
+def _preprocessing_note(card: ModelCard, recipe: Recipe, checkpoint: Checkpoint) -> str:
+    made, stated = card.preprocess(recipe), checkpoint.preprocessing
     resize = "both edges" if made.crop_mode == "squash" else "short edge"
     mean, std = (", ".join(f"{value:.4g}" for value in triple) for triple in (made.mean, made.std))
     source = "assumed" if stated is None else f"from {stated.source}"
@@ -365,7 +365,7 @@ def _preprocessing_note(card: ModelCard, recipe: Recipe, stated: Preprocessing |
     )
     if stated is not None and stated.interpolation not in (None, "bicubic", ""):
         text += f"; bicubic, although the configuration states {stated.interpolation}"
-    if stated is None and recipe.numerics == "trained":
+    if checkpoint.layout.startswith("mmpretrain") and recipe.numerics == "trained":
         text += "; fine-tunes made with mmpretrain's present configs need --numerics as-shipped"
     return text
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import mmpretrain_keys, write_nested_zip
 from safetensors.torch import load_file
 
 from clipdeploy.core.errors import UsageError
@@ -66,8 +67,6 @@ def test_the_configuration_of_transformers_is_used(
 
 
 def test_mmpretrains_buffers_are_used(tmp_path: Path) -> None:
-    from checkpoint_files import mmpretrain_keys
-
     tensors = mmpretrain_keys(load_file(cards.demo_file("weights.safetensors")))
     tensors["data_preprocessor.mean"] = torch.full((3, 1, 1), 127.5)
     tensors["data_preprocessor.std"] = torch.full((3, 1, 1), 127.5)
@@ -90,6 +89,12 @@ def test_without_a_configuration_it_says_what_is_assumed(tmp_path: Path) -> None
     model = load(folder_with(tmp_path))
     assert model.recipe == Recipe()
     assert "assumed" in model.notes[-1]
+    assert "as-shipped" not in model.notes[-1]
+
+
+def test_mmpretrains_fine_tunes_are_told_of_their_numerics(tmp_path: Path) -> None:
+    tensors = load_file(cards.demo_file("weights.safetensors"))
+    model = load(write_nested_zip(tensors, tmp_path / "x.pth"))
     assert "as-shipped" in model.notes[-1]
 
 
