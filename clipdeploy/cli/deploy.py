@@ -11,7 +11,7 @@ import click
 
 from clipdeploy.cli.build import backend_option, profile_option, read_profiles
 from clipdeploy.cli.common import EXIT_VERIFICATION, Context, emit, stage_command
-from clipdeploy.cli.export import weights_choice, weights_options
+from clipdeploy.cli.export import model_or_none, weights_choice, weights_options
 from clipdeploy.cli.labelling import check_labelling, labelling_options
 from clipdeploy.cli.options import option
 from clipdeploy.cli.quantize import (
@@ -126,7 +126,7 @@ def deploy(context: Context, model: str | None, **options: Any) -> int:
     deployment.html in the model's folder.
     """
     config = _config(context, options)
-    name = context.model(model)
+    name = model_or_none(context, model, config.weights)
     from clipdeploy.stages.deploy.run import deploy_model
 
     with StageDisplay(quiet=context.quiet) as display:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,13 +16,13 @@ from clipdeploy.cli.options import option
 from clipdeploy.cli.params import setting_option
 from clipdeploy.cli.shared_options import force_option, model_option
 from clipdeploy.cli.usage import command, refuse_together, refuse_unused, with_options
-from clipdeploy.core.spans import BATCH, OPSET, SEED
+from clipdeploy.core.spans import BATCH, EPS, HEADS, IMAGE_SIZE, OPSET, SEED
 
 if TYPE_CHECKING:
     from clipdeploy.core.passport import Passport, Recipe
     from clipdeploy.models.load import WeightsChoice
 
-__all__ = ["export", "weights_choice", "weights_options"]
+__all__ = ["export", "model_or_none", "weights_choice", "weights_options"]
 
 
 def _classes(passport: Passport) -> str:
@@ -36,12 +37,25 @@ def _classes(passport: Passport) -> str:
     return f"{passport.classes}, names {source}: {names[0]} to {names[-1]}"
 
 
+def _proof(passport: Passport) -> str:
+    if passport.weights.probed:
+        return "has the logits of your framework (--probe)"
+    return "not compared with another framework; --probe does that"
+
+
 _RECIPE = "clipdeploy.core.passport.Recipe"
+_CHOICES = "clipdeploy.core.passport.ModelChoices"
+# Parameters that say how a checkpoint is read.
+_READING = (
+    *("resize_pos_embed", "image_size", "resampling", "averaged", "gelu", "pooling", "heads"),
+    "eps",
+)
 _WEIGHTS_OPTIONS = (
     option(
         "--checkpoint",
         metavar="FILE",
-        help="Weights: a .pth, .bin or .safetensors file, or hf://OWNER/NAME.",
+        help="Weights: a .pth, .bin or .safetensors file, a folder or index with shards, or "
+        "hf://OWNER/NAME. Without --model, its geometry selects the model.",
         default_text="the workspace's, else the published ones",
     ),
     option(
@@ -61,6 +75,60 @@ _WEIGHTS_OPTIONS = (
         help="Interpolate the position embedding of a checkpoint for another image size.",
     ),
     option(
+        "--image-size",
+        type=number(IMAGE_SIZE),
+        metavar="PIXELS",
+        help="Edge of the image; the checkpoint's position grid is resampled to it.",
+        default_text="that of the position grid",
+    ),
+    option(
+        "--resampling",
+        type=click.Choice(choices_of(_CHOICES, "resampling")),
+        help="Resample a position grid as timm (antialiased) or as mmpretrain.",
+        default_text="as the checkpoint's library",
+    ),
+    option(
+        "--ema/--no-ema",
+        "averaged",
+        default=None,
+        help="Use the averaged (EMA) weights of a checkpoint that has both kinds, or the others.",
+        default_text="averaged",
+    ),
+    option(
+        "--gelu",
+        type=click.Choice(choices_of(_CHOICES, "gelu")),
+        help="Exact GELU (erf), or the QuickGELU of OpenAI's CLIP.",
+        default_text="that of the checkpoint's configuration or layout",
+    ),
+    option(
+        "--pooling",
+        type=click.Choice(choices_of(_CHOICES, "pooling")),
+        help="What the head reads: the class token, or the average of the patch tokens.",
+        default_text="that of the checkpoint's configuration or layout",
+    ),
+    option(
+        "--heads",
+        type=number(HEADS),
+        metavar="COUNT",
+        help="Attention heads of the checkpoint's model.",
+        default_text="of its configuration or the model, else of 64 channels each",
+    ),
+    option(
+        "--layernorm-eps",
+        "eps",
+        type=number(EPS),
+        metavar="EPS",
+        help="Epsilon of the LayerNorms.",
+        default_text="that of the checkpoint's library",
+    ),
+    option(
+        "--probe",
+        metavar="FILE",
+        type=click.Path(path_type=Path),
+        help="Inputs and their logits in your framework (.npz), with which the model must agree.",
+        default_text="the model is not compared with another framework",
+    ),
+    option(
         "--numerics",
         type=click.Choice(choices_of(_RECIPE, "numerics")),
         default=default_of(_RECIPE, "numerics"),
@@ -71,6 +139,29 @@ _WEIGHTS_OPTIONS = (
         type=click.Choice(choices_of(_RECIPE, "resize")),
         default=default_of(_RECIPE, "resize"),
         help="Resize and crop images as for the published top-1, or as timm does.",
+    ),
+    option(
+        "--mean",
+        nargs=3,
+        type=float,
+        metavar="R G B",
+        help="Mean of each channel, for samples scaled to 0..1.",
+        default_text="that of the checkpoint's configuration, else of --numerics",
+    ),
+    option(
+        "--std",
+        nargs=3,
+        type=float,
+        metavar="R G B",
+        help="Standard deviation of each channel, for samples scaled to 0..1.",
+        default_text="that of the checkpoint's configuration, else of --numerics",
+    ),
+    option(
+        "--crop-pct",
+        type=float,
+        metavar="PART",
+        help="Edge of the crop as a part of the resized edge.",
+        default_text="that of the checkpoint's configuration, else of --resize",
     ),
     class_names_option,
     setting_option("offline", "--offline/--no-offline", help="Download nothing."),
@@ -90,8 +181,10 @@ def weights_choice(context: Context, options: dict[str, Any]) -> tuple[WeightsCh
     """
     refuse_together("checkpoint", "random_init")
     if options["checkpoint"] is None:
-        refuse_unused(["resize_pos_embed"], "--checkpoint", "pass --checkpoint FILE")
-    from clipdeploy.core.passport import Recipe
+        refuse_unused(_READING, "--checkpoint", "pass --checkpoint FILE")
+    elif options["image_size"] is None and not options["resize_pos_embed"]:
+        refuse_unused(["resampling"], "--image-size", "pass --image-size PIXELS")
+    from clipdeploy.core.passport import ModelChoices, Recipe
     from clipdeploy.models.load import WeightsChoice
 
     checkpoint, seed = options["checkpoint"], options["random_init"]
@@ -104,14 +197,30 @@ def weights_choice(context: Context, options: dict[str, Any]) -> tuple[WeightsCh
         not context.quiet,
         replace=options["replace_weights"],
         class_names=options["class_names"],
+        choices=ModelChoices(
+            *(options[name] for name in ("averaged", "gelu", "pooling", "eps", "resampling"))
+        ),
+        heads=options["heads"],
+        image_size=options["image_size"],
+        probe=options["probe"],
     )
-    return choice, Recipe(options["numerics"], options["resize"])
+    preprocessing = {name: options[name] for name in ("mean", "std", "crop_pct")}
+    return choice, Recipe(options["numerics"], options["resize"], **preprocessing)
+
+
+def model_or_none(context: Context, name: str | None, weights: WeightsChoice) -> str | None:
+    """The full name of the model; None if it is to be inferred from the checkpoint."""
+    if name is None and weights.checkpoint is not None:
+        from_settings = context.setting("model")
+        return None if from_settings is None else context.model(str(from_settings))
+    return context.model(name)
 
 
 @command(
     epilog="\b\n"
     "clipdeploy export --model clip-vit-base-p16\n"
-    "clipdeploy export --model clip-vit-base-p16 --checkpoint finetuned.safetensors",
+    "clipdeploy export --checkpoint finetuned.safetensors\n"
+    "clipdeploy export --checkpoint model_best.pth.tar --no-ema --image-size 256",
 )
 @model_option
 @weights_options
@@ -148,10 +257,12 @@ def export(
 ) -> None:
     """Write the FP32 ONNX graph of a checkpoint and check it.
 
+    With --checkpoint alone, the model is inferred from the checkpoint's tensors.
+
     The graph takes batches of any size, unless --fixed-batch gives one.
     """
     weights, recipe = weights_choice(context, options)
-    name = context.model(model)
+    name = model_or_none(context, model, weights)
     from clipdeploy.stages.export import export_model
     from exporters.onnx import ExportConfig
 
@@ -172,6 +283,7 @@ def export(
             f"{artifact.path}: {artifact.nodes} nodes, {artifact.bytes / 1e6:.1f} MB"
             + ("" if artifact.changed else " (unchanged)")
             + f"\n  weights: {artifact.passport.weights.description}"
+            + f"\n  reference: {_proof(artifact.passport)}"
             + f"\n  classes: {_classes(artifact.passport)}"
         ),
     )

@@ -37,6 +37,7 @@ __all__ = [
     "PASSPORT_KEY",
     "PASSPORT_SCHEMA",
     "QUANTISED",
+    "ModelChoices",
     "NamesFrom",
     "Passport",
     "Precision",
@@ -85,11 +86,28 @@ class Recipe:
 
     ``numerics``: ``trained`` is CLIP's mean/std, the native position grid and LayerNorm eps 1e-5,
     as in training; ``as-shipped`` follows mmpretrain's current configs.  ``resize``: ``published``
-    is the crop of the published top-1, ``timm`` that of timm's model card.
+    is the crop of the published top-1, ``timm`` that of timm's model card.  The other fields
+    replace values of :class:`Preprocess` that would follow from these two; None replaces nothing.
+
+    Raises:
+        UsageError: a replacement is out of range.
     """
 
     numerics: Literal["trained", "as-shipped"] = "trained"
     resize: Literal["published", "timm"] = "published"
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    crop_pct: float | None = None
+    crop_mode: Literal["center", "squash"] | None = None
+
+    def __post_init__(self) -> None:
+        crop_pct = 1.0 if self.crop_pct is None else self.crop_pct
+        made = Preprocess(1, self.mean or CLIP_MEAN, self.std or CLIP_STD, crop_pct)
+        for fault in made.faults():
+            raise UsageError(
+                f"invalid preprocessing: {fault}",
+                hint="mean and std are for samples scaled to 0..1: divide by 255 those for 0..255",
+            )
 
 
 @dataclass(frozen=True)
@@ -144,12 +162,49 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class ModelChoices:
+    """What the tensors of a checkpoint do not tell; None chooses what the file or its layout says.
+
+    Args:
+        averaged: the averaged (EMA) weights of a file that has both kinds, or the others.
+        gelu: exact GELU (``erf``) or CLIP's QuickGELU.
+        pooling: the head reads the class token, or the mean of the patch tokens.
+        eps: LayerNorm's epsilon; None is that of :class:`Recipe`.
+        resampling: how a position grid is resampled: as timm, with antialiasing, or as mmpretrain.
+    """
+
+    averaged: bool | None = None
+    gelu: Literal["erf", "quick"] | None = None
+    pooling: Literal["token", "avg"] | None = None
+    eps: float | None = None
+    resampling: Literal["timm", "mmpretrain"] | None = None
+
+    @property
+    def identity(self) -> str:
+        """The choices that differ from those of the published checkpoints; empty if none does."""
+        words = {
+            "averaged": {None: "", True: "averaged", False: "not averaged"}[self.averaged],
+            "gelu": "quick gelu" if self.gelu == "quick" else "",
+            "pooling": "average pooling" if self.pooling == "avg" else "",
+            "eps": "" if self.eps is None else f"eps {self.eps:g}",
+            "resampling": "antialiased grid" if self.resampling == "timm" else "",
+        }
+        return ", ".join(filter(None, words.values()))
+
+    def faults(self) -> Iterator[Fault]:
+        """Yield invalid values, see :mod:`clipdeploy.core.values`."""
+        valid = self.eps is None or is_number(self.eps, 0, 1)
+        yield from unless(valid, "eps", self.eps, "from 0 to 1")
+
+
+@dataclass(frozen=True)
 class WeightsOrigin:
     """The source of the weights.
 
     ``kind`` is ``file`` (``path`` and ``sha256`` of a checkpoint) or ``random`` (``seed``), for
     which no accuracy verdict is given.  ``resized_position`` is True if the position embedding was
-    resampled to the model's grid.
+    resampled to the model's grid.  ``choices`` are those with which the checkpoint was read.
+    ``probed`` says whether the model's logits were compared with those of another framework.
     """
 
     kind: Literal["file", "random"]
@@ -158,13 +213,16 @@ class WeightsOrigin:
     seed: int | None = None
     layout: str = ""
     resized_position: bool = False
+    choices: ModelChoices = field(default_factory=ModelChoices)
+    probed: bool = False
 
     @property
     def identity(self) -> str:
         """Equal for origins with the same weights, independent of the path."""
         if self.kind == "random":
             return f"random:{self.seed}"
-        return f"{self.sha256}:resized" if self.resized_position else self.sha256
+        resized = "resized" if self.resized_position else ""
+        return ":".join(filter(None, (self.sha256, resized, self.choices.identity)))
 
     @property
     def description(self) -> str:
@@ -172,7 +230,8 @@ class WeightsOrigin:
         if self.kind == "random":
             return f"random weights, seed {self.seed}"
         resized = ", position grid resized" if self.resized_position else ""
-        return f"{self.path}, {self.layout}, SHA-256 {self.sha256[:8]}{resized}"
+        chosen = f", {self.choices.identity}" if self.choices.identity else ""
+        return f"{self.path}, {self.layout}, SHA-256 {self.sha256[:8]}{resized}{chosen}"
 
     def faults(self) -> Iterator[Fault]:
         """Yield invalid values; ``path`` may be any file name."""

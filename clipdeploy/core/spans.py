@@ -21,7 +21,10 @@ __all__ = [
     "BUDGET",
     "CACHE_GB",
     "DROP",
+    "EPS",
+    "HEADS",
     "IMAGES",
+    "IMAGE_SIZE",
     "INSTANCES",
     "MEMORY_MIB",
     "OPSET",
@@ -152,6 +155,10 @@ def check_shard(shard: tuple[int, int] | None) -> None:
 # Images of a data set, and of a batch: 4096 of ViT-B at 224 px take 39 GB of activations.
 IMAGES = Span(1, 100_000_000)
 BATCH = Span(1, 4096)
+EPS = Span(0, 0.1, whole=False, above=True)
+HEADS = Span(1, 1024)
+# As :data:`clipdeploy.core.values.MOST_EDGE`.
+IMAGE_SIZE = Span(1, 8192)
 SHARDS = Span(1, 1_000_000)
 # NumPy's legacy generators take seeds below 2 ** 32, PyTorch's larger ones too.
 SEED = Span(0, 2**32 - 1)

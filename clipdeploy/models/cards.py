@@ -1,12 +1,14 @@
 """Look up model cards: a checkpoint's names, geometry, source and published accuracy.
 
-Each row of ``data/zoo.csv`` is a card; to add a checkpoint, add a row.
+Each row of ``data/zoo.csv`` is a card; to add a checkpoint, add a row.  A geometry without a row
+has a card too, whose name is the geometry: ``vit-p14-336px-w1024-d24-h16``.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, wraps
@@ -24,6 +26,7 @@ from clipdeploy.core.passport import (
     Preprocess,
     Recipe,
 )
+from clipdeploy.core.values import MOST_EDGE
 
 __all__ = [
     "DEMO",
@@ -33,7 +36,9 @@ __all__ = [
     "class_names",
     "demo_file",
     "find",
+    "full_card",
     "full_name",
+    "geometry_card",
     "imagenet_classes",
     "recipe_notes",
     "takes_any_name",
@@ -43,6 +48,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 DOWNLOAD_ROOT = "https://download.openmmlab.com/mmclassification/v0/clip/"
 DEMO = "clip-vit-demo"
+# Patch, image size, width, blocks, heads, and the MLP's width where it is not four times the width.
+_GEOMETRY = re.compile(
+    r"vit-p(?P<patch>\d+)-(?P<image_size>\d+)px-w(?P<width>\d+)-d(?P<depth>\d+)-h(?P<heads>\d+)"
+    r"(?:-m(?P<hidden>\d+))?"
+)
+_MOST_DIGITS = 5
 _COLUMNS = "see docs/adding-a-checkpoint.md for the columns"
 
 
@@ -52,7 +63,8 @@ class ModelCard:
 
     ``top1`` and ``top5`` are percent on the ImageNet-1k validation set (the demo card: on its own
     test images), ``None`` if unpublished.  ``params`` and ``macs`` are computed, for one image of
-    ``image_size`` pixels.
+    ``image_size`` pixels.  ``hidden`` is the MLP's width, None for four times ``width``.  A
+    ``generic`` card is of a geometry, not of a published checkpoint.
     """
 
     name: str
@@ -73,6 +85,8 @@ class ModelCard:
     width: int = 768
     depth: int = 12
     heads: int = 12
+    hidden: int | None = None
+    generic: bool = False
 
     @property
     def tokens(self) -> int:
@@ -98,12 +112,13 @@ class ModelCard:
         """The preprocessing under ``recipe``."""
         clip = recipe.numerics == "trained"
         timm = recipe.resize == "timm"
+        crop_pct = self.timm_crop_pct if timm else 1.0
         return Preprocess(
             size=self.image_size,
-            mean=CLIP_MEAN if clip else IMAGENET_MEAN,
-            std=CLIP_STD if clip else IMAGENET_STD,
-            crop_pct=self.timm_crop_pct if timm else 1.0,
-            crop_mode=self.timm_crop_mode if timm else "center",
+            mean=recipe.mean or (CLIP_MEAN if clip else IMAGENET_MEAN),
+            std=recipe.std or (CLIP_STD if clip else IMAGENET_STD),
+            crop_pct=crop_pct if recipe.crop_pct is None else recipe.crop_pct,
+            crop_mode=recipe.crop_mode or (self.timm_crop_mode if timm else "center"),
             # OpenCV, used for the published numbers, applies the EXIF orientation; timm does not.
             exif_orientation=not timm,
         )
@@ -201,8 +216,76 @@ def _known(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def geometry_card(
+    patch: int, image_size: int, width: int, depth: int, heads: int, hidden: int | None = None
+) -> ModelCard:
+    """The card of a geometry that no published checkpoint has, named after it.
+
+    Raises:
+        UsageError: the sizes do not make a model.
+    """
+    hidden = None if hidden == 4 * width else hidden
+    name = f"vit-p{patch}-{image_size}px-w{width}-d{depth}-h{heads}"
+    name += "" if hidden is None else f"-m{hidden}"
+    sizes = (patch, image_size, width, depth, heads, hidden or 1)
+    if min(sizes) < 1 or image_size > MOST_EDGE or image_size % patch or width % heads:
+        raise UsageError(
+            f"{name} is no geometry: {image_size} px in patches of {patch}, width {width} in "
+            f"{heads} heads",
+            hint="the image size must be a multiple of the patch size, the width one of the heads",
+        )
+    mlp, tokens = hidden or 4 * width, (image_size // patch) ** 2 + 1
+    linears = 4 * width**2 + 2 * width * mlp
+    kernel, classes = 3 * patch**2 * width, 1000
+    # Two LayerNorms and the Linears' biases in each block; two LayerNorms, the class token, the
+    # position embedding and the head around them.
+    block = linears + 4 * width + 5 * width + mlp
+    around = kernel + width * (tokens + 1) + 4 * width + classes * (width + 1)
+    products = tokens * linears + 2 * tokens**2 * width
+    return ModelCard(
+        name=name,
+        aliases=(),
+        patch=patch,
+        image_size=image_size,
+        pretrain="-",
+        params=depth * block + around,
+        macs=depth * products + (tokens - 1) * kernel + classes * width,
+        top1=None,
+        top5=None,
+        file="",
+        sha256_prefix="",
+        timm_name="",
+        timm_crop_pct=1.0,
+        timm_crop_mode="center",
+        width=width,
+        depth=depth,
+        heads=heads,
+        hidden=hidden,
+        generic=True,
+    )
+
+
+def _named_geometry(name: str) -> ModelCard | None:
+    """The card of a geometry's name; None for other names and impossible geometries."""
+    found = _GEOMETRY.fullmatch(name)
+    if found is None or any(len(text or "") > _MOST_DIGITS for text in found.groups()):
+        return None
+    sizes = {key: int(text) for key, text in found.groupdict().items() if text is not None}
+    try:
+        card = geometry_card(**sizes)
+    except UsageError:
+        return None
+    return card if card.name == name else None
+
+
 def _by_name() -> dict[str, ModelCard]:
     return {name: card for card in all_cards() for name in (card.name, *card.aliases)}
+
+
+def full_card(name: str) -> ModelCard | None:
+    """The card with this full name; None if there is none, as for an alias."""
+    card = _by_name().get(name) or _named_geometry(name)
+    return card if card is not None and card.name == name else None
 
 
 def full_name(name: str) -> str:
@@ -222,7 +305,7 @@ def takes_any_name(verb: F) -> F:
 
 
 def find(name: str) -> ModelCard:
-    """Find a card by its full name, timm name, mmpretrain name or short alias.
+    """Find a card by its full name, timm name, mmpretrain name, short alias or geometry.
 
     Raises:
         UsageError: no card has that name; the hint lists the most similar names.
@@ -230,6 +313,8 @@ def find(name: str) -> ModelCard:
     known = _by_name()
     if name in known:
         return known[name]
+    if (card := _named_geometry(name)) is not None:
+        return card
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     hint = f"nearest: {', '.join(near)}; " if near else ""
     raise UsageError(f"unknown model {name!r}", hint=f"{hint}`clipdeploy zoo` lists all models")

@@ -29,6 +29,8 @@ HUB_PREFIX = "hf://"
 # ValueError: an invalid URL.
 _NETWORK = (URLError, ConnectionError, TimeoutError, ValueError, http.client.HTTPException)
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+# Beside the weights, it tells what they do not.
+_HUB_CONFIGS = ("config.json", "preprocessor_config.json")
 # Seconds without data after which a download fails.
 _STALL = 30.0
 # torch.hub's unfinished downloads.
@@ -151,7 +153,8 @@ def _network_errors(url: str, hint: str) -> Iterator[None]:
 def fetch_hub(reference: str, *, offline: bool = False, progress: bool = True) -> Path:
     """Download the weights of ``hf://OWNER/NAME`` from the Hugging Face hub; return their path.
 
-    ``model.safetensors`` is preferred to ``pytorch_model.bin``.
+    ``model.safetensors`` is preferred to ``pytorch_model.bin``.  The repository's ``config.json``
+    and ``preprocessor_config.json``, if it has them, are downloaded into the same folder.
 
     Raises:
         UsageError: the reference is not a repository, or huggingface_hub is not installed.
@@ -176,16 +179,24 @@ def fetch_hub(reference: str, *, offline: bool = False, progress: bool = True) -
     if not _shows_bar(progress):
         disable_progress_bars()
     cache, local = cache_folder() / "hub", _is_offline(offline)
-    for name in _HUB_FILES:
+
+    def download(name: str) -> Path | None:
         try:
             return Path(hf_hub_download(repository, name, cache_dir=cache, local_files_only=local))
         except LocalEntryNotFoundError as error:
             if not local:
                 raise _no_hub(reference, error) from error
         except EntryNotFoundError:
-            continue
+            pass
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise _no_hub(reference, error) from error
+        return None
+
+    for name in _HUB_FILES:
+        if (path := download(name)) is not None:
+            for config in _HUB_CONFIGS:
+                download(config)
+            return path
     where = "is in the cache, and downloads are off" if local else "exists"
     raise CheckpointError(
         f"{reference}: neither {' nor '.join(_HUB_FILES)} {where}",

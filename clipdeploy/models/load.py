@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from clipdeploy.core.errors import ArtifactError, CheckpointError, UsageError
-from clipdeploy.core.passport import Recipe, WeightsOrigin
+from clipdeploy.core.passport import ModelChoices, Recipe, WeightsOrigin
 from clipdeploy.core.paths import StrPath
-from clipdeploy.core.spans import SEED, check_numbers
+from clipdeploy.core.spans import HEADS, IMAGE_SIZE, SEED, check_numbers
 from clipdeploy.models import cards
 from clipdeploy.models.cards import ModelCard
 from clipdeploy.models.checkpoints import (
@@ -23,13 +23,25 @@ from clipdeploy.models.checkpoints import (
     resize_position_grid,
     validate,
 )
+from clipdeploy.models.checkpoints.position import Resampling
+from clipdeploy.models.checkpoints.preprocessing import Preprocessing
 from clipdeploy.models.vit import VisionTransformer, ViTConfig
 
-__all__ = ["LoadedModel", "WeightsChoice", "load_model", "random_tensors", "reload_model"]
+__all__ = [
+    "LoadedModel",
+    "WeightsChoice",
+    "infer_card",
+    "load_model",
+    "random_tensors",
+    "reload_model",
+]
 
 _TRAINED_EPS = 1e-5
 _MMPRETRAIN_EPS = 1e-6
 _MMPRETRAIN_IMAGE = 224
+# Widths of open_clip's ViT-H, ViT-g and ViT-bigG, whose heads do not have 64 channels: heads.
+_HEADS = {1280: 16, 1408: 16, 1664: 16}
+_HEAD_WIDTH = 64
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,11 @@ class WeightsChoice:
         replace: replace the workspace's weights by these, or by the published ones.
         class_names: a file with the checkpoint's class names, see
             :func:`clipdeploy.imaging.classes.read_class_names`.
+        choices: what the checkpoint's tensors do not tell.
+        heads: the number of attention heads; None takes that of the file, of the card or of CLIP.
+        image_size: the edge of the image in pixels; the position grid is resampled to it.
+        probe: a file with inputs and their logits in the user's framework, with which the model
+            must agree, see :mod:`clipdeploy.models.probe`.
 
     Raises:
         UsageError: the seed is invalid, or both a checkpoint and a seed are given.
@@ -60,9 +77,15 @@ class WeightsChoice:
     show_download: bool = True
     replace: bool = False
     class_names: StrPath | None = None
+    choices: ModelChoices = field(default_factory=ModelChoices)
+    heads: int | None = None
+    image_size: int | None = None
+    probe: StrPath | None = None
 
     def __post_init__(self) -> None:
-        check_numbers(self, random_seed=SEED.or_none)
+        check_numbers(
+            self, random_seed=SEED.or_none, heads=HEADS.or_none, image_size=IMAGE_SIZE.or_none
+        )
         if self.checkpoint is not None and self.random_seed is not None:
             raise UsageError(
                 "a checkpoint and random weights cannot be used together", hint="choose one of them"
@@ -78,7 +101,8 @@ class WeightsChoice:
 class LoadedModel:
     """The reference model: a float32 module in evaluation mode, and the origin of its weights.
 
-    ``class_names`` are the checkpoint's class names, unparsed; None if it has none.
+    ``class_names`` are the checkpoint's class names, unparsed; None if it has none.  ``notes`` are
+    sentences about the checkpoint for the user.
     """
 
     card: ModelCard
@@ -86,6 +110,11 @@ class LoadedModel:
     weights: WeightsOrigin
     recipe: Recipe
     class_names: Any = None
+    notes: tuple[str, ...] = ()
+
+
+def _recipe_eps(recipe: Recipe) -> float:
+    return _TRAINED_EPS if recipe.numerics == "trained" else _MMPRETRAIN_EPS
 
 
 def _config(card: ModelCard, recipe: Recipe, classes: int) -> ViTConfig:
@@ -96,7 +125,23 @@ def _config(card: ModelCard, recipe: Recipe, classes: int) -> ViTConfig:
         width=card.width,
         depth=card.depth,
         heads=card.heads,
-        eps=_TRAINED_EPS if recipe.numerics == "trained" else _MMPRETRAIN_EPS,
+        hidden=card.hidden,
+        eps=_recipe_eps(recipe),
+    )
+
+
+def _checkpoint_config(card: ModelCard, recipe: Recipe, checkpoint: Checkpoint) -> ViTConfig:
+    shape, choices = checkpoint.shape, checkpoint.choices
+    base = _config(card, recipe, checkpoint.classes or card.classes)
+    return replace(
+        base,
+        eps=base.eps if choices.eps is None else choices.eps,
+        gelu=choices.gelu or base.gelu,
+        pooling=choices.pooling or base.pooling,
+        # The published checkpoints' architecture; other geometries may have another one.
+        pre_norm=shape.pre_norm if card.generic else True,
+        final_norm=shape.final_norm,
+        fc_norm=shape.fc_norm,
     )
 
 
@@ -129,45 +174,130 @@ def random_tensors(config: ViTConfig, seed: int) -> dict[str, Tensor]:
     return tensors
 
 
-def _state_dict(tensors: dict[str, Tensor], card: ModelCard, recipe: Recipe) -> dict[str, Tensor]:
-    position = tensors["pos_embed"]
-    trained_grid = _MMPRETRAIN_IMAGE // card.patch
-    grid = card.image_size // card.patch
-    if recipe.numerics == "as-shipped" and card.image_size > _MMPRETRAIN_IMAGE:
-        # mmpretrain's 384/448 configs do not set img_size: loading shrinks the grid, and the
-        # forward pass enlarges it again.
-        position = resize_position_grid(resize_position_grid(position, trained_grid), grid)
-    folded = position.clone()
+def _state_dict(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    folded = tensors["pos_embed"].clone()
     folded[:, :1] += tensors["cls_token"]
     renamed = {"position": folded, "patch_embed.weight": tensors["patch_embed.proj.weight"]}
     dropped = ("cls_token", "pos_embed", "patch_embed.proj.weight")
     return renamed | {name: value for name, value in tensors.items() if name not in dropped}
 
 
-def _assemble(
-    tensors: dict[str, Tensor], config: ViTConfig, card: ModelCard, recipe: Recipe
-) -> VisionTransformer:
+def _assemble(tensors: dict[str, Tensor], config: ViTConfig) -> VisionTransformer:
     with torch.device("meta"):
         module = VisionTransformer(config)
-    module.load_state_dict(_state_dict(tensors, card, recipe), assign=True)
+    module.load_state_dict(_state_dict(tensors), assign=True)
     return module.eval().requires_grad_(False)
 
 
-def _fit_position(checkpoint: Checkpoint, config: ViTConfig, choice: WeightsChoice) -> Checkpoint:
-    position = checkpoint.tensors.get("pos_embed")
-    if position is None or position.ndim != 3 or position.shape[1] == config.tokens:
-        return checkpoint
-    side = round((position.shape[1] - 1) ** 0.5)
-    if side * side + 1 != position.shape[1]:
-        return checkpoint
-    if not choice.resize_position:
+def _shrinks(card: ModelCard, recipe: Recipe) -> bool:
+    # mmpretrain's 384/448 configs do not set img_size: loading shrinks the grid to that of 224
+    # pixels, and the forward pass enlarges it again.
+    return recipe.numerics == "as-shipped" and card.image_size > _MMPRETRAIN_IMAGE
+
+
+def _resized(position: Tensor, grids: tuple[int, ...], resampling: Resampling) -> Tensor:
+    for grid in grids:
+        if position.shape[1] != 1 + grid**2:
+            position = resize_position_grid(position, grid, resampling)
+    return position
+
+
+def _grids(card: ModelCard, recipe: Recipe) -> tuple[int, ...]:
+    """The grids that a position embedding goes through, the last of which is the model's."""
+    shrunk = (_MMPRETRAIN_IMAGE // card.patch,) if _shrinks(card, recipe) else ()
+    return (*shrunk, card.image_size // card.patch)
+
+
+def _fit_position(
+    checkpoint: Checkpoint, card: ModelCard, choice: WeightsChoice, recipe: Recipe
+) -> tuple[Checkpoint, bool]:
+    """The checkpoint with the position grid of ``card``, and whether it had another one."""
+    side, grid = checkpoint.shape.grid, card.image_size // card.patch
+    if not side:
+        return checkpoint, False
+    other = side != grid
+    if other and not choice.resize_position and choice.image_size is None:
         raise CheckpointError(
             f"{checkpoint.path} has a {side}x{side} position grid, "
-            f"but the model has a {config.grid}x{config.grid} one",
-            hint="choose the model with the checkpoint's image size, or pass --resize-pos-embed",
+            f"but the model has a {grid}x{grid} one",
+            hint="leave out --model to use the checkpoint's image size, or pass --resize-pos-embed",
         )
-    resized = checkpoint.tensors | {"pos_embed": resize_position_grid(position, config.grid)}
-    return replace(checkpoint, tensors=resized)
+    resampling: Resampling = "mmpretrain"
+    if other and recipe.numerics == "trained":
+        resampling = checkpoint.choices.resampling or checkpoint.resampling
+    position = _resized(checkpoint.tensors["pos_embed"], _grids(card, recipe), resampling)
+    choices = replace(checkpoint.choices, resampling=resampling if other else None)
+    tensors = checkpoint.tensors | {"pos_embed": position}
+    return replace(checkpoint, tensors=tensors, choices=choices), other
+
+
+def _with_eps(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
+    """The checkpoint with its epsilon, None if that is both the recipe's and its library's."""
+    usual = _recipe_eps(recipe)
+    default = checkpoint.native_eps if recipe.numerics == "trained" else usual
+    given = checkpoint.choices.eps
+    eps = given or (None if default == usual else default)
+    return replace(checkpoint, choices=replace(checkpoint.choices, eps=eps))
+
+
+def infer_card(choice: WeightsChoice, preferred: str | None = None) -> ModelCard:
+    """The card for the checkpoint of ``choice``: that of its geometry.
+
+    The published checkpoint is recognised by its hash.  Of several cards with the geometry,
+    ``preferred`` is taken, else the most accurate one; if there is none, the geometry's own.
+
+    Raises:
+        UsageError: ``choice`` has no checkpoint.
+        CheckpointError: it cannot be read, or the number of heads is unknown.
+    """
+    if choice.checkpoint is None:
+        raise UsageError("no model is named", hint="name a model, or a checkpoint to infer it from")
+    return _card_for(_read_file(choice), choice, preferred)
+
+
+def _card_for(checkpoint: Checkpoint, choice: WeightsChoice, preferred: str | None) -> ModelCard:
+    shape = checkpoint.shape
+    if not shape.known:
+        raise CheckpointError(
+            f"{checkpoint.path} has no complete geometry: patches of {shape.patch} px, position "
+            f"grid {shape.grid}, width {shape.width}, {shape.depth} blocks, "
+            f"{shape.classes} classes",
+            hint="save the whole classifier's state dict; patches and position grid must be square",
+        )
+    size = choice.image_size or shape.image_size
+    heads = choice.heads or shape.heads
+    fitting = [
+        card
+        for card in cards.all_cards()
+        if (card.patch, card.image_size, card.width, card.depth)
+        == (shape.patch, size, shape.width, shape.depth)
+        and shape.pre_norm
+        and shape.hidden == 4 * shape.width
+        and heads in (None, card.heads)
+    ]
+    published = [
+        card
+        for card in fitting
+        if card.sha256_prefix and checkpoint.sha256.startswith(card.sha256_prefix)
+    ]
+    for card in (*published, *(card for card in fitting if card.name == preferred)):
+        return card
+    if fitting:
+        return next((card for card in fitting if card.short), fitting[0])
+    return cards.geometry_card(
+        shape.patch, size, shape.width, shape.depth, heads or _clip_heads(checkpoint), shape.hidden
+    )
+
+
+def _clip_heads(checkpoint: Checkpoint) -> int:
+    width = checkpoint.shape.width
+    if width not in _HEADS and width % _HEAD_WIDTH:
+        raise CheckpointError(
+            f"{checkpoint.path} does not tell its number of heads, and its width {width} is not "
+            f"made of heads of {_HEAD_WIDTH} channels as CLIP's",
+            hint="pass --heads COUNT",
+        )
+    return _HEADS.get(width, width // _HEAD_WIDTH)
 
 
 def load_model(card: ModelCard, choice: WeightsChoice, recipe: Recipe) -> LoadedModel:
@@ -175,39 +305,111 @@ def load_model(card: ModelCard, choice: WeightsChoice, recipe: Recipe) -> Loaded
 
     Raises:
         CheckpointError: the weights cannot be downloaded or read, or do not fit the card.
+        UsageError: the heads or the image size of ``choice`` are not the card's.
         FileError: the checkpoint file cannot be opened.
     """
+    _check_choice(card, choice)
     if choice.random_seed is not None:
         config = _config(card, recipe, card.classes)
-        module = _assemble(random_tensors(config, choice.random_seed), config, card, recipe)
+        tensors = random_tensors(config, choice.random_seed)
+        position = _resized(tensors["pos_embed"], _grids(card, recipe), "mmpretrain")
+        module = _assemble(tensors | {"pos_embed": position}, config)
         return LoadedModel(card, module, WeightsOrigin("random", seed=choice.random_seed), recipe)
     read = _read(card, choice)
-    config = _config(card, recipe, read.classes or card.classes)
-    checkpoint = _fit_position(read, config, choice)
+    recipe = _own_recipe(card, recipe, read.preprocessing)
+    read = _with_eps(read, recipe)
+    checkpoint, resized = _fit_position(read, card, choice, recipe)
+    config = _checkpoint_config(card, recipe, checkpoint)
+    _check_heads(checkpoint, card)
     validate(checkpoint, config, card.name)
     origin = WeightsOrigin(
         "file",
         str(checkpoint.path.absolute()),
         checkpoint.sha256,
         layout=checkpoint.layout,
-        resized_position=checkpoint is not read,
+        resized_position=resized,
+        choices=checkpoint.choices,
     )
-    module = _assemble(checkpoint.tensors, config, card, recipe)
-    return LoadedModel(card, module, origin, recipe, checkpoint.class_names)
+    module = _assemble(checkpoint.tensors, config)
+    notes = checkpoint.notes
+    if choice.checkpoint is not None:
+        notes = (*notes, _preprocessing_note(card, recipe, checkpoint))
+    return LoadedModel(card, module, origin, recipe, checkpoint.class_names, notes)
+
+
+def _own_recipe(card: ModelCard, recipe: Recipe, stated: Preprocessing | None) -> Recipe:
+    """The recipe with what the checkpoint's configuration states, where the caller states nothing.
+
+    Values that follow from the recipe anyway are left out.
+    """
+    if stated is None:
+        return recipe
+    usual = card.preprocess(recipe)
+    own = {
+        name: getattr(stated, name)
+        for name in ("mean", "std", "crop_pct", "crop_mode")
+        if getattr(recipe, name) is None
+        and getattr(stated, name) not in (None, getattr(usual, name))
+    }
+    return replace(recipe, **own)
+
+
+def _preprocessing_note(card: ModelCard, recipe: Recipe, checkpoint: Checkpoint) -> str:
+    made, stated = card.preprocess(recipe), checkpoint.preprocessing
+    resize = "both edges" if made.crop_mode == "squash" else "short edge"
+    mean, std = (", ".join(f"{value:.4g}" for value in triple) for triple in (made.mean, made.std))
+    source = "assumed" if stated is None else f"from {stated.source}"
+    text = (
+        f"preprocessing, {source}: mean {mean}, std {std}, {resize} "
+        f"{int(made.size / made.crop_pct)}, crop {made.size}"
+    )
+    if stated is not None and stated.interpolation not in (None, "bicubic", ""):
+        text += f"; bicubic, although the configuration states {stated.interpolation}"
+    if checkpoint.layout.startswith("mmpretrain") and recipe.numerics == "trained":
+        text += "; fine-tunes made with mmpretrain's present configs need --numerics as-shipped"
+    return text
+
+
+def _check_choice(card: ModelCard, choice: WeightsChoice) -> None:
+    for name, option, own in (
+        ("heads", choice.heads, card.heads),
+        ("image size", choice.image_size, card.image_size),
+    ):
+        if option not in (None, own):
+            raise UsageError(
+                f"{card.name} has {name} {own}, not {option}",
+                hint="leave out the model's name, so that it is inferred from the checkpoint",
+            )
+
+
+def _check_heads(checkpoint: Checkpoint, card: ModelCard) -> None:
+    if checkpoint.shape.heads not in (None, card.heads):
+        raise CheckpointError(
+            f"{checkpoint.path} has {checkpoint.shape.heads} heads according to config.json, "
+            f"{card.name} has {card.heads}",
+            hint="leave out --model to infer the geometry",
+        )
+
+
+def _read_file(choice: WeightsChoice) -> Checkpoint:
+    from clipdeploy.models.download import HUB_PREFIX, fetch_hub
+
+    chosen = choice.checkpoint
+    assert chosen is not None
+    if isinstance(chosen, str) and chosen.startswith(HUB_PREFIX):
+        chosen = fetch_hub(chosen, offline=choice.offline, progress=choice.show_download)
+    return read_checkpoint(Path(chosen), choice.choices)
 
 
 def _read(card: ModelCard, choice: WeightsChoice) -> Checkpoint:
-    from clipdeploy.models.download import HUB_PREFIX, fetch, fetch_hub
+    from clipdeploy.models.download import fetch
 
-    chosen = choice.checkpoint
-    if isinstance(chosen, str) and chosen.startswith(HUB_PREFIX):
-        found = fetch_hub(chosen, offline=choice.offline, progress=choice.show_download)
-        return read_checkpoint(found)
-    if chosen is not None:
-        return read_checkpoint(Path(chosen))
+    if choice.checkpoint is not None:
+        return _read_file(choice)
     if card.name == cards.DEMO:
-        return read_checkpoint(cards.demo_file("weights.safetensors"))
-    checkpoint = read_checkpoint(fetch(card, offline=choice.offline, progress=choice.show_download))
+        return read_checkpoint(cards.demo_file("weights.safetensors"), choice.choices)
+    path = fetch(card, offline=choice.offline, progress=choice.show_download)
+    checkpoint = read_checkpoint(path, choice.choices)
     if not checkpoint.sha256.startswith(card.sha256_prefix):
         raise CheckpointError(
             f"{checkpoint.path} is not the published file: its SHA-256 starts with "
@@ -217,8 +419,13 @@ def _read(card: ModelCard, choice: WeightsChoice) -> Checkpoint:
     return checkpoint
 
 
-def reload_model(card: ModelCard, weights: WeightsOrigin, recipe: Recipe) -> LoadedModel:
+def reload_model(
+    card: ModelCard, weights: WeightsOrigin, recipe: Recipe, *, complete: bool = True
+) -> LoadedModel:
     """Build the model of an artifact again from its passport's weights and recipe.
+
+    ``complete`` says that ``recipe`` is an artifact's; otherwise the configuration beside the
+    checkpoint completes it, as in :func:`load_model`.
 
     Raises:
         ArtifactError: the checkpoint is missing or has changed.
@@ -231,11 +438,14 @@ def reload_model(card: ModelCard, weights: WeightsOrigin, recipe: Recipe) -> Loa
             f"the checkpoint of this artifact does not exist: {path}",
             hint="restore it, or export it from its new place with --checkpoint FILE",
         )
-    choice = WeightsChoice(path, resize_position=weights.resized_position)
+    choices = weights.choices
+    if weights.resized_position and choices.resampling is None:
+        choices = replace(choices, resampling="mmpretrain")
+    choice = WeightsChoice(path, resize_position=weights.resized_position, choices=choices)
     model = load_model(card, choice, recipe)
     if model.weights.sha256 != weights.sha256:
         raise ArtifactError(
             f"{path} has changed since the artifact was made from it",
             hint="restore it, or export the new one with --checkpoint and --replace-weights",
         )
-    return model
+    return replace(model, recipe=recipe) if complete else model

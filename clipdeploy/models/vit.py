@@ -5,12 +5,15 @@
     x = x + attn(norm1(x)); x = x + mlp(norm2(x))     for every block
     logits = head(norm(x[:, 0]))
 
+Variants: without norm_pre; QuickGELU, x * sigmoid(1.702 x), instead of GELU; the mean of the patch
+tokens instead of the class token, with a LayerNorm before (norm) or behind it (fc_norm), or none.
+
 Two rearrangements keep the exported graph lean without changing the function:
 
 * The class token is not expanded to a symbolic batch size.  The patch tokens are padded with one
   zero token, and the class token is added with the position embedding: 0 + (cls + pos[0]) is
   bit-identical to concatenation.
-* The head reads only the class token, so the last block computes only that token's query,
+* If the head reads only the class token, the last block computes only that token's query,
   projection and MLP; keys and values still use all tokens.
 
 Layout and numerics: ``vision_transformer.py`` of timm 1.0 and of mmpretrain 1.2, which agree
@@ -19,7 +22,9 @@ exactly at equal LayerNorm epsilon and native position grid.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +32,18 @@ from torch.nn import functional as F
 
 __all__ = ["ViTConfig", "VisionTransformer"]
 
+# openai/CLIP model.py, QuickGELU.
+_QUICK_SCALE = 1.702
+
 
 @dataclass(frozen=True)
 class ViTConfig:
     """Geometry and numerics of one classifier.
 
     ``tokens`` counts the class token: a 224 px image in 16 px patches has 14 * 14 + 1 = 197.
+    ``hidden`` is the width of the MLP, 4 * width if None.  ``pooling`` is what the head reads: the
+    class token, or the mean of the patch tokens.  ``final_norm`` normalises the tokens before the
+    pooling, ``fc_norm`` its result.
     """
 
     patch: int
@@ -41,8 +52,13 @@ class ViTConfig:
     width: int = 768
     depth: int = 12
     heads: int = 12
-    mlp_ratio: int = 4
+    hidden: int | None = None
     eps: float = 1e-5
+    gelu: Literal["erf", "quick"] = "erf"
+    pooling: Literal["token", "avg"] = "token"
+    pre_norm: bool = True
+    final_norm: bool = True
+    fc_norm: bool = False
 
     @property
     def grid(self) -> int:
@@ -53,6 +69,23 @@ class ViTConfig:
     def tokens(self) -> int:
         """Sequence length, including the class token."""
         return self.grid**2 + 1
+
+    @property
+    def mlp_width(self) -> int:
+        """The width of the MLP's hidden layer."""
+        return 4 * self.width if self.hidden is None else self.hidden
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(_QUICK_SCALE * x)
+
+
+def _erf_gelu(x: Tensor) -> Tensor:
+    return F.gelu(x)
+
+
+def _norm(config: ViTConfig, present: bool = True) -> nn.Module:
+    return nn.LayerNorm(config.width, eps=config.eps) if present else nn.Identity()
 
 
 class Attention(nn.Module):
@@ -80,16 +113,17 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, exact (erf) GELU, Linear: (B, N, C) -> (B, N, C)."""
+    """Linear, GELU (exact or QuickGELU), Linear: (B, N, C) -> (B, N, C)."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.width, config.mlp_ratio * config.width)
-        self.fc2 = nn.Linear(config.mlp_ratio * config.width, config.width)
+        self.fc1 = nn.Linear(config.width, config.mlp_width)
+        self.fc2 = nn.Linear(config.mlp_width, config.width)
+        self.gelu: Callable[[Tensor], Tensor] = _quick_gelu if config.gelu == "quick" else _erf_gelu
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, N, C) -> (B, N, C)."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -98,9 +132,9 @@ class Block(nn.Module):
     def __init__(self, config: ViTConfig, *, class_token_only: bool) -> None:
         super().__init__()
         self.class_token_only = class_token_only
-        self.norm1 = nn.LayerNorm(config.width, eps=config.eps)
+        self.norm1 = _norm(config)
         self.attn = Attention(config, class_token_only=class_token_only)
-        self.norm2 = nn.LayerNorm(config.width, eps=config.eps)
+        self.norm2 = _norm(config)
         self.mlp = Mlp(config)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,12 +156,13 @@ class VisionTransformer(nn.Module):
         self.config = config
         self.patch_embed = nn.Conv2d(3, config.width, config.patch, config.patch, bias=False)
         self.position = nn.Parameter(torch.zeros(1, config.tokens, config.width))
-        self.norm_pre = nn.LayerNorm(config.width, eps=config.eps)
+        self.norm_pre = _norm(config, config.pre_norm)
         self.blocks = nn.ModuleList(
-            Block(config, class_token_only=index == config.depth - 1)
+            Block(config, class_token_only=config.pooling == "token" and index == config.depth - 1)
             for index in range(config.depth)
         )
-        self.norm = nn.LayerNorm(config.width, eps=config.eps)
+        self.norm = _norm(config, config.final_norm)
+        self.fc_norm = _norm(config, config.fc_norm)
         self.head = nn.Linear(config.width, config.classes)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -136,4 +171,10 @@ class VisionTransformer(nn.Module):
         x = self.norm_pre(F.pad(patches, (0, 0, 1, 0)) + self.position)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x[:, 0]))
+        return self.head(self.fc_norm(self._pool(x)))
+
+    def _pool(self, x: Tensor) -> Tensor:
+        """Tokens (B, N, C) -> features (B, C)."""
+        if self.config.pooling == "token":
+            return self.norm(x[:, 0])
+        return self.norm(x[:, 1:]).mean(dim=1)

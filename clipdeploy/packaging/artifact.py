@@ -74,7 +74,7 @@ def labels(passport: Passport) -> tuple[str, ...]:
     names = passport.class_names
     if not names:
         return tuple(f"class {index}" for index in range(passport.classes))
-    card = next((card for card in cards.all_cards() if card.name == passport.model), None)
+    card = cards.full_card(passport.model)
     known = dict(cards.class_names(card)) if card else {}
     return tuple(_label(name, known.get(name, name)) for name in names)
 

@@ -6,19 +6,54 @@ downloaded again.  The user's checkpoint or seed is replaced only with ``Weights
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from clipdeploy.core.errors import ArtifactError, FileError, UsageError
 from clipdeploy.core.passport import Precision, Recipe, WeightsOrigin
+from clipdeploy.models import cards
 from clipdeploy.models.cards import ModelCard
-from clipdeploy.models.load import LoadedModel, WeightsChoice, load_model, reload_model
+from clipdeploy.models.load import (
+    LoadedModel,
+    WeightsChoice,
+    infer_card,
+    load_model,
+    reload_model,
+)
 from clipdeploy.workspace.folder import PRECISIONS, Workspace
 from clipdeploy.workspace.passports import is_published
 from exporters.headers import read_passport
 
-__all__ = ["load_weights", "own_weights"]
+__all__ = ["chosen_card", "load_weights", "own_weights"]
 
 _GRAPHS: tuple[Precision, ...] = (*PRECISIONS, "int8-cpu")
+
+
+def chosen_card(
+    workspace: Workspace,
+    name: str | None,
+    choice: WeightsChoice,
+    note: Callable[[str], object],
+) -> ModelCard:
+    """The card called ``name``; if that is None, the one of the checkpoint's geometry, with a note.
+
+    Of several cards with the geometry, the workspace's last model is preferred.
+
+    Raises:
+        UsageError: no card has that name, or there is neither a name nor a checkpoint.
+        CheckpointError, FileError: see :func:`clipdeploy.models.load.infer_card`.
+    """
+    if name is not None:
+        return cards.find(name)
+    try:
+        last: str | None = workspace.last_model()
+    except (ArtifactError, FileError, UsageError):
+        last = None
+    card = infer_card(choice, last)
+    note(
+        f"model: {card.name} (inferred from {choice.checkpoint}: {card.image_size} px in patches "
+        f"of {card.patch}, width {card.width}, {card.depth} blocks, {card.heads} heads)"
+    )
+    return card
 
 
 def own_weights(workspace: Workspace, card: ModelCard) -> WeightsOrigin | None:
@@ -61,7 +96,7 @@ def load_weights(
     if own is None or choice.replace:
         return load_model(card, choice, recipe)
     if not choice.named:
-        return reload_model(card, own, recipe)
+        return reload_model(card, own, recipe, complete=False)
     model = load_model(card, choice, recipe)
     if model.weights.identity != own.identity:
         raise UsageError(

@@ -25,7 +25,16 @@ __all__ = ["Reference"]
 _FORMAT = 3
 # The modules that turn a crop and a checkpoint into logits.
 _DECIDES_LOGITS = (
-    "clipdeploy.models.checkpoints",
+    "clipdeploy.models.checkpoints.canonical",
+    "clipdeploy.models.checkpoints.checkpoint",
+    "clipdeploy.models.checkpoints.position",
+    "clipdeploy.models.checkpoints.select",
+    "clipdeploy.models.checkpoints.told",
+    "clipdeploy.models.checkpoints.unpickle",
+    *(
+        f"clipdeploy.models.checkpoints.layouts.{name}"
+        for name in ("hf_clip", "hf_vit", "layout", "mmpretrain", "openai", "timm")
+    ),
     "clipdeploy.models.load",
     "clipdeploy.runners.torch",
     "clipdeploy.models.vit",

@@ -26,14 +26,16 @@ _ROUNDING = 1e-6
 class GraphFacts:
     """Facts from a graph's nodes and weights, not from its passport.
 
-    ``numerics`` is the choice with LayerNorm's eps, None for any other eps, as in a graph that is
-    to be judged because of that. ``normalisation_matches`` is False if the graph takes uint8 and
-    normalises it with another mean or std than its passport's.
+    ``eps`` is LayerNorm's, None if it differs between them. ``numerics`` is the choice with this
+    eps, None for any other, as in a graph that is to be judged because of that.
+    ``normalisation_matches`` is False if the graph takes uint8 and normalises it with another mean
+    or std than its passport's.
     """
 
     input: TensorSpec
     output: TensorSpec
     precision: Precision
+    eps: float | None
     numerics: str | None
     normalisation_matches: bool
 
@@ -47,11 +49,13 @@ def graph_facts(path: Path, passport: Passport) -> GraphFacts:
     """
     image, logits = classifier_signature(path, passport.preprocess.size, passport.classes)
     model = read_skeleton(path)
+    eps = _eps(model)
     return GraphFacts(
         image,
         logits,
         _precision(model),
-        _numerics(model),
+        eps,
+        _numerics(eps),
         _normalisation_matches(model, passport.preprocess),
     )
 
@@ -67,7 +71,7 @@ def _precision(model: ModelProto) -> Precision:
     return "fp16" if halves else "fp32"
 
 
-def _numerics(model: ModelProto) -> str | None:
+def _eps(model: ModelProto) -> float | None:
     found = {
         float(attribute.f)
         for node in model.graph.node
@@ -75,10 +79,12 @@ def _numerics(model: ModelProto) -> str | None:
         for attribute in node.attribute
         if attribute.name == "epsilon"
     }
-    if len(found) != 1:
-        return None
-    (eps,) = found
-    return next((name for each, name in _EPS.items() if np.isclose(each, eps, _ROUNDING, 0)), None)
+    return found.pop() if len(found) == 1 else None
+
+
+def _numerics(eps: float | None) -> str | None:
+    known = (name for each, name in _EPS.items() if eps and np.isclose(each, eps, _ROUNDING, 0))
+    return next(known, None)
 
 
 def _normalisation_matches(model: ModelProto, spec: Preprocess) -> bool:

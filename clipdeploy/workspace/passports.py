@@ -44,6 +44,7 @@ _BUILD_OPTIONS = {
 }
 _IMAGE_TYPES = ("float32", "float16", "uint8")
 _LOGIT_TYPES = ("float32", "float16")
+_EPS_ROUNDING = 1e-6
 _SHOWN = 60
 
 
@@ -221,7 +222,7 @@ def _check_same(path: Path, passport: Passport, reference: Passport, source: str
 
 
 def _check_card(path: Path, passport: Passport) -> None:
-    card = next((card for card in cards.all_cards() if card.name == passport.model), None)
+    card = cards.full_card(passport.model)
     if card is None:
         raise ArtifactError(
             f"the passport of {path} names the model {_shown(passport.model)}, and no card has "
@@ -307,7 +308,12 @@ def _check_file(path: Path, passport: Passport) -> None:
     empty = {"int8": "fp16", "fp8": "fp16", "int8-cpu": "fp32"} if none else {}
     if empty.get(passport.precision) != facts.precision:
         _refuse_difference(path, passport.precision, facts.precision, "precision", source, hint)
-    if facts.numerics is not None:
+    eps = passport.weights.choices.eps
+    if eps is not None and facts.eps is not None:
+        # A file has it as float32.
+        if abs(facts.eps - eps) > _EPS_ROUNDING * eps:
+            _refuse_difference(path, eps, facts.eps, "weights.choices.eps", source, hint)
+    elif facts.numerics is not None:
         found = passport.recipe.numerics
         _refuse_difference(path, found, facts.numerics, "recipe.numerics", source, hint)
     if not facts.normalisation_matches:

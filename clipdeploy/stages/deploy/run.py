@@ -28,7 +28,6 @@ from clipdeploy.core.device import gpus
 from clipdeploy.core.passport import Precision
 from clipdeploy.core.progress import SILENT, Progress
 from clipdeploy.engines.builder import EngineArtifact, build_engine
-from clipdeploy.models import cards
 from clipdeploy.stages.calibrate import calibrate_model
 from clipdeploy.stages.deploy.checks import check_deployment, check_labels
 from clipdeploy.stages.deploy.config import DeployConfig, quantize_stage
@@ -47,6 +46,7 @@ from clipdeploy.stages.report import write_reports
 from clipdeploy.stages.stage_log import UNWATCHED, StageLog, StageWatch
 from clipdeploy.stages.verify.run import verify_model
 from clipdeploy.stages.verify.setup import Judgement
+from clipdeploy.stages.weights import chosen_card
 from clipdeploy.workspace.folder import Workspace
 from exporters.headers import GraphArtifact
 
@@ -55,7 +55,7 @@ __all__ = ["DeployConfig", "Deployment", "deploy_model"]
 
 def deploy_model(
     workspace: Workspace,
-    model: str,
+    model: str | None,
     config: DeployConfig,
     *,
     force: bool = False,
@@ -65,13 +65,14 @@ def deploy_model(
 ) -> Deployment:
     """Run all stages from weights to a package; the result is false unless the verdict passed.
 
-    ``watch`` is called for each stage, ``progress`` for the tasks in it, and ``note`` with remarks.
+    If ``model`` is None, it is inferred from the checkpoint of ``config.weights``.  ``watch`` is
+    called for each stage, ``progress`` for the tasks in it, and ``note`` with remarks.
     The page of the deployment is written into the workspace whatever the verdict is.
 
     Raises:
         ClipdeployError: a stage failed, or a check before the first stage.
     """
-    name = cards.find(model).name
+    name = chosen_card(workspace, model, config.weights, note).name
     log = StageLog(config.stages, watch)
     return _Run(workspace, name, config, force, note, progress, log).deployment()
 

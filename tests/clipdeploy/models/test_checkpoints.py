@@ -1,3 +1,9 @@
+"""Checkpoint files: sound, damaged and of another model.
+
+Covers: clipdeploy/models/checkpoints/archive.py, clipdeploy/models/checkpoints/checkpoint.py,
+    clipdeploy/models/checkpoints/position.py.
+"""
+
 from __future__ import annotations
 
 import math
@@ -101,7 +107,7 @@ def test_code_in_a_pickle_does_not_run(tmp_path: Path) -> None:
 
     path = tmp_path / "trap.pth"
     torch.save({"backbone.cls_token": Trap()}, path)
-    with pytest.raises(CheckpointError, match="not a plain tensor pickle"):
+    with pytest.raises(CheckpointError, match="no state dict"):
         read_checkpoint(path)
     assert not (tmp_path / "sprung").exists()
 
@@ -138,7 +144,7 @@ def test_nan_weights_are_named(tensors: Tensors, tmp_path: Path) -> None:
         ({}, "no state dict"),
         ([1, 2], "no state dict"),
         ({"epoch": 3, "backbone.cls_token": torch.zeros(1)}, "epoch"),
-        ({"features.0.weight": torch.zeros(3)}, "neither mmpretrain's nor timm's"),
+        ({"features.0.weight": torch.zeros(3)}, "none of the layouts of timm, mmpretrain"),
     ],
 )
 def test_other_files_are_refused(content: object, words: str, tmp_path: Path) -> None:
@@ -272,7 +278,7 @@ def test_a_dictionary_inside_itself_ends(zipped: bool, tmp_path: Path) -> None:
     inner["state_dict"] = {"model": inner}
     path = tmp_path / "loop.pth"
     torch.save(inner, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CheckpointError, match=r"entries that are not tensors: (model|state_dict)"):
+    with pytest.raises(CheckpointError, match="no state dict"):
         read_checkpoint(path)
 
 

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from reference_vit import reference_logits
 from torch import Tensor
 
-from clipdeploy.core.passport import Recipe
 from clipdeploy.models import cards
 from clipdeploy.models.load import _assemble, random_tensors
 from clipdeploy.models.vit import ViTConfig
@@ -30,7 +29,7 @@ def images(count: int = 3) -> NDArray[np.float32]:
 
 
 def logits(tensors: Tensors, pixels: NDArray[np.float32], config: ViTConfig = CONFIG) -> Tensor:
-    module = _assemble(dict(tensors), config, CARD, Recipe())
+    module = _assemble(dict(tensors), config)
     with torch.inference_mode():
         return module(torch.from_numpy(pixels))
 

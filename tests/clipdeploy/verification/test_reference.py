@@ -121,7 +121,9 @@ def test_whatever_decides_the_logits_is_in_the_key(
 
 
 LOGIT_CHANGES = (
-    "clipdeploy.models.checkpoints",
+    "clipdeploy.models.checkpoints.canonical",
+    "clipdeploy.models.checkpoints.layouts.timm",
+    "clipdeploy.models.checkpoints.select",
     "clipdeploy.models.load",
     "clipdeploy.runners.torch",
     "clipdeploy.models.vit",

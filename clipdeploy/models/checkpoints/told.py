@@ -1,0 +1,84 @@
+"""What a checkpoint tells about its model beside the tensors: configuration files and arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from clipdeploy.core.errors import CheckpointError
+from clipdeploy.models.checkpoints.layouts.layout import Gelu, Layout, Pooling
+
+__all__ = ["Told", "told_by"]
+
+_GELUS: dict[str, Gelu] = {"gelu": "erf", "gelu_python": "erf", "quick_gelu": "quick"}
+_POOLINGS: dict[str, Pooling] = {"token": "token", "avg": "avg"}
+
+
+@dataclass(frozen=True)
+class Told:
+    """What is known without the tensors; None for what is not.
+
+    ``source`` names the file or the entry that tells it.
+    """
+
+    gelu: Gelu | None = None
+    pooling: Pooling | None = None
+    eps: float | None = None
+    heads: int | None = None
+    source: str = ""
+
+
+def told_by(layout: Layout, config: Mapping[str, Any], loaded: Any) -> Told:
+    """Read what a ``config.json`` or a training checkpoint's ``arch`` tells.
+
+    Raises:
+        CheckpointError: the configuration names an activation or a pooling that is not supported.
+    """
+    if layout.name.startswith("transformers"):
+        return _transformers(config)
+    if layout.name == "timm":
+        return _timm(config, loaded)
+    return Told()
+
+
+def _transformers(config: Mapping[str, Any]) -> Told:
+    inner = config.get("vision_config", config)
+    if not isinstance(inner, Mapping) or not inner:
+        return Told()
+    act = inner.get("hidden_act")
+    if isinstance(act, str) and act not in _GELUS:
+        raise CheckpointError(
+            f"config.json has hidden_act {act!r}, which is not supported",
+            hint="gelu and quick_gelu are supported",
+        )
+    return Told(
+        gelu=_GELUS.get(str(act)),
+        eps=_number(inner.get("layer_norm_eps")),
+        heads=_count(inner.get("num_attention_heads")),
+        source="config.json",
+    )
+
+
+def _timm(config: Mapping[str, Any], loaded: Any) -> Told:
+    name, source = config.get("architecture"), "config.json"
+    if not isinstance(name, str) and isinstance(loaded, Mapping):
+        name, source = loaded.get("arch"), "its arch"
+    if not isinstance(name, str):
+        return Told()
+    pooling = config.get("global_pool")
+    if isinstance(pooling, str) and pooling not in _POOLINGS:
+        raise CheckpointError(
+            f"config.json has global_pool {pooling!r}, which is not supported",
+            hint="token and avg are supported",
+        )
+    gelu: Gelu = "quick" if "quickgelu" in name else "erf"
+    return Told(gelu, _POOLINGS.get(str(pooling)), source=source)
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and 0 < value < 1000 else None

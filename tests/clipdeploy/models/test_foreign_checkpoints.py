@@ -1,0 +1,244 @@
+"""Files that are no ViT classifier, and pickles that would run code.
+
+Covers: clipdeploy/models/checkpoints/foreign.py, clipdeploy/models/checkpoints/select.py,
+    clipdeploy/models/checkpoints/unpickle.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from clipdeploy.core.errors import CheckpointError, FileError
+from clipdeploy.models.checkpoints import read_checkpoint
+from clipdeploy.models.load import random_tensors
+from clipdeploy.models.vit import ViTConfig
+
+CONFIG = ViTConfig(patch=4, image_size=16, classes=5, width=32, depth=1, heads=2)
+
+Tensors = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def tensors() -> Tensors:
+    return random_tensors(CONFIG, 7)
+
+
+def refusal(content: object, tmp_path: Path) -> CheckpointError:
+    path = tmp_path / "weights.pth"
+    torch.save(content, path)
+    with pytest.raises(CheckpointError) as caught:
+        read_checkpoint(path)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+# Names of other architectures' tensors, beside those of a ViT.
+FOREIGN = {
+    "layers.0.blocks.0.attn.relative_position_bias_table": "Swin Transformer",
+    "blocks.0.attn.q_bias": "EVA",
+    "attn_pool.latent": "SigLIP",
+    "dist_token": "DeiT",
+    "reg_token": "DINOv2",
+    "blocks.0.attn.q_norm.weight": "normalised queries",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("alone", [True, False])
+def test_other_architectures_are_named_without_advice_that_cannot_help(
+    name: str, alone: bool, tensors: Tensors, tmp_path: Path
+) -> None:
+    error = refusal({**({} if alone else tensors), name: torch.zeros(3, 2)}, tmp_path)
+    assert FOREIGN[name] in error.message
+    assert "--" not in error.hint
+
+
+def test_lora_weights_need_a_merge(tensors: Tensors, tmp_path: Path) -> None:
+    lora = {
+        "base_model.model.vit.blocks.0.attn.qkv.lora_A.default.weight": torch.zeros(4, 32),
+        "base_model.model.vit.blocks.0.attn.qkv.lora_B.default.weight": torch.zeros(96, 4),
+    }
+    for content in (lora, tensors | lora):
+        error = refusal(content, tmp_path)
+        assert "LoRA" in error.message
+        assert "merge_and_unload" in error.hint
+
+
+def test_a_head_alone_needs_its_backbone(tmp_path: Path) -> None:
+    head = {"head.weight": torch.zeros(5, 32), "head.bias": torch.zeros(5)}
+    assert "only a head" in refusal(head, tmp_path).message
+
+
+def test_a_backbone_alone_needs_its_head(tensors: Tensors, tmp_path: Path) -> None:
+    backbone = {name: value for name, value in tensors.items() if not name.startswith("head")}
+    assert "without a classification head" in refusal(backbone, tmp_path).message
+
+
+def test_an_unknown_layout_is_compared_with_the_closest(tensors: Tensors, tmp_path: Path) -> None:
+    renamed = {name.replace("patch_embed.proj", "stem"): value for name, value in tensors.items()}
+    error = refusal(renamed, tmp_path)
+    assert "closest to the layout of timm" in error.message
+    assert "stem.weight" in error.message
+
+
+def test_two_models_in_a_file_are_not_confused(tensors: Tensors, tmp_path: Path) -> None:
+    two = {f"{who}.{n}": v for who in ("student", "teacher") for n, v in tensors.items()}
+    assert "2 models: student, teacher" in refusal(two, tmp_path).message
+
+
+def test_a_normalisation_beside_the_model_is_not_ignored(tensors: Tensors, tmp_path: Path) -> None:
+    wrapped = {f"1.{name}": value for name, value in tensors.items()}
+    error = refusal({"0.mean": torch.zeros(3), **wrapped}, tmp_path)
+    assert "0.mean" in error.message
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.model."])
+def test_prefixes_of_wrappers_are_stripped(prefix: str, tensors: Tensors, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({f"{prefix}{name}": value for name, value in tensors.items()}, path)
+    found = read_checkpoint(path).tensors
+    assert all(torch.equal(found[name], value) for name, value in tensors.items())
+    assert found.keys() == tensors.keys()
+
+
+def test_mmcv_puts_the_weights_without_averaging_aside(tensors: Tensors, tmp_path: Path) -> None:
+    from checkpoint_files import mmpretrain_keys
+
+    from clipdeploy.core.passport import ModelChoices
+
+    model = mmpretrain_keys(tensors)
+    aside = {f"ema_{name.replace('.', '_')}": value + 1 for name, value in model.items()}
+    path = tmp_path / "weights.pth"
+    torch.save({"state_dict": model | aside}, path)
+    averaged, raw = read_checkpoint(path), read_checkpoint(path, ModelChoices(averaged=False))
+    assert torch.equal(averaged.tensors["head.bias"], tensors["head.bias"])
+    assert torch.equal(raw.tensors["head.bias"], tensors["head.bias"] + 1)
+    assert "--no-ema" in averaged.notes[0]
+
+
+# --- pickles
+
+
+class Trap:
+    """Creates the file ``path`` when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (os.open, (self.path, os.O_CREAT))
+
+
+class Setter:
+    """Changes a function that unpickling calls."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (torch._utils._rebuild_parameter, (), (None, {"_function": os.getcwd}))
+
+
+def _zipped(content: object, path: Path) -> None:
+    torch.save(content, path)
+
+
+def _legacy(content: object, path: Path) -> None:
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize("write", [_zipped, _legacy])
+@pytest.mark.parametrize("place", ["beside", "inside", "optimizer", "key"])
+def test_nothing_in_a_pickle_is_executed(
+    write: Callable[[object, Path], None], place: str, tensors: Tensors, tmp_path: Path
+) -> None:
+    sprung = tmp_path / "sprung"
+    trap: Any = Trap(sprung)
+    content: Any = {
+        "beside": {"state_dict": tensors, "args": argparse.Namespace(lr=1), "hook": trap},
+        "inside": {"state_dict": tensors | {"head.bias": trap}},
+        "optimizer": {"state_dict": tensors, "optimizer": [trap, {"a": trap}]},
+        "key": {"state_dict": tensors, trap: 1},
+    }[place]
+    path = tmp_path / "weights.pth"
+    write(content, path)
+    if place == "inside":
+        with pytest.raises(CheckpointError, match=r"not tensors: head\.bias"):
+            read_checkpoint(path)
+    else:
+        assert torch.equal(read_checkpoint(path).tensors["head.bias"], tensors["head.bias"])
+    assert not sprung.exists()
+    # The trap works: Python's own unpickler springs it.
+    pickle.loads(pickle.dumps(trap))
+    assert sprung.exists()
+
+
+def test_a_pickle_cannot_change_a_function(tensors: Tensors, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"state_dict": tensors, "args": Setter()}, path)
+    with pytest.raises(CheckpointError):
+        read_checkpoint(path)
+
+
+def _shifted(path: Path) -> None:
+    """Claim more numbers for a tensor than its record has."""
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    pickled = next(name for name in records if name.endswith("data.pkl"))
+    # BININT1 5 (the head bias's numbers) -> BININT1 255
+    records[pickled] = records[pickled].replace(b"K\x05t", b"K\xfft")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in records.items():
+            archive.writestr(name, data)
+
+
+def test_a_tensor_cannot_reach_beyond_its_record(tensors: Tensors, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"state_dict": tensors, "args": argparse.Namespace()}, path)
+    read_checkpoint(path)
+    _shifted(path)
+    with pytest.raises(CheckpointError):
+        read_checkpoint(path)
+
+
+def test_a_compressed_record_is_refused(tensors: Tensors, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"state_dict": tensors, "args": argparse.Namespace()}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in records.items():
+            archive.writestr(name, data)
+    with pytest.raises(CheckpointError):
+        read_checkpoint(path)
+
+
+def test_an_index_cannot_lead_out_of_its_folder(tensors: Tensors, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file(tensors, tmp_path / "secret.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"cls_token": "../secret.safetensors"}}')
+    with pytest.raises(CheckpointError, match="outside its folder"):
+        read_checkpoint(index)
+    index.write_text('{"weight_map": {"cls_token": "gone.safetensors"}}')
+    with pytest.raises(FileError, match="gone"):
+        read_checkpoint(index)
+    index.write_text("[[")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        read_checkpoint(index)
+
+
+def test_a_pickle_of_a_stream_is_inert(tensors: Tensors, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"state_dict": tensors, "log": io.BytesIO(b"x"), "types": [int, print]}, path)
+    assert read_checkpoint(path).classes == 5
