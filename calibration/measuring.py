@@ -14,8 +14,8 @@ nothing, then the range: as a part of the largest value, or by the expected erro
 (:mod:`calibration.ranges`).
 
 The images must not be those of the statistics.  These contain their extremes, so that a strength
-near 1, with which every channel fills the range, would clip nothing there and too much on others:
-on the demo model with outliers the logits would lose 2.7 dB.  :func:`other_views` makes new ones.
+near 1, with which every channel fills the range, would clip nothing there and too much on others.
+:func:`other_views` makes new ones.
 """
 
 from __future__ import annotations
