@@ -14,14 +14,15 @@ nothing, then the range: as a part of the largest value, or by the expected erro
 (:mod:`calibration.ranges`).
 
 The images must not be those of the statistics.  These contain their extremes, so that a strength
-near 1, with which every channel fills the range, would clip nothing there and too much on others:
-on the demo model with outliers the logits would lose 2.7 dB.  :func:`other_views` makes new ones.
+near 1, with which every channel fills the range, would clip nothing there and too much on others.
+:func:`other_views` makes new ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -47,11 +48,11 @@ F32 = NDArray[np.float32]
 # Assumed noise of a weight that is rounded on data, relative to that of the nearest numbers.
 ROUNDED_SHARE = 0.2
 # None is the strength with the least expected error.
-_STRENGTHS = (None, 0.3, 0.45, 0.6, 0.75, 0.9)
+_STRENGTHS = (None, 0.45, 0.6, 0.75, 0.9)
 # None is the range with the least expected error.  Other images may have larger values, hence 1.15.
 _PARTS = (1.0, None, 0.9, 1.15)
 # Number of images that the candidates run on.
-_IMAGES = 16
+_IMAGES = 8
 # How much larger than an image its other view shows things.
 _MAGNIFIED = 1.2
 
@@ -117,11 +118,12 @@ class _Trial:
     def choose(self, name: str, statistics: ChannelStatistics) -> Setting:
         """The setting of a Linear with the least error."""
 
+        @cache
         def error(setting: Setting) -> float:
             return self._error(name, statistics, setting)
 
-        best = _least([Setting(strength, _PARTS[0]) for strength in _STRENGTHS], error)
-        return _least([replace(best, part=part) for part in _PARTS], error)
+        best = min((Setting(strength, _PARTS[0]) for strength in _STRENGTHS), key=error)
+        return min((replace(best, part=part) for part in _PARTS), key=error)
 
     def _error(self, name: str, statistics: ChannelStatistics, setting: Setting) -> float:
         part = self._copy()
@@ -129,10 +131,6 @@ class _Trial:
         found = run_part(part, list(part.graph.outputs), self._starts)
         pairs = zip(self.ends, found, strict=True)
         return sum(_token_error(output - end) for end, (output,) in pairs)
-
-
-def _least(settings: Sequence[Setting], error: Callable[[Setting], float]) -> Setting:
-    return min(settings, key=error)
 
 
 def _token_error(error: F32) -> float:

@@ -1,10 +1,10 @@
-"""Measures the effect of activation outliers on INT8: plain min-max and the default recipe.
+"""Measures the effect of activation outliers on INT8: min-max, the default recipe, the best one.
 
     python scripts/bench/outliers.py [--variants FOLDER]
 
 The models are the demo model and variants with the outliers of real CLIP ViTs, written by
 ``scripts/make_outlier_variants.py`` (about a minute; --variants takes a folder that it wrote).  For
-each model: top-1 on the 500 held-out digits in PyTorch, and for both recipes top-1 and SQNR of the
+each model: top-1 on the 500 held-out digits in PyTorch, and for each recipe top-1 and SQNR of the
 logits against PyTorch.  The graphs are the ones from which TensorRT engines are compiled.
 """
 
@@ -33,8 +33,11 @@ from clipdeploy.workspace.folder import Workspace
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECIPES = {
-    "min-max": SchemeConfig("minmax", False, False, False, False),
-    "default": SchemeConfig(),
+    "min-max": QuantizeConfig(
+        scheme=SchemeConfig("minmax", False, False, False, False), min_sqnr=None
+    ),
+    "default": QuantizeConfig(min_sqnr=None),
+    "best": QuantizeConfig(min_sqnr=None, effort="best"),
 }
 
 
@@ -48,9 +51,9 @@ def make_variants(folder: Path) -> None:
     subprocess.run(words, check=True, env=environment)
 
 
-def judge(workspace: Workspace, scheme: SchemeConfig) -> Verification:
-    """Quantise with ``scheme`` and evaluate the graphs on the held-out digits."""
-    quantize_model(workspace, cards.DEMO, QuantizeConfig(scheme=scheme, min_sqnr=None))
+def judge(workspace: Workspace, config: QuantizeConfig) -> Verification:
+    """Quantise with ``config`` and evaluate the graphs on the held-out digits."""
+    quantize_model(workspace, cards.DEMO, config)
     test = cards.demo_file("test.zip")
     scope = VerifyScope(graphs_only=True)
     result = verify_model(workspace, cards.DEMO, test, scope=scope).verification
@@ -59,7 +62,7 @@ def judge(workspace: Workspace, scheme: SchemeConfig) -> Verification:
 
 
 def main() -> None:
-    """Create the variants, quantise each twice and print the table."""
+    """Create the variants, quantise each with every recipe and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--variants", type=Path)
     chosen = parser.parse_args()
@@ -74,8 +77,8 @@ def main() -> None:
             export_model(workspace, cards.DEMO, WeightsChoice(file))
             calibrate_model(workspace, cards.DEMO, cards.demo_file("calibration.zip"))
             cells = []
-            for scheme in RECIPES.values():
-                result = judge(workspace, scheme)
+            for config in RECIPES.values():
+                result = judge(workspace, config)
                 found = result.rows[1].fidelity
                 assert found is not None
                 assert found.accuracy is not None
