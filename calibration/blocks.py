@@ -58,5 +58,5 @@ def _start(sites: Sequence[LinearSite], number: int) -> ir.Value:
 
 
 def ends_of(part: ir.Model, inputs: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:
-    """The output of ``part`` for each of ``inputs``."""
+    """The output (B, T, C) of ``part``, or its logits (B, K), for each of ``inputs`` (B, ...)."""
     return [end for (end,) in run_part(part, list(part.graph.outputs), inputs)]
