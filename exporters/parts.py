@@ -33,7 +33,8 @@ def cut_out(model: ir.Model, start: ir.Value | None, end: ir.Value) -> ir.Model:
     nodes, constants = _between(start, end)
     inputs = list(model.graph.inputs) if start is None else [start]
     graph = onnx.GraphProto(name=f"to {end.name}")
-    graph.node.extend(ir.serde.serialize_node(node) for node in model.graph if node in nodes)
+    kept = (node for node in model.graph if node in nodes)
+    graph.node.extend(ir.serde.serialize_node(node) for node in kept)
     graph.initializer.extend(weight_proto(value) for value in constants)
     graph.input.extend(ir.serde.serialize_value(value) for value in inputs)
     graph.output.append(ir.serde.serialize_value(end))
@@ -85,7 +86,8 @@ def run_part(
 ) -> Iterator[list[NDArray[np.float32]]]:
     """Run ``part`` as far as ``outputs``, float32 tensors of it, on each of ``inputs`` (B, ...).
 
-    Yields the outputs of each input, float32 (B, ...) in the order of ``outputs``.  Q/DQ pairs are computed as they are written, without 8-bit kernels.
+    Yields the outputs of each input, float32 (B, ...) in the order of ``outputs``.  Q/DQ pairs are
+    computed as they are written, without 8-bit kernels.
     """
     declared = list(part.graph.outputs)
     part.graph.outputs[:] = outputs

@@ -3,8 +3,10 @@
 The files come from ``scripts/write_checkpoint_oracles.py``.
 
 Covers: clipdeploy/models/checkpoints/canonical.py, clipdeploy/models/checkpoints/told.py,
-    clipdeploy/models/checkpoints/layouts/hf_clip.py, clipdeploy/models/checkpoints/layouts/hf_vit.py,
-    clipdeploy/models/checkpoints/layouts/layout.py, clipdeploy/models/checkpoints/layouts/mmpretrain.py,
+    clipdeploy/models/checkpoints/layouts/hf_clip.py,
+    clipdeploy/models/checkpoints/layouts/hf_vit.py,
+    clipdeploy/models/checkpoints/layouts/layout.py,
+    clipdeploy/models/checkpoints/layouts/mmpretrain.py,
     clipdeploy/models/checkpoints/layouts/openai.py, clipdeploy/models/checkpoints/layouts/timm.py.
 """
 
