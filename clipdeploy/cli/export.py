@@ -16,7 +16,17 @@ from clipdeploy.cli.options import option
 from clipdeploy.cli.params import setting_option
 from clipdeploy.cli.shared_options import force_option, model_option
 from clipdeploy.cli.usage import command, refuse_together, refuse_unused, with_options
-from clipdeploy.core.spans import BATCH, EPS, HEADS, IMAGE_SIZE, OPSET, SEED
+from clipdeploy.core.spans import (
+    BATCH,
+    CROP_PCT,
+    EPS,
+    HEADS,
+    IMAGE_SIZE,
+    MEAN,
+    OPSET,
+    SEED,
+    STD,
+)
 
 if TYPE_CHECKING:
     from clipdeploy.core.passport import Passport, Recipe
@@ -143,7 +153,7 @@ _WEIGHTS_OPTIONS = (
     option(
         "--mean",
         nargs=3,
-        type=float,
+        type=number(MEAN),
         metavar="R G B",
         help="Mean of each channel, for samples scaled to 0..1.",
         default_text="that of the checkpoint's configuration, else of --numerics",
@@ -151,14 +161,14 @@ _WEIGHTS_OPTIONS = (
     option(
         "--std",
         nargs=3,
-        type=float,
+        type=number(STD),
         metavar="R G B",
         help="Standard deviation of each channel, for samples scaled to 0..1.",
         default_text="that of the checkpoint's configuration, else of --numerics",
     ),
     option(
         "--crop-pct",
-        type=float,
+        type=number(CROP_PCT),
         metavar="PART",
         help="Edge of the crop as a part of the resized edge.",
         default_text="that of the checkpoint's configuration, else of --resize",

@@ -15,6 +15,7 @@ import msgspec
 
 from clipdeploy.core.errors import ArtifactError, UsageError
 from clipdeploy.core.files import read_regular
+from clipdeploy.core.spans import CROP_PCT, MEAN, STD
 from clipdeploy.core.values import (
     MOST_BATCH,
     MOST_CLASSES,
@@ -131,12 +132,11 @@ class Preprocess:
         edge = 1 <= self.size <= MOST_EDGE
         yield from unless(edge, "size", self.size, f"from 1 to {MOST_EDGE}")
         for index, value in enumerate(self.mean):
-            yield from unless(is_number(value, -1, 1), f"mean[{index}]", value, "from -1 to 1")
+            yield from unless(value in MEAN, f"mean[{index}]", value, f"from {MEAN.text}")
         for index, value in enumerate(self.std):
-            valid = is_number(value, 1e-4, 10)
-            yield from unless(valid, f"std[{index}]", value, "from 0.0001 to 10")
-        crop = is_number(self.crop_pct, 0.1, 4)
-        yield from unless(crop, "crop_pct", self.crop_pct, "from 0.1 to 4")
+            yield from unless(value in STD, f"std[{index}]", value, f"from {STD.text}")
+        crop = self.crop_pct in CROP_PCT
+        yield from unless(crop, "crop_pct", self.crop_pct, f"from {CROP_PCT.text}")
         mode = self.crop_mode in _CROP_MODES
         yield from unless(mode, "crop_mode", self.crop_mode, " or ".join(_CROP_MODES))
 

@@ -20,12 +20,14 @@ __all__ = [
     "BATCH",
     "BUDGET",
     "CACHE_GB",
+    "CROP_PCT",
     "DROP",
     "EPS",
     "HEADS",
     "IMAGES",
     "IMAGE_SIZE",
     "INSTANCES",
+    "MEAN",
     "MEMORY_MIB",
     "OPSET",
     "OPTIMIZATION",
@@ -36,6 +38,7 @@ __all__ = [
     "SEED",
     "SHARDS",
     "SQNR_DB",
+    "STD",
     "STRENGTH",
     "THREADS",
     "TOP",
@@ -159,6 +162,10 @@ EPS = Span(0, 0.1, whole=False, above=True)
 HEADS = Span(1, 1024)
 # As :data:`clipdeploy.core.values.MOST_EDGE`.
 IMAGE_SIZE = Span(1, 8192)
+# Of samples scaled to 0..1.
+MEAN = Span(-1, 1, whole=False)
+STD = Span(1e-4, 10, whole=False)
+CROP_PCT = Span(0.1, 4, whole=False)
 SHARDS = Span(1, 1_000_000)
 # NumPy's legacy generators take seeds below 2 ** 32, PyTorch's larger ones too.
 SEED = Span(0, 2**32 - 1)

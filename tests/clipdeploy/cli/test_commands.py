@@ -152,7 +152,7 @@ def test_misfit_checkpoint_names_every_tensor(tmp_path: Path) -> None:
     path = write_nested_zip(tensors, tmp_path / "misfit.pth")
     at = ("--workspace", tmp_path / "a", "--checkpoint", path)
     result = run("export", "--model", "demo", *at)
-    refused(result, 1, "blocks.3.attn.proj.bias", "blocks.3.attn.extra", "norm.bias is (95,)")
+    refused(result, 1, "blocks.3.attn.proj.bias", "layers.3.attn.extra", "norm.bias is (95,)")
     assert nothing_left(tmp_path / "a")
 
 

@@ -18,8 +18,8 @@ from clipdeploy.cli.settings import SETTINGS
 from clipdeploy.core.spans import THREADS
 
 LONG = "9" * 5000
-# Decibels may be negative.
-SIGNED = ("--min-sqnr",)
+# Decibels may be negative, and the mean of samples around 0.
+SIGNED = ("--min-sqnr", "--mean")
 NEVER = ("-1", "nan", "inf", "-inf", "1e400", "10" * 30, LONG, "x", "")
 
 
@@ -29,7 +29,7 @@ def numeric(option: click.Parameter) -> bool:
 
 
 OPTIONS = [
-    (path, option.opts[0])
+    (path, option.opts[0], option.nargs)
     for path, command in every_command(main)
     for option in command.params
     if numeric(option)
@@ -53,13 +53,15 @@ def words(path: tuple[str, ...]) -> list[str]:
 
 def test_all_are_found() -> None:
     assert len(OPTIONS) >= 35
-    assert (("verify", "run"), "--cache-size") in OPTIONS
+    assert (("verify", "run"), "--cache-size", 1) in OPTIONS
+    assert (("export",), "--mean", 3) in OPTIONS
 
 
-@pytest.mark.parametrize(("path", "option"), OPTIONS)
-def test_a_span_ends_on_both_sides(path: tuple[str, ...], option: str) -> None:
+@pytest.mark.parametrize(("path", "option", "count"), OPTIONS)
+def test_a_span_ends_on_both_sides(path: tuple[str, ...], option: str, count: int) -> None:
     command = dict(every_command(main))[path]
     (found,) = (each for each in command.params if option in each.opts)
+    assert found.nargs == count
     assert isinstance(found.type, click.IntRange | click.FloatRange)
     assert found.type.min is not None
     assert found.type.min >= (-100 if option in SIGNED else 0)
@@ -68,7 +70,7 @@ def test_a_span_ends_on_both_sides(path: tuple[str, ...], option: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "option", "value"),
+    ("path", "option", "count", "value"),
     [
         pytest.param(*each, value, id=f"{each[0]}-{each[1]}-{value[:8] or 'empty'}")
         for each in OPTIONS
@@ -76,8 +78,11 @@ def test_a_span_ends_on_both_sides(path: tuple[str, ...], option: str) -> None:
         if not (value == "-1" and each[1] in SIGNED)
     ],
 )
-def test_a_number_that_cannot_be(path: tuple[str, ...], option: str, value: str, cwd: Path) -> None:
-    result = run(*words(path), f"{option}={value}")
+def test_a_number_that_cannot_be(
+    path: tuple[str, ...], option: str, count: int, value: str, cwd: Path
+) -> None:
+    given = [f"{option}={value}"] if count == 1 else [option, *[value] * count]
+    result = run(*words(path), *given)
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
