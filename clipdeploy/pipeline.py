@@ -30,7 +30,7 @@ from clipdeploy.benchmark import (
     estimate_model,
 )
 from clipdeploy.core.errors import ClipdeployError
-from clipdeploy.core.passport import Recipe
+from clipdeploy.core.passport import ModelChoices, Recipe
 from clipdeploy.core.progress_bars import ProgressBars
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.builder import EngineArtifact
@@ -97,6 +97,7 @@ __all__ = [
     "Judgement",
     "Labelling",
     "Limits",
+    "ModelChoices",
     "Predictions",
     "ProgressBars",
     "QuantizeConfig",

@@ -15,7 +15,7 @@ import msgspec
 
 from clipdeploy.core.errors import ArtifactError, UsageError
 from clipdeploy.core.files import read_regular
-from clipdeploy.core.spans import CROP_PCT, MEAN, STD
+from clipdeploy.core.spans import CROP_PCT, EPS, MEAN, STD
 from clipdeploy.core.values import (
     MOST_BATCH,
     MOST_CLASSES,
@@ -24,7 +24,6 @@ from clipdeploy.core.values import (
     first_fault,
     is_hash,
     is_name,
-    is_number,
     unless,
     unless_lines,
 )
@@ -171,6 +170,9 @@ class ModelChoices:
         pooling: the head reads the class token, or the mean of the patch tokens.
         eps: LayerNorm's epsilon; None is that of :class:`Recipe`.
         resampling: how a position grid is resampled: as timm, with antialiasing, or as mmpretrain.
+
+    Raises:
+        UsageError: an unknown choice, or ``eps`` out of range.
     """
 
     averaged: bool | None = None
@@ -191,10 +193,18 @@ class ModelChoices:
         }
         return ", ".join(filter(None, words.values()))
 
-    def faults(self) -> Iterator[Fault]:
-        """Yield invalid values, see :mod:`clipdeploy.core.values`."""
-        valid = self.eps is None or is_number(self.eps, 0, 1)
-        yield from unless(valid, "eps", self.eps, "from 0 to 1")
+    def __post_init__(self) -> None:
+        EPS.or_none.check(self.eps, "eps")
+        for name, known in (
+            ("averaged", (True, False)),
+            ("gelu", ("erf", "quick")),
+            ("pooling", ("token", "avg")),
+            ("resampling", ("timm", "mmpretrain")),
+        ):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                names = " or ".join(map(str, known))
+                raise UsageError(f"{name} cannot be {value!r}", hint=f"choose {names}")
 
 
 @dataclass(frozen=True)

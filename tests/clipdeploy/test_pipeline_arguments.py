@@ -33,6 +33,7 @@ from clipdeploy.pipeline import (
     Fp16Config,
     Labelling,
     Limits,
+    ModelChoices,
     QuantizeConfig,
     SchemeConfig,
     SearchConfig,
@@ -146,7 +147,8 @@ NUMBERS: list[tuple[Callable[..., Any], str]] = [
     *((ExportConfig, name) for name in ("opset", "batch")),
     (SchemeConfig, "strength"),
     (QuantizeConfig, "min_sqnr"),
-    (WeightsChoice, "random_seed"),
+    *((WeightsChoice, name) for name in ("random_seed", "heads", "image_size")),
+    (ModelChoices, "eps"),
 ]
 
 
@@ -174,6 +176,13 @@ def test_every_number_of_a_public_configuration_is_checked() -> None:
             numeric = kind.split(" | ")[0] in ("int", "float")
             if numeric and (name.endswith(("Config", "Choice", "Scope")) or config is Limits):
                 assert (config, field) in listed, f"{name}.{field}"
+
+
+@pytest.mark.parametrize("field", ["averaged", "gelu", "pooling", "resampling"])
+def test_an_unknown_choice_is_refused(field: str) -> None:
+    with pytest.raises(UsageError, match=f"{field} cannot be 'tanh'"):
+        ModelChoices(**{field: "tanh"})  # type: ignore[arg-type]
+    assert getattr(ModelChoices(**{field: None}), field) is None
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
