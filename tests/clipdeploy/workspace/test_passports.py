@@ -56,8 +56,11 @@ def refusal(path: Path) -> str:
 
 
 # The path and layout of a checkpoint do not matter. Nothing can be compared with how and by
-# what an artifact was made, nor with its parents if they are in another folder.
-FREE = ("weights.path", "weights.layout", "settings", "versions", "schema", "parents.calibration")
+# what an artifact was made, nor with its parents if they are in another folder, nor with a probe.
+FREE = (
+    *("weights.path", "weights.layout", "weights.probed"),
+    *("settings", "versions", "schema", "parents.calibration"),
+)
 
 
 @pytest.mark.parametrize("kind", EVERY)
