@@ -6,6 +6,7 @@ memory, and each part may be changed and run again.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -25,11 +26,14 @@ __all__ = ["cut_out", "run_part"]
 def cut_out(model: ir.Model, start: ir.Value | None, end: ir.Value) -> ir.Model:
     """Copy what computes ``end`` from ``start``, or from the graph's inputs if that is None.
 
-    The copy has the names of ``model`` and runs any batch.
+    The copy has the names of ``model`` and runs any batch.  Earlier copies that nobody uses any
+    more are freed first.
 
     Raises:
         GraphError: ``end`` also depends on other tensors than ``start``.
     """
+    # Nodes and values refer to each other, so that a copy's weights stay until they are collected.
+    gc.collect()
     nodes, constants = _between(start, end)
     inputs = list(model.graph.inputs) if start is None else [start]
     graph = onnx.GraphProto(name=f"to {end.name}")
