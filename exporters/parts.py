@@ -26,8 +26,7 @@ __all__ = ["cut_out", "run_part"]
 def cut_out(model: ir.Model, start: ir.Value | None, end: ir.Value) -> ir.Model:
     """Copy what computes ``end`` from ``start``, or from the graph's inputs if that is None.
 
-    The copy has the names of ``model`` and runs any batch.  Earlier copies that nobody uses any
-    more are freed first.
+    The copy has the names of ``model`` and runs any batch.  Memory of unused copies is freed first.
 
     Raises:
         GraphError: ``end`` also depends on other tensors than ``start``.

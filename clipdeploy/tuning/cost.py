@@ -191,14 +191,15 @@ def estimated_costs(
     """
     check_formats(gpu, {"quantised": form})
 
-    def time(*quantised: str) -> float:
+    def total(*quantised: str) -> float:
         formats: dict[str, Format] = dict.fromkeys(quantised, form)
         return 1e6 * engine_seconds(kernels(geometry, formats, batch), gpu)
 
+    none = total()
     plain = {f"{kernel.block}.{kernel.name}": kernel for kernel in kernels(geometry, {}, batch)}
     half = {name: 1e6 * kernel_seconds(kernel, gpu) for name, kernel in plain.items()}
     blocks = [block_products(geometry, number) for number in range(geometry.depth)]
-    alone = {name: time(name) - time() for names in blocks for name in names}
+    alone = {name: total(name) - none for names in blocks for name in names}
     products = {
         name: ProductCost(
             round(plain[name].operations / 2 / batch), half[name], half[name] + alone[name]
@@ -206,7 +207,7 @@ def estimated_costs(
         for name in alone
     }
     pairs = [
-        SharedCost(pair, time(*pair) - time() - sum(alone[name] for name in pair))
+        SharedCost(pair, total(*pair) - none - sum(alone[name] for name in pair))
         for names in blocks
         for pair in combinations(names, 2)
     ]
@@ -216,7 +217,7 @@ def estimated_costs(
         batch,
         products,
         gpu=gpu.name,
-        rest=time() - sum(half[name] for name in products),
+        rest=none - sum(half[name] for name in products),
         shared=tuple(pair for pair in pairs if abs(pair.cost) > _NOTHING),
     )
 

@@ -51,6 +51,8 @@ def test_the_total_of_any_combination_is_the_time_of_its_engine(
         if share > 0.2:
             # The shared kernels matter: without them the sum is wrong.
             assert costs.rest + without != pytest.approx(direct, rel=1e-3)
+    # What costs.gains says of products outside the fastest set rests on this.
+    assert all(each.cost < 0 for each in costs.shared)
 
 
 def test_products_that_share_a_kernel() -> None:
