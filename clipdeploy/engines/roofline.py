@@ -24,7 +24,7 @@ fuses, whose plans contain no text.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from clipdeploy.core.errors import UsageError
 from clipdeploy.core.passport import Passport
@@ -73,7 +73,10 @@ Formats = Mapping[str, Format]
 
 @dataclass(frozen=True)
 class Geometry:
-    """What determines the sizes of a ViT's tensors; ``heads`` and ``classes`` hardly matter."""
+    """What determines the sizes of a ViT's tensors; ``heads`` and ``classes`` hardly matter.
+
+    ``hidden`` is the MLP's width, None for four times ``width``, as in a card.
+    """
 
     image_size: int
     patch: int
@@ -81,6 +84,12 @@ class Geometry:
     depth: int
     heads: int
     classes: int
+    hidden: int | None = None
+
+    @property
+    def mlp(self) -> int:
+        """The width of the MLP's hidden layer."""
+        return self.hidden or 4 * self.width
 
     @property
     def tokens(self) -> int:
@@ -90,7 +99,15 @@ class Geometry:
     @classmethod
     def of_card(cls, card: ModelCard) -> Geometry:
         """The geometry of a card's model."""
-        return cls(card.image_size, card.patch, card.width, card.depth, card.heads, card.classes)
+        return cls(
+            card.image_size,
+            card.patch,
+            card.width,
+            card.depth,
+            card.heads,
+            card.classes,
+            card.hidden,
+        )
 
 
 @dataclass(frozen=True)
@@ -116,9 +133,12 @@ def geometry_of(passport: Passport, depth: int | None = None) -> Geometry:
         UsageError: the passport's model has no card.
     """
     card = cards.find(passport.model)
-    blocks = card.depth if depth is None else depth
-    size = passport.preprocess.size
-    return Geometry(size, card.patch, card.width, blocks, card.heads, passport.classes)
+    return replace(
+        Geometry.of_card(card),
+        image_size=passport.preprocess.size,
+        depth=card.depth if depth is None else depth,
+        classes=passport.classes,
+    )
 
 
 def block_linears(block: int) -> tuple[str, ...]:
@@ -253,7 +273,7 @@ class _Block:
 
     def kernels(self, follows: Format) -> Iterator[Kernel]:
         """All kernels of the block; ``follows`` is the format of the Linear before it."""
-        width = self._geometry.width
+        width, mlp = self._geometry.width, self._geometry.mlp
         qkv, proj, fc1, fc2 = map(self.form, _ROLES)
         yield _norm("norm1", self._name, self._n * width, follows, qkv)
         yield self._linear("attn.qkv", self._n, width, 3 * width)
@@ -266,11 +286,11 @@ class _Block:
             yield from self._fused_attention(proj)
         yield self._linear("attn.proj", self._rows, width, width, residual=proj == "fp16")
         yield _norm("norm2", self._name, self._rows * width, proj, fc1)
-        yield self._linear("mlp.fc1", self._rows, width, 4 * width)
+        yield self._linear("mlp.fc1", self._rows, width, mlp)
         if fc1 != "fp16" or fc2 != "fp16":
-            gelu = (self._sum_width("mlp.fc1") + _width(fc2)) * self._rows * 4 * width
+            gelu = (self._sum_width("mlp.fc1") + _width(fc2)) * self._rows * mlp
             yield Kernel("mlp.gelu", self._name, 0, gelu)
-        yield self._linear("mlp.fc2", self._rows, 4 * width, width, residual=fc2 == "fp16")
+        yield self._linear("mlp.fc2", self._rows, mlp, width, residual=fc2 == "fp16")
 
     def _linear(
         self, role: str, rows: int, cin: int, cout: int, *, residual: bool = False
