@@ -1,7 +1,4 @@
-"""Graph files: saved, loaded, damaged.
-
-Covers: exporters/functions.py, exporters/session.py.
-"""
+"""Graph files: saved, loaded, damaged."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """float16 inside local functions, branches and loops is stored like all other float16.
 
-Covers: exporters/nested.py, exporters/storage.py, exporters/typed_graphs.py.
+Covers: exporters/functions.py, exporters/nested.py, exporters/storage.py,
+    exporters/typed_graphs.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Latencies of real and of made-up runners, with a clock that the test sets.
 
 Covers: clipdeploy/benchmark/environment.py, clipdeploy/benchmark/lineup.py,
-    clipdeploy/benchmark/plot.py, clipdeploy/benchmark/result.py, clipdeploy/benchmark/rounds.py.
+    clipdeploy/benchmark/plot.py, clipdeploy/benchmark/result.py, clipdeploy/benchmark/rounds.py,
+    clipdeploy/core/plots.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Verification as a user runs it: in shards, killed, from the cache, on named artifacts.
 
 Covers: clipdeploy/stages/verify/merge.py, clipdeploy/stages/verify/run.py,
-    clipdeploy/stages/verify/setup.py.
+    clipdeploy/stages/verify/setup.py, clipdeploy/verification/disagreements.py,
+    clipdeploy/verification/early_stop.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a notebook shows: well-formed HTML, nothing of a name read as markup.
 
-Covers: clipdeploy/core/display_html.py, clipdeploy/core/plots.py.
+Covers: clipdeploy/core/display_html.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Every row of the table in the docstring of ``verdicts``, and their order.
-
-Covers: clipdeploy/verification/disagreements.py.
-"""
+"""Every row of the table in the docstring of ``verdicts``, and their order."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The verifier on the demo's graphs, correct and broken ones.
 
-Covers: clipdeploy/verification/early_stop.py, clipdeploy/verification/result.py.
+Covers: clipdeploy/verification/result.py.
 """
 
 from __future__ import annotations
