@@ -1,4 +1,7 @@
-"""``build-engine`` and ``inspect`` as a user types them; the engines are real."""
+"""``build-engine`` and ``inspect`` as a user types them; the engines are real.
+
+Covers: clipdeploy/workspace/inspection.py.
+"""
 
 from __future__ import annotations
 

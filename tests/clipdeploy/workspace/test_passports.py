@@ -1,7 +1,4 @@
-"""What a passport is compared with, and valid passports that differ from the card.
-
-Covers: clipdeploy/workspace/inspection.py.
-"""
+"""What a passport is compared with, and valid passports that differ from the card."""
 
 from __future__ import annotations
 
