@@ -15,7 +15,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-__all__ = ["Preprocessing", "stated_preprocessing"]
+__all__ = ["STATED", "Preprocessing", "stated_preprocessing"]
+
+# What precedes the names of mmpretrain's mean and std.
+STATED = "data_preprocessor."
 
 Triple = tuple[float, float, float]
 # Pillow's numbers of its filters, which transformers stores.
@@ -43,7 +46,7 @@ def stated_preprocessing(
 ) -> Preprocessing | None:
     """The preprocessing that these state; None if none does.
 
-    ``tensors`` are those of a state dict by name, of any shapes.
+    ``tensors`` are those of a state dict by name, of any shapes; mean and std are dense.
     """
     if preprocessor:
         return _transformers(preprocessor)
@@ -83,7 +86,7 @@ def _transformers(found: Mapping[str, Any]) -> Preprocessing:
 
 
 def _mmpretrain(tensors: Mapping[str, Any]) -> Preprocessing | None:
-    mean, std = (tensors.get(f"data_preprocessor.{name}") for name in ("mean", "std"))
+    mean, std = (tensors.get(STATED + name) for name in ("mean", "std"))
     if not isinstance(mean, Tensor) or not isinstance(std, Tensor):
         return None
     scaled_mean, scaled_std = ((each.flatten() / _SCALE).tolist() for each in (mean, std))

@@ -35,7 +35,6 @@ from clipdeploy.models.checkpoints.foreign import (
     unknown_error,
 )
 from clipdeploy.models.checkpoints.layouts import LAYOUTS, Layout
-from clipdeploy.models.checkpoints.unpickle import Inert, module_tensors
 
 __all__ = ["FoundModel", "select_model"]
 
@@ -118,16 +117,13 @@ def _states(
     value: Any, key: str, level: int, seen: set[int]
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield each mapping that contains tensors, with its key in the file."""
-    if isinstance(value, Inert):
-        value = module_tensors(value) or value.entries
     # A pickled dictionary can contain itself.
     if not isinstance(value, Mapping) or id(value) in seen or level > _MAX_LEVELS:
         return
     seen.add(id(value))
-    entries = {str(name): inner for name, inner in value.items()}
-    if any(isinstance(inner, Tensor) for inner in entries.values()):
-        yield key, entries
-    for name, inner in entries.items():
+    if any(isinstance(inner, Tensor) for inner in value.values()):
+        yield key, value
+    for name, inner in value.items():
         if not _NO_WEIGHTS.search(name):
             yield from _states(inner, f"{key}.{name}".strip("."), level + 1, seen)
 
