@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,12 @@ class _Candidate:
     averaged: bool
 
     @property
+    def names(self) -> list[str]:
+        """The model's names in its layout, without the prefix."""
+        inside = (n.removeprefix(self.prefix) for n in self.entries if n.startswith(self.prefix))
+        return [name for name in inside if self.layout.rename(name) is not None]
+
+    @property
     def place(self) -> str:
         return ".".join(filter(None, (self.key, self.prefix.rstrip("."))))
 
@@ -110,6 +116,7 @@ def select_model(loaded: Any, path: Path, ema: bool | None = None) -> FoundModel
         raise unknown_error(path, entries)
     chosen = _chosen(candidates, path, ema)
     both = len({each.averaged for each in candidates}) > 1
+    chosen = replace(chosen, entries=_without_other_kind(chosen, candidates))
     return _found(chosen, path, averaged=chosen.averaged if both or chosen.averaged else None)
 
 
@@ -180,6 +187,18 @@ def _chosen(candidates: list[_Candidate], path: Path, ema: bool | None) -> _Cand
             hint="save the state dict of one of them",
         )
     return fitting[0]
+
+
+def _without_other_kind(chosen: _Candidate, candidates: list[_Candidate]) -> Mapping[str, Any]:
+    """The state dict of ``chosen`` without the other kind of weights: ``model.``, ``model_ema.``"""
+    others = {
+        each.prefix + name
+        for each in candidates
+        if each.entries is chosen.entries and each.averaged != chosen.averaged
+        for name in each.names
+    }
+    own = {chosen.prefix + name for name in chosen.names}
+    return {n: value for n, value in chosen.entries.items() if n in own or n not in others}
 
 
 def _found(chosen: _Candidate, path: Path, averaged: bool | None) -> FoundModel:

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clipdeploy.core.errors import CheckpointError, FileError
-from clipdeploy.models.checkpoints import read_checkpoint
+from clipdeploy.core.passport import ModelChoices
+from clipdeploy.models.checkpoints import read_checkpoint, validate
 from clipdeploy.models.checkpoints.unpickle import read_pickle
 from clipdeploy.models.load import random_tensors
 from clipdeploy.models.vit import ViTConfig
@@ -116,10 +117,30 @@ def test_prefixes_of_wrappers_are_stripped(prefix: str, tensors: Tensors, tmp_pa
     assert found.keys() == tensors.keys()
 
 
+# Prefixes in one state dict, as of a module that contains its average.
+PAIRS = [("model.", "model_ema."), ("model.", "ema_model.module."), ("", "ema."), ("net.", "swa.")]
+
+
+@pytest.mark.parametrize(("raw", "ema"), PAIRS)
+def test_both_kinds_of_weights_in_one_state_dict(
+    raw: str, ema: str, tensors: Tensors, tmp_path: Path
+) -> None:
+    path = tmp_path / "weights.pth"
+    both = {raw + name: value for name, value in tensors.items()}
+    both |= {ema + name: value + 1 for name, value in tensors.items()}
+    torch.save({"state_dict": both}, path)
+    for choice, shift in ((None, 1), (True, 1), (False, 0)):
+        found = read_checkpoint(path, ModelChoices(averaged=choice))
+        assert found.tensors.keys() == tensors.keys()
+        assert torch.equal(found.tensors["head.bias"], tensors["head.bias"] + shift)
+    for beside in (raw, ema):
+        torch.save({"state_dict": both | {f"{beside}prompt": torch.zeros(2)}}, path)
+        with pytest.raises(CheckpointError, match="prompt"):
+            validate(read_checkpoint(path), CONFIG, "a model")
+
+
 def test_mmcv_puts_the_weights_without_averaging_aside(tensors: Tensors, tmp_path: Path) -> None:
     from checkpoint_files import mmpretrain_keys
-
-    from clipdeploy.core.passport import ModelChoices
 
     model = mmpretrain_keys(tensors)
     aside = {f"ema_{name.replace('.', '_')}": value + 1 for name, value in model.items()}
