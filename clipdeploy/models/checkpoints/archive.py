@@ -197,7 +197,8 @@ def _plain(value: Any, made: dict[int, Any]) -> Any:
         return value
     # A dictionary can contain itself.
     if id(value) not in made:
-        made[id(value)] = plain = {}
+        plain: dict[str, Any] = {}
+        made[id(value)] = plain
         found = value if isinstance(value, dict) else module_tensors(value) or value.entries
         plain |= {str(name): _plain(inner, made) for name, inner in dict.items(found)}
     return made[id(value)]

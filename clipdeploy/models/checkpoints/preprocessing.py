@@ -50,7 +50,9 @@ def stated_preprocessing(
     """
     if preprocessor:
         return _transformers(preprocessor)
-    if isinstance(cfg := config.get("pretrained_cfg"), Mapping):
+    # Older versions of timm wrote its entries into config.json itself (timm 1.0 _hub.py).
+    cfg = config.get("pretrained_cfg", config if "architecture" in config else None)
+    if isinstance(cfg, Mapping):
         return _timm(cfg)
     return _mmpretrain(tensors)
 
@@ -73,6 +75,9 @@ def _transformers(found: Mapping[str, Any]) -> Preprocessing:
     std = _triple(found.get("image_std")) if normalises else (1.0, 1.0, 1.0)
     size, crop = found.get("size"), found.get("crop_size")
     short = size.get("shortest_edge") if isinstance(size, Mapping) else None
+    if crop is not None and not isinstance(size, Mapping):
+        # CLIP's processor resizes the short edge to a plain number, ViT's both edges.
+        short = _number(size)
     edge = crop.get("height") if isinstance(crop, Mapping) else crop
     cropped = bool(found.get("do_center_crop")) and _number(short) and _number(edge)
     return Preprocessing(

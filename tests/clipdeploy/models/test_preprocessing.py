@@ -36,9 +36,11 @@ def folder_with(path: Path, **files: dict[str, Any]) -> Path:
     return path
 
 
-def test_timms_configuration_is_used_and_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flat", [False, True])
+def test_timms_configuration_is_used_and_said(flat: bool, tmp_path: Path) -> None:
     cfg = {"mean": HALF, "std": HALF, "crop_pct": 0.9, "interpolation": "bilinear"}
-    model = load(folder_with(tmp_path, config={"architecture": "vit", "pretrained_cfg": cfg}))
+    inside = cfg if flat else {"pretrained_cfg": cfg}
+    model = load(folder_with(tmp_path, config={"architecture": "vit", **inside}))
     made = model.card.preprocess(model.recipe)
     assert (made.mean, made.std, made.crop_pct, made.crop_mode) == (HALF, HALF, 0.9, "center")
     assert "from config.json: mean 0.5, 0.5, 0.5" in model.notes[-1]
@@ -57,6 +59,9 @@ def test_timms_configuration_is_used_and_said(tmp_path: Path) -> None:
             },
             (0.8, "center"),
         ),
+        # As in openai/clip-vit-base-patch32 and google/vit-base-patch16-224.
+        ({"size": 40, "crop_size": 32, "do_center_crop": True}, (0.8, "center")),
+        ({"size": 32}, (1.0, "squash")),
     ],
 )
 def test_the_configuration_of_transformers_is_used(
