@@ -359,6 +359,9 @@ def _own_recipe(card: ModelCard, recipe: Recipe, stated: Preprocessing | None) -
     """The recipe with what the checkpoint's configuration states, where the caller states nothing.
 
     Values that follow from the recipe anyway are left out.
+
+    Raises:
+        CheckpointError: the configuration states a value out of range.
     """
     if stated is None:
         return recipe
@@ -369,7 +372,13 @@ def _own_recipe(card: ModelCard, recipe: Recipe, stated: Preprocessing | None) -
         if getattr(recipe, name) is None
         and getattr(stated, name) not in (None, getattr(usual, name))
     }
-    return replace(recipe, **own)
+    try:
+        return replace(recipe, **own)
+    except UsageError as error:
+        raise CheckpointError(
+            f"{stated.source} states an {error.message}",
+            hint="correct it, or pass --mean, --std and --crop-pct",
+        ) from error
 
 
 def _preprocessing_note(card: ModelCard, recipe: Recipe, checkpoint: Checkpoint) -> str:

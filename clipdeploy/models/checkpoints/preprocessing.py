@@ -79,6 +79,7 @@ def _transformers(found: Mapping[str, Any]) -> Preprocessing:
         # CLIP's processor resizes the short edge to a plain number, ViT's both edges.
         short = _number(size)
     edge = crop.get("height") if isinstance(crop, Mapping) else crop
+    resample = found.get("resample", 3)
     cropped = bool(found.get("do_center_crop")) and _number(short) and _number(edge)
     return Preprocessing(
         "preprocessor_config.json",
@@ -86,7 +87,7 @@ def _transformers(found: Mapping[str, Any]) -> Preprocessing:
         std,
         float(edge) / float(short) if cropped and edge and short else 1.0,
         "center" if short is not None else "squash",
-        _FILTERS.get(found.get("resample", 3)),
+        _FILTERS.get(resample) if isinstance(resample, int) else None,
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from checkpoint_files import mmpretrain_keys, write_nested_zip
 from safetensors.torch import load_file
 
-from clipdeploy.core.errors import UsageError
+from clipdeploy.core.errors import CheckpointError, UsageError
 from clipdeploy.core.passport import CLIP_MEAN, Recipe
 from clipdeploy.models import cards
 from clipdeploy.models.checkpoints import read_checkpoint
@@ -112,6 +112,13 @@ def test_odd_configurations_state_nothing(tmp_path: Path) -> None:
     found = read_checkpoint(folder).preprocessing
     assert found is not None
     assert (found.mean, found.std, found.crop_pct, found.crop_mode) == (None,) * 4
+
+
+def test_values_out_of_range_are_refused_with_their_source(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, preprocessor_config={"image_std": [0, 0, 0], "resample": [1]})
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json .*std\[0\] is 0"):
+        load(folder)
+    assert load(folder, Recipe(std=HALF)).recipe.std == HALF
 
 
 def test_means_for_samples_to_255_are_refused() -> None:
