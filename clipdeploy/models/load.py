@@ -67,7 +67,8 @@ class WeightsChoice:
             must agree, see :mod:`clipdeploy.models.probe`.
 
     Raises:
-        UsageError: the seed is invalid, or both a checkpoint and a seed are given.
+        UsageError: a number is invalid, or a seed is given with a checkpoint or with choices for
+            one.
     """
 
     checkpoint: StrPath | None = None
@@ -89,6 +90,11 @@ class WeightsChoice:
         if self.checkpoint is not None and self.random_seed is not None:
             raise UsageError(
                 "a checkpoint and random weights cannot be used together", hint="choose one of them"
+            )
+        if self.random_seed is not None and self.choices != ModelChoices():
+            raise UsageError(
+                f"{self.choices} would have no effect: random weights have no checkpoint",
+                hint="leave the choices or the seed out",
             )
 
     @property
@@ -222,9 +228,20 @@ def _fit_position(
             f"but the model has a {grid}x{grid} one",
             hint="leave out --model to use the checkpoint's image size, or pass --resize-pos-embed",
         )
-    resampling: Resampling = "mmpretrain"
-    if other and recipe.numerics == "trained":
-        resampling = checkpoint.choices.resampling or checkpoint.resampling
+    trained = recipe.numerics == "trained"
+    chosen = checkpoint.choices.resampling
+    if chosen is not None and not other:
+        raise UsageError(
+            f"resampling {chosen!r} has no effect: {checkpoint.path} has the model's "
+            f"{grid}x{grid} position grid",
+            hint="leave out --resampling, or choose another --image-size",
+        )
+    if chosen == "timm" and not trained:
+        raise UsageError(
+            "resampling 'timm' has no effect with numerics 'as-shipped', which are mmpretrain's",
+            hint="leave out --resampling, or pass --numerics trained",
+        )
+    resampling: Resampling = chosen or (checkpoint.resampling if trained else "mmpretrain")
     position = _resized(checkpoint.tensors["pos_embed"], _grids(card, recipe), resampling)
     choices = replace(checkpoint.choices, resampling=resampling if other else None)
     tensors = checkpoint.tensors | {"pos_embed": position}
@@ -305,7 +322,8 @@ def load_model(card: ModelCard, choice: WeightsChoice, recipe: Recipe) -> Loaded
 
     Raises:
         CheckpointError: the weights cannot be downloaded or read, or do not fit the card.
-        UsageError: the heads or the image size of ``choice`` are not the card's.
+        UsageError: the heads or the image size of ``choice`` are not the card's, or a resampling
+            is chosen that would have no effect.
         FileError: the checkpoint file cannot be opened.
     """
     _check_choice(card, choice)
@@ -341,6 +359,9 @@ def _own_recipe(card: ModelCard, recipe: Recipe, stated: Preprocessing | None) -
     """The recipe with what the checkpoint's configuration states, where the caller states nothing.
 
     Values that follow from the recipe anyway are left out.
+
+    Raises:
+        CheckpointError: the configuration states a value out of range.
     """
     if stated is None:
         return recipe
@@ -351,7 +372,13 @@ def _own_recipe(card: ModelCard, recipe: Recipe, stated: Preprocessing | None) -
         if getattr(recipe, name) is None
         and getattr(stated, name) not in (None, getattr(usual, name))
     }
-    return replace(recipe, **own)
+    try:
+        return replace(recipe, **own)
+    except UsageError as error:
+        raise CheckpointError(
+            f"{stated.source} states an {error.message}",
+            hint="correct it, or pass --mean, --std and --crop-pct",
+        ) from error
 
 
 def _preprocessing_note(card: ModelCard, recipe: Recipe, checkpoint: Checkpoint) -> str:
@@ -424,11 +451,13 @@ def reload_model(
 ) -> LoadedModel:
     """Build the model of an artifact again from its passport's weights and recipe.
 
-    ``complete`` says that ``recipe`` is an artifact's; otherwise the configuration beside the
-    checkpoint completes it, as in :func:`load_model`.
+    ``complete`` says that ``recipe`` is the artifact's; otherwise the configuration beside the
+    checkpoint completes it, as in :func:`load_model`, and epsilon and position grid follow from it
+    where they were not chosen.
 
     Raises:
-        ArtifactError: the checkpoint is missing or has changed.
+        ArtifactError: the checkpoint is missing or has changed, or is read in another way than
+            when the artifact was made.
     """
     if weights.kind == "random":
         return load_model(card, WeightsChoice(random_seed=weights.seed), recipe)
@@ -439,8 +468,9 @@ def reload_model(
             hint="restore it, or export it from its new place with --checkpoint FILE",
         )
     choices = weights.choices
-    if weights.resized_position and choices.resampling is None:
-        choices = replace(choices, resampling="mmpretrain")
+    if weights.resized_position:
+        chosen = choices.resampling if recipe.numerics == "trained" else None
+        choices = replace(choices, resampling=chosen or "mmpretrain")
     choice = WeightsChoice(path, resize_position=weights.resized_position, choices=choices)
     model = load_model(card, choice, recipe)
     if model.weights.sha256 != weights.sha256:
@@ -448,4 +478,17 @@ def reload_model(
             f"{path} has changed since the artifact was made from it",
             hint="restore it, or export the new one with --checkpoint and --replace-weights",
         )
+    if _reading(model.weights, complete=complete) != _reading(weights, complete=complete):
+        raise ArtifactError(
+            f"this version reads {path} in another way than the one that made the artifact: "
+            f"{model.weights.description}; it was {weights.description}",
+            hint="export it again with --checkpoint and --replace-weights; --ema, --no-ema, "
+            "--gelu, --pooling and --layernorm-eps choose how it is read",
+        )
     return replace(model, recipe=recipe) if complete else model
+
+
+def _reading(weights: WeightsOrigin, *, complete: bool) -> str:
+    """The identity; not ``complete``, without the choices that follow from the recipe."""
+    choices = replace(weights.choices, eps=None, resampling=None)
+    return (weights if complete else replace(weights, choices=choices)).identity

@@ -32,7 +32,7 @@ from clipdeploy.core.passport import (
     Recipe,
     WeightsOrigin,
 )
-from clipdeploy.models.cards import geometry_card
+from clipdeploy.models.cards import ModelCard, geometry_card
 from clipdeploy.models.checkpoints.layouts.layout import Gelu, Pooling
 from clipdeploy.models.checkpoints.position import Resampling
 from clipdeploy.models.load import LoadedModel, reload_model
@@ -105,7 +105,8 @@ def _checked(path: Path, arrays: dict[str, NDArray[Any]]) -> Probe:
     logits, inputs, images = (arrays.get(name) for name in ("logits", "inputs", "images"))
     given = images if inputs is None else inputs
     fits = (
-        logits is not None
+        (inputs is None or images is None)
+        and logits is not None
         and given is not None
         and logits.ndim == 2
         and given.ndim == 4
@@ -168,7 +169,7 @@ def _variants(model: LoadedModel, probe: Probe, spec: Preprocess) -> Iterator[_V
     pixels = probe.pixels(spec)
     for what, mend, weights, recipe in _readings(model):
         try:
-            yield _Variant(what, mend, reload_model(model.card, weights, recipe), pixels)
+            yield _Variant(what, mend, _reread(model.card, weights, recipe), pixels)
         except ClipdeployError:  # the checkpoint has no such variant
             continue
     yield from _other_heads(model, pixels)
@@ -187,6 +188,10 @@ def _variants(model: LoadedModel, probe: Probe, spec: Preprocess) -> Iterator[_V
             other = probe.pixels(replace(spec, mean=mean, std=std))
             mend = "ImageNet's belong to --numerics as-shipped, CLIP's to --numerics trained"
             yield _Variant(f"{name} mean and std ({mean[0]:.3g} ...)", mend, model, other)
+
+
+def _reread(card: ModelCard, weights: WeightsOrigin, recipe: Recipe) -> LoadedModel:
+    return reload_model(card, weights, recipe, complete=False)
 
 
 def _readings(model: LoadedModel) -> Iterator[tuple[str, str, WeightsOrigin, Recipe]]:
@@ -231,7 +236,7 @@ def _other_heads(model: LoadedModel, pixels: F32) -> Iterator[_Variant]:
                 card.patch, card.image_size, card.width, card.depth, heads, card.hidden
             )
             try:
-                loaded = reload_model(other, model.weights, model.recipe)
+                loaded = _reread(other, model.weights, model.recipe)
             except ClipdeployError:  # config.json names the heads
                 return
             yield _Variant(f"{heads} heads", f"pass --heads {heads}", loaded, pixels)

@@ -78,7 +78,7 @@ def _recorded(workspace: Workspace, card: ModelCard) -> Iterator[WeightsOrigin]:
 
 
 def _is_replaceable(card: ModelCard, weights: WeightsOrigin) -> bool:
-    own = weights.kind == "random" or weights.resized_position
+    own = weights.kind == "random" or weights.resized_position or weights.choices.identity
     return not own and is_published(card, weights)
 
 

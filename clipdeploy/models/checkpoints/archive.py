@@ -21,7 +21,7 @@ import torch
 from clipdeploy.core.errors import CheckpointError, first_line
 from clipdeploy.core.files import open_regular, read_regular, sha256_file
 from clipdeploy.core.interrupts import interrupts
-from clipdeploy.models.checkpoints.unpickle import read_pickle
+from clipdeploy.models.checkpoints.unpickle import Inert, module_tensors, read_pickle
 
 __all__ = ["Archive", "read_archive"]
 
@@ -47,7 +47,8 @@ _FILE_ERRORS = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueEr
 class Archive:
     """What a checkpoint file contains.
 
-    ``path`` is the file, or the index of its shards; ``kind`` its format.  ``config`` and
+    ``path`` is the file, or the index of its shards; ``kind`` its format.  ``loaded`` has
+    plain dictionaries with text keys, also in place of modules and other objects.  ``config`` and
     ``preprocessor`` are the JSON files of Hugging Face's folders beside it, empty if there are
     none.
     """
@@ -118,8 +119,7 @@ def _read_shards(index: Path) -> tuple[dict[str, Any], str]:
     if not isinstance(places, Mapping) or not places:
         raise CheckpointError(f"{index} has no weight_map", hint="download it again")
     names = sorted({str(name) for name in places.values()})
-    # A name with a folder could lead anywhere.
-    if bad := [name for name in names if Path(name).name != name or name.startswith(".")]:
+    if bad := [name for name in names if not _is_beside(name)]:
         raise CheckpointError(
             f"{index} names a file outside its folder: {bad[0]!a}", hint="download it again"
         )
@@ -130,17 +130,26 @@ def _read_shards(index: Path) -> tuple[dict[str, Any], str]:
             pass
         digest.update(sha256_file(index.with_name(name)).encode())
         found = _load(index.with_name(name))
-        tensors |= found if isinstance(found, Mapping) else {}
+        # A shard of an earlier save may have tensors that the index places elsewhere.
+        tensors |= {each: found[each] for each in found if places.get(each) == name}
     if missing := [name for name in places if name not in tensors]:
         raise CheckpointError(
-            f"{index} lists {missing[0]!a}, which no shard contains", hint="download it again"
+            f"{index} lists {missing[0]!a}, which its shard does not contain",
+            hint="download it again",
         )
     return tensors, digest.hexdigest()
 
 
+def _is_beside(name: str) -> bool:
+    """Whether it is a file's name; one with a folder could lead anywhere."""
+    return Path(name).name == name != "" and "\0" not in name and not name.startswith(".")
+
+
 def _load(path: Path) -> Any:
     try:
-        return _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
+        if path.suffix == ".safetensors":
+            return _load_safetensors(path)
+        return _plain(_load_pickle(path), {})
     except Exception as error:  # unpickling arbitrary bytes can raise anything
         raise CheckpointError(
             f"{path} cannot be read as a checkpoint: {_reason(error)}",
@@ -177,6 +186,22 @@ def _load_pickle(path: Path) -> Any:
                 return read_pickle(path)
             except Exception:  # damaged: PyTorch's reason is the better one
                 raise refused from None
+
+
+def _plain(value: Any, made: dict[int, Any]) -> Any:
+    """The value with plain dictionaries with text keys; ``made`` has those that are done by id.
+
+    A pickle can replace the methods of an ``OrderedDict`` by its attributes.
+    """
+    if not isinstance(value, dict | Inert):
+        return value
+    # A dictionary can contain itself.
+    if id(value) not in made:
+        plain: dict[str, Any] = {}
+        made[id(value)] = plain
+        found = value if isinstance(value, dict) else module_tensors(value) or value.entries
+        plain |= {str(name): _plain(inner, made) for name, inner in dict.items(found)}
+    return made[id(value)]
 
 
 def _reason(error: Exception) -> str:

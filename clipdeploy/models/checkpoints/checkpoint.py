@@ -17,7 +17,11 @@ from clipdeploy.models.checkpoints.archive import read_archive
 from clipdeploy.models.checkpoints.canonical import canonical, is_square
 from clipdeploy.models.checkpoints.foreign import listed
 from clipdeploy.models.checkpoints.layouts.layout import Pooling
-from clipdeploy.models.checkpoints.preprocessing import Preprocessing, stated_preprocessing
+from clipdeploy.models.checkpoints.preprocessing import (
+    STATED,
+    Preprocessing,
+    stated_preprocessing,
+)
 from clipdeploy.models.checkpoints.select import FoundModel, select_model
 from clipdeploy.models.checkpoints.told import Told, told_by
 from clipdeploy.models.vit import ViTConfig
@@ -129,7 +133,8 @@ def read_checkpoint(path: Path, choices: ModelChoices = ModelChoices()) -> Check
     archive = read_archive(path)
     path = archive.path
     found = select_model(archive.loaded, path, choices.averaged)
-    _refuse_unsupported(found.tensors, path)
+    stated = {n: v for n, v in found.inside.items() if n.startswith(STATED)}
+    _refuse_unsupported(found.tensors | stated, path)
     tensors = canonical(found.tensors)
     tensors |= {name: torch.empty(0) for name in found.unknown}
     told = told_by(found.layout, archive.config, archive.loaded)
@@ -148,7 +153,7 @@ def read_checkpoint(path: Path, choices: ModelChoices = ModelChoices()) -> Check
         _class_names(archive.loaded, archive.config),
         made,
         shape,
-        tuple(_notes(found, told, choices)),
+        tuple(_notes(found)),
         found.layout.eps,
         found.layout.resampling,
         stated_preprocessing(archive.config, archive.preprocessor, found.inside),
@@ -205,7 +210,7 @@ def _shape(tensors: StateDict) -> Shape:
     )
 
 
-def _notes(found: FoundModel, told: Told, choices: ModelChoices) -> list[str]:
+def _notes(found: FoundModel) -> list[str]:
     notes = []
     place = found.place or "the file"
     if found.averaged is not None:

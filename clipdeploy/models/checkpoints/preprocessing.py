@@ -15,7 +15,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-__all__ = ["Preprocessing", "stated_preprocessing"]
+__all__ = ["STATED", "Preprocessing", "stated_preprocessing"]
+
+# What precedes the names of mmpretrain's mean and std.
+STATED = "data_preprocessor."
 
 Triple = tuple[float, float, float]
 # Pillow's numbers of its filters, which transformers stores.
@@ -43,11 +46,13 @@ def stated_preprocessing(
 ) -> Preprocessing | None:
     """The preprocessing that these state; None if none does.
 
-    ``tensors`` are those of a state dict by name, of any shapes.
+    ``tensors`` are those of a state dict by name, of any shapes; mean and std are dense.
     """
     if preprocessor:
         return _transformers(preprocessor)
-    if isinstance(cfg := config.get("pretrained_cfg"), Mapping):
+    # Older versions of timm wrote its entries into config.json itself (timm 1.0 _hub.py).
+    cfg = config.get("pretrained_cfg", config if "architecture" in config else None)
+    if isinstance(cfg, Mapping):
         return _timm(cfg)
     return _mmpretrain(tensors)
 
@@ -70,7 +75,11 @@ def _transformers(found: Mapping[str, Any]) -> Preprocessing:
     std = _triple(found.get("image_std")) if normalises else (1.0, 1.0, 1.0)
     size, crop = found.get("size"), found.get("crop_size")
     short = size.get("shortest_edge") if isinstance(size, Mapping) else None
+    if crop is not None and not isinstance(size, Mapping):
+        # CLIP's processor resizes the short edge to a plain number, ViT's both edges.
+        short = _number(size)
     edge = crop.get("height") if isinstance(crop, Mapping) else crop
+    resample = found.get("resample", 3)
     cropped = bool(found.get("do_center_crop")) and _number(short) and _number(edge)
     return Preprocessing(
         "preprocessor_config.json",
@@ -78,12 +87,12 @@ def _transformers(found: Mapping[str, Any]) -> Preprocessing:
         std,
         float(edge) / float(short) if cropped and edge and short else 1.0,
         "center" if short is not None else "squash",
-        _FILTERS.get(found.get("resample", 3)),
+        _FILTERS.get(resample) if isinstance(resample, int) else None,
     )
 
 
 def _mmpretrain(tensors: Mapping[str, Any]) -> Preprocessing | None:
-    mean, std = (tensors.get(f"data_preprocessor.{name}") for name in ("mean", "std"))
+    mean, std = (tensors.get(STATED + name) for name in ("mean", "std"))
     if not isinstance(mean, Tensor) or not isinstance(std, Tensor):
         return None
     scaled_mean, scaled_std = ((each.flatten() / _SCALE).tolist() for each in (mean, std))

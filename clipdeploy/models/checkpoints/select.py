@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ from clipdeploy.models.checkpoints.foreign import (
     unknown_error,
 )
 from clipdeploy.models.checkpoints.layouts import LAYOUTS, Layout
-from clipdeploy.models.checkpoints.unpickle import Inert, module_tensors
 
 __all__ = ["FoundModel", "select_model"]
 
@@ -86,6 +85,12 @@ class _Candidate:
     averaged: bool
 
     @property
+    def names(self) -> list[str]:
+        """The model's names in its layout, without the prefix."""
+        inside = (n.removeprefix(self.prefix) for n in self.entries if n.startswith(self.prefix))
+        return [name for name in inside if self.layout.rename(name) is not None]
+
+    @property
     def place(self) -> str:
         return ".".join(filter(None, (self.key, self.prefix.rstrip("."))))
 
@@ -111,6 +116,7 @@ def select_model(loaded: Any, path: Path, ema: bool | None = None) -> FoundModel
         raise unknown_error(path, entries)
     chosen = _chosen(candidates, path, ema)
     both = len({each.averaged for each in candidates}) > 1
+    chosen = replace(chosen, entries=_without_other_kind(chosen, candidates))
     return _found(chosen, path, averaged=chosen.averaged if both or chosen.averaged else None)
 
 
@@ -118,16 +124,13 @@ def _states(
     value: Any, key: str, level: int, seen: set[int]
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield each mapping that contains tensors, with its key in the file."""
-    if isinstance(value, Inert):
-        value = module_tensors(value) or value.entries
     # A pickled dictionary can contain itself.
     if not isinstance(value, Mapping) or id(value) in seen or level > _MAX_LEVELS:
         return
     seen.add(id(value))
-    entries = {str(name): inner for name, inner in value.items()}
-    if any(isinstance(inner, Tensor) for inner in entries.values()):
-        yield key, entries
-    for name, inner in entries.items():
+    if any(isinstance(inner, Tensor) for inner in value.values()):
+        yield key, value
+    for name, inner in value.items():
         if not _NO_WEIGHTS.search(name):
             yield from _states(inner, f"{key}.{name}".strip("."), level + 1, seen)
 
@@ -184,6 +187,18 @@ def _chosen(candidates: list[_Candidate], path: Path, ema: bool | None) -> _Cand
             hint="save the state dict of one of them",
         )
     return fitting[0]
+
+
+def _without_other_kind(chosen: _Candidate, candidates: list[_Candidate]) -> Mapping[str, Any]:
+    """The state dict of ``chosen`` without the other kind of weights: ``model.``, ``model_ema.``"""
+    others = {
+        each.prefix + name
+        for each in candidates
+        if each.entries is chosen.entries and each.averaged != chosen.averaged
+        for name in each.names
+    }
+    own = {chosen.prefix + name for name in chosen.names}
+    return {n: value for n, value in chosen.entries.items() if n in own or n not in others}
 
 
 def _found(chosen: _Candidate, path: Path, averaged: bool | None) -> FoundModel:

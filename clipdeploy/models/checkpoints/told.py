@@ -17,16 +17,12 @@ _POOLINGS: dict[str, Pooling] = {"token": "token", "avg": "avg"}
 
 @dataclass(frozen=True)
 class Told:
-    """What is known without the tensors; None for what is not.
-
-    ``source`` names the file or the entry that tells it.
-    """
+    """What is known without the tensors; None for what is not."""
 
     gelu: Gelu | None = None
     pooling: Pooling | None = None
     eps: float | None = None
     heads: int | None = None
-    source: str = ""
 
 
 def told_by(layout: Layout, config: Mapping[str, Any], loaded: Any) -> Told:
@@ -56,14 +52,13 @@ def _transformers(config: Mapping[str, Any]) -> Told:
         gelu=_GELUS.get(str(act)),
         eps=_number(inner.get("layer_norm_eps")),
         heads=_count(inner.get("num_attention_heads")),
-        source="config.json",
     )
 
 
 def _timm(config: Mapping[str, Any], loaded: Any) -> Told:
-    name, source = config.get("architecture"), "config.json"
+    name = config.get("architecture")
     if not isinstance(name, str) and isinstance(loaded, Mapping):
-        name, source = loaded.get("arch"), "its arch"
+        name = loaded.get("arch")
     if not isinstance(name, str):
         return Told()
     pooling = config.get("global_pool")
@@ -73,7 +68,7 @@ def _timm(config: Mapping[str, Any], loaded: Any) -> Told:
             hint="token and avg are supported",
         )
     gelu: Gelu = "quick" if "quickgelu" in name else "erf"
-    return Told(gelu, _POOLINGS.get(str(pooling)), source=source)
+    return Told(gelu, _POOLINGS.get(str(pooling)))
 
 
 def _number(value: Any) -> float | None:

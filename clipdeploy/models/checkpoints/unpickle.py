@@ -14,7 +14,6 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,10 +111,22 @@ class _Function:
         raise pickle.UnpicklingError("it changes a function")
 
 
+class _Dict(dict[Any, Any]):
+    """Takes the place of an OrderedDict, whose methods a pickle can replace by its attributes."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        """Ignore attributes, such as the ``_metadata`` of a state dict."""
+
+
 def _tensor(stored: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
     if not isinstance(stored, _Stored):
         raise pickle.UnpicklingError("a tensor has no storage")
-    # PyTorch checks that size and stride lie within the storage.
+    last = offset + sum((count - 1) * step for count, step in zip(size, stride, strict=True))
+    # PyTorch would enlarge the storage.
+    if 0 not in size and (last + 1) * stored.dtype.itemsize > stored.storage.nbytes():
+        raise pickle.UnpicklingError("a tensor reaches beyond its storage")
     return torch.empty(0, dtype=stored.dtype).set_(stored.storage, offset, size, stride)
 
 
@@ -161,7 +172,7 @@ class _Unpickler(pickle.Unpickler):
 
 def _replacement(module: str, name: str) -> Any:
     if (module, name) == ("collections", "OrderedDict"):
-        return OrderedDict
+        return _Dict
     if (module, name) in _FUNCTIONS:
         return _Function(_FUNCTIONS[module, name])
     if module in ("torch", "torch.storage", "torch.cuda") and name in _DTYPES:

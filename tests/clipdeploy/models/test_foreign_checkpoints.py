@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import pickle
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clipdeploy.core.errors import CheckpointError, FileError
-from clipdeploy.models.checkpoints import read_checkpoint
+from clipdeploy.core.passport import ModelChoices
+from clipdeploy.models.checkpoints import read_checkpoint, validate
+from clipdeploy.models.checkpoints.unpickle import read_pickle
 from clipdeploy.models.load import random_tensors
 from clipdeploy.models.vit import ViTConfig
 
@@ -113,10 +117,30 @@ def test_prefixes_of_wrappers_are_stripped(prefix: str, tensors: Tensors, tmp_pa
     assert found.keys() == tensors.keys()
 
 
+# Prefixes in one state dict, as of a module that contains its average.
+PAIRS = [("model.", "model_ema."), ("model.", "ema_model.module."), ("", "ema."), ("net.", "swa.")]
+
+
+@pytest.mark.parametrize(("raw", "ema"), PAIRS)
+def test_both_kinds_of_weights_in_one_state_dict(
+    raw: str, ema: str, tensors: Tensors, tmp_path: Path
+) -> None:
+    path = tmp_path / "weights.pth"
+    both = {raw + name: value for name, value in tensors.items()}
+    both |= {ema + name: value + 1 for name, value in tensors.items()}
+    torch.save({"state_dict": both}, path)
+    for choice, shift in ((None, 1), (True, 1), (False, 0)):
+        found = read_checkpoint(path, ModelChoices(averaged=choice))
+        assert found.tensors.keys() == tensors.keys()
+        assert torch.equal(found.tensors["head.bias"], tensors["head.bias"] + shift)
+    for beside in (raw, ema):
+        torch.save({"state_dict": both | {f"{beside}prompt": torch.zeros(2)}}, path)
+        with pytest.raises(CheckpointError, match="prompt"):
+            validate(read_checkpoint(path), CONFIG, "a model")
+
+
 def test_mmcv_puts_the_weights_without_averaging_aside(tensors: Tensors, tmp_path: Path) -> None:
     from checkpoint_files import mmpretrain_keys
-
-    from clipdeploy.core.passport import ModelChoices
 
     model = mmpretrain_keys(tensors)
     aside = {f"ema_{name.replace('.', '_')}": value + 1 for name, value in model.items()}
@@ -210,6 +234,62 @@ def test_a_tensor_cannot_reach_beyond_its_record(tensors: Tensors, tmp_path: Pat
         read_checkpoint(path)
 
 
+def _claims(path: Path, size: bytes) -> None:
+    """Replace the head bias's size of 5 in a legacy file by another number."""
+    data = path.read_bytes()
+    # BININT1 0 (offset), BININT1 5, TUPLE1 (size)
+    assert data.count(b"K\x00K\x05\x85") == 1
+    path.write_bytes(data.replace(b"K\x00K\x05\x85", b"K\x00" + size + b"\x85"))
+
+
+# LONG1 of 2**34 numbers, which would be 64 GiB; BININT1 6.
+@pytest.mark.parametrize("size", [b"\x8a\x05" + (1 << 34).to_bytes(5, "little"), b"K\x06"])
+def test_a_tensor_cannot_enlarge_its_storage(size: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    _legacy({"head.bias": torch.arange(5.0), "args": argparse.Namespace()}, path)
+    assert torch.equal(read_pickle(path)["head.bias"], torch.arange(5.0))
+    _claims(path, size)
+    with pytest.raises(pickle.UnpicklingError, match="beyond its storage"):
+        read_pickle(path)
+
+
+class Ordered(OrderedDict[str, Any]):
+    """Is pickled as an OrderedDict with attributes."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, (), dict(self.__dict__), None, iter([(n, self[n]) for n in self])
+
+
+@pytest.mark.parametrize("method", ["items", "get", "keys", "values"])
+@pytest.mark.parametrize("beside", [{}, {"args": argparse.Namespace()}])
+def test_a_pickle_cannot_replace_a_method(
+    method: str, beside: dict[str, Any], tensors: Tensors, tmp_path: Path
+) -> None:
+    inner, path = Ordered(tensors), tmp_path / "weights.pth"
+    outer = Ordered({"state_dict": inner, **beside})
+    for each in (inner, outer):
+        setattr(each, method, 5)
+    torch.save(outer, path)
+    assert read_checkpoint(path).tensors.keys() == tensors.keys()
+
+
+def test_a_key_that_has_no_text_is_damage(tensors: Tensors, tmp_path: Path) -> None:
+    # Python converts integers of up to 4300 digits to text.
+    error = refusal({"state_dict": tensors, 10**5000: 1}, tmp_path)
+    assert "cannot be read" in error.message
+
+
+@pytest.mark.parametrize("part", ["mean", "std"])
+def test_mean_and_std_are_dense(part: str, tensors: Tensors, tmp_path: Path) -> None:
+    from checkpoint_files import mmpretrain_keys
+
+    endless = torch.ones(1).expand(2**20, 2**20)
+    for value in (endless, torch.ones(3, device="meta"), torch.ones(3).to_sparse()):
+        stated = {"data_preprocessor.mean": torch.ones(3), "data_preprocessor.std": torch.ones(3)}
+        content = mmpretrain_keys(tensors) | stated | {f"data_preprocessor.{part}": value}
+        assert f"data_preprocessor.{part} is" in refusal(content, tmp_path).message
+
+
 def test_a_compressed_record_is_refused(tensors: Tensors, tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     torch.save({"state_dict": tensors, "args": argparse.Namespace()}, path)
@@ -233,8 +313,29 @@ def test_an_index_cannot_lead_out_of_its_folder(tensors: Tensors, tmp_path: Path
     index.write_text('{"weight_map": {"cls_token": "gone.safetensors"}}')
     with pytest.raises(FileError, match="gone"):
         read_checkpoint(index)
+    for name in ("", "a\0b", "/etc/passwd", ".."):
+        index.write_text(json.dumps({"weight_map": {"cls_token": name}}))
+        with pytest.raises(CheckpointError, match="outside its folder"):
+            read_checkpoint(index)
     index.write_text("[[")
     with pytest.raises(CheckpointError, match="not valid JSON"):
+        read_checkpoint(index)
+
+
+def test_a_tensor_is_taken_from_the_shard_that_the_index_names(
+    tensors: Tensors, tmp_path: Path
+) -> None:
+    first, index = "norm.bias", tmp_path / "model.safetensors.index.json"
+    rest = {name: value for name, value in tensors.items() if name != first}
+    save_file({first: tensors[first]}, tmp_path / "a.safetensors")
+    save_file(rest | {first: tensors[first] + 1}, tmp_path / "b.safetensors")
+    places = dict.fromkeys(tensors, "b.safetensors")
+    for shard, shift in (("a.safetensors", 0), ("b.safetensors", 1)):
+        index.write_text(json.dumps({"weight_map": places | {first: shard}}))
+        found = read_checkpoint(index).tensors
+        assert torch.equal(found[first], tensors[first] + shift)
+    index.write_text(json.dumps({"weight_map": places | {"head.bias": "a.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"head\.bias.*its shard does not contain"):
         read_checkpoint(index)
 
 

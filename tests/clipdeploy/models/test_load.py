@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,14 @@ from checkpoint_files import write_legacy_flat, write_nested_zip
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from clipdeploy.core.errors import ArtifactError, CheckpointError
-from clipdeploy.core.passport import Recipe, WeightsOrigin
+from clipdeploy.core.errors import ArtifactError, CheckpointError, UsageError
+from clipdeploy.core.files import sha256_file
+from clipdeploy.core.passport import ModelChoices, Recipe, WeightsOrigin, from_json, to_json
 from clipdeploy.models import cards
 from clipdeploy.models.load import (
     LoadedModel,
     WeightsChoice,
+    infer_card,
     load_model,
     random_tensors,
     reload_model,
@@ -101,3 +104,71 @@ def test_reload_refuses_a_changed_or_missing_checkpoint(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(ArtifactError, match="does not exist"):
         reload_model(CARD, origin, Recipe())
+
+
+def test_an_old_passport_does_not_change_to_the_averaged_weights(tmp_path: Path) -> None:
+    """Passports without ``choices`` are of versions that read ``state_dict``."""
+    tensors, path = demo_tensors(), tmp_path / "best.pth"
+    averaged = tensors | {"head.bias": tensors["head.bias"] + 1}
+    torch.save({"state_dict": tensors, "state_dict_ema": averaged}, path)
+    old = WeightsOrigin("file", str(path), sha256_file(path), layout="timm (nested pth)")
+    for complete in (True, False):
+        with pytest.raises(ArtifactError, match="in another way") as caught:
+            reload_model(CARD, old, Recipe(), complete=complete)
+    assert "--no-ema" in caught.value.hint
+    # A file with one kind of weights is read as before.
+    torch.save({"state_dict": tensors}, path)
+    same = WeightsOrigin("file", str(path), sha256_file(path), layout="timm (nested pth)")
+    assert reload_model(CARD, same, Recipe()).weights.identity == same.identity
+
+
+# Choices, number of heads, image size, numerics.
+CHOSEN: list[tuple[ModelChoices, int, int, str]] = [
+    (ModelChoices(gelu="quick"), 6, 32, "trained"),
+    (ModelChoices(pooling="avg"), 6, 32, "trained"),
+    (ModelChoices(eps=1e-3), 6, 32, "trained"),
+    (ModelChoices(), 8, 32, "trained"),
+    (ModelChoices(), 6, 16, "trained"),
+    (ModelChoices(resampling="timm"), 6, 16, "trained"),
+    (ModelChoices(), 6, 64, "as-shipped"),
+]
+
+
+@pytest.mark.parametrize(("choices", "heads", "size", "numerics"), CHOSEN)
+def test_a_passport_gives_the_same_reference_again(
+    choices: ModelChoices, heads: int, size: int, numerics: str
+) -> None:
+    choice = WeightsChoice(
+        cards.demo_file("weights.safetensors"), choices=choices, heads=heads, image_size=size
+    )
+    recipe = Recipe(numerics, mean=(0.5, 0.5, 0.5))  # type: ignore[arg-type]
+    model = load_model(infer_card(choice), choice, recipe)
+    stored = from_json(to_json(model.weights), WeightsOrigin, "a passport")
+    again = reload_model(cards.find(model.card.name), stored, model.recipe)
+    generator = np.random.default_rng(0)
+    images = generator.standard_normal((2, 3, size, size)).astype(np.float32)
+    np.testing.assert_array_equal(run(again, images), run(model, images))
+    # Without the choices, it would be another model.
+    if choices != ModelChoices():
+        plain = replace(stored, choices=ModelChoices())
+        other = reload_model(model.card, plain, model.recipe, complete=False)
+        assert not np.array_equal(run(other, images), run(model, images))
+
+
+def test_a_resampling_without_effect_is_refused() -> None:
+    path, timm = cards.demo_file("weights.safetensors"), ModelChoices(resampling="timm")
+    with pytest.raises(UsageError, match=r"has no effect: .* 8x8 position grid"):
+        load_model(CARD, WeightsChoice(path, choices=timm, image_size=32), Recipe())
+    choice = WeightsChoice(path, choices=timm, image_size=64, heads=6)
+    with pytest.raises(UsageError, match="no effect with numerics 'as-shipped'"):
+        load_model(infer_card(choice), choice, Recipe("as-shipped"))
+    exported = load_model(infer_card(choice), choice, Recipe())
+    assert exported.weights.choices.resampling == "timm"
+    # The numerics of an existing model can be changed.
+    shipped = reload_model(exported.card, exported.weights, Recipe("as-shipped"), complete=False)
+    assert shipped.weights.choices.resampling == "mmpretrain"
+
+
+def test_choices_for_random_weights_are_refused() -> None:
+    with pytest.raises(UsageError, match="no effect"):
+        WeightsChoice(random_seed=3, choices=ModelChoices(gelu="quick"))

@@ -15,7 +15,7 @@ import torch
 from checkpoint_files import mmpretrain_keys, write_nested_zip
 from safetensors.torch import load_file
 
-from clipdeploy.core.errors import UsageError
+from clipdeploy.core.errors import CheckpointError, UsageError
 from clipdeploy.core.passport import CLIP_MEAN, Recipe
 from clipdeploy.models import cards
 from clipdeploy.models.checkpoints import read_checkpoint
@@ -36,9 +36,11 @@ def folder_with(path: Path, **files: dict[str, Any]) -> Path:
     return path
 
 
-def test_timms_configuration_is_used_and_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flat", [False, True])
+def test_timms_configuration_is_used_and_said(flat: bool, tmp_path: Path) -> None:
     cfg = {"mean": HALF, "std": HALF, "crop_pct": 0.9, "interpolation": "bilinear"}
-    model = load(folder_with(tmp_path, config={"architecture": "vit", "pretrained_cfg": cfg}))
+    inside = cfg if flat else {"pretrained_cfg": cfg}
+    model = load(folder_with(tmp_path, config={"architecture": "vit", **inside}))
     made = model.card.preprocess(model.recipe)
     assert (made.mean, made.std, made.crop_pct, made.crop_mode) == (HALF, HALF, 0.9, "center")
     assert "from config.json: mean 0.5, 0.5, 0.5" in model.notes[-1]
@@ -57,6 +59,9 @@ def test_timms_configuration_is_used_and_said(tmp_path: Path) -> None:
             },
             (0.8, "center"),
         ),
+        # As in openai/clip-vit-base-patch32 and google/vit-base-patch16-224.
+        ({"size": 40, "crop_size": 32, "do_center_crop": True}, (0.8, "center")),
+        ({"size": 32}, (1.0, "squash")),
     ],
 )
 def test_the_configuration_of_transformers_is_used(
@@ -107,6 +112,13 @@ def test_odd_configurations_state_nothing(tmp_path: Path) -> None:
     found = read_checkpoint(folder).preprocessing
     assert found is not None
     assert (found.mean, found.std, found.crop_pct, found.crop_mode) == (None,) * 4
+
+
+def test_values_out_of_range_are_refused_with_their_source(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, preprocessor_config={"image_std": [0, 0, 0], "resample": [1]})
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json .*std\[0\] is 0"):
+        load(folder)
+    assert load(folder, Recipe(std=HALF)).recipe.std == HALF
 
 
 def test_means_for_samples_to_255_are_refused() -> None:

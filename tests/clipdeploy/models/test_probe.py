@@ -101,6 +101,7 @@ def test_other_files_are_no_probes(tmp_path: Path) -> None:
         good | {"logits": good["logits"] * np.nan},
         good | {"inputs": good["inputs"].astype(np.int64)},
         {"images": good["inputs"], "logits": good["logits"]},
+        good | {"images": np.zeros((2, 32, 32, 3), np.uint8)},
     ):
         with pytest.raises(CheckpointError, match="not a probe"):
             read_probe(written(tmp_path, **arrays))

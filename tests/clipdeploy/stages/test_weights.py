@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from verify_command import run
 
 from clipdeploy.core.errors import ArtifactError, BuildError, UsageError
-from clipdeploy.core.passport import WeightsOrigin
+from clipdeploy.core.passport import ModelChoices, WeightsOrigin
 from clipdeploy.engines.compiler import Compiler
 from clipdeploy.models import cards
 from clipdeploy.models.load import WeightsChoice
@@ -66,7 +66,7 @@ def exported(made: Workspace, workspace: Workspace) -> Workspace:
     return workspace
 
 
-@pytest.mark.parametrize("own", ["checkpoint", "seed", "resized"])
+@pytest.mark.parametrize("own", ["checkpoint", "seed", "resized", "choices"])
 def test_exporting_again_keeps_the_weights(own: str, workspace: Workspace, tmp_path: Path) -> None:
     file = fine_tuned(tmp_path / "mine.safetensors")
     if own == "resized":
@@ -74,6 +74,9 @@ def test_exporting_again_keeps_the_weights(own: str, workspace: Workspace, tmp_p
         small = tensors["pos_embed"][:, :50].contiguous()
         save_file(tensors | {"pos_embed": small}, file)
     choice = WeightsChoice(random_seed=7) if own == "seed" else WeightsChoice(file)
+    if own == "choices":  # the published weights, read in another way
+        published = cards.demo_file("weights.safetensors")
+        choice = WeightsChoice(published, choices=ModelChoices(gelu="quick"))
     export_model(workspace, cards.DEMO, replace(choice, resize_position=own == "resized"))
     before = weights(workspace)
     assert not export_model(workspace, cards.DEMO).changed
