@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from calibration.formats import FORMATS, FormatName, NumberFormat
@@ -13,7 +14,14 @@ from clipdeploy.core.errors import UsageError
 from clipdeploy.core.passport import Precision, ScaleForm, settings_of
 from clipdeploy.core.spans import SQNR_DB, check_numbers
 
-__all__ = ["SCHEME_KEY", "Effort", "QuantizeConfig", "Remainder", "stored_settings"]
+__all__ = [
+    "SCHEME_KEY",
+    "Effort",
+    "QuantizeConfig",
+    "Remainder",
+    "is_made_with",
+    "stored_settings",
+]
 
 Remainder = Literal["fp16", "fp32"]
 Effort = Literal["fast", "best"]
@@ -37,7 +45,7 @@ class QuantizeConfig:
     and biases to the images that the calibration stores.
 
     Raises:
-        UsageError: an unknown value, ``min_sqnr`` out of range, or a ``remainder`` that ``format``
+        UsageError: an unknown value, ``min_sqnr`` out of range, or a ``remainder`` that ``format``,
             ``weight_scales`` or ``scope`` does not fit.
     """
 
@@ -113,3 +121,12 @@ def stored_settings(config: QuantizeConfig) -> dict[str, Any]:
     if not config.scope.outputs:
         stored["scope"].pop("outputs", None)
     return stored
+
+
+def is_made_with(settings: Mapping[str, Any], config: QuantizeConfig) -> bool:
+    """Whether a quantised graph with these ``settings`` in its passport was made with ``config``.
+
+    A setting that :func:`stored_settings` leaves out must be left out there as well.
+    """
+    names = {SCHEME_KEY, *(each.name for each in fields(config))}
+    return {k: v for k, v in settings.items() if k in names} == stored_settings(config)

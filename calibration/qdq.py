@@ -43,7 +43,7 @@ from calibration.scheme import (
     product_steps,
 )
 from calibration.smoothing import Folding
-from calibration.table import CalibrationTable, load_table
+from calibration.table import JUDGED_CROPS, CalibrationTable, load_table
 from calibration.weights import quantize_weight
 from calibration.write import QdqWriter
 from clipdeploy.core.display import Renderable, Shown, stacked
@@ -164,12 +164,13 @@ def _stored_images(table: CalibrationTable, tensor: TensorSpec) -> _Images:
         CalibrationError: there are too few.
     """
     fitted, checks = table.fitted(), table.samples()
-    count = 0 if fitted is None else len(fitted.crops)
-    if fitted is None or checks is None or count < FEWEST_IMAGES:
+    if fitted is None or checks is None or len(fitted.crops) < FEWEST_IMAGES:
+        needed = JUDGED_CROPS + FEWEST_IMAGES
         raise CalibrationError(
-            f"--effort best needs {FEWEST_IMAGES} calibration images besides those that judge the "
-            f"graph, the calibration stores {count}",
-            hint="calibrate again with more images, or give --effort fast",
+            f"--effort best needs {needed} different calibration images, {JUDGED_CROPS} of them to "
+            f"judge the graph; the calibration stores {len(table.crops)}: it is of too few images "
+            "or of an earlier clipdeploy",
+            hint="clipdeploy calibrate --force --data CALIBRATION_IMAGES, or --effort fast",
         )
     views = Samples(other_views(fitted.crops), fitted.spec)
     inputs = (each.as_input(tensor) for each in (fitted, checks, views))

@@ -27,6 +27,7 @@ from clipdeploy.core.values import Fault, is_hash, is_name, is_number, unless, u
 from exporters.samples import Samples
 
 __all__ = [
+    "JUDGED_CROPS",
     "MOST_CROPS",
     "CalibrationCrop",
     "CalibrationImageRecord",
@@ -45,7 +46,7 @@ _SCHEMA_WITH_PIXELS = 3
 _SCHEMA_WITH_CROPS = 4
 # Number of crops stored in a table: the first are for judging a graph, the others for fitting it.
 MOST_CROPS = 40
-_JUDGED_CROPS = 8
+JUDGED_CROPS = 8
 # Upper limits for values read from a file.
 _MOST_CHANNELS = 1_000_000
 _MOST_SHARDS = 1_000_000
@@ -136,7 +137,7 @@ class CalibrationTable(Shown):
         Raises:
             CalibrationError: an image does not have the size of ``preprocess``.
         """
-        return self._decoded(self.crops[:_JUDGED_CROPS])
+        return self._decoded(self.crops[:JUDGED_CROPS])
 
     def fitted(self) -> Samples | None:
         """The stored images to fit a graph to, none of them in :meth:`samples`; None without any.
@@ -144,7 +145,7 @@ class CalibrationTable(Shown):
         Raises:
             CalibrationError: see :meth:`samples`.
         """
-        return self._decoded(self.crops[_JUDGED_CROPS:])
+        return self._decoded(self.crops[JUDGED_CROPS:])
 
     def _decoded(self, crops: Sequence[CalibrationCrop]) -> Samples | None:
         size = self.preprocess.size

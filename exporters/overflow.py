@@ -69,7 +69,7 @@ def _open(
         with file_errors("write", path):
             write_model(instrument(), path)
         # Without optimisation, which would remove pairs of casts and so the rounding.
-        return OnnxSession(path, lean=lean, optimise=False, threads=threads)
+        return OnnxSession(path, lean=lean, optimise=False, threads=threads, in_order=True)
 
 
 def _run(

@@ -28,7 +28,9 @@ class OnnxSession:
     the fast kernels add pairs of uint8 x int8 products in int16, which saturates (13 dB on the
     demo model), and this option selects slower exact kernels.  With VNNI it has no effect.
     ``fp8`` is for graphs with FP8 tensors: ONNX Runtime (1.31) would move their Q/DQ pairs past
-    operators that take no FP8, and then refuse the graph.
+    operators that take no FP8, and then refuse the graph.  ``in_order`` runs the nodes in the
+    graph's order.  By default ONNX Runtime computes one output after the other, and keeps every
+    tensor that a later output needs.
 
     Raises:
         GraphError: ONNX Runtime cannot load the graph.
@@ -46,6 +48,7 @@ class OnnxSession:
         optimise: bool = True,
         exact_int8: bool = False,
         fp8: bool = False,
+        in_order: bool = False,
     ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = FATAL_ONLY
@@ -58,6 +61,8 @@ class OnnxSession:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         if not optimise:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if in_order:
+            options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         if lean:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False

@@ -18,16 +18,24 @@ __all__ = ["add_tap", "free_batch", "serialised"]
 
 
 def add_tap(model: ir.Model, name: str, nodes: Sequence[ir.Node]) -> None:
-    """Append ``nodes`` to the graph; the last one's result becomes the float32 output ``name``.
+    """Add ``nodes`` to the graph; the last one's result becomes the float32 output ``name``.
 
-    Each node has one output; ``nodes`` are in topological order.
+    Each node has one output; ``nodes`` are in topological order.  The first one's first input is
+    the observed tensor; they are inserted right behind the node that computes it.  If ONNX Runtime
+    runs the nodes in this order (``in_order`` of :class:`exporters.session.OnnxSession`), it can
+    free the tensor as early as without the tap.
     """
     for index, node in enumerate(nodes):
         node.outputs[0].name = f"inside/{index}/{name}"
     last = nodes[-1].outputs[0]
     last.name = name
     last.type = ir.TensorType(ir.DataType.FLOAT)
-    model.graph.extend(nodes)
+    observed = nodes[0].inputs[0]
+    producer = None if observed is None else observed.producer()
+    if producer is None:
+        model.graph.extend(nodes)
+    else:
+        model.graph.insert_after(producer, nodes)
     model.graph.outputs.append(last)
 
 

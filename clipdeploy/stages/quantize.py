@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from calibration.config import QuantizeConfig, stored_settings
+from calibration.config import QuantizeConfig, is_made_with
 from calibration.formats import FORMATS
 from calibration.policy import Placement, place
 from calibration.qdq import QuantizedGraph, quantize
@@ -72,9 +72,8 @@ def quantize_model(
     target = _target(workspace, model, config)
     parents = {"source_graph": sha256_file(source), "calibration": sha256_file(calibration)}
     if not force and (found := existing_graph(target)):
-        settings = found.passport.settings
-        asked = stored_settings(config)
-        if found.passport.parents == parents and settings.items() >= asked.items():
+        made = found.passport
+        if made.parents == parents and is_made_with(made.settings, config):
             return QuantizedGraph(found, _placement(source, config, found), stored_quality(found))
     with progress.task(f"quantise {model}"):
         samples = sample_images(passport.preprocess, _STORAGE_IMAGES)
@@ -242,7 +241,7 @@ def _searched_config(
     # Both forms hold the same integers, so the graph is the searched one in either form.
     settings = graph.passport.settings
     either = replace(config, weight_scales=settings.get("weight_scales", "channel"))
-    if not settings.items() >= stored_settings(either).items():
+    if not is_made_with(settings, either):
         return None
     return replace(config, weight_scales=asked.weight_scales or config.weight_scales)
 

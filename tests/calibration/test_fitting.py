@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from calibration import fitting
-from calibration.config import QuantizeConfig, stored_settings
+from calibration.config import QuantizeConfig, is_made_with, stored_settings
 from calibration.fitting import check_gains
 from calibration.measuring import Setting, measure_settings, other_views
 from calibration.policy import find_linears
@@ -59,6 +59,15 @@ def test_the_effort_is_stored_unless_it_is_the_default() -> None:
     assert stored_settings(BEST)["effort"] == "best"
     with pytest.raises(UsageError, match="the effort cannot be 'most'"):
         replace(FAST, effort="most")
+
+
+def test_a_graph_of_the_other_effort_is_not_the_one_asked_for() -> None:
+    for asked, other in ((FAST, BEST), (BEST, FAST)):
+        made = {"opset": 20, **stored_settings(asked), "int8_nodes": 24, "keep_fp32": []}
+        assert is_made_with(made, asked)
+        assert not is_made_with(made, other)
+        assert not is_made_with(made, replace(asked, min_sqnr=None))
+        assert not is_made_with({**made, "scope": {}}, asked)
 
 
 def test_the_same_images_give_the_same_graph(
@@ -109,14 +118,25 @@ def test_linears_that_do_not_gain_are_named() -> None:
         check_gains({"a": 2.0, "b": 0.25, "c": 0.9})
 
 
-def test_a_calibration_with_few_images_is_refused(
+@pytest.mark.parametrize("count", [0, 8, 15])
+def test_a_calibration_that_stores_few_images_is_refused(
+    count: int, source: Path, demo_table: CalibrationTable, samples: Samples, tmp_path: Path
+) -> None:
+    """8 are those of an earlier version; calibrating again without --force would keep them."""
+    table = replace(demo_table, crops=demo_table.crops[:count])
+    save_table(table, tmp_path / "table.json")
+    with pytest.raises(CalibrationError, match=f"needs 16 .* stores {count}:") as caught:
+        quantize(source, tmp_path / "table.json", tmp_path / "x.onnx", samples, BEST)
+    assert "calibrate --force" in caught.value.hint
+    assert "--effort fast" in caught.value.hint
+
+
+def test_the_fewest_images_are_enough(
     source: Path, demo_table: CalibrationTable, samples: Samples, tmp_path: Path
 ) -> None:
-    table = replace(demo_table, crops=demo_table.crops[:12])
-    save_table(table, tmp_path / "table.json")
-    with pytest.raises(CalibrationError, match="stores 4") as caught:
-        quantize(source, tmp_path / "table.json", tmp_path / "x.onnx", samples, BEST)
-    assert "--effort fast" in caught.value.hint
+    save_table(replace(demo_table, crops=demo_table.crops[:16]), tmp_path / "table.json")
+    config = replace(FITTED, exclude=("blocks.[1-5].*",))
+    quantize(source, tmp_path / "table.json", tmp_path / "x.onnx", samples, config)
 
 
 def test_scaling_the_output_of_gelu_keeps_the_function(

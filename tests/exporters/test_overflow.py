@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from clipdeploy.core.errors import GraphError
@@ -161,3 +166,44 @@ def test_largest_values_are_numpys(tiny_graph: Path, tiny_samples: Samples) -> N
 def test_near_limit_takes_nan_for_near() -> None:
     peaks = {"low": 1.0, "high": NEAR_LIMIT, "nan": float("nan"), "inf": float("inf")}
     assert near_limit(peaks) == ("high", "nan", "inf")
+
+
+# Of the 8 MB that two images take in each.
+_TENSORS = 60
+_PEAK = """
+import sys
+from pathlib import Path
+import numpy as np
+from exporters import overflow
+from exporters.session import OnnxSession
+
+def session(path, *, in_order, **others):
+    return OnnxSession(path, in_order=in_order and sys.argv[2] == "True", **others)
+
+overflow.OnnxSession = session
+_, peaks = overflow.largest_values(Path(sys.argv[1]), np.full((2, 1 << 20), -1, np.float32))
+assert list(peaks.values()) == [1.0] * int(sys.argv[3])
+print(open("/proc/self/status").read())
+"""
+
+
+def _peak_mb(graph: Path, *, in_order: bool) -> float:
+    """Peak memory of :func:`largest_values` in a process of its own."""
+    words = [sys.executable, "-c", _PEAK, str(graph), str(in_order), str(_TENSORS)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    line = next(line for line in done.stdout.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_tensors_are_not_in_memory_together(tmp_path: Path) -> None:
+    names = ["x", *(f"y{index}" for index in range(1, _TENSORS)), "logits"]
+    nodes = [helper.make_node("Neg", list(pair[:1]), list(pair[1:])) for pair in pairwise(names)]
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", 1 << 20]) for n in names]
+    graph = helper.make_graph(nodes, "g", values[:1], values[-1:], value_info=values[1:-1])
+    opset = helper.make_opsetid("", 18)
+    path = tmp_path / "graph.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=9), path)
+    together, in_order = (_peak_mb(path, in_order=each) for each in (False, True))
+    # Without the order, all of them are; with it, a few are.
+    assert together - in_order > 0.8 * _TENSORS * 8

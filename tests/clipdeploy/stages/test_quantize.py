@@ -15,6 +15,7 @@ from verify_command import run
 
 from calibration.config import QuantizeConfig
 from calibration.recipe import QuantizeRecipe, save_recipe
+from calibration.scheme import SchemeConfig
 from clipdeploy.core.errors import ArtifactError, UsageError
 from clipdeploy.engines import backends
 from clipdeploy.engines.backends import BackendOption, choose_backend, scale_forms
@@ -100,6 +101,15 @@ def test_another_form_is_another_graph(demo_workspace: Workspace, tmp_path: Path
     channel = quantize_model(workspace, cards.DEMO, backend="tensorrt")
     assert channel.artifact.changed
     assert channel.artifact.passport.settings["weight_scales"] == "channel"
+
+
+def test_the_other_effort_is_another_graph(calibrated: Workspace) -> None:
+    best = QuantizeConfig(("blocks.[1-5].*",), scheme=SchemeConfig(strength=0.65), effort="best")
+    for config in (best, replace(best, effort="fast")):
+        assert quantize_model(calibrated, cards.DEMO, config).artifact.changed
+        again = quantize_model(calibrated, cards.DEMO, config)
+        assert not again.artifact.changed
+        assert again.artifact.passport.settings.get("effort", "fast") == config.effort
 
 
 def test_a_searched_graph_stays_searched_in_the_other_form(
