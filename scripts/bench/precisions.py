@@ -99,8 +99,9 @@ def print_accuracy(variants: Path | None, folder: Path, cases: list[str]) -> Non
 
 def print_kernels(models: list[str], workspace: Workspace, cases: list[str]) -> None:
     """Print the table of ``kernels``."""
-    print(f"{'':24}" + "".join(f"{name:>16}" for name in cases))
-    print(f"{'':24}" + f"{'MB':>5}{'all':>5}{'block':>6}" * len(cases))
+    wide = max(map(len, models)) + 1
+    print(" " * wide + "".join(f"{name:>16}" for name in cases))
+    print(" " * wide + f"{'MB':>5}{'all':>5}{'block':>6}" * len(cases))
     for model in models:
         export_model(workspace, model, WeightsChoice(random_seed=0))
         calibrate_model(workspace, model, DIGITS, CalibrateConfig(images=4))
@@ -111,7 +112,7 @@ def print_kernels(models: list[str], workspace: Workspace, cases: list[str]) -> 
             blocks = [n for name, n in made.kernels.items() if name.startswith("blocks.")]
             total = sum(made.kernels.values())
             cells.append(f"{made.plan_bytes / 1e6:5.0f}{total:5}{max(blocks):6}")
-        print(f"{model:24}{''.join(cells)}", flush=True)
+        print(f"{model:{wide}}{''.join(cells)}", flush=True)
 
 
 def main() -> None:
