@@ -35,7 +35,7 @@ from clipdeploy.core.progress_bars import ProgressBars
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.builder import EngineArtifact
 from clipdeploy.imaging import Labelling
-from clipdeploy.models.load import WeightsChoice
+from clipdeploy.models.load import WeightsChoice, ZeroShot
 from clipdeploy.packaging.cpp import CppPackage
 from clipdeploy.packaging.triton import TritonPackage
 from clipdeploy.packaging.triton_config import TritonConfig
@@ -117,6 +117,7 @@ __all__ = [
     "VerifyScope",
     "WeightsChoice",
     "Workspace",
+    "ZeroShot",
     "artifact_to_package",
     "benchmark_artifacts",
     "benchmark_model",

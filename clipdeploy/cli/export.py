@@ -44,6 +44,8 @@ def _classes(passport: Passport) -> str:
         "checkpoint": "from the checkpoint",
         "assumed": "assumed to be the model's",
     }.get(passport.class_names_from, "the model's")
+    if passport.weights.zero_shot is not None:
+        source = "from --zero-shot"
     return f"{passport.classes}, names {source}: {names[0]} to {names[-1]}"
 
 
@@ -58,7 +60,7 @@ _CHOICES = "clipdeploy.core.passport.ModelChoices"
 # Parameters that say how a checkpoint is read.
 _READING = (
     *("resize_pos_embed", "image_size", "resampling", "averaged", "gelu", "pooling", "heads"),
-    "eps",
+    *("eps", "zero_shot"),
 )
 _WEIGHTS_OPTIONS = (
     option(
@@ -139,6 +141,20 @@ _WEIGHTS_OPTIONS = (
         default_text="the model is not compared with another framework",
     ),
     option(
+        "--zero-shot",
+        metavar="CLASSES",
+        help="Make a zero-shot classifier of a CLIP checkpoint: a file with one class a line, or "
+        "imagenet.",
+        default_text="the checkpoint is a classifier",
+    ),
+    option(
+        "--templates",
+        metavar="NAME|FILE",
+        help="Prompts of --zero-shot: openai80, simple, or a file with one prompt a line, with {} "
+        "for the class.",
+        default_text=default_of("clipdeploy.models.load.ZeroShot", "templates"),
+    ),
+    option(
         "--numerics",
         type=click.Choice(choices_of(_RECIPE, "numerics")),
         default=default_of(_RECIPE, "numerics"),
@@ -194,11 +210,17 @@ def weights_choice(context: Context, options: dict[str, Any]) -> tuple[WeightsCh
         refuse_unused(_READING, "--checkpoint", "pass --checkpoint FILE")
     elif options["image_size"] is None and not options["resize_pos_embed"]:
         refuse_unused(["resampling"], "--image-size", "pass --image-size PIXELS")
+    if options["zero_shot"] is None:
+        refuse_unused(["templates"], "--zero-shot", "pass --zero-shot CLASSES")
+    refuse_together("zero_shot", "class_names")
+    # CLIP's embedding is that of the class token.
+    refuse_together("zero_shot", "pooling")
     from clipdeploy.core.passport import ModelChoices, Recipe
-    from clipdeploy.models.load import WeightsChoice
+    from clipdeploy.models.load import WeightsChoice, ZeroShot
 
     checkpoint, seed = options["checkpoint"], options["random_init"]
     resize, offline = options["resize_pos_embed"], options["offline"]
+    classes, templates = options["zero_shot"], options["templates"]
     choice = WeightsChoice(
         checkpoint,
         seed,
@@ -213,6 +235,7 @@ def weights_choice(context: Context, options: dict[str, Any]) -> tuple[WeightsCh
         heads=options["heads"],
         image_size=options["image_size"],
         probe=options["probe"],
+        zero_shot=None if classes is None else ZeroShot(classes, *filter(None, [templates])),
     )
     preprocessing = {name: options[name] for name in ("mean", "std", "crop_pct")}
     return choice, Recipe(options["numerics"], options["resize"], **preprocessing)
@@ -230,7 +253,8 @@ def model_or_none(context: Context, name: str | None, weights: WeightsChoice) ->
     epilog="\b\n"
     "clipdeploy export --model clip-vit-base-p16\n"
     "clipdeploy export --checkpoint finetuned.safetensors\n"
-    "clipdeploy export --checkpoint model_best.pth.tar --no-ema --image-size 256",
+    "clipdeploy export --checkpoint model_best.pth.tar --no-ema --image-size 256\n"
+    "clipdeploy export --checkpoint hf://openai/clip-vit-base-patch16 --zero-shot imagenet",
 )
 @model_option
 @weights_options

@@ -46,6 +46,7 @@ __all__ = [
     "ScaleForm",
     "TensorSpec",
     "WeightsOrigin",
+    "ZeroShotOrigin",
     "from_json",
     "read_json",
     "settings_of",
@@ -208,6 +209,31 @@ class ModelChoices:
 
 
 @dataclass(frozen=True)
+class ZeroShotOrigin:
+    """What a zero-shot classifier was made from: a CLIP, class texts and templates.
+
+    ``checkpoint`` and its ``sha256`` are CLIP's file, ``reading`` how it was read.
+    ``prompts_sha256`` is the hash of class names, texts and templates, ``tokenizer_sha256`` that of
+    the tokenizer's vocabulary.  ``logit_scale`` multiplies the cosines.
+    """
+
+    checkpoint: str
+    sha256: str
+    reading: ModelChoices
+    templates: tuple[str, ...]
+    prompts_sha256: str
+    tokenizer_sha256: str
+    logit_scale: float
+
+    def faults(self) -> Iterator[Fault]:
+        """Yield invalid values; ``checkpoint`` may be any file name."""
+        for name in ("sha256", "prompts_sha256", "tokenizer_sha256"):
+            digest = getattr(self, name)
+            yield from unless(is_hash(digest), name, digest, "a SHA-256 in hex")
+        yield from unless_lines("templates", self.templates)
+
+
+@dataclass(frozen=True)
 class WeightsOrigin:
     """The source of the weights.
 
@@ -215,6 +241,7 @@ class WeightsOrigin:
     which no accuracy verdict is given.  ``resized_position`` is True if the position embedding was
     resampled to the model's grid.  ``choices`` are those with which the checkpoint was read.
     ``probed`` says whether the model's logits were compared with those of another framework.
+    ``zero_shot`` is what the checkpoint of a zero-shot classifier was made from; None for others.
     """
 
     kind: Literal["file", "random"]
@@ -225,6 +252,7 @@ class WeightsOrigin:
     resized_position: bool = False
     choices: ModelChoices = field(default_factory=ModelChoices)
     probed: bool = False
+    zero_shot: ZeroShotOrigin | None = None
 
     @property
     def identity(self) -> str:
@@ -240,6 +268,12 @@ class WeightsOrigin:
         if self.kind == "random":
             return f"random weights, seed {self.seed}"
         resized = ", position grid resized" if self.resized_position else ""
+        if self.zero_shot is not None:
+            made = self.zero_shot
+            return (
+                f"zero-shot classifier of {made.checkpoint}, SHA-256 {made.sha256[:8]}, "
+                f"{len(made.templates)} templates, texts {made.prompts_sha256[:8]}{resized}"
+            )
         chosen = f", {self.choices.identity}" if self.choices.identity else ""
         return f"{self.path}, {self.layout}, SHA-256 {self.sha256[:8]}{resized}{chosen}"
 

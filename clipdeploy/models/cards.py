@@ -48,10 +48,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 DOWNLOAD_ROOT = "https://download.openmmlab.com/mmclassification/v0/clip/"
 DEMO = "clip-vit-demo"
-# Patch, image size, width, blocks, heads, and the MLP's width where it is not four times the width.
+# Patch, image size, width, blocks, heads, the MLP's width where it is not four times the width, and
+# the width of CLIP's embedding before a zero-shot head.
 _GEOMETRY = re.compile(
     r"vit-p(?P<patch>\d+)-(?P<image_size>\d+)px-w(?P<width>\d+)-d(?P<depth>\d+)-h(?P<heads>\d+)"
-    r"(?:-m(?P<hidden>\d+))?"
+    r"(?:-m(?P<hidden>\d+))?(?:-e(?P<embed>\d+))?"
 )
 _MOST_DIGITS = 5
 _COLUMNS = "see docs/adding-a-checkpoint.md for the columns"
@@ -63,7 +64,8 @@ class ModelCard:
 
     ``top1`` and ``top5`` are percent on the ImageNet-1k validation set (the demo card: on its own
     test images), ``None`` if unpublished.  ``params`` and ``macs`` are computed, for one image of
-    ``image_size`` pixels.  ``hidden`` is the MLP's width, None for four times ``width``.  A
+    ``image_size`` pixels.  ``hidden`` is the MLP's width, None for four times ``width``.
+    ``embed`` is the width of CLIP's embedding that a zero-shot head reads, None for other heads.  A
     ``generic`` card is of a geometry, not of a published checkpoint.
     """
 
@@ -86,6 +88,7 @@ class ModelCard:
     depth: int = 12
     heads: int = 12
     hidden: int | None = None
+    embed: int | None = None
     generic: bool = False
 
     @property
@@ -217,7 +220,13 @@ def _known(value: float) -> float | None:
 
 
 def geometry_card(
-    patch: int, image_size: int, width: int, depth: int, heads: int, hidden: int | None = None
+    patch: int,
+    image_size: int,
+    width: int,
+    depth: int,
+    heads: int,
+    hidden: int | None = None,
+    embed: int | None = None,
 ) -> ModelCard:
     """The card of a geometry that no published checkpoint has, named after it.
 
@@ -227,7 +236,9 @@ def geometry_card(
     hidden = None if hidden == 4 * width else hidden
     name = f"vit-p{patch}-{image_size}px-w{width}-d{depth}-h{heads}"
     name += "" if hidden is None else f"-m{hidden}"
-    sizes = (patch, image_size, width, depth, heads, hidden or 1)
+    name += "" if embed is None else f"-e{embed}"
+    extra = [size for size in (hidden, embed) if size is not None]
+    sizes = (patch, image_size, width, depth, heads, *extra)
     if min(sizes) < 1 or image_size > MOST_EDGE or image_size % patch or width % heads:
         raise UsageError(
             f"{name} is no geometry: {image_size} px in patches of {patch}, width {width} in "
@@ -237,10 +248,11 @@ def geometry_card(
     mlp, tokens = hidden or 4 * width, (image_size // patch) ** 2 + 1
     linears = 4 * width**2 + 2 * width * mlp
     kernel, classes = 3 * patch**2 * width, 1000
+    features, projection = embed or width, (embed or 0) * width
     # Two LayerNorms and the Linears' biases in each block; two LayerNorms, the class token, the
-    # position embedding and the head around them.
+    # position embedding, the projection and the head around them.
     block = linears + 4 * width + 5 * width + mlp
-    around = kernel + width * (tokens + 1) + 4 * width + classes * (width + 1)
+    around = kernel + width * (tokens + 1) + 4 * width + projection + classes * (features + 1)
     products = tokens * linears + 2 * tokens**2 * width
     return ModelCard(
         name=name,
@@ -249,7 +261,7 @@ def geometry_card(
         image_size=image_size,
         pretrain="-",
         params=depth * block + around,
-        macs=depth * products + (tokens - 1) * kernel + classes * width,
+        macs=depth * products + (tokens - 1) * kernel + projection + classes * features,
         top1=None,
         top5=None,
         file="",
@@ -261,6 +273,7 @@ def geometry_card(
         depth=depth,
         heads=heads,
         hidden=hidden,
+        embed=embed,
         generic=True,
     )
 

@@ -30,6 +30,9 @@ from clipdeploy.models.vit import VisionTransformer, ViTConfig
 __all__ = [
     "LoadedModel",
     "WeightsChoice",
+    "ZeroShot",
+    "card_for",
+    "checkpoint_file",
     "infer_card",
     "load_model",
     "random_tensors",
@@ -42,6 +45,20 @@ _MMPRETRAIN_IMAGE = 224
 # Widths of open_clip's ViT-H, ViT-g and ViT-bigG, whose heads do not have 64 channels: heads.
 _HEADS = {1280: 16, 1408: 16, 1664: 16}
 _HEAD_WIDTH = 64
+# The maximum in training, which CLIP's models reach: openai/CLIP, "Learning Transferable Visual
+# Models From Natural Language Supervision", section 2.5.
+_LOGIT_SCALE = 100.0
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """Class texts for a zero-shot classifier: ``classes`` and ``templates`` are files or names.
+
+    See :func:`clipdeploy.models.clip.prompts.read_prompts`.
+    """
+
+    classes: StrPath
+    templates: StrPath = "openai80"
 
 
 @dataclass(frozen=True)
@@ -65,6 +82,7 @@ class WeightsChoice:
         image_size: the edge of the image in pixels; the position grid is resampled to it.
         probe: a file with inputs and their logits in the user's framework, with which the model
             must agree, see :mod:`clipdeploy.models.probe`.
+        zero_shot: makes a zero-shot classifier of the checkpoint, which is a CLIP.
 
     Raises:
         UsageError: a number is invalid, or a seed is given with a checkpoint or with choices for
@@ -82,6 +100,7 @@ class WeightsChoice:
     heads: int | None = None
     image_size: int | None = None
     probe: StrPath | None = None
+    zero_shot: ZeroShot | None = None
 
     def __post_init__(self) -> None:
         check_numbers(
@@ -133,6 +152,7 @@ def _config(card: ModelCard, recipe: Recipe, classes: int) -> ViTConfig:
         heads=card.heads,
         hidden=card.hidden,
         eps=_recipe_eps(recipe),
+        embed=card.embed,
     )
 
 
@@ -173,7 +193,9 @@ def random_tensors(config: ViTConfig, seed: int) -> dict[str, Tensor]:
         elif name in ("cls_token", "pos_embed"):
             tensors[name] = noise * 0.3
         elif name == "head.weight":
-            tensors[name] = noise * 1.5 * shape[1] ** -0.5
+            # A zero-shot head has texts' embeddings of length 1, times CLIP's logit scale.
+            spread = 1.5 if config.embed is None else _LOGIT_SCALE
+            tensors[name] = noise * spread * shape[1] ** -0.5
         else:
             fan_in = noise[0].numel()
             tensors[name] = noise * fan_in**-0.5
@@ -269,10 +291,13 @@ def infer_card(choice: WeightsChoice, preferred: str | None = None) -> ModelCard
     """
     if choice.checkpoint is None:
         raise UsageError("no model is named", hint="name a model, or a checkpoint to infer it from")
-    return _card_for(_read_file(choice), choice, preferred)
+    return card_for(_read_file(choice), choice, preferred)
 
 
-def _card_for(checkpoint: Checkpoint, choice: WeightsChoice, preferred: str | None) -> ModelCard:
+def card_for(
+    checkpoint: Checkpoint, choice: WeightsChoice, preferred: str | None = None
+) -> ModelCard:
+    """As :func:`infer_card`, for a checkpoint that has been read."""
     shape = checkpoint.shape
     if not shape.known:
         raise CheckpointError(
@@ -290,6 +315,7 @@ def _card_for(checkpoint: Checkpoint, choice: WeightsChoice, preferred: str | No
         == (shape.patch, size, shape.width, shape.depth)
         and shape.pre_norm
         and shape.hidden == 4 * shape.width
+        and shape.embed == card.embed
         and heads in (None, card.heads)
     ]
     published = [
@@ -302,7 +328,13 @@ def _card_for(checkpoint: Checkpoint, choice: WeightsChoice, preferred: str | No
     if fitting:
         return next((card for card in fitting if card.short), fitting[0])
     return cards.geometry_card(
-        shape.patch, size, shape.width, shape.depth, heads or _clip_heads(checkpoint), shape.hidden
+        shape.patch,
+        size,
+        shape.width,
+        shape.depth,
+        heads or _clip_heads(checkpoint),
+        shape.hidden,
+        shape.embed,
     )
 
 
@@ -347,6 +379,7 @@ def load_model(card: ModelCard, choice: WeightsChoice, recipe: Recipe) -> Loaded
         layout=checkpoint.layout,
         resized_position=resized,
         choices=checkpoint.choices,
+        zero_shot=checkpoint.zero_shot,
     )
     module = _assemble(checkpoint.tensors, config)
     notes = checkpoint.notes
@@ -418,14 +451,25 @@ def _check_heads(checkpoint: Checkpoint, card: ModelCard) -> None:
         )
 
 
-def _read_file(choice: WeightsChoice) -> Checkpoint:
+def checkpoint_file(choice: WeightsChoice) -> Path:
+    """The path of the checkpoint of ``choice``, which is downloaded if it is on a hub.
+
+    Raises:
+        UsageError: ``choice`` has none.
+        CheckpointError: it cannot be downloaded.
+    """
     from clipdeploy.models.download import HUB_PREFIX, fetch_hub
 
     chosen = choice.checkpoint
-    assert chosen is not None
+    if chosen is None:
+        raise UsageError("no checkpoint is given", hint="pass a file or hf://OWNER/NAME")
     if isinstance(chosen, str) and chosen.startswith(HUB_PREFIX):
         chosen = fetch_hub(chosen, offline=choice.offline, progress=choice.show_download)
-    return read_checkpoint(Path(chosen), choice.choices)
+    return Path(chosen)
+
+
+def _read_file(choice: WeightsChoice) -> Checkpoint:
+    return read_checkpoint(checkpoint_file(choice), choice.choices)
 
 
 def _read(card: ModelCard, choice: WeightsChoice) -> Checkpoint:

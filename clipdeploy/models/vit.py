@@ -6,7 +6,8 @@
     logits = head(norm(x[:, 0]))
 
 Variants: without norm_pre; QuickGELU, x * sigmoid(1.702 x), instead of GELU; the mean of the patch
-tokens instead of the class token, with a LayerNorm before (norm) or behind it (fc_norm), or none.
+tokens instead of the class token, with a LayerNorm before (norm) or behind it (fc_norm), or none;
+before the head of a zero-shot classifier, CLIP's projection and an L2 normalisation.
 
 Two rearrangements keep the exported graph lean without changing the function:
 
@@ -30,10 +31,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["ViTConfig", "VisionTransformer"]
+__all__ = ["Block", "BlockConfig", "ViTConfig", "VisionTransformer"]
 
 # openai/CLIP model.py, QuickGELU.
 _QUICK_SCALE = 1.702
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """Width, heads, width of the MLP, LayerNorm's epsilon and GELU of a transformer's blocks.
+
+    In a ``causal`` block, a token sees itself and those before it.
+    """
+
+    width: int
+    heads: int
+    hidden: int
+    eps: float
+    gelu: Literal["erf", "quick"]
+    causal: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,7 +59,8 @@ class ViTConfig:
     ``tokens`` counts the class token: a 224 px image in 16 px patches has 14 * 14 + 1 = 197.
     ``hidden`` is the width of the MLP, 4 * width if None.  ``pooling`` is what the head reads: the
     class token, or the mean of the patch tokens.  ``final_norm`` normalises the tokens before the
-    pooling, ``fc_norm`` its result.
+    pooling, ``fc_norm`` its result.  ``embed`` is the width of CLIP's embedding, which the head
+    then reads, normalised; None if the head reads the pooled features.
     """
 
     patch: int
@@ -59,6 +76,7 @@ class ViTConfig:
     pre_norm: bool = True
     final_norm: bool = True
     fc_norm: bool = False
+    embed: int | None = None
 
     @property
     def grid(self) -> int:
@@ -75,6 +93,11 @@ class ViTConfig:
         """The width of the MLP's hidden layer."""
         return 4 * self.width if self.hidden is None else self.hidden
 
+    @property
+    def block(self) -> BlockConfig:
+        """The configuration of each block."""
+        return BlockConfig(self.width, self.heads, self.mlp_width, self.eps, self.gelu)
+
 
 def _quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(_QUICK_SCALE * x)
@@ -84,18 +107,19 @@ def _erf_gelu(x: Tensor) -> Tensor:
     return F.gelu(x)
 
 
-def _norm(config: ViTConfig, present: bool = True) -> nn.Module:
+def _norm(config: BlockConfig | ViTConfig, present: bool = True) -> nn.Module:
     return nn.LayerNorm(config.width, eps=config.eps) if present else nn.Identity()
 
 
 class Attention(nn.Module):
     """Multi-head self-attention: (B, N, C) -> (B, N, C), or (B, 1, C) for the class token only."""
 
-    def __init__(self, config: ViTConfig, *, class_token_only: bool) -> None:
+    def __init__(self, config: BlockConfig, *, class_token_only: bool = False) -> None:
         super().__init__()
         self.heads = config.heads
         self.head_width = config.width // config.heads
         self.class_token_only = class_token_only
+        self.causal = config.causal
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.proj = nn.Linear(config.width, config.width)
 
@@ -108,6 +132,8 @@ class Attention(nn.Module):
         if self.class_token_only:
             q = q[:, :, :1]
         scores = (q * self.head_width**-0.5) @ k.transpose(-2, -1)
+        if self.causal:
+            scores = scores + scores.new_full(scores.shape[-2:], -torch.inf).triu(1)
         mixed = (scores.softmax(dim=-1) @ v).transpose(1, 2)
         return self.proj(mixed.reshape(-1, q.shape[2], self.heads * self.head_width))
 
@@ -115,10 +141,10 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Linear, GELU (exact or QuickGELU), Linear: (B, N, C) -> (B, N, C)."""
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: BlockConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.width, config.mlp_width)
-        self.fc2 = nn.Linear(config.mlp_width, config.width)
+        self.fc1 = nn.Linear(config.width, config.hidden)
+        self.fc2 = nn.Linear(config.hidden, config.width)
         self.gelu: Callable[[Tensor], Tensor] = _quick_gelu if config.gelu == "quick" else _erf_gelu
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,7 +155,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: (B, N, C) -> (B, N, C), or (B, 1, C) for the class token only."""
 
-    def __init__(self, config: ViTConfig, *, class_token_only: bool) -> None:
+    def __init__(self, config: BlockConfig, *, class_token_only: bool = False) -> None:
         super().__init__()
         self.class_token_only = class_token_only
         self.norm1 = _norm(config)
@@ -158,12 +184,17 @@ class VisionTransformer(nn.Module):
         self.position = nn.Parameter(torch.zeros(1, config.tokens, config.width))
         self.norm_pre = _norm(config, config.pre_norm)
         self.blocks = nn.ModuleList(
-            Block(config, class_token_only=config.pooling == "token" and index == config.depth - 1)
+            Block(
+                config.block,
+                class_token_only=config.pooling == "token" and index == config.depth - 1,
+            )
             for index in range(config.depth)
         )
         self.norm = _norm(config, config.final_norm)
         self.fc_norm = _norm(config, config.fc_norm)
-        self.head = nn.Linear(config.width, config.classes)
+        if config.embed is not None:
+            self.embed = nn.Linear(config.width, config.embed, bias=False)
+        self.head = nn.Linear(config.embed or config.width, config.classes)
 
     def forward(self, image: Tensor) -> Tensor:
         """Images (B, 3, S, S) -> logits (B, classes)."""
@@ -171,7 +202,14 @@ class VisionTransformer(nn.Module):
         x = self.norm_pre(F.pad(patches, (0, 0, 1, 0)) + self.position)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.fc_norm(self._pool(x)))
+        return self.head(self._embedded(self.fc_norm(self._pool(x))))
+
+    def _embedded(self, features: Tensor) -> Tensor:
+        """Features (B, C) -> CLIP's embedding of length 1 (B, D), if there is one."""
+        if self.config.embed is None:
+            return features
+        embedding = self.embed(features)
+        return embedding / embedding.norm(dim=-1, keepdim=True)
 
     def _pool(self, x: Tensor) -> Tensor:
         """Tokens (B, N, C) -> features (B, C)."""

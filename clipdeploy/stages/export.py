@@ -13,7 +13,8 @@ from clipdeploy.models.load import LoadedModel, WeightsChoice
 from clipdeploy.models.probe import prove, read_probe
 from clipdeploy.stages.class_names import ClassNames, name_classes
 from clipdeploy.stages.samples import sample_images
-from clipdeploy.stages.weights import chosen_card, load_weights
+from clipdeploy.stages.weights import load_weights
+from clipdeploy.stages.zero_shot import prepare_weights
 from clipdeploy.workspace.folder import Workspace
 from exporters.headers import GraphArtifact, existing_graph
 from exporters.onnx import ExportConfig, export_graph
@@ -78,14 +79,15 @@ def export_model(
 
     A workspace keeps the checkpoint or seed that it was exported with: if ``weights`` names none,
     that one is used, and others are refused unless ``weights.replace``.  If ``name`` is None, the
-    model is inferred from the checkpoint.  ``note`` is called with remarks: the inferred model, the
-    weights that were chosen, names of classes that may be wrong.
+    model is inferred from the checkpoint.  With ``weights.zero_shot``, the checkpoint is a CLIP,
+    and the graph is a classifier of these texts.  ``note`` is called with remarks: the inferred
+    model, the weights that were chosen, names of classes that may be wrong.
 
     Raises:
         UsageError: ``weights`` differ from the workspace's and do not replace them.
         ClipdeployError: see :mod:`clipdeploy.core.errors`; no file is left behind.
     """
-    card = chosen_card(workspace, name, weights, note)
+    card, weights = prepare_weights(workspace, name, weights, note, progress)
     with progress.task(f"load {card.name}"):
         model = load_weights(workspace, card, weights, recipe)
     for remark in model.notes:

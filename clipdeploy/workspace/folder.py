@@ -3,6 +3,7 @@
 artifacts/
   workspace.json                      the last model
   clip-vit-demo/
+    zero-shot.safetensors             export --zero-shot: the classifier, as a checkpoint
     fp32.onnx                         export
     calibration.json                  calibrate
     calibration.1-of-4.json           calibrate --shard 1/4, until `calibrate merge`
@@ -78,6 +79,10 @@ class Workspace:
     def engine(self, model: str, precision: Precision) -> Path:
         """The TensorRT engine of one precision."""
         return artifact_path(self.folder(model), cards.full_name(model), precision, "engine")
+
+    def zero_shot(self, model: str) -> Path:
+        """The checkpoint of a zero-shot classifier."""
+        return self.folder(model) / "zero-shot.safetensors"
 
     def calibration(self, model: str, shard: tuple[int, int] | None = None) -> Path:
         """The calibration table, or one shard of it."""

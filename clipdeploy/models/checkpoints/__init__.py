@@ -13,6 +13,7 @@ from clipdeploy.models.checkpoints.checkpoint import (
     Shape,
     expected_shapes,
     read_checkpoint,
+    read_tower,
     validate,
 )
 from clipdeploy.models.checkpoints.position import resize_position_grid
@@ -22,6 +23,7 @@ __all__ = [
     "Shape",
     "expected_shapes",
     "read_checkpoint",
+    "read_tower",
     "resize_position_grid",
     "validate",
 ]

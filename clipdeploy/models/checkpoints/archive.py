@@ -23,7 +23,9 @@ from clipdeploy.core.files import open_regular, read_regular, sha256_file
 from clipdeploy.core.interrupts import interrupts
 from clipdeploy.models.checkpoints.unpickle import Inert, module_tensors, read_pickle
 
-__all__ = ["Archive", "read_archive"]
+__all__ = ["METADATA_KEY", "Archive", "read_archive"]
+
+METADATA_KEY = "clipdeploy"
 
 # In a folder of Hugging Face's save_pretrained, in the order of preference.
 _HUB_NAMES = (
@@ -50,7 +52,7 @@ class Archive:
     ``path`` is the file, or the index of its shards; ``kind`` its format.  ``loaded`` has
     plain dictionaries with text keys, also in place of modules and other objects.  ``config`` and
     ``preprocessor`` are the JSON files of Hugging Face's folders beside it, empty if there are
-    none.
+    none.  A file of clipdeploy's own has its ``config`` inside, under ``METADATA_KEY``.
     """
 
     path: Path
@@ -77,7 +79,7 @@ def read_archive(path: Path) -> Archive:
     else:
         loaded, sha256 = _load(path), sha256_file(path)
         kind = path.suffix.lstrip(".") or "pickle"
-    config = _side_file(path, "config.json")
+    config = _own_config(path) or _side_file(path, "config.json")
     return Archive(path, sha256, kind, loaded, config, _side_file(path, "preprocessor_config.json"))
 
 
@@ -101,6 +103,23 @@ def _side_file(path: Path, name: str) -> Mapping[str, Any]:
     if path.name not in _HUB_NAMES or not beside.is_file():
         return {}
     found = _json(beside)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _own_config(path: Path) -> Mapping[str, Any]:
+    """The configuration in the metadata of a safetensors file; empty if there is none."""
+    from safetensors import safe_open
+
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, framework="numpy") as file:
+        text = (file.metadata() or {}).get(METADATA_KEY, "{}")
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} has damaged metadata: {first_line(error)}", hint="create it again"
+        ) from error
     return found if isinstance(found, Mapping) else {}
 
 
@@ -181,7 +200,8 @@ def _load_pickle(path: Path) -> Any:
         warnings.simplefilter("ignore")
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
-        except pickle.UnpicklingError as refused:
+        # RuntimeError: a TorchScript archive, whose code is not read.
+        except (pickle.UnpicklingError, RuntimeError) as refused:
             try:
                 return read_pickle(path)
             except Exception:  # damaged: PyTorch's reason is the better one
@@ -210,7 +230,7 @@ def _reason(error: Exception) -> str:
     if found := _CLASS.search(text):
         return f"it contains an object of {found[1]}, and is damaged"
     if "TorchScript" in text:
-        return "it is a TorchScript archive"
+        return "it is a TorchScript archive, and damaged"
     if _ADVICE.search(text):
         return "it contains other objects than tensors, or is damaged"
     if not isinstance(error, _FILE_ERRORS):

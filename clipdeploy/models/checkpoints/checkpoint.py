@@ -8,12 +8,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import torch
 from torch import Tensor
 
-from clipdeploy.core.errors import CheckpointError
-from clipdeploy.core.passport import ModelChoices
-from clipdeploy.models.checkpoints.archive import read_archive
+from clipdeploy.core.errors import CheckpointError, UsageError, first_line
+from clipdeploy.core.passport import ModelChoices, ZeroShotOrigin
+from clipdeploy.core.values import first_fault
+from clipdeploy.models.checkpoints.archive import Archive, read_archive
 from clipdeploy.models.checkpoints.canonical import canonical, is_square
 from clipdeploy.models.checkpoints.foreign import listed
 from clipdeploy.models.checkpoints.layouts.layout import Pooling
@@ -26,13 +28,16 @@ from clipdeploy.models.checkpoints.select import FoundModel, select_model
 from clipdeploy.models.checkpoints.told import Told, told_by
 from clipdeploy.models.vit import ViTConfig
 
-__all__ = ["Checkpoint", "Shape", "expected_shapes", "read_checkpoint", "validate"]
+__all__ = ["Checkpoint", "Shape", "expected_shapes", "read_checkpoint", "read_tower", "validate"]
 
 StateDict = dict[str, Tensor]
 
 # Keys of mmengine (dataset_meta), mmcv, torchvision and Hugging Face.
 _CLASS_KEYS = ("classes", "CLASSES", "class_names", "class_to_idx", "id2label", "idx_to_class")
 _UNNAMED = re.compile(r"LABEL_\d+")
+# Numbers that only OpenAI's archives contain, whose models all use QuickGELU (openai/CLIP model.py,
+# build_model).
+_OPENAI = frozenset({"input_resolution", "context_length", "vocab_size"})
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -40,7 +45,8 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 class Shape:
     """A model's geometry, from its tensors; None or 0 for what they do not tell.
 
-    ``grid`` is the number of patches along a side of the position grid, ``hidden`` the MLP's width.
+    ``grid`` is the number of patches along a side of the position grid, ``hidden`` the MLP's width,
+    ``embed`` that of the embedding that a zero-shot head reads; None for other heads.
     """
 
     width: int = 0
@@ -53,6 +59,7 @@ class Shape:
     pre_norm: bool = True
     final_norm: bool = True
     fc_norm: bool = False
+    embed: int | None = None
 
     @property
     def known(self) -> bool:
@@ -84,6 +91,7 @@ class Checkpoint:
     eps: tuple[float, float] = (1e-5, 1e-6)
     resampling: Literal["timm", "mmpretrain"] = "mmpretrain"
     preprocessing: Preprocessing | None = None
+    zero_shot: ZeroShotOrigin | None = None
 
     @property
     def classes(self) -> int | None:
@@ -119,7 +127,10 @@ def expected_shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"blocks.{index}.{name}.bias"] = shape[:1]
     for name in names:
         shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-    return shapes | {"head.weight": (config.classes, width), "head.bias": (config.classes,)}
+    features = config.embed or width
+    if config.embed is not None:
+        shapes["embed.weight"] = (config.embed, width)
+    return shapes | {"head.weight": (config.classes, features), "head.bias": (config.classes,)}
 
 
 def read_checkpoint(path: Path, choices: ModelChoices = ModelChoices()) -> Checkpoint:
@@ -131,8 +142,34 @@ def read_checkpoint(path: Path, choices: ModelChoices = ModelChoices()) -> Check
             contains other tensors than dense float32, float16, bfloat16 or float64.
     """
     archive = read_archive(path)
+    return _checkpoint(
+        archive, select_model(archive.loaded, archive.path, choices.averaged), choices
+    )
+
+
+def read_tower(
+    path: Path, choices: ModelChoices = ModelChoices()
+) -> tuple[Checkpoint, dict[str, Tensor], Mapping[str, Any]]:
+    """Read CLIP's image tower, which has no head and is read at the class token.
+
+    Returns it, the other tensors of the file, float32, under their own names, and the configuration
+    beside the file.
+
+    Raises:
+        FileError, CheckpointError: see :func:`read_checkpoint`; or the file is a classifier.
+    """
+    archive = read_archive(path)
+    found = select_model(archive.loaded, archive.path, choices.averaged, tower=True)
+    _refuse_unsupported({n: v for n, v in found.beside.items() if n not in _OPENAI}, archive.path)
+    if choices.gelu is None and found.beside.keys() >= _OPENAI:
+        choices = replace(choices, gelu="quick")
+    made = _checkpoint(archive, found, replace(choices, pooling="token"))
+    beside = {n: v.float() for n, v in found.beside.items() if n not in _OPENAI}
+    return made, beside, archive.config
+
+
+def _checkpoint(archive: Archive, found: FoundModel, choices: ModelChoices) -> Checkpoint:
     path = archive.path
-    found = select_model(archive.loaded, path, choices.averaged)
     stated = {n: v for n, v in found.inside.items() if n.startswith(STATED)}
     _refuse_unsupported(found.tensors | stated, path)
     tensors = canonical(found.tensors)
@@ -157,7 +194,22 @@ def read_checkpoint(path: Path, choices: ModelChoices = ModelChoices()) -> Check
         found.layout.eps,
         found.layout.resampling,
         stated_preprocessing(archive.config, archive.preprocessor, found.inside),
+        _zero_shot(archive) if shape.embed is not None else None,
     )
+
+
+def _zero_shot(archive: Archive) -> ZeroShotOrigin:
+    try:
+        origin = msgspec.convert(archive.config.get("zero_shot"), ZeroShotOrigin)
+        fault = str(first_fault(origin) or "")
+    except (msgspec.ValidationError, UsageError) as error:
+        fault = first_line(error)
+    if fault:
+        raise CheckpointError(
+            f"{archive.path} does not say what its zero-shot classifier was made from: {fault}",
+            hint="create it again with --zero-shot",
+        )
+    return origin
 
 
 def _made(
@@ -207,6 +259,7 @@ def _shape(tensors: StateDict) -> Shape:
         pre_norm="norm_pre" in parts,
         final_norm="norm" in parts or "fc_norm" not in parts,
         fc_norm="fc_norm" in parts,
+        embed=tensors["embed.weight"].shape[0] if "embed.weight" in tensors else None,
     )
 
 

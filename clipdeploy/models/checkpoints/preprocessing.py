@@ -50,11 +50,26 @@ def stated_preprocessing(
     """
     if preprocessor:
         return _transformers(preprocessor)
+    if isinstance(own := config.get("preprocessing"), Mapping):
+        return _own(own)
     # Older versions of timm wrote its entries into config.json itself (timm 1.0 _hub.py).
     cfg = config.get("pretrained_cfg", config if "architecture" in config else None)
     if isinstance(cfg, Mapping):
         return _timm(cfg)
     return _mmpretrain(tensors)
+
+
+def _own(found: Mapping[str, Any]) -> Preprocessing:
+    """What a zero-shot classifier took over from CLIP's configuration."""
+    mode = found.get("crop_mode")
+    return Preprocessing(
+        str(found.get("source")),
+        _triple(found.get("mean")),
+        _triple(found.get("std")),
+        _number(found.get("crop_pct")),
+        mode if mode in ("center", "squash") else None,
+        str(found["interpolation"]) if found.get("interpolation") else None,
+    )
 
 
 def _timm(cfg: Mapping[str, Any]) -> Preprocessing:

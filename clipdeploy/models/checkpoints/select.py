@@ -60,7 +60,7 @@ class FoundModel:
     ``place`` is where it is in the file, empty for a flat file without a prefix.  ``averaged`` says
     whether its weights are averaged; None if the file has only one kind.  ``head`` is the name of a
     head beside the tower, and ``left_out`` are names that do not change the logits.  ``inside`` has
-    the model's tensors under the layout's names.
+    the model's tensors under the layout's names, ``beside`` the others under those of the file.
     """
 
     layout: Layout
@@ -72,6 +72,7 @@ class FoundModel:
     head: str = ""
     left_out: tuple[str, ...] = ()
     inside: Mapping[str, Any] = field(default_factory=dict)
+    beside: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,14 @@ class _Candidate:
         return ".".join(filter(None, (self.key, self.prefix.rstrip("."))))
 
 
-def select_model(loaded: Any, path: Path, ema: bool | None = None) -> FoundModel:
+def select_model(
+    loaded: Any, path: Path, ema: bool | None = None, *, tower: bool = False
+) -> FoundModel:
     """Find the one model in the object that a file contains.
 
     ``ema`` selects averaged weights (True) or the others (False) if a file has both; None prefers
-    the averaged ones, as timm does.
+    the averaged ones, as timm does.  A ``tower`` is CLIP's image tower, which has no head; the
+    other tensors of its file belong to the text tower and are in ``beside``.
 
     Raises:
         CheckpointError: there is no model, more than one, or a tensor that would be ignored.
@@ -117,7 +121,8 @@ def select_model(loaded: Any, path: Path, ema: bool | None = None) -> FoundModel
     chosen = _chosen(candidates, path, ema)
     both = len({each.averaged for each in candidates}) > 1
     chosen = replace(chosen, entries=_without_other_kind(chosen, candidates))
-    return _found(chosen, path, averaged=chosen.averaged if both or chosen.averaged else None)
+    averaged = chosen.averaged if both or chosen.averaged else None
+    return (_tower if tower else _found)(chosen, path, averaged)
 
 
 def _states(
@@ -201,12 +206,39 @@ def _without_other_kind(chosen: _Candidate, candidates: list[_Candidate]) -> Map
     return {n: value for n, value in chosen.entries.items() if n in own or n not in others}
 
 
+def _inside(chosen: _Candidate, path: Path) -> dict[str, Any]:
+    """The tensors behind the candidate's prefix, under the layout's names."""
+    _refuse_other_entries(chosen.entries, path)
+    if (error := adapter_error(path, chosen.entries)) is not None:
+        raise error
+    prefix = chosen.prefix
+    return {n.removeprefix(prefix): v for n, v in chosen.entries.items() if n.startswith(prefix)}
+
+
+def _tower(chosen: _Candidate, path: Path, averaged: bool | None) -> FoundModel:
+    entries, prefix = chosen.entries, chosen.prefix
+    inside = _inside(chosen, path)
+    tensors, unknown = chosen.layout.renamed(inside)
+    beside = [n for n in entries if not n.startswith(prefix)] + [prefix + n for n in unknown]
+    if "head.weight" in tensors:
+        raise CheckpointError(
+            f"{path} is a classifier with a head of its own, not a CLIP with a text tower",
+            hint="pass CLIP's checkpoint, or export the classifier without class texts",
+        )
+    return FoundModel(
+        chosen.layout,
+        chosen.place,
+        bool(chosen.key),
+        tensors,
+        averaged=averaged,
+        inside=inside,
+        beside={name: entries[name] for name in beside},
+    )
+
+
 def _found(chosen: _Candidate, path: Path, averaged: bool | None) -> FoundModel:
     entries, prefix, layout = chosen.entries, chosen.prefix, chosen.layout
-    _refuse_other_entries(entries, path)
-    if (error := adapter_error(path, entries)) is not None:
-        raise error
-    inside = {n.removeprefix(prefix): v for n, v in entries.items() if n.startswith(prefix)}
+    inside = _inside(chosen, path)
     tensors, unknown = layout.renamed(inside)
     beside = [n for n in entries if not n.startswith(prefix)] + [prefix + n for n in unknown]
     head = _head_beside(tensors, entries, beside)
@@ -247,7 +279,7 @@ def _found(chosen: _Candidate, path: Path, averaged: bool | None) -> FoundModel:
 def _head_names(tensors: Mapping[str, Any], ignored: list[str]) -> str:
     if ignored:
         return f"none of {listed(ignored)} fits one"
-    return "a zero-shot CLIP" if "proj" in tensors else "a backbone for features"
+    return "a zero-shot CLIP (--zero-shot)" if "proj" in tensors else "a backbone for features"
 
 
 def _head_beside(tensors: Mapping[str, Any], entries: Mapping[str, Any], beside: list[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from clipdeploy.core.errors import CheckpointError
 from clipdeploy.models.checkpoints.layouts.layout import Gelu, Layout, Pooling
@@ -35,7 +35,18 @@ def told_by(layout: Layout, config: Mapping[str, Any], loaded: Any) -> Told:
         return _transformers(config)
     if layout.name == "timm":
         return _timm(config, loaded)
+    if layout.name == "zero-shot":
+        return _zero_shot(config)
     return Told()
+
+
+def _zero_shot(config: Mapping[str, Any]) -> Told:
+    gelu = config.get("gelu")
+    return Told(
+        gelu if gelu in get_args(Gelu) else None,
+        eps=_number(config.get("eps")),
+        heads=_count(config.get("heads")),
+    )
 
 
 def _transformers(config: Mapping[str, Any]) -> Told:

@@ -200,8 +200,6 @@ def _read_zip(path: Path) -> Any:
     whole = torch.UntypedStorage.from_file(str(path), False, size)
     with zipfile.ZipFile(path) as archive, path.open("rb") as stream:
         records = {name.partition("/")[2]: info for name, info in archive.NameToInfo.items()}
-        if "constants.pkl" in records:
-            raise pickle.UnpicklingError("it is a TorchScript archive")
         if "byteorder" in records and archive.read(records["byteorder"]) == b"big":
             raise pickle.UnpicklingError("its numbers are big-endian")
 
@@ -260,7 +258,7 @@ def _read_legacy(stream: IO[bytes], size: int) -> Any:
 
 
 def module_tensors(module: Inert) -> dict[str, Tensor]:
-    """The state dict of a pickled ``torch.nn.Module``: name -> tensor of any shape; else empty."""
+    """The state dict of a pickled or scripted module: name -> tensor of any shape; else empty."""
     return dict(_named(module, "", 0))
 
 
@@ -268,12 +266,15 @@ def _named(module: Any, prefix: str, level: int) -> Iterator[tuple[str, Tensor]]
     state = module.state if isinstance(module, Inert) else None
     if not isinstance(state, dict) or level > _MAX_LEVELS:
         return
-    for kind in ("_parameters", "_buffers"):
-        for name, value in _items(state.get(kind)):
-            if isinstance(value, Tensor):
-                yield f"{prefix}{name}", value
-    for name, inner in _items(state.get("_modules")):
-        yield from _named(inner, f"{prefix}{name}.", level + 1)
+    kinds = ("_parameters", "_buffers", "_modules")
+    # In TorchScript, parameters, buffers and modules are attributes.
+    scripted = type(module).__qualname__.startswith("__torch__.")
+    parts = [state] if scripted else [state.get(kind) for kind in kinds]
+    for name, value in (item for part in parts for item in _items(part)):
+        if isinstance(value, Tensor):
+            yield f"{prefix}{name}", value
+        else:
+            yield from _named(value, f"{prefix}{name}.", level + 1)
 
 
 def _items(value: Any) -> list[tuple[Any, Any]]:

@@ -46,7 +46,7 @@ from clipdeploy.stages.report import write_reports
 from clipdeploy.stages.stage_log import UNWATCHED, StageLog, StageWatch
 from clipdeploy.stages.verify.run import verify_model
 from clipdeploy.stages.verify.setup import Judgement
-from clipdeploy.stages.weights import chosen_card
+from clipdeploy.stages.zero_shot import prepare_weights
 from clipdeploy.workspace.folder import Workspace
 from exporters.headers import GraphArtifact
 
@@ -72,9 +72,10 @@ def deploy_model(
     Raises:
         ClipdeployError: a stage failed, or a check before the first stage.
     """
-    name = chosen_card(workspace, model, config.weights, note).name
+    card, weights = prepare_weights(workspace, model, config.weights, note, progress)
+    config = replace(config, weights=weights)
     log = StageLog(config.stages, watch)
-    return _Run(workspace, name, config, force, note, progress, log).deployment()
+    return _Run(workspace, card.name, config, force, note, progress, log).deployment()
 
 
 class _Made(Protocol):

@@ -6,7 +6,8 @@ from clipdeploy.models.checkpoints.layouts.layout import Layout
 from clipdeploy.models.checkpoints.layouts.mmpretrain import MMPRETRAIN
 from clipdeploy.models.checkpoints.layouts.openai import OPENAI
 from clipdeploy.models.checkpoints.layouts.timm import TIMM
+from clipdeploy.models.checkpoints.layouts.zero_shot import ZERO_SHOT
 
 __all__ = ["LAYOUTS", "Layout"]
 
-LAYOUTS = (TIMM, MMPRETRAIN, HF_VIT, HF_CLIP, OPENAI)
+LAYOUTS = (TIMM, MMPRETRAIN, HF_VIT, HF_CLIP, OPENAI, ZERO_SHOT)

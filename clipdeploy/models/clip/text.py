@@ -1,0 +1,190 @@
+"""CLIP's text tower in plain PyTorch, and the layouts of its tensors.
+
+    x = token_embed[ids] + position           ids (B, T), at most 77 tokens
+    x = x + attn(norm1(x)); x = x + mlp(norm2(x))      for every block, causal
+    embedding = proj(norm(x[end]))            end is the first token with the highest id
+
+Tokens do not see those behind them, so ids may be cut behind the longest text's end.  Layout and
+numerics: openai/CLIP ``model.py``, open_clip ``transformer.py``, transformers ``modeling_clip.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from clipdeploy.core.errors import CheckpointError
+from clipdeploy.models.checkpoints.canonical import canonical
+from clipdeploy.models.checkpoints.foreign import listed
+from clipdeploy.models.checkpoints.layouts.layout import Gelu, Layout, rules
+from clipdeploy.models.clip.tokenizer import CONTEXT, VOCABULARY
+from clipdeploy.models.vit import Block, BlockConfig
+
+__all__ = ["TextTower", "text_tower"]
+
+# As in all of CLIP's and open_clip's text towers of this kind.
+_HEAD_WIDTH = 64
+_ENDS = r"(weight|bias)"
+_BLOCK = r"transformer\.resblocks\.(\d+)\."
+_LAYER = r"text_model\.encoder\.layers\.(\d+)\."
+_EMBEDDINGS = r"text_model\.embeddings\."
+
+_LAYOUTS = (
+    Layout(
+        name="open_clip",
+        anchor="token_embedding.weight",
+        also=("positional_embedding", "ln_final.weight"),
+        rules=rules(
+            (r"token_embedding\.weight", "token_embed"),
+            (r"positional_embedding", "pos_embed"),
+            (r"ln_final\." + _ENDS, r"norm.\1"),
+            (r"text_projection", "columns"),
+            (r"text_projection\.weight", "proj.weight"),
+            (r"attn_mask", ""),
+            (_BLOCK + r"ln_([12])\." + _ENDS, r"blocks.\1.norm\2.\3"),
+            (_BLOCK + r"attn\.in_proj_" + _ENDS, r"blocks.\1.attn.qkv.\2"),
+            (_BLOCK + r"attn\.out_proj\." + _ENDS, r"blocks.\1.attn.proj.\2"),
+            (_BLOCK + r"ls_([12])\.gamma", r"blocks.\1.ls\2.gamma"),
+            (_BLOCK + r"mlp\.c_fc\." + _ENDS, r"blocks.\1.mlp.fc1.\2"),
+            (_BLOCK + r"mlp\.c_proj\." + _ENDS, r"blocks.\1.mlp.fc2.\2"),
+        ),
+    ),
+    Layout(
+        name="transformers CLIP",
+        anchor="text_model.embeddings.token_embedding.weight",
+        also=("text_projection.weight",),
+        rules=rules(
+            (_EMBEDDINGS + r"token_embedding\.weight", "token_embed"),
+            (_EMBEDDINGS + r"position_embedding\.weight", "pos_embed"),
+            (_EMBEDDINGS + r"position_ids", ""),
+            (r"text_model\.final_layer_norm\." + _ENDS, r"norm.\1"),
+            (r"text_projection\.weight", "proj.weight"),
+            (_LAYER + r"layer_norm([12])\." + _ENDS, r"blocks.\1.norm\2.\3"),
+            (_LAYER + r"self_attn\.([qkv])_proj\." + _ENDS, r"blocks.\1.attn.\2.\3"),
+            (_LAYER + r"self_attn\.out_proj\." + _ENDS, r"blocks.\1.attn.proj.\2"),
+            (_LAYER + r"mlp\.(fc[12])\." + _ENDS, r"blocks.\1.mlp.\2.\3"),
+        ),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    block: BlockConfig
+    depth: int
+    embed: int
+
+
+class TextTower(nn.Module):
+    """Ids (B, T) int64 -> embeddings (B, D) float32, not normalised."""
+
+    def __init__(self, geometry: _Geometry) -> None:
+        super().__init__()
+        width = geometry.block.width
+        self.token_embed = nn.Parameter(torch.zeros(VOCABULARY, width))
+        self.position = nn.Parameter(torch.zeros(CONTEXT, width))
+        self.blocks = nn.ModuleList(Block(geometry.block) for _ in range(geometry.depth))
+        self.norm = nn.LayerNorm(width, eps=geometry.block.eps)
+        self.proj = nn.Linear(width, geometry.embed, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids (B, T) -> embeddings (B, D)."""
+        x = self.token_embed[ids] + self.position[: ids.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        # The end's id is the highest of all.
+        ends = x[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)]
+        embeddings: Tensor = self.proj(self.norm(ends))
+        return embeddings
+
+
+def text_tower(
+    tensors: Mapping[str, Tensor], path: Path, gelu: Gelu, eps: float, heads: int | None
+) -> tuple[TextTower, tuple[str, ...]]:
+    """The text tower among the tensors beside an image tower, in evaluation mode.
+
+    Also returns the names of the tensors that do not belong to it.  ``heads`` None is one for 64
+    channels.
+
+    Raises:
+        CheckpointError: there is no text tower, more than one, or one that is not CLIP's.
+    """
+    layout, prefix = _found(tensors, path)
+    inside = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+    named, unknown = layout.renamed(inside)
+    if "columns" in named:
+        named["proj.weight"] = named.pop("columns").T
+    state = canonical(named)
+    geometry = _geometry(state, path, gelu, eps, heads)
+    with torch.device("meta"):
+        module = TextTower(geometry)
+    state["position"] = state.pop("pos_embed")[0]
+    _check(state, module, path)
+    module.load_state_dict(state, assign=True)
+    others = [n for n in tensors if not n.startswith(prefix)] + [prefix + n for n in unknown]
+    return module.eval().requires_grad_(False), tuple(others)
+
+
+def _found(tensors: Mapping[str, Tensor], path: Path) -> tuple[Layout, str]:
+    found = [(layout, prefix) for layout in _LAYOUTS for prefix in layout.prefixes(tensors)]
+    if len(found) != 1:
+        what = "more than one text tower" if found else "no text tower of CLIP's architecture"
+        raise CheckpointError(
+            f"{path} has {what} beside its image tower: {listed(tensors) or 'nothing'}",
+            hint="pass a whole CLIP: OpenAI's archive, open_clip's or transformers' CLIPModel",
+        )
+    return found[0]
+
+
+def _geometry(
+    state: Mapping[str, Tensor], path: Path, gelu: Gelu, eps: float, heads: int | None
+) -> _Geometry:
+    wanted = {"token_embed": 2, "pos_embed": 3, "proj.weight": 2, "blocks.0.mlp.fc1.weight": 2}
+    missing = [
+        name for name, axes in wanted.items() if name not in state or state[name].ndim != axes
+    ]
+    if missing:
+        raise CheckpointError(
+            f"the text tower of {path} lacks tensors, or they have other shapes: {listed(missing)}",
+            hint="save the whole model's state dict",
+        )
+    tokens, width = state["token_embed"].shape
+    context = state["pos_embed"].shape[1]
+    if (tokens, context) != (VOCABULARY, CONTEXT):
+        raise CheckpointError(
+            f"the text tower of {path} has {tokens} tokens and texts of {context}: it is made for "
+            f"another tokenizer than CLIP's, with {VOCABULARY} and {CONTEXT}",
+            hint="pass a CLIP that uses OpenAI's tokenizer",
+        )
+    heads = heads or max(width // _HEAD_WIDTH, 1)
+    if width % heads:
+        raise CheckpointError(
+            f"the text tower of {path} has width {width}, which is not made of {heads} heads",
+            hint="correct text_config in config.json",
+        )
+    blocks = {int(name.split(".")[1]) for name in state if name.startswith("blocks.")}
+    hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
+    config = BlockConfig(width, heads, hidden, eps, gelu, causal=True)
+    return _Geometry(config, max(blocks) + 1, state["proj.weight"].shape[0])
+
+
+def _check(state: Mapping[str, Tensor], module: TextTower, path: Path) -> None:
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    wrong = sorted(name for name, _ in expected.items() ^ found.items())
+    if wrong:
+        raise CheckpointError(
+            f"the text tower of {path} has tensors that are missing, unexpected or of another "
+            f"shape: {listed(dict.fromkeys(wrong))}",
+            hint="save the whole model's state dict",
+        )
+    broken = [name for name, value in state.items() if not value.isfinite().all()]
+    if broken:
+        raise CheckpointError(
+            f"{path} contains NaN or infinite values in {listed(broken)}",
+            hint="the training diverged or the file is damaged: use another checkpoint",
+        )

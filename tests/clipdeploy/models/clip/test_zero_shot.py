@@ -1,0 +1,167 @@
+"""Zero-shot classifiers against what open_clip and transformers compute with the same weights.
+
+Covers: clipdeploy/models/clip/pair.py, clipdeploy/models/clip/text.py,
+    clipdeploy/models/checkpoints/layouts/zero_shot.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from clip_files import clip_tensors, oracles, write_clip
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from script_module import load_script
+from torch import Tensor
+
+from clipdeploy.core.errors import CheckpointError
+from clipdeploy.core.passport import ModelChoices, Recipe
+from clipdeploy.models.clip.pair import ClipPair, read_pair
+from clipdeploy.models.clip.prompts import Prompts
+from clipdeploy.models.clip.tokenizer import tokenize
+from clipdeploy.models.clip.zero_shot import class_embeddings, write_zero_shot, zero_shot_origin
+from clipdeploy.models.load import LoadedModel, WeightsChoice, card_for, load_model, reload_model
+
+SCRIPT = load_script("write_clip_oracles")
+PROMPTS = Prompts(SCRIPT.CLASSES, tuple((name,) for name in SCRIPT.CLASSES), SCRIPT.TEMPLATES)
+ORACLES = oracles()
+IMAGES = torch.from_numpy(ORACLES["images"].astype(np.float32))
+# Library -> the choices that its file does not tell.
+LIBRARIES = {
+    "transformers": ModelChoices(),
+    "open_clip": ModelChoices(gelu="erf"),
+    "openai": ModelChoices(),
+}
+# Of the largest value; float32 and another order of sums.
+TOLERANCE = 1e-4
+
+
+def error(found: Tensor, expected: NDArray[np.float32]) -> float:
+    return float(np.abs(found.numpy() - expected).max() / np.abs(expected).max())
+
+
+def classifier(pair: ClipPair, path: Path, prompts: Prompts = PROMPTS) -> LoadedModel:
+    """Write the zero-shot classifier and load it as the checkpoint that it is."""
+    shape = replace(pair.image.shape, classes=len(prompts.names))
+    card = card_for(replace(pair.image, shape=shape), WeightsChoice())
+    write_zero_shot(pair, prompts, card, path, zero_shot_origin(pair, prompts))
+    return load_model(card, WeightsChoice(path), Recipe())
+
+
+@pytest.fixture(scope="module", params=LIBRARIES)
+def library(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def pair(library: str, tmp_path_factory: pytest.TempPathFactory) -> ClipPair:
+    path = write_clip(library, tmp_path_factory.mktemp(library))
+    return read_pair(path, LIBRARIES[library])
+
+
+def test_the_texts_embeddings_are_those_of_the_library(library: str, pair: ClipPair) -> None:
+    ids = torch.from_numpy(
+        tokenize([each.format(SCRIPT.CLASSES[1]) for each in SCRIPT.TEMPLATES]).ids
+    )
+    expected = ORACLES[f"{library}-texts"]
+    assert error(pair.text(ids), expected) < TOLERANCE
+    # Tokens behind the end change nothing, those before it do.
+    assert error(pair.text(ids[:, :20]), expected) < TOLERANCE
+    assert error(pair.text(ids[:, [0, 2, 1, *range(3, 77)]]), expected) > 100 * TOLERANCE
+
+
+def test_the_classes_are_those_of_the_library(library: str, pair: ClipPair) -> None:
+    found, cut = class_embeddings(pair.text, PROMPTS)
+    assert cut == ()
+    assert error(found, ORACLES[f"{library}-classes"]) < TOLERANCE
+    other = replace(PROMPTS, templates=PROMPTS.templates[:1])
+    assert error(class_embeddings(pair.text, other)[0], ORACLES[f"{library}-classes"]) > 1e-2
+
+
+def test_the_logits_are_those_of_the_library(library: str, pair: ClipPair, tmp_path: Path) -> None:
+    model = classifier(pair, tmp_path / "made.safetensors")
+    logits = model.module(IMAGES)
+    assert error(logits, ORACLES[f"{library}-logits"]) < TOLERANCE
+    again = reload_model(model.card, model.weights, model.recipe)
+    assert torch.equal(again.module(IMAGES), logits)
+    assert model.class_names == list(PROMPTS.names)
+    origin = model.weights.zero_shot
+    assert origin == zero_shot_origin(pair, PROMPTS)
+    assert (
+        model.card.name
+        == "vit-p8-32px-w128-d2-h2" + ("-m256" if library == "transformers" else "") + "-e48"
+    )
+
+
+def test_a_wrong_gelu_is_visible(library: str, pair: ClipPair, tmp_path: Path) -> None:
+    other = "quick" if library == "open_clip" else "erf"
+    path = write_clip(library, tmp_path / library)
+    wrong = classifier(read_pair(path, ModelChoices(gelu=other)), tmp_path / "made.safetensors")
+    assert error(wrong.module(IMAGES), ORACLES[f"{library}-logits"]) > 10 * TOLERANCE
+
+
+def test_embeddings_have_length_1_on_average(pair: ClipPair, tmp_path: Path) -> None:
+    """Else the sum of squares could leave FP16's range."""
+    module = classifier(pair, tmp_path / "made.safetensors").module
+    inputs = torch.randn(1000, 128, generator=torch.Generator().manual_seed(0))
+    lengths = module.embed(module.norm(inputs)).norm(dim=1)
+    assert 0.8 < float(lengths.mean()) < 1.2
+
+
+def test_prompts_that_are_too_long_are_named(pair: ClipPair) -> None:
+    long = replace(PROMPTS, texts=(("shark " * 80,), *PROMPTS.texts[1:]))
+    _, cut = class_embeddings(pair.text, long)
+    assert len(cut) == len(PROMPTS.templates)
+    assert cut[0].startswith("a photo of a shark shark")
+
+
+def without(*names: str) -> dict[str, Tensor]:
+    return {name: value for name, value in clip_tensors("open_clip").items() if name not in names}
+
+
+def changed(name: str, value: Tensor) -> dict[str, Tensor]:
+    return clip_tensors("open_clip") | {name: value}
+
+
+BLOCK = "transformer.resblocks.1.mlp.c_fc.weight"
+FAULTS: dict[str, tuple[dict[str, Tensor], str]] = {
+    "no text tower": (without("token_embedding.weight"), "no text tower"),
+    "no logit scale": (without("logit_scale"), "no logit_scale"),
+    "no projection": (without("visual.proj"), "no visual projection"),
+    "a block's tensor missing": (without(BLOCK), "mlp.fc1.weight"),
+    "another tokenizer": (
+        changed("token_embedding.weight", torch.zeros(32_000, 128)),
+        "another tokenizer",
+    ),
+    "another text tower": (changed("text_projection", torch.zeros(128, 64)), "do not belong"),
+    "another kind of tower": (changed("text_decoder.weight", torch.zeros(2, 2)), "neither tower"),
+    "not finite": (changed("ln_final.bias", torch.full((128,), torch.nan)), "NaN"),
+    "a logit scale of a million": (changed("logit_scale", torch.tensor(14.0)), "logit scale"),
+    "a head": (changed("visual.head.weight", torch.zeros(5, 128)), "neither tower"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_no_clip_is_refused(fault: str, tmp_path: Path) -> None:
+    tensors, message = FAULTS[fault]
+    path = write_clip("open_clip", tmp_path, tensors)
+    with pytest.raises(CheckpointError, match=message):
+        read_pair(path, ModelChoices(gelu="erf"))
+
+
+def test_a_damaged_classifier_is_refused(tmp_path: Path) -> None:
+    pair = read_pair(write_clip("openai", tmp_path))
+    path = tmp_path / "made.safetensors"
+    card = classifier(pair, path).card
+    for metadata, message in (
+        ({}, "does not say what"),
+        ({"clipdeploy": "{"}, "damaged metadata"),
+        ({"clipdeploy": '{"gelu": "quick", "zero_shot": {"sha256": 3}}'}, "does not say what"),
+    ):
+        save_file(load_file(path), tmp_path / "other.safetensors", metadata)
+        with pytest.raises(CheckpointError, match=f"{message}|--gelu|GELU"):
+            load_model(card, WeightsChoice(tmp_path / "other.safetensors"), Recipe())
