@@ -297,7 +297,11 @@ def infer_card(choice: WeightsChoice, preferred: str | None = None) -> ModelCard
 def card_for(
     checkpoint: Checkpoint, choice: WeightsChoice, preferred: str | None = None
 ) -> ModelCard:
-    """As :func:`infer_card`, for a checkpoint that has been read."""
+    """As :func:`infer_card`, for a checkpoint that has been read.
+
+    Raises:
+        CheckpointError: the geometry is not complete, or the number of heads is unknown.
+    """
     shape = checkpoint.shape
     if not shape.known:
         raise CheckpointError(

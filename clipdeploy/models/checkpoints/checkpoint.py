@@ -152,8 +152,8 @@ def read_tower(
 ) -> tuple[Checkpoint, dict[str, Tensor], Mapping[str, Any]]:
     """Read CLIP's image tower, which has no head and is read at the class token.
 
-    Returns it, the other tensors of the file, float32, under their own names, and the configuration
-    beside the file.
+    Returns it, the other tensors of the file, float32, of any shape, under their own names, and the
+    configuration beside the file.
 
     Raises:
         FileError, CheckpointError: see :func:`read_checkpoint`; or the file is a classifier.

@@ -107,8 +107,8 @@ def text_tower(
 ) -> tuple[TextTower, tuple[str, ...]]:
     """The text tower among the tensors beside an image tower, in evaluation mode.
 
-    Also returns the names of the tensors that do not belong to it.  ``heads`` None is one for 64
-    channels.
+    ``tensors`` are float32, of any shape, under the names of their file.  Also returns the names of
+    those that do not belong to it.  ``heads`` None is one for 64 channels.
 
     Raises:
         CheckpointError: there is no text tower, more than one, or one that is not CLIP's.
