@@ -251,10 +251,7 @@ def _found(chosen: _Candidate, path: Path, averaged: bool | None) -> FoundModel:
     if (error := foreign_error(path, ignored)) is not None:
         raise error
     if "head.weight" not in tensors:
-        raise CheckpointError(
-            f"{path} contains a ViT without a classification head: {_head_names(tensors, ignored)}",
-            hint="save the whole classifier; a head in another file must be joined with it first",
-        )
+        raise _headless(path, entries, ignored)
     outside = [n for n in ignored if not n.startswith(prefix)]
     if outside:
         raise CheckpointError(
@@ -276,10 +273,17 @@ def _found(chosen: _Candidate, path: Path, averaged: bool | None) -> FoundModel:
     )
 
 
-def _head_names(tensors: Mapping[str, Any], ignored: list[str]) -> str:
-    if ignored:
-        return f"none of {listed(ignored)} fits one"
-    return "a zero-shot CLIP (--zero-shot)" if "proj" in tensors else "a backbone for features"
+def _headless(path: Path, entries: Mapping[str, Any], ignored: list[str]) -> CheckpointError:
+    if any(name.endswith("token_embedding.weight") for name in entries):
+        return CheckpointError(
+            f"{path} contains a CLIP without a classification head",
+            hint="pass --zero-shot CLASSES to make a classifier of class texts, or a fine-tune",
+        )
+    found = f"none of {listed(ignored)} fits one" if ignored else "a backbone for features"
+    return CheckpointError(
+        f"{path} contains a ViT without a classification head: {found}",
+        hint="save the whole classifier; a head in another file must be joined with it first",
+    )
 
 
 def _head_beside(tensors: Mapping[str, Any], entries: Mapping[str, Any], beside: list[str]) -> str:

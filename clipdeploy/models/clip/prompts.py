@@ -93,20 +93,31 @@ def read_prompts(classes: StrPath, templates: StrPath = TEMPLATES[0]) -> Prompts
 
     Raises:
         FileError: a file cannot be read.
-        UsageError: it is not text, or see :class:`Prompts`; or two classes have the same text.
+        UsageError: it does not exist or is not text, or see :class:`Prompts`; or two classes have
+            the same text.
     """
     if str(templates) in TEMPLATES:
         lines = tuple(_shipped(f"templates_{templates}.txt"))
     else:
-        lines = tuple(line for _, line in _lines(Path(templates)))
+        lines = tuple(line for _, line in _lines(_existing(templates, TEMPLATES)))
     if str(classes) == IMAGENET:
         # Two of OpenAI's texts name two classes each: missile, sunglasses.
         names = tuple(name for name, _ in imagenet_classes())
         return Prompts(names, tuple((text,) for text in _shipped("imagenet_names.txt")), lines)
-    path = Path(classes)
+    path = _existing(classes, (IMAGENET,))
     rows = [_row(path, number, line) for number, line in _lines(path)]
     _refuse_repeated([text for _, texts in rows for text in texts] or ["no class"], "text")
     return Prompts(tuple(name for name, _ in rows), tuple(texts for _, texts in rows), lines)
+
+
+def _existing(given: StrPath, names: Sequence[str]) -> Path:
+    path = Path(given)
+    if not path.exists():
+        raise UsageError(
+            f"{printable(str(given))} is neither a file nor {' or '.join(names)}",
+            hint="check its spelling",
+        )
+    return path
 
 
 def _shipped(name: str) -> list[str]:

@@ -82,5 +82,7 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"caf\xe9\n")
     with pytest.raises(ClipdeployError, match="UTF-8"):
         read_prompts(path)
-    with pytest.raises(ClipdeployError, match="missing"):
+    with pytest.raises(ClipdeployError, match=r"missing.txt is neither a file nor imagenet"):
         read_prompts(tmp_path / "missing.txt")
+    with pytest.raises(ClipdeployError, match="openai81 is neither a file nor openai80 or simple"):
+        read_prompts(IMAGENET, "openai81")

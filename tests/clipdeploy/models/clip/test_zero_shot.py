@@ -20,6 +20,7 @@ from torch import Tensor
 
 from clipdeploy.core.errors import CheckpointError
 from clipdeploy.core.passport import ModelChoices, Recipe
+from clipdeploy.models.checkpoints import read_checkpoint
 from clipdeploy.models.clip.pair import ClipPair, read_pair
 from clipdeploy.models.clip.prompts import Prompts
 from clipdeploy.models.clip.tokenizer import tokenize
@@ -151,6 +152,13 @@ def test_what_is_no_clip_is_refused(fault: str, tmp_path: Path) -> None:
     path = write_clip("open_clip", tmp_path, tensors)
     with pytest.raises(CheckpointError, match=message):
         read_pair(path, ModelChoices(gelu="erf"))
+
+
+@pytest.mark.parametrize("each", LIBRARIES)
+def test_a_clip_that_is_taken_for_a_classifier_names_the_option(each: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="CLIP without a classification head") as caught:
+        read_checkpoint(write_clip(each, tmp_path), LIBRARIES[each])
+    assert "--zero-shot" in caught.value.hint
 
 
 def test_a_damaged_classifier_is_refused(tmp_path: Path) -> None:
