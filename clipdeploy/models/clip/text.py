@@ -24,7 +24,7 @@ from clipdeploy.models.checkpoints.layouts.layout import Gelu, Layout, rules
 from clipdeploy.models.clip.tokenizer import CONTEXT, VOCABULARY
 from clipdeploy.models.vit import Block, BlockConfig
 
-__all__ = ["TextTower", "text_tower"]
+__all__ = ["TextGeometry", "TextTower", "text_tower"]
 
 # As in all of CLIP's and open_clip's text towers of this kind.
 _HEAD_WIDTH = 64
@@ -73,7 +73,9 @@ _LAYOUTS = (
 
 
 @dataclass(frozen=True)
-class _Geometry:
+class TextGeometry:
+    """The blocks of a text tower, their number, and the width of CLIP's embedding."""
+
     block: BlockConfig
     depth: int
     embed: int
@@ -82,7 +84,7 @@ class _Geometry:
 class TextTower(nn.Module):
     """Ids (B, T) int64 -> embeddings (B, D) float32, not normalised."""
 
-    def __init__(self, geometry: _Geometry) -> None:
+    def __init__(self, geometry: TextGeometry) -> None:
         super().__init__()
         width = geometry.block.width
         self.token_embed = nn.Parameter(torch.zeros(VOCABULARY, width))
@@ -142,7 +144,7 @@ def _found(tensors: Mapping[str, Tensor], path: Path) -> tuple[Layout, str]:
 
 def _geometry(
     state: Mapping[str, Tensor], path: Path, gelu: Gelu, eps: float, heads: int | None
-) -> _Geometry:
+) -> TextGeometry:
     wanted = {"token_embed": 2, "pos_embed": 3, "proj.weight": 2, "blocks.0.mlp.fc1.weight": 2}
     missing = [
         name for name, axes in wanted.items() if name not in state or state[name].ndim != axes
@@ -169,7 +171,7 @@ def _geometry(
     blocks = {int(name.split(".")[1]) for name in state if name.startswith("blocks.")}
     hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
     config = BlockConfig(width, heads, hidden, eps, gelu, causal=True)
-    return _Geometry(config, max(blocks) + 1, state["proj.weight"].shape[0])
+    return TextGeometry(config, max(blocks) + 1, state["proj.weight"].shape[0])
 
 
 def _check(state: Mapping[str, Tensor], module: TextTower, path: Path) -> None:

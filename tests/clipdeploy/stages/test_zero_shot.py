@@ -11,17 +11,23 @@ import pytest
 from clip_files import write_clip
 from verify_command import run
 
-from calibration.config import QuantizeConfig
 from clipdeploy.core.errors import CheckpointError, UsageError
 from clipdeploy.core.passport import ModelChoices
 from clipdeploy.models import cards
 from clipdeploy.models.checkpoints import read_checkpoint
 from clipdeploy.models.load import WeightsChoice, ZeroShot
-from clipdeploy.pipeline import VerifyScope, calibrate_model, convert_model, verify_model
+from clipdeploy.pipeline import (
+    Expected,
+    VerifyScope,
+    calibrate_model,
+    convert_model,
+    verify_model,
+)
 from clipdeploy.stages.export import export_model
 from clipdeploy.stages.quantize import quantize_model
 from clipdeploy.stages.zero_shot import prepare_weights
 from clipdeploy.workspace.folder import Workspace
+from exporters.graphs import load_graph
 
 MODEL = "vit-p8-32px-w128-d2-h2-e48"
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -45,30 +51,58 @@ def choice(classes: Path, tmp_path: Path) -> WeightsChoice:
     )
 
 
-def test_all_stages_take_the_classifier(choice: WeightsChoice, tmp_path: Path) -> None:
+DEMO = cards.demo_file("clip")
+DEMO_MODEL = "vit-p4-32px-w96-d6-h6-e32"
+
+
+def demo_choice(classes: Path) -> WeightsChoice:
+    return WeightsChoice(DEMO, zero_shot=ZeroShot(classes, DEMO / "templates.txt"))
+
+
+def test_the_demos_int8_classifier_is_equivalent(tmp_path: Path) -> None:
     workspace, notes = Workspace(tmp_path / "artifacts"), list[str]()
-    made = export_model(workspace, None, choice, note=notes.append)
-    assert made.changed
-    assert f"model: {MODEL} (inferred from {choice.checkpoint}: a zero-shot classifier)" in notes
+    made = export_model(workspace, None, demo_choice(DEMO / "digits.txt"), note=notes.append)
+    assert f"model: {DEMO_MODEL} (inferred from {DEMO}: a zero-shot classifier)" in notes
     passport = made.passport
     assert passport.class_names == tuple(map(str, range(10)))
     assert passport.weights.zero_shot is not None
-    assert passport.weights.zero_shot.checkpoint == str(choice.checkpoint)
-    assert len(passport.weights.zero_shot.templates) == 7
-    assert not export_model(workspace, None, choice).changed
-    # The classifier is a checkpoint of its own: CLIP's is no longer needed.
-    Path(str(choice.checkpoint)).unlink()
-    assert not export_model(workspace, MODEL).changed
+    assert passport.weights.zero_shot.checkpoint == str(DEMO / "model.safetensors")
+    assert len(passport.weights.zero_shot.templates) == 4
+    assert not export_model(workspace, None, demo_choice(DEMO / "digits.txt")).changed
+    # The classifier is a checkpoint of its own: without another, the workspace's is taken.
+    assert not export_model(workspace, DEMO_MODEL).changed
+    # CLIP's tail: the projection, the length, the quotient and the head.
+    nodes = [node.op_type for node in load_graph(made.path).graph]
+    assert nodes[-4:] == ["Gemm", "ReduceL2", "Div", "Gemm"]
 
-    calibrate_model(workspace, MODEL, cards.demo_file("calibration.zip"))
-    half, int8 = convert_model(workspace, MODEL), quantize_model(workspace, MODEL, QuantizeConfig())
-    scope = VerifyScope(artifacts=(made.path, half.path, int8.artifact.path))
-    judged = verify_model(workspace, MODEL, cards.demo_file("test.zip"), scope=scope).verification
-    assert judged is not None
-    found = [row.fidelity.sqnr_db for row in judged.rows if row.fidelity is not None]
-    assert [
-        db is not None and db > least for db, least in zip(found, (100, 50, 30), strict=True)
-    ] == [True] * 3
+    calibrate_model(workspace, DEMO_MODEL, cards.demo_file("calibration.zip"))
+    int8 = quantize_model(workspace, DEMO_MODEL).artifact
+    half = convert_model(workspace, DEMO_MODEL)
+    scope = VerifyScope(artifacts=(half.path, int8.path), expected=Expected.parse("99.2"))
+    judged = verify_model(workspace, DEMO_MODEL, cards.demo_file("test.zip"), scope=scope)
+    assert judged
+    assert judged.verification is not None
+    reference = judged.verification.reference
+    assert reference is not None
+    for row in judged.verification.rows:
+        assert row.fidelity is not None
+        assert row.fidelity.accuracy is not None
+        # Points of top-1.
+        assert abs(row.fidelity.accuracy.top1 - reference.top1) <= 0.3
+
+
+def test_texts_in_the_wrong_order_are_noticed(tmp_path: Path) -> None:
+    lines = (DEMO / "digits.txt").read_text().splitlines()
+    words = [line.partition("\t")[2] for line in lines]
+    classes = tmp_path / "turned.txt"
+    classes.write_text("\n".join(f"{i}\t{words[(i + 1) % 10]}" for i in range(10)))
+    workspace = Workspace(tmp_path / "artifacts")
+    made = export_model(workspace, None, demo_choice(classes))
+    scope = VerifyScope(artifacts=(made.path,), limit=100)
+    judged = verify_model(workspace, DEMO_MODEL, cards.demo_file("test.zip"), scope=scope)
+    assert not judged
+    assert judged.verification is not None
+    assert judged.verification.baseline.status == "implausible"
 
 
 def test_other_texts_replace_the_classifier_only_on_request(
