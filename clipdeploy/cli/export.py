@@ -60,7 +60,7 @@ _CHOICES = "clipdeploy.core.passport.ModelChoices"
 # Parameters that say how a checkpoint is read.
 _READING = (
     *("resize_pos_embed", "image_size", "resampling", "averaged", "gelu", "pooling", "heads"),
-    *("eps", "zero_shot"),
+    "eps",
 )
 _WEIGHTS_OPTIONS = (
     option(
@@ -143,8 +143,8 @@ _WEIGHTS_OPTIONS = (
     option(
         "--zero-shot",
         metavar="CLASSES",
-        help="Make a zero-shot classifier of a CLIP checkpoint: a file with one class a line, or "
-        "imagenet.",
+        help="Make a zero-shot classifier of CLIP, which is --checkpoint or --model OWNER/NAME: a "
+        "file with one class a line, or imagenet.",
         default_text="the checkpoint is a classifier",
     ),
     option(
@@ -206,7 +206,7 @@ def weights_choice(context: Context, options: dict[str, Any]) -> tuple[WeightsCh
         UsageError: two kinds of weights, or a checkpoint option without a checkpoint.
     """
     refuse_together("checkpoint", "random_init")
-    if options["checkpoint"] is None:
+    if options["checkpoint"] is None and options["zero_shot"] is None:
         refuse_unused(_READING, "--checkpoint", "pass --checkpoint FILE")
     elif options["image_size"] is None and not options["resize_pos_embed"]:
         refuse_unused(["resampling"], "--image-size", "pass --image-size PIXELS")
@@ -242,7 +242,12 @@ def weights_choice(context: Context, options: dict[str, Any]) -> tuple[WeightsCh
 
 
 def model_or_none(context: Context, name: str | None, weights: WeightsChoice) -> str | None:
-    """The full name of the model; None if it is to be inferred from the checkpoint."""
+    """The full name of the model; None if it is to be inferred from the checkpoint.
+
+    With class texts, it may be a repository of CLIP's.
+    """
+    if name is not None and weights.zero_shot is not None and weights.checkpoint is None:
+        return name
     if name is None and weights.checkpoint is not None:
         from_settings = context.setting("model")
         return None if from_settings is None else context.model(str(from_settings))
@@ -254,7 +259,7 @@ def model_or_none(context: Context, name: str | None, weights: WeightsChoice) ->
     "clipdeploy export --model clip-vit-base-p16\n"
     "clipdeploy export --checkpoint finetuned.safetensors\n"
     "clipdeploy export --checkpoint model_best.pth.tar --no-ema --image-size 256\n"
-    "clipdeploy export --checkpoint hf://openai/clip-vit-base-patch16 --zero-shot imagenet",
+    "clipdeploy export --model openai/clip-vit-base-patch16 --zero-shot imagenet",
 )
 @model_option
 @weights_options

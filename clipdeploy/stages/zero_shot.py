@@ -16,6 +16,7 @@ from clipdeploy.models.checkpoints import read_checkpoint
 from clipdeploy.models.clip.pair import ClipPair, read_pair
 from clipdeploy.models.clip.prompts import Prompts, read_prompts
 from clipdeploy.models.clip.zero_shot import write_zero_shot, zero_shot_origin
+from clipdeploy.models.download import HUB_PREFIX
 from clipdeploy.models.load import WeightsChoice, card_for, checkpoint_file
 from clipdeploy.stages.weights import chosen_card
 from clipdeploy.workspace.folder import Workspace
@@ -32,20 +33,17 @@ def prepare_weights(
 ) -> tuple[ModelCard, WeightsChoice]:
     """The card and the weights to load; a zero-shot classifier is written into the workspace first.
 
-    It is written again only if CLIP's checkpoint, the texts or the templates have changed.
+    CLIP is ``choice.checkpoint``, or the repository ``name`` (``OWNER/NAME``) of the Hugging Face
+    hub.  The classifier is written again only if CLIP, the texts or the templates have changed.
 
     Raises:
-        UsageError: there is no checkpoint for ``choice.zero_shot``, or its texts are invalid.
+        UsageError: there is no CLIP for ``choice.zero_shot``, or its texts are invalid.
         CheckpointError, FileError: see :func:`clipdeploy.models.clip.pair.read_pair`.
     """
     wanted = choice.zero_shot
     if wanted is None:
         return chosen_card(workspace, name, choice, note), choice
-    if choice.class_names is not None:
-        raise UsageError(
-            "a zero-shot classifier is named by its class texts",
-            hint="leave the class names out, or write them before the texts, with a tab between",
-        )
+    name, choice = _with_source(name, choice)
     prompts = read_prompts(wanted.classes, wanted.templates)
     source = checkpoint_file(choice)
     with progress.task(f"read {source.name}"):
@@ -67,6 +65,23 @@ def prepare_weights(
         _write(made, pair, prompts, card, note, progress)
     own = replace(choice, checkpoint=made, zero_shot=None, heads=None)
     return card, replace(own, choices=ModelChoices(resampling=choice.choices.resampling))
+
+
+def _with_source(name: str | None, choice: WeightsChoice) -> tuple[str | None, WeightsChoice]:
+    """The model's name and the choice, with the checkpoint that the name stands for."""
+    if choice.class_names is not None:
+        raise UsageError(
+            "a zero-shot classifier is named by its class texts",
+            hint="leave the class names out, or write them before the texts, with a tab between",
+        )
+    if choice.checkpoint is not None:
+        return name, choice
+    if name is None or "/" not in name:
+        raise UsageError(
+            "a zero-shot classifier needs the checkpoint of a CLIP",
+            hint="pass --checkpoint FILE, or --model OWNER/NAME of the Hugging Face hub",
+        )
+    return None, replace(choice, checkpoint=HUB_PREFIX + name)
 
 
 def _with_classes(pair: ClipPair, prompts: Prompts) -> ClipPair:

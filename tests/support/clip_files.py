@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,9 @@ def write_clip(library: str, folder: Path, tensors: dict[str, Tensor] | None = N
         return path
     if library == "openai":
         sizes = {n: torch.tensor(1) for n in ("input_resolution", "context_length", "vocab_size")}
-        torch.jit.trace(_Named(tensors | sizes), torch.zeros(1)).save(str(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            torch.jit.trace(_Named(tensors | sizes), torch.zeros(1)).save(str(path))
         return path
     half = {name: value.half().contiguous() for name, value in tensors.items()}
     half["logit_scale"] = tensors["logit_scale"]

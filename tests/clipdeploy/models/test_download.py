@@ -156,13 +156,17 @@ def test_a_hub_reference_has_owner_and_name(reference: str) -> None:
         fetch_hub(reference)
 
 
-EXPORT = [sys.executable, "-m", "clipdeploy", "export", "--model", "demo", "--quiet"]
+EXPORT = [sys.executable, "-m", "clipdeploy", "export", "--quiet"]
 
 
 def export_from_hub(reference: str, server: str, tmp_path: Path, *more: str) -> str:
+    return export_on_hub(server, tmp_path, "--model", "demo", "--checkpoint", reference, *more)
+
+
+def export_on_hub(server: str, tmp_path: Path, *more: str) -> str:
     # huggingface_hub reads its server's address when it is imported: another process.
     hub = {"HF_ENDPOINT": server, "CLIPDEPLOY_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-    words = [*EXPORT, "--checkpoint", reference, "--workspace", str(tmp_path / "a"), *more]
+    words = [*EXPORT, "--workspace", str(tmp_path / "a"), *more]
     done = subprocess.run(
         words, capture_output=True, text=True, check=False, env={**os.environ, **hub}
     )
@@ -175,6 +179,21 @@ def test_hub_weights_export_and_are_cached(server: str, tmp_path: Path) -> None:
     assert "timm (flat safetensors)" in said
     again = export_from_hub("hf://timm/vit_demo", "http://127.0.0.1:9", tmp_path, "--offline")
     assert "timm (flat safetensors)" in again
+
+
+def test_a_clip_of_the_hub_becomes_a_zero_shot_classifier(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.delenv("CLIPDEPLOY_OFFLINE")
+    clip = cards.demo_file("clip")
+    texts = ["--zero-shot", str(clip / "digits.txt")]
+    with serve(clip) as (address, _):
+        said = export_on_hub(address, tmp_path, "--model", "owner/clip-demo", *texts)
+        assert "zero-shot classifier of" in said
+        assert "owner--clip-demo" in said
+        refused = export_on_hub(address, tmp_path, "--model", "demo", *texts)
+    assert "needs the checkpoint of a CLIP" in refused
 
 
 def test_hub_errors_are_one_line(server: str, tmp_path: Path) -> None:

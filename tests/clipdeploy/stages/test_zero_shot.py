@@ -127,7 +127,7 @@ def test_other_texts_replace_the_classifier_only_on_request(
 
 
 FAULTS: dict[str, tuple[Callable[[WeightsChoice], WeightsChoice], str]] = {
-    "no checkpoint": (lambda choice: replace(choice, checkpoint=None), "no checkpoint"),
+    "no checkpoint": (lambda choice: replace(choice, checkpoint=None), "needs the checkpoint"),
     "class names": (lambda choice: replace(choice, class_names="names.txt"), "class texts"),
     "the demo": (
         lambda choice: replace(choice, checkpoint=cards.demo_file("weights.safetensors")),
