@@ -64,6 +64,10 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
 IMAGENET_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
 
+# timm/data/constants.py, IMAGENET_INCEPTION_MEAN and _STD.
+INCEPTION_MEAN = (0.5, 0.5, 0.5)
+INCEPTION_STD = (0.5, 0.5, 0.5)
+
 # Source of the class names: the model card, the user's file or the checkpoint.  "assumed" are the
 # card's names for fine-tuned weights with the same number of classes; empty if there are none.
 NamesFrom = Literal["", "card", "file", "checkpoint", "assumed"]

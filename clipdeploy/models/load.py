@@ -260,8 +260,10 @@ def _with_eps(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
 def infer_card(choice: WeightsChoice, preferred: str | None = None) -> ModelCard:
     """The card for the checkpoint of ``choice``: that of its geometry.
 
-    The published checkpoint is recognised by its hash.  Of several cards with the geometry,
-    ``preferred`` is taken, else the most accurate one; if there is none, the geometry's own.
+    A published checkpoint is recognised by its hash, or by its place in the cache of the Hugging
+    Face hub.  Of several cards with the geometry, ``preferred`` is taken, else the one with a short
+    name that mmpretrain has measured; if there is none, the geometry's own.  timm's cards differ
+    in crop, mean and std, so none of them describes another checkpoint.
 
     Raises:
         UsageError: ``choice`` has no checkpoint.
@@ -295,15 +297,16 @@ def _card_for(checkpoint: Checkpoint, choice: WeightsChoice, preferred: str | No
     published = [
         card
         for card in fitting
-        if card.sha256_prefix and checkpoint.sha256.startswith(card.sha256_prefix)
+        if (card.sha256_prefix and checkpoint.sha256.startswith(card.sha256_prefix))
+        or card.is_downloaded(checkpoint.path)
     ]
-    for card in (*published, *(card for card in fitting if card.name == preferred)):
+    usual = [card for card in fitting if card.short and card.measured_by == "mmpretrain"]
+    known = [card for card in fitting if card.name == preferred]
+    for card in (*published, *known):
         return card
-    if fitting:
-        return next((card for card in fitting if card.short), fitting[0])
-    return cards.geometry_card(
-        shape.patch, size, shape.width, shape.depth, heads or _clip_heads(checkpoint), shape.hidden
-    )
+    heads = heads or (usual[0].heads if usual else _clip_heads(checkpoint))
+    own = cards.geometry_card(shape.patch, size, shape.width, shape.depth, heads, shape.hidden)
+    return own if own.name == preferred or not usual else usual[0]
 
 
 def _clip_heads(checkpoint: Checkpoint) -> int:
@@ -419,11 +422,11 @@ def _check_heads(checkpoint: Checkpoint, card: ModelCard) -> None:
 
 
 def _read_file(choice: WeightsChoice) -> Checkpoint:
-    from clipdeploy.models.download import HUB_PREFIX, fetch_hub
+    from clipdeploy.models.download import fetch_hub
 
     chosen = choice.checkpoint
     assert chosen is not None
-    if isinstance(chosen, str) and chosen.startswith(HUB_PREFIX):
+    if isinstance(chosen, str) and chosen.startswith(cards.HUB_PREFIX):
         chosen = fetch_hub(chosen, offline=choice.offline, progress=choice.show_download)
     return read_checkpoint(Path(chosen), choice.choices)
 

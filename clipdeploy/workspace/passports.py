@@ -270,7 +270,9 @@ def is_published(card: ModelCard, weights: WeightsOrigin) -> bool:
     if weights.kind == "random":
         return True
     prefix = _demo_weights() if card.name == cards.DEMO else card.sha256_prefix
-    return bool(prefix) and weights.sha256.startswith(prefix)
+    if prefix and weights.sha256.startswith(prefix):
+        return True
+    return card.is_downloaded(Path(weights.path))
 
 
 def _check_interface(path: Path, passport: Passport) -> None:
