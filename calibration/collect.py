@@ -30,12 +30,10 @@ from calibration.table import (
     save_table,
 )
 from clipdeploy.core.errors import CalibrationError, ClipdeployError, GraphError
-from clipdeploy.core.files import sha256_file
 from clipdeploy.core.progress import SILENT, Progress
 from exporters.graphs import load_graph
-from exporters.headers import read_passport
-from exporters.session import OnnxSession
-from exporters.tapped import add_tap, free_batch, serialised
+from exporters.headers import graph_sha256, read_passport
+from exporters.tapped import add_tap, free_batch, open_model
 
 __all__ = ["ActivationCollector", "CalibrationImage", "CollectConfig", "collect"]
 
@@ -96,7 +94,7 @@ def _taps(model: ir.Model) -> list[_Tap]:
     return list(taps.values())
 
 
-def _tapped(model: ir.Model, taps: list[_Tap]) -> bytes:
+def _tapped(model: ir.Model, taps: list[_Tap]) -> ir.Model:
     """The graph with an output for each tap, and the token indices as a second input.
 
     A tensor of one token is observed whole, of any other only the sampled tokens.
@@ -115,7 +113,7 @@ def _tapped(model: ir.Model, taps: list[_Tap]) -> bytes:
         else:
             node = ir.node("Gather", [value, tokens], {"axis": 1})
         add_tap(model, f"tap/{tap.tensor}", [node])
-    return serialised(model)
+    return model
 
 
 def _sampled_tokens(sha256: str, tokens: int) -> NDArray[np.int64]:
@@ -134,7 +132,7 @@ class ActivationCollector:
         model = load_graph(graph)
         self._taps = _taps(model)
         self._tokens = max(tap.tokens for tap in self._taps)
-        self._session = OnnxSession(_tapped(model, self._taps), name=str(graph), threads=threads)
+        self._session = open_model(_tapped(model, self._taps), name=str(graph), threads=threads)
         self._observers = [ChannelObserver(tap.tensor, tap.channels) for tap in self._taps]
 
     def resume(self, table: CalibrationTable) -> None:
@@ -203,7 +201,7 @@ def collect(
     empty = CalibrationTable(
         model=passport.model,
         weights=passport.weights.identity,
-        source_graph=sha256_file(graph),
+        source_graph=graph_sha256(graph),
         preprocess=passport.preprocess,
         images=(),
         statistics={},

@@ -57,7 +57,7 @@ from clipdeploy.core.passport import (
 )
 from exporters.checks import check_structure
 from exporters.graphs import load_graph, save_graph
-from exporters.headers import GraphArtifact, read_passport
+from exporters.headers import GraphArtifact, graph_sha256, read_passport
 from exporters.initializers import values_of
 from exporters.overflow import near_limit
 from exporters.precision import Fp16Config, half_precision
@@ -405,7 +405,7 @@ def quantize(
     config = replace(config, weight_scales=config.weight_scales or config.default_scales)
     passport = read_passport(source)
     table = load_table(calibration)
-    source_hash = sha256_file(source)
+    source_hash = graph_sha256(source)
     _check_table(table, passport, source_hash, calibration)
     model = load_graph(source)
     placement = place(model, config.exclude, config.scope)

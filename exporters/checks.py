@@ -23,8 +23,9 @@ __all__ = [
     "parity_bound",
 ]
 
-# One image, the traced size, and a size that is not a multiple of any kernel's power of two.
-PARITY_BATCHES = (1, 2, 7)
+# One image, and a size that is not a multiple of any kernel's power of two.  The traced size, 2, is
+# left out: a graph that is bound to it fails at both.  The images are most of the check's time.
+PARITY_BATCHES = (1, 3)
 
 # Relative to the spread of the logits, because errors scale with the logits: a ten times larger
 # head weight makes the logits and all their errors ten times larger.  Computing in float32 instead

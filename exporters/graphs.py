@@ -1,15 +1,31 @@
-"""Loads and saves complete ONNX files, including their weights."""
+"""Loads and saves complete ONNX files, including their weights.
+
+A protobuf message has at most 2 GiB (protobuf.dev, "Proto Limits").  The weights of a larger graph
+are in a file beside it, which the ONNX file names (onnx/docs/ExternalData.md).  Its name contains
+its hash: the file is complete under that name before the graph refers to it, so that renaming the
+graph replaces both, and a process that is killed leaves the old graph with its old weights.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import glob
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError, EncodeError
-from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+from onnx.external_data_helper import (
+    ExternalDataInfo,
+    load_external_data_for_tensor,
+    uses_external_data,
+)
 
+from clipdeploy.core.errors import GraphError
 from clipdeploy.core.files import (
     atomic_path,
     file_errors,
@@ -17,13 +33,21 @@ from clipdeploy.core.files import (
     read_regular,
     sha256_file,
 )
-from clipdeploy.core.passport import PASSPORT_KEY, Passport, to_json
-from exporters.headers import GraphArtifact, not_a_graph, weight_files
+from clipdeploy.core.passport import PASSPORT_KEY, WEIGHTS_ROLE, Passport, to_json
+from exporters.headers import (
+    GraphArtifact,
+    data_name,
+    not_a_graph,
+    refuse_outside,
+    weight_files,
+    weight_head,
+)
 from exporters.initializers import tensor_of
 from exporters.nested import all_tensors
 from exporters.typed_graphs import dense
 
 __all__ = [
+    "is_large",
     "load_graph",
     "model_pieces",
     "read_whole",
@@ -34,6 +58,20 @@ __all__ = [
 ]
 
 _PRODUCER = "clipdeploy"
+# Bytes of weights that one file holds, which leaves more than 100 MB for the nodes.
+LARGEST_INSIDE = 2_000_000_000
+# Smaller weights stay in the ONNX file, where shape inference needs some of them.
+_SMALLEST_OUTSIDE = 1024
+# Weights begin at multiples of a page, so that they can be memory-mapped.
+_PAGE = 4096
+
+
+@dataclass(frozen=True)
+class _Outside:
+    """The file with the weights of a graph: its name, and offset and bytes of each weight."""
+
+    name: str
+    places: Mapping[str, tuple[int, int]]
 
 
 def structure(model: ir.Model) -> onnx.ModelProto:
@@ -63,6 +101,48 @@ def structure(model: ir.Model) -> onnx.ModelProto:
     return proto
 
 
+def is_large(model: ir.Model) -> bool:
+    """Whether the weights of ``model`` are too large for one file."""
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None) > LARGEST_INSIDE
+
+
+def _places(model: ir.Model) -> dict[str, tuple[int, int]]:
+    """The offset and the bytes of each large weight in the file beside the graph."""
+    places, end = {}, 0
+    for name, value in model.graph.initializers.items():
+        size = tensor_of(value).nbytes
+        if size > _SMALLEST_OUTSIDE:
+            start = -(-end // _PAGE) * _PAGE
+            places[name], end = (start, size), start + size
+    return places
+
+
+def _data_pieces(model: ir.Model, places: Mapping[str, tuple[int, int]]) -> Iterator[bytes]:
+    """Yield the file beside the graph in pieces, one weight at a time."""
+    end = 0
+    for name, (start, size) in places.items():
+        yield bytes(start - end)
+        yield tensor_of(model.graph.initializers[name]).tobytes()
+        end = start + size
+
+
+def _header_proto(value: ir.Value) -> onnx.TensorProto:
+    """An initializer without its values."""
+    tensor = tensor_of(value)
+    return onnx.TensorProto(
+        name=value.name or "", data_type=tensor.dtype.value, dims=tensor.shape.numpy()
+    )
+
+
+def _outside_proto(value: ir.Value, outside: _Outside) -> onnx.TensorProto:
+    proto, (start, size) = _header_proto(value), outside.places[value.name or ""]
+    proto.data_location = onnx.TensorProto.EXTERNAL
+    for key, text in (("location", outside.name), ("offset", start), ("length", size)):
+        proto.external_data.add(key=key, value=str(text))
+    return proto
+
+
 def weight_proto(value: ir.Value) -> onnx.TensorProto:
     """Return an initializer as protobuf.
 
@@ -74,25 +154,72 @@ def weight_proto(value: ir.Value) -> onnx.TensorProto:
     return tensor
 
 
-def model_pieces(model: ir.Model) -> Iterator[bytes]:
-    """Yield ``model`` as consecutive pieces of one protobuf message, one weight per piece.
+def model_pieces(model: ir.Model, outside: _Outside | None = None) -> Iterator[bytes]:
+    """Yield ``model`` as consecutive pieces of one protobuf message, at most a weight per piece.
 
     A concatenation of protobuf messages is parsed as their merge (protobuf.dev, "Encoding").  So
-    each piece is a model with a single weight, and only one weight at a time is in memory twice.
-    The nodes and the passport come last: a file truncated between two pieces has neither and is
-    rejected.
+    there is a model for each weight, in one or two pieces, and only one weight at a time is in
+    memory twice.  The nodes and the passport come last: a file truncated between two pieces has
+    neither and is rejected.  The values of the weights in ``outside`` are left out.
     """
-    for value in model.graph.initializers.values():
-        weight = onnx.GraphProto(initializer=[weight_proto(value)])
-        yield onnx.ModelProto(graph=weight).SerializeToString()
+    for name, value in model.graph.initializers.items():
+        if outside is not None and name in outside.places:
+            weight = onnx.GraphProto(initializer=[_outside_proto(value, outside)])
+            yield onnx.ModelProto(graph=weight).SerializeToString()
+        elif tensor_of(value).dtype == ir.DataType.STRING:
+            weight = onnx.GraphProto(initializer=[weight_proto(value)])
+            yield onnx.ModelProto(graph=weight).SerializeToString()
+        else:
+            # Protobuf would copy the values once for each of the three messages around them.
+            values = tensor_of(value).tobytes()
+            yield weight_head(_header_proto(value).SerializeToString(), len(values))
+            yield values
     yield structure(model).SerializeToString()
 
 
-def write_model(model: ir.Model, path: Path) -> None:
-    """Write ``model`` as one protobuf file."""
+def _write(path: Path, pieces: Iterable[bytes]) -> None:
     with path.open("wb") as stream:
-        for piece in model_pieces(model):
+        for piece in pieces:
             stream.write(piece)
+
+
+def write_model(model: ir.Model, path: Path) -> None:
+    """Write ``model`` as one protobuf file; large weights go into a file beside it."""
+    outside = None
+    if is_large(model):
+        outside = _Outside(f"{path.name}.data", _places(model))
+        _write(path.with_name(outside.name), _data_pieces(model, outside.places))
+    _write(path, model_pieces(model, outside))
+
+
+@contextmanager
+def _weights_beside(model: ir.Model, path: Path) -> Iterator[tuple[_Outside | None, str]]:
+    """Write the weights of a large graph beside ``path``; yield their file and its SHA-256.
+
+    The files of earlier weights of ``path`` are removed after the block, the new one if it fails.
+    """
+    outside, digest = None, ""
+    if is_large(model):
+        places, hashed = _places(model), hashlib.sha256()
+        for piece in _data_pieces(model, places):
+            hashed.update(piece)
+        digest = hashed.hexdigest()
+        outside = _Outside(data_name(path.name, digest), places)
+    data = path.with_name(outside.name) if outside else None
+    existed = data is not None and data.exists()
+    if data is not None and outside is not None:
+        with atomic_path(data) as temporary:
+            _write(temporary, _data_pieces(model, outside.places))
+    try:
+        yield outside, digest
+    except BaseException:  # also on Ctrl-C; raised again
+        if data is not None and not existed:
+            data.unlink(missing_ok=True)
+        raise
+    with file_errors("remove the old weights of", path):
+        for old in path.parent.glob(data_name(glob.escape(path.name), "?" * 64)):
+            if old != data:
+                old.unlink(missing_ok=True)
 
 
 def save_graph(
@@ -101,7 +228,7 @@ def save_graph(
     passport: Passport,
     check: Callable[[Path], object] = lambda written: None,
 ) -> GraphArtifact:
-    """Write ``model`` with its passport to ``path``.
+    """Write ``model`` with its passport to ``path``; large weights go into a file beside it.
 
     ``check`` is called with the path of a temporary file.  The file is renamed to ``path`` only if
     it is complete and ``check`` raised nothing.
@@ -109,13 +236,17 @@ def save_graph(
     Raises:
         FileError: the file cannot be written.
     """
-    model.metadata_props[PASSPORT_KEY] = to_json(passport).decode()
-    with atomic_path(path) as temporary:
-        write_model(model, temporary)
-        check(temporary)
-    return GraphArtifact(
-        path, sha256_file(path), passport, path.stat().st_size, len(list(model.graph)), True
-    )
+    nodes = len(list(model.graph))
+    with _weights_beside(model, path) as (outside, digest):
+        weights = {WEIGHTS_ROLE: digest} if outside else {}
+        passport = replace(passport, parents=passport.made_from | weights)
+        model.metadata_props[PASSPORT_KEY] = to_json(passport).decode()
+        with atomic_path(path) as temporary:
+            _write(temporary, model_pieces(model, outside))
+            check(temporary)
+    size = path.stat().st_size
+    size += path.with_name(outside.name).stat().st_size if outside else 0
+    return GraphArtifact(path, sha256_file(path), passport, size, nodes, True)
 
 
 def load_graph(
@@ -135,6 +266,7 @@ def load_graph(
     try:
         proto = onnx.ModelProto.FromString(data)
         del data
+        refuse_outside(path, _locations(proto))
         model: ir.Model = ir.from_proto(prepare(proto))
     except (DecodeError, ir.serde.SerdeError, ValueError, KeyError, NotImplementedError) as error:
         raise broken from error
@@ -149,21 +281,36 @@ def load_graph(
         return ir.external_data.load_to_model(model)
 
 
+def _locations(proto: onnx.ModelProto) -> set[str]:
+    """The names of the external data files of a model."""
+    return {
+        ExternalDataInfo(tensor).location
+        for tensor in all_tensors(proto)
+        if uses_external_data(tensor)
+    }
+
+
 def read_whole(path: Path) -> bytes:
     """Return the bytes of an ONNX file with external weights moved inside.
 
     Raises:
         FileError: a file cannot be read.
-        GraphError: it is not an ONNX file, or an external data file is in another folder or too
-            short for its weights.
+        GraphError: it is not an ONNX file, its weights are too large for one message, or an
+            external data file is in another folder or too short for its weights.
     """
     files = weight_files(path)
     data = read_regular(path)
     if not files:
         return data
+    size = 0
     for file in files:
-        with open_regular(file):
-            pass
+        with open_regular(file) as stream:
+            size += stream.seek(0, os.SEEK_END)
+    if size > LARGEST_INSIDE:
+        raise GraphError(
+            f"{path} has {size / 1e9:.1f} GB of weights, too many to be changed tensor by tensor",
+            hint="use `clipdeploy verify`, or a smaller model of the family",
+        )
     try:
         proto = onnx.ModelProto.FromString(data)
         with file_errors("read the weights of", path):

@@ -3,34 +3,42 @@
 A ViT-B has 350 MB of weights and 60 kB of graph.  The file is memory-mapped and parsed field by
 field (protobuf.dev, "Encoding"); fields that hold weights are skipped.  Reading a passport does not
 import onnx.
+
+Weights that are too large for the file are in one file beside it (:mod:`exporters.graphs`), whose
+SHA-256 is in the passport, so that the SHA-256 of the graph covers both.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
 
 from clipdeploy.core.display import Renderable, Shown, facts
 from clipdeploy.core.errors import ArtifactError, FileError, GraphError
 from clipdeploy.core.files import file_errors, open_regular, sha256_file
-from clipdeploy.core.passport import PASSPORT_KEY, Passport, from_json
+from clipdeploy.core.passport import PASSPORT_KEY, WEIGHTS_ROLE, Passport, from_json
 
 if TYPE_CHECKING:
     import onnx
 
 __all__ = [
     "GraphArtifact",
+    "check_weights",
+    "data_name",
     "existing_graph",
+    "graph_sha256",
     "has_passport",
     "not_a_graph",
     "read_passport",
     "read_skeleton",
+    "refuse_outside",
     "weight_files",
+    "weight_head",
 ]
 
 # Field numbers in onnx.proto3 of ModelProto, GraphProto and StringStringEntryProto.
@@ -53,11 +61,13 @@ _EXTERNAL, _LOCATION, _OUTSIDE = 13, 14, 1
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 # Constants up to this size in bytes are kept: shapes, axes, scales.
 _SMALL = 4096
+# Hex digits of the SHA-256 in the name of a file of weights.
+_DIGITS = 16
 
 
 @dataclass(frozen=True)
 class GraphArtifact(Shown):
-    """An ONNX file: path, SHA-256, passport, size and node count.
+    """An ONNX file: path, SHA-256, passport, size with its weights, and node count.
 
     ``changed`` is False if the file existed already and was reused.
     """
@@ -113,11 +123,32 @@ def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int,
 
 
 def _encoded(number: int, payload: bytes) -> bytes:
-    size, length = len(payload), bytearray()
+    return _field_head(number, len(payload)) + payload
+
+
+def _field_head(number: int, size: int) -> bytes:
+    """Return what precedes the ``size`` bytes of a message, string or bytes field.
+
+    The field's ``number`` is below 16, as all of ModelProto, GraphProto and TensorProto here.
+    """
+    length = bytearray()
     while size > 0x7F:
         length.append(size & 0x7F | 0x80)
         size >>= 7
-    return bytes([number << 3 | _LENGTH]) + bytes([*length, size]) + payload
+    return bytes([number << 3 | _LENGTH]) + bytes([*length, size])
+
+
+def weight_head(tensor: bytes, size: int) -> bytes:
+    """Return what precedes the ``size`` bytes of a weight in a file, as a message of its own.
+
+        model { graph { initializer { tensor raw_data } } }
+
+    ``tensor`` is the weight as TensorProto without values.
+    """
+    head = tensor + _field_head(_WEIGHTS[2], size)
+    for number in reversed(_WEIGHTS[:2]):
+        head = _field_head(number, len(head) + size) + head
+    return head
 
 
 def _without_weights(data: mmap.mmap, at: int, end: int, path: tuple[int, ...]) -> bytes:
@@ -225,23 +256,71 @@ def weight_files(path: Path) -> tuple[Path, ...]:
         for tensor in all_tensors(read_skeleton(path))
         if uses_external_data(tensor)
     }
+    refuse_outside(path, names)
+    return tuple(path.parent / name for name in sorted(names))
+
+
+def refuse_outside(path: Path, names: Iterable[str]) -> None:
+    """Raise an error if the graph at ``path`` keeps weights in a file outside its folder.
+
+    Raises:
+        GraphError: a name is absolute, has a drive, or contains ``..``.
+    """
     for name in names:
         location = PurePosixPath(name.replace("\\", "/"))
-        if location.is_absolute() or ".." in location.parts:
+        elsewhere = location.is_absolute() or PureWindowsPath(name).drive or not location.parts
+        if elsewhere or ".." in location.parts:
             raise GraphError(
-                f"{path} keeps weights in {name}, outside its folder",
+                f"{path} keeps weights in {name!a}, outside its folder",
                 hint="move them into the folder of the graph and save it again",
             )
-    return tuple(path.parent / name for name in sorted(names))
+
+
+def data_name(graph: str, digest: str) -> str:
+    """The name of the file with the weights of the file ``graph``, from their SHA-256.
+
+    The new weights of a graph never have the name of the old ones, so that replacing the graph
+    replaces both.
+    """
+    return f"{graph}.{digest[:_DIGITS]}.data"
+
+
+def check_weights(path: Path) -> None:
+    """Compare the file with the weights of a graph, if they are not inside, with its passport.
+
+    Raises:
+        FileError: a file cannot be read.
+        ArtifactError: the passport is missing or invalid, or the file of the weights is missing or
+            differs from the passport.
+    """
+    passport, _, data = _read_header(path)
+    if data is not None and (found := sha256_file(data)) != passport.parents[WEIGHTS_ROLE]:
+        raise ArtifactError(
+            f"{data} has changed since {path.name} was written: its SHA-256 starts with "
+            f"{found[:8]}, not {passport.parents[WEIGHTS_ROLE][:8]}",
+            hint="copy it again together with the graph, or create the graph again",
+        )
+
+
+def graph_sha256(path: Path) -> str:
+    """Return the SHA-256 of a graph with a passport, see :func:`check_weights`.
+
+    Raises:
+        FileError, ArtifactError: see :func:`check_weights`.
+    """
+    check_weights(path)
+    return sha256_file(path)
 
 
 def existing_graph(path: Path) -> GraphArtifact | None:
     """Return the graph at ``path`` with ``changed`` False, None if missing or not readable."""
     try:
-        passport, nodes = _read_header(path)
+        passport, nodes, data = _read_header(path)
+        digest = graph_sha256(path)
     except (ArtifactError, FileError):
         return None
-    return GraphArtifact(path, sha256_file(path), passport, path.stat().st_size, nodes, False)
+    size = sum(file.stat().st_size for file in (path, data) if file is not None)
+    return GraphArtifact(path, digest, passport, size, nodes, False)
 
 
 def has_passport(path: Path) -> bool:
@@ -259,17 +338,17 @@ def read_passport(path: Path) -> Passport:
 
     Raises:
         FileError: the file cannot be opened.
-        ArtifactError: the passport is missing or invalid, or the weights are in another file, which
-            the SHA-256 of this file does not cover.
+        ArtifactError: the passport is missing or invalid, or the weights are in another file that
+            is missing or that the passport does not name.
     """
     return _read_header(path)[0]
 
 
-def _outside_weights(path: Path) -> str | None:
-    """Return the first external data file of an ONNX file, None if all weights are inside."""
+def _outside_weights(path: Path) -> list[str]:
+    """Return the names of the external data files of an ONNX file, sorted."""
     with _mapped(path) as data:
-        files = (_outside_file(data, *tensor) for tensor in _tensors(data, 0, len(data)))
-        return next((name for name in files if name is not None), None)
+        files = {_outside_file(data, *tensor) for tensor in _tensors(data, 0, len(data))}
+    return sorted(name for name in files if name is not None)
 
 
 def _header(path: Path) -> tuple[str | None, int]:
@@ -285,7 +364,8 @@ def _header(path: Path) -> tuple[str | None, int]:
     return entries.get(PASSPORT_KEY), nodes
 
 
-def _read_header(path: Path) -> tuple[Passport, int]:
+def _read_header(path: Path) -> tuple[Passport, int, Path | None]:
+    """Return the passport, the number of nodes, and the file with the weights if there is one."""
     try:
         text, nodes = _header(path)
         outside = _outside_weights(path)
@@ -295,9 +375,30 @@ def _read_header(path: Path) -> tuple[Passport, int]:
         raise ArtifactError(
             f"{path} has no passport: clipdeploy did not write it", hint="export it with clipdeploy"
         )
-    if outside is not None:
+    passport = from_json(text, Passport, f"the passport of {path}")
+    return passport, nodes, _own_weights(path, passport, outside)
+
+
+def _own_weights(path: Path, passport: Passport, outside: list[str]) -> Path | None:
+    """Return the file beside a graph with its weights, None if they are inside.
+
+    Raises:
+        ArtifactError: it is missing, or is not the one that the passport names.
+    """
+    if not outside:
+        return None
+    ending = data_name("", passport.parents.get(WEIGHTS_ROLE, ""))
+    for name in outside:
+        own = WEIGHTS_ROLE in passport.parents and name.endswith(ending)
+        if not own or set(name) & set("/\\:"):
+            raise ArtifactError(
+                f"{path} keeps weights in {name}, which its passport does not cover",
+                hint="export it again, or save it with its weights inside",
+            )
+    data = path.parent / outside[0]
+    if len(outside) > 1 or not data.is_file():
         raise ArtifactError(
-            f"{path} keeps weights in {outside}, which its passport does not cover",
-            hint="export it again, or save it with its weights inside",
+            f"{path} keeps its weights in {', '.join(outside)}, which is missing",
+            hint="copy both files together, or create the graph again",
         )
-    return from_json(text, Passport, f"the passport of {path}"), nodes
+    return data

@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from clipdeploy.core.errors import GraphError, first_line
-from clipdeploy.core.files import atomic_path, sha256_file
-from clipdeploy.core.passport import BATCH_AXIS, PASSPORT_KEY, Passport, settings_of, to_json
+from clipdeploy.core.passport import BATCH_AXIS, Passport, settings_of
 from clipdeploy.core.progress import SILENT, Progress
 from clipdeploy.core.spans import BATCH, OPSET, check_numbers
 from exporters.checks import PARITY_BATCHES, check_parity, check_structure
-from exporters.graphs import write_model
+from exporters.graphs import save_graph
 from exporters.headers import GraphArtifact
 from exporters.passes import run_lean_passes
 from exporters.passes.opset import TRACED_OPSET, SetOpset
@@ -159,7 +158,7 @@ def export_graph(
     Args:
         module: float32 classifier in evaluation mode, (B, 3, S, S) -> (B, classes).
         passport: description of ``module``; the graph's input and output are checked against it.
-        samples: real images for the parity check, about 7.
+        samples: real images for the parity check, about 3.
         release: free the module's parameters before the parity check, to save memory; they are
             empty afterwards.
 
@@ -173,14 +172,14 @@ def export_graph(
     with progress.task(f"trace {passport.model}"):
         model = trace(module, passport, config)
     passport = _graph_passport(passport, config)
-    model.metadata_props[PASSPORT_KEY] = to_json(passport).decode()
     with progress.task("reference logits"):
         reference = _reference(module, samples.pixels, batches)
-    with atomic_path(path) as temporary, progress.task("check the graph"):
-        check_structure(model, passport)
-        write_model(model, temporary)
-        nodes = len(list(model.graph))
+
+    def check(written: Path) -> None:
         # ONNX Runtime needs the memory that the module and its traced graph hold.
         _drop_weights(model, module if release else None)
-        check_parity(temporary, samples.as_input(passport.input), reference)
-    return GraphArtifact(path, sha256_file(path), passport, path.stat().st_size, nodes, True)
+        check_parity(written, samples.as_input(passport.input), reference)
+
+    with progress.task("check the graph"):
+        check_structure(model, passport)
+        return save_graph(model, path, passport, check)

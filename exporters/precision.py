@@ -8,12 +8,11 @@ from pathlib import Path
 import onnx_ir as ir
 
 from clipdeploy.core.errors import GraphError
-from clipdeploy.core.files import sha256_file
 from clipdeploy.core.passport import Passport
 from exporters.checks import check_structure
 from exporters.functions import inlined
 from exporters.graphs import load_graph, save_graph
-from exporters.headers import GraphArtifact, read_passport
+from exporters.headers import GraphArtifact, graph_sha256, read_passport
 from exporters.overflow import check_storage, largest_values, near_limit
 from exporters.passes.fp16 import ToFloat16
 from exporters.preprocess_graph import PREPROCESS_TENSORS
@@ -94,7 +93,7 @@ def convert_to_fp16(
     passport = replace(
         io_passport(passport, config),
         precision="fp16",
-        parents={**passport.parents, "source_graph": sha256_file(source)},
+        parents={**passport.parents, "source_graph": graph_sha256(source)},
         settings={
             **passport.settings,
             "keep_fp32": list(config.keep),

@@ -11,10 +11,13 @@ from io import BytesIO
 
 import onnx_ir as ir
 
+from clipdeploy.core.files import file_errors
+from clipdeploy.core.leftovers import scratch_folder
 from clipdeploy.core.passport import BATCH_AXIS
-from exporters.graphs import model_pieces
+from exporters.graphs import is_large, model_pieces, write_model
+from exporters.session import OnnxSession
 
-__all__ = ["add_tap", "free_batch", "serialised"]
+__all__ = ["add_tap", "free_batch", "open_model", "serialised"]
 
 
 def add_tap(model: ir.Model, name: str, nodes: Sequence[ir.Node]) -> None:
@@ -52,6 +55,22 @@ def free_batch(model: ir.Model) -> None:
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape:
             value.shape = ir.Shape([BATCH_AXIS, *value.shape[1:]])
+
+
+def open_model(model: ir.Model, *, name: str, threads: int = 0) -> OnnxSession:
+    """Open ``model`` in ONNX Runtime, through a temporary file if it is too large for a message.
+
+    Raises:
+        GraphError: ONNX Runtime cannot load the graph.
+        FileError: the file cannot be written.
+    """
+    if not is_large(model):
+        return OnnxSession(serialised(model), name=name, threads=threads)
+    with scratch_folder() as folder:
+        path = folder / "graph.onnx"
+        with file_errors("write", path):
+            write_model(model, path)
+        return OnnxSession(path, threads=threads)
 
 
 def serialised(model: ir.Model) -> bytes:

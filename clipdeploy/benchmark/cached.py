@@ -10,9 +10,10 @@ from clipdeploy.benchmark.environment import read_environment
 from clipdeploy.benchmark.result import Benchmark, BenchmarkConfig
 from clipdeploy.benchmark.run import benchmark_artifacts
 from clipdeploy.core.errors import ArtifactError
-from clipdeploy.core.files import sha256_file, write_atomic
+from clipdeploy.core.files import write_atomic
 from clipdeploy.core.passport import read_json, to_json
 from clipdeploy.core.progress import SILENT, Progress
+from clipdeploy.verification.targets import digest_of_artifact
 
 __all__ = ["CachedBenchmark", "cached_benchmark"]
 
@@ -45,7 +46,7 @@ def cached_benchmark(
     Raises:
         UsageError, FileError: see :func:`clipdeploy.benchmark.benchmark_artifacts`.
     """
-    files = {str(path): sha256_file(path) for path in paths}
+    files = {str(path): digest_of_artifact(path) for path in paths}
     found = None if force else _read(cache)
     if found and found.files == files and _matches(found.benchmark, config):
         return CachedBenchmark(files, found.benchmark, changed=False)

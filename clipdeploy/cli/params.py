@@ -179,7 +179,7 @@ class ModelName(StringParamType):
             # No comma: click's script for fish cuts a help text there.
             top1 = "" if card.top1 is None else f"top-1 {card.top1} % at "
             described = f"{top1}{card.image_size} px"
-            own = {card.name, *(card.aliases[:1] if card.short or card.name == cards.DEMO else ())}
+            own = {card.name, card.short}
             for name in (card.name, *card.aliases):
                 if name.startswith(incomplete):
                     item = CompletionItem(name, help=described)

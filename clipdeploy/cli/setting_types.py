@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipdeploy.core.addresses import masked
-from clipdeploy.core.errors import UsageError
+from clipdeploy.core.errors import ClipdeployError, UsageError
 
 __all__ = [
     "FLAG",
@@ -37,7 +37,8 @@ class SettingType:
     ``wanted`` names the type in errors, ``types`` are the TOML types that it accepts.  ``parse``
     takes a TOML value or the text of a variable; it raises ``ValueError`` for a wrong value, or
     :class:`UsageError` with a more precise message.  ``choices`` are all possible values, if they
-    are few.  ``shown`` turns a value into text that may be printed.
+    are few.  ``shown`` turns a value into text that may be printed.  ``look_up`` checks
+    a value that depends on other settings; it is called when all are known.
     """
 
     wanted: str
@@ -45,6 +46,7 @@ class SettingType:
     parse: Callable[[object], Value]
     choices: tuple[str, ...] = ()
     shown: Callable[[str], str] = str
+    look_up: Callable[[Value], object] | None = None
 
     def checked(self, raw: object, where: str, example: Value) -> Value:
         """Parse ``raw``; errors begin with ``where`` and give the ``example``.
@@ -52,14 +54,25 @@ class SettingType:
         Raises:
             UsageError: the value is wrong.
         """
-        given = f"{where} = {self._as_toml(raw)}"
         try:
             return self.parse(raw)
         except ValueError as error:
             raise UsageError(
-                f"{given} is not {self.wanted}", hint=f"such as {as_toml(example)}"
+                f"{where} = {self._as_toml(raw)} is not {self.wanted}",
+                hint=f"such as {as_toml(example)}",
             ) from error
-        except UsageError as error:
+
+    def check_known(self, value: Value, where: str) -> None:
+        """Check a value that depends on other settings; errors begin with ``where``.
+
+        Raises:
+            UsageError: the value is wrong.
+        """
+        try:
+            if self.look_up is not None:
+                self.look_up(value)
+        except ClipdeployError as error:
+            given = f"{where} = {self._as_toml(value)}"
             raise UsageError(f"{given}: {error.message}", hint=error.hint) from error
 
     def from_toml(self, raw: object, where: str, example: Value) -> Value:
@@ -114,18 +127,19 @@ def _url(raw: object) -> str:
     return str(raw)
 
 
-def _model(raw: object) -> str:
+def _find_card(name: Value) -> object:
     from clipdeploy.models import cards
 
-    cards.find(str(raw))
-    return str(raw)
+    return cards.find(str(name))
 
 
+FILE = SettingType("a path", (str,), _path)
 FOLDER = SettingType("a path", (str,), _path)
 IMAGES = SettingType("a path", (str,), _path)
 FLAG = SettingType("true or false", (bool,), _flag)
 URL = SettingType("an address", (str,), _url, shown=masked)
-MODEL = SettingType("a model's name", (str,), _model)
+# A model may have its card in the file of the setting "cards".
+MODEL = SettingType("a model's name", (str,), str, look_up=_find_card)
 
 
 def number(least: float, most: float = math.inf) -> SettingType:

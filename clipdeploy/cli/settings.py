@@ -22,6 +22,7 @@ from typing import Literal
 
 from clipdeploy.cli.config_fields import choices_of, default_of
 from clipdeploy.cli.setting_types import (
+    FILE,
     FLAG,
     FOLDER,
     IMAGES,
@@ -96,6 +97,15 @@ SETTINGS = (
         "Model of a command without --model.",
         example="clip-vit-base-p16",
         otherwise="the workspace's last one",
+    ),
+    Setting(
+        "cards",
+        "CLIPDEPLOY_CARDS",
+        FILE,
+        "File of your own model cards, with the columns of the zoo.",
+        example="cards.csv",
+        otherwise="none",
+        exported=True,
     ),
     Setting(
         "calibration_data",
@@ -261,7 +271,13 @@ def load_settings() -> Settings:
             given[setting.name] = Found(value, "environment", variable)
             if variable != setting.variable:
                 renamed.append(f"{variable} is now {setting.variable}")
-    return Settings(path, given, tuple(renamed))
+    settings = Settings(path, given, tuple(renamed))
+    with settings.in_environment({}):
+        for name, found in given.items():
+            if found.value is not None:
+                where = f"{found.origin}: {name}" if found.source == "file" else found.origin
+                setting_called(name).type.check_known(found.value, where)
+    return settings
 
 
 def _given_variable(setting: Setting) -> str:

@@ -20,6 +20,11 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
+def _published(card: ModelCard) -> str:
+    known = [(f"top-{k}", value) for k, value in ((1, card.top1), (5, card.top5))]
+    return ", ".join(f"{name} {value:.2f} %" for name, value in known if value is not None) or "-"
+
+
 def _table(cards: tuple[ModelCard, ...]) -> Group:
     from rich.console import Group
     from rich.table import Table
@@ -41,8 +46,8 @@ def _table(cards: tuple[ModelCard, ...]) -> Group:
             _percent(card.top5),
             "*" if is_cached(card) else "",
         )
-    short = ", ".join(card.aliases[0].removeprefix("clip-vit-base") for card in cards if card.short)
-    notes = f"\n* weights are on this machine\nShort names: clip-vit-base with {short}"
+    short = ", ".join(card.short for card in cards if card.short)
+    notes = f"\n* weights are on this machine\nShort names: {short}"
     return Group(table, Text(notes))
 
 
@@ -62,7 +67,7 @@ def _describe(card: ModelCard) -> str:
         f"  geometry      {card.image_size} px in {card.patch} px patches: {card.tokens} tokens, "
         f"{card.depth} blocks of width {card.width}, {card.heads} heads, {card.classes} classes",
         f"  size          {card.params / 1e6:.2f} M parameters, {card.macs / 1e9:.2f} GMACs",
-        f"  published     top-1 {_percent(card.top1)} %, top-5 {_percent(card.top5)} %",
+        f"  published     {_published(card)}",
         f"  weights       {_weights(card)}",
     ]
     notes = [f"  {option:22}  {note}" for option, note in recipe_notes(card).items()]

@@ -37,6 +37,7 @@ __all__ = [
     "PASSPORT_KEY",
     "PASSPORT_SCHEMA",
     "QUANTISED",
+    "WEIGHTS_ROLE",
     "ModelChoices",
     "NamesFrom",
     "Passport",
@@ -65,6 +66,10 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
 IMAGENET_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
 
+# timm/data/constants.py, IMAGENET_INCEPTION_MEAN and _STD.
+INCEPTION_MEAN = (0.5, 0.5, 0.5)
+INCEPTION_STD = (0.5, 0.5, 0.5)
+
 # Source of the class names: the model card, the user's file or the checkpoint.  "assumed" are the
 # card's names for fine-tuned weights with the same number of classes; empty if there are none.
 NamesFrom = Literal["", "card", "file", "checkpoint", "assumed"]
@@ -73,6 +78,9 @@ Precision = Literal["fp32", "fp16", "int8", "int8-cpu", "fp8"]
 QUANTISED: tuple[Precision, ...] = ("int8", "fp8", "int8-cpu")
 # How a weight's scales are stored: see calibration/write.py.
 ScaleForm = Literal["channel", "ratio", "tensor"]
+
+# The parent that is the file of a graph's weights.
+WEIGHTS_ROLE = "weights"
 
 _CROP_MODES = ("center", "squash")
 _DTYPES = ("float32", "float16", "bfloat16", "float64", "uint8", "int8", "int32", "int64", "bool")
@@ -288,7 +296,8 @@ class WeightsOrigin:
 class Passport:
     """Description of an artifact and of what it was made from.
 
-    ``parents`` maps a role (``source_graph``, ``calibration``) to the SHA-256 of that file.
+    ``parents`` maps a role (``source_graph``, ``calibration``) to the SHA-256 of that file; the
+    role ``weights`` is the file beside a graph that holds its weights, if they are not inside.
     ``settings`` holds the options of the stage that wrote the artifact.  ``classes`` is the number
     of logits, ``class_names`` their names in order, empty if unknown, and ``class_names_from``
     their source.
@@ -309,6 +318,11 @@ class Passport:
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     schema: int = PASSPORT_SCHEMA
+
+    @property
+    def made_from(self) -> dict[str, str]:
+        """The parents without the artifact's own weights."""
+        return {role: digest for role, digest in self.parents.items() if role != WEIGHTS_ROLE}
 
     def faults(self) -> Iterator[Fault]:
         """Yield invalid values, see :mod:`clipdeploy.core.values`.

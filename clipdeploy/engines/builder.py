@@ -53,7 +53,7 @@ from clipdeploy.engines.plan_text import (
 from clipdeploy.engines.plan_writer import PlanFile
 from clipdeploy.engines.preflight import runs_on
 from exporters.blocks import BlockPrecision
-from exporters.headers import read_passport, read_skeleton
+from exporters.headers import graph_sha256, read_passport, read_skeleton
 
 __all__ = ["EngineArtifact", "build_engine"]
 
@@ -183,7 +183,7 @@ def build_engine(
     check_options(choice.backend, compiler.module, config)
     draft = _draft(passport, compiler, config)
     with ThreadPoolExecutor(1) as pool:
-        graph_hash = pool.submit(sha256_file, graph)
+        graph_hash = pool.submit(graph_sha256, graph)
         found = None if force else _unchanged(engine, draft)
         if found is not None and found.hashes.graph == graph_hash.result():
             return EngineArtifact(engine, found, changed=False)

@@ -1,13 +1,15 @@
 """Look up model cards: a checkpoint's names, geometry, source and published accuracy.
 
-Each row of ``data/zoo.csv`` is a card; to add a checkpoint, add a row.  A geometry without a row
-has a card too, whose name is the geometry: ``vit-p14-336px-w1024-d24-h16``.
+Each row of ``data/zoo.csv`` is a card; to add a checkpoint, add a row.  A short name such as
+``clip-vit-base-p16`` is a field of one row, so that no other row can move it.  A geometry without a
+row has a card too, whose name is the geometry: ``vit-p14-336px-w1024-d24-h16``.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,21 +18,27 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from clipdeploy.core.data_rows import DataRow, read_rows
-from clipdeploy.core.errors import UsageError
+from clipdeploy.core.data_rows import DataRow, read_rows, read_table
+from clipdeploy.core.errors import ArtifactError, UsageError
+from clipdeploy.core.files import file_errors
 from clipdeploy.core.passport import (
     CLIP_MEAN,
     CLIP_STD,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    INCEPTION_MEAN,
+    INCEPTION_STD,
     Preprocess,
     Recipe,
 )
-from clipdeploy.core.values import MOST_EDGE
+from clipdeploy.core.spans import CROP_PCT
+from clipdeploy.core.values import MOST_EDGE, is_name
 
 __all__ = [
+    "CARDS_VARIABLE",
     "DEMO",
     "DOWNLOAD_ROOT",
+    "HUB_PREFIX",
     "ModelCard",
     "all_cards",
     "class_names",
@@ -41,12 +49,14 @@ __all__ = [
     "geometry_card",
     "imagenet_classes",
     "recipe_notes",
+    "shipped_cards",
     "takes_any_name",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 DOWNLOAD_ROOT = "https://download.openmmlab.com/mmclassification/v0/clip/"
+HUB_PREFIX = "hf://"
 DEMO = "clip-vit-demo"
 # Patch, image size, width, blocks, heads, the MLP's width where it is not four times the width, and
 # the width of CLIP's embedding before a zero-shot head.
@@ -55,7 +65,17 @@ _GEOMETRY = re.compile(
     r"(?:-m(?P<hidden>\d+))?(?:-e(?P<embed>\d+))?"
 )
 _MOST_DIGITS = 5
+# Names a file of the user's cards, with the columns of ``zoo.csv``.
+CARDS_VARIABLE = "CLIPDEPLOY_CARDS"
+# The columns of a card's geometry; those of ViT-B where a row leaves them blank.
+_SIZES = {"patch": None, "image_size": None, "width": 768, "depth": 12, "heads": 12}
 _COLUMNS = "see docs/adding-a-checkpoint.md for the columns"
+# Mean and std of the samples that a checkpoint was trained with, by the name in ``zoo.csv``.
+_NORMALISATIONS = {
+    "clip": (CLIP_MEAN, CLIP_STD),
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "inception": (INCEPTION_MEAN, INCEPTION_STD),
+}
 
 
 @dataclass(frozen=True)
@@ -63,10 +83,14 @@ class ModelCard:
     """The facts about one checkpoint.
 
     ``top1`` and ``top5`` are percent on the ImageNet-1k validation set (the demo card: on its own
-    test images), ``None`` if unpublished.  ``params`` and ``macs`` are computed, for one image of
-    ``image_size`` pixels.  ``hidden`` is the MLP's width, None for four times ``width``.
-    ``embed`` is the width of CLIP's embedding that a zero-shot head reads, None for other heads.  A
-    ``generic`` card is of a geometry, not of a published checkpoint.
+    test images), ``None`` if unpublished; ``measured_by`` is the library that measured them, whose
+    crop the recipe ``published`` uses.  ``params`` and ``macs`` are computed, for one image of
+    ``image_size`` pixels.  ``file`` is a path below :data:`DOWNLOAD_ROOT` or ``hf://OWNER/NAME``,
+    empty if unpublished.  ``short`` is the short name, which ``aliases`` has too; empty if the card
+    has none.  ``normalisation`` names the mean and std of the training: ``clip``, ``imagenet`` or
+    ``inception``.  ``hidden`` is the MLP's width, None for four times ``width``.  ``embed`` is the
+    width of CLIP's embedding that a zero-shot head reads, None for other heads.  A ``generic`` card
+    is of a geometry, not of a published checkpoint.
     """
 
     name: str
@@ -90,6 +114,9 @@ class ModelCard:
     hidden: int | None = None
     embed: int | None = None
     generic: bool = False
+    short: str = ""
+    normalisation: str = "clip"
+    measured_by: str = "mmpretrain"
 
     @property
     def tokens(self) -> int:
@@ -97,39 +124,46 @@ class ModelCard:
         return (self.image_size // self.patch) ** 2 + 1
 
     @property
-    def short(self) -> bool:
-        """Whether ``aliases[0]`` is the geometry's short name, as for its most accurate card."""
-        return self.aliases[:1] == (_short_alias(self.patch, self.image_size),)
-
-    @property
     def shipped(self) -> bool:
         """Whether clipdeploy includes the weights."""
         return self.name == DEMO
 
     @property
+    def on_hub(self) -> bool:
+        """Whether the weights are published on the Hugging Face hub."""
+        return self.file.startswith(HUB_PREFIX)
+
+    @property
+    def hub_folder(self) -> str:
+        """The folder of the weights in a cache of huggingface_hub; empty if timm has none."""
+        address = self.file if self.on_hub else f"{HUB_PREFIX}timm/{self.timm_name}"
+        owner_and_name = address.removeprefix(HUB_PREFIX).replace("/", "--")
+        return f"models--{owner_and_name}" if self.on_hub or self.timm_name else ""
+
+    def is_downloaded(self, path: Path) -> bool:
+        """Whether ``path`` is the card's file in a cache of huggingface_hub."""
+        return bool(self.hub_folder) and self.hub_folder in path.parts
+
+    @property
     def url(self) -> str:
-        """The URL of the published weights, empty if unpublished."""
-        return DOWNLOAD_ROOT + self.file if self.file else ""
+        """The address of the published weights, empty if unpublished."""
+        return DOWNLOAD_ROOT + self.file if self.file and not self.on_hub else self.file
 
     def preprocess(self, recipe: Recipe) -> Preprocess:
         """The preprocessing under ``recipe``."""
-        clip = recipe.numerics == "trained"
-        timm = recipe.resize == "timm"
+        used = self.normalisation if recipe.numerics == "trained" else "imagenet"
+        mean, std = _NORMALISATIONS[used]
+        timm = "timm" in (recipe.resize, self.measured_by)
         crop_pct = self.timm_crop_pct if timm else 1.0
         return Preprocess(
             size=self.image_size,
-            mean=recipe.mean or (CLIP_MEAN if clip else IMAGENET_MEAN),
-            std=recipe.std or (CLIP_STD if clip else IMAGENET_STD),
+            mean=recipe.mean or mean,
+            std=recipe.std or std,
             crop_pct=crop_pct if recipe.crop_pct is None else recipe.crop_pct,
             crop_mode=recipe.crop_mode or (self.timm_crop_mode if timm else "center"),
             # OpenCV, used for the published numbers, applies the EXIF orientation; timm does not.
             exif_orientation=not timm,
         )
-
-
-def _short_alias(patch: int, image_size: int) -> str:
-    suffix = "" if image_size == 224 else f"-{image_size}px"
-    return f"clip-vit-base-p{patch}{suffix}"
 
 
 def _mmpretrain_name(name: str) -> str:
@@ -159,53 +193,96 @@ def _demo_card() -> ModelCard:
         width=96,
         depth=6,
         heads=6,
+        short="demo",
     )
 
 
 @cache
-def all_cards() -> tuple[ModelCard, ...]:
-    """All cards in the order of ``zoo.csv``, then the demo card.
+def shipped_cards() -> tuple[ModelCard, ...]:
+    """The cards in the order of ``zoo.csv``, then the demo card.
 
     Raises:
         ArtifactError: a row of ``zoo.csv`` is invalid.
     """
-    read = [_card(row) for row in read_rows("zoo.csv", hint=_COLUMNS)]
-    best: dict[str, ModelCard] = {}
-    for card in read:
-        alias = _short_alias(card.patch, card.image_size)
-        if alias not in best or (card.top1 or 0) > (best[alias].top1 or 0):
-            best[alias] = card
-    short = {card.name: alias for alias, card in best.items()}
-    named = [
-        replace(card, aliases=(short[card.name], *card.aliases)) if card.name in short else card
-        for card in read
-    ]
-    return (*named, _demo_card())
+    return (*_distinct(read_rows("zoo.csv", hint=_COLUMNS), _demo_card()), _demo_card())
+
+
+def all_cards() -> tuple[ModelCard, ...]:
+    """The shipped cards, then those of the file that ``CLIPDEPLOY_CARDS`` names.
+
+    Raises:
+        ArtifactError: a row is invalid, or has a name or an alias of another card.
+        FileError: the file cannot be read.
+    """
+    shipped, named = shipped_cards(), os.environ.get(CARDS_VARIABLE)
+    if not named:
+        return shipped
+    path = Path(named).expanduser()
+    with file_errors("read", path):
+        stamp = path.stat()
+    return (*shipped, *_own_cards(path, (stamp.st_mtime_ns, stamp.st_size, stamp.st_ino)))
+
+
+@cache
+def _own_cards(path: Path, stamp: tuple[int, ...]) -> tuple[ModelCard, ...]:
+    """The cards of the user's file, read again when its ``stamp`` changes."""
+    columns = tuple(read_rows("zoo.csv")[0].columns)
+    return _distinct(read_table(path, columns, hint=_COLUMNS), *shipped_cards())
+
+
+def _distinct(rows: list[DataRow], *others: ModelCard) -> tuple[ModelCard, ...]:
+    """The cards of ``rows``, none of which has a name or an alias of another card."""
+    known = {name: card.name for card in others for name in (card.name, *card.aliases)}
+    found = []
+    for row in rows:
+        card = _card(row)
+        for name in (card.name, *card.aliases):
+            if name in known or _named_geometry(name) is not None:
+                owner = f"of {known[name]}" if name in known else "of a geometry"
+                raise ArtifactError(
+                    f"{row.file}, line {row.line}: {name} is a name {owner} already",
+                    hint="choose another name or alias",
+                )
+            known[name] = card.name
+        found.append(card)
+    return tuple(found)
 
 
 def _card(row: DataRow) -> ModelCard:
-    """Parse a row of ``zoo.csv`` into a card without its short alias.
+    """Parse a row of ``zoo.csv``, of which only name, patch and image size are required.
 
-    Accuracy, ``file``, its hash and timm's columns may be blank, for unpublished checkpoints.
+    Raises:
+        ArtifactError: a value is invalid.
     """
     value = row.value
-    name, timm_name = value("name", str), value("timm_name", str, "")
-    return ModelCard(
+    name = value("name", _name)
+    timm_name, short = (value(column, _name, "") for column in ("timm_name", "alias"))
+    mm_name = _mmpretrain_name(name) if value("mm_config", str, "") else ""
+    sizes = {column: value(column, _count, usual) for column, usual in _SIZES.items()}
+    try:
+        card = geometry_card(**sizes)
+    except UsageError as error:
+        where = f"{row.file}, line {row.line}"
+        raise ArtifactError(f"{where}: {error.message}", hint=error.hint) from error
+    return replace(
+        card,
         name=name,
-        aliases=tuple(filter(None, (timm_name, _mmpretrain_name(name)))),
-        patch=value("patch", _count),
-        image_size=value("image_size", _count),
+        aliases=tuple(filter(None, (short, timm_name, mm_name))),
         pretrain=value("pretrain", str, "-"),
-        params=value("true_params", _count),
-        macs=value("true_macs", _count),
+        params=value("true_params", _count, card.params),
+        macs=value("true_macs", _count, card.macs),
         # NaN: blank, so unpublished.
-        top1=_known(value("published_top1", float, math.nan)),
-        top5=_known(value("published_top5", float, math.nan)),
-        file=value("file", str, ""),
-        sha256_prefix=value("sha256_prefix", str, ""),
+        top1=_known(value("published_top1", _percent, math.nan)),
+        top5=_known(value("published_top5", _percent, math.nan)),
+        file=value("file", _file, ""),
+        sha256_prefix=value("sha256_prefix", _hash_prefix, ""),
         timm_name=timm_name,
-        timm_crop_pct=value("timm_crop_pct", float, 1.0),
-        timm_crop_mode=value("timm_crop_mode", str, "center"),
+        timm_crop_pct=value("timm_crop_pct", _crop_pct, 1.0),
+        timm_crop_mode=value("timm_crop_mode", _one_of("center", "squash"), "center"),
+        generic=False,
+        short=short,
+        normalisation=value("normalisation", _one_of(*_NORMALISATIONS), "clip"),
+        measured_by=value("measured_by", _one_of("mmpretrain", "timm"), "mmpretrain"),
     )
 
 
@@ -213,6 +290,50 @@ def _count(text: str) -> int:
     if (number := int(text)) < 1:
         raise ValueError(f"{number} is less than 1")
     return number
+
+
+def _name(text: str) -> str:
+    if not is_name(text):
+        raise ValueError(f"{text!r} is not a name of letters, digits and _.-")
+    return text
+
+
+def _percent(text: str) -> float:
+    if not 0 <= (number := float(text)) <= 100:
+        raise ValueError(f"{number:g} is not from 0 to 100")
+    return number
+
+
+def _crop_pct(text: str) -> float:
+    if (number := float(text)) not in CROP_PCT:
+        raise ValueError(f"{number:g} is not from {CROP_PCT.text}")
+    return number
+
+
+def _file(text: str) -> str:
+    if text.startswith(HUB_PREFIX):
+        owner, mark, name = text.removeprefix(HUB_PREFIX).partition("/")
+        if not (mark and is_name(owner) and is_name(name)):
+            raise ValueError(f"{text!r} is not hf://OWNER/NAME")
+    elif not is_name(text):
+        # It becomes a file name in the cache.
+        raise ValueError(f"{text!r} is neither a file name nor hf://OWNER/NAME")
+    return text
+
+
+def _hash_prefix(text: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{8,64}", text):
+        raise ValueError(f"{text!r} is not the first 8 hex digits of a SHA-256, or more")
+    return text
+
+
+def _one_of(*names: str) -> Callable[[str], str]:
+    def checked(text: str) -> str:
+        if text not in names:
+            raise ValueError(f"{text!r} is not one of {', '.join(names)}")
+        return text
+
+    return checked
 
 
 def _known(value: float) -> float | None:
@@ -351,14 +472,20 @@ def recipe_notes(card: ModelCard) -> dict[str, str]:
     crop = f"short edge {edge}, centre crop {size}"
     if card.timm_crop_mode == "squash":
         crop = f"both edges {edge}, aspect ratio lost" + ("" if edge == size else f", crop {size}")
+    mean = {"clip": "CLIP mean and std", "imagenet": "ImageNet mean and std"}.get(
+        card.normalisation, "mean and std 0.5"
+    )
+    by_timm = card.measured_by == "timm"
+    published = f"short edge {size}, centre crop {size}, EXIF orientation applied"
+    if by_timm:
+        published = f"{crop}, EXIF orientation ignored"
     return {
-        "--numerics trained": f"CLIP mean and std, LayerNorm eps 1e-5, native {grid}x{grid} grid: "
+        "--numerics trained": f"{mean}, LayerNorm eps 1e-5, native {grid}x{grid} grid: "
         "as in training",
         "--numerics as-shipped": "ImageNet mean and std, LayerNorm eps 1e-6"
         + (resampled if resized else "")
-        + ": as in mmpretrain's current config",
-        "--resize published": f"short edge {size}, centre crop {size}, EXIF orientation applied: "
-        "as for the published top-1",
+        + f": as in mmpretrain's current config{'s' if by_timm else ''}",
+        "--resize published": f"{published}: as for the published top-1",
         "--resize timm": f"{crop}, EXIF orientation ignored: as in timm's evaluation",
     }
 

@@ -18,14 +18,13 @@ from clipdeploy.core.addresses import masked, without_secrets
 from clipdeploy.core.cache import cache_folder
 from clipdeploy.core.errors import CheckpointError, UsageError, first_line
 from clipdeploy.core.files import file_errors
-from clipdeploy.models.cards import ModelCard
+from clipdeploy.models.cards import HUB_PREFIX, ModelCard
 
-__all__ = ["HUB_PREFIX", "cached_file", "fetch", "fetch_hub", "is_cached"]
+__all__ = ["cached_file", "fetch", "fetch_hub", "is_cached"]
 
 OFFLINE_VARIABLE = "CLIPDEPLOY_OFFLINE"
 MIRROR_VARIABLE = "CLIPDEPLOY_MIRROR"
 _OFF = ("", "0", "false", "no", "off")
-HUB_PREFIX = "hf://"
 # ValueError: an invalid URL.
 _NETWORK = (URLError, ConnectionError, TimeoutError, ValueError, http.client.HTTPException)
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -46,7 +45,14 @@ def cached_file(card: ModelCard) -> Path:
 
 def is_cached(card: ModelCard) -> bool:
     """Whether the card's weights need no download: clipdeploy includes them or they are cached."""
+    if card.on_hub:
+        found = (_hub_cache() / card.hub_folder / "snapshots").glob("*/*")
+        return any(path.name in _HUB_FILES for path in found)
     return card.shipped or (bool(card.file) and cached_file(card).is_file())
+
+
+def _hub_cache() -> Path:
+    return cache_folder() / "hub"
 
 
 @contextlib.contextmanager
@@ -83,13 +89,16 @@ def fetch(card: ModelCard, *, offline: bool = False, progress: bool = True) -> P
 
     The file appears under its name only if its SHA-256 starts with the card's prefix.  An
     interrupted or wrong download leaves no file; a later download removes the files of a killed
-    one.
+    one.  Weights on the Hugging Face hub: see :func:`fetch_hub`.
 
     Raises:
         CheckpointError: downloads are off, the download fails or stalls, the hash is wrong, or the
             weights are not published.
+        UsageError: huggingface_hub is needed and not installed.
         FileError: the cache cannot be written.
     """
+    if card.on_hub:
+        return fetch_hub(card.file, offline=offline, progress=progress)
     if not card.file or not card.sha256_prefix:
         missing = "address" if not card.file else "hash"
         raise CheckpointError(
@@ -178,7 +187,7 @@ def fetch_hub(reference: str, *, offline: bool = False, progress: bool = True) -
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if not _shows_bar(progress):
         disable_progress_bars()
-    cache, local = cache_folder() / "hub", _is_offline(offline)
+    cache, local = _hub_cache(), _is_offline(offline)
 
     def download(name: str) -> Path | None:
         try:

@@ -282,8 +282,10 @@ def _with_eps(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
 def infer_card(choice: WeightsChoice, preferred: str | None = None) -> ModelCard:
     """The card for the checkpoint of ``choice``: that of its geometry.
 
-    The published checkpoint is recognised by its hash.  Of several cards with the geometry,
-    ``preferred`` is taken, else the most accurate one; if there is none, the geometry's own.
+    A published checkpoint is recognised by its hash, or by its place in the cache of the Hugging
+    Face hub.  Of several cards with the geometry, ``preferred`` is taken, else the one with a short
+    name that mmpretrain has measured; if there is none, the geometry's own.  timm's cards differ
+    in crop, mean and std, so none of them describes another checkpoint.
 
     Raises:
         UsageError: ``choice`` has no checkpoint.
@@ -325,21 +327,18 @@ def card_for(
     published = [
         card
         for card in fitting
-        if card.sha256_prefix and checkpoint.sha256.startswith(card.sha256_prefix)
+        if (card.sha256_prefix and checkpoint.sha256.startswith(card.sha256_prefix))
+        or card.is_downloaded(checkpoint.path)
     ]
-    for card in (*published, *(card for card in fitting if card.name == preferred)):
+    usual = [card for card in fitting if card.short and card.measured_by == "mmpretrain"]
+    known = [card for card in fitting if card.name == preferred]
+    for card in (*published, *known):
         return card
-    if fitting:
-        return next((card for card in fitting if card.short), fitting[0])
-    return cards.geometry_card(
-        shape.patch,
-        size,
-        shape.width,
-        shape.depth,
-        heads or _clip_heads(checkpoint),
-        shape.hidden,
-        shape.embed,
+    heads = heads or (usual[0].heads if usual else _clip_heads(checkpoint))
+    own = cards.geometry_card(
+        shape.patch, size, shape.width, shape.depth, heads, shape.hidden, shape.embed
     )
+    return own if own.name == preferred or not usual else usual[0]
 
 
 def _clip_heads(checkpoint: Checkpoint) -> int:
@@ -462,12 +461,12 @@ def checkpoint_file(choice: WeightsChoice) -> Path:
         UsageError: ``choice`` has none.
         CheckpointError: it cannot be downloaded.
     """
-    from clipdeploy.models.download import HUB_PREFIX, fetch_hub
+    from clipdeploy.models.download import fetch_hub
 
     chosen = choice.checkpoint
     if chosen is None:
         raise UsageError("no checkpoint is given", hint="pass a file or hf://OWNER/NAME")
-    if isinstance(chosen, str) and chosen.startswith(HUB_PREFIX):
+    if isinstance(chosen, str) and chosen.startswith(cards.HUB_PREFIX):
         chosen = fetch_hub(chosen, offline=choice.offline, progress=choice.show_download)
     return Path(chosen)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from clipdeploy.core.printable import printable
 from clipdeploy.engines.passport import EnginePassport
 from clipdeploy.models import cards
 from clipdeploy.workspace.passports import checked_passport
+from exporters.headers import check_weights, graph_sha256, weight_files
 
-__all__ = ["Packable", "labels", "labels_text", "open_packable"]
+__all__ = ["Packable", "copy_artifact", "is_copy", "labels", "labels_text", "open_packable"]
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,31 @@ def open_packable(path: Path) -> Packable:
             f"{path} is a graph in FP8, which ONNX Runtime runs only for judging",
             hint="package an engine that TensorRT built from it, or a graph in another precision",
         )
-    sha256 = found.engine.hashes.plan if found.engine else sha256_file(path)
+    sha256 = found.engine.hashes.plan if found.engine else graph_sha256(path)
     return Packable(path, sha256, found.graph, found.engine)
+
+
+def copy_artifact(source: Packable, target: Path) -> None:
+    """Copy the file to ``target``, and the weights of a large graph beside it.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
+    for file in weight_files(source.path) if source.engine is None else ():
+        shutil.copyfile(file, target.with_name(file.name))
+    shutil.copyfile(source.path, target)
+
+
+def is_copy(source: Packable, path: Path) -> bool:
+    """Whether ``path`` is a copy of the file, with its weights."""
+    if not path.is_file() or sha256_file(path) != source.sha256:
+        return False
+    try:
+        if source.engine is None:
+            check_weights(path)
+    except ArtifactError:
+        return False
+    return True
 
 
 def labels(passport: Passport) -> tuple[str, ...]:

@@ -11,7 +11,6 @@ DIR/CMakeLists.txt         cmake -B build && cmake --build build && ctest --test
 from __future__ import annotations
 
 import shlex
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,8 @@ import numpy as np
 
 from clipdeploy.core.display import Renderable, Shown, facts
 from clipdeploy.core.errors import ArtifactError
-from clipdeploy.core.files import atomic_folder, file_errors, sha256_file
-from clipdeploy.packaging.artifact import Packable, labels_text
+from clipdeploy.core.files import atomic_folder, file_errors
+from clipdeploy.packaging.artifact import Packable, copy_artifact, is_copy, labels_text
 from clipdeploy.packaging.client import template
 from clipdeploy.runners.base import Images, Logits
 from clipdeploy.runners.onnx import OnnxRunner
@@ -96,12 +95,12 @@ def package_cpp(
         with atomic_folder(folder) as made, file_errors("copy", source.path):
             for name, data in files.items():
                 (made / name).write_bytes(data)
-            shutil.copyfile(source.path, made / model.name)
+            copy_artifact(source, made / model.name)
     return CppPackage(folder, model, source.runtime, changed or force, notes)
 
 
 def _is_current(source: Packable, model: Path, files: Mapping[str, bytes]) -> bool:
-    if not model.is_file() or sha256_file(model) != source.sha256:
+    if not is_copy(source, model):
         return False
     paths = {model.with_name(name): data for name, data in files.items()}
     return all(path.is_file() and path.read_bytes() == data for path, data in paths.items())

@@ -11,7 +11,6 @@ REPOSITORY/NAME/config.pbtxt    inputs, outputs, batching, instances, warm-up
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +22,10 @@ from clipdeploy.core.files import (
     file_errors,
     read_regular,
     restore_folders,
-    sha256_file,
     write_atomic,
 )
 from clipdeploy.engines.passport import BatchProfile
-from clipdeploy.packaging.artifact import Packable, labels_text
+from clipdeploy.packaging.artifact import Packable, copy_artifact, is_copy, labels_text
 from clipdeploy.packaging.client import client_source
 from clipdeploy.packaging.dockerfile import dockerfile
 from clipdeploy.packaging.servers import IMAGE, MATRIX, server_for
@@ -129,7 +127,7 @@ def _new_model(source: Packable, folder: Path, shared: Mapping[str, bytes]) -> P
 def _next_version(source: Packable, folder: Path, newest: int, *, force: bool) -> tuple[Path, bool]:
     """Write the artifact as a version unless it exists; return its path and whether it is new."""
     model = folder / str(newest) / _file_name(source)
-    if not force and model.exists() and sha256_file(model) == source.sha256:
+    if not force and is_copy(source, model):
         return model, False
     version = folder / str(newest if force else newest + 1)
     with atomic_folder(version) as made:
@@ -173,7 +171,7 @@ def _versions(folder: Path) -> list[int]:
 def _write_version(source: Packable, model: Path) -> None:
     with file_errors("copy", source.path):
         model.parent.mkdir(exist_ok=True)
-        shutil.copyfile(source.path, model)
+        copy_artifact(source, model)
         model.with_name(f"{model.name}.json").write_bytes(source.passport_json)
 
 

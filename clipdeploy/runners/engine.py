@@ -145,6 +145,7 @@ def _refit(module: Any, plan: Plan, engine: trt.ICudaEngine) -> None:
     if plan.passport is None or not plan.passport.settings.get("strip_weights"):
         return
     from clipdeploy.core.files import sha256_file
+    from exporters.headers import check_weights
 
     graph = plan.path.with_suffix(".onnx")
     if not graph.exists() or sha256_file(graph) != plan.passport.hashes.graph:
@@ -152,6 +153,7 @@ def _refit(module: Any, plan: Plan, engine: trt.ICudaEngine) -> None:
             f"{plan.path} has no weights, and its graph, {graph.name}, is missing or changed",
             hint=f"copy the graph next to it, or build it again: {plan.passport.rebuild}",
         )
+    check_weights(graph)
     with capture_log() as log:
         fits = _refit_from(graph, module, engine)
     if not fits:

@@ -22,7 +22,7 @@ from calibration.table import (
 )
 from clipdeploy.core.display import Renderable, Shown, facts
 from clipdeploy.core.errors import ArtifactError, DatasetError, UsageError
-from clipdeploy.core.files import file_errors, sha256_file
+from clipdeploy.core.files import file_errors
 from clipdeploy.core.locks import remove_abandoned_lock, sole_writer
 from clipdeploy.core.passport import Passport
 from clipdeploy.core.paths import StrPath, as_path, as_paths
@@ -32,6 +32,7 @@ from clipdeploy.imaging import ImageFolder, Skipped, iter_crops, open_images, se
 from clipdeploy.models.cards import takes_any_name
 from clipdeploy.stages.cluster import ClusterConfig, Shard, ShardJob, shards_on_cluster
 from clipdeploy.workspace.folder import Workspace
+from exporters.headers import graph_sha256
 from exporters.samples import Samples
 
 __all__ = [
@@ -169,7 +170,7 @@ def calibrate_model(
     wanted = _records(chosen)
     if not force and path.exists():
         table = load_table(path)
-        if table.source_graph == sha256_file(graph) and _has_all(table, wanted):
+        if table.source_graph == graph_sha256(graph) and _has_all(table, wanted):
             remove_abandoned_lock(path)
             return CalibrationArtifact(path, table, (), changed=False, problems=problems)
     if cluster is not None:
@@ -208,7 +209,7 @@ def is_calibrated(workspace: Workspace, model: str) -> bool:
     """
     graph, _ = workspace.source(model)
     path = workspace.calibration(model)
-    return path.exists() and load_table(path).source_graph == sha256_file(graph)
+    return path.exists() and load_table(path).source_graph == graph_sha256(graph)
 
 
 def _cluster_job(
@@ -256,7 +257,7 @@ def merge_calibration(
     found = parts or sorted(workspace.folder(model).glob("calibration.*-of-*.json"))
     table = merge_tables([load_table(path) for path in found])
     graph, _ = workspace.source(model)
-    if table.source_graph != sha256_file(graph):
+    if table.source_graph != graph_sha256(graph):
         raise ArtifactError(
             f"the shards were not made from {graph}", hint="calibrate them again from this graph"
         )

@@ -24,7 +24,7 @@ from clipdeploy.stages.calibrate import is_calibrated
 from clipdeploy.stages.samples import sample_images
 from clipdeploy.workspace.folder import Workspace
 from exporters.graphs import load_graph
-from exporters.headers import GraphArtifact, existing_graph
+from exporters.headers import GraphArtifact, existing_graph, graph_sha256
 from exporters.precision import Fp16Config, convert_to_fp16
 from exporters.samples import Samples
 
@@ -70,10 +70,10 @@ def quantize_model(
     source, passport = workspace.source(model)
     calibration = calibration_file(workspace, model)
     target = _target(workspace, model, config)
-    parents = {"source_graph": sha256_file(source), "calibration": sha256_file(calibration)}
+    parents = {"source_graph": graph_sha256(source), "calibration": sha256_file(calibration)}
     if not force and (found := existing_graph(target)):
         made = found.passport
-        if made.parents == parents and is_made_with(made.settings, config):
+        if made.made_from == parents and is_made_with(made.settings, config):
             return QuantizedGraph(found, _placement(source, config, found), stored_quality(found))
     with progress.task(f"quantise {model}"):
         samples = sample_images(passport.preprocess, _STORAGE_IMAGES)
@@ -300,8 +300,8 @@ def convert_model(
     """
     source, passport = workspace.source(model)
     target = workspace.graph(model, "fp16")
-    parents = {"source_graph": sha256_file(source)}
-    if not force and (found := existing_graph(target)) and found.passport.parents == parents:
+    parents = {"source_graph": graph_sha256(source)}
+    if not force and (found := existing_graph(target)) and found.passport.made_from == parents:
         settings = found.passport.settings
         near = settings.get("near_limit", ())
         asked = {name for name in settings.get("keep_fp32", ()) if name not in near}

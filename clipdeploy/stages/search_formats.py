@@ -43,6 +43,7 @@ from clipdeploy.tuning.state import load_state, save_state
 from clipdeploy.verification.leaks import read_calibrated
 from clipdeploy.workspace.folder import Workspace
 from exporters.graphs import load_graph
+from exporters.headers import graph_sha256
 
 __all__ = ["Best", "Found", "Search", "search_formats"]
 
@@ -98,7 +99,7 @@ class Search:
         )
         parts = (
             to_json(config),
-            sha256_file(self.source).encode(),
+            graph_sha256(self.source).encode(),
             sha256_file(self.calibration).encode(),
             self.search.digest.encode(),
         )

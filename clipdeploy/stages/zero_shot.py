@@ -16,7 +16,6 @@ from clipdeploy.models.checkpoints import read_checkpoint
 from clipdeploy.models.clip.pair import ClipPair, read_pair
 from clipdeploy.models.clip.prompts import Prompts, read_prompts
 from clipdeploy.models.clip.zero_shot import write_zero_shot, zero_shot_origin
-from clipdeploy.models.download import HUB_PREFIX
 from clipdeploy.models.load import WeightsChoice, card_for, checkpoint_file
 from clipdeploy.stages.weights import chosen_card
 from clipdeploy.workspace.folder import Workspace
@@ -81,7 +80,7 @@ def _with_source(name: str | None, choice: WeightsChoice) -> tuple[str | None, W
             "a zero-shot classifier needs the checkpoint of a CLIP",
             hint="pass --checkpoint FILE, or --model OWNER/NAME of the Hugging Face hub",
         )
-    return None, replace(choice, checkpoint=HUB_PREFIX + name)
+    return None, replace(choice, checkpoint=cards.HUB_PREFIX + name)
 
 
 def _with_classes(pair: ClipPair, prompts: Prompts) -> ClipPair:

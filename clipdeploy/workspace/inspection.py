@@ -27,7 +27,7 @@ from clipdeploy.engines.passport import (
     read_engine_passport,
 )
 from exporters.blocks import BlockPrecision
-from exporters.headers import read_passport, read_skeleton
+from exporters.headers import check_weights, read_passport, read_skeleton
 from exporters.products import requested_precision
 
 __all__ = ["Inspection", "inspect_file", "inspection_table"]
@@ -79,6 +79,7 @@ def _graph(path: Path) -> Inspection:
     skeleton = read_skeleton(path)
     try:
         passport, note = read_passport(path), ""
+        check_weights(path)
     except ArtifactError as error:
         passport, note = None, error.message
     return Inspection(

@@ -29,7 +29,7 @@ from clipdeploy.engines.passport import (
 from clipdeploy.models import cards
 from clipdeploy.models.cards import ModelCard
 from clipdeploy.workspace.names import artifact_path
-from exporters.headers import has_passport, read_passport
+from exporters.headers import check_weights, has_passport, read_passport
 
 __all__ = ["CheckedPassport", "check_made_from", "checked_passport", "is_vouched"]
 
@@ -89,6 +89,7 @@ def checked_passport(
         passport = read_passport(path)
         _check_model(path, passport, model)
         _check_statements(path, passport, reference, neighbours=neighbours)
+        check_weights(path)
         _check_file(path, passport)
         return CheckedPassport(passport)
     if path.suffix == ".engine":
@@ -114,6 +115,7 @@ def check_made_from(path: Path, found: str | None, parent: Path) -> None:
             f"{path} was not made from the {parent.name} in the same folder",
             hint="build it again with build-engine, or move it to another folder",
         )
+    check_weights(parent)
 
 
 # --- differences
@@ -270,7 +272,9 @@ def is_published(card: ModelCard, weights: WeightsOrigin) -> bool:
     if weights.kind == "random":
         return True
     prefix = _demo_weights() if card.name == cards.DEMO else card.sha256_prefix
-    return bool(prefix) and weights.sha256.startswith(prefix)
+    if prefix and weights.sha256.startswith(prefix):
+        return True
+    return card.is_downloaded(Path(weights.path))
 
 
 def _check_interface(path: Path, passport: Passport) -> None:

@@ -1,10 +1,12 @@
 """Compares exports with other tools: seconds, memory, nodes, bytes, ONNX Runtime latency.
 
-    python scripts/bench/export.py [--model clip-vit-base-p16] [--repeat 3]
+    python scripts/bench/export.py [--model clip-vit-base-p16] [--repeat 3] [--only NAME ...]
 
-Each export is a separate process from the same checkpoint file to an ONNX file; the other tools
-trace timm's model and check nothing.  Runs are interleaved, and every time is also printed as a
-ratio to clipdeploy's: above 1.00 the other tool is slower.  Tools that are not installed (onnxslim,
+Each export is a separate process from the same checkpoint file to an ONNX file: the command of
+clipdeploy with all its checks, while the other tools trace timm's model and check nothing.  Runs
+are interleaved, and every time is also printed as a ratio to clipdeploy's: above 1.00 the other
+tool is slower.  "cpu s" are the seconds of all threads of the process, which other work on the
+machine affects less; their ratio is the next column.  Tools that are not installed (onnxslim,
 optimum with timm) are listed and skipped.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -44,12 +47,13 @@ def config_of(model: str) -> ViTConfig:
 
 def export_ours(model: str, checkpoint: Path, target: Path) -> None:
     """Run ``clipdeploy export``, including checks and passport."""
-    from clipdeploy.models.load import WeightsChoice
-    from clipdeploy.pipeline import export_model
+    from clipdeploy.cli.main import main
     from clipdeploy.workspace.folder import Workspace
 
-    artifact = export_model(Workspace(target.parent / "ours"), model, WeightsChoice(checkpoint))
-    artifact.path.replace(target)
+    workspace = Workspace(target.parent / "ours")
+    words = ["export", "--model", model, "--checkpoint", str(checkpoint), "--quiet"]
+    main([*words, "--workspace", str(workspace.root), "--force"], standalone_mode=False)
+    workspace.graph(model, "fp32").replace(target)
 
 
 def plain(model: str, checkpoint: Path) -> tuple[torch.nn.Module, torch.Tensor]:
@@ -114,10 +118,10 @@ EXPORTERS: dict[str, Callable[[str, Path, Path], None]] = {
 NEEDS = {"dynamo + onnxslim": "onnxslim"}
 
 
-def measured(name: str, model: str, checkpoint: Path, target: Path) -> tuple[float, float]:
-    """Run an exporter as a process; return seconds and peak resident megabytes."""
+def measured(name: str, model: str, checkpoint: Path, target: Path) -> tuple[float, float, float]:
+    """Run an exporter as a process; return seconds, CPU seconds and peak resident megabytes."""
     words = [sys.executable, str(HERE), "--one", name, "--model", model]
-    started = time.perf_counter()
+    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [*words, "--files", str(checkpoint), str(target)],
         capture_output=True,
@@ -127,7 +131,9 @@ def measured(name: str, model: str, checkpoint: Path, target: Path) -> tuple[flo
     )
     if done.returncode:
         raise SystemExit(f"{name} failed: {done.stderr}")
-    return time.perf_counter() - started, float(done.stdout.rpartition(PEAK)[2])
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
+    return time.perf_counter() - started, cpu, float(done.stdout.rpartition(PEAK)[2])
 
 
 def latencies(files: dict[str, Path], size: int, batch: int, rounds: int) -> dict[str, list[float]]:
@@ -152,6 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="clip-vit-base-p16")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=EXPORTERS, default=list(EXPORTERS))
     parser.add_argument("--rounds", type=int, default=15, help="latency rounds")
     parser.add_argument("--one", choices=EXPORTERS, help=argparse.SUPPRESS)
     parser.add_argument("--files", nargs=2, type=Path, help=argparse.SUPPRESS)
@@ -161,13 +168,13 @@ def main() -> None:
         print(PEAK, peak_megabytes())
         return
     missing = [name for name, module in NEEDS.items() if not importlib.util.find_spec(module)]
-    names = [name for name in EXPORTERS if name not in missing]
+    names = [name for name in EXPORTERS if name not in missing and name in (OURS, *chosen.only)]
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder, "weights.pth")
         torch.save(random_tensors(config_of(chosen.model), 0), checkpoint)
         megabytes = checkpoint.stat().st_size / 1e6
         files = {name: Path(folder, f"{index}.onnx") for index, name in enumerate(names)}
-        runs: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+        runs: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
         for _ in range(chosen.repeat):
             for name in names:
                 runs[name].append(measured(name, chosen.model, checkpoint, files[name]))
@@ -175,9 +182,10 @@ def main() -> None:
         times = {b: latencies(files, size, b, max(chosen.rounds // b, 5)) for b in (1, 8)}
         print(f"{chosen.model}, checkpoint {megabytes:.0f} MB, {os.cpu_count()} cores")
         print("import torch alone:", f"{import_torch():.0f} MB")
-        header = ("exporter", "s", "ratio", "peak MB", "nodes", "MB", "batch 1", "batch 8")
-        print("{:24}{:>7}{:>7}{:>9}{:>7}{:>7}{:>9}{:>9}".format(*header))
-        seconds = {name: statistics.median(s for s, _ in runs[name]) for name in names}
+        columns = ("s", "ratio", "cpu s", "ratio", "peak MB", "nodes", "MB", "batch 1", "batch 8")
+        print("{:24}{:>7}{:>7}{:>7}{:>7}{:>9}{:>7}{:>7}{:>9}{:>9}".format("exporter", *columns))
+        seconds = {name: statistics.median(s for s, _, _ in runs[name]) for name in names}
+        cpu = {name: statistics.median(s for _, s, _ in runs[name]) for name in names}
         for name in names:
             ratio = [
                 statistics.median(
@@ -188,7 +196,8 @@ def main() -> None:
             nodes = len(onnx.load(files[name], load_external_data=False).graph.node)
             print(
                 f"{name:24}{seconds[name]:7.1f}{seconds[name] / seconds[OURS]:7.2f}"
-                f"{max(mb for _, mb in runs[name]):9.0f}{nodes:7}"
+                f"{cpu[name]:7.1f}{cpu[name] / cpu[OURS]:7.2f}"
+                f"{max(mb for _, _, mb in runs[name]):9.0f}{nodes:7}"
                 f"{files[name].stat().st_size / 1e6:7.0f}{ratio[0]:9.2f}{ratio[1]:9.2f}"
             )
     for name in missing:

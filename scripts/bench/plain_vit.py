@@ -44,7 +44,7 @@ class _Block(nn.Module):
         self.norm1 = nn.LayerNorm(config.width, eps=config.eps)
         self.attn = _Attention(config.width, config.heads)
         self.norm2 = nn.LayerNorm(config.width, eps=config.eps)
-        self.mlp = _Mlp(config.width, config.mlp_ratio * config.width)
+        self.mlp = _Mlp(config.width, config.mlp_width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))

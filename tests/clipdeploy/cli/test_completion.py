@@ -74,7 +74,7 @@ def test_model_names(shell: str) -> None:
         if name.startswith("clip-vit-base-p16")
     ]
     assert "clip-vit-base-p16" in offered
-    assert ask(shell, "export", "--model", "clip-vit-large") == []
+    assert ask(shell, "export", "--model", "clip-vit-giant") == []
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -88,7 +88,8 @@ def test_commands_options_and_choices(shell: str) -> None:
 
 def test_names_of_other_projects_come_where_only_they_fit() -> None:
     result = ask("bash", "zoo", "show", "vit_base")
-    assert result == [card.timm_name for card in cards.all_cards() if card.timm_name]
+    names = [card.timm_name for card in cards.all_cards()]
+    assert result == [name for name in names if name.startswith("vit_base")]
     assert all(
         name.startswith("clip-vit") or name == "demo" for name in ask("bash", "zoo", "show", "")
     )

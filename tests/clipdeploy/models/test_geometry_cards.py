@@ -78,6 +78,27 @@ def test_the_preferred_card_is_taken_if_it_fits(tmp_path: Path) -> None:
     assert infer_card(choice, cards.DEMO).short
 
 
+def test_a_card_of_timm_describes_only_its_own_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tmp_path / "cards.csv"
+    table.write_text(
+        "name,alias,patch,image_size,width,depth,heads,measured_by,file\n"
+        "acme,acme-short,8,40,64,1,1,timm,hf://acme/vit\n"
+    )
+    choice = saved(ViTConfig(8, 40, width=64, depth=1, heads=1), tmp_path / "x.safetensors")
+    before = infer_card(choice)
+    monkeypatch.setenv("CLIPDEPLOY_CARDS", str(table))
+    assert infer_card(choice) == before == cards.find("vit-p8-40px-w64-d1-h1")
+    # The workspace's last model is kept, whichever of the two it is.
+    assert infer_card(choice, "acme") == cards.find("acme-short")
+    assert infer_card(choice, before.name) == before
+    downloaded = tmp_path / "models--acme--vit" / "snapshots" / "1" / "model.safetensors"
+    downloaded.parent.mkdir(parents=True)
+    Path(str(choice.checkpoint)).rename(downloaded)
+    assert infer_card(WeightsChoice(downloaded)).name == "acme"
+
+
 def test_another_image_size_is_another_model(tmp_path: Path) -> None:
     config = ViTConfig(8, 40, classes=3, width=64, depth=1, heads=1)
     choice = saved(config, tmp_path / "x.safetensors")
