@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from calibration.collect import TappedGraph
 from calibration.policy import is_output
 from calibration.table import CalibrationTable, Finding
-from clipdeploy.core.passport import TensorSpec
+from clipdeploy.core.passport import Passport
 from exporters.samples import Samples
 
 __all__ = ["Recognition", "probe", "shuffled_cells"]
@@ -102,9 +102,9 @@ def _changes(crops: Pixels) -> dict[str, Pixels]:
 class _Prober:
     """Runs crops one by one, as the rounding of a batch depends on its size."""
 
-    def __init__(self, graph: Path, tensor: TensorSpec, table: CalibrationTable) -> None:
-        self._graph = TappedGraph(graph)
-        self._tensor, self._spec = tensor, table.preprocess
+    def __init__(self, graph: Path, passport: Passport, threads: int) -> None:
+        self._graph = TappedGraph(graph, threads)
+        self._tensor, self._spec = passport.input, passport.preprocess
         count = min(_TOKENS, self._graph.tokens)
         self._tokens = np.linspace(0, self._graph.tokens - 1, count).astype(np.int64)
         self._lowest: list[F32] = []
@@ -157,12 +157,12 @@ def _recognise(prober: _Prober, crops: Pixels, logits: NDArray[np.float64]) -> R
 
 
 def probe(
-    graph: Path, tensor: TensorSpec, table: CalibrationTable, classes: int, *, trained: bool
+    graph: Path, passport: Passport, table: CalibrationTable, *, trained: bool, threads: int = 0
 ) -> tuple[Finding, ...]:
-    """What the FP32 ``graph`` with the input ``tensor`` says against the stored images.
+    """What the FP32 ``graph`` with this ``passport`` says against the stored images.
 
-    ``classes``: number of the model's classes.  ``trained`` is False for random weights, which
-    recognise nothing.
+    ``trained`` is False for random weights, which recognise nothing.  ``threads``: number of ONNX
+    Runtime threads, 0 for its default.
 
     Raises:
         GraphError: the graph cannot be run.
@@ -170,7 +170,7 @@ def probe(
     stored = table.stored()
     if stored is None or len(stored.crops) < 2:
         return ()
-    prober = _Prober(graph, tensor, table)
+    prober = _Prober(graph, passport, threads)
     first = stored.crops[:_FIRST]
     logits = prober.observe(first)
     found = [*_still_findings(prober.variation(), table, len(first))]
@@ -178,7 +178,7 @@ def probe(
         known = _recognise(prober, first, logits)
         if not known.sound:
             known = _recognise(prober, stored.crops, prober.logits(stored.crops))
-        found += _recognition_findings(known, classes)
+        found += _recognition_findings(known, passport.classes)
     return tuple(found)
 
 

@@ -200,7 +200,7 @@ def calibrate_model(
         settings = CollectConfig(unfinished, shard=config.shard, threads=config.threads)
         table = collect(graph, rest, wanted, settings, progress)
         if config.shard is None:
-            table = _monitored(table, graph, passport, progress)
+            table = _monitored(table, graph, passport, config.threads, progress)
         table = save_table(table, path)
         with file_errors("remove", unfinished):
             unfinished.unlink(missing_ok=True)
@@ -269,7 +269,7 @@ def merge_calibration(
         raise ArtifactError(
             f"the shards were not made from {graph}", hint="calibrate them again from this graph"
         )
-    table = _monitored(table, graph, passport, SILENT)
+    table = _monitored(table, graph, passport, 0, SILENT)
     path = workspace.calibration(model)
     return CalibrationArtifact(path, save_table(table, path), (), changed=True)
 
@@ -292,7 +292,7 @@ def _record(name: str, data: bytes) -> CalibrationImageRecord:
 
 
 def _monitored(
-    table: CalibrationTable, graph: Path, passport: Passport, progress: Progress
+    table: CalibrationTable, graph: Path, passport: Passport, threads: int, progress: Progress
 ) -> CalibrationTable:
     """``table`` of a whole run, with all findings about its images.
 
@@ -309,5 +309,5 @@ def _monitored(
         colour = passport.classes == len(cards.imagenet_classes())
         trained = passport.weights.kind != "random"
         found = image_findings(table, different, FEW_IMAGES, colour=colour)
-        found += probe(graph, passport.input, table, passport.classes, trained=trained)
+        found += probe(graph, passport, table, trained=trained, threads=threads)
     return replace(table, findings=found)

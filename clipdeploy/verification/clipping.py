@@ -168,7 +168,7 @@ def _cause(
     small = [each for each in bad if each.name in own and own[each.name].lost >= _LIMIT]
     if small:
         return (
-            f"{_clipped(small)}, and {small[0].calibration:.2g} % on the calibration images: its "
+            f"{_clipped(small)}, and {small[0].calibration:.2g} % on the calibration images: the "
             "scale is too small, whatever the images: quantize again"
         )
     if kept is None:
@@ -185,6 +185,8 @@ def _cause(
 
 
 def _clipped(bad: Sequence[ClippedLinear]) -> str:
-    names = ", ".join(each.name for each in bad[:_SHOWN])
-    more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-    return f"the 8-bit input of {names}{more} clips {bad[0].clipped:.2g} % of its values"
+    others = [each.name for each in bad[1:_SHOWN]]
+    if len(bad) > _SHOWN:
+        others.append(f"{len(bad) - _SHOWN} more")
+    likewise = f" ({', '.join(others)} likewise)" if others else ""
+    return f"{bad[0].clipped:.2g} % of the 8-bit input of {bad[0].name} is clipped{likewise}"

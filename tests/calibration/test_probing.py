@@ -25,7 +25,7 @@ def _probed(
         CalibrationCrop.of(f"{i}.png", f"{i:064x}", each) for i, each in enumerate(crops)
     )
     table = replace(table, crops=stored)
-    found = probe(source, passport.input, table, passport.classes, trained=trained)
+    found = probe(source, passport, table, trained=trained)
     return {finding.kind: finding.sentence for finding in found}
 
 

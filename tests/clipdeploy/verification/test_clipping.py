@@ -131,8 +131,8 @@ def test_a_scale_that_is_too_small_is_named(
     assert first.name == LINEAR
     assert first.calibration is not None
     assert min(first.clipped, first.calibration) > 50
-    assert row.clipping.cause.startswith(f"the 8-bit input of {LINEAR} clips")
-    assert "its scale is too small" in row.clipping.cause
+    assert f"% of the 8-bit input of {LINEAR} is clipped, and" in row.clipping.cause
+    assert "the scale is too small, whatever the images" in row.clipping.cause
     judgement = replace(judged.judgement, verification=result)
     for name in ("r.md", "r.html", "r.json"):
         write_reports(judgement, tmp_path / name)
@@ -166,7 +166,7 @@ def test_images_unlike_those_of_the_calibration_are_named(judged: Judged, tmp_pa
     assert f"likely cause: {row.clipping.cause}" in _printed(failed)
     assert "the calibration: the images are dim or flat" in _printed(failed)
     # With another table, it is unknown what the graph was calibrated on.
-    row, _ = judged.with_graph(graph)
+    row, _ = judged.with_graph(graph, calibration=None)
     assert row.clipping is not None
     assert "the scale is too small, or the images are unlike" in row.clipping.cause
 
