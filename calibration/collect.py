@@ -35,7 +35,14 @@ from exporters.graphs import load_graph
 from exporters.headers import graph_sha256, read_passport
 from exporters.tapped import add_tap, free_batch, open_model
 
-__all__ = ["ActivationCollector", "CalibrationImage", "CollectConfig", "collect"]
+__all__ = [
+    "ActivationCollector",
+    "CalibrationImage",
+    "CollectConfig",
+    "Tap",
+    "TappedGraph",
+    "collect",
+]
 
 # Tokens sampled from each image for minimum and maximum, and how many of these are counted in
 # histograms; both include the class token.  Reducing over all tokens inside the graph would add a
@@ -49,9 +56,9 @@ _TOKENS = "tap/tokens"
 class CalibrationImage:
     """One image to calibrate with.
 
-    ``sha256``: of its file.  ``input`` (1, ...): in the graph's input format.  ``pixels`` and
-    ``thumbnail``: see :class:`CalibrationImageRecord`.  ``crop``: the image as uint8 (S, S, 3) if
-    the table may store it.
+    ``sha256``: of its file.  ``input`` (1, ...): in the graph's input format.  ``pixels``,
+    ``thumbnail`` and ``edge``: see :class:`CalibrationImageRecord`.  ``crop``: the image as uint8
+    (S, S, 3) if the table may store it.
     """
 
     name: str
@@ -60,15 +67,18 @@ class CalibrationImage:
     pixels: str = ""
     thumbnail: bytes = b""
     crop: NDArray[np.uint8] | None = None
+    edge: int = 0
 
     @property
     def record(self) -> CalibrationImageRecord:
         """The image's entry in a table."""
-        return CalibrationImageRecord(self.name, self.sha256, self.pixels, self.thumbnail)
+        return CalibrationImageRecord(
+            self.name, self.sha256, self.pixels, self.thumbnail, self.edge
+        )
 
 
 @dataclass(frozen=True)
-class _Tap:
+class Tap:
     """A tensor to observe, (batch, tokens, channels), and its names in the table."""
 
     tensor: str
@@ -77,8 +87,8 @@ class _Tap:
     names: tuple[str, ...]
 
 
-def _taps(model: ir.Model) -> list[_Tap]:
-    taps: dict[str, _Tap] = {}
+def _taps(model: ir.Model) -> list[Tap]:
+    taps: dict[str, Tap] = {}
     for name, value in observed_tensors(model):
         shape = value.shape
         tensor = value.name or ""
@@ -90,11 +100,11 @@ def _taps(model: ir.Model) -> list[_Tap]:
             )
         tokens, channels = axes if len(axes) == 2 else (1, axes[0])
         earlier = taps[tensor].names if tensor in taps else ()
-        taps[tensor] = _Tap(tensor, tokens, channels, (*earlier, name))
+        taps[tensor] = Tap(tensor, tokens, channels, (*earlier, name))
     return list(taps.values())
 
 
-def _tapped(model: ir.Model, taps: list[_Tap]) -> ir.Model:
+def _tapped(model: ir.Model, taps: list[Tap]) -> ir.Model:
     """The graph with an output for each tap, and the token indices as a second input.
 
     A tensor of one token is observed whole, of any other only the sampled tokens.
@@ -124,15 +134,35 @@ def _sampled_tokens(sha256: str, tokens: int) -> NDArray[np.int64]:
     return np.concatenate([[0], others]).astype(np.int64)
 
 
+class TappedGraph:
+    """An FP32 graph that also returns some tokens of each tensor that calibration observes.
+
+    ``taps`` are these tensors; ``tokens`` is the largest number of tokens of one of them.
+    """
+
+    def __init__(self, graph: Path, threads: int = 0) -> None:
+        """``threads``: number of ONNX Runtime threads, 0 for its default."""
+        model = load_graph(graph)
+        self.taps = _taps(model)
+        self.tokens = max(tap.tokens for tap in self.taps)
+        self._session = open_model(_tapped(model, self.taps), name=str(graph), threads=threads)
+
+    def run(
+        self, image: NDArray[Any], tokens: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
+        """The logits (1, classes) of ``image`` (1, ...), and of each tap ``tokens``, (K, C)."""
+        logits, *found = self._session.run(image, {_TOKENS: tokens})
+        pairs = zip(self.taps, found, strict=True)
+        return logits, [rows.reshape(-1, tap.channels) for tap, rows in pairs]
+
+
 class ActivationCollector:
     """Runs the graph with taps and observes their tensors."""
 
     def __init__(self, graph: Path, threads: int = 0) -> None:
         """``threads``: number of ONNX Runtime threads, 0 for its default."""
-        model = load_graph(graph)
-        self._taps = _taps(model)
-        self._tokens = max(tap.tokens for tap in self._taps)
-        self._session = open_model(_tapped(model, self._taps), name=str(graph), threads=threads)
+        self._graph = TappedGraph(graph, threads)
+        self._taps = self._graph.taps
         self._observers = [ChannelObserver(tap.tensor, tap.channels) for tap in self._taps]
 
     def resume(self, table: CalibrationTable) -> None:
@@ -150,10 +180,9 @@ class ActivationCollector:
         Raises:
             CalibrationError: an activation is NaN or infinite.
         """
-        tokens = _sampled_tokens(image.sha256, self._tokens)
-        outputs = self._session.run(image.input, {_TOKENS: tokens})[1:]
-        for tap, observer in zip(self._taps, self._observers, strict=True):
-            rows = outputs.pop(0).reshape(-1, tap.channels)
+        tokens = _sampled_tokens(image.sha256, self._graph.tokens)
+        _, tensors = self._graph.run(image.input, tokens)
+        for observer, rows in zip(self._observers, tensors, strict=True):
             counted = rows[:COUNTED_TOKENS]
             observer.collect(rows.min(axis=0), rows.max(axis=0), counted, image.name)
 

@@ -31,6 +31,7 @@ __all__ = [
     "find_node",
     "find_products",
     "find_sums",
+    "is_output",
     "observed_tensors",
     "place",
     "qkv_output",
@@ -44,6 +45,7 @@ _BLOCK_LINEAR = re.compile(r"^blocks\.(\d+)\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\
 _BLOCK_NUMBER = re.compile(r"^blocks\.\d+")
 # The Linears whose outputs no residual is added to.
 _WITH_OUTPUTS = ("attn.qkv", "mlp.fc1")
+_OUTPUT = "/output"
 _ATTENTION = re.compile(r"^blocks\.(\d+)\.attn$")
 
 
@@ -210,7 +212,12 @@ def find_sums(model: ir.Model, names: Iterable[str]) -> list[tuple[str, ir.Value
 
 def qkv_output(name: str) -> str:
     """The name of the qkv Linear's output in a calibration table."""
-    return f"{name}/output"
+    return f"{name}{_OUTPUT}"
+
+
+def is_output(name: str) -> bool:
+    """Whether ``name`` in a calibration table is an output, not the input of a Linear."""
+    return name.endswith(_OUTPUT)
 
 
 def observed_tensors(model: ir.Model) -> list[tuple[str, ir.Value]]:

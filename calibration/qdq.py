@@ -50,6 +50,7 @@ from clipdeploy.core.display import Renderable, Shown, stacked
 from clipdeploy.core.errors import ArtifactError, CalibrationError, GraphError
 from clipdeploy.core.files import sha256_file
 from clipdeploy.core.passport import (
+    FINDINGS_KEY,
     Passport,
     Preprocess,
     TensorSpec,
@@ -81,9 +82,15 @@ class QuantizedGraph(Shown):
     placement: Placement
     quality: Quality | None = None
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was found about the calibration, and about the quality of the graph."""
+        findings = self.artifact.passport.calibration_findings
+        quality = () if self.quality is None else self.quality.warnings
+        return (*(f"the calibration: {text}" for text in findings), *quality)
+
     def __rich__(self) -> Renderable:
-        warnings = () if self.quality is None else self.quality.warnings
-        return stacked(self.artifact, "", *warnings, self.placement)
+        return stacked(self.artifact, "", *self.warnings, self.placement)
 
 
 def smooth(
@@ -359,6 +366,11 @@ def _left_out(found: dict[str, Weakest], minimum: float | None, label: str) -> d
     }
 
 
+def _stored_findings(table: CalibrationTable) -> dict[str, list[str]]:
+    found = [finding.sentence for finding in table.findings]
+    return {FINDINGS_KEY: found} if found else {}
+
+
 def _measured(
     judge: Judge,
     model: ir.Model,
@@ -432,6 +444,7 @@ def quantize(
             f"{config.format}_nodes": len(placement.quantized),
             f"{config.format}_left_out": left_out,
             **({"rounded_to_nearest": written.nearest} if written.nearest else {}),
+            **_stored_findings(table),
             "keep_fp32": list(keep),
         },
     )

@@ -32,6 +32,7 @@ __all__ = [
     "CalibrationCrop",
     "CalibrationImageRecord",
     "CalibrationTable",
+    "Finding",
     "choose_crops",
     "load_table",
     "merge_tables",
@@ -39,11 +40,13 @@ __all__ = [
 ]
 
 
-_SCHEMA = 4
+_SCHEMA = 5
 # First schema with a hash and a thumbnail of each image's decoded pixels.
 _SCHEMA_WITH_PIXELS = 3
 # First schema with crops.
 _SCHEMA_WITH_CROPS = 4
+# First schema with findings, and the size of each image's file.
+_SCHEMA_WITH_FINDINGS = 5
 # Number of crops stored in a table: the first are for judging a graph, the others for fitting it.
 MOST_CROPS = 40
 JUDGED_CROPS = 8
@@ -57,14 +60,20 @@ class CalibrationImageRecord:
     """A calibration image: its path inside the data folder, and the SHA-256 of its bytes.
 
     ``pixels`` and ``thumbnail``: hash in hex and 8 x 8 grey means of the decoded crop, see
-    :mod:`clipdeploy.imaging.fingerprints`; empty if unknown.  Records compare by name and bytes
-    only, because images are listed before they are decoded.
+    :mod:`clipdeploy.imaging.fingerprints`; empty if unknown.  ``edge``: the short edge in pixels of
+    the image in the file, 0 if unknown.  Records compare by name and bytes only, because images
+    are listed before they are decoded.
     """
 
     name: str
     sha256: str
     pixels: str = field(default="", compare=False)
     thumbnail: bytes = field(default=b"", compare=False)
+    edge: int = field(default=0, compare=False)
+
+    def faults(self) -> Iterator[Fault]:
+        """Invalid values; see :mod:`clipdeploy.core.values`."""
+        yield from unless(self.edge >= 0, "edge", self.edge, "0 or more")
 
     @property
     def decoded(self) -> bool:
@@ -93,6 +102,19 @@ def choose_crops(crops: Iterable[CalibrationCrop]) -> tuple[CalibrationCrop, ...
 
 
 @dataclass(frozen=True)
+class Finding:
+    """What is wrong with the calibration: a ``kind`` such as ``copies``, and a sentence."""
+
+    kind: str
+    sentence: str
+
+    def faults(self) -> Iterator[Fault]:
+        """Invalid values; see :mod:`clipdeploy.core.values`."""
+        yield from unless_lines("kind", self.kind)
+        yield from unless_lines("sentence", self.sentence)
+
+
+@dataclass(frozen=True)
 class PackedStatistics:
     """:class:`ChannelStatistics` for JSON: little-endian arrays, zlib, base64."""
 
@@ -117,7 +139,8 @@ class CalibrationTable(Shown):
     """Statistics by Linear name (``blocks.7.mlp.fc2``), and their origin.
 
     ``source_graph``: SHA-256 of the FP32 graph.  ``weights``: identity of its checkpoint.
-    ``shard``: (i, n) for the i-th of n parts.  ``crops``: a few of the images.
+    ``shard``: (i, n) for the i-th of n parts, which has no ``findings`` yet.  ``crops``: a few of
+    the images.
     """
 
     model: str
@@ -130,6 +153,20 @@ class CalibrationTable(Shown):
     seal: str = ""
     schema: int = _SCHEMA
     crops: tuple[CalibrationCrop, ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def monitored(self) -> bool:
+        """Whether the images were checked; False in a table of an older clipdeploy."""
+        return self.schema >= _SCHEMA_WITH_FINDINGS
+
+    def stored(self) -> Samples | None:
+        """All stored images; None in a table of an older clipdeploy.
+
+        Raises:
+            CalibrationError: see :meth:`samples`.
+        """
+        return self._decoded(self.crops)
 
     def samples(self) -> Samples | None:
         """The stored images to judge a graph on; None in a table of an older clipdeploy.
@@ -238,17 +275,22 @@ def _array(data: bytes, dtype: str, *shape: int) -> NDArray[np.generic]:
 
 def _seal(table: CalibrationTable) -> str:
     content = replace(table, seal="")
-    if table.schema >= _SCHEMA_WITH_CROPS:
+    if table.schema >= _SCHEMA_WITH_FINDINGS:
         return hashlib.sha256(msgspec.json.encode(content)).hexdigest()
     # Sealed without the fields that its schema lacks; a value in one of them breaks the seal.
     built = msgspec.to_builtins(content)
-    if not built["crops"]:
-        del built["crops"]
-    for image in built["images"] if table.schema < _SCHEMA_WITH_PIXELS else ():
-        for name in ("pixels", "thumbnail"):
-            if not image.get(name):
-                image.pop(name, None)
+    crops = ("crops",) if table.schema < _SCHEMA_WITH_CROPS else ()
+    pixels = ("pixels", "thumbnail") if table.schema < _SCHEMA_WITH_PIXELS else ()
+    _drop_empty(built, ("findings", *crops))
+    for image in built["images"]:
+        _drop_empty(image, ("edge", *pixels))
     return hashlib.sha256(msgspec.json.encode(built)).hexdigest()
+
+
+def _drop_empty(record: dict[str, object], names: Iterable[str]) -> None:
+    for name in names:
+        if not record.get(name):
+            record.pop(name, None)
 
 
 def merge_tables(parts: Sequence[CalibrationTable]) -> CalibrationTable:

@@ -307,6 +307,9 @@ def build_engine(
     if precision in QUANTISED:
         note_quality(context, model_quality(context.workspace, name, precision))
     made = artifact.passport
+    # With images, the calibration has just noted them.
+    for finding in made.graph.calibration_findings if calibration_data is None else ():
+        context.note(f"the calibration: {finding}")
     for remark in artifact.remarks:
         context.note(remark)
     emit(

@@ -67,7 +67,7 @@ def calibrate(
         way = "clipdeploy calibrate --data CALIBRATION_IMAGES"
         raise UsageError("no images", hint=how_to_give(way, "calibration_data"))
     name = context.model(model)
-    from clipdeploy.stages.calibrate import FEW_IMAGES, CalibrateConfig, calibrate_model
+    from clipdeploy.stages.calibrate import CalibrateConfig, calibrate_model
 
     result = calibrate_model(
         context.workspace,
@@ -80,11 +80,6 @@ def calibrate(
     )
     for text in result.notes():
         context.note(text)
-    if len(result.table.images) < FEW_IMAGES and shard is None:
-        context.note(
-            f"only {len(result.table.images)} images: use {FEW_IMAGES} or more, so that the ranges "
-            "represent all data and not just these images"
-        )
     emit(context, _summary(result), lambda: _line(result))
 
 
@@ -98,6 +93,8 @@ def merge(context: Context, shards: tuple[Path, ...], model: str | None) -> None
     from clipdeploy.stages.calibrate import merge_calibration
 
     result = merge_calibration(context.workspace, name, shards)
+    for text in result.notes():
+        context.note(text)
     emit(context, _summary(result), lambda: _line(result))
 
 
@@ -110,6 +107,7 @@ def _summary(result: CalibrationArtifact) -> dict[str, object]:
         "shard": result.table.shard,
         "skipped": result.skipped,
         "problems": result.problems,
+        "findings": result.table.findings,
         "changed": result.changed,
     }
 

@@ -271,7 +271,8 @@ def quantize(
         + ("" if result.artifact.changed else " (unchanged)")
     )
     quality = result.quality
-    note_quality(context, quality)
+    for warning in result.warnings:
+        context.note(warning)
     lines = [
         line,
         *_left_out(result.placement, label),

@@ -32,6 +32,7 @@ __all__ = [
     "BATCH_AXIS",
     "CLIP_MEAN",
     "CLIP_STD",
+    "FINDINGS_KEY",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "PASSPORT_KEY",
@@ -58,6 +59,8 @@ __all__ = [
 BATCH_AXIS = "batch"
 PASSPORT_SCHEMA = 1
 PASSPORT_KEY = "clipdeploy.passport"
+# The setting of a quantised graph that holds what was found about its calibration, as sentences.
+FINDINGS_KEY = "calibration_findings"
 
 # openai/CLIP clip.py `_transform`, and the ImageNet statistics of torchvision's model zoo, for
 # samples scaled to 0..1.
@@ -323,6 +326,12 @@ class Passport:
     def made_from(self) -> dict[str, str]:
         """The parents without the artifact's own weights."""
         return {role: digest for role, digest in self.parents.items() if role != WEIGHTS_ROLE}
+
+    @property
+    def calibration_findings(self) -> tuple[str, ...]:
+        """What was found about the calibration of a quantised graph, as sentences."""
+        found = self.settings.get(FINDINGS_KEY)
+        return tuple(str(each) for each in found) if isinstance(found, list) else ()
 
     def faults(self) -> Iterator[Fault]:
         """Yield invalid values, see :mod:`clipdeploy.core.values`.

@@ -28,7 +28,7 @@ from clipdeploy.core.passport import Preprocess
 from clipdeploy.imaging.archives import unreadable
 from clipdeploy.imaging.formats import OPEN_ERRORS, is_decoded
 
-__all__ = ["crop_file", "crop_image", "decode", "open_image", "to_rgb"]
+__all__ = ["crop_file", "crop_image", "decode", "open_image", "short_edge", "to_rgb"]
 
 # Pillow's limit: it warns above it and refuses twice as many.
 _MAX_PIXELS = 89_478_485
@@ -81,6 +81,14 @@ def open_image(stream: IO[bytes], name: str) -> None:
     """
     with _dataset_errors(name):
         _open(stream)
+
+
+def short_edge(data: bytes) -> int:
+    """The short edge in pixels of an image file's bytes; 0 if its header cannot be read."""
+    try:
+        return min(_open(io.BytesIO(data)).size)
+    except OPEN_ERRORS:
+        return 0
 
 
 def _open(stream: IO[bytes]) -> Image.Image:

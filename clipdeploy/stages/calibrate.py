@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from rich.console import Group
 from rich.text import Text
 
 from calibration.collect import CalibrationImage, CollectConfig, collect
-from calibration.images import check_images, image_warnings
+from calibration.images import check_images, image_findings
+from calibration.probing import probe
 from calibration.table import (
     CalibrationImageRecord,
     CalibrationTable,
@@ -29,6 +31,9 @@ from clipdeploy.core.paths import StrPath, as_path, as_paths
 from clipdeploy.core.progress import SILENT, Progress
 from clipdeploy.core.spans import IMAGES, SEED, THREADS, check_numbers, check_shard
 from clipdeploy.imaging import ImageFolder, Skipped, iter_crops, open_images, select, survey
+from clipdeploy.imaging.fingerprints import first_copies
+from clipdeploy.imaging.preprocess import short_edge
+from clipdeploy.models import cards
 from clipdeploy.models.cards import takes_any_name
 from clipdeploy.stages.cluster import ClusterConfig, Shard, ShardJob, shards_on_cluster
 from clipdeploy.workspace.folder import Workspace
@@ -91,8 +96,8 @@ class CalibrationArtifact(Shown):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Warnings about the images."""
-        return image_warnings(self.table)
+        """What was found about the calibration, see :mod:`calibration.images` and others."""
+        return tuple(finding.sentence for finding in self.table.findings)
 
     def notes(self) -> tuple[str, ...]:
         """All findings about the images, as sentences."""
@@ -110,12 +115,15 @@ class CalibrationArtifact(Shown):
 
 
 def _calibration_images(
-    images: ImageFolder, passport: Passport, skipped: Skipped | None
+    images: ImageFolder, passport: Passport, edges: Mapping[str, int], skipped: Skipped | None
 ) -> Iterator[CalibrationImage]:
     spec = passport.preprocess
     for crop in iter_crops(images, spec, skipped=skipped):
+        name = crop.entry.name
         image = Samples(crop.pixels[None], spec).as_input(passport.input)
-        yield CalibrationImage(crop.entry.name, crop.sha256, image, *crop.fingerprint, crop.pixels)
+        yield CalibrationImage(
+            name, crop.sha256, image, *crop.fingerprint, crop.pixels, edges[name]
+        )
 
 
 def choose_images(data: Path, config: CalibrateConfig) -> ImageFolder:
@@ -182,7 +190,8 @@ def calibrate_model(
     def rest(done: frozenset[CalibrationImageRecord]) -> Iterator[CalibrationImage]:
         names = {record.name for record in done}
         left = tuple(entry for entry in chosen.entries if entry.name not in names)
-        return _calibration_images(ImageFolder(chosen.root, left), passport, skipped)
+        edges = {record.name: record.edge for record in wanted}
+        return _calibration_images(ImageFolder(chosen.root, left), passport, edges, skipped)
 
     unfinished = path.with_suffix(".partial")
     with sole_writer(path, "clipdeploy calibrate"):
@@ -192,7 +201,7 @@ def calibrate_model(
         settings = CollectConfig(unfinished, shard=config.shard, threads=config.threads)
         table = collect(graph, rest, wanted, settings, progress)
         if config.shard is None:
-            check_images(table)
+            table = _monitored(table, graph, passport, config.threads, progress)
         table = save_table(table, path)
         with file_errors("remove", unfinished):
             unfinished.unlink(missing_ok=True)
@@ -256,27 +265,50 @@ def merge_calibration(
     parts = as_paths(parts)
     found = parts or sorted(workspace.folder(model).glob("calibration.*-of-*.json"))
     table = merge_tables([load_table(path) for path in found])
-    graph, _ = workspace.source(model)
+    graph, passport = workspace.source(model)
     if table.source_graph != graph_sha256(graph):
         raise ArtifactError(
             f"the shards were not made from {graph}", hint="calibrate them again from this graph"
         )
-    check_images(table)
+    table = _monitored(table, graph, passport, 0, SILENT)
     path = workspace.calibration(model)
     return CalibrationArtifact(path, save_table(table, path), (), changed=True)
 
 
 def _has_all(table: CalibrationTable, wanted: Sequence[CalibrationImageRecord]) -> bool:
-    """Whether a table is of these images and has the hashes of their pixels, which find copies."""
-    return table.images == wanted and all(image.decoded for image in table.images)
+    """Whether a table is of these images and they were checked."""
+    return table.monitored and table.images == wanted
 
 
 def _records(images: ImageFolder) -> tuple[CalibrationImageRecord, ...]:
     reader = images.reader()
     try:
-        return tuple(
-            CalibrationImageRecord(entry.name, hashlib.sha256(reader.read(entry.name)).hexdigest())
-            for entry in images.entries
-        )
+        return tuple(_record(entry.name, reader.read(entry.name)) for entry in images.entries)
     finally:
         reader.close()
+
+
+def _record(name: str, data: bytes) -> CalibrationImageRecord:
+    return CalibrationImageRecord(name, hashlib.sha256(data).hexdigest(), edge=short_edge(data))
+
+
+def _monitored(
+    table: CalibrationTable, graph: Path, passport: Passport, threads: int, progress: Progress
+) -> CalibrationTable:
+    """``table`` of a whole run, with all findings about its images.
+
+    Raises:
+        CalibrationError: the images show nothing, or the same.
+        GraphError: the graph cannot be run.
+    """
+    prints = [image for image in table.images if image.decoded]
+    thumbnails = np.frombuffer(b"".join(image.thumbnail for image in prints), np.uint8)
+    _, first = first_copies([image.pixels for image in prints], thumbnails)
+    different = len(set(first.tolist())) + len(table.images) - len(prints)
+    check_images(table, different)
+    with progress.task("check the images"):
+        colour = passport.classes == len(cards.imagenet_classes())
+        trained = passport.weights.kind != "random"
+        found = image_findings(table, different, FEW_IMAGES, colour=colour)
+        found += probe(graph, passport, table, trained=trained, threads=threads)
+    return replace(table, findings=found)

@@ -20,12 +20,15 @@ __all__ = [
     "Baseline",
     "BaselineStatus",
     "Cause",
+    "ClippedLinear",
+    "Clipping",
     "Disagreement",
     "Row",
     "Verdict",
     "Verification",
     "artifact_names",
     "baseline_lines",
+    "calibration_lines",
     "heading",
     "metrics_of",
     "verdict_line",
@@ -98,6 +101,32 @@ class Disagreement:
 
 
 @dataclass(frozen=True)
+class ClippedLinear:
+    """How much of the 8-bit input of the Linear ``name`` is clipped at the ends of its range.
+
+    ``clipped``: percent of its values; ``lost``: the share of its energy (sum of squares), from 0
+    to 1. ``calibration``: percent on calibration images, None if that was not measured.
+    """
+
+    name: str
+    clipped: float
+    lost: float
+    calibration: float | None
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """The clipped inputs of an artifact's Linears on ``images`` of the images, most clipped first.
+
+    ``cause`` is a sentence if the clipping is likely to change answers, else empty.
+    """
+
+    images: int
+    linears: tuple[ClippedLinear, ...]
+    cause: str = ""
+
+
+@dataclass(frozen=True)
 class Row:
     """The metrics and the verdict of one artifact; ``reason`` is a sentence for every verdict.
 
@@ -105,6 +134,8 @@ class Row:
     top-5. ``repeats``: whether repeated calls gave the same answers. ``calibrated`` is False for an
     artifact without calibration images, None if unknown. ``disagreements`` counts the images whose
     top-1 answer differs from PyTorch's, ``worst`` are those with the largest logit difference.
+    ``clipping`` is None without 8-bit inputs, or if they were not measured; an engine has that of
+    its graph. ``calibration_findings``: what ``calibrate`` said against its images.
     """
 
     artifact: str
@@ -121,6 +152,8 @@ class Row:
     drop_top5: DropJudgement | None = None
     repeats: Repeatability | None = None
     calibrated: bool | None = False
+    clipping: Clipping | None = None
+    calibration_findings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -308,6 +341,24 @@ def baseline_lines(result: Verification) -> list[str]:
     return [f"baseline {baseline.status}: {baseline.sentence}", *causes]
 
 
+def calibration_lines(row: Row) -> list[str]:
+    """Return sentences on the ranges of an 8-bit artifact: what is clipped, and its images."""
+    lines = [f"the calibration: {text}" for text in row.calibration_findings]
+    found = row.clipping
+    if found is None:
+        return lines
+    worst = found.linears[0]
+    lines.insert(
+        0,
+        f"8-bit inputs clip at most {worst.clipped:.2g} % of their values, {worst.name} "
+        f"({_counted(found.images, 'image')} of these)",
+    )
+    if found.cause:
+        what = "worth a look" if row.verdict == "equivalent" else "likely cause"
+        lines.append(f"{what}: {found.cause}")
+    return lines
+
+
 def _indented(text: str, by: int = 2, style: str = "") -> Padding:
     """Indent a text, wrapped lines included."""
     return Padding(Text(text, style), (0, 0, 0, by))
@@ -328,6 +379,7 @@ def verification_table(result: Verification) -> Group:
         reasons.append(_indented(f"{name}: {row.reason}"))
         if row.repeats:
             reasons.append(_indented(row.repeats.sentence, 4))
+        reasons += [_indented(line, 4) for line in calibration_lines(row)]
     problems = [_indented(problem, style="yellow") for problem in result.problems]
     top: tuple[RenderableType, ...] = (verdict, Text(heading(result)), *baseline, Text(""))
     return Group(*top, _table(result), Text(""), *reasons, *problems)

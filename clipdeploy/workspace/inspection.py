@@ -185,6 +185,10 @@ def _hashes(result: Inspection) -> list[tuple[str, str]]:
     return [(role.replace("_", " "), digest[:16]) for role, digest in named if digest]
 
 
+def _findings(result: Inspection) -> tuple[str, ...]:
+    return result.passport.calibration_findings if result.passport else ()
+
+
 def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "-"
 
@@ -206,6 +210,7 @@ def inspection_table(result: Inspection) -> Group:
     nodes = f", {result.nodes} nodes" if result.nodes is not None else ""
     known = [("file", f"{result.path}: {result.bytes / 1e6:.1f} MB{nodes}")]
     known += _graph_facts(result.passport) if result.passport else []
+    known += [("calibration", text) for text in _findings(result)]
     known += _engine_facts(result.engine) if result.engine else []
     hashes = _hashes(result)
     wide = max((len(role) for role, _ in hashes), default=0)

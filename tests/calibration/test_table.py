@@ -17,6 +17,7 @@ from calibration.table import (
     CalibrationCrop,
     CalibrationImageRecord,
     CalibrationTable,
+    Finding,
     choose_crops,
     load_table,
     merge_tables,
@@ -107,11 +108,19 @@ def test_images_are_the_same_by_name_and_bytes_whatever_is_known_of_their_pixels
     assert known != replace(known, sha256="00" * 32)
 
 
+def _without_findings(raw: dict[str, Any]) -> None:
+    """Remove what schema 5 added."""
+    del raw["findings"]
+    for image in raw["images"]:
+        del image["edge"]
+
+
 def _as_schema_2(path: Path) -> dict[str, Any]:
     """A table in the schema before images had pixels, sealed."""
     raw: dict[str, Any] = json.loads(path.read_bytes())
     raw["schema"], raw["seal"] = 2, ""
     del raw["crops"]
+    _without_findings(raw)
     for image in raw["images"]:
         del image["pixels"], image["thumbnail"]
     compact = json.dumps(raw, separators=(",", ":"), ensure_ascii=False)
@@ -129,10 +138,34 @@ def test_an_old_table_is_read_and_knows_no_pixels(saved: Path, tmp_path: Path) -
     assert load_table(tmp_path / "again.json") == old
 
 
+def test_a_table_without_findings_is_read_and_not_monitored(saved: Path, tmp_path: Path) -> None:
+    raw: dict[str, Any] = json.loads(saved.read_bytes())
+    raw["schema"], raw["seal"] = 4, ""
+    _without_findings(raw)
+    compact = json.dumps(raw, separators=(",", ":"), ensure_ascii=False)
+    raw["seal"] = hashlib.sha256(compact.encode()).hexdigest()
+    old = load_table(_write(tmp_path / "old.json", raw))
+    assert (old.monitored, old.findings) == (False, ())
+    assert save_table(old, tmp_path / "again.json").seal == raw["seal"]
+    raw["findings"] = [{"kind": "few", "sentence": "only 3 images"}]
+    with pytest.raises(ArtifactError, match="does not match its seal"):
+        load_table(_write(tmp_path / "edited.json", raw))
+
+
+def test_findings_are_saved_and_a_finding_of_two_lines_is_refused(tmp_path: Path) -> None:
+    table = replace(_table(), findings=(Finding("few", "only 3 images"),))
+    save_table(table, tmp_path / "table.json")
+    assert load_table(tmp_path / "table.json").findings == table.findings
+    save_table(replace(table, findings=(Finding("few", "only\n3"),)), tmp_path / "table.json")
+    with pytest.raises(ArtifactError, match="one line of printable text"):
+        load_table(tmp_path / "table.json")
+
+
 def test_a_table_without_crops_is_read(saved: Path, tmp_path: Path) -> None:
     raw: dict[str, Any] = json.loads(saved.read_bytes())
     raw["schema"], raw["seal"] = 3, ""
     del raw["crops"]
+    _without_findings(raw)
     compact = json.dumps(raw, separators=(",", ":"), ensure_ascii=False)
     raw["seal"] = hashlib.sha256(compact.encode()).hexdigest()
     old = load_table(_write(tmp_path / "old.json", raw))
@@ -297,7 +330,7 @@ def test_truncated_table_is_refused(saved: Path, fraction: float) -> None:
 
 def test_newer_table_is_refused(saved: Path) -> None:
     raw = json.loads(saved.read_text(encoding="utf-8"))
-    raw["schema"] = 5
+    raw["schema"] = 6
     with pytest.raises(ArtifactError, match="written by a newer clipdeploy"):
         load_table(_write(saved, raw))
 

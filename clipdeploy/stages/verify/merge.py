@@ -11,13 +11,14 @@ from clipdeploy.core.files import file_errors, write_atomic
 from clipdeploy.core.locks import sole_writer
 from clipdeploy.core.paths import StrPath, as_path, as_paths
 from clipdeploy.core.progress import SILENT, Progress
-from clipdeploy.imaging import Labelling, open_images
+from clipdeploy.imaging import ImageFolder, Labelling, open_images
 from clipdeploy.imaging.labelled import open_labelled
 from clipdeploy.models import cards
 from clipdeploy.models.cards import takes_any_name
 from clipdeploy.models.load import reload_model
 from clipdeploy.stages.verify.on_disk import check_against_disk, check_artifacts, check_labels
 from clipdeploy.stages.verify.setup import Judgement, VerifyScope, labelled_images
+from clipdeploy.verification.clipping import with_clipping
 from clipdeploy.verification.diagnosis import diagnose
 from clipdeploy.verification.disagreements import disagreements_csv
 from clipdeploy.verification.reports import Evidence
@@ -66,7 +67,7 @@ def merge_verification(
     if scope.labelling != Labelling():
         _, passport = workspace.source(model)
         check_labels(results, open_labelled(images, passport, scope.labelling, note))
-    missing = _compare_with_disk(results, images, progress)
+    found_images, missing = _compare_with_disk(results, images, progress)
     saved = workspace.verification(model)
     with sole_writer(saved, "clipdeploy verify merge"):
         save_results(saved, results)
@@ -76,6 +77,8 @@ def merge_verification(
                 path.unlink(missing_ok=True)
     result = judge_results(results, limits, scope.expected)
     result = replace(result, problems=(*result.problems, *missing))
+    calibration = workspace.calibration(model)
+    result = with_clipping(result, results.run_key, found_images, calibration, progress)
     if not result.baseline:
         result = replace(
             result,
@@ -88,8 +91,10 @@ def merge_verification(
     return Judgement(result, saved, different, Evidence(results))
 
 
-def _compare_with_disk(results: Results, data: Path, progress: Progress) -> tuple[str, ...]:
-    """Compare the records with the files; return a sentence if the images are missing.
+def _compare_with_disk(
+    results: Results, data: Path, progress: Progress
+) -> tuple[ImageFolder | None, tuple[str, ...]]:
+    """Compare the records with the files; return the images, or a sentence if they are missing.
 
     Raises:
         ArtifactError, DatasetError, FileError: an artifact or an image has changed.
@@ -98,9 +103,16 @@ def _compare_with_disk(results: Results, data: Path, progress: Progress) -> tupl
     try:
         images = open_images(data)
     except DatasetError as error:
-        return (f"the images were not compared with the records: {error.message}",)
+        return None, (f"the images were not compared with the records: {error.message}",)
     check_against_disk(results, images, progress)
-    return ()
+    return _verified(results, images), ()
+
+
+def _verified(results: Results, images: ImageFolder) -> ImageFolder:
+    """Return the images that were verified, with their labels."""
+    labels = {record.name: record.label for record in results.records}
+    entries = (replace(e, label=labels[e.name]) for e in images.entries if e.name in labels)
+    return ImageFolder(images.root, tuple(entries))
 
 
 def _diagnose_merged(

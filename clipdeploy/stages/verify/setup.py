@@ -18,6 +18,7 @@ from clipdeploy.imaging.survey import Few
 from clipdeploy.models import cards
 from clipdeploy.models.load import LoadedModel, reload_model
 from clipdeploy.verification.baseline import Expected
+from clipdeploy.verification.clipping import with_clipping
 from clipdeploy.verification.diagnosis import diagnose
 from clipdeploy.verification.leaks import Calibrated, calibration_of, read_calibrated
 from clipdeploy.verification.reports import Evidence
@@ -92,6 +93,7 @@ class VerificationSetup:
     targets: tuple[Target, ...]
     images: ImageFolder
     calibrated: Calibrated
+    calibration: Path
 
     def run(
         self, config: VerifyConfig, scope: VerifyScope, keep: Path, progress: Progress, force: bool
@@ -115,6 +117,7 @@ class VerificationSetup:
     ) -> Verification:
         """Return the verdicts; if the baseline failed, with possible causes."""
         result = judge_results(results, limits, scope.expected)
+        result = with_clipping(result, results.run_key, self.images, self.calibration, progress)
         if result.baseline:
             return result
         explained = diagnose(
@@ -205,4 +208,5 @@ def set_up(
         note(problem)
     for problem in calibrated.problems:
         note(problem)
-    return VerificationSetup(reference, passport, tuple(targets), images, calibrated)
+    calibration = workspace.calibration(model)
+    return VerificationSetup(reference, passport, tuple(targets), images, calibrated, calibration)

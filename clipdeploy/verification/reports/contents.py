@@ -24,10 +24,12 @@ from clipdeploy.verification.reports.evidence import (
 from clipdeploy.verification.reports.provenance import provenance
 from clipdeploy.verification.result import (
     COLUMNS,
+    ClippedLinear,
     Row,
     Verification,
     artifact_names,
     baseline_lines,
+    calibration_lines,
     heading,
     metrics_of,
     verdict_line,
@@ -39,6 +41,7 @@ __all__ = ["Answer", "Contents", "Line", "Tone", "Worst", "contents_of", "tone_o
 Tone = Literal["good", "bad", "open", ""]
 
 _MOST, _LEAST = 24, 6
+_MOST_CLIPPED = 8
 _DROP = "drop, points"
 _NO_ANSWER = "NaN or infinite"
 # Of the intervals of metrics.accuracy_of(); the baseline's are 99 % and labelled so.
@@ -49,7 +52,7 @@ _ACCURACY_LEVEL = "95 %"
 class Line:
     """A line of the table: a value and a smaller detail in each column.
 
-    ``repeats`` is the sentence about the repeated calls.
+    ``repeats`` is the sentence about the repeated calls, ``ranges`` those about the 8-bit ranges.
     """
 
     artifact: str
@@ -59,6 +62,7 @@ class Line:
     tone: Tone
     reason: str
     repeats: str = ""
+    ranges: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ class Contents:
     max_drop: float
     labelled: bool
     sequential: bool
+    clipped: Mapping[str, tuple[ClippedLinear, ...]]
     worst: tuple[Worst, ...]
     provenance: tuple[tuple[str, str], ...]
 
@@ -140,6 +145,11 @@ def contents_of(results: Results, result: Verification) -> Contents:
         max_drop=result.max_drop,
         labelled=judged,
         sequential=result.sequential,
+        clipped={
+            name: row.clipping.linears[:_MOST_CLIPPED]
+            for name, row, _ in rows
+            if row.clipping is not None
+        },
         worst=tuple(
             _worst(record, lanes, words, judged=judged)
             for record in worst_images(records, _MOST, _LEAST)
@@ -182,6 +192,7 @@ def _line(name: str, row: Row, result: Verification) -> Line:
         tone_of(row.verdict),
         row.reason,
         row.repeats.sentence if row.repeats else "",
+        tuple(calibration_lines(row)),
     )
 
 

@@ -19,9 +19,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from demo_variants import write_digits
 from demo_workspaces import few_digits
+from PIL import Image
 
-from calibration.table import CalibrationImageRecord, load_table, save_table
+from calibration.table import CalibrationImageRecord, Finding, load_table, save_table
 from clipdeploy.cli.main import main
 from clipdeploy.core.locks import sole_writer
 from clipdeploy.core.passport import Recipe
@@ -155,9 +157,61 @@ def test_more_images_than_there_are(artifacts: Path) -> None:
     assert not table(artifacts).exists()
 
 
-def test_few_images_are_said(artifacts: Path) -> None:
+def test_few_images_are_named_by_every_later_command(artifacts: Path) -> None:
+    made = calibrate(artifacts, "--images", "20", "--json")
+    assert "only 20 images: use 128 or more" in made.stderr
+    (finding,) = json.loads(made.stdout)["findings"]
+    assert finding["kind"] == "few"
+    assert load_table(table(artifacts)).findings == (Finding(**finding),)
+    # The images are not read again, but what was found is.
     assert "only 20 images" in calibrate(artifacts, "--images", "20").stderr
-    assert "only" not in calibrate(artifacts).stderr
+    at = ("--model", "demo", "--workspace", artifacts)
+    for _ in range(2):
+        assert f"the calibration: {finding['sentence']}" in run("quantize", *at).stderr
+    inspected = run("inspect", table(artifacts).with_name("int8.onnx")).stdout
+    assert "only 20 images: use 128 or more" in " ".join(inspected.split())
+
+
+def test_sound_images_have_no_findings(artifacts: Path) -> None:
+    made = calibrate(artifacts, "--json")
+    assert json.loads(made.stdout)["findings"] == []
+    assert "only" not in made.stderr
+    at = ("--model", "demo", "--workspace", artifacts)
+    assert "the calibration:" not in run("quantize", *at).stderr
+
+
+def test_images_unlike_those_of_the_training_are_named(artifacts: Path, tmp_path: Path) -> None:
+    data = write_digits(tmp_path / "negatives", lambda grey: 255 - grey, 40)
+    at = ("--model", "demo", "--workspace", artifacts)
+    result = run("calibrate", "--data", data, *at)
+    assert result.exit_code == 0
+    assert "the images look like negatives" in result.stderr
+    # A shard has too few of the images to judge them: the merge does.
+    for part in ("1/2", "2/2"):
+        shard = run("calibrate", "--data", data, "--shard", part, *at)
+        assert "negatives" not in shard.stderr
+    assert "the images look like negatives" in run("calibrate", "merge", *at).stderr
+
+
+def test_the_same_picture_in_other_files_is_refused(artifacts: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(CALIBRATION) as archive:
+        picture = Image.open(archive.open(sorted(archive.namelist())[0])).resize((64, 64))
+        for quality in range(60, 95):
+            picture.convert("RGB").save(tmp_path / f"{quality}.jpg", quality=quality)
+    result = run("calibrate", "--data", tmp_path, "--model", "demo", "--workspace", artifacts)
+    assert result.exit_code == 1
+    assert "all 35 images are the same picture" in result.stderr
+
+
+def test_a_table_of_an_older_version_is_made_again(artifacts: Path) -> None:
+    assert calibrate(artifacts, "--images", "12").exit_code == 0
+    whole = table(artifacts).read_bytes()
+    old = replace(load_table(table(artifacts)), schema=4, findings=())
+    images = tuple(replace(image, edge=0) for image in old.images)
+    save_table(replace(old, images=images), table(artifacts))
+    assert not load_table(table(artifacts)).monitored
+    assert calibrate(artifacts, "--images", "12").exit_code == 0
+    assert table(artifacts).read_bytes() == whole
 
 
 def test_images_of_one_class_are_refused(artifacts: Path, tmp_path: Path) -> None:
