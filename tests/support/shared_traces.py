@@ -8,6 +8,7 @@ with PyTorch run for each export, so a wrong weight fails there.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,6 +68,9 @@ def _export(module: nn.Module, args: tuple[Tensor, ...], **options: Any) -> Any:
         for name in weights:
             program.model.graph.initializers[name].const_value = None
         _TRACED[key] = Traced(program.model, weights)
+        # Later garbage collections, one in each export, need not look at torch.onnx's objects.
+        gc.collect()
+        gc.freeze()
     return SimpleNamespace(model=_TRACED[key].with_weights(module))
 
 
