@@ -1,14 +1,23 @@
-"""The demo's workspace with an INT8 engine, for the tests of edited passports."""
+"""Shared traces, and the demo's workspace with an INT8 engine for the tests of edited passports."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from passport_edits import a_three, with_engine
+from shared_traces import shared_traces
 
 from clipdeploy.workspace.folder import Workspace
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _traces() -> Iterator[None]:
+    """Share the demo's trace: most tests that export it want other weights or settings."""
+    with shared_traces():
+        yield
 
 
 @pytest.fixture(scope="session")

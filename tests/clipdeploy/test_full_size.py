@@ -67,6 +67,11 @@ class Exported:
     graph: GraphArtifact
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _traces() -> None:
+    """Each export of this file is traced."""
+
+
 Write = Callable[[dict[str, Tensor], Path], Path]
 
 

@@ -6,12 +6,15 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import onnx
 import pytest
+import shared_traces as _shared
 import torch
 from numpy.typing import NDArray
+from shared_traces import shared_traces
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -302,3 +305,45 @@ def test_without_any_image_nothing_is_exported(
     with pytest.raises(GraphError, match="no image"):
         export_graph(module, tmp_path / "x.onnx", make_passport(module), none)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_shared_trace_gives_the_same_file(
+    tmp_path: Path,
+    tiny_samples: Samples,
+    make_vit: Callable[..., VisionTransformer],
+    make_passport: Callable[[VisionTransformer], Passport],
+) -> None:
+    """See ``tests/support/shared_traces.py``."""
+
+    def export(name: str, **options: object) -> bytes:
+        module = make_vit(**options)
+        path = tmp_path / name
+        export_graph(module, path, make_passport(module), tiny_samples)
+        return path.read_bytes()
+
+    own = export("own.onnx", seed=1)
+    with shared_traces():
+        assert export("first.onnx") != own
+        with mock.patch.object(_shared, "_TORCH_EXPORT", side_effect=AssertionError("traced")):
+            assert export("shared.onnx", seed=1) == own
+            # Another architecture is traced.
+            with pytest.raises(AssertionError, match="traced"):
+                export("heads.onnx", heads=4)
+
+
+def test_weights_of_another_module_fail_in_a_shared_trace(
+    tmp_path: Path,
+    tiny_samples: Samples,
+    make_vit: Callable[..., VisionTransformer],
+    make_passport: Callable[[VisionTransformer], Passport],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, other = make_vit(), make_vit(seed=1)
+    real = _shared.Traced.with_weights
+
+    def swapped(traced: _shared.Traced, module: nn.Module) -> object:
+        return real(traced, other)
+
+    monkeypatch.setattr(_shared.Traced, "with_weights", swapped)
+    with shared_traces(), pytest.raises(GraphError, match="differ from PyTorch's"):
+        export_graph(module, tmp_path / "x.onnx", make_passport(module), tiny_samples)

@@ -1,19 +1,25 @@
 """Runs ``clipdeploy`` commands in separate processes without importing torch in each.
 
 One process imports everything and forks a child per command.  The child equals a user's process
-after its imports, because the server starts no thread and opens no device before it forks.
+after its imports, because the server starts no thread and opens no device before it forks.  Only
+torch.onnx's trace of the demo is made before as well (``shared_traces.py``): other tests export in
+processes of their own, where it is traced.
 
     python command_server.py     reads requests (JSON lines), writes one status per line
 """
 
 from __future__ import annotations
 
+import gc
+import importlib
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -25,6 +31,7 @@ __all__ = ["Command", "CommandServer", "command_server"]
 _PRELOADED = (
     "clipdeploy.cli.main",
     "clipdeploy.benchmark.plot",
+    "clipdeploy.doctor.findings",
     "clipdeploy.stages.demo",
     "clipdeploy.workspace.inspection",
     "clipdeploy.pipeline",
@@ -34,9 +41,13 @@ _PRELOADED = (
     "clipdeploy.stages.search",
     "clipdeploy.tuning.drawing",
     "clipdeploy.verification.result",
+    "jinja2",
+    "matplotlib.backends.backend_svg",
     "matplotlib.figure",
     "networkx",
     "onnxruntime",
+    "rich.progress",
+    "safetensors.torch",
     "tensorrt_rtx",
     "torch._dynamo",
     "torch.hub",
@@ -173,12 +184,19 @@ class _Steps:
 
 
 def _serve() -> None:
-    import importlib
-    import importlib.util
+    from PIL import Image
 
     for name in _PRELOADED:
         if importlib.util.find_spec(name.partition(".")[0]):
             importlib.import_module(name)
+    # Pillow loads its plug-ins with the first image.
+    Image.init()
+    _trace_demo()
+    sys.path[:] = [path for path in sys.path if Path(path) != Path(__file__).parent]
+    assert threading.active_count() == 1
+    # Children need not look at these objects again, nor copy their pages.
+    gc.collect()
+    gc.freeze()
     requests, answers = os.dup(0), os.dup(1)
     for line in open(requests, encoding="utf-8"):  # noqa: SIM115
         pid = os.fork()
@@ -194,6 +212,35 @@ def _serve() -> None:
         os.write(answers, f"{status}\n".encode())
 
 
+def _trace_demo() -> None:
+    """Trace the demo once; each child's export fills in its weights and checks the graph."""
+    from shared_traces import share_traces
+    from tqdm import tqdm
+
+    from clipdeploy.core.passport import Passport, Recipe, TensorSpec
+    from clipdeploy.models import cards
+    from clipdeploy.models.load import WeightsChoice, load_model
+    from exporters.onnx import ExportConfig, trace
+
+    model = load_model(cards.find(cards.DEMO), WeightsChoice(), Recipe())
+    size, classes = model.card.image_size, model.module.config.classes
+    passport = Passport(
+        kind="graph",
+        model=model.card.name,
+        precision="fp32",
+        weights=model.weights,
+        recipe=model.recipe,
+        preprocess=model.card.preprocess(model.recipe),
+        input=TensorSpec("image", "float32", ("batch", 3, size, size)),
+        output=TensorSpec("logits", "float32", ("batch", classes)),
+        classes=classes,
+    )
+    share_traces()
+    # torch.onnx's progress bars would start a thread.
+    tqdm.monitor_interval = 0
+    trace(model.module, passport, ExportConfig())
+
+
 def _wait(pid: int, kill_after: float | None) -> int:
     """Wait for the child and return its status; its pid is not reused before waitpid returns."""
     signal.signal(signal.SIGALRM, lambda *_: os.kill(pid, signal.SIGKILL))
@@ -204,5 +251,4 @@ def _wait(pid: int, kill_after: float | None) -> int:
 
 
 if __name__ == "__main__":
-    sys.path[:] = [path for path in sys.path if Path(path) != Path(__file__).parent]
     _serve()

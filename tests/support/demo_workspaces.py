@@ -7,6 +7,8 @@ import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
+from shared_traces import shared_traces
+
 from clipdeploy.core.passport import Precision
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.models import cards
@@ -33,7 +35,8 @@ TENSORRT = find_spec("tensorrt_rtx") is not None
 def graph_workspace(root: Path) -> Workspace:
     """The demo card exported, calibrated, converted to FP16 and quantised."""
     workspace = Workspace(root)
-    export_model(workspace, cards.DEMO)
+    with shared_traces():
+        export_model(workspace, cards.DEMO)
     convert_model(workspace, cards.DEMO)
     calibrate_model(workspace, cards.DEMO, cards.demo_file("calibration.zip"))
     quantize_model(workspace, cards.DEMO)

@@ -6,7 +6,8 @@ fault has an effect, and its answers are compared with PyTorch's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cut_graphs import Remembered
 from numpy.typing import NDArray
 
 from clipdeploy.imaging import ImageFolder, iter_crops
 from clipdeploy.models.load import LoadedModel
 from clipdeploy.runners import Runner
-from clipdeploy.runners.base import Images, Logits
+from clipdeploy.runners.base import Closing, Images, Logits
 from clipdeploy.verification import verifier
 from clipdeploy.verification.result import Row, Verification
 from clipdeploy.verification.results import ArtifactEntry
@@ -32,7 +34,9 @@ __all__ = [
     "ALLOWED",
     "CONFIG",
     "Digits",
+    "EachOnce",
     "decibels",
+    "each_once",
     "in_batches",
     "judge_runners",
     "largest_difference",
@@ -42,6 +46,32 @@ __all__ = [
 
 ALLOWED = 3.0
 CONFIG = VerifyConfig(max_drop=ALLOWED, batch=16, workers=0, threads=1)
+
+
+class EachOnce(Closing):
+    """A graph's answers to each single image, computed once: repeated calls cost most of a run."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._answers = Remembered(runner)
+        self.name, self.input, self.batches = runner.name, runner.input, runner.batches
+
+    def __call__(self, images: Images) -> Logits:
+        """See :class:`clipdeploy.runners.Runner`; any number of images at once."""
+        return self._answers(images)
+
+
+@contextmanager
+def each_once() -> Iterator[None]:
+    """Answer repeated calls of a verification from memory: for faults outside of the graph."""
+    real = verifier.open_target
+
+    def opened(each: Target, **options: Any) -> tuple[Runner | None, ArtifactEntry]:
+        runner, entry = real(each, **options)
+        return EachOnce(runner) if runner else None, entry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verifier, "open_target", opened)
+        yield
 
 
 class Digits:

@@ -12,16 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 from broken_runners import RUN_FAULTS, BrokenRunner
-from cut_graphs import Remembered
 from demo_workspaces import MADE
 from graph_faults import FP16_FAULTS, FP32_FAULTS, INT8_FAULTS, RATIO_FAULTS, REGRESSED
 from harmless_changes import FP32_CHANGES, INT8_CHANGES
 from harmless_rewrites import MORE_FP16_CHANGES, MORE_FP32_CHANGES, MORE_INT8_CHANGES
-from numpy.typing import NDArray
+from judging import EachOnce
 from precision_faults import MORE_FP16_FAULTS, MORE_INT8_FAULTS
 
 from clipdeploy.core.errors import ArtifactError, GraphError
@@ -30,7 +28,6 @@ from clipdeploy.imaging import ImageFolder, open_images, select
 from clipdeploy.models import cards
 from clipdeploy.models.load import LoadedModel
 from clipdeploy.runners import Runner
-from clipdeploy.runners.base import Closing
 from clipdeploy.stages.quantize import quantize_model
 from clipdeploy.verification import verifier
 from clipdeploy.verification.metrics import Fidelity
@@ -189,17 +186,6 @@ BY_BATCH = {
     "preprocessing in the graph",
     "fp16 at both ends",
 }
-
-
-class EachOnce(Closing):
-    """A graph's answers to each single image, computed once: every call costs seconds."""
-
-    def __init__(self, runner: Runner) -> None:
-        self._answers = Remembered(runner)
-        self.name, self.input, self.batches = runner.name, runner.input, runner.batches
-
-    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        return self._answers(images)
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import tarfile
 import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
+from judging import each_once
 from PIL import Image
 
 from clipdeploy.imaging import ImageFolder, open_images, select
@@ -35,9 +37,11 @@ def judge(demo_workspace: Workspace, demo_model: LoadedModel) -> Judge:
     path = demo_workspace.graph(cards.DEMO, "fp32")
     target = Target(path, "graph", read_passport(path))
 
-    def run(images: ImageFolder, batch: int = 16) -> Judged:
-        config = VerifyConfig(max_drop=ALLOWED, batch=batch, workers=0)
-        results = run_verification(demo_model, target.passport, [target], images, config)
+    def run(images: ImageFolder, batch: int | None = None) -> Judged:
+        """With ``batch`` images at once; without it, repeated calls are answered from memory."""
+        config = VerifyConfig(max_drop=ALLOWED, batch=batch or 16, workers=0)
+        with nullcontext() if batch else each_once():
+            results = run_verification(demo_model, target.passport, [target], images, config)
         result = judge_results(results, ALLOWED)
         assert [row.verdict for row in result.rows] == ["equivalent"]
         return result, results.records
