@@ -23,6 +23,7 @@ look at the image, so each token is compared with itself.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +104,8 @@ class _Prober:
     """Runs crops one by one, as the rounding of a batch depends on its size."""
 
     def __init__(self, graph: Path, passport: Passport, threads: int) -> None:
+        # Nodes and values refer to each other, so that the graph of the statistics is still there.
+        gc.collect()
         self._graph = TappedGraph(graph, threads)
         self._tensor, self._spec = passport.input, passport.preprocess
         count = min(_TOKENS, self._graph.tokens)

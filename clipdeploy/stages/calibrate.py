@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from rich.console import Group
@@ -115,14 +116,17 @@ class CalibrationArtifact(Shown):
 
 
 def _calibration_images(
-    images: ImageFolder, passport: Passport, edges: Mapping[str, int], skipped: Skipped | None
+    images: ImageFolder,
+    passport: Passport,
+    skipped: Skipped | None,
+    edges: Mapping[str, int] = MappingProxyType({}),
 ) -> Iterator[CalibrationImage]:
     spec = passport.preprocess
     for crop in iter_crops(images, spec, skipped=skipped):
         name = crop.entry.name
         image = Samples(crop.pixels[None], spec).as_input(passport.input)
         yield CalibrationImage(
-            name, crop.sha256, image, *crop.fingerprint, crop.pixels, edges[name]
+            name, crop.sha256, image, *crop.fingerprint, crop.pixels, edges.get(name, 0)
         )
 
 
@@ -191,7 +195,7 @@ def calibrate_model(
         names = {record.name for record in done}
         left = tuple(entry for entry in chosen.entries if entry.name not in names)
         edges = {record.name: record.edge for record in wanted}
-        return _calibration_images(ImageFolder(chosen.root, left), passport, edges, skipped)
+        return _calibration_images(ImageFolder(chosen.root, left), passport, skipped, edges)
 
     unfinished = path.with_suffix(".partial")
     with sole_writer(path, "clipdeploy calibrate"):

@@ -348,11 +348,9 @@ def calibration_lines(row: Row) -> list[str]:
     if found is None:
         return lines
     worst = found.linears[0]
-    lines.insert(
-        0,
-        f"8-bit inputs clip at most {worst.clipped:.2g} % of their values, {worst.name} "
-        f"({_counted(found.images, 'image')} of these)",
-    )
+    most = f"{worst.name} clips most, {worst.clipped:.2g} % of its values,"
+    most = most if worst.clipped else "none clips a value"
+    lines.insert(0, f"8-bit inputs: {most} on {found.images} of the images")
     if found.cause:
         what = "worth a look" if row.verdict == "equivalent" else "likely cause"
         lines.append(f"{what}: {found.cause}")

@@ -65,8 +65,6 @@ def test_images_that_the_model_does_not_recognise(
 ) -> None:
     changed = np.ascontiguousarray(change(digits))
     assert kinds <= set(_probed(source, demo_table, changed)) <= kinds | {"classes", "still"}
-    # Random weights recognise nothing.
-    assert _probed(source, demo_table, changed, trained=False).keys() <= {"still"}
 
 
 def test_images_of_one_class(source: Path, demo_table: CalibrationTable, digits: Pixels) -> None:
@@ -85,14 +83,19 @@ def test_the_same_image_again_and_again(
     assert "/output" not in found["still"]
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.01])
+def test_random_weights_recognise_nothing(
+    source: Path, demo_table: CalibrationTable, digits: Pixels
+) -> None:
+    assert _probed(source, demo_table, 255 - digits, trained=False) == {}
+
+
 def test_a_linear_whose_input_hardly_varies_is_named(
-    gamma: float, source: Path, demo_table: CalibrationTable, digits: Pixels, tmp_path: Path
+    source: Path, demo_table: CalibrationTable, digits: Pixels, tmp_path: Path
 ) -> None:
     model = load_graph(source)
     norm = next(node for node in model.graph if node.name == "blocks.2.norm2/LayerNormalization")
     scale, shift = values_of(norm.inputs[1]), values_of(norm.inputs[2])
-    write_initializer(norm, 1, scale * np.float32(gamma))
+    write_initializer(norm, 1, scale * np.float32(0.01))
     write_initializer(norm, 2, shift + np.float32(1))
     path = save_graph(model, tmp_path / "still.onnx", read_passport(source)).path
     found = _probed(path, demo_table, digits, trained=False)

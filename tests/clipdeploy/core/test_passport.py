@@ -7,6 +7,7 @@ import pytest
 
 from clipdeploy.core.errors import ArtifactError
 from clipdeploy.core.passport import (
+    FINDINGS_KEY,
     PASSPORT_SCHEMA,
     Passport,
     Preprocess,
@@ -104,6 +105,16 @@ def test_damaged_byte_inside_a_string_is_refused() -> None:
     data = to_json(PASSPORT).replace(b"clip-vit-demo", b"clip\xffvit-demo")
     with pytest.raises(ArtifactError):
         from_json(data, Passport, "here")
+
+
+@pytest.mark.parametrize(
+    ("stored", "found"),
+    [(["only 3 images"], ("only 3 images",)), ("only", ()), (None, ()), ([], ())],
+)
+def test_findings_of_the_calibration(stored: object, found: tuple[str, ...]) -> None:
+    settings = {**PASSPORT.settings, FINDINGS_KEY: stored}
+    assert replace(PASSPORT, settings=settings).calibration_findings == found
+    assert PASSPORT.calibration_findings == ()
 
 
 def test_identity_of_weights_ignores_where_the_file_lies() -> None:

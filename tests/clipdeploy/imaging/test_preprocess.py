@@ -9,7 +9,14 @@ from PIL import Image
 
 from clipdeploy.core.errors import DatasetError
 from clipdeploy.core.passport import Preprocess, Recipe
-from clipdeploy.imaging.preprocess import crop_file, crop_image, decode, open_image, to_rgb
+from clipdeploy.imaging.preprocess import (
+    crop_file,
+    crop_image,
+    decode,
+    open_image,
+    short_edge,
+    to_rgb,
+)
 from clipdeploy.models import cards
 from exporters.samples import normalise
 
@@ -194,3 +201,10 @@ def test_sixteen_bits_keep_their_high_byte() -> None:
     assert pixels[0, :, 0].tolist() == [0, 0, 1, 255]
     whole = Image.fromarray(np.array([[-5, 70_000, 512]], np.int32))
     assert np.asarray(to_rgb(whole))[0, :, 0].tolist() == [0, 255, 2]
+
+
+def test_the_short_edge_is_that_of_the_file() -> None:
+    data = encoded(Image.new("L", (30, 17)))
+    assert short_edge(data) == 17
+    assert short_edge(data[:20]) == 0
+    assert short_edge(b"") == 0

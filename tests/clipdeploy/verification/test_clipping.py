@@ -28,7 +28,13 @@ from clipdeploy.pipeline import (
 )
 from clipdeploy.stages.verify.setup import Judgement
 from clipdeploy.verification.clipping import with_clipping
-from clipdeploy.verification.result import Row, Verification, verification_table
+from clipdeploy.verification.result import (
+    ClippedLinear,
+    Clipping,
+    Row,
+    Verification,
+    verification_table,
+)
 from clipdeploy.verification.verifier import VerifyConfig
 from clipdeploy.workspace.folder import Workspace
 from exporters.graphs import load_graph, save_graph
@@ -118,8 +124,17 @@ def test_a_sound_graph_has_no_cause(judged: Judged) -> None:
     assert shares[0] < 0.3
     assert all(linear.calibration is None for linear in found.linears)
     assert row.calibration_findings == ()
-    assert f"8-bit inputs clip at most {shares[0]:.2g} % of their values" in _printed(judged.result)
-    assert "the calibration:" not in _printed(judged.result)
+    printed = _printed(judged.result)
+    first = f"{found.linears[0].name} clips most, {shares[0]:.2g} % of its values"
+    assert f"8-bit inputs: {first}, on 16 of the images" in printed
+    assert "the calibration:" not in printed
+
+
+def test_a_graph_that_clips_nothing_says_so(judged: Judged) -> None:
+    clipping = Clipping(16, (ClippedLinear(LINEAR, 0.0, 0.0, None),))
+    rows = tuple(replace(row, clipping=clipping) for row in judged.result.rows)
+    printed = _printed(replace(judged.result, rows=rows))
+    assert "8-bit inputs: none clips a value on 16 of the images" in printed
 
 
 def test_a_scale_that_is_too_small_is_named(
