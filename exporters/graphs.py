@@ -12,6 +12,7 @@ import glob
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -241,12 +242,15 @@ def save_graph(
         weights = {WEIGHTS_ROLE: digest} if outside else {}
         passport = replace(passport, parents=passport.made_from | weights)
         model.metadata_props[PASSPORT_KEY] = to_json(passport).decode()
-        with atomic_path(path) as temporary:
+        with atomic_path(path) as temporary, ThreadPoolExecutor(1) as pool:
             _write(temporary, model_pieces(model, outside))
+            # Hashing 1 GB takes a second; the check leaves processors idle while it opens the file.
+            hashing = pool.submit(sha256_file, temporary)
             check(temporary)
+            sha256 = hashing.result()
     size = path.stat().st_size
     size += path.with_name(outside.name).stat().st_size if outside else 0
-    return GraphArtifact(path, sha256_file(path), passport, size, nodes, True)
+    return GraphArtifact(path, sha256, passport, size, nodes, True)
 
 
 def load_graph(

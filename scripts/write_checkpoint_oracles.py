@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 SIZE, PATCH, WIDTH, DEPTH, HEADS, CLASSES = 32, 8, 32, 2, 2, 5
-EDGES = (16, 32, 48)
+EDGES = (16, 28, 32, 48)
 
 
 class _Stand(types.ModuleType):
@@ -110,7 +110,7 @@ def timm_model(name: str = "vit_base_patch16_clip_224", seed: int = 1, **options
 
 
 def write_timm(folder: Path) -> Oracles:
-    """Flat, CheckpointSaver with EMA, hub folder, wrapped, averaged, whole module."""
+    """Flat, CheckpointSaver with EMA, hub folder, wrapped, as ViT-L/14, averaged, whole module."""
     from timm.models import save_for_hf
     from timm.utils import CheckpointSaver, ModelEmaV3
 
@@ -145,6 +145,9 @@ def write_timm(folder: Path) -> Oracles:
     made["timm-plain"] = logits(plain)
     wrapped = nn.DataParallel(torch.compile(plain.half()))
     torch.save({"model": wrapped.state_dict(), "epoch": 2}, folder / "timm-plain.pth")
+    large = timm_model("vit_large_patch14_clip_224", 7, img_size=28, patch_size=14, mlp_ratio=4)
+    made["timm-large"] = logits(large, 28)
+    torch.save(large.half().state_dict(), folder / "timm-large.pth")
     averaged = torch.optim.swa_utils.AveragedModel(timm_model(seed=5, mlp_ratio=1))
     made["torch-averaged"] = logits(averaged.module)
     torch.save(averaged.half().state_dict(), folder / "torch-averaged.pth")

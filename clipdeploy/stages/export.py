@@ -16,6 +16,7 @@ from clipdeploy.stages.samples import sample_images
 from clipdeploy.stages.weights import load_weights
 from clipdeploy.stages.zero_shot import prepare_weights
 from clipdeploy.workspace.folder import Workspace
+from exporters.checks import PARITY_BATCHES
 from exporters.headers import GraphArtifact, existing_graph
 from exporters.onnx import ExportConfig, export_graph
 
@@ -113,7 +114,7 @@ def export_model(
         if same and (old.weights.path == passport.weights.path or Path(old.weights.path).is_file()):
             workspace.remember(card.name)
             return found
-    samples = sample_images(passport.preprocess)
+    samples = sample_images(passport.preprocess, max(PARITY_BATCHES))
     artifact = export_graph(model.module, path, passport, samples, config, progress, release=True)
     workspace.remember(card.name)
     return artifact

@@ -159,7 +159,9 @@ def main() -> None:
     parser.add_argument("--model", default="clip-vit-base-p16")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=EXPORTERS, default=list(EXPORTERS))
-    parser.add_argument("--rounds", type=int, default=15, help="latency rounds")
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="latency rounds; 0 measures no latency"
+    )
     parser.add_argument("--one", choices=EXPORTERS, help=argparse.SUPPRESS)
     parser.add_argument("--files", nargs=2, type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -179,7 +181,8 @@ def main() -> None:
             for name in names:
                 runs[name].append(measured(name, chosen.model, checkpoint, files[name]))
         size = cards.find(chosen.model).image_size
-        times = {b: latencies(files, size, b, max(chosen.rounds // b, 5)) for b in (1, 8)}
+        rounds = {b: max(chosen.rounds // b, 5) for b in (1, 8) if chosen.rounds}
+        times = {b: latencies(files, size, b, count) for b, count in rounds.items()}
         print(f"{chosen.model}, checkpoint {megabytes:.0f} MB, {os.cpu_count()} cores")
         print("import torch alone:", f"{import_torch():.0f} MB")
         columns = ("s", "ratio", "cpu s", "ratio", "peak MB", "nodes", "MB", "batch 1", "batch 8")
@@ -191,14 +194,15 @@ def main() -> None:
                 statistics.median(
                     a / b for a, b in zip(times[batch][name], times[batch][OURS], strict=True)
                 )
-                for batch in (1, 8)
+                for batch in times
             ]
             nodes = len(onnx.load(files[name], load_external_data=False).graph.node)
             print(
                 f"{name:24}{seconds[name]:7.1f}{seconds[name] / seconds[OURS]:7.2f}"
                 f"{cpu[name]:7.1f}{cpu[name] / cpu[OURS]:7.2f}"
                 f"{max(mb for _, _, mb in runs[name]):9.0f}{nodes:7}"
-                f"{files[name].stat().st_size / 1e6:7.0f}{ratio[0]:9.2f}{ratio[1]:9.2f}"
+                f"{files[name].stat().st_size / 1e6:7.0f}"
+                + "".join(f"{each:9.2f}" for each in ratio)
             )
     for name in missing:
         print(f"left out: {name}, {NEEDS[name]} is not installed")

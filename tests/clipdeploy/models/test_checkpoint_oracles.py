@@ -46,6 +46,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "timm-best-raw": ("timm-best.pth.tar", {"averaged": False}),
     "timm-hub": ("timm-hub", {}),
     "timm-plain": ("timm-plain.pth", {}),
+    "timm-large": ("timm-large.pth", {}),
     "torch-averaged": ("torch-averaged.pth", {}),
     "timm-whole": ("timm-whole.pth", {}),
     "hf-vit": ("hf-vit", {}),
