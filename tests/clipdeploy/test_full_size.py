@@ -67,11 +67,6 @@ class Exported:
     graph: GraphArtifact
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _traces() -> None:
-    """Each export of this file is traced."""
-
-
 Write = Callable[[dict[str, Tensor], Path], Path]
 
 
@@ -117,7 +112,7 @@ def test_both_wrappings_export_to_the_architecture_itself(
     np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE)
     # Only logits of a trained model's spread make the tolerance mean something.
     assert 0.5 < expected.std() < 5
-    # The wrapping is the same code at every geometry: once is enough.
+    # The wrapping is the same code at every geometry: once is enough.  The trace is shared.
     if "clip-vit-base-p32" in card.aliases:
         other = export(card, exported.tensors, write_nested_zip, tmp_path)
         np.testing.assert_array_equal(OnnxRunner(other.graph.path)(images), logits)
