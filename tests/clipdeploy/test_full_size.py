@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -67,11 +68,6 @@ class Exported:
     graph: GraphArtifact
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _traces() -> None:
-    """Each export of this file is traced."""
-
-
 Write = Callable[[dict[str, Tensor], Path], Path]
 
 
@@ -117,7 +113,7 @@ def test_both_wrappings_export_to_the_architecture_itself(
     np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE)
     # Only logits of a trained model's spread make the tolerance mean something.
     assert 0.5 < expected.std() < 5
-    # The wrapping is the same code at every geometry: once is enough.
+    # The wrapping is the same code at every geometry: once is enough.  The trace is shared.
     if "clip-vit-base-p32" in card.aliases:
         other = export(card, exported.tensors, write_nested_zip, tmp_path)
         np.testing.assert_array_equal(OnnxRunner(other.graph.path)(images), logits)
@@ -133,6 +129,11 @@ def _peak_megabytes(code: str, *words: str) -> float:
     return int(line.split()[1]) * 1024 / 1e6
 
 
+@cache
+def _peak_of_torch() -> float:
+    return _peak_megabytes("import torch")
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("write", [write_legacy_flat, write_nested_zip])
 def test_an_export_needs_little_memory(write: Write, tmp_path: Path) -> None:
@@ -146,7 +147,7 @@ def test_an_export_needs_little_memory(write: Write, tmp_path: Path) -> None:
         "WeightsChoice(Path(sys.argv[1])))"
     )
     peak = _peak_megabytes(export, str(path), str(tmp_path / "artifacts"))
-    torch_alone = _peak_megabytes("import torch")
+    torch_alone = _peak_of_torch()
     # The weights once in the checkpoint, once in ONNX Runtime for the parity check, and room for
     # torch.export: two and a half times.  Holding one copy more would be caught.
     assert peak < torch_alone + 2.5 * path.stat().st_size / 1e6

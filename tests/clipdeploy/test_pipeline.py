@@ -5,6 +5,7 @@ Covers: clipdeploy/stages/demo.py, clipdeploy/stages/export.py.
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from clipdeploy.pipeline import (
     verify_model,
 )
 from clipdeploy.stages.demo import run_demo
+from clipdeploy.verification.result import Verification, verdict_line
 from clipdeploy.workspace.folder import Workspace
 
 CALIBRATION = cards.demo_file("calibration.zip")
@@ -108,11 +110,30 @@ def test_an_int8_engine_needs_one_call(tmp_path: Path) -> None:
         verify_model(workspace, cards.DEMO, TEST)
 
 
+def check_demo_verdict(found: Verification) -> None:
+    assert found.baseline.status == "confirmed"
+    assert found.reference is not None
+    # The required accuracy of the demo card; the training script prints its own.
+    assert found.reference.top1 >= 97
+    fidelities = [row.fidelity for row in found.rows if row.kind == "graph"]
+    # Quantisation noise in dB: 24 mantissa bits, 11 bits, 8 bits a Linear.
+    for fidelity, floor in zip(fidelities, (110, 55, 30), strict=True):
+        assert fidelity is not None
+        assert fidelity.sqnr_db is not None
+        assert fidelity.sqnr_db > floor
+    # The engines are judged too where there is a GPU.
+    assert re.match(
+        r"EQUIVALENT: 3 graphs( and 3 engines)? lose no more than 1\.00 points of top-1",
+        verdict_line(found),
+    )
+
+
 def test_the_demo_keeps_its_accuracy(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
     result = run_demo(Workspace(tmp_path))
     assert result.verification
-    assert result.verification.images >= 400
+    assert result.verification.images == 500
+    check_demo_verdict(result.verification)
     assert [engine.passport.graph.precision for engine in result.engines] == [
         "fp32",
         "fp16",

@@ -1,4 +1,7 @@
-"""A fine-tune on somebody's own classes, from its checkpoint to its verdict."""
+"""A fine-tune on somebody's own classes, from its checkpoint to its verdict.
+
+Covers: clipdeploy/imaging/labelled.py.
+"""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def test_a_finished_run_is_only_read(artifacts: Path, monkeypatch: pytest.Monkey
 
 
 def test_from_the_cache_it_is_the_same(artifacts: Path, digits: Path) -> None:
-    few = ("--images", "24", "--max-drop", "30", "--workers", "0", "--json", "--force")
+    few = ("--images", "12", "--max-drop", "45", "--workers", "0", "--json", "--force")
     # The files' states are not trusted before they have settled.
     for path in digits.rglob("*.png"):
         os.utime(path, (1, 1))

@@ -29,7 +29,7 @@ from clipdeploy.workspace.folder import Workspace
 ROOT = Path(__file__).resolve().parents[3]
 TEST = cards.demo_file("test.zip")
 VERIFY = ("--model", "demo", "--max-drop", "15")
-LIMIT = ("--data", str(TEST), "--images", "30")
+LIMIT = ("--data", str(TEST), "--images", "24")
 
 
 def run(*words: str | Path) -> Result:
@@ -199,7 +199,7 @@ def test_merged_shards_with_and_without_the_images(reported: Reported, tmp_path:
     shutil.copy(TEST, images)
     at = ("--workspace", reported.artifacts)
     for shard in ("1/2", "2/2"):
-        part = ("--data", images, "--images", "30", "--shard", shard)
+        part = ("--data", images, "--images", "24", "--shard", shard)
         assert run("verify", "--model", "demo", *part, *at).exit_code == 0
     page = tmp_path / "page.html"
     folder = reported.artifacts / cards.DEMO

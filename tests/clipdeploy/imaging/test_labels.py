@@ -1,3 +1,8 @@
+"""Labels of ImageNet and of the devkit, and what is wrong with them.
+
+Covers: clipdeploy/imaging/devkit.py.
+"""
+
 from __future__ import annotations
 
 import io

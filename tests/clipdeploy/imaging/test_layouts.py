@@ -1,8 +1,8 @@
 """Layouts of images and labels other than ImageNet's own.
 
-Covers: clipdeploy/imaging/devkit.py, clipdeploy/imaging/folders.py,
-    clipdeploy/imaging/label_files.py, clipdeploy/imaging/label_rows.py,
-    clipdeploy/imaging/labelled.py, clipdeploy/imaging/survey.py.
+Covers: clipdeploy/imaging/folders.py, clipdeploy/imaging/formats.py,
+    clipdeploy/imaging/images.py, clipdeploy/imaging/label_files.py,
+    clipdeploy/imaging/label_rows.py, clipdeploy/imaging/survey.py.
 """
 
 from __future__ import annotations

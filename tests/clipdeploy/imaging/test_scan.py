@@ -1,7 +1,4 @@
-"""A scan of images finds unreadable files and duplicates.
-
-Covers: clipdeploy/imaging/formats.py, clipdeploy/imaging/images.py.
-"""
+"""A scan of images finds unreadable files and duplicates."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Bad input to a deployment is refused before anything is made.
 
-Covers: clipdeploy/imaging/overlap.py.
+Covers: clipdeploy/imaging/overlap.py, clipdeploy/stages/deploy/config.py.
 """
 
 from __future__ import annotations

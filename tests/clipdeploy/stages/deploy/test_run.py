@@ -1,7 +1,6 @@
 """Deployments of the demo model: one that passes, and what must not be packaged.
 
-Covers: clipdeploy/stages/deploy/config.py, clipdeploy/stages/deploy/deployment.py,
-    clipdeploy/stages/deploy/package.py.
+Covers: clipdeploy/stages/deploy/deployment.py, clipdeploy/stages/deploy/package.py.
 """
 
 from __future__ import annotations
