@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,11 +55,21 @@ STEPS = {
     "+ weight clip": SchemeConfig("auto", True, True, True, False),
     "+ bias correction": SchemeConfig(),
 }
-# The steps of --effort best, each with the functions that are switched off in its row.
-BEST = {
-    "+ rounding on data": ("measure_settings", "fold_all_gelu"),
-    "+ GELU's scale per channel": ("measure_settings",),
-    "+ measured smoothing": (),
+Replacements = dict[str, Callable[..., object]]
+# What replaces the functions of a step to switch it off.
+_MEASURING: Replacements = {"calibration.qdq.measure_settings": lambda *given: {}}
+_GELU: Replacements = {"calibration.qdq.fold_all_gelu": lambda *given: {}}
+# Numbers of zero are worse than the nearest ones, which every Linear then keeps.
+_ROUNDING: Replacements = {
+    "calibration.fitting.round_weight": lambda weight, *given: np.zeros_like(weight),
+    "calibration.fitting.check_gains": lambda gains: (),
+}
+# The steps of --effort best, each with the later ones that are switched off in its row.
+BEST: dict[str, Replacements] = {
+    "+ biases through depth": _MEASURING | _GELU | _ROUNDING,
+    "+ rounding on data": _MEASURING | _GELU,
+    "+ GELU's scale per channel": _MEASURING,
+    "+ measured smoothing": {},
 }
 METHODS = {method: SchemeConfig(method) for method in RANGE_METHODS}
 COLOURS = {"demo": "#0072B2", "with outliers": "#D55E00"}
@@ -102,11 +112,11 @@ def channels(
 
 
 @contextmanager
-def without(names: tuple[str, ...]) -> Iterator[None]:
-    """Switch off steps of the recipe, functions of :mod:`calibration.qdq` that return a dict."""
+def replaced(functions: Replacements) -> Iterator[None]:
+    """Replace functions by name."""
     with ExitStack() as stack:
-        for name in names:
-            stack.enter_context(patch(f"calibration.qdq.{name}", lambda *given: {}))
+        for name, function in functions.items():
+            stack.enter_context(patch(name, function))
         yield
 
 
@@ -126,7 +136,7 @@ def measure(folder: Path, weights: Path | None, images: NDArray[np.float32]) -> 
     before, after = channels(workspace, load_table(workspace.calibration(cards.DEMO)))
     steps = {name: fidelity(scheme) for name, scheme in STEPS.items()}
     for name, off in BEST.items():
-        with without(off):
+        with replaced(off):
             steps[name] = fidelity(SchemeConfig(), "best")
     methods = {name: fidelity(scheme) for name, scheme in METHODS.items()}
     return Measured(before, after, steps, methods)
