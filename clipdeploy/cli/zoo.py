@@ -20,6 +20,12 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
+def _gmacs(card: ModelCard) -> str:
+    """With four digits, so that the table fits 80 columns."""
+    gmacs = card.macs / 1e9
+    return f"{gmacs:.2f}" if gmacs < 100 else f"{gmacs:.1f}"
+
+
 def _published(card: ModelCard) -> str:
     known = [(f"top-{k}", value) for k, value in ((1, card.top1), (5, card.top5))]
     return ", ".join(f"{name} {value:.2f} %" for name, value in known if value is not None) or "-"
@@ -41,7 +47,7 @@ def _table(cards: tuple[ModelCard, ...]) -> Group:
     for card in cards:
         table.add_row(
             card.name,
-            f"{card.macs / 1e9:.2f}",
+            _gmacs(card),
             _percent(card.top1),
             _percent(card.top5),
             "*" if is_cached(card) else "",
