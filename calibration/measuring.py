@@ -1,4 +1,4 @@
-"""Measures which smoothing and which range of a Linear's input hurt the output of its block least.
+"""Measures which smoothing of a Linear's input hurts the output of its block least.
 
 The statistics say how large each channel of an input is, but neither which token a large value is
 in nor how far its error gets.  For each Linear, candidates are therefore tried on a few images in
@@ -8,10 +8,15 @@ the error e of the block's output, by token t = 0 .. T - 1,
 
     |e_0| ** 2 + mean_t |e_t| ** 2
 
-is least.  Token 0 is the class token, which alone leaves the last block; the errors of the others
-reach it as an average.  First the strength t of smoothing is chosen with a range that clips
-nothing, then the range: as a part of the largest value, or by the expected error
-(:mod:`calibration.ranges`).
+is small.  Token 0 is the class token, which alone leaves the last block; the errors of the others
+reach it as an average.  A few images show the error of a single Linear with a noise as large as the
+differences between candidates.  The strength t of Linear i is therefore the one with the least
+
+    log error_i(t) + mean_k log error_k(t)
+
+with k over the Linears of the same role in all blocks.  The range clips nothing.  It is larger
+than the largest value where only the class token is computed: then the statistics contain one token
+of each image, and other images often have larger values.
 
 The images must not be those of the statistics.  These contain their extremes, so that a strength
 near 1, with which every channel fills the range, would clip nothing there and too much on others.
@@ -21,8 +26,7 @@ near 1, with which every channel fills the range, would clip nothing there and t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,38 +38,39 @@ from calibration.distribution import Distribution
 from calibration.formats import INT8
 from calibration.observers import ChannelStatistics
 from calibration.policy import LinearSite, find_linears
-from calibration.ranges import choose_range
 from calibration.smoothing import find_source, fold, search_folding
 from calibration.weights import quantize_weight, weight_error
 from calibration.write import QdqWriter
 from exporters.initializers import values_of, write_initializer
 from exporters.parts import cut_out, run_part
 
-__all__ = ["ROUNDED_SHARE", "Setting", "measure_settings", "other_views"]
+__all__ = ["ROUNDED_SHARE", "Setting", "choose", "measure_settings", "mirrored", "other_views"]
 
 F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
 
 # Assumed noise of a weight that is rounded on data, relative to that of the nearest numbers.
 ROUNDED_SHARE = 0.2
-# None is the strength with the least expected error.
-_STRENGTHS = (None, 0.45, 0.6, 0.75, 0.9)
-# None is the range with the least expected error.  Other images may have larger values, hence 1.15.
-_PARTS = (1.0, None, 0.9, 1.15)
+_STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9)
+# The range of an input of which only the class token is computed, divided by its largest value.
+_MARGIN = 1.15
 # Number of images that the candidates run on.
-_IMAGES = 8
+_IMAGES = 16
 # How much larger than an image its other view shows things.
 _MAGNIFIED = 1.2
 
 
 @dataclass(frozen=True)
 class Setting:
-    """``strength`` of a Linear's smoothing, and ``part``: its range divided by max |x'|.
+    """``strength`` of a Linear's smoothing, and ``part``: its range divided by max |x'|."""
 
-    None is the one with the least expected error.
-    """
+    strength: float
+    part: float = 1.0
 
-    strength: float | None = None
-    part: float | None = None
+
+def mirrored(crops: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Mirrored views of uint8 (N, S, S, 3)."""
+    return np.ascontiguousarray(crops[:, :, ::-1])
 
 
 def other_views(crops: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -89,14 +94,33 @@ def measure_settings(
     blocks = find_blocks(model)
     inputs = [image[None] for image in images[:_IMAGES]]
     starts = ends_of(cut_out(model, None, blocks[0].start), inputs)
-    settings = {}
+    errors: dict[str, F64] = {}
+    parts: dict[str, float] = {}
     for block in blocks:
         trial = _Trial(model, block, starts)
         for name in block.linears:
             if name in statistics and trial.foldable(name):
-                settings[name] = trial.choose(name, statistics[name])
+                errors[name] = trial.errors(name, statistics[name])
+                parts[name] = trial.part(name)
         starts = trial.ends
-    return settings
+    return {n: Setting(_STRENGTHS[k], parts[n]) for n, k in choose(errors).items()}
+
+
+def choose(errors: Mapping[str, F64]) -> dict[str, int]:
+    """The index of the best candidate of each Linear ``blocks.N.ROLE``, from its errors (K,).
+
+    The errors of all Linears of its role count as much as its own.
+    """
+    logs = {name: np.log(np.maximum(each, np.finfo(float).tiny)) for name, each in errors.items()}
+    means = {
+        role: np.mean([each for name, each in logs.items() if _role(name) == role], axis=0)
+        for role in {_role(name) for name in logs}
+    }
+    return {name: int((each + means[_role(name)]).argmin()) for name, each in logs.items()}
+
+
+def _role(name: str) -> str:
+    return name.split(".", 2)[2]
 
 
 class _Trial:
@@ -106,6 +130,9 @@ class _Trial:
         self._model, self._block, self._starts = model, block, starts
         part = self._copy()
         self._source_names = {name for name in block.linears if _source(part, name)}
+        inputs = [site.activation for site in find_linears(part)]
+        (found,) = run_part(part, inputs, starts[:1])
+        self._one_token = {n for n, x in zip(block.linears, found, strict=True) if x.shape[1] == 1}
         self.ends = ends_of(part, starts)
 
     def _copy(self) -> ir.Model:
@@ -115,19 +142,17 @@ class _Trial:
         """Whether a Linear's smoothing has a place to be folded into."""
         return name in self._source_names
 
-    def choose(self, name: str, statistics: ChannelStatistics) -> Setting:
-        """The setting of a Linear with the least error."""
+    def part(self, name: str) -> float:
+        """The range of a Linear's input divided by its largest value."""
+        return _MARGIN if name in self._one_token else 1.0
 
-        @cache
-        def error(setting: Setting) -> float:
-            return self._error(name, statistics, setting)
+    def errors(self, name: str, statistics: ChannelStatistics) -> F64:
+        """The error of the block's output for each strength, (K,)."""
+        return np.asarray([self._error(name, statistics, each) for each in _STRENGTHS])
 
-        best = min((Setting(strength, _PARTS[0]) for strength in _STRENGTHS), key=error)
-        return min((replace(best, part=part) for part in _PARTS), key=error)
-
-    def _error(self, name: str, statistics: ChannelStatistics, setting: Setting) -> float:
+    def _error(self, name: str, statistics: ChannelStatistics, strength: float) -> float:
         part = self._copy()
-        _quantise_input(part, name, statistics, setting)
+        _quantise_input(part, name, statistics, Setting(strength, self.part(name)))
         found = run_part(part, list(part.graph.outputs), self._starts)
         pairs = zip(self.ends, found, strict=True)
         return sum(_token_error(output - end) for end, (output,) in pairs)
@@ -160,11 +185,7 @@ def _quantise_input(
     fold(site, source, folding)
     weight = values_of(site.weight)
     values = Distribution.of(statistics, folding.shift, folding.scale)
-    if setting.part is None:
-        squares = np.einsum("ij,ij->i", weight, weight).astype(np.float64)
-        limit = choose_range(values, "auto", squares)
-    else:
-        limit = values.amax * setting.part
-    QdqWriter(part.graph, unsigned=True).activation(site.matmul, 0, name, INT8.step(limit))
+    step = INT8.step(values.amax * setting.part)
+    QdqWriter(part.graph, unsigned=True).activation(site.matmul, 0, name, step)
     error = weight_error(weight, *quantize_weight(weight))
     write_initializer(site.matmul, 1, weight + np.float32(ROUNDED_SHARE**0.5) * error)

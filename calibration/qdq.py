@@ -20,7 +20,7 @@ from calibration.config import QuantizeConfig, stored_settings
 from calibration.distribution import Distribution
 from calibration.fitting import FEWEST_IMAGES, fit_linears
 from calibration.formats import NumberFormat
-from calibration.measuring import Setting, measure_settings, other_views
+from calibration.measuring import Setting, measure_settings, mirrored, other_views
 from calibration.policy import (
     HEAD,
     PATCH,
@@ -126,7 +126,7 @@ def _linear_schemes(
             config.scheme,
             config.number_format,
             one_scale=config.weight_scales == "tensor",
-            part=settings.get(site.name, Setting()).part,
+            part=settings[site.name].part if site.name in settings else None,
         )
         for site in sites
     }
@@ -155,8 +155,8 @@ def _write_linears(
 class _Images:
     """Graph inputs (N, ...) that a calibration stores.
 
-    ``fitted``: to fit weights and biases to.  ``checks``: others.  ``unseen``: views of the first
-    that the statistics do not include.
+    ``fitted``: to fit weights and biases to, with their mirrored views.  ``checks``: others.
+    ``unseen``: views of the first that the statistics do not include.
     """
 
     fitted: NDArray[Any]
@@ -179,8 +179,10 @@ def _stored_images(table: CalibrationTable, tensor: TensorSpec) -> _Images:
             "or of an earlier clipdeploy",
             hint="clipdeploy calibrate --force --data CALIBRATION_IMAGES, or --effort fast",
         )
-    views = Samples(other_views(fitted.crops), fitted.spec)
-    inputs = (each.as_input(tensor) for each in (fitted, checks, views))
+    unseen = Samples(other_views(fitted.crops), fitted.spec)
+    # Twice as many tokens: most pictures are as likely as their mirror image.
+    both = fitted.concat(Samples(mirrored(fitted.crops), fitted.spec))
+    inputs = (each.as_input(tensor) for each in (both, checks, unseen))
     return _Images(*inputs)
 
 

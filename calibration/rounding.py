@@ -14,6 +14,12 @@ row i is passed on to the rows k after it, so that this error is least:
 (Frantar et al. 2022, "GPTQ", arXiv:2210.17323, after "Optimal Brain Compression",
 arXiv:2208.11580).  Channels of large variance come first, because the most channels are left to
 correct their errors.
+
+Rounding in one pass cannot take back an early row.  Afterwards each row is therefore rounded again
+a few times with all others fixed, to the number with the least error:
+
+    W'[i, :] = round(W'[i, :] - (H E)[i, :] / H[i, i]),    E = W' - W
+
 The scales are given: one for each output channel, or one for all.
 """
 
@@ -35,6 +41,8 @@ F64 = NDArray[np.float64]
 _DAMPING = 0.01
 # Rows whose errors are passed on together to all rows after them.
 _ROWS = 128
+# How often each row is rounded again.
+_SWEEPS = 4
 
 
 class Moments:
@@ -48,11 +56,12 @@ class Moments:
         self._sum = np.zeros(channels)
         self._products = np.zeros((channels, channels))
 
-    def add(self, x: F32) -> None:
-        """Add the tokens ``x`` (n, C)."""
-        self.rows += len(x)
-        self._sum += x.sum(axis=0, dtype=np.float64)
-        self._products += x.T @ x
+    def add(self, x: F32, first: int = 1) -> None:
+        """Add the tokens ``x`` (n, C); the first of them counts ``first`` times."""
+        for rows, count in ((x, 1), (x[:1], first - 1)):
+            self.rows += count * len(rows)
+            self._sum += count * rows.sum(axis=0, dtype=np.float64)
+            self._products += np.float32(count) * (rows.T @ rows)
 
     @property
     def mean(self) -> F64:
@@ -78,8 +87,19 @@ def round_weight(
     ``covariance`` (Cin, Cin): of the Linear's input.
     """
     order = np.argsort(-np.diag(covariance), kind="stable")
-    factor = _inverse_factor(covariance[np.ix_(order, order)])
-    rows = weight[order].astype(np.float32)
+    damped = _damped(covariance[np.ix_(order, order)])
+    numbers = _round_once(weight[order], _inverse_factor(damped), scale, number_format)
+    single = damped.astype(np.float32)
+    for _ in range(_SWEEPS):
+        _round_again(numbers, weight[order], single, scale, number_format)
+    rounded = np.empty_like(numbers)
+    rounded[order] = numbers
+    return rounded.astype(number_format.dtype)
+
+
+def _round_once(weight: F32, factor: F32, scale: F32, number_format: NumberFormat) -> F32:
+    """Round a weight whose rows are in the order of ``factor``, one row after another."""
+    rows = weight.astype(np.float32)
     numbers = np.empty_like(rows)
     for first in range(0, len(rows), _ROWS):
         last = min(first + _ROWS, len(rows))
@@ -87,9 +107,7 @@ def round_weight(
         inside = factor[part, part]
         errors = _round_rows(rows[part], numbers[part], inside, scale, number_format)
         rows[last:] -= factor[part, last:].T @ errors
-    rounded = np.empty_like(numbers)
-    rounded[order] = numbers
-    return rounded.astype(number_format.dtype)
+    return numbers
 
 
 def _round_rows(
@@ -104,12 +122,35 @@ def _round_rows(
     return errors
 
 
-def _inverse_factor(covariance: F64) -> F32:
-    """U with U^T U = H^-1 of the damped covariance H."""
+def _round_again(
+    numbers: F32, weight: F32, damped: F32, scale: F32, number_format: NumberFormat
+) -> None:
+    """Round each row of ``numbers`` again in place, to the least error with all others fixed."""
+    error = numbers * scale - weight
+    for first in range(0, len(numbers), _ROWS):
+        part = slice(first, first + _ROWS)
+        inside = damped[part, part]
+        slope = damped[part] @ error
+        for i, row in enumerate(numbers[part]):
+            better = number_format.rounded(row - slope[i] / inside[i, i] / scale)
+            change = (better - row) * scale
+            row[:] = better
+            error[first + i] += change
+            slope += np.outer(inside[:, i], change)
+
+
+def _damped(covariance: F64) -> F64:
+    """The covariance with a mean variance of 1, damped.
+
+    A constant input has no covariance, and any rounding is as good as another.
+    """
     size = len(covariance)
-    # A constant input has no covariance, and any rounding is as good as another.
-    damping = max(_DAMPING * float(np.trace(covariance)) / size, float(np.finfo(np.float32).tiny))
+    mean = max(float(np.trace(covariance)) / size, float(np.finfo(np.float32).tiny))
+    return np.asarray(covariance / mean + _DAMPING * np.eye(size))
+
+
+def _inverse_factor(damped: F64) -> F32:
+    """U with U^T U = H^-1 of the damped covariance H."""
     # The reversed lower factor of H is an upper factor: H = R R^T, and U = R^-1 is upper too.
-    flipped = (covariance + damping * np.eye(size))[::-1, ::-1]
-    root = np.linalg.cholesky(flipped)[::-1, ::-1]
+    root = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
     return np.linalg.inv(root).astype(np.float32)

@@ -52,6 +52,29 @@ def test_the_moments_are_the_mean_and_the_covariance() -> None:
     assert np.allclose(moments.covariance, np.cov(x.T, bias=True), atol=1e-3)
 
 
+def test_the_first_token_counts_several_times() -> None:
+    x = _inputs(seed=2)[:50]
+    once, often = Moments(CHANNELS), Moments(CHANNELS)
+    once.add(np.concatenate([np.repeat(x[:1], 3, axis=0), x]))
+    often.add(x, first=4)
+    assert often.rows == once.rows
+    assert np.allclose(often.mean, once.mean, rtol=1e-5)
+    assert np.allclose(often.covariance, once.covariance, atol=1e-3)
+
+
+@pytest.mark.parametrize("number_format", [INT8, FP8], ids=lambda each: each.name)
+def test_rounding_again_lowers_the_error(
+    weight: F32, number_format: NumberFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moments, other = _moments(_inputs(seed=2)), _moments(_inputs(seed=2)[:, ::-1])
+    again = _gain(weight, moments, number_format, one_scale=False)
+    monkeypatch.setattr("calibration.rounding._SWEEPS", 0)
+    once = _gain(weight, moments, number_format, one_scale=False)
+    assert again > 1.05 * once
+    # Twin: moments with their channels in another order.
+    assert _gain(weight, other, number_format, one_scale=False) < once
+
+
 @pytest.mark.parametrize("one_scale", [False, True])
 @pytest.mark.parametrize("number_format", [INT8, FP8], ids=lambda each: each.name)
 def test_the_error_on_other_tokens_falls(
