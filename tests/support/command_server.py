@@ -1,9 +1,7 @@
 """Runs ``clipdeploy`` commands in separate processes without importing torch in each.
 
 One process imports everything and forks a child per command.  The child equals a user's process
-after its imports, because the server starts no thread and opens no device before it forks.  Only
-torch.onnx's trace of the demo is made before as well (``shared_traces.py``): other tests export in
-processes of their own, where it is traced.
+after its imports, because the server starts no thread and opens no device before it forks.
 
     python command_server.py     reads requests (JSON lines), writes one status per line
 """
@@ -191,7 +189,6 @@ def _serve() -> None:
             importlib.import_module(name)
     # Pillow loads its plug-ins with the first image.
     Image.init()
-    _trace_demo()
     sys.path[:] = [path for path in sys.path if Path(path) != Path(__file__).parent]
     assert threading.active_count() == 1
     # Children need not look at these objects again, nor copy their pages.
@@ -210,35 +207,6 @@ def _serve() -> None:
                 os._exit(status)
         status = _wait(pid, json.loads(line)["kill_after"])
         os.write(answers, f"{status}\n".encode())
-
-
-def _trace_demo() -> None:
-    """Trace the demo once; each child's export fills in its weights and checks the graph."""
-    from shared_traces import share_traces
-    from tqdm import tqdm
-
-    from clipdeploy.core.passport import Passport, Recipe, TensorSpec
-    from clipdeploy.models import cards
-    from clipdeploy.models.load import WeightsChoice, load_model
-    from exporters.onnx import ExportConfig, trace
-
-    model = load_model(cards.find(cards.DEMO), WeightsChoice(), Recipe())
-    size, classes = model.card.image_size, model.module.config.classes
-    passport = Passport(
-        kind="graph",
-        model=model.card.name,
-        precision="fp32",
-        weights=model.weights,
-        recipe=model.recipe,
-        preprocess=model.card.preprocess(model.recipe),
-        input=TensorSpec("image", "float32", ("batch", 3, size, size)),
-        output=TensorSpec("logits", "float32", ("batch", classes)),
-        classes=classes,
-    )
-    share_traces()
-    # torch.onnx's progress bars would start a thread.
-    tqdm.monitor_interval = 0
-    trace(model.module, passport, ExportConfig())
 
 
 def _wait(pid: int, kill_after: float | None) -> int:
