@@ -46,8 +46,7 @@ F64 = NDArray[np.float64]
 
 # In the last block only the class token is computed: one row of its covariances for each image.
 FEWEST_IMAGES = 8
-# As how many tokens the class token counts.  Of 4, 8, 16 and 32, 16 is the best on the variants of
-# the demo model with massive activations (by 0.1 to 0.3 dB), 8 on the demo model (by 0.2 dB).
+# As how many tokens the class token counts: more than one, fewer than all others together.
 _CLASS_TOKEN = 16
 
 

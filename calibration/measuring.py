@@ -1,4 +1,4 @@
-"""Measures which smoothing of a Linear's input hurts the output of its block least.
+"""Measures which smoothing and which range of a Linear's input hurt its block's output least.
 
 The statistics say how large each channel of an input is, but neither which token a large value is
 in nor how far its error gets.  For each Linear, candidates are therefore tried on a few images in
@@ -14,9 +14,11 @@ differences between candidates.  The strength t of Linear i is therefore the one
 
     log error_i(t) + mean_k log error_k(t)
 
-with k over the Linears of the same role in all blocks.  The range clips nothing.  It is larger
-than the largest value where only the class token is computed: then the statistics contain one token
-of each image, and other images often have larger values.
+with k over the Linears of the same role in all blocks.  It is tried with a range that clips
+nothing.  Then the range is chosen in the same way: this one, or the one with the least expected
+error (:mod:`calibration.ranges`), which clips a heavy tail.  The former is larger than the largest
+value where only the class token is computed: there the statistics contain one token of each image,
+and other images often have larger values.
 
 The images must not be those of the statistics.  These contain their extremes, so that a strength
 near 1, with which every channel fills the range, would clip nothing there and too much on others.
@@ -26,7 +28,7 @@ near 1, with which every channel fills the range, would clip nothing there and t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,7 @@ from calibration.distribution import Distribution
 from calibration.formats import INT8
 from calibration.observers import ChannelStatistics
 from calibration.policy import LinearSite, find_linears
+from calibration.ranges import choose_range
 from calibration.smoothing import find_source, fold, search_folding
 from calibration.weights import quantize_weight, weight_error
 from calibration.write import QdqWriter
@@ -62,10 +65,13 @@ _MAGNIFIED = 1.2
 
 @dataclass(frozen=True)
 class Setting:
-    """``strength`` of a Linear's smoothing, and ``part``: its range divided by max |x'|."""
+    """``strength`` of a Linear's smoothing, and ``part``: its range divided by max |x'|.
+
+    A ``part`` of None is the range with the least expected error.
+    """
 
     strength: float
-    part: float = 1.0
+    part: float | None = 1.0
 
 
 def mirrored(crops: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -94,16 +100,22 @@ def measure_settings(
     blocks = find_blocks(model)
     inputs = [image[None] for image in images[:_IMAGES]]
     starts = ends_of(cut_out(model, None, blocks[0].start), inputs)
-    errors: dict[str, F64] = {}
-    parts: dict[str, float] = {}
+    strengths: dict[str, F64] = {}
+    ranges: dict[str, F64] = {}
+    parts: dict[str, tuple[float, None]] = {}
     for block in blocks:
         trial = _Trial(model, block, starts)
         for name in block.linears:
             if name in statistics and trial.foldable(name):
-                errors[name] = trial.errors(name, statistics[name])
-                parts[name] = trial.part(name)
+                parts[name] = trial.parts(name)
+                tried = [Setting(strength, parts[name][0]) for strength in _STRENGTHS]
+                strengths[name] = trial.errors(name, statistics[name], tried)
+                best = tried[int(strengths[name].argmin())]
+                tried = [replace(best, part=part) for part in parts[name]]
+                ranges[name] = trial.errors(name, statistics[name], tried)
         starts = trial.ends
-    return {n: Setting(_STRENGTHS[k], parts[n]) for n, k in choose(errors).items()}
+    chosen = choose(ranges)
+    return {n: Setting(_STRENGTHS[k], parts[n][chosen[n]]) for n, k in choose(strengths).items()}
 
 
 def choose(errors: Mapping[str, F64]) -> dict[str, int]:
@@ -142,17 +154,17 @@ class _Trial:
         """Whether a Linear's smoothing has a place to be folded into."""
         return name in self._source_names
 
-    def part(self, name: str) -> float:
-        """The range of a Linear's input divided by its largest value."""
-        return _MARGIN if name in self._one_token else 1.0
+    def parts(self, name: str) -> tuple[float, None]:
+        """The ranges to try: one that clips nothing, and that of the least expected error."""
+        return (_MARGIN if name in self._one_token else 1.0), None
 
-    def errors(self, name: str, statistics: ChannelStatistics) -> F64:
-        """The error of the block's output for each strength, (K,)."""
-        return np.asarray([self._error(name, statistics, each) for each in _STRENGTHS])
+    def errors(self, name: str, statistics: ChannelStatistics, settings: Sequence[Setting]) -> F64:
+        """The error of the block's output for each of the settings, (K,)."""
+        return np.asarray([self._error(name, statistics, each) for each in settings])
 
-    def _error(self, name: str, statistics: ChannelStatistics, strength: float) -> float:
+    def _error(self, name: str, statistics: ChannelStatistics, setting: Setting) -> float:
         part = self._copy()
-        _quantise_input(part, name, statistics, Setting(strength, self.part(name)))
+        _quantise_input(part, name, statistics, setting)
         found = run_part(part, list(part.graph.outputs), self._starts)
         pairs = zip(self.ends, found, strict=True)
         return sum(_token_error(output - end) for end, (output,) in pairs)
@@ -185,7 +197,11 @@ def _quantise_input(
     fold(site, source, folding)
     weight = values_of(site.weight)
     values = Distribution.of(statistics, folding.shift, folding.scale)
-    step = INT8.step(values.amax * setting.part)
-    QdqWriter(part.graph, unsigned=True).activation(site.matmul, 0, name, step)
+    if setting.part is None:
+        squares = np.einsum("ij,ij->i", weight, weight).astype(np.float64)
+        limit = choose_range(values, "auto", squares)
+    else:
+        limit = values.amax * setting.part
+    QdqWriter(part.graph, unsigned=True).activation(site.matmul, 0, name, INT8.step(limit))
     error = weight_error(weight, *quantize_weight(weight))
     write_initializer(site.matmul, 1, weight + np.float32(ROUNDED_SHARE**0.5) * error)
