@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from clipdeploy.core.errors import CheckpointError
 from clipdeploy.models.checkpoints.canonical import canonical
 from clipdeploy.models.checkpoints.foreign import listed
+from clipdeploy.models.checkpoints.layouts.hf_clip import encoder_layers
 from clipdeploy.models.checkpoints.layouts.layout import Gelu, Layout, rules
+from clipdeploy.models.checkpoints.layouts.openai import RESBLOCKS
 from clipdeploy.models.clip.tokenizer import CONTEXT, VOCABULARY
 from clipdeploy.models.vit import Block, BlockConfig
 
@@ -29,8 +31,6 @@ __all__ = ["TextGeometry", "TextTower", "text_tower"]
 # As in all of CLIP's and open_clip's text towers of this kind.
 _HEAD_WIDTH = 64
 _ENDS = r"(weight|bias)"
-_BLOCK = r"transformer\.resblocks\.(\d+)\."
-_LAYER = r"text_model\.encoder\.layers\.(\d+)\."
 _EMBEDDINGS = r"text_model\.embeddings\."
 
 _LAYOUTS = (
@@ -45,12 +45,7 @@ _LAYOUTS = (
             (r"text_projection", "columns"),
             (r"text_projection\.weight", "proj.weight"),
             (r"attn_mask", ""),
-            (_BLOCK + r"ln_([12])\." + _ENDS, r"blocks.\1.norm\2.\3"),
-            (_BLOCK + r"attn\.in_proj_" + _ENDS, r"blocks.\1.attn.qkv.\2"),
-            (_BLOCK + r"attn\.out_proj\." + _ENDS, r"blocks.\1.attn.proj.\2"),
-            (_BLOCK + r"ls_([12])\.gamma", r"blocks.\1.ls\2.gamma"),
-            (_BLOCK + r"mlp\.c_fc\." + _ENDS, r"blocks.\1.mlp.fc1.\2"),
-            (_BLOCK + r"mlp\.c_proj\." + _ENDS, r"blocks.\1.mlp.fc2.\2"),
+            *RESBLOCKS,
         ),
     ),
     Layout(
@@ -63,10 +58,7 @@ _LAYOUTS = (
             (_EMBEDDINGS + r"position_ids", ""),
             (r"text_model\.final_layer_norm\." + _ENDS, r"norm.\1"),
             (r"text_projection\.weight", "proj.weight"),
-            (_LAYER + r"layer_norm([12])\." + _ENDS, r"blocks.\1.norm\2.\3"),
-            (_LAYER + r"self_attn\.([qkv])_proj\." + _ENDS, r"blocks.\1.attn.\2.\3"),
-            (_LAYER + r"self_attn\.out_proj\." + _ENDS, r"blocks.\1.attn.proj.\2"),
-            (_LAYER + r"mlp\.(fc[12])\." + _ENDS, r"blocks.\1.mlp.\2.\3"),
+            *encoder_layers("text_model"),
         ),
     ),
 )

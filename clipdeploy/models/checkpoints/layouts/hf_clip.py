@@ -8,10 +8,21 @@ import re
 
 from clipdeploy.models.checkpoints.layouts.layout import Layout, rules
 
-__all__ = ["HF_CLIP"]
+__all__ = ["HF_CLIP", "encoder_layers"]
 
-_LAYER = r"vision_model\.encoder\.layers\.(\d+)\."
 _ENDS = r"(weight|bias)"
+
+
+def encoder_layers(tower: str) -> tuple[tuple[str, str], ...]:
+    """The rules for the blocks of a tower: ``vision_model`` or ``text_model``."""
+    layer = tower + r"\.encoder\.layers\.(\d+)\."
+    return (
+        (layer + r"layer_norm([12])\." + _ENDS, r"blocks.\1.norm\2.\3"),
+        (layer + r"self_attn\.([qkv])_proj\." + _ENDS, r"blocks.\1.attn.\2.\3"),
+        (layer + r"self_attn\.out_proj\." + _ENDS, r"blocks.\1.attn.proj.\2"),
+        (layer + r"mlp\.(fc[12])\." + _ENDS, r"blocks.\1.mlp.\2.\3"),
+    )
+
 
 HF_CLIP = Layout(
     name="transformers CLIP",
@@ -25,10 +36,7 @@ HF_CLIP = Layout(
         (r"vision_model\.pre_layrnorm\." + _ENDS, r"norm_pre.\1"),
         (r"vision_model\.post_layernorm\." + _ENDS, r"norm.\1"),
         (r"classifier\." + _ENDS, r"head.\1"),
-        (_LAYER + r"layer_norm([12])\." + _ENDS, r"blocks.\1.norm\2.\3"),
-        (_LAYER + r"self_attn\.([qkv])_proj\." + _ENDS, r"blocks.\1.attn.\2.\3"),
-        (_LAYER + r"self_attn\.out_proj\." + _ENDS, r"blocks.\1.attn.proj.\2"),
-        (_LAYER + r"mlp\.(fc[12])\." + _ENDS, r"blocks.\1.mlp.\2.\3"),
+        *encoder_layers("vision_model"),
     ),
     outside=re.compile(r"(.*\.)?(text_model\..*|(text|visual)_projection\.weight|logit_scale)"),
     # CLIPVisionConfig.hidden_act is quick_gelu for OpenAI's weights and gelu for LAION's.

@@ -7,10 +7,19 @@ import re
 
 from clipdeploy.models.checkpoints.layouts.layout import Layout, rules
 
-__all__ = ["OPENAI"]
+__all__ = ["OPENAI", "RESBLOCKS"]
 
 _BLOCK = r"transformer\.resblocks\.(\d+)\."
 _ENDS = r"(weight|bias)"
+# Of both towers.
+RESBLOCKS = (
+    (_BLOCK + r"ln_([12])\." + _ENDS, r"blocks.\1.norm\2.\3"),
+    (_BLOCK + r"attn\.in_proj_" + _ENDS, r"blocks.\1.attn.qkv.\2"),
+    (_BLOCK + r"attn\.out_proj\." + _ENDS, r"blocks.\1.attn.proj.\2"),
+    (_BLOCK + r"ls_([12])\.gamma", r"blocks.\1.ls\2.gamma"),
+    (_BLOCK + r"mlp\.c_fc\." + _ENDS, r"blocks.\1.mlp.fc1.\2"),
+    (_BLOCK + r"mlp\.c_proj\." + _ENDS, r"blocks.\1.mlp.fc2.\2"),
+)
 
 OPENAI = Layout(
     name="open_clip",
@@ -23,12 +32,7 @@ OPENAI = Layout(
         (r"ln_pre\." + _ENDS, r"norm_pre.\1"),
         (r"ln_post\." + _ENDS, r"norm.\1"),
         (r"proj", "proj"),
-        (_BLOCK + r"ln_([12])\." + _ENDS, r"blocks.\1.norm\2.\3"),
-        (_BLOCK + r"attn\.in_proj_" + _ENDS, r"blocks.\1.attn.qkv.\2"),
-        (_BLOCK + r"attn\.out_proj\." + _ENDS, r"blocks.\1.attn.proj.\2"),
-        (_BLOCK + r"ls_([12])\.gamma", r"blocks.\1.ls\2.gamma"),
-        (_BLOCK + r"mlp\.c_fc\." + _ENDS, r"blocks.\1.mlp.fc1.\2"),
-        (_BLOCK + r"mlp\.c_proj\." + _ENDS, r"blocks.\1.mlp.fc2.\2"),
+        *RESBLOCKS,
     ),
     outside=re.compile(
         r"(.*\.)?(transformer\.resblocks\..*|token_embedding\.weight|positional_embedding"
