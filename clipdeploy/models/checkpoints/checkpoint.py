@@ -38,6 +38,8 @@ _UNNAMED = re.compile(r"LABEL_\d+")
 # Numbers that only OpenAI's archives contain, whose models all use QuickGELU (openai/CLIP model.py,
 # build_model).
 _OPENAI = frozenset({"input_resolution", "context_length", "vocab_size"})
+# Whole numbers that a CLIP's file may contain.
+_COUNTS = _OPENAI | {"position_ids"}
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -160,12 +162,17 @@ def read_tower(
     """
     archive = read_archive(path)
     found = select_model(archive.loaded, archive.path, choices.averaged, tower=True)
-    _refuse_unsupported({n: v for n, v in found.beside.items() if n not in _OPENAI}, archive.path)
-    if choices.gelu is None and found.beside.keys() >= _OPENAI:
+    names = {name.rpartition(".")[2] for name in found.beside}
+    if choices.gelu is None and names >= _OPENAI:
         choices = replace(choices, gelu="quick")
     made = _checkpoint(archive, found, replace(choices, pooling="token"))
-    beside = {n: v.float() for n, v in found.beside.items() if n not in _OPENAI}
-    return made, beside, archive.config
+    beside = {
+        name: value
+        for name, value in found.beside.items()
+        if name.rpartition(".")[2] not in _COUNTS
+    }
+    _refuse_unsupported(beside, archive.path)
+    return made, {name: value.float() for name, value in beside.items()}, archive.config
 
 
 def _checkpoint(archive: Archive, found: FoundModel, choices: ModelChoices) -> Checkpoint:

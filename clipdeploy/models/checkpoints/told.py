@@ -9,8 +9,14 @@ from typing import Any, get_args
 from clipdeploy.core.errors import CheckpointError
 from clipdeploy.models.checkpoints.layouts.layout import Gelu, Layout, Pooling
 
-__all__ = ["Told", "told_by"]
+__all__ = ["Told", "told_by", "told_of_text"]
 
+# Of configuration_clip.py and configuration_vit.py in transformers.
+_DEFAULTS: dict[tuple[Any, str], dict[str, Any]] = {
+    ("clip", "vision_config"): {"hidden_act": "quick_gelu", "num_attention_heads": 12},
+    ("clip", "text_config"): {"hidden_act": "quick_gelu", "num_attention_heads": 8},
+    ("vit", "vision_config"): {"hidden_act": "gelu", "num_attention_heads": 12},
+}
 _GELUS: dict[str, Gelu] = {"gelu": "erf", "gelu_python": "erf", "quick_gelu": "quick"}
 _POOLINGS: dict[str, Pooling] = {"token": "token", "avg": "avg"}
 
@@ -49,10 +55,20 @@ def _zero_shot(config: Mapping[str, Any]) -> Told:
     )
 
 
-def _transformers(config: Mapping[str, Any]) -> Told:
-    inner = config.get("vision_config", config)
-    if not isinstance(inner, Mapping) or not inner:
-        return Told()
+def told_of_text(config: Mapping[str, Any]) -> Told:
+    """What transformers' ``config.json`` tells about CLIP's text tower.
+
+    Raises:
+        CheckpointError: see :func:`told_by`.
+    """
+    return _transformers(config, "text_config") if "text_config" in config else Told()
+
+
+def _transformers(config: Mapping[str, Any], part: str = "vision_config") -> Told:
+    given = config.get(part, config)
+    # A configuration may leave out what is the default.
+    inner = _DEFAULTS.get((config.get("model_type"), part), {})
+    inner = {**inner, **(given if isinstance(given, Mapping) else {})}
     act = inner.get("hidden_act")
     if isinstance(act, str) and act not in _GELUS:
         raise CheckpointError(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -14,6 +12,7 @@ from clipdeploy.core.errors import CheckpointError
 from clipdeploy.core.passport import ModelChoices
 from clipdeploy.models.checkpoints import Checkpoint, read_tower
 from clipdeploy.models.checkpoints.foreign import listed
+from clipdeploy.models.checkpoints.told import told_of_text
 from clipdeploy.models.clip.text import TextTower, text_tower
 
 __all__ = ["ClipPair", "read_pair"]
@@ -45,9 +44,11 @@ def read_pair(path: Path, choices: ModelChoices = ModelChoices()) -> ClipPair:
     """
     image, beside, config = read_tower(path, choices)
     scale = _take(beside, _SCALE, image.path)
-    gelu, eps = image.choices.gelu or "erf", image.choices.eps or image.native_eps
-    heads = _text_heads(config)
-    text, others = text_tower(beside, image.path, gelu, eps, heads)
+    told = told_of_text(config)
+    # A configuration may have another GELU for texts; the caller's choice is for both towers.
+    gelu = choices.gelu or told.gelu or image.choices.gelu or "erf"
+    eps = choices.eps or told.eps or image.choices.eps or image.native_eps
+    text, others = text_tower(beside, image.path, gelu, eps, told.heads)
     tensors = dict(image.tensors)
     projection = tensors.pop("proj", None)
     own = [name for name in others if name.endswith(_PROJECTION)]
@@ -94,9 +95,3 @@ def _exp(scale: Tensor, path: Path) -> float:
             hint="the file is damaged: download it again",
         )
     return value
-
-
-def _text_heads(config: Mapping[str, Any]) -> int | None:
-    inner = config.get("text_config")
-    heads = inner.get("num_attention_heads") if isinstance(inner, Mapping) else None
-    return heads if isinstance(heads, int) and heads > 0 else None

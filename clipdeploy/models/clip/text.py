@@ -55,7 +55,6 @@ _LAYOUTS = (
         rules=rules(
             (_EMBEDDINGS + r"token_embedding\.weight", "token_embed"),
             (_EMBEDDINGS + r"position_embedding\.weight", "pos_embed"),
-            (_EMBEDDINGS + r"position_ids", ""),
             (r"text_model\.final_layer_norm\." + _ENDS, r"norm.\1"),
             (r"text_projection\.weight", "proj.weight"),
             *encoder_layers("text_model"),

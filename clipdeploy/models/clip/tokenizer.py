@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipdeploy.core.errors import UsageError
+from clipdeploy.core.printable import printable
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -95,8 +96,13 @@ def _words(text: str) -> list[str]:
             "CLIP's tokenizer needs ftfy and regex", hint="pip install 'clipdeploy[clip]'"
         ) from error
     # Twice, as in simple_tokenizer.py: &amp;lt; is a <.
-    plain = html.unescape(html.unescape(fix_text(text)))
-    words: list[str] = regex.findall(_WORDS, " ".join(plain.split()).lower())
+    plain = " ".join(html.unescape(html.unescape(fix_text(text))).split()).lower()
+    if any(special in plain for special in _SPECIAL):
+        raise UsageError(
+            f"{printable(text)!r} contains a token of CLIP's, which would end the text",
+            hint=f"leave {', '.join(_SPECIAL)} out of names and templates",
+        )
+    words: list[str] = regex.findall(_WORDS, plain)
     return words
 
 
@@ -107,12 +113,6 @@ def tokenize(texts: Sequence[str]) -> Tokens:
         UsageError: a text contains a token of CLIP's own, such as ``<|endoftext|>``.
         UsageError: or the extra ``clip`` is not installed.
     """
-    for text in texts:
-        if any(special in text for special in _SPECIAL):
-            raise UsageError(
-                f"{text!r} contains a token of CLIP's, which would end the text",
-                hint=f"leave {', '.join(_SPECIAL)} out of names and templates",
-            )
     found = _tokenizer().encode_batch([_words(text) for text in texts], is_pretokenized=True)
     ids = np.zeros((len(texts), CONTEXT), np.int64)
     cut = []

@@ -47,7 +47,7 @@ def test_long_texts_are_cut_and_named() -> None:
 
 
 def test_clips_own_tokens_are_refused() -> None:
-    for token in ("<|endoftext|>", "<start_of_text>"):
+    for token in ("<|endoftext|>", "<start_of_text>", "<END_OF_TEXT>", "&lt;|startoftext|&gt;"):
         with pytest.raises(UsageError, match="token of CLIP's"):
             tokenize(["a cat", f"a {token} cat"])
 

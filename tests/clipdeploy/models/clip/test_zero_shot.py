@@ -6,8 +6,10 @@ Covers: clipdeploy/models/clip/pair.py, clipdeploy/models/clip/text.py,
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,6 +120,56 @@ def test_prompts_that_are_too_long_are_named(pair: ClipPair) -> None:
     _, cut = class_embeddings(pair.text, long)
     assert len(cut) == len(PROMPTS.templates)
     assert cut[0].startswith("a photo of a shark shark")
+
+
+def written_anew(folder: Path, config: dict[str, Any] | None = None, **extra: Tensor) -> Path:
+    """transformers' CLIP with another ``config.json``, and with more tensors."""
+    path = write_clip("transformers", folder)
+    if config is not None:
+        (path / "config.json").write_text(json.dumps(config))
+    tensors = load_file(path / "model.safetensors")
+    save_file(tensors | extra, path / "model.safetensors")
+    return path
+
+
+def test_files_of_older_transformers_have_position_ids(tmp_path: Path) -> None:
+    """As openai/clip-vit-base-patch16's on the hub."""
+    names = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
+    path = written_anew(tmp_path, **{name: torch.arange(77)[None] for name in names})
+    found, _ = class_embeddings(read_pair(path).text, PROMPTS)
+    assert error(found, ORACLES["transformers-classes"]) < TOLERANCE
+
+
+def test_a_configuration_may_leave_out_defaults(tmp_path: Path) -> None:
+    heads = {"num_attention_heads": 2}
+    short = {"model_type": "clip", "vision_config": heads, "text_config": heads}
+    pair = read_pair(written_anew(tmp_path / "short", short))
+    assert (
+        error(class_embeddings(pair.text, PROMPTS)[0], ORACLES["transformers-classes"]) < TOLERANCE
+    )
+    assert pair.image.choices.gelu == "quick"
+    # Without the number of heads it is transformers' default, which is not that of this width.
+    bare = {"model_type": "clip", "vision_config": {}, "text_config": {}}
+    pair = read_pair(written_anew(tmp_path / "bare", bare))
+    assert pair.image.shape.heads == 12
+    assert pair.text.blocks[0].attn.heads == 8
+
+
+def test_the_towers_may_have_different_gelus(tmp_path: Path) -> None:
+    vision = {"hidden_act": "quick_gelu", "num_attention_heads": 2}
+    config = {"vision_config": vision, "text_config": vision | {"hidden_act": "gelu"}}
+    pair = read_pair(written_anew(tmp_path, config))
+    assert pair.image.choices.gelu == "quick"
+    assert error(class_embeddings(pair.text, PROMPTS)[0], ORACLES["transformers-classes"]) > 1e-3
+
+
+def test_a_training_checkpoint_of_open_clip(tmp_path: Path) -> None:
+    """Nested, behind DistributedDataParallel's prefix, with the optimizer's state."""
+    inside = {f"module.{name}": value for name, value in clip_tensors("open_clip").items()}
+    state = {"epoch": 3, "name": "run", "state_dict": inside, "optimizer": {"state": {}}}
+    torch.save(state, tmp_path / "epoch_3.pt")
+    pair = read_pair(tmp_path / "epoch_3.pt", ModelChoices(gelu="erf"))
+    assert error(class_embeddings(pair.text, PROMPTS)[0], ORACLES["open_clip-classes"]) < TOLERANCE
 
 
 def without(*names: str) -> dict[str, Tensor]:
