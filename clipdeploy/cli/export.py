@@ -37,6 +37,8 @@ __all__ = ["export", "model_or_none", "weights_choice", "weights_options"]
 
 def _classes(passport: Passport) -> str:
     names = passport.class_names
+    if passport.embeds:
+        return f"none: embeddings of {passport.classes} numbers"
     if not names:
         return f"{passport.classes}, without names"
     source = {
@@ -155,6 +157,16 @@ _WEIGHTS_OPTIONS = (
         default_text=default_of("clipdeploy.models.load.ZeroShot", "templates"),
     ),
     option(
+        "--embeddings",
+        is_flag=False,
+        flag_value="normalised",
+        type=click.Choice(["normalised", "raw"]),
+        metavar="[normalised|raw]",
+        help="Make an embedding model of CLIP, which is --checkpoint or --model OWNER/NAME: images "
+        "to vectors of length 1 (normalised), or as CLIP's projection gives them (raw).",
+        default_text="the checkpoint is a classifier",
+    ),
+    option(
         "--numerics",
         type=click.Choice(choices_of(_RECIPE, "numerics")),
         default=default_of(_RECIPE, "numerics"),
@@ -206,15 +218,18 @@ def weights_choice(context: Context, options: dict[str, Any]) -> tuple[WeightsCh
         UsageError: two kinds of weights, or a checkpoint option without a checkpoint.
     """
     refuse_together("checkpoint", "random_init")
-    if options["checkpoint"] is None and options["zero_shot"] is None:
+    if all(options[name] is None for name in ("checkpoint", "zero_shot", "embeddings")):
         refuse_unused(_READING, "--checkpoint", "pass --checkpoint FILE")
     elif options["image_size"] is None and not options["resize_pos_embed"]:
         refuse_unused(["resampling"], "--image-size", "pass --image-size PIXELS")
     if options["zero_shot"] is None:
         refuse_unused(["templates"], "--zero-shot", "pass --zero-shot CLASSES")
     refuse_together("zero_shot", "class_names")
+    refuse_together("zero_shot", "embeddings")
+    refuse_together("embeddings", "class_names")
     # CLIP's embedding is that of the class token.
     refuse_together("zero_shot", "pooling")
+    refuse_together("embeddings", "pooling")
     from clipdeploy.core.passport import ModelChoices, Recipe
     from clipdeploy.models.load import WeightsChoice, ZeroShot
 
@@ -236,6 +251,7 @@ def weights_choice(context: Context, options: dict[str, Any]) -> tuple[WeightsCh
         image_size=options["image_size"],
         probe=options["probe"],
         zero_shot=None if classes is None else ZeroShot(classes, *filter(None, [templates])),
+        embedding=options["embeddings"],
     )
     preprocessing = {name: options[name] for name in ("mean", "std", "crop_pct")}
     return choice, Recipe(options["numerics"], options["resize"], **preprocessing)
@@ -244,9 +260,10 @@ def weights_choice(context: Context, options: dict[str, Any]) -> tuple[WeightsCh
 def model_or_none(context: Context, name: str | None, weights: WeightsChoice) -> str | None:
     """The full name of the model; None if it is to be inferred from the checkpoint.
 
-    With class texts, it may be a repository of CLIP's.
+    With class texts or for embeddings, it may be a repository of CLIP's.
     """
-    if name is not None and weights.zero_shot is not None and weights.checkpoint is None:
+    of_clip = weights.zero_shot is not None or weights.embedding is not None
+    if name is not None and "/" in name and of_clip and weights.checkpoint is None:
         return name
     if name is None and weights.checkpoint is not None:
         from_settings = context.setting("model")
@@ -259,7 +276,8 @@ def model_or_none(context: Context, name: str | None, weights: WeightsChoice) ->
     "clipdeploy export --model clip-vit-base-p16\n"
     "clipdeploy export --checkpoint finetuned.safetensors\n"
     "clipdeploy export --checkpoint model_best.pth.tar --no-ema --image-size 256\n"
-    "clipdeploy export --model openai/clip-vit-base-patch16 --zero-shot imagenet",
+    "clipdeploy export --model openai/clip-vit-base-patch16 --zero-shot imagenet\n"
+    "clipdeploy export --model openai/clip-vit-base-patch16 --embeddings",
 )
 @model_option
 @weights_options

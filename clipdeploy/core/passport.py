@@ -79,6 +79,10 @@ NamesFrom = Literal["", "card", "file", "checkpoint", "assumed"]
 Precision = Literal["fp32", "fp16", "int8", "int8-cpu", "fp8"]
 # Precisions whose ranges come from calibration images; the first two have engines.
 QUANTISED: tuple[Precision, ...] = ("int8", "fp8", "int8-cpu")
+# CLIP's embedding as the output: of length 1, or as the projection gives it.
+Embedding = Literal["normalised", "raw"]
+# What the output is: a logit for each class, or an embedding.
+Task = Literal["classification", "embedding"]
 # How a weight's scales are stored: see calibration/write.py.
 ScaleForm = Literal["channel", "ratio", "tensor"]
 
@@ -302,8 +306,8 @@ class Passport:
     ``parents`` maps a role (``source_graph``, ``calibration``) to the SHA-256 of that file; the
     role ``weights`` is the file beside a graph that holds its weights, if they are not inside.
     ``settings`` holds the options of the stage that wrote the artifact.  ``classes`` is the number
-    of logits, ``class_names`` their names in order, empty if unknown, and ``class_names_from``
-    their source.
+    of logits, or the width of the embedding; ``class_names`` are the classes' names in order, empty
+    if unknown, and ``class_names_from`` their source.
     """
 
     kind: Literal["graph", "calibration", "engine"]
@@ -320,7 +324,13 @@ class Passport:
     parents: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    task: Task = "classification"
     schema: int = PASSPORT_SCHEMA
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the output is an embedding, not logits."""
+        return self.task == "embedding"
 
     @property
     def made_from(self) -> dict[str, str]:

@@ -28,6 +28,7 @@ from clipdeploy.core.passport import (
     IMAGENET_STD,
     INCEPTION_MEAN,
     INCEPTION_STD,
+    Embedding,
     Preprocess,
     Recipe,
 )
@@ -59,10 +60,10 @@ DOWNLOAD_ROOT = "https://download.openmmlab.com/mmclassification/v0/clip/"
 HUB_PREFIX = "hf://"
 DEMO = "clip-vit-demo"
 # Patch, image size, width, blocks, heads, the MLP's width where it is not four times the width, and
-# the width of CLIP's embedding before a zero-shot head.
+# the width of CLIP's embedding before a zero-shot head, or as the output.
 _GEOMETRY = re.compile(
     r"vit-p(?P<patch>\d+)-(?P<image_size>\d+)px-w(?P<width>\d+)-d(?P<depth>\d+)-h(?P<heads>\d+)"
-    r"(?:-m(?P<hidden>\d+))?(?:-e(?P<embed>\d+))?"
+    r"(?:-m(?P<hidden>\d+))?(?:-e(?P<embed>\d+)(?:-(?P<embedding>normalised|raw))?)?"
 )
 _MOST_DIGITS = 5
 # Names a file of the user's cards, with the columns of ``zoo.csv``.
@@ -89,8 +90,9 @@ class ModelCard:
     empty if unpublished.  ``short`` is the short name, which ``aliases`` has too; empty if the card
     has none.  ``normalisation`` names the mean and std of the training: ``clip``, ``imagenet`` or
     ``inception``.  ``hidden`` is the MLP's width, None for four times ``width``.  ``embed`` is the
-    width of CLIP's embedding that a zero-shot head reads, None for other heads.  A ``generic`` card
-    is of a geometry, not of a published checkpoint.
+    width of CLIP's embedding that a zero-shot head reads, None for other heads; with ``embedding``
+    it is the output, of length 1 or raw, and there is no head.  A ``generic`` card is of a
+    geometry, not of a published checkpoint.
     """
 
     name: str
@@ -113,6 +115,7 @@ class ModelCard:
     heads: int = 12
     hidden: int | None = None
     embed: int | None = None
+    embedding: Embedding | None = None
     generic: bool = False
     short: str = ""
     normalisation: str = "clip"
@@ -258,7 +261,9 @@ def _card(row: DataRow) -> ModelCard:
     name = value("name", _name)
     timm_name, short = (value(column, _name, "") for column in ("timm_name", "alias"))
     mm_name = _mmpretrain_name(name) if value("mm_config", str, "") else ""
-    sizes = {column: value(column, _count, usual) for column, usual in _SIZES.items()}
+    sizes: dict[str, Any] = {
+        column: value(column, _count, usual) for column, usual in _SIZES.items()
+    }
     try:
         card = geometry_card(**sizes)
     except UsageError as error:
@@ -348,6 +353,7 @@ def geometry_card(
     heads: int,
     hidden: int | None = None,
     embed: int | None = None,
+    embedding: Embedding | None = None,
 ) -> ModelCard:
     """The card of a geometry that no published checkpoint has, named after it.
 
@@ -358,6 +364,7 @@ def geometry_card(
     name = f"vit-p{patch}-{image_size}px-w{width}-d{depth}-h{heads}"
     name += "" if hidden is None else f"-m{hidden}"
     name += "" if embed is None else f"-e{embed}"
+    name += "" if embedding is None else f"-{embedding}"
     extra = [size for size in (hidden, embed) if size is not None]
     sizes = (patch, image_size, width, depth, heads, *extra)
     if min(sizes) < 1 or image_size > MOST_EDGE or image_size % patch or width % heads:
@@ -368,7 +375,7 @@ def geometry_card(
         )
     mlp, tokens = hidden or 4 * width, (image_size // patch) ** 2 + 1
     linears = 4 * width**2 + 2 * width * mlp
-    kernel, classes = 3 * patch**2 * width, 1000
+    kernel, classes = 3 * patch**2 * width, 0 if embedding else 1000
     features, projection = embed or width, (embed or 0) * width
     # Two LayerNorms and the Linears' biases in each block; two LayerNorms, the class token, the
     # position embedding, the projection and the head around them.
@@ -395,6 +402,8 @@ def geometry_card(
         heads=heads,
         hidden=hidden,
         embed=embed,
+        embedding=embedding,
+        classes=embed if embedding and embed else classes,
         generic=True,
     )
 
@@ -402,11 +411,13 @@ def geometry_card(
 def _named_geometry(name: str) -> ModelCard | None:
     """The card of a geometry's name; None for other names and impossible geometries."""
     found = _GEOMETRY.fullmatch(name)
-    if found is None or any(len(text or "") > _MOST_DIGITS for text in found.groups()):
+    if found is None or any(len(text or "") > _MOST_DIGITS for text in found.groups()[:-1]):
         return None
-    sizes = {key: int(text) for key, text in found.groupdict().items() if text is not None}
+    texts = found.groupdict()
+    embedding = cast(Embedding | None, texts.pop("embedding"))
+    sizes: dict[str, Any] = {k: int(text) for k, text in texts.items() if text is not None}
     try:
-        card = geometry_card(**sizes)
+        card = geometry_card(**sizes, embedding=embedding)
     except UsageError:
         return None
     return card if card.name == name else None

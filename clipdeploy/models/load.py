@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clipdeploy.core.errors import ArtifactError, CheckpointError, UsageError
-from clipdeploy.core.passport import ModelChoices, Recipe, WeightsOrigin
+from clipdeploy.core.passport import Embedding, ModelChoices, Recipe, WeightsOrigin
 from clipdeploy.core.paths import StrPath
 from clipdeploy.core.spans import HEADS, IMAGE_SIZE, SEED, check_numbers
 from clipdeploy.models import cards
@@ -25,6 +25,8 @@ from clipdeploy.models.checkpoints import (
 )
 from clipdeploy.models.checkpoints.position import Resampling
 from clipdeploy.models.checkpoints.preprocessing import Preprocessing
+from clipdeploy.models.clip.embedding import image_tower
+from clipdeploy.models.clip.pair import read_pair
 from clipdeploy.models.vit import VisionTransformer, ViTConfig
 
 __all__ = [
@@ -83,6 +85,7 @@ class WeightsChoice:
         probe: a file with inputs and their logits in the user's framework, with which the model
             must agree, see :mod:`clipdeploy.models.probe`.
         zero_shot: makes a zero-shot classifier of the checkpoint, which is a CLIP.
+        embedding: makes an embedding model of the checkpoint, which is a CLIP.
 
     Raises:
         UsageError: a number is invalid, or a seed is given with a checkpoint or with choices for
@@ -101,6 +104,7 @@ class WeightsChoice:
     image_size: int | None = None
     probe: StrPath | None = None
     zero_shot: ZeroShot | None = None
+    embedding: Embedding | None = None
 
     def __post_init__(self) -> None:
         check_numbers(
@@ -153,6 +157,7 @@ def _config(card: ModelCard, recipe: Recipe, classes: int) -> ViTConfig:
         hidden=card.hidden,
         eps=_recipe_eps(recipe),
         embed=card.embed,
+        embedding=card.embedding,
     )
 
 
@@ -293,7 +298,7 @@ def infer_card(choice: WeightsChoice, preferred: str | None = None) -> ModelCard
     """
     if choice.checkpoint is None:
         raise UsageError("no model is named", hint="name a model, or a checkpoint to infer it from")
-    return card_for(_read_file(choice), choice, preferred)
+    return card_for(_read_file(choice, choice.embedding), choice, preferred)
 
 
 def card_for(
@@ -321,7 +326,7 @@ def card_for(
         == (shape.patch, size, shape.width, shape.depth)
         and shape.pre_norm
         and shape.hidden == 4 * shape.width
-        and shape.embed == card.embed
+        and (shape.embed, choice.embedding) == (card.embed, card.embedding)
         and heads in (None, card.heads)
     ]
     published = [
@@ -335,9 +340,8 @@ def card_for(
     for card in (*published, *known):
         return card
     heads = heads or (usual[0].heads if usual else _clip_heads(checkpoint))
-    own = cards.geometry_card(
-        shape.patch, size, shape.width, shape.depth, heads, shape.hidden, shape.embed
-    )
+    sizes = (shape.patch, size, shape.width, shape.depth, heads, shape.hidden, shape.embed)
+    own = cards.geometry_card(*sizes, choice.embedding)
     return own if own.name == preferred or not usual else usual[0]
 
 
@@ -437,10 +441,11 @@ def _check_choice(card: ModelCard, choice: WeightsChoice) -> None:
     for name, option, own in (
         ("heads", choice.heads, card.heads),
         ("image size", choice.image_size, card.image_size),
+        ("the output", choice.embedding, card.embedding),
     ):
         if option not in (None, own):
             raise UsageError(
-                f"{card.name} has {name} {own}, not {option}",
+                f"{card.name} has {name} {own or 'logits'}, not {option}",
                 hint="leave out the model's name, so that it is inferred from the checkpoint",
             )
 
@@ -471,15 +476,18 @@ def checkpoint_file(choice: WeightsChoice) -> Path:
     return Path(chosen)
 
 
-def _read_file(choice: WeightsChoice) -> Checkpoint:
-    return read_checkpoint(checkpoint_file(choice), choice.choices)
+def _read_file(choice: WeightsChoice, embedding: Embedding | None) -> Checkpoint:
+    path = checkpoint_file(choice)
+    if embedding is None:
+        return read_checkpoint(path, choice.choices)
+    return image_tower(read_pair(path, choice.choices), embedding)
 
 
 def _read(card: ModelCard, choice: WeightsChoice) -> Checkpoint:
     from clipdeploy.models.download import fetch
 
     if choice.checkpoint is not None:
-        return _read_file(choice)
+        return _read_file(choice, card.embedding)
     if card.name == cards.DEMO:
         return read_checkpoint(cards.demo_file("weights.safetensors"), choice.choices)
     path = fetch(card, offline=choice.offline, progress=choice.show_download)

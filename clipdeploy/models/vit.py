@@ -7,7 +7,8 @@
 
 Variants: without norm_pre; QuickGELU, x * sigmoid(1.702 x), instead of GELU; the mean of the patch
 tokens instead of the class token, with a LayerNorm before (norm) or behind it (fc_norm), or none;
-before the head of a zero-shot classifier, CLIP's projection and an L2 normalisation.
+before the head of a zero-shot classifier, CLIP's projection and an L2 normalisation; CLIP's
+embedding instead of logits, normalised or not, without a head.
 
 Two rearrangements keep the exported graph lean without changing the function:
 
@@ -30,6 +31,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from clipdeploy.core.passport import Embedding
 
 __all__ = ["Block", "BlockConfig", "ViTConfig", "VisionTransformer"]
 
@@ -60,7 +63,9 @@ class ViTConfig:
     ``hidden`` is the width of the MLP, 4 * width if None.  ``pooling`` is what the head reads: the
     class token, or the mean of the patch tokens.  ``final_norm`` normalises the tokens before the
     pooling, ``fc_norm`` its result.  ``embed`` is the width of CLIP's embedding, which the head
-    then reads, normalised; None if the head reads the pooled features.
+    then reads, normalised; None if the head reads the pooled features.  ``embedding`` makes the
+    embedding the output, of length 1 or as it is, and ``classes`` its width; None if there is a
+    head.
     """
 
     patch: int
@@ -77,6 +82,7 @@ class ViTConfig:
     final_norm: bool = True
     fc_norm: bool = False
     embed: int | None = None
+    embedding: Embedding | None = None
 
     @property
     def grid(self) -> int:
@@ -171,7 +177,7 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Images (B, 3, S, S) float32, normalised -> logits (B, classes) float32.
+    """Images (B, 3, S, S) float32, normalised -> logits or embeddings (B, classes) float32.
 
     Parameter names follow timm (``blocks.7.mlp.fc2.weight``).  ``position`` has shape
     (1, tokens, width) and already holds the class token at index 0.
@@ -194,21 +200,26 @@ class VisionTransformer(nn.Module):
         self.fc_norm = _norm(config, config.fc_norm)
         if config.embed is not None:
             self.embed = nn.Linear(config.width, config.embed, bias=False)
-        self.head = nn.Linear(config.embed or config.width, config.classes)
+        self.head: nn.Module = nn.Identity()
+        if config.embedding is None:
+            self.head = nn.Linear(config.embed or config.width, config.classes)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Images (B, 3, S, S) -> logits (B, classes)."""
+        """Images (B, 3, S, S) -> logits or embeddings (B, classes)."""
         patches = self.patch_embed(image).flatten(2).transpose(1, 2)
         x = self.norm_pre(F.pad(patches, (0, 0, 1, 0)) + self.position)
         for block in self.blocks:
             x = block(x)
-        return self.head(self._embedded(self.fc_norm(self._pool(x))))
+        output: Tensor = self.head(self._embedded(self.fc_norm(self._pool(x))))
+        return output
 
     def _embedded(self, features: Tensor) -> Tensor:
-        """Features (B, C) -> CLIP's embedding of length 1 (B, D), if there is one."""
+        """Features (B, C) -> CLIP's embedding (B, D), if there is one, of length 1 unless raw."""
         if self.config.embed is None:
             return features
-        embedding = self.embed(features)
+        embedding: Tensor = self.embed(features)
+        if self.config.embedding == "raw":
+            return embedding
         return embedding / embedding.norm(dim=-1, keepdim=True)
 
     def _pool(self, x: Tensor) -> Tensor:

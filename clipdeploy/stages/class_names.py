@@ -44,6 +44,8 @@ def name_classes(
         CheckpointError: the checkpoint has another number of class names than its head has classes.
     """
     card, count = model.card, model.module.config.classes
+    if card.embedding is not None:
+        return ClassNames()
     if weights.class_names is not None:
         names = read_class_names(Path(weights.class_names), count, cards.class_names(card))
         return ClassNames(names, "file")

@@ -26,6 +26,7 @@ __all__ = ["export_model"]
 def _passport(model: LoadedModel, named: ClassNames) -> Passport:
     size = model.card.image_size
     classes = model.module.config.classes
+    embeds = model.module.config.embedding is not None
     return Passport(
         kind="graph",
         model=model.card.name,
@@ -34,11 +35,12 @@ def _passport(model: LoadedModel, named: ClassNames) -> Passport:
         recipe=model.recipe,
         preprocess=model.card.preprocess(model.recipe),
         input=TensorSpec("image", "float32", ("batch", 3, size, size)),
-        output=TensorSpec("logits", "float32", ("batch", classes)),
+        output=TensorSpec("embedding" if embeds else "logits", "float32", ("batch", classes)),
         classes=classes,
         class_names=named.names,
         class_names_from=named.source,
         versions=library_versions(),
+        task="embedding" if embeds else "classification",
     )
 
 
@@ -81,7 +83,8 @@ def export_model(
     A workspace keeps the checkpoint or seed that it was exported with: if ``weights`` names none,
     that one is used, and others are refused unless ``weights.replace``.  If ``name`` is None, the
     model is inferred from the checkpoint.  With ``weights.zero_shot``, the checkpoint is a CLIP,
-    and the graph is a classifier of these texts.  ``note`` is called with remarks: the inferred
+    and the graph is a classifier of these texts; with ``weights.embedding`` it is a CLIP too, and
+    the graph gives embeddings of images.  ``note`` is called with remarks: the inferred
     model, the weights that were chosen, names of classes that may be wrong.
 
     Raises:

@@ -32,14 +32,17 @@ def prepare_weights(
 ) -> tuple[ModelCard, WeightsChoice]:
     """The card and the weights to load; a zero-shot classifier is written into the workspace first.
 
-    CLIP is ``choice.checkpoint``, or the repository ``name`` (``OWNER/NAME``) of the Hugging Face
-    hub.  The classifier is written again only if CLIP, the texts or the templates have changed.
+    For a zero-shot classifier or an embedding model, CLIP is ``choice.checkpoint``, or the
+    repository ``name`` (``OWNER/NAME``) of the Hugging Face hub.  The classifier is written again
+    only if CLIP, the texts or the templates have changed.
 
     Raises:
         UsageError: there is no CLIP for ``choice.zero_shot``, or its texts are invalid.
         CheckpointError, FileError: see :func:`clipdeploy.models.clip.pair.read_pair`.
     """
     wanted = choice.zero_shot
+    if choice.embedding is not None:
+        name, choice = _embedding_source(name, choice)
     if wanted is None:
         return chosen_card(workspace, name, choice, note), choice
     name, choice = _with_source(name, choice)
@@ -76,11 +79,30 @@ def _with_source(name: str | None, choice: WeightsChoice) -> tuple[str | None, W
     if choice.checkpoint is not None:
         return name, choice
     if name is None or "/" not in name:
-        raise UsageError(
-            "a zero-shot classifier needs the checkpoint of a CLIP",
-            hint="pass --checkpoint FILE, or --model OWNER/NAME of the Hugging Face hub",
-        )
+        raise _no_clip("a zero-shot classifier")
     return None, replace(choice, checkpoint=cards.HUB_PREFIX + name)
+
+
+def _embedding_source(name: str | None, choice: WeightsChoice) -> tuple[str | None, WeightsChoice]:
+    """As :func:`_with_source`; ``name`` may also be that of an embedding model."""
+    if choice.class_names is not None:
+        raise UsageError(
+            "an embedding model has no classes", hint="leave out the class names or --embeddings"
+        )
+    if choice.named:
+        return name, choice
+    if name is None:
+        raise _no_clip("an embedding model")
+    if "/" in name:
+        return None, replace(choice, checkpoint=cards.HUB_PREFIX + name)
+    return name, choice
+
+
+def _no_clip(what: str) -> UsageError:
+    return UsageError(
+        f"{what} needs the checkpoint of a CLIP",
+        hint="pass --checkpoint FILE, or --model OWNER/NAME of the Hugging Face hub",
+    )
 
 
 def _with_classes(pair: ClipPair, prompts: Prompts) -> ClipPair:

@@ -48,7 +48,8 @@ class Shape:
     """A model's geometry, from its tensors; None or 0 for what they do not tell.
 
     ``grid`` is the number of patches along a side of the position grid, ``hidden`` the MLP's width,
-    ``embed`` that of the embedding that a zero-shot head reads; None for other heads.
+    ``embed`` that of the embedding that a zero-shot head reads, or that is the output; None for
+    other heads.
     """
 
     width: int = 0
@@ -132,6 +133,8 @@ def expected_shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
     features = config.embed or width
     if config.embed is not None:
         shapes["embed.weight"] = (config.embed, width)
+    if config.embedding is not None:
+        return shapes
     return shapes | {"head.weight": (config.classes, features), "head.bias": (config.classes,)}
 
 

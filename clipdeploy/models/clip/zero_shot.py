@@ -4,10 +4,8 @@
     logits = logit_scale * normalise(embed x) . t(c)
 
 The head's weight is logit_scale * t, so a zero-shot classifier is a ViT with a projection
-``embed``, an L2 normalisation and a linear head.  The length of ``embed``'s result does not matter;
-its weight is divided by the length to expect, so that in FP16 the sum of squares neither overflows
-nor loses bits.  Source: openai/CLIP ``notebooks/Prompt_Engineering_for_ImageNet.ipynb``, open_clip
-``zero_shot_classifier.py``.
+``embed``, an L2 normalisation and a linear head.  Source: openai/CLIP
+``notebooks/Prompt_Engineering_for_ImageNet.ipynb``, open_clip ``zero_shot_classifier.py``.
 """
 
 from __future__ import annotations
@@ -25,6 +23,7 @@ from clipdeploy.core.files import atomic_path, file_errors
 from clipdeploy.core.passport import ZeroShotOrigin
 from clipdeploy.models.cards import ModelCard
 from clipdeploy.models.checkpoints.archive import METADATA_KEY
+from clipdeploy.models.clip.embedding import with_unit_projection
 from clipdeploy.models.clip.pair import ClipPair
 from clipdeploy.models.clip.prompts import Prompts
 from clipdeploy.models.clip.text import TextTower
@@ -75,22 +74,8 @@ def class_embeddings(
     return lasting, tuple(texts[row] for row in tokens.cut)
 
 
-def _expected_length(tensors: dict[str, Tensor]) -> float:
-    """The root mean square length of embed's result, for a normalised input of LayerNorm ``norm``.
-
-    ||W (g * n + b)||^2 is ||W diag(g)||^2 + ||W b||^2 on average, for n of independent entries with
-    mean 0 and variance 1.
-    """
-    weight, gain, shift = (
-        tensors[n].double() for n in ("embed.weight", "norm.weight", "norm.bias")
-    )
-    return float(((weight * gain).square().sum() + (weight @ shift).square().sum()).sqrt())
-
-
 def _tensors(pair: ClipPair, classes: Tensor) -> dict[str, Tensor]:
-    made = dict(pair.image.tensors)
-    length = _expected_length(made)
-    made["embed.weight"] = (made["embed.weight"].double() / length).float()
+    made = with_unit_projection(pair.image.tensors)
     made["head.weight"] = pair.logit_scale * classes
     made["head.bias"] = torch.zeros(len(classes))
     made["patches.weight"] = made.pop("patch_embed.proj.weight")
