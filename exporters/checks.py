@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -103,14 +104,14 @@ def parity_bound(
 
 def check_parity(
     path: Path,
-    images: NDArray[np.float32],
+    images: NDArray[Any],
     reference: dict[int, NDArray[np.float32]],
     tolerance: float = PARITY_TOLERANCE,
 ) -> float:
     """Run the graph at every reference batch size; return the largest difference of a logit.
 
-    ``images`` are (B, 3, S, S); ``reference`` maps b to PyTorch's logits (b, classes) of the first
-    b images.
+    ``images`` are (B, 3, S, S), or token ids (B, 77); ``reference`` maps b to PyTorch's logits
+    (b, classes) of the first b of them.
 
     Raises:
         GraphError: a logit differs by more than :func:`parity_bound`, or is not finite.

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -27,7 +28,7 @@ from exporters.headers import GraphArtifact
 from exporters.passes import run_lean_passes
 from exporters.passes.opset import TRACED_OPSET, SetOpset
 from exporters.preprocess_graph import add_preprocessing, preprocessed_passport
-from exporters.samples import Samples
+from exporters.samples import GraphSamples
 
 __all__ = ["ExportConfig", "export_graph", "trace"]
 
@@ -77,14 +78,15 @@ def _fix_batch(model: ir.Model, batch: int) -> None:
 def trace(module: nn.Module, passport: Passport, config: ExportConfig) -> ir.Model:
     """Trace ``module`` to an ONNX graph, run the graph passes and apply ``config``.
 
-    ``passport`` describes ``module``, so its input is float32 (B, 3, S, S) for every ``config``.
+    ``passport`` describes ``module``, so its input is float32 (B, 3, S, S), or int32 (B, 77), for
+    every ``config``.
 
     Raises:
         GraphError: torch.onnx could not trace the module.
     """
     shape = tuple(axis for axis in passport.input.shape[1:] if isinstance(axis, int))
-    # Two images: torch.export treats an axis of size 1 as a constant.
-    example = torch.zeros(2, *shape)
+    # Two samples: torch.export treats an axis of size 1 as a constant.
+    example = torch.zeros(2, *shape, dtype=getattr(torch, passport.input.dtype))
     batch = torch.export.Dim(BATCH_AXIS, min=1)
     try:
         with _quiet_torch(), torch.no_grad():
@@ -128,7 +130,7 @@ def _graph_passport(passport: Passport, config: ExportConfig) -> Passport:
     batch = BATCH_AXIS if config.batch is None else config.batch
     passport = replace(
         passport,
-        settings=settings_of(config),
+        settings=settings_of(config) | passport.settings,
         input=replace(passport.input, shape=(batch, *passport.input.shape[1:])),
         output=replace(passport.output, shape=(batch, *passport.output.shape[1:])),
     )
@@ -136,10 +138,10 @@ def _graph_passport(passport: Passport, config: ExportConfig) -> Passport:
 
 
 def _reference(
-    module: nn.Module, images: NDArray[np.float32], batches: tuple[int, ...]
+    module: nn.Module, inputs: NDArray[Any], batches: tuple[int, ...]
 ) -> dict[int, NDArray[np.float32]]:
     with torch.no_grad():
-        logits = module(torch.from_numpy(images)).numpy()
+        logits = module(torch.from_numpy(inputs)).numpy()
     return {count: logits[:count] for count in batches}
 
 
@@ -147,7 +149,7 @@ def export_graph(
     module: nn.Module,
     path: Path,
     passport: Passport,
-    samples: Samples,
+    samples: GraphSamples,
     config: ExportConfig = ExportConfig(),
     progress: Progress = SILENT,
     *,
@@ -156,9 +158,10 @@ def export_graph(
     """Export ``module`` to ``path``; the file is created only if every check passes.
 
     Args:
-        module: float32 classifier in evaluation mode, (B, 3, S, S) -> (B, classes).
+        module: float32 classifier in evaluation mode, (B, 3, S, S) -> (B, classes), or a text
+            tower, (B, 77) -> (B, D).
         passport: description of ``module``; the graph's input and output are checked against it.
-        samples: real images for the parity check, about 3.
+        samples: real images or texts for the parity check, about 3.
         release: free the module's parameters before the parity check, to save memory; they are
             empty afterwards.
 
@@ -171,9 +174,10 @@ def export_graph(
     samples = samples.of(max(PARITY_BATCHES) if config.batch is None else config.batch)
     with progress.task(f"trace {passport.model}"):
         model = trace(module, passport, config)
+    inputs = samples.as_input(passport.input)
     passport = _graph_passport(passport, config)
     with progress.task("reference logits"):
-        reference = _reference(module, samples.pixels, batches)
+        reference = _reference(module, inputs, batches)
 
     def check(written: Path) -> None:
         # ONNX Runtime needs the memory that the module and its traced graph hold.

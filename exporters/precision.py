@@ -16,7 +16,7 @@ from exporters.headers import GraphArtifact, graph_sha256, read_passport
 from exporters.overflow import check_storage, largest_values, near_limit
 from exporters.passes.fp16 import ToFloat16
 from exporters.preprocess_graph import PREPROCESS_TENSORS
-from exporters.samples import Samples
+from exporters.samples import GraphSamples
 
 __all__ = ["Fp16Config", "convert_to_fp16", "half_precision", "io_passport"]
 
@@ -69,14 +69,14 @@ def io_passport(passport: Passport, config: Fp16Config) -> Passport:
 def convert_to_fp16(
     source: Path,
     target: Path,
-    samples: Samples,
+    samples: GraphSamples,
     config: Fp16Config = Fp16Config(),
 ) -> GraphArtifact:
     """Convert the FP32 graph ``source`` to FP16 and save it as ``target``.
 
-    Tensors whose values on ``samples``, a few real images, exceed half of float16's maximum stay
-    float32.  The passport lists all float32 tensors under ``keep_fp32``, and those that ``config``
-    does not name under ``near_limit``.
+    Tensors whose values on ``samples``, a few real images or texts, exceed half of float16's
+    maximum stay float32.  The passport lists all float32 tensors under ``keep_fp32``, and those
+    that ``config`` does not name under ``near_limit``.
 
     Raises:
         GraphError: a weight or a tensor overflows float16, the logits have an SQNR below 20 dB, or

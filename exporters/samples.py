@@ -1,11 +1,11 @@
-"""Converts image crops to the inputs of graphs."""
+"""Converts image crops and token ids to the inputs of graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from clipdeploy.core.errors import GraphError
 from clipdeploy.core.passport import Preprocess, TensorSpec
 from exporters.preprocess_graph import scale_and_offset
 
-__all__ = ["Samples", "normalise", "stack_crops"]
+__all__ = ["GraphSamples", "Samples", "TokenIds", "normalise", "stack_crops"]
 
 # One batch is in use while the next is prepared.
 _BUFFERS = Buffers(keep=2)
@@ -66,6 +66,42 @@ def _address(array: NDArray[np.uint8]) -> int:
     return int(array.__array_interface__["data"][0])
 
 
+class GraphSamples(Protocol):
+    """Samples of a graph's input: images or texts."""
+
+    def as_input(self, tensor: TensorSpec) -> NDArray[Any]:
+        """Return the samples (B, ...) as the input ``tensor`` of a graph."""
+
+    def of(self, count: int) -> Self:
+        """Return the first ``count`` samples, repeated if there are fewer.
+
+        Raises:
+            GraphError: there are no samples.
+        """
+
+
+def _repeated(available: int, count: int, what: str) -> NDArray[np.intp]:
+    """The indices of ``count`` of the available samples, from the first on."""
+    if not available:
+        raise GraphError(f"no {what} to check the graph with")
+    return np.arange(count) % available
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """The token ids of texts (B, 77), of any integer type."""
+
+    ids: NDArray[np.integer]
+
+    def as_input(self, tensor: TensorSpec) -> NDArray[Any]:
+        """Return the input of a graph with the spec ``tensor``: int32 or int64."""
+        return self.ids.astype(tensor.dtype, copy=False)
+
+    def of(self, count: int) -> TokenIds:
+        """See :class:`GraphSamples`."""
+        return TokenIds(self.ids[_repeated(len(self.ids), count, "text")])
+
+
 @dataclass(frozen=True)
 class Samples:
     """Crops, uint8 (B, S, S, 3), and the preprocessing that makes them graph inputs."""
@@ -96,11 +132,5 @@ class Samples:
         return Samples(np.concatenate([self.crops, others.crops]), self.spec)
 
     def of(self, count: int) -> Samples:
-        """Return the first ``count`` images, repeated if there are fewer.
-
-        Raises:
-            GraphError: there are no images.
-        """
-        if not len(self.crops):
-            raise GraphError("no image to check the graph with")
-        return Samples(self.crops[np.arange(count) % len(self.crops)], self.spec)
+        """See :class:`GraphSamples`."""
+        return Samples(self.crops[_repeated(len(self.crops), count, "image")], self.spec)

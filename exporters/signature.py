@@ -8,13 +8,14 @@ from pathlib import Path
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from clipdeploy.core.errors import GraphError
-from clipdeploy.core.passport import TensorSpec
+from clipdeploy.core.passport import TOKENS, TensorSpec
 from exporters.headers import read_skeleton
 from exporters.products import tensor_types
 
-__all__ = ["classifier_signature", "stored_types", "stores_float16"]
+__all__ = ["classifier_signature", "stored_types", "stores_float16", "text_signature"]
 
 _IMAGE_TYPES = ("float32", "float16", "uint8")
+_TOKEN_TYPES = ("int32", "int64")
 
 
 def _spec(value: ValueInfoProto) -> TensorSpec:
@@ -59,10 +60,7 @@ def classifier_signature(path: Path, size: int, classes: int) -> tuple[TensorSpe
         GraphError: it is not an ONNX graph with one image input and one logits output of these
             sizes.
     """
-    graph = read_skeleton(path).graph
-    weights = {weight.name for weight in graph.initializer}
-    inputs = [_spec(value) for value in graph.input if value.name not in weights]
-    outputs = [_spec(value) for value in graph.output]
+    inputs, outputs = _interface(path)
     if len(inputs) != 1 or not _is_image(inputs[0], size):
         raise GraphError(
             f"{path} takes {_shown(inputs)}, not one image of {size} pixels",
@@ -72,6 +70,35 @@ def classifier_signature(path: Path, size: int, classes: int) -> tuple[TensorSpe
         raise GraphError(
             f"{path} gives {_shown(outputs)}, not logits of {classes} classes",
             hint="a classifier gives one output (B, classes); pass its --model",
+        )
+    return inputs[0], outputs[0]
+
+
+def _interface(path: Path) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    graph = read_skeleton(path).graph
+    weights = {weight.name for weight in graph.initializer}
+    inputs = [_spec(value) for value in graph.input if value.name not in weights]
+    return inputs, [_spec(value) for value in graph.output]
+
+
+def text_signature(path: Path, tokens: int, width: int) -> tuple[TensorSpec, TensorSpec]:
+    """Return the input of token ids (B, tokens) and the output of embeddings (B, width) of a graph.
+
+    Raises:
+        FileError: the file cannot be opened.
+        GraphError: it is not an ONNX graph with one such input and one such output.
+    """
+    inputs, outputs = _interface(path)
+    fits = len(inputs) == 1 and inputs[0].name == TOKENS and inputs[0].dtype in _TOKEN_TYPES
+    if not fits or inputs[0].shape[1:] != (tokens,):
+        raise GraphError(
+            f"{path} takes {_shown(inputs)}, not the ids of {tokens} tokens",
+            hint="a text tower takes int32 (B, 77): export it with --text-tower",
+        )
+    if len(outputs) != 1 or not _is_logits(outputs[0], width):
+        raise GraphError(
+            f"{path} gives {_shown(outputs)}, not embeddings of {width} numbers",
+            hint="a text tower gives one output (B, D): export it with --text-tower",
         )
     return inputs[0], outputs[0]
 

@@ -69,7 +69,7 @@ def features(model: VisionTransformer, images: Tensor) -> Tensor:
 def new_text() -> TextTower:
     """A text tower with seeded weights; its tokens have the scale of trained ones."""
     torch.manual_seed(SEED)
-    block = BlockConfig(WIDTH, HEADS, 4 * WIDTH, 1e-5, "erf", causal=True)
+    block = BlockConfig(WIDTH, HEADS, 4 * WIDTH, 1e-5, "erf")
     text = TextTower(TextGeometry(block, DEPTH, EMBED))
     nn.init.normal_(text.token_embed, std=0.3)
     nn.init.normal_(text.position, std=0.1)

@@ -38,7 +38,7 @@ from clipdeploy.cli.usage import (
     with_options,
 )
 from clipdeploy.core.errors import UsageError
-from clipdeploy.core.passport import QUANTISED, Precision
+from clipdeploy.core.passport import QUANTISED, Precision, Tower
 from clipdeploy.core.spans import BATCH, MEMORY_MIB, OPTIMIZATION
 
 if TYPE_CHECKING:
@@ -225,14 +225,14 @@ def _check_timing_cache(backend: BackendOption) -> None:
         refuse_unused(["timing_cache"], f"another backend than {chosen}", mend)
 
 
-def _check_batches(context: Context, model: str) -> None:
+def _check_batches(context: Context, model: str, tower: Tower) -> None:
     """Refuse batch options for a graph that was exported with a fixed batch.
 
     Raises:
         UsageError: the command line gave one.
         ClipdeployError: there is no graph, or it cannot be read.
     """
-    batch = context.workspace.source(model)[1].input.shape[0]
+    batch = context.workspace.source(model, tower)[1].input.shape[0]
     if isinstance(batch, int):
         owner = f"a graph of any batch (this one was exported for {batch})"
         refuse_unused(("profile", *_BATCHES), owner, "export the model again without --fixed-batch")
@@ -250,6 +250,11 @@ def _precision_options(function: Callable[..., Any]) -> Callable[..., Any]:
 )
 @model_option
 @_precision_options
+@option(
+    "--text-tower",
+    is_flag=True,
+    help="Build the text tower of an embedding model, in FP16 or FP32.",
+)
 @option("--fp16-io", is_flag=True, help="With --fp16: make the image and the logits FP16 as well.")
 @calibration_data_option(
     "With --int8 and --fp8: calibration images, if the model has not been calibrated yet.",
@@ -266,6 +271,7 @@ def build_engine(
     context: Context,
     model: str | None,
     precision: Precision,
+    text_tower: bool,
     fp16_io: bool,
     calibration_data: Path | None,
     calibration_images: int | None,
@@ -282,14 +288,15 @@ def build_engine(
     config = build_config(options)
     _check_timing_cache(config.backend)
     name = context.model(model)
-    _check_batches(context, name)
+    tower: Tower = "text" if text_tower else "image"
+    _check_batches(context, name, tower)
     from clipdeploy.stages.build import build_model
     from clipdeploy.stages.calibrate import CalibrateConfig
     from clipdeploy.stages.quantize import model_quality
     from exporters.precision import Fp16Config
 
     quantize = quantize_config(context, name, options, "fp16", precision)
-    if calibration_data is None and precision in QUANTISED:
+    if calibration_data is None and precision in QUANTISED and not text_tower:
         calibration_data = _calibration_images(context, name)
     artifact = build_model(
         context.workspace,
@@ -300,6 +307,7 @@ def build_engine(
         calibrate=CalibrateConfig(calibration_images, seed, skip_unreadable),
         fp16=Fp16Config(half_io=fp16_io),
         quantize=quantize,
+        tower=tower,
         force=force,
         note=context.note,
         progress=context.progress,

@@ -31,6 +31,7 @@ from clipdeploy.core.spans import (
 if TYPE_CHECKING:
     from clipdeploy.core.passport import Passport, Recipe
     from clipdeploy.models.load import WeightsChoice
+    from exporters.headers import GraphArtifact
 
 __all__ = ["export", "model_or_none", "weights_choice", "weights_options"]
 
@@ -49,6 +50,17 @@ def _classes(passport: Passport) -> str:
     if passport.weights.zero_shot is not None:
         source = "from --zero-shot"
     return f"{passport.classes}, names {source}: {names[0]} to {names[-1]}"
+
+
+def _shown(artifact: GraphArtifact) -> str:
+    made = artifact.passport
+    return (
+        f"{artifact.path}: {artifact.nodes} nodes, {artifact.bytes / 1e6:.1f} MB"
+        + ("" if artifact.changed else " (unchanged)")
+        + f"\n  weights: {made.weights.description}"
+        + f"\n  reference: {_proof(made)}"
+        + f"\n  classes: {_classes(made)}"
+    )
 
 
 def _proof(passport: Passport) -> str:
@@ -277,7 +289,7 @@ def model_or_none(context: Context, name: str | None, weights: WeightsChoice) ->
     "clipdeploy export --checkpoint finetuned.safetensors\n"
     "clipdeploy export --checkpoint model_best.pth.tar --no-ema --image-size 256\n"
     "clipdeploy export --model openai/clip-vit-base-patch16 --zero-shot imagenet\n"
-    "clipdeploy export --model openai/clip-vit-base-patch16 --embeddings",
+    "clipdeploy export --model openai/clip-vit-base-patch16 --embeddings --text-tower",
 )
 @model_option
 @weights_options
@@ -297,6 +309,11 @@ def model_or_none(context: Context, name: str | None, weights: WeightsChoice) ->
     default_text="symbolic: any batch",
 )
 @option(
+    "--text-tower",
+    is_flag=True,
+    help="With --embeddings: write the text tower as well, token ids (B, 77) to embeddings.",
+)
+@option(
     "--preprocess",
     is_flag=True,
     help="Take uint8 images (B, S, S, 3) and normalise them in the graph.",
@@ -308,6 +325,7 @@ def export(
     model: str | None,
     opset: int,
     fixed_batch: int | None,
+    text_tower: bool,
     preprocess: bool,
     force: bool,
     **options: Any,
@@ -318,12 +336,16 @@ def export(
 
     The graph takes batches of any size, unless --fixed-batch gives one.
     """
+    refuse_together("zero_shot", "text_tower")
     weights, recipe = weights_choice(context, options)
     name = model_or_none(context, model, weights)
     from clipdeploy.stages.export import export_model
+    from clipdeploy.stages.text_tower import ExportedTowers, export_towers
     from exporters.onnx import ExportConfig
 
-    artifact = export_model(
+    stage: Callable[..., GraphArtifact | ExportedTowers]
+    stage = export_towers if text_tower else export_model
+    made = stage(
         context.workspace,
         name,
         weights,
@@ -333,14 +355,5 @@ def export(
         note=context.note,
         progress=context.progress,
     )
-    emit(
-        context,
-        artifact,
-        lambda: (
-            f"{artifact.path}: {artifact.nodes} nodes, {artifact.bytes / 1e6:.1f} MB"
-            + ("" if artifact.changed else " (unchanged)")
-            + f"\n  weights: {artifact.passport.weights.description}"
-            + f"\n  reference: {_proof(artifact.passport)}"
-            + f"\n  classes: {_classes(artifact.passport)}"
-        ),
-    )
+    graphs = (made.image, made.text) if isinstance(made, ExportedTowers) else (made,)
+    emit(context, made, lambda: "\n".join(map(_shown, graphs)))

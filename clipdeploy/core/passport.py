@@ -32,12 +32,16 @@ __all__ = [
     "BATCH_AXIS",
     "CLIP_MEAN",
     "CLIP_STD",
+    "CONTEXT",
     "FINDINGS_KEY",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "LOGIT_SCALE_KEY",
     "PASSPORT_KEY",
     "PASSPORT_SCHEMA",
     "QUANTISED",
+    "TOKENIZER_KEY",
+    "TOKENS",
     "WEIGHTS_ROLE",
     "ModelChoices",
     "NamesFrom",
@@ -47,6 +51,7 @@ __all__ = [
     "Recipe",
     "ScaleForm",
     "TensorSpec",
+    "Tower",
     "WeightsOrigin",
     "ZeroShotOrigin",
     "from_json",
@@ -57,6 +62,11 @@ __all__ = [
 
 # The name of a symbolic batch axis.
 BATCH_AXIS = "batch"
+# A text tower's input: its name, and CLIP's number of tokens of a text (openai/CLIP model.py).
+TOKENS = "ids"
+CONTEXT = 77
+# Its settings: what multiplies the cosines, and the SHA-256 of the tokenizer's vocabulary.
+LOGIT_SCALE_KEY, TOKENIZER_KEY = "logit_scale", "tokenizer_sha256"
 PASSPORT_SCHEMA = 1
 PASSPORT_KEY = "clipdeploy.passport"
 # The setting of a quantised graph that holds what was found about its calibration, as sentences.
@@ -83,6 +93,8 @@ QUANTISED: tuple[Precision, ...] = ("int8", "fp8", "int8-cpu")
 Embedding = Literal["normalised", "raw"]
 # What the output is: a logit for each class, or an embedding.
 Task = Literal["classification", "embedding"]
+# CLIP's image tower, or any classifier, takes images; its text tower takes token ids.
+Tower = Literal["image", "text"]
 # How a weight's scales are stored: see calibration/write.py.
 ScaleForm = Literal["channel", "ratio", "tensor"]
 
@@ -307,7 +319,8 @@ class Passport:
     role ``weights`` is the file beside a graph that holds its weights, if they are not inside.
     ``settings`` holds the options of the stage that wrote the artifact.  ``classes`` is the number
     of logits, or the width of the embedding; ``class_names`` are the classes' names in order, empty
-    if unknown, and ``class_names_from`` their source.
+    if unknown, and ``class_names_from`` their source.  ``tower`` is ``text`` for the text tower of
+    an embedding model, whose recipe and preprocessing are those of its image tower.
     """
 
     kind: Literal["graph", "calibration", "engine"]
@@ -325,6 +338,7 @@ class Passport:
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     task: Task = "classification"
+    tower: Tower = "image"
     schema: int = PASSPORT_SCHEMA
 
     @property

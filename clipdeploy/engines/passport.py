@@ -201,7 +201,8 @@ class EnginePassport:
     def rebuild(self) -> str:
         """The command that rebuilds this engine."""
         graph = self.graph
-        return f"clipdeploy build-engine --model {graph.model} --{graph.precision} --force"
+        text = "--text-tower " if graph.tower == "text" else ""
+        return f"clipdeploy build-engine --model {graph.model} {text}--{graph.precision} --force"
 
 
 def passport_path(engine: Path) -> Path:

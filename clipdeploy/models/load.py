@@ -25,12 +25,14 @@ from clipdeploy.models.checkpoints import (
 )
 from clipdeploy.models.checkpoints.position import Resampling
 from clipdeploy.models.checkpoints.preprocessing import Preprocessing
-from clipdeploy.models.clip.embedding import image_tower
+from clipdeploy.models.clip.embedding import image_tower, text_embedder
 from clipdeploy.models.clip.pair import read_pair
+from clipdeploy.models.clip.text import TextTower
 from clipdeploy.models.vit import VisionTransformer, ViTConfig
 
 __all__ = [
     "LoadedModel",
+    "LoadedText",
     "WeightsChoice",
     "ZeroShot",
     "card_for",
@@ -39,6 +41,7 @@ __all__ = [
     "load_model",
     "random_tensors",
     "reload_model",
+    "reload_text",
 ]
 
 _TRAINED_EPS = 1e-5
@@ -140,6 +143,14 @@ class LoadedModel:
     recipe: Recipe
     class_names: Any = None
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LoadedText:
+    """CLIP's text tower in evaluation mode, and what multiplies the cosines."""
+
+    module: TextTower
+    logit_scale: float
 
 
 def _recipe_eps(recipe: Recipe) -> float:
@@ -516,23 +527,14 @@ def reload_model(
     """
     if weights.kind == "random":
         return load_model(card, WeightsChoice(random_seed=weights.seed), recipe)
-    path = Path(weights.path)
-    if not path.is_file():
-        raise ArtifactError(
-            f"the checkpoint of this artifact does not exist: {path}",
-            hint="restore it, or export it from its new place with --checkpoint FILE",
-        )
+    path = _origin_file(weights)
     choices = weights.choices
     if weights.resized_position:
         chosen = choices.resampling if recipe.numerics == "trained" else None
         choices = replace(choices, resampling=chosen or "mmpretrain")
     choice = WeightsChoice(path, resize_position=weights.resized_position, choices=choices)
     model = load_model(card, choice, recipe)
-    if model.weights.sha256 != weights.sha256:
-        raise ArtifactError(
-            f"{path} has changed since the artifact was made from it",
-            hint="restore it, or export the new one with --checkpoint and --replace-weights",
-        )
+    _check_unchanged(path, model.weights.sha256, weights)
     if _reading(model.weights, complete=complete) != _reading(weights, complete=complete):
         raise ArtifactError(
             f"this version reads {path} in another way than the one that made the artifact: "
@@ -541,6 +543,42 @@ def reload_model(
             "--gelu, --pooling and --layernorm-eps choose how it is read",
         )
     return replace(model, recipe=recipe) if complete else model
+
+
+def _origin_file(weights: WeightsOrigin) -> Path:
+    path = Path(weights.path)
+    if not path.is_file():
+        raise ArtifactError(
+            f"the checkpoint of this artifact does not exist: {path}",
+            hint="restore it, or export it from its new place with --checkpoint FILE",
+        )
+    return path
+
+
+def _check_unchanged(path: Path, sha256: str, weights: WeightsOrigin) -> None:
+    if sha256 != weights.sha256:
+        raise ArtifactError(
+            f"{path} has changed since the artifact was made from it",
+            hint="restore it, or export the new one with --checkpoint and --replace-weights",
+        )
+
+
+def reload_text(weights: WeightsOrigin, embedding: Embedding) -> LoadedText:
+    """Build the text tower of the CLIP that an embedding model was made from.
+
+    Raises:
+        UsageError: the weights are random, and so of an image tower alone.
+        ArtifactError: the checkpoint is missing or has changed.
+        CheckpointError, FileError: see :func:`clipdeploy.models.clip.pair.read_pair`.
+    """
+    if weights.kind == "random":
+        raise UsageError(
+            f"{weights.description}, have no text tower", hint="export CLIP with --checkpoint FILE"
+        )
+    path = _origin_file(weights)
+    pair = read_pair(path, replace(weights.choices, pooling=None, resampling=None))
+    _check_unchanged(path, pair.image.sha256, weights)
+    return LoadedText(text_embedder(pair, embedding), pair.logit_scale)
 
 
 def _reading(weights: WeightsOrigin, *, complete: bool) -> str:

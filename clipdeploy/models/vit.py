@@ -42,17 +42,13 @@ _QUICK_SCALE = 1.702
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """Width, heads, width of the MLP, LayerNorm's epsilon and GELU of a transformer's blocks.
-
-    In a ``causal`` block, a token sees itself and those before it.
-    """
+    """Width, heads, width of the MLP, LayerNorm's epsilon and GELU of a transformer's blocks."""
 
     width: int
     heads: int
     hidden: int
     eps: float
     gelu: Literal["erf", "quick"]
-    causal: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,18 +114,20 @@ def _norm(config: BlockConfig | ViTConfig, present: bool = True) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: (B, N, C) -> (B, N, C), or (B, 1, C) for the class token only."""
+    """Multi-head self-attention: (B, N, C) -> (B, N, C), or (B, 1, C) for the class token only.
+
+    ``mask`` (N, N) is added to the scores of each query (rows) and key.
+    """
 
     def __init__(self, config: BlockConfig, *, class_token_only: bool = False) -> None:
         super().__init__()
         self.heads = config.heads
         self.head_width = config.width // config.heads
         self.class_token_only = class_token_only
-        self.causal = config.causal
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.proj = nn.Linear(config.width, config.width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens (B, N, C) -> (B, N, C), or (B, 1, C)."""
         # One reshape and one transpose for all 3 * heads: the fewest nodes.  The -1 keeps the batch
         # size out of the graph.
@@ -138,8 +136,8 @@ class Attention(nn.Module):
         if self.class_token_only:
             q = q[:, :, :1]
         scores = (q * self.head_width**-0.5) @ k.transpose(-2, -1)
-        if self.causal:
-            scores = scores + scores.new_full(scores.shape[-2:], -torch.inf).triu(1)
+        if mask is not None:
+            scores = scores + mask
         mixed = (scores.softmax(dim=-1) @ v).transpose(1, 2)
         return self.proj(mixed.reshape(-1, q.shape[2], self.heads * self.head_width))
 
@@ -159,7 +157,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: (B, N, C) -> (B, N, C), or (B, 1, C) for the class token only."""
+    """Pre-norm transformer block: (B, N, C) -> (B, N, C), or (B, 1, C) for the class token only.
+
+    For ``mask`` see :class:`Attention`.
+    """
 
     def __init__(self, config: BlockConfig, *, class_token_only: bool = False) -> None:
         super().__init__()
@@ -169,10 +170,10 @@ class Block(nn.Module):
         self.norm2 = _norm(config)
         self.mlp = Mlp(config)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens (B, N, C) -> (B, N, C), or (B, 1, C) for the class token only."""
         residual = x[:, :1] if self.class_token_only else x
-        x = residual + self.attn(self.norm1(x))
+        x = residual + self.attn(self.norm1(x), mask)
         return x + self.mlp(self.norm2(x))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from calibration.config import QuantizeConfig
 from clipdeploy.core.errors import UsageError
-from clipdeploy.core.passport import QUANTISED, Precision
+from clipdeploy.core.passport import QUANTISED, Precision, Tower
 from clipdeploy.core.paths import StrPath, as_path
 from clipdeploy.core.progress import SILENT, Progress
 from clipdeploy.engines.build_config import BuildConfig
@@ -39,6 +39,7 @@ def build_model(
     calibrate: CalibrateConfig = CalibrateConfig(),
     fp16: Fp16Config = Fp16Config(),
     quantize: QuantizeConfig = QuantizeConfig(),
+    tower: Tower = "image",
     force: bool = False,
     note: Callable[[str], object] = lambda text: None,
     progress: Progress = SILENT,
@@ -47,16 +48,22 @@ def build_model(
 
     ``data`` are calibration images; None uses the calibration in the workspace.  ``quantize`` is
     for INT8 and FP8; ``precision`` sets its format.  A graph that a search wrote is kept unless
-    ``quantize`` or ``force`` is given.  ``note`` is called with remarks on the images and the
-    graph.
+    ``quantize`` or ``force`` is given.  ``tower`` is ``text`` for the text tower of an embedding
+    model.  ``note`` is called with remarks on the images and the graph.
 
     Raises:
-        UsageError: a configuration that ``precision`` does not use, or that has no engine.
+        UsageError: a configuration that ``precision`` does not use, or that has no engine; or a
+            text tower in INT8 or FP8.
         ClipdeployError: see :mod:`clipdeploy.core.errors`.
     """
     data = as_path(data)
     _refuse_unused(precision, config, data, calibrate, fp16, quantize)
-    workspace.source(model)
+    if tower == "text" and precision in QUANTISED:
+        raise UsageError(
+            f"the text tower has no {precision} engine: it is not calibrated with texts",
+            hint="build --fp16 or --fp32",
+        )
+    workspace.source(model, tower)
     if precision in QUANTISED:
         quantize = in_format(quantize, precision)
         quantize = chosen_config(workspace, model, quantize, force=force, note=note)
@@ -75,10 +82,10 @@ def build_model(
             progress=progress,
         )
     elif precision == "fp16":
-        convert_model(workspace, model, fp16, force=force, progress=progress)
+        convert_model(workspace, model, fp16, tower=tower, force=force, progress=progress)
     return build_engine(
-        workspace.graph(model, precision),
-        workspace.engine(model, precision),
+        workspace.graph(model, precision, tower),
+        workspace.engine(model, precision, tower),
         config,
         force=force,
         progress=progress,

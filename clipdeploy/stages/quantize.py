@@ -15,18 +15,18 @@ from calibration.recipe import QuantizeRecipe, load_recipe
 from calibration.table import load_table
 from clipdeploy.core.errors import BuildError, UsageError
 from clipdeploy.core.files import sha256_file
-from clipdeploy.core.passport import Precision, Preprocess, from_json, to_json
+from clipdeploy.core.passport import Passport, Precision, Tower, from_json, to_json
 from clipdeploy.core.paths import StrPath
 from clipdeploy.core.progress import SILENT, Progress
 from clipdeploy.engines.backends import Backend, BackendOption, choose_backend, scale_forms
 from clipdeploy.models.cards import takes_any_name
 from clipdeploy.stages.calibrate import is_calibrated
-from clipdeploy.stages.samples import sample_images
+from clipdeploy.stages.samples import sample_images, sample_texts
 from clipdeploy.workspace.folder import Workspace
 from exporters.graphs import load_graph
 from exporters.headers import GraphArtifact, existing_graph, graph_sha256
 from exporters.precision import Fp16Config, convert_to_fp16
-from exporters.samples import Samples
+from exporters.samples import GraphSamples
 
 __all__ = [
     "calibration_file",
@@ -273,9 +273,11 @@ def stored_quality(graph: GraphArtifact) -> Quality | None:
     return None if found is None else from_json(to_json(found), Quality, str(graph.path))
 
 
-def _judged_images(workspace: Workspace, model: str, spec: Preprocess) -> Samples:
-    """Images to check float16 storage with: sample images and any calibration images."""
-    samples = sample_images(spec, _STORAGE_IMAGES)
+def _judged(workspace: Workspace, model: str, passport: Passport) -> GraphSamples:
+    """What float16 storage is checked with: sample texts, or sample and calibration images."""
+    if passport.tower == "text":
+        return sample_texts()
+    samples = sample_images(passport.preprocess, _STORAGE_IMAGES)
     if not is_calibrated(workspace, model):
         return samples
     kept = load_table(workspace.calibration(model)).samples()
@@ -288,18 +290,19 @@ def convert_model(
     model: str,
     config: Fp16Config = Fp16Config(),
     *,
+    tower: Tower = "image",
     force: bool = False,
     progress: Progress = SILENT,
 ) -> GraphArtifact:
-    """Write the FP16 graph, from the FP32 graph.
+    """Write the FP16 graph, from the FP32 graph of the same ``tower``.
 
     An existing graph is reused if it was made from the same file with the same ``config``.
 
     Raises:
         ClipdeployError: see :mod:`clipdeploy.core.errors`.
     """
-    source, passport = workspace.source(model)
-    target = workspace.graph(model, "fp16")
+    source, passport = workspace.source(model, tower)
+    target = workspace.graph(model, "fp16", tower)
     parents = {"source_graph": graph_sha256(source)}
     if not force and (found := existing_graph(target)) and found.passport.made_from == parents:
         settings = found.passport.settings
@@ -308,5 +311,4 @@ def convert_model(
         if asked == set(config.keep) and settings.get("half_io") == config.half_io:
             return found
     with progress.task(f"convert {model} to FP16"):
-        samples = _judged_images(workspace, model, passport.preprocess)
-        return convert_to_fp16(source, target, samples, config)
+        return convert_to_fp16(source, target, _judged(workspace, model, passport), config)

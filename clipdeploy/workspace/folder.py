@@ -11,6 +11,9 @@ artifacts/
     int8.onnx                         quantize
     int8-cpu.onnx                     quantize --cpu
     fp8.onnx                          quantize --fp8
+    text-fp32.onnx                    export --text-tower: CLIP's text tower, for embeddings
+    text-fp16.onnx                    build-engine --text-tower --fp16
+    text-fp16.engine                  the same; its passport is beside it
     recipe.json                       search: the recipe of its INT8 graph
     search/                           search: measurements, and the recipes of the Pareto front
     int8.engine                       build-engine
@@ -34,7 +37,7 @@ from pathlib import Path
 
 from clipdeploy.core.errors import ArtifactError, UsageError
 from clipdeploy.core.files import write_atomic
-from clipdeploy.core.passport import Passport, Precision, read_json, to_json
+from clipdeploy.core.passport import Passport, Precision, Tower, read_json, to_json
 from clipdeploy.core.paths import StrPath
 from clipdeploy.core.values import Fault, is_name, unless
 from clipdeploy.models import cards
@@ -72,13 +75,15 @@ class Workspace:
         """The folder of one model's artifacts."""
         return self.root / cards.full_name(model)
 
-    def graph(self, model: str, precision: Precision) -> Path:
+    def graph(self, model: str, precision: Precision, tower: Tower = "image") -> Path:
         """The ONNX graph of one precision."""
-        return artifact_path(self.folder(model), cards.full_name(model), precision, "onnx")
+        name = cards.full_name(model)
+        return artifact_path(self.folder(model), name, precision, "onnx", tower)
 
-    def engine(self, model: str, precision: Precision) -> Path:
+    def engine(self, model: str, precision: Precision, tower: Tower = "image") -> Path:
         """The TensorRT engine of one precision."""
-        return artifact_path(self.folder(model), cards.full_name(model), precision, "engine")
+        name = cards.full_name(model)
+        return artifact_path(self.folder(model), name, precision, "engine", tower)
 
     def zero_shot(self, model: str) -> Path:
         """The checkpoint of a zero-shot classifier."""
@@ -124,22 +129,23 @@ class Workspace:
         """The folder of a search's measurements."""
         return self.folder(model) / "search"
 
-    def source(self, model: str) -> tuple[Path, Passport]:
+    def source(self, model: str, tower: Tower = "image") -> tuple[Path, Passport]:
         """Return the FP32 graph, from which everything else is made, and its passport.
 
         Raises:
-            UsageError: the model has not been exported here.
+            UsageError: the model, or its text tower, has not been exported here.
             ArtifactError, GraphError, FileError: the graph cannot be read, is of another model, or
                 does not match its passport, see :mod:`clipdeploy.workspace.passports`.
         """
         model = cards.full_name(model)
-        path = self.graph(model, "fp32")
+        path = self.graph(model, "fp32", tower)
         if not path.exists():
+            text = tower == "text"
             raise UsageError(
-                f"{model} has not been exported in {self.root}",
-                hint=f"clipdeploy export --model {model}",
+                f"{'the text tower of ' * text}{model} has not been exported in {self.root}",
+                hint=f"clipdeploy export --model {model}{' --text-tower' * text}",
             )
-        passport = checked_passport(path, model=model).graph
+        passport = checked_passport(path, model=model, tower=tower).graph
         if passport.precision != "fp32":
             raise ArtifactError(
                 f"the passport of {path} does not match its file name: precision is "

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 from onnx import ModelProto, numpy_helper
 
-from clipdeploy.core.passport import Passport, Precision, Preprocess, TensorSpec
+from clipdeploy.core.passport import CONTEXT, Passport, Precision, Preprocess, TensorSpec
 from exporters.headers import read_skeleton
 from exporters.preprocess_graph import scale_and_offset
 from exporters.products import find_products, tensor_types
-from exporters.signature import classifier_signature
+from exporters.signature import classifier_signature, text_signature
 
 __all__ = ["GraphFacts", "graph_facts"]
 
@@ -45,9 +45,13 @@ def graph_facts(path: Path, passport: Passport) -> GraphFacts:
 
     Raises:
         FileError: the file cannot be opened.
-        GraphError: not an ONNX graph, or not a classifier of that image size and number of classes.
+        GraphError: not an ONNX graph, or not a classifier of that image size and number of classes,
+            or not a text tower of that embedding.
     """
-    image, logits = classifier_signature(path, passport.preprocess.size, passport.classes)
+    if passport.tower == "text":
+        image, logits = text_signature(path, CONTEXT, passport.classes)
+    else:
+        image, logits = classifier_signature(path, passport.preprocess.size, passport.classes)
     model = read_skeleton(path)
     eps = _eps(model)
     return GraphFacts(

@@ -12,14 +12,23 @@ source:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from clipdeploy.core.errors import ArtifactError, UsageError
 from clipdeploy.core.files import sha256_file
-from clipdeploy.core.passport import Passport, Precision, WeightsOrigin, settings_of
+from clipdeploy.core.passport import (
+    CONTEXT,
+    LOGIT_SCALE_KEY,
+    TOKENIZER_KEY,
+    Passport,
+    Precision,
+    Tower,
+    WeightsOrigin,
+    settings_of,
+)
 from clipdeploy.engines.passport import (
     EnginePassport,
     load_engine_passport,
@@ -43,6 +52,7 @@ _BUILD_OPTIONS = {
     "capabilities": "compute_capability",
 }
 _IMAGE_TYPES = ("float32", "float16", "uint8")
+_TOKEN_TYPES = ("int32", "int64")
 _LOGIT_TYPES = ("float32", "float16")
 _EPS_ROUNDING = 1e-6
 _SHOWN = 60
@@ -72,12 +82,14 @@ def checked_passport(
     model: str | None = None,
     plan: bool = True,
     neighbours: bool = True,
+    tower: Tower = "image",
 ) -> CheckedPassport:
     """Return the passport of a graph or an engine after comparing it with all other sources.
 
     ``reference`` is the passport of the FP32 graph that judges the artifact, None if there is none.
     ``model`` is the name of the card that it must have, any if None. ``plan`` compares an engine's
-    bytes with their hash, ``neighbours`` compares files in the same folder.
+    bytes with their hash, ``neighbours`` compares files in the same folder.  ``tower`` is what the
+    artifact must be: a text tower takes no images.
 
     Raises:
         FileError, GraphError: the file cannot be read, or is not a classifier of that size.
@@ -87,6 +99,7 @@ def checked_passport(
     """
     if path.suffix == ".onnx":
         passport = read_passport(path)
+        _check_tower(path, passport, tower)
         _check_model(path, passport, model)
         _check_statements(path, passport, reference, neighbours=neighbours)
         check_weights(path)
@@ -94,6 +107,7 @@ def checked_passport(
         return CheckedPassport(passport)
     if path.suffix == ".engine":
         engine = load_engine_passport(path) if plan else read_engine_passport(path)
+        _check_tower(path, engine.graph, tower)
         _check_model(path, engine.graph, model)
         _check_engine(path, engine)
         if neighbours:
@@ -166,18 +180,19 @@ def _refuse_difference(
         )
 
 
-def _remake_hint(model: str, precision: Precision) -> str:
+def _remake_hint(model: str, precision: Precision, tower: Tower = "image") -> str:
     """Return the hint for making a graph of ``model`` again."""
-    commands = {
+    commands: dict[Precision, str] = {
         "fp32": f"export --model {model}",
         "fp16": f"build-engine --model {model} --fp16",
         "int8": f"quantize --model {model}",
         "int8-cpu": f"quantize --model {model} --cpu",
         "fp8": f"quantize --model {model} --fp8",
     }
+    text = " --text-tower" if tower == "text" else ""
     return (
         "make it again with the same options: "
-        f"clipdeploy {commands[precision]} --force; or pass the right --model"
+        f"clipdeploy {commands[precision]}{text} --force; or pass the right --model"
     )
 
 
@@ -198,9 +213,10 @@ def _decides(passport: Passport) -> dict[str, Any]:
 def _check_statements(
     path: Path, passport: Passport, reference: Passport | None, *, neighbours: bool
 ) -> None:
-    source = artifact_path(path.parent, passport.model, "fp32", "onnx")
+    folder, name, tower = path.parent, passport.model, passport.tower
+    source = artifact_path(folder, name, "fp32", "onnx", tower)
     beside = neighbours and source.name != path.name and source.exists()
-    if beside and path == artifact_path(path.parent, passport.model, passport.precision, "onnx"):
+    if beside and path == artifact_path(folder, name, passport.precision, "onnx", tower):
         check_made_from(path, passport.parents.get("source_graph"), source)
     if reference is not None:
         _check_same(path, passport, reference, "the reference")
@@ -208,16 +224,41 @@ def _check_statements(
     _check_interface(path, passport)
     if beside:
         _check_same(path, passport, read_passport(source), f"{source.name} in the same folder")
+        if tower == "text":
+            _check_texts(path, passport, read_passport(source), source.name)
+    image = artifact_path(folder, name, "fp32", "onnx")
+    if neighbours and tower == "text" and image.exists():
+        same = replace(read_passport(image), tower="text")
+        _check_same(path, passport, same, f"{image.name} in the same folder")
+
+
+def _check_texts(path: Path, passport: Passport, source: Passport, name: str) -> None:
+    """Compare what the passports of a pair's texts record beside the weights."""
+    hint = _remake_hint(passport.model, passport.precision, "text")
+    for key in (LOGIT_SCALE_KEY, TOKENIZER_KEY):
+        values = passport.settings.get(key), source.settings.get(key)
+        _refuse_difference(path, *values, f"settings.{key}", f"{name} in the same folder", hint)
+
+
+def _check_tower(path: Path, passport: Passport, tower: Tower) -> None:
+    """Refuse a text tower where images are given, and the other way round."""
+    if passport.tower != tower:
+        found, wanted = (
+            ("a text tower, which takes token ids, not images", "takes images")
+            if tower == "image"
+            else ("no text tower: it takes images", "is a text tower")
+        )
+        raise ArtifactError(f"{path} is {found}", hint=f"name a graph or an engine that {wanted}")
 
 
 def _check_model(path: Path, passport: Passport, model: str | None) -> None:
     if model is not None:
-        hint = _remake_hint(model, passport.precision)
+        hint = _remake_hint(model, passport.precision, passport.tower)
         _refuse_difference(path, passport.model, model, "model", "the requested model", hint)
 
 
 def _check_same(path: Path, passport: Passport, reference: Passport, source: str) -> None:
-    hint = _remake_hint(reference.model, passport.precision)
+    hint = _remake_hint(reference.model, passport.precision, passport.tower)
     found, wanted = _decides(passport), _decides(reference)
     for name in found:
         _refuse_difference(path, found[name], wanted[name], name, source, hint)
@@ -231,7 +272,8 @@ def _check_card(path: Path, passport: Passport) -> None:
             "that name",
             hint="it was edited or made by another version; `clipdeploy zoo` lists the models",
         )
-    source, hint = f"the card of {card.name}", _remake_hint(card.name, passport.precision)
+    hint = _remake_hint(card.name, passport.precision, passport.tower)
+    source = f"the card of {card.name}"
     expected = card.preprocess(passport.recipe)
     _refuse_difference(path, passport.preprocess, expected, "preprocess", source, hint)
     if not _is_whole(passport.weights):
@@ -279,9 +321,9 @@ def is_published(card: ModelCard, weights: WeightsOrigin) -> bool:
 
 def _check_interface(path: Path, passport: Passport) -> None:
     """Check that the input has the size of the crop and the output a logit per class."""
-    hint = _remake_hint(passport.model, passport.precision)
-    size, image, logits = passport.preprocess.size, passport.input, passport.output
-    wanted = (size, size, 3) if image.dtype == "uint8" else (3, size, size)
+    hint = _remake_hint(passport.model, passport.precision, passport.tower)
+    image, logits = passport.input, passport.output
+    wanted, types = _wanted_input(passport)
     source = "its own preprocessing and classes"
     _refuse_difference(path, passport.kind, "graph", "kind", "the file type", hint)
     _refuse_difference(path, image.shape[1:], wanted, "input.shape[1:]", source, hint)
@@ -291,9 +333,18 @@ def _check_interface(path: Path, passport: Passport) -> None:
     _refuse_difference(
         path, logits.shape[:1], image.shape[:1], "output.shape[:1]", "its input", hint
     )
-    for name, spec, kinds in (("input", image, _IMAGE_TYPES), ("output", logits, _LOGIT_TYPES)):
+    for name, spec, kinds in (("input", image, types), ("output", logits, _LOGIT_TYPES)):
         if spec.dtype not in kinds:
             _refuse_difference(path, spec.dtype, " or ".join(kinds), f"{name}.dtype", source, hint)
+
+
+def _wanted_input(passport: Passport) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The axes behind the batch that the input must have, and its possible types."""
+    if passport.tower == "text":
+        return (CONTEXT,), _TOKEN_TYPES
+    size = passport.preprocess.size
+    wanted = (size, size, 3) if passport.input.dtype == "uint8" else (3, size, size)
+    return wanted, _IMAGE_TYPES
 
 
 # --- the passport and the nodes of the graph
@@ -304,7 +355,8 @@ def _check_file(path: Path, passport: Passport) -> None:
     from clipdeploy.workspace.graph_facts import graph_facts
 
     facts = graph_facts(path, passport)
-    hint, source = _remake_hint(passport.model, passport.precision), "the graph itself"
+    hint = _remake_hint(passport.model, passport.precision, passport.tower)
+    source = "the graph itself"
     _refuse_difference(path, passport.input, facts.input, "input", source, hint)
     _refuse_difference(path, passport.output, facts.output, "output", source, hint)
     # A search may find that no Linear can be quantised, and records it in the settings.
@@ -312,7 +364,10 @@ def _check_file(path: Path, passport: Passport) -> None:
     empty = {"int8": "fp16", "fp8": "fp16", "int8-cpu": "fp32"} if none else {}
     if empty.get(passport.precision) != facts.precision:
         _refuse_difference(path, passport.precision, facts.precision, "precision", source, hint)
+    # The weights' choices are those of the image tower.
     eps = passport.weights.choices.eps
+    if passport.tower == "text":
+        return
     if eps is not None and facts.eps is not None:
         # A file has it as float32.
         if abs(facts.eps - eps) > _EPS_ROUNDING * eps:
@@ -337,8 +392,8 @@ def _check_compiled_graph(path: Path, engine: EnginePassport, reference: Passpor
     if not graph.exists():
         return
     check_made_from(path, engine.hashes.graph, graph)
-    own = checked_passport(graph, reference).graph
-    hint = f"build it again: clipdeploy build-engine --model {own.model} --{own.precision} --force"
+    own = checked_passport(graph, reference, tower=engine.graph.tower).graph
+    hint = f"build it again: {engine.rebuild}"
     source = f"{graph.name}, which it was compiled from"
     _refuse_difference(path, engine.graph, own, "", source, hint)
 

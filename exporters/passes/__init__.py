@@ -6,10 +6,11 @@ import onnx_ir as ir
 
 from exporters.passes.attention_scale import FoldAttentionScale
 from exporters.passes.naming import NameByModule
+from exporters.passes.token_selection import SelectTokens
 
 __all__ = ["LEAN", "run_lean_passes"]
 
-LEAN: tuple[type[ir.passes.InPlacePass], ...] = (NameByModule, FoldAttentionScale)
+LEAN: tuple[type[ir.passes.InPlacePass], ...] = (SelectTokens, NameByModule, FoldAttentionScale)
 
 
 def run_lean_passes(model: ir.Model) -> None:

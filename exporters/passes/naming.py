@@ -8,7 +8,8 @@ torch.onnx stores the path of the traced module in each node's metadata
                         ``blocks.7.mlp.fc2``
     a folded weight     ``blocks.7.mlp.fc2.weight``
 
-Calibration, inspection and bisection depend on these names.
+The root module is ``vit``, or ``text`` if the graph's input is ``ids``.  Calibration, inspection
+and bisection depend on these names.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import ast
 from collections import Counter
 
 import onnx_ir as ir
+
+from clipdeploy.core.passport import TOKENS
 
 __all__ = ["NameByModule", "scope_of"]
 
@@ -47,8 +50,9 @@ class NameByModule(ir.passes.InPlacePass):
         last = {scope: node for node, scope in scopes.items()}
         parents = {scope.rpartition(".")[0] for scope in last}
         seen: Counter[str] = Counter()
+        root = "text" if graph.inputs[0].name == TOKENS else "vit"
         for node, scope in scopes.items():
-            base = f"{scope or 'vit'}/{node.op_type}"
+            base = f"{scope or root}/{node.op_type}"
             node.name = base if not seen[base] else f"{base}_{seen[base]}"
             seen[base] += 1
             leaf = scope and scope not in parents and last[scope] is node

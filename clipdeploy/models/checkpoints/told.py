@@ -9,7 +9,7 @@ from typing import Any, get_args
 from clipdeploy.core.errors import CheckpointError
 from clipdeploy.models.checkpoints.layouts.layout import Gelu, Layout, Pooling
 
-__all__ = ["Told", "told_by", "told_of_text"]
+__all__ = ["Told", "told_by", "told_of_image", "told_of_text"]
 
 # Of configuration_clip.py and configuration_vit.py in transformers.
 _DEFAULTS: dict[tuple[Any, str], dict[str, Any]] = {
@@ -53,6 +53,15 @@ def _zero_shot(config: Mapping[str, Any]) -> Told:
         eps=_number(config.get("eps")),
         heads=_count(config.get("heads")),
     )
+
+
+def told_of_image(config: Mapping[str, Any]) -> Told:
+    """What transformers' ``config.json`` tells about CLIP's image tower.
+
+    Raises:
+        CheckpointError: see :func:`told_by`.
+    """
+    return _transformers(config) if "vision_config" in config else Told()
 
 
 def told_of_text(config: Mapping[str, Any]) -> Told:

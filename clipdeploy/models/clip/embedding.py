@@ -1,4 +1,4 @@
-"""Makes an embedding model of CLIP's image tower: its projection is the output.
+"""Makes embedding models of CLIP's towers: the output is what their projection gives.
 
     raw:         e = embed x
     normalised:  e / |e|
@@ -12,13 +12,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from clipdeploy.core.passport import Embedding
 from clipdeploy.models.checkpoints import Checkpoint
 from clipdeploy.models.clip.pair import ClipPair
+from clipdeploy.models.clip.text import TextTower
 
-__all__ = ["image_tower", "with_unit_projection"]
+__all__ = ["image_tower", "text_embedder", "with_unit_projection"]
 
 
 def image_tower(pair: ClipPair, embedding: Embedding) -> Checkpoint:
@@ -29,19 +31,30 @@ def image_tower(pair: ClipPair, embedding: Embedding) -> Checkpoint:
     return replace(image, tensors=dict(tensors), shape=shape)
 
 
-def with_unit_projection(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with a projection that gives embeddings of a length around 1."""
-    weight = tensors["embed.weight"]
-    return {**tensors, "embed.weight": (weight.double() / _expected_length(tensors)).float()}
+def text_embedder(pair: ClipPair, embedding: Embedding) -> TextTower:
+    """The text tower as a module with the output ``embedding``."""
+    if embedding == "raw":
+        return pair.text
+    tensors = with_unit_projection(pair.text.state_dict(), "proj.weight")
+    with torch.device("meta"):
+        made = TextTower(pair.text.geometry, embedding)
+    made.load_state_dict(tensors, assign=True)
+    return made.eval().requires_grad_(False)
 
 
-def _expected_length(tensors: Mapping[str, Tensor]) -> float:
-    """The root mean square length of embed's result, for a normalised input of LayerNorm ``norm``.
+def with_unit_projection(
+    tensors: Mapping[str, Tensor], projection: str = "embed.weight"
+) -> dict[str, Tensor]:
+    """The tensors, float32 of any shape, with a ``projection`` that gives a length around 1."""
+    length = _expected_length(tensors, projection)
+    return {**tensors, projection: (tensors[projection].double() / length).float()}
+
+
+def _expected_length(tensors: Mapping[str, Tensor], projection: str) -> float:
+    """The root mean square length of the embedding, for a normalised input of LayerNorm ``norm``.
 
     ||W (g * n + b)||^2 is ||W diag(g)||^2 + ||W b||^2 on average, for n of independent entries with
     mean 0 and variance 1.
     """
-    weight, gain, shift = (
-        tensors[n].double() for n in ("embed.weight", "norm.weight", "norm.bias")
-    )
+    weight, gain, shift = (tensors[n].double() for n in (projection, "norm.weight", "norm.bias"))
     return float(((weight * gain).square().sum() + (weight @ shift).square().sum()).sqrt())

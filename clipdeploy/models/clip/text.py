@@ -1,11 +1,12 @@
 """CLIP's text tower in plain PyTorch, and the layouts of its tensors.
 
     x = token_embed[ids] + position           ids (B, T), at most 77 tokens
-    x = x + attn(norm1(x)); x = x + mlp(norm2(x))      for every block, causal
+    x = x + attn(norm1(x), mask); x = x + mlp(norm2(x))      for every block
     embedding = proj(norm(x[end]))            end is the first token with the highest id
 
-Tokens do not see those behind them, so ids may be cut behind the longest text's end.  Layout and
-numerics: openai/CLIP ``model.py``, open_clip ``transformer.py``, transformers ``modeling_clip.py``.
+The mask is causal: tokens do not see those behind them, so ids may be cut behind the longest text's
+end.  Layout and numerics: openai/CLIP ``model.py``, open_clip ``transformer.py``, transformers
+``modeling_clip.py``.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from clipdeploy.core.errors import CheckpointError
+from clipdeploy.core.passport import Embedding
 from clipdeploy.models.checkpoints.canonical import canonical
 from clipdeploy.models.checkpoints.foreign import listed
 from clipdeploy.models.checkpoints.layouts.hf_clip import encoder_layers
@@ -26,10 +29,13 @@ from clipdeploy.models.checkpoints.layouts.openai import RESBLOCKS
 from clipdeploy.models.clip.tokenizer import CONTEXT, VOCABULARY
 from clipdeploy.models.vit import Block, BlockConfig
 
-__all__ = ["TextGeometry", "TextTower", "text_tower"]
+__all__ = ["TextGeometry", "TextTower", "causal_mask", "text_tower"]
 
 # As in all of CLIP's and open_clip's text towers of this kind.
 _HEAD_WIDTH = 64
+# exp(-10,000) is 0 in float32 and float16.  CLIP's own -inf is not finite in float16, and its
+# largest number would be, but its sum with a score would not.
+_HIDDEN = -1e4
 _ENDS = r"(weight|bias)"
 _EMBEDDINGS = r"text_model\.embeddings\."
 
@@ -72,27 +78,50 @@ class TextGeometry:
     embed: int
 
 
-class TextTower(nn.Module):
-    """Ids (B, T) int64 -> embeddings (B, D) float32, not normalised."""
+def causal_mask() -> Tensor:
+    """What is added to the scores (77, 77) float32 of queries and keys: keys behind are hidden."""
+    return torch.full((CONTEXT, CONTEXT), _HIDDEN).triu(1)
 
-    def __init__(self, geometry: TextGeometry) -> None:
+
+class TextTower(nn.Module):
+    """Ids (B, T) int32 or int64 -> embeddings (B, D) float32, of length 1 or ``raw``."""
+
+    mask: Tensor
+
+    def __init__(self, geometry: TextGeometry, embedding: Embedding = "raw") -> None:
         super().__init__()
+        self.geometry = geometry
+        self.embedding = embedding
         width = geometry.block.width
         self.token_embed = nn.Parameter(torch.zeros(VOCABULARY, width))
         self.position = nn.Parameter(torch.zeros(CONTEXT, width))
         self.blocks = nn.ModuleList(Block(geometry.block) for _ in range(geometry.depth))
         self.norm = nn.LayerNorm(width, eps=geometry.block.eps)
         self.proj = nn.Linear(width, geometry.embed, bias=False)
+        self.register_buffer("mask", causal_mask())
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids (B, T) -> embeddings (B, D)."""
-        x = self.token_embed[ids] + self.position[: ids.shape[1]]
+        length = ids.shape[1]
+        # A slice of all would be another constant in a graph.
+        whole = length == CONTEXT
+        mask = self.mask if whole else self.mask[:length, :length]
+        x = F.embedding(ids, self.token_embed)
+        x = x + (self.position if whole else self.position[:length])
         for block in self.blocks:
-            x = block(x)
+            x = block(x, mask)
         # The end's id is the highest of all.
-        ends = x[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)]
-        embeddings: Tensor = self.proj(self.norm(ends))
-        return embeddings
+        end = ids.argmax(dim=1, keepdim=True)
+        embeddings: Tensor = self.proj(self.norm(_tokens_at(x, end)))
+        if self.embedding == "raw":
+            return embeddings
+        normalised: Tensor = embeddings / embeddings.norm(dim=-1, keepdim=True)
+        return normalised
+
+
+def _tokens_at(x: Tensor, indices: Tensor) -> Tensor:
+    """Tokens (B, N, C) and an index of each row (B, 1) -> those tokens (B, C)."""
+    return x.gather(1, indices[:, :, None].expand(-1, -1, x.shape[2]))[:, 0]
 
 
 def text_tower(
@@ -115,7 +144,7 @@ def text_tower(
     geometry = _geometry(state, path, gelu, eps, heads)
     with torch.device("meta"):
         module = TextTower(geometry)
-    state["position"] = state.pop("pos_embed")[0]
+    state |= {"position": state.pop("pos_embed")[0], "mask": causal_mask()}
     _check(state, module, path)
     module.load_state_dict(state, assign=True)
     others = [n for n in tensors if not n.startswith(prefix)] + [prefix + n for n in unknown]
@@ -161,7 +190,7 @@ def _geometry(
         )
     blocks = {int(name.split(".")[1]) for name in state if name.startswith("blocks.")}
     hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
-    config = BlockConfig(width, heads, hidden, eps, gelu, causal=True)
+    config = BlockConfig(width, heads, hidden, eps, gelu)
     return TextGeometry(config, max(blocks) + 1, state["proj.weight"].shape[0])
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipdeploy.core.errors import UsageError
+from clipdeploy.core.passport import CONTEXT
 from clipdeploy.core.printable import printable
 
 if TYPE_CHECKING:
@@ -28,8 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CONTEXT", "END", "VOCABULARY", "Tokens", "tokenize", "vocabulary_hash"]
 
-# Tokens of one text, start and end included; the number of tokens (openai/CLIP model.py).
-CONTEXT = 77
+# The number of tokens (openai/CLIP model.py).
 VOCABULARY = 49_408
 _START, END = VOCABULARY - 2, VOCABULARY - 1
 # The merges are the lines 1 to this one of the file: simple_tokenizer.py.
