@@ -149,9 +149,16 @@ class _Opened:
             [leak for _, leak in leaks],
             reference,
             [logits for logits, _ in answers],
+            self._kept(batch.number),
         )
         repeats = tuple(repeats for _, repeats in answers)
         return BatchResult(batch.number, tuple(records), batch.unreadable, repeats)
+
+    def _kept(self, number: int) -> bool | None:
+        """Whether the embeddings of a batch are kept for the search; None for logits."""
+        if self.run_key.task != "embedding":
+            return None
+        return self.run_key.keeps_embeddings(number)
 
     def _run(
         self, lane: _Lane, number: int, samples: Samples, reference: Logits
@@ -163,7 +170,7 @@ class _Opened:
         if logits.shape != wanted:
             raise ArtifactError(
                 f"{lane.target.path} gave logits of shape {logits.shape}, not {wanted}",
-                hint="build it again: it is not a classifier of this model",
+                hint="build it again: it was not made from this model",
             )
         plan = RepeatPlan(self.run_key.batches, self.run_key.batch)
         calls = plan.calls(number, len(images), lane.runner)
@@ -200,6 +207,7 @@ def _run_key(
         sequential=config.max_drop if config.sequential else None,
         threads=config.threads or torch.get_num_threads(),
         versions=library_versions(),
+        task=passport.task,
     )
 
 

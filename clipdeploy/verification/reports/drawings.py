@@ -83,11 +83,16 @@ def _box(axes: Axes, place: int, percentiles: Sequence[float]) -> None:
     axes.plot([worst, best], [place, place], ".", color=_BLUE, markersize=5)
 
 
-def draw_drops(drops: Mapping[str, tuple[DropJudgement, Tone]], max_drop: float) -> Figure:
-    """Draw the interval of each artifact's drop, coloured by its tone, and the limit."""
+def draw_drops(
+    drops: Mapping[str, tuple[DropJudgement, Tone]], max_drop: float, judged: str
+) -> Figure:
+    """Draw the interval of each artifact's drop, coloured by its tone, and the limit.
+
+    ``judged`` is the metric, such as top-1.
+    """
     levels = {drop.confidence for drop, _ in drops.values()}
     level = f"{100 * levels.pop():g} % interval" if len(levels) == 1 else "interval"
-    figure, axes = _axes(list(drops), f"drop of top-1 (points) and its {level}, less is better")
+    figure, axes = _axes(list(drops), f"drop of {judged} (points) and its {level}, less is better")
     axes.axvline(0, color="0.6", linewidth=1)
     axes.axvline(max_drop, color=_INK, linewidth=1.4, linestyle=(0, (4, 3)))
     for place, (drop, tone) in enumerate(drops.values()):

@@ -38,7 +38,7 @@ def html_page(contents: Contents, thumbnails: Thumbnails, heat_map: HeatMap | No
     if contents.spreads:
         error = drawn(draw_spreads(contents.spreads), "error")
     if contents.drops:
-        drops = drawn(draw_drops(contents.drops, contents.max_drop), "drops")
+        drops = drawn(draw_drops(contents.drops, contents.max_drop, contents.judged), "drops")
     return render(
         "report.html.jinja",
         r=contents,
