@@ -19,7 +19,7 @@ from typing import Any
 
 from clipdeploy.core.errors import ArtifactError, UsageError
 from clipdeploy.core.files import sha256_file
-from clipdeploy.core.passport import Passport, Precision, WeightsOrigin, settings_of
+from clipdeploy.core.passport import Passport, Precision, Task, WeightsOrigin, settings_of
 from clipdeploy.engines.passport import (
     EnginePassport,
     load_engine_passport,
@@ -240,7 +240,13 @@ def _check_card(path: Path, passport: Passport) -> None:
             f"seed {passport.weights.seed}, sha256 {_shown(passport.weights.sha256)}",
             hint=hint,
         )
+    task: Task = "classification" if card.embedding is None else "embedding"
+    _refuse_difference(path, passport.task, task, "task", source, hint)
     names, own = passport.class_names, tuple(name for name, _ in cards.class_names(card))
+    if passport.embeds:
+        _refuse_difference(path, passport.classes, card.classes, "classes", source, hint)
+        _refuse_difference(path, names, (), "class_names", source, hint)
+        return
     if names and not len(set(names)) == len(names) == passport.classes:
         raise ArtifactError(
             f"the passport of {path} has {len(set(names))} different class_names for "

@@ -120,8 +120,13 @@ class Contents:
         return self.task == "embedding"
 
     @property
+    def output(self) -> str:
+        """What an artifact gives for an image."""
+        return "embedding" if self.embeds else "logits"
+
+    @property
     def outputs(self) -> str:
-        """What the artifacts give."""
+        """What an artifact gives for images."""
         return "embeddings" if self.embeds else "logits"
 
     @property

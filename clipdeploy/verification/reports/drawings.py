@@ -50,9 +50,9 @@ def _short(name: str) -> str:
     return plain_text(name)
 
 
-def draw_spreads(spreads: Mapping[str, Spread]) -> Figure:
+def draw_spreads(spreads: Mapping[str, Spread], output: str) -> Figure:
     """Draw SQNR per image, a box per artifact: quartiles, whiskers from 5 to 95 %, ends as dots."""
-    figure, axes = _axes(list(spreads), "SQNR of an image's logits (dB), more is better")
+    figure, axes = _axes(list(spreads), f"SQNR of an image's {output} (dB), more is better")
     for place, spread in enumerate(spreads.values()):
         finite = [value for value in spread.percentiles if math.isfinite(value)]
         if finite:
