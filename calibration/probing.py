@@ -164,9 +164,8 @@ def probe(
 ) -> tuple[Finding, ...]:
     """What the FP32 ``graph`` with this ``passport`` says against the stored images.
 
-    ``trained`` is False for random weights, which recognise nothing; neither does an embedding, which
-    has no classes.  ``threads``: number of ONNX
-    Runtime threads, 0 for its default.
+    ``trained`` is False for random weights, which recognise nothing; neither does an embedding
+    model, which has no classes.  ``threads``: number of ONNX Runtime threads, 0 for its default.
 
     Raises:
         GraphError: the graph cannot be run.

@@ -152,7 +152,8 @@ def contents_of(results: Results, result: Verification) -> Contents:
     records = results.records
     verdict, _, sentence = verdict_line(result).partition(": ")
     judged = result.labelled and not result.random_weights
-    words = _class_words(results.run_key.class_names)
+    embeds = result.task == "embedding"
+    words = _class_words(results.run_key.class_names if embeds else result.class_names)
     columns = COLUMNS[result.task]
     return Contents(
         title=f"{verdict}: {result.model}",
