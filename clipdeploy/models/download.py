@@ -20,7 +20,7 @@ from clipdeploy.core.errors import CheckpointError, UsageError, first_line
 from clipdeploy.core.files import file_errors
 from clipdeploy.models.cards import HUB_PREFIX, ModelCard
 
-__all__ = ["cached_file", "fetch", "fetch_hub", "is_cached"]
+__all__ = ["cached_file", "fetch", "fetch_hub", "is_cached", "is_hub_cached"]
 
 OFFLINE_VARIABLE = "CLIPDEPLOY_OFFLINE"
 MIRROR_VARIABLE = "CLIPDEPLOY_MIRROR"
@@ -46,9 +46,14 @@ def cached_file(card: ModelCard) -> Path:
 def is_cached(card: ModelCard) -> bool:
     """Whether the card's weights need no download: clipdeploy includes them or they are cached."""
     if card.on_hub:
-        found = (_hub_cache() / card.hub_folder / "snapshots").glob("*/*")
-        return any(path.name in _HUB_FILES for path in found)
+        return is_hub_cached(card.hub_folder)
     return card.shipped or (bool(card.file) and cached_file(card).is_file())
+
+
+def is_hub_cached(folder: str) -> bool:
+    """Whether weights are in this folder of clipdeploy's cache of the hub."""
+    found = (_hub_cache() / folder / "snapshots").glob("*/*")
+    return any(path.name in _HUB_FILES for path in found)
 
 
 def _hub_cache() -> Path:
