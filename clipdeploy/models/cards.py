@@ -33,7 +33,7 @@ from clipdeploy.core.passport import (
 )
 from clipdeploy.core.values import MOST_EDGE
 from clipdeploy.models import columns
-from clipdeploy.models.columns import HUB_PREFIX
+from clipdeploy.models.hub import HUB_PREFIX, hub_folder
 
 __all__ = [
     "CARDS_VARIABLE",
@@ -49,7 +49,6 @@ __all__ = [
     "full_card",
     "full_name",
     "geometry_card",
-    "hub_folder",
     "imagenet_classes",
     "recipe_notes",
     "shipped_cards",
@@ -166,11 +165,6 @@ class ModelCard:
             # OpenCV, used for the published numbers, applies the EXIF orientation; timm does not.
             exif_orientation=not timm,
         )
-
-
-def hub_folder(repository: str) -> str:
-    """The folder of ``OWNER/NAME`` in a cache of huggingface_hub."""
-    return f"models--{repository.replace('/', '--')}"
 
 
 def _mmpretrain_name(name: str) -> str:

@@ -14,7 +14,8 @@ from typing import Literal
 
 from clipdeploy.core.data_rows import DataRow, read_rows
 from clipdeploy.models import columns
-from clipdeploy.models.cards import NORMALISATIONS, hub_folder
+from clipdeploy.models.cards import NORMALISATIONS
+from clipdeploy.models.hub import hub_folder
 
 __all__ = ["PublishedClip", "clip_named", "clip_of_file", "published_clips"]
 

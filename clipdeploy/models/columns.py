@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 from clipdeploy.core.spans import CROP_PCT
 from clipdeploy.core.values import is_name
+from clipdeploy.models.hub import HUB_PREFIX
 
 __all__ = [
-    "HUB_PREFIX",
     "address",
     "count",
     "crop_pct",
@@ -21,8 +21,6 @@ __all__ = [
     "one_of",
     "percent",
 ]
-
-HUB_PREFIX = "hf://"
 
 
 def count(text: str) -> int:
