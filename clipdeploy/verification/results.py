@@ -30,6 +30,7 @@ from clipdeploy.core.values import (
     MOST_CLASSES,
     Fault,
     first_fault,
+    is_hash,
     is_name,
     unless,
     unless_lines,
@@ -83,8 +84,10 @@ class RunKey:
     calibration images' hashes, empty without calibration. ``partial_classes`` is the number of
     classes that the images cover if they were drawn from a part of the model's classes, else 0.
     ``sequential`` is the largest drop of a run that may stop early, else None. ``threads`` affects
-    the last bits: a sum is split into as many parts. An embedding model has no classes; ``classes``
-    is then the width of the embedding.
+    the last bits: a sum is split into as many parts. ``clip`` is the published CLIP that a
+    zero-shot classifier was made from, empty for another CLIP, None for other classifiers;
+    ``prompts`` is the SHA-256 of its class texts and templates. An embedding model has no classes;
+    ``classes`` is then the width of the embedding.
     """
 
     model: str
@@ -108,6 +111,8 @@ class RunKey:
     threads: int
     versions: dict[str, str]
     partial_classes: int = 0
+    clip: str | None = None
+    prompts: str = ""
     task: Task = "classification"
     schema: int = RESULTS_SCHEMA
 
@@ -120,6 +125,9 @@ class RunKey:
             yield from unless(1 <= value <= most, name, value, f"from 1 to {most}")
         yield from unless_lines("class_names", self.class_names)
         yield from unless_lines("versions", self.versions)
+        yield from unless_lines("clip", self.clip or "")
+        hashed = not self.prompts or is_hash(self.prompts)
+        yield from unless(hashed, "prompts", self.prompts, "a SHA-256 in hex")
 
     @property
     def batches(self) -> int:

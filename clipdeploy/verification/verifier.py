@@ -27,6 +27,7 @@ from clipdeploy.core.spans import BATCH, THREADS, WORKERS, check_numbers, check_
 from clipdeploy.engines.passport import library_versions
 from clipdeploy.imaging import CropCache, ImageFolder, survey
 from clipdeploy.imaging.crops import pixels_key
+from clipdeploy.models.clips import clip_of_file
 from clipdeploy.models.load import LoadedModel
 from clipdeploy.runners import Runner
 from clipdeploy.verification.batches import (
@@ -185,6 +186,8 @@ def _run_key(
     config: VerifyConfig,
     calibrated: Calibrated,
 ) -> RunKey:
+    made_of = model.weights.zero_shot
+    clip = made_of and clip_of_file(Path(made_of.checkpoint), made_of.sha256)
     return RunKey(
         model=model.card.name,
         weights=model.weights.identity,
@@ -208,6 +211,8 @@ def _run_key(
         threads=config.threads or torch.get_num_threads(),
         versions=library_versions(),
         task=passport.task,
+        clip=None if made_of is None else clip.name if clip else "",
+        prompts=made_of.prompts_sha256 if made_of else "",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -103,6 +104,23 @@ def test_texts_in_the_wrong_order_are_noticed(tmp_path: Path) -> None:
     assert not judged
     assert judged.verification is not None
     assert judged.verification.baseline.status == "implausible"
+
+
+def test_a_published_clip_with_own_texts_is_not_compared(tmp_path: Path) -> None:
+    """It is recognised by its place, and its accuracy is one of other texts."""
+    published = tmp_path / "models--openai--clip-vit-base-patch16" / "snapshots" / "1"
+    shutil.copytree(DEMO, published)
+    choice = WeightsChoice(
+        published, zero_shot=ZeroShot(DEMO / "digits.txt", DEMO / "templates.txt")
+    )
+    workspace = Workspace(tmp_path / "artifacts")
+    made = export_model(workspace, None, choice)
+    scope = VerifyScope(artifacts=(made.path,), limit=40)
+    judged = verify_model(workspace, DEMO_MODEL, cards.demo_file("test.zip"), scope=scope)
+    assert judged.verification is not None
+    baseline = judged.verification.baseline
+    assert (baseline.status, baseline.published_top1) == ("unpublished", None)
+    assert "of openai/clip-vit-base-patch16 is published for ImageNet's" in baseline.sentence
 
 
 def test_other_texts_replace_the_classifier_only_on_request(
