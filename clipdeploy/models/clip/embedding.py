@@ -30,7 +30,7 @@ def image_tower(pair: ClipPair, embedding: Embedding) -> Checkpoint:
 
 
 def with_unit_projection(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with a projection that gives embeddings of a length around 1."""
+    """The tensors, float32 of any shape, with a projection that gives a length around 1."""
     weight = tensors["embed.weight"]
     return {**tensors, "embed.weight": (weight.double() / _expected_length(tensors)).float()}
 
