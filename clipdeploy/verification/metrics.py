@@ -92,8 +92,10 @@ class Retrieval:
 
 
 def retrieval_of(answers: Sequence[Answer]) -> Retrieval:
-    """Return the recalls of one or more answers of a search, see
-    :mod:`clipdeploy.verification.retrieval`."""
+    """Return the recalls of one or more answers of a search.
+
+    See :mod:`clipdeploy.verification.retrieval`.
+    """
     count = len(answers)
     found = [sum(answer.right(k) for answer in answers) for k in (1, 5, NEIGHBOURS)]
     one, five, ten = (100.0 * each / count for each in found)

@@ -143,7 +143,8 @@ def _retrieval_drops(
     drop = _recall_drop(everything, lane, limits, run_key)
     verdict, reason = drop.verdict, f"recall@{NEIGHBOURS}: {drop.sentence}"
     if verdict == "equivalent":
-        again = _recall_drop(unlike, lane, limits, run_key) if unlike else drop
+        # The first image is among both.
+        again = _recall_drop(unlike, lane, limits, run_key)
         if doubts := _doubts(again, repeats, limits.top1):
             verdict, reason = "undecided", reason + doubts
     if fidelity.sqnr_db is not None and fidelity.sqnr_db < _LEAST_DB:
