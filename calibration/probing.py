@@ -164,8 +164,8 @@ def probe(
 ) -> tuple[Finding, ...]:
     """What the FP32 ``graph`` with this ``passport`` says against the stored images.
 
-    ``trained`` is False for random weights, which recognise nothing.  ``threads``: number of ONNX
-    Runtime threads, 0 for its default.
+    ``trained`` is False for random weights, which recognise nothing; neither does an embedding
+    model, which has no classes.  ``threads``: number of ONNX Runtime threads, 0 for its default.
 
     Raises:
         GraphError: the graph cannot be run.
@@ -177,7 +177,7 @@ def probe(
     first = stored.crops[:_FIRST]
     logits = prober.observe(first)
     found = [*_still_findings(prober.variation(), table, len(first))]
-    if trained and len(first) >= _FEWEST:
+    if trained and not passport.embeds and len(first) >= _FEWEST:
         known = _recognise(prober, first, logits)
         if not known.sound:
             known = _recognise(prober, stored.crops, prober.logits(stored.crops))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,15 @@ __all__ = ["OnnxSession"]
 _BATCH = 8
 
 
+def _omp_threads() -> int:
+    """Return the first number of ``OMP_NUM_THREADS``, 0 if there is none.
+
+    ONNX Runtime is built without OpenMP and does not read it.
+    """
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isdecimal() else 0
+
+
 class OnnxSession:
     """An ONNX Runtime session of a graph with one image input.
 
@@ -30,7 +40,8 @@ class OnnxSession:
     ``fp8`` is for graphs with FP8 tensors: ONNX Runtime (1.31) would move their Q/DQ pairs past
     operators that take no FP8, and then refuse the graph.  ``in_order`` runs the nodes in the
     graph's order.  By default ONNX Runtime computes one output after the other, and keeps every
-    tensor that a later output needs.
+    tensor that a later output needs.  ``threads``: CPU threads of an operator; 0 takes
+    ``OMP_NUM_THREADS``, as PyTorch does, or without it one for each core.
 
     Raises:
         GraphError: ONNX Runtime cannot load the graph.
@@ -52,7 +63,7 @@ class OnnxSession:
     ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = FATAL_ONLY
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads or _omp_threads()
         # Threads that spin after a run take CPU time from the next program.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if exact_int8:

@@ -77,7 +77,7 @@ threads_option = option(
     show_default=False,
     metavar="COUNT",
     help="CPU threads; with --ray, of each shard. The last bits of the results depend on it.",
-    default_text="one for each core",
+    default_text="OMP_NUM_THREADS, or one for each core",
 )
 run_threads_option = option(
     "--threads",
@@ -86,7 +86,7 @@ run_threads_option = option(
     show_default=False,
     metavar="COUNT",
     help="CPU threads of ONNX Runtime.",
-    default_text="0, ONNX Runtime decides",
+    default_text="OMP_NUM_THREADS, or one for each core",
 )
 cpu_option = option(
     "--cpu",

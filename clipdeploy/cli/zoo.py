@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
     from clipdeploy.models.cards import ModelCard
+    from clipdeploy.models.clips import PublishedClip
 
 
 def _percent(value: float | None) -> str:
@@ -53,7 +54,35 @@ def _table(cards: tuple[ModelCard, ...]) -> Group:
             "*" if is_cached(card) else "",
         )
     short = ", ".join(card.short for card in cards if card.short)
-    notes = f"\n* weights are on this machine\nShort names: {short}"
+    notes = (
+        f"\n* weights are on this machine\nShort names: {short}\n"
+        "CLIPs, for --zero-shot: `clipdeploy zoo clips`"
+    )
+    return Group(table, Text(notes))
+
+
+def _clip_table(clips: tuple[PublishedClip, ...]) -> Group:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from clipdeploy.models.download import is_hub_cached
+
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    table.add_column("CLIP", overflow="fold")
+    table.add_column("", no_wrap=True)
+    table.add_column("px", justify="right", no_wrap=True)
+    table.add_column("top-1", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for each in clips:
+        cached = "*" if is_hub_cached(each.hub_folder) else ""
+        table.add_row(
+            each.name, each.architecture, str(each.image_size), _percent(each.top1), cached
+        )
+    notes = (
+        "\n* weights are on this machine\ntop-1: zero-shot on ImageNet, `--zero-shot imagenet` "
+        "with --templates openai80"
+    )
     return Group(table, Text(notes))
 
 
@@ -102,6 +131,19 @@ def _list(context: Context) -> None:
 
     listed = [settings_of(card) | {"at_hand": is_cached(card)} for card in all_cards()]
     emit(context, listed, lambda: _table(all_cards()))
+
+
+@zoo.command(epilog="\b\nclipdeploy zoo clips")
+@stage_command
+def clips(context: Context) -> None:
+    """List the published CLIPs: names for `export --zero-shot` and zero-shot accuracy."""
+    from clipdeploy.core.passport import settings_of
+    from clipdeploy.models.clips import published_clips
+    from clipdeploy.models.download import is_hub_cached
+
+    found = published_clips()
+    listed = [settings_of(each) | {"at_hand": is_hub_cached(each.hub_folder)} for each in found]
+    emit(context, listed, lambda: _clip_table(found))
 
 
 @zoo.command(epilog="\b\nclipdeploy zoo show clip-vit-base-p16")

@@ -32,14 +32,16 @@ from clipdeploy.core.passport import (
     Preprocess,
     Recipe,
 )
-from clipdeploy.core.spans import CROP_PCT
-from clipdeploy.core.values import MOST_EDGE, is_name
+from clipdeploy.core.values import MOST_EDGE
+from clipdeploy.models import columns
+from clipdeploy.models.hub import HUB_PREFIX, hub_folder
 
 __all__ = [
     "CARDS_VARIABLE",
     "DEMO",
     "DOWNLOAD_ROOT",
     "HUB_PREFIX",
+    "NORMALISATIONS",
     "ModelCard",
     "all_cards",
     "class_names",
@@ -57,7 +59,6 @@ __all__ = [
 F = TypeVar("F", bound=Callable[..., Any])
 
 DOWNLOAD_ROOT = "https://download.openmmlab.com/mmclassification/v0/clip/"
-HUB_PREFIX = "hf://"
 DEMO = "clip-vit-demo"
 # Patch, image size, width, blocks, heads, the MLP's width where it is not four times the width, and
 # the width of CLIP's embedding before a zero-shot head, or as the output.
@@ -72,7 +73,7 @@ CARDS_VARIABLE = "CLIPDEPLOY_CARDS"
 _SIZES = {"patch": None, "image_size": None, "width": 768, "depth": 12, "heads": 12}
 _COLUMNS = "see docs/adding-a-checkpoint.md for the columns"
 # Mean and std of the samples that a checkpoint was trained with, by the name in ``zoo.csv``.
-_NORMALISATIONS = {
+NORMALISATIONS = {
     "clip": (CLIP_MEAN, CLIP_STD),
     "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
     "inception": (INCEPTION_MEAN, INCEPTION_STD),
@@ -139,9 +140,9 @@ class ModelCard:
     @property
     def hub_folder(self) -> str:
         """The folder of the weights in a cache of huggingface_hub; empty if timm has none."""
-        address = self.file if self.on_hub else f"{HUB_PREFIX}timm/{self.timm_name}"
-        owner_and_name = address.removeprefix(HUB_PREFIX).replace("/", "--")
-        return f"models--{owner_and_name}" if self.on_hub or self.timm_name else ""
+        if self.on_hub:
+            return hub_folder(self.file.removeprefix(HUB_PREFIX))
+        return hub_folder(f"timm/{self.timm_name}") if self.timm_name else ""
 
     def is_downloaded(self, path: Path) -> bool:
         """Whether ``path`` is the card's file in a cache of huggingface_hub."""
@@ -155,7 +156,7 @@ class ModelCard:
     def preprocess(self, recipe: Recipe) -> Preprocess:
         """The preprocessing under ``recipe``."""
         used = self.normalisation if recipe.numerics == "trained" else "imagenet"
-        mean, std = _NORMALISATIONS[used]
+        mean, std = NORMALISATIONS[used]
         timm = "timm" in (recipe.resize, self.measured_by)
         crop_pct = self.timm_crop_pct if timm else 1.0
         return Preprocess(
@@ -258,11 +259,11 @@ def _card(row: DataRow) -> ModelCard:
         ArtifactError: a value is invalid.
     """
     value = row.value
-    name = value("name", _name)
-    timm_name, short = (value(column, _name, "") for column in ("timm_name", "alias"))
+    name = value("name", columns.name_text)
+    timm_name, short = (value(column, columns.name_text, "") for column in ("timm_name", "alias"))
     mm_name = _mmpretrain_name(name) if value("mm_config", str, "") else ""
     sizes: dict[str, Any] = {
-        column: value(column, _count, usual) for column, usual in _SIZES.items()
+        column: value(column, columns.count, usual) for column, usual in _SIZES.items()
     }
     try:
         card = geometry_card(**sizes)
@@ -274,75 +275,21 @@ def _card(row: DataRow) -> ModelCard:
         name=name,
         aliases=tuple(filter(None, (short, timm_name, mm_name))),
         pretrain=value("pretrain", str, "-"),
-        params=value("true_params", _count, card.params),
-        macs=value("true_macs", _count, card.macs),
+        params=value("true_params", columns.count, card.params),
+        macs=value("true_macs", columns.count, card.macs),
         # NaN: blank, so unpublished.
-        top1=_known(value("published_top1", _percent, math.nan)),
-        top5=_known(value("published_top5", _percent, math.nan)),
-        file=value("file", _file, ""),
-        sha256_prefix=value("sha256_prefix", _hash_prefix, ""),
+        top1=columns.known(value("published_top1", columns.percent, math.nan)),
+        top5=columns.known(value("published_top5", columns.percent, math.nan)),
+        file=value("file", columns.address, ""),
+        sha256_prefix=value("sha256_prefix", columns.hash_prefix, ""),
         timm_name=timm_name,
-        timm_crop_pct=value("timm_crop_pct", _crop_pct, 1.0),
-        timm_crop_mode=value("timm_crop_mode", _one_of("center", "squash"), "center"),
+        timm_crop_pct=value("timm_crop_pct", columns.crop_pct, 1.0),
+        timm_crop_mode=value("timm_crop_mode", columns.one_of("center", "squash"), "center"),
         generic=False,
         short=short,
-        normalisation=value("normalisation", _one_of(*_NORMALISATIONS), "clip"),
-        measured_by=value("measured_by", _one_of("mmpretrain", "timm"), "mmpretrain"),
+        normalisation=value("normalisation", columns.one_of(*NORMALISATIONS), "clip"),
+        measured_by=value("measured_by", columns.one_of("mmpretrain", "timm"), "mmpretrain"),
     )
-
-
-def _count(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise ValueError(f"{number} is less than 1")
-    return number
-
-
-def _name(text: str) -> str:
-    if not is_name(text):
-        raise ValueError(f"{text!r} is not a name of letters, digits and _.-")
-    return text
-
-
-def _percent(text: str) -> float:
-    if not 0 <= (number := float(text)) <= 100:
-        raise ValueError(f"{number:g} is not from 0 to 100")
-    return number
-
-
-def _crop_pct(text: str) -> float:
-    if (number := float(text)) not in CROP_PCT:
-        raise ValueError(f"{number:g} is not from {CROP_PCT.text}")
-    return number
-
-
-def _file(text: str) -> str:
-    if text.startswith(HUB_PREFIX):
-        owner, mark, name = text.removeprefix(HUB_PREFIX).partition("/")
-        if not (mark and is_name(owner) and is_name(name)):
-            raise ValueError(f"{text!r} is not hf://OWNER/NAME")
-    elif not is_name(text):
-        # It becomes a file name in the cache.
-        raise ValueError(f"{text!r} is neither a file name nor hf://OWNER/NAME")
-    return text
-
-
-def _hash_prefix(text: str) -> str:
-    if not re.fullmatch(r"[0-9a-f]{8,64}", text):
-        raise ValueError(f"{text!r} is not the first 8 hex digits of a SHA-256, or more")
-    return text
-
-
-def _one_of(*names: str) -> Callable[[str], str]:
-    def checked(text: str) -> str:
-        if text not in names:
-            raise ValueError(f"{text!r} is not one of {', '.join(names)}")
-        return text
-
-    return checked
-
-
-def _known(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def geometry_card(

@@ -18,18 +18,22 @@ from clipdeploy.core.addresses import masked, without_secrets
 from clipdeploy.core.cache import cache_folder
 from clipdeploy.core.errors import CheckpointError, UsageError, first_line
 from clipdeploy.core.files import file_errors
-from clipdeploy.models.cards import HUB_PREFIX, ModelCard
+from clipdeploy.models.cards import ModelCard
+from clipdeploy.models.hub import HUB_PREFIX, OPEN_CLIP_CONFIG, OPEN_CLIP_NAMES
 
-__all__ = ["cached_file", "fetch", "fetch_hub", "is_cached"]
+__all__ = ["cached_file", "fetch", "fetch_hub", "is_cached", "is_hub_cached"]
 
 OFFLINE_VARIABLE = "CLIPDEPLOY_OFFLINE"
 MIRROR_VARIABLE = "CLIPDEPLOY_MIRROR"
 _OFF = ("", "0", "false", "no", "off")
 # ValueError: an invalid URL.
 _NETWORK = (URLError, ConnectionError, TimeoutError, ValueError, http.client.HTTPException)
-_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-# Beside the weights, it tells what they do not.
-_HUB_CONFIGS = ("config.json", "preprocessor_config.json")
+# Files of weights, in the order of preference, and those beside them that tell what they do not.
+_TRANSFORMERS_CONFIGS = ("config.json", "preprocessor_config.json")
+_HUB_FILES = {
+    "model.safetensors": _TRANSFORMERS_CONFIGS,
+    "pytorch_model.bin": _TRANSFORMERS_CONFIGS,
+} | dict.fromkeys(OPEN_CLIP_NAMES, (OPEN_CLIP_CONFIG,))
 # Seconds without data after which a download fails.
 _STALL = 30.0
 # torch.hub's unfinished downloads.
@@ -46,9 +50,14 @@ def cached_file(card: ModelCard) -> Path:
 def is_cached(card: ModelCard) -> bool:
     """Whether the card's weights need no download: clipdeploy includes them or they are cached."""
     if card.on_hub:
-        found = (_hub_cache() / card.hub_folder / "snapshots").glob("*/*")
-        return any(path.name in _HUB_FILES for path in found)
+        return is_hub_cached(card.hub_folder)
     return card.shipped or (bool(card.file) and cached_file(card).is_file())
+
+
+def is_hub_cached(folder: str) -> bool:
+    """Whether weights are in this folder of clipdeploy's cache of the hub."""
+    found = (_hub_cache() / folder / "snapshots").glob("*/*")
+    return any(path.name in _HUB_FILES for path in found)
 
 
 def _hub_cache() -> Path:
@@ -162,8 +171,9 @@ def _network_errors(url: str, hint: str) -> Iterator[None]:
 def fetch_hub(reference: str, *, offline: bool = False, progress: bool = True) -> Path:
     """Download the weights of ``hf://OWNER/NAME`` from the Hugging Face hub; return their path.
 
-    ``model.safetensors`` is preferred to ``pytorch_model.bin``.  The repository's ``config.json``
-    and ``preprocessor_config.json``, if it has them, are downloaded into the same folder.
+    ``model.safetensors`` is preferred to ``pytorch_model.bin``, and both to open_clip's files.  The
+    repository's ``config.json`` and ``preprocessor_config.json``, or ``open_clip_config.json``, are
+    downloaded into the same folder if it has them.
 
     Raises:
         UsageError: the reference is not a repository, or huggingface_hub is not installed.
@@ -201,14 +211,14 @@ def fetch_hub(reference: str, *, offline: bool = False, progress: bool = True) -
             raise _no_hub(reference, error) from error
         return None
 
-    for name in _HUB_FILES:
+    for name, configs in _HUB_FILES.items():
         if (path := download(name)) is not None:
-            for config in _HUB_CONFIGS:
+            for config in configs:
                 download(config)
             return path
     where = "is in the cache, and downloads are off" if local else "exists"
     raise CheckpointError(
-        f"{reference}: neither {' nor '.join(_HUB_FILES)} {where}",
+        f"{reference}: none of {', '.join(_HUB_FILES)} {where}",
         hint="check the name, or download a file and pass its path",
     )
 

@@ -35,6 +35,12 @@ def _open(
             f"{passport.model} has random weights, so it has no accuracy to preserve",
             hint="export it again with a checkpoint",
         )
+    if passport.embeds:
+        raise UsageError(
+            f"{passport.model} gives embeddings: a search preserves top-1, which they do not have",
+            hint="clipdeploy bisect names the Linears that cost most; quantize --exclude leaves "
+            "them in FP16",
+        )
     images = open_labelled(data, passport, labelling, note)
     if not images.labelled:
         raise DatasetError(
@@ -56,7 +62,7 @@ def make_splits(
     ``note`` is called with each irregularity of the images.
 
     Raises:
-        UsageError: the model has random weights.
+        UsageError: the model has random weights, or gives embeddings.
         DatasetError: images without labels, unreadable images, or none left to confirm on.
     """
     images = _open(data, passport, config.labelling, note)

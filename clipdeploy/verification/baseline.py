@@ -13,6 +13,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from clipdeploy.core.errors import UsageError
 from clipdeploy.core.passport import Recipe
 from clipdeploy.core.spans import ACCURACY, check_numbers
 from clipdeploy.models import cards
+from clipdeploy.models.clip.prompts import IMAGENET, TEMPLATES, read_prompts
+from clipdeploy.models.clips import clip_named
 from clipdeploy.verification.paired import Interval, wilson_interval
 from clipdeploy.verification.records import Answer
 from clipdeploy.verification.result import Baseline, BaselineStatus
@@ -103,10 +106,34 @@ def _published(run_key: RunKey, expected: Expected) -> tuple[float | None, float
         return expected.top1, expected.top5
     if _is_part(run_key):
         return None, None
+    if run_key.clip is not None:
+        return _published_zero_shot(run_key), None
     card = cards.find(run_key.model)
     own = tuple(name for name, _ in cards.class_names(card))
     # A head with other classes was fine-tuned: its accuracy is not published.
     return (card.top1, card.top5) if run_key.class_names == own else (None, None)
+
+
+def _published_zero_shot(run_key: RunKey) -> float | None:
+    clip = clip_named(run_key.clip or "")
+    return clip.top1 if clip and run_key.prompts == _published_prompts() else None
+
+
+@cache
+def _published_prompts() -> str:
+    """The hash of the class texts and templates with which the CLIPs' accuracies were measured."""
+    return read_prompts(IMAGENET, TEMPLATES[0]).sha256
+
+
+def _why_unpublished(run_key: RunKey) -> str:
+    if run_key.clip is None:
+        return "no accuracy is published for these weights"
+    if clip_named(run_key.clip) is None:
+        return "no zero-shot accuracy is published for this CLIP"
+    return (
+        f"the zero-shot accuracy of {run_key.clip} is published for ImageNet's classes with "
+        "OpenAI's templates, not for these texts"
+    )
 
 
 def _is_part(run_key: RunKey) -> bool:
@@ -212,10 +239,14 @@ def excluded_deficit(published: float, n: int) -> float | None:
 
 
 def _is_whole(n: int, run_key: RunKey, expected: Expected, per_class: Sequence[int]) -> bool:
-    """Return whether these are all images of the card's published accuracy, prepared alike."""
+    """Return whether these are all images of the card's published accuracy, prepared alike.
+
+    The accuracies of CLIPs were measured by another program, with texts' embeddings of its own.
+    """
     even = len(per_class) == run_key.classes == _CLASSES and set(per_class) == {_PER_CLASS}
     return (
         expected.source == "card"
+        and run_key.clip is None
         and run_key.recipe == Recipe()
         and even
         and n == run_key.images == _CLASSES * _PER_CLASS
@@ -336,4 +367,4 @@ def check_baseline(
             f"{found}, of {run_key.partial_classes:,} of the {run_key.classes:,} classes; "
             "the published accuracy is over all of them",
         )
-    return comparison.baseline("unpublished", "no accuracy is published for these weights")
+    return comparison.baseline("unpublished", _why_unpublished(run_key))

@@ -10,6 +10,7 @@ from pathlib import Path
 from clipdeploy.verification.records import ImageRecord
 from clipdeploy.verification.result import Disagreement
 from clipdeploy.verification.results import Results
+from clipdeploy.verification.retrieval import with_retrieval
 
 __all__ = ["disagreements_csv", "disagreements_of"]
 
@@ -31,6 +32,7 @@ def _by_difference(found: Disagreement) -> tuple[float, str]:
 
 def disagreements_csv(results: Results) -> bytes:
     """Return a CSV line for every such image of every artifact; classes by name, else by number."""
+    results = with_retrieval(results)
     run_key = results.run_key
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")

@@ -17,7 +17,16 @@ from clipdeploy.verification.paired import Interval, wilson_interval
 from clipdeploy.verification.records import Answer, ImageId, ImageRecord, Leak, measure_images
 from exporters.metrics import ratio_db
 
-__all__ = ["Accuracy", "Fidelity", "FidelityMeter", "accuracy_of", "fidelity_of"]
+__all__ = [
+    "NEIGHBOURS",
+    "Accuracy",
+    "Fidelity",
+    "FidelityMeter",
+    "Retrieval",
+    "accuracy_of",
+    "fidelity_of",
+    "retrieval_of",
+]
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,35 @@ class Fidelity:
     def drop(self) -> float | None:
         """Percentage points of top-1 lost against the reference; negative is a gain."""
         return None if self.accuracy is None else 100.0 * (self.lost - self.gained) / self.images
+
+
+# The nearest images that are looked at to judge an embedding model.
+NEIGHBOURS = 10
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Percent of ``images`` whose nearest neighbour is among the artifact's 1, 5 and 10 nearest.
+
+    ``interval`` is Wilson's at 95 % of ``recall10``.
+    """
+
+    images: int
+    recall1: float
+    recall5: float
+    recall10: float
+    interval: Interval
+
+
+def retrieval_of(answers: Sequence[Answer]) -> Retrieval:
+    """Return the recalls of one or more answers of a search.
+
+    See :mod:`clipdeploy.verification.retrieval`.
+    """
+    count = len(answers)
+    found = [sum(answer.right(k) for answer in answers) for k in (1, 5, NEIGHBOURS)]
+    one, five, ten = (100.0 * each / count for each in found)
+    return Retrieval(count, one, five, ten, wilson_interval(found[-1], count))
 
 
 def accuracy_of(answers: Sequence[Answer]) -> Accuracy:

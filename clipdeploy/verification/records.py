@@ -13,9 +13,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Answer", "ImageId", "ImageRecord", "Leak", "Outcome", "measure_images"]
+__all__ = ["GALLERY", "Answer", "ImageId", "ImageRecord", "Leak", "Outcome", "measure_images"]
 
 _KEPT_ANSWERS = 5
+# The images whose embeddings are kept, the first in the random order, so that they can be searched:
+# it bounds the file, 4 D bytes for each image and artifact. The interval of a recall is then at
+# most 2 points wide.
+GALLERY = 10_000
 
 Leak = Literal["", "near", "same"]
 
@@ -49,6 +53,8 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     ``max_abs`` and ``sum_abs`` are of the absolute differences over the classes, ``noise`` is the
     sum of their squares. These metrics and ``cosine`` are None if a logit is NaN or infinite.
+    ``embedding`` is the output of an embedding model, little-endian float32; empty if it is not
+    kept, and for a classifier.
     """
 
     answer: Answer
@@ -56,6 +62,7 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True, gc=False):
     sum_abs: float | None
     noise: float | None
     cosine: float | None
+    embedding: bytes = b""
 
     @property
     def finite(self) -> bool:
@@ -81,7 +88,9 @@ class ImageRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     ``leak`` is ``same`` if an artifact was calibrated on this image, ``near`` if on one that looks
     almost the same, else empty; ``signal`` is the sum of the reference's squared logits;
-    ``outcomes`` are in the order of the artifacts.
+    ``outcomes`` are in the order of the artifacts. ``embedding`` is the reference's, as in
+    :class:`Outcome`. An embedding has no answers: :mod:`clipdeploy.verification.retrieval` adds
+    those of a search.
     """
 
     image: ImageId
@@ -90,6 +99,7 @@ class ImageRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
     signal: float
     reference: Answer
     outcomes: tuple[Outcome, ...]
+    embedding: bytes = b""
 
     @property
     def name(self) -> str:
@@ -100,6 +110,10 @@ class ImageRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
     def sha256(self) -> str:
         """The SHA-256 of the image's file in hex."""
         return self.image.sha256
+
+
+# The answers to a batch, and the embeddings to keep.
+_Answered = tuple[list[Answer], list[bytes]]
 
 
 def _answers(logits: Logits, labels: Sequence[int | None]) -> list[Answer]:
@@ -122,7 +136,9 @@ def _answers(logits: Logits, labels: Sequence[int | None]) -> list[Answer]:
     return answers
 
 
-def _outcomes(logits: Logits, reference: Logits, answers: Sequence[Answer]) -> list[Outcome]:
+def _outcomes(
+    logits: Logits, reference: Logits, answers: Sequence[Answer], embeddings: Sequence[bytes]
+) -> list[Outcome]:
     ours, theirs = logits.astype(np.float64), reference.astype(np.float64)
     with np.errstate(all="ignore"):  # NaN and infinity are recorded as None
         difference = np.abs(ours - theirs)
@@ -131,10 +147,20 @@ def _outcomes(logits: Logits, reference: Logits, answers: Sequence[Answer]) -> l
         columns = (difference.max(axis=1), difference.sum(axis=1), (difference**2).sum(axis=1))
     finite = np.isfinite(np.concatenate([ours, theirs], axis=1)).all(axis=1).tolist()
     metrics = np.stack([*columns, cosine], axis=1).tolist()
-    return [
-        Outcome(answer, *(values if sound else [None] * len(values)))
-        for answer, sound, values in zip(answers, finite, metrics, strict=True)
-    ]
+    made = []
+    for answer, sound, values, embedding in zip(answers, finite, metrics, embeddings, strict=True):
+        largest, summed, noise, similarity = values if sound else (None,) * 4
+        made.append(Outcome(answer, largest, summed, noise, similarity, embedding))
+    return made
+
+
+def _of_classifier(logits: Logits, labels: Sequence[int | None]) -> _Answered:
+    return _answers(logits, labels), [b""] * len(logits)
+
+
+def _of_embeddings(rows: Logits, *, kept: bool) -> _Answered:
+    texts = [row.astype("<f4").tobytes() if kept else b"" for row in rows]
+    return [Answer((), None)] * len(rows), texts
 
 
 def measure_images(
@@ -143,6 +169,7 @@ def measure_images(
     leaks: Sequence[Leak],
     reference: Logits,
     artifacts: Sequence[Logits],
+    keep_embeddings: bool | None = None,
 ) -> list[ImageRecord]:
     """Return the records of one batch of B images.
 
@@ -152,13 +179,20 @@ def measure_images(
         leaks: B, whether an artifact was calibrated on the image.
         reference: (B, K) float32.
         artifacts: (B, K) float32 of each artifact.
+        keep_embeddings: whether the records keep the rows, which are embeddings; None for logits.
     """
+
+    def answered(rows: Logits) -> _Answered:
+        if keep_embeddings is None:
+            return _of_classifier(rows, labels)
+        return _of_embeddings(rows, kept=keep_embeddings)
+
     with np.errstate(all="ignore"):
         signal = np.nan_to_num((reference.astype(np.float64) ** 2).sum(axis=1))
-    by_artifact = [_outcomes(each, reference, _answers(each, labels)) for each in artifacts]
+    by_artifact = [_outcomes(each, reference, *answered(each)) for each in artifacts]
     return [
-        ImageRecord(image, label, leak, float(power), answer, tuple(outcomes))
-        for image, label, leak, power, answer, *outcomes in zip(
-            images, labels, leaks, signal, _answers(reference, labels), *by_artifact, strict=True
+        ImageRecord(image, label, leak, float(power), answer, tuple(outcomes), embedding)
+        for image, label, leak, power, answer, embedding, *outcomes in zip(
+            images, labels, leaks, signal, *answered(reference), *by_artifact, strict=True
         )
     ]

@@ -33,8 +33,13 @@ _DECIDES_LOGITS = (
     "clipdeploy.models.checkpoints.unpickle",
     *(
         f"clipdeploy.models.checkpoints.layouts.{name}"
-        for name in ("hf_clip", "hf_vit", "layout", "mmpretrain", "openai", "timm")
+        for name in (
+            *("hf_clip", "hf_vit", "layout", "mmpretrain", "mmpretrain_clip", "openai", "timm"),
+            "zero_shot",
+        )
     ),
+    "clipdeploy.models.clip.embedding",
+    "clipdeploy.models.clip.pair",
     "clipdeploy.models.load",
     "clipdeploy.runners.torch",
     "clipdeploy.models.vit",

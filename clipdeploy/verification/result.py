@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from clipdeploy.core.display import Renderable, Shown
-from clipdeploy.verification.metrics import Accuracy, Fidelity
+from clipdeploy.core.passport import Task
+from clipdeploy.verification.metrics import NEIGHBOURS, Accuracy, Fidelity, Retrieval
 from clipdeploy.verification.paired import DropJudgement, Interval
 from clipdeploy.verification.repeatability import Repeatability
 
@@ -134,6 +135,8 @@ class Row:
     top-5. ``repeats``: whether repeated calls gave the same answers. ``calibrated`` is False for an
     artifact without calibration images, None if unknown. ``disagreements`` counts the images whose
     top-1 answer differs from PyTorch's, ``worst`` are those with the largest logit difference.
+    ``retrieval`` is None for a classifier; an embedding model's ``drop`` is that of recall@10, and
+    its disagreements have another nearest neighbour, as an index of the images that were searched.
     ``clipping`` is None without 8-bit inputs, or if they were not measured; an engine has that of
     its graph. ``calibration_findings``: what ``calibrate`` said against its images.
     """
@@ -152,6 +155,7 @@ class Row:
     drop_top5: DropJudgement | None = None
     repeats: Repeatability | None = None
     calibrated: bool | None = False
+    retrieval: Retrieval | None = None
     clipping: Clipping | None = None
     calibration_findings: tuple[str, ...] = ()
 
@@ -166,7 +170,8 @@ class Verification(Shown):
     the images that an artifact was calibrated on, ``near_leaked`` those that look almost like one;
     both are None if unknown. ``reference`` is PyTorch's accuracy, None without labels and for
     random weights. ``left_out`` are engines of judged graphs that were not judged themselves.
-    ``max_drop_top5`` is None if top-5 was not judged.
+    ``max_drop_top5`` is None if top-5 was not judged. ``task`` is ``embedding`` if artifacts were
+    judged by retrieval; ``max_drop`` is then in points of recall@10.
     """
 
     model: str
@@ -190,6 +195,7 @@ class Verification(Shown):
     near_leaked: int | None = None
     max_drop_top5: float | None = None
     left_out: tuple[str, ...] = ()
+    task: Task = "classification"
     schema: int = VERIFICATION_SCHEMA
 
     def __bool__(self) -> bool:
@@ -200,7 +206,11 @@ class Verification(Shown):
 
 
 # The titles of metrics_of().
-COLUMNS = ("top-1 %", "top-5 %", "agree %", "SQNR dB", "cosine", "max abs")
+_ERRORS = ("SQNR dB", "cosine", "max abs")
+COLUMNS: dict[Task, tuple[str, ...]] = {
+    "classification": ("top-1 %", "top-5 %", "agree %", *_ERRORS),
+    "embedding": ("R@10 %", "R@5 %", "R@1 %", *_ERRORS),
+}
 
 
 _COLOURS = {
@@ -230,10 +240,11 @@ def _verdict(result: Verification) -> str:
         kinds = [row.kind for row in result.rows]
         judged = [_counted(kinds.count(kind), kind) for kind in dict.fromkeys(kinds)]
         top5 = result.max_drop_top5
+        what = "top-1" if result.task == "classification" else f"recall@{NEIGHBOURS}"
         return (
             f"EQUIVALENT: {' and '.join(judged)} "
             f"{'loses' if len(kinds) == 1 else 'lose'} no more than {result.max_drop:.2f} points "
-            f"of top-1{f' and {top5:.2f} of top-5' if top5 is not None else ''}"
+            f"of {what}{f' and {top5:.2f} of top-5' if top5 is not None else ''}"
         )
     named = zip(artifact_names(result), result.rows, strict=True)
     names = {name: row for name, row in named if row.verdict != "equivalent"}
@@ -248,7 +259,8 @@ def _verdict(result: Verification) -> str:
     if not result.baseline:
         return f"NOT JUDGED: {result.baseline.sentence}"
     if result.random_weights:
-        return "NOT JUDGED: random weights have no accuracy; only logits were compared"
+        what = "logits" if result.task == "classification" else "embeddings"
+        return f"NOT JUDGED: random weights have no accuracy; only {what} were compared"
     if any(row.verdict == "undecided" for row in bad):
         return f"UNDECIDED{_advice(result)}"
     return f"NOT PROVEN: {', '.join(f'{name} {row.verdict}' for name, row in names.items())}"
@@ -300,17 +312,27 @@ def metrics_of(row: Row, result: Verification) -> tuple[str, ...]:
     """Return a row's metrics in the order of ``COLUMNS``; a dash for each that is missing."""
     fidelity = row.fidelity
     if fidelity is None:
-        return ("-",) * len(COLUMNS)
-    # The accuracy of random weights is meaningless.
-    accuracy = None if result.random_weights else fidelity.accuracy
+        return ("-",) * len(COLUMNS[result.task])
     sqnr = "equal" if fidelity.sqnr_db is None else f"{fidelity.sqnr_db:.1f}"
     errors = (sqnr, f"{fidelity.cosine:.5f}", f"{fidelity.max_abs:.1e}")
+    return (
+        *_answer_metrics(row, fidelity, result),
+        # Metrics of the remaining images would look like those of the artifact.
+        *(errors if fidelity.finite else ("NaN/inf",) * len(errors)),
+    )
+
+
+def _answer_metrics(row: Row, fidelity: Fidelity, result: Verification) -> tuple[str, ...]:
+    if result.task == "embedding":
+        found = row.retrieval
+        recalls = (found.recall10, found.recall5, found.recall1) if found else ()
+        return tuple(f"{each:.2f}" for each in recalls) or ("-", "-", "-")
+    # The accuracy of random weights is meaningless.
+    accuracy = None if result.random_weights else fidelity.accuracy
     return (
         f"{accuracy.top1:.2f}" if accuracy else "-",
         f"{accuracy.top5:.2f}" if accuracy else "-",
         f"{fidelity.agreement:.2f}",
-        # Metrics of the remaining images would look like those of the artifact.
-        *(errors if fidelity.finite else ("NaN/inf",) * len(errors)),
     )
 
 
@@ -318,7 +340,7 @@ def _table(result: Verification) -> Table:
     table = Table(box=None, pad_edge=False)
     # Names can be long: only this column may wrap.
     table.add_column("artifact", overflow="fold")
-    for title in COLUMNS:
+    for title in COLUMNS[result.task]:
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     if result.reference is not None:
@@ -333,7 +355,8 @@ def _table(result: Verification) -> Table:
 def baseline_lines(result: Verification) -> list[str]:
     """Return the baseline's sentence, then the possible causes of a miss."""
     baseline = result.baseline
-    if result.random_weights or not result.labelled:
+    compared = result.labelled or result.task == "embedding"
+    if result.random_weights or not compared:
         return []
     causes = [
         f"{cause.gained:+.2f} points with {cause.what}" for cause in baseline.causes[:_SHOWN_CAUSES]

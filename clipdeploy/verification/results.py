@@ -24,17 +24,18 @@ import msgspec
 
 from clipdeploy.core.errors import ArtifactError
 from clipdeploy.core.files import file_errors, read_regular, write_atomic
-from clipdeploy.core.passport import Preprocess, Recipe
+from clipdeploy.core.passport import Preprocess, Recipe, Task
 from clipdeploy.core.values import (
     MOST_BATCH,
     MOST_CLASSES,
     Fault,
     first_fault,
+    is_hash,
     is_name,
     unless,
     unless_lines,
 )
-from clipdeploy.verification.records import ImageRecord
+from clipdeploy.verification.records import GALLERY, ImageRecord
 from clipdeploy.verification.repeats import Repeat
 
 __all__ = [
@@ -83,7 +84,10 @@ class RunKey:
     calibration images' hashes, empty without calibration. ``partial_classes`` is the number of
     classes that the images cover if they were drawn from a part of the model's classes, else 0.
     ``sequential`` is the largest drop of a run that may stop early, else None. ``threads`` affects
-    the last bits: a sum is split into as many parts.
+    the last bits: a sum is split into as many parts. ``clip`` is the published CLIP that a
+    zero-shot classifier was made from, empty for another CLIP, None for other classifiers;
+    ``prompts`` is the SHA-256 of its class texts and templates. An embedding model has no classes;
+    ``classes`` is then the width of the embedding.
     """
 
     model: str
@@ -107,6 +111,9 @@ class RunKey:
     threads: int
     versions: dict[str, str]
     partial_classes: int = 0
+    clip: str | None = None
+    prompts: str = ""
+    task: Task = "classification"
     schema: int = RESULTS_SCHEMA
 
     def faults(self) -> Iterator[Fault]:
@@ -118,6 +125,9 @@ class RunKey:
             yield from unless(1 <= value <= most, name, value, f"from 1 to {most}")
         yield from unless_lines("class_names", self.class_names)
         yield from unless_lines("versions", self.versions)
+        yield from unless_lines("clip", self.clip or "")
+        hashed = not self.prompts or is_hash(self.prompts)
+        yield from unless(hashed, "prompts", self.prompts, "a SHA-256 in hex")
 
     @property
     def batches(self) -> int:
@@ -127,6 +137,10 @@ class RunKey:
     def size(self, number: int) -> int:
         """Return the number of images in batch ``number``."""
         return min(self.batch, self.images - number * self.batch)
+
+    def keeps_embeddings(self, number: int) -> bool:
+        """Whether the records of batch ``number`` have the embeddings."""
+        return self.task == "embedding" and number * self.batch < GALLERY
 
     @property
     def ran(self) -> tuple[ArtifactEntry, ...]:
@@ -313,11 +327,19 @@ def _impossible(results: Results) -> str:
             return f"batch {batch.batch} has {images} images, not {run_key.size(batch.batch)}"
         if any(len(record.outcomes) != lanes for record in batch.records):
             return f"batch {batch.batch} does not have the outcomes of {lanes} artifacts"
+        width = 4 * run_key.classes if run_key.keeps_embeddings(batch.batch) else 0
+        if _embedding_sizes(batch) - {width}:
+            return f"batch {batch.batch} has embeddings of another size than {width} bytes"
         if len(batch.repeats) != lanes:
             return f"batch {batch.batch} does not have the repeated calls of {lanes} artifacts"
     if names and (worst := names.most_common(1)[0])[1] > 1:
         return f"{worst[0]} occurs {worst[1]} times"
     return ""
+
+
+def _embedding_sizes(batch: BatchResult) -> set[int]:
+    references = {len(record.embedding) for record in batch.records}
+    return references | {len(o.embedding) for record in batch.records for o in record.outcomes}
 
 
 def merge_results(parts: Sequence[Results]) -> Results:

@@ -8,6 +8,9 @@ float16 was only emulated                     not judged
 PyTorch itself misses its accuracy            not judged
 otherwise the interval of the paired drop:    equivalent, regressed, undecided
 
+The drop of an embedding model is that of recall@10, see :mod:`clipdeploy.verification.retrieval`;
+with an SQNR below 20 dB it is regressed whatever it finds.
+
 Copies of an image count once. ``equivalent`` needs more than the interval: it must also hold
 without the images that look almost like another one, and a fault that affects whole calls must be
 excluded down to the allowed drop.
@@ -26,7 +29,13 @@ from clipdeploy.imaging import Reading
 from clipdeploy.verification.baseline import Expected, check_baseline
 from clipdeploy.verification.disagreements import disagreements_of
 from clipdeploy.verification.distinct import Distinct, distinct_records
-from clipdeploy.verification.metrics import Fidelity, accuracy_of, fidelity_of
+from clipdeploy.verification.metrics import (
+    NEIGHBOURS,
+    Fidelity,
+    accuracy_of,
+    fidelity_of,
+    retrieval_of,
+)
 from clipdeploy.verification.paired import DropJudgement, judge_drop
 from clipdeploy.verification.records import ImageRecord
 from clipdeploy.verification.repeatability import Repeatability, repeatability_of
@@ -37,10 +46,13 @@ from clipdeploy.verification.result import (
     Verification,
 )
 from clipdeploy.verification.results import ArtifactEntry, Results, RunKey
+from clipdeploy.verification.retrieval import check_search, searched, with_retrieval
 
 __all__ = ["Limits", "judge_results"]
 
 _WORST = 12
+# Noise of 1 % of an embedding's power moves its cosine with another one by up to 0.1.
+_LEAST_DB = 20.0
 # From best to worst: the worse of two verdicts on one artifact counts.
 _RANK: tuple[Verdict, ...] = ("equivalent", "undecided", "regressed")
 
@@ -48,6 +60,8 @@ _RANK: tuple[Verdict, ...] = ("equivalent", "undecided", "regressed")
 @dataclass(frozen=True)
 class Limits:
     """Percentage points that an artifact may lose, of top-1 and, unless None, of top-5.
+
+    For an embedding model, ``top1`` is the limit of recall@10.
 
     Raises:
         UsageError: a limit is outside 0 to 100.
@@ -65,8 +79,8 @@ class Limits:
 class _Drops:
     """The drops of one artifact, and the verdict on them."""
 
-    top1: DropJudgement
-    top5: DropJudgement
+    main: DropJudgement
+    top5: DropJudgement | None
     verdict: Verdict
     reason: str
 
@@ -94,18 +108,62 @@ def _drops(
         )
     if verdict == "equivalent":
         again = _judged(unlike.lost, unlike.gained, unlike.images, limits.top1, run_key)
-        if again.verdict != "equivalent":
-            verdict = "undecided"
-            reason += f"; but only {unlike.images:,} images do not look almost like another: "
-            reason += again.sentence
         allowed = min(limits.top1, limit5) if limits.top5 is not None else limits.top1
-        if repeats.excluded > allowed:
-            verdict = "undecided"
-            reason += (
-                f"; but of {repeats.calls:,} different calls {repeats.excluded:.2g} % could be "
-                "wrong undetected: add images, which make more calls"
-            )
+        if doubts := _doubts(again, repeats, allowed):
+            verdict, reason = "undecided", reason + doubts
     return _Drops(top1, top5, verdict, reason)
+
+
+def _doubts(unlike: DropJudgement, repeats: Repeatability, allowed: float) -> str:
+    """Return why an interval within the limit is no proof; empty if it is.
+
+    ``unlike`` is the drop over the images that do not look almost like another.
+    """
+    doubts = ""
+    if unlike.verdict != "equivalent":
+        doubts = f"; but only {unlike.n:,} images do not look almost like another: "
+        doubts += unlike.sentence
+    if repeats.excluded > allowed:
+        doubts += (
+            f"; but of {repeats.calls:,} different calls {repeats.excluded:.2g} % could be "
+            "wrong undetected: add images, which make more calls"
+        )
+    return doubts
+
+
+def _retrieval_drops(
+    fidelity: Fidelity,
+    found: Distinct,
+    lane: int,
+    repeats: Repeatability,
+    run_key: RunKey,
+    limits: Limits,
+) -> _Drops:
+    everything, unlike = searched(found.records), searched(found.unlike)
+    drop = _recall_drop(everything, lane, limits, run_key)
+    verdict, reason = drop.verdict, f"recall@{NEIGHBOURS}: {drop.sentence}"
+    if verdict == "equivalent":
+        # The first image is among both.
+        again = _recall_drop(unlike, lane, limits, run_key)
+        if doubts := _doubts(again, repeats, limits.top1):
+            verdict, reason = "undecided", reason + doubts
+    if fidelity.sqnr_db is not None and fidelity.sqnr_db < _LEAST_DB:
+        verdict = "regressed"
+        reason = (
+            f"the embeddings have an SQNR of {fidelity.sqnr_db:.1f} dB, below {_LEAST_DB:g}: "
+            f"cosines with other embeddings change; {reason}"
+        )
+    return _Drops(drop, None, verdict, reason)
+
+
+def _recall_drop(
+    records: Sequence[ImageRecord], lane: int, limits: Limits, run_key: RunKey
+) -> DropJudgement:
+    pairs = [
+        (r.reference.right(NEIGHBOURS), r.outcomes[lane].answer.right(NEIGHBOURS)) for r in records
+    ]
+    lost, gained = pairs.count((True, False)), pairs.count((False, True))
+    return _judged(lost, gained, len(pairs), limits.top1, run_key)
 
 
 def _judge(
@@ -118,13 +176,17 @@ def _judge(
 ) -> tuple[Verdict, str]:
     """Return the verdict on an artifact that ran, and the sentence that explains it."""
     if not fidelity.finite:
-        return "regressed", "logits are NaN or infinite"
+        what = "embeddings" if run_key.task == "embedding" else "logits"
+        return "regressed", f"{what} are NaN or infinite"
     if not repeats:
         return "not judged", repeats.sentence
     if run_key.random_weights:
-        return "not judged", "random weights have no accuracy: only logits were compared"
+        what = "embeddings" if run_key.task == "embedding" else "logits"
+        return "not judged", f"random weights have no accuracy: only {what} were compared"
     if drops is None:
-        return "not judged", "the images have no labels: only logits were compared"
+        what = "logits" if run_key.task == "classification" else "embeddings"
+        why = "the images have no labels" if what == "logits" else "no image was searched for"
+        return "not judged", f"{why}: only {what} were compared"
     if entry.emulated:
         why = f": {entry.why_not}" if entry.why_not else ""
         return "not judged", f"float16 was computed in float32, which hides overflow{why}"
@@ -167,8 +229,17 @@ def _row(
         return fidelity_of(records, lane, run_key.classes, labelled=run_key.labelled)
 
     fidelity, repeats = fidelity_over(found.records), repeatability_of(results, lane, entry)
+    retrieval = None
+    if run_key.task == "embedding" and (near := searched(found.records)):
+        retrieval = retrieval_of([record.outcomes[lane].answer for record in near])
+        same = sum(r.outcomes[lane].answer.first == r.reference.first for r in near)
+        fidelity = replace(fidelity, agreement=100.0 * same / len(near))
     drops = None
-    if run_key.labelled and not run_key.random_weights and fidelity.finite:
+    if run_key.random_weights or not fidelity.finite:
+        pass
+    elif retrieval is not None:
+        drops = _retrieval_drops(fidelity, found, lane, repeats, run_key, limits)
+    elif run_key.labelled:
         drops = _drops(fidelity, fidelity_over(found.unlike), repeats, run_key, limits)
     verdict, reason = _judge(fidelity, drops, repeats, run_key, entry, baseline)
     different = disagreements_of(found.records, lane)
@@ -177,9 +248,10 @@ def _row(
         verdict=verdict,
         reason=reason,
         fidelity=fidelity,
-        drop=drops.top1 if drops else None,
+        drop=drops.main if drops else None,
         drop_top5=drops.top5 if drops else None,
         repeats=repeats,
+        retrieval=retrieval,
         disagreements=len(different),
         worst=tuple(different[:_WORST]),
     )
@@ -197,6 +269,7 @@ def judge_results(
         UsageError: a limit is outside 0 to 100.
     """
     limits = limits if isinstance(limits, Limits) else Limits(limits)
+    results = with_retrieval(results)
     run_key, records = results.run_key, results.records
     if not records:
         raise DatasetError(
@@ -206,13 +279,16 @@ def judge_results(
     found = distinct_records(records)
     judged = run_key.labelled and not run_key.random_weights
     # The published accuracy of a whole set counts all its files, copies included.
-    baseline = check_baseline(
-        [record.reference for record in records],
-        run_key,
-        expected,
-        per_class=tuple(Counter(record.label for record in records).values()),
-        different=[record.reference for record in found.records],
-    )
+    if run_key.task == "embedding":
+        baseline = check_search([record.reference for record in searched(found.records)])
+    else:
+        baseline = check_baseline(
+            [record.reference for record in records],
+            run_key,
+            expected,
+            per_class=tuple(Counter(record.label for record in records).values()),
+            different=[record.reference for record in found.records],
+        )
     rows, lane = [], 0
     for entry in run_key.artifacts:
         rows.append(_row(entry, lane, results, found, baseline, limits))
@@ -233,7 +309,7 @@ def judge_results(
         leaked=None if unknown else leaks.count("same"),
         near_leaked=None if unknown else leaks.count("near"),
         random_weights=run_key.random_weights,
-        class_names=run_key.class_names,
+        class_names=run_key.class_names if run_key.task == "classification" else (),
         max_drop=limits.top1,
         max_drop_top5=limits.top5,
         sequential=run_key.sequential is not None,
@@ -242,6 +318,7 @@ def judge_results(
         rows=tuple(rows),
         left_out=_left_out(run_key),
         passed=bool(rows) and all(row.verdict == "equivalent" for row in rows),
+        task=run_key.task,
     )
 
 

@@ -27,6 +27,7 @@ from clipdeploy.core.spans import BATCH, THREADS, WORKERS, check_numbers, check_
 from clipdeploy.engines.passport import library_versions
 from clipdeploy.imaging import CropCache, ImageFolder, survey
 from clipdeploy.imaging.crops import pixels_key
+from clipdeploy.models.clips import clip_of_file
 from clipdeploy.models.load import LoadedModel
 from clipdeploy.runners import Runner
 from clipdeploy.verification.batches import (
@@ -149,9 +150,16 @@ class _Opened:
             [leak for _, leak in leaks],
             reference,
             [logits for logits, _ in answers],
+            self._kept(batch.number),
         )
         repeats = tuple(repeats for _, repeats in answers)
         return BatchResult(batch.number, tuple(records), batch.unreadable, repeats)
+
+    def _kept(self, number: int) -> bool | None:
+        """Whether the embeddings of a batch are kept for the search; None for logits."""
+        if self.run_key.task != "embedding":
+            return None
+        return self.run_key.keeps_embeddings(number)
 
     def _run(
         self, lane: _Lane, number: int, samples: Samples, reference: Logits
@@ -163,7 +171,7 @@ class _Opened:
         if logits.shape != wanted:
             raise ArtifactError(
                 f"{lane.target.path} gave logits of shape {logits.shape}, not {wanted}",
-                hint="build it again: it is not a classifier of this model",
+                hint="build it again: it was not made from this model",
             )
         plan = RepeatPlan(self.run_key.batches, self.run_key.batch)
         calls = plan.calls(number, len(images), lane.runner)
@@ -178,6 +186,8 @@ def _run_key(
     config: VerifyConfig,
     calibrated: Calibrated,
 ) -> RunKey:
+    made_of = model.weights.zero_shot
+    clip = made_of and clip_of_file(Path(made_of.checkpoint), made_of.sha256)
     return RunKey(
         model=model.card.name,
         weights=model.weights.identity,
@@ -200,6 +210,9 @@ def _run_key(
         sequential=config.max_drop if config.sequential else None,
         threads=config.threads or torch.get_num_threads(),
         versions=library_versions(),
+        task=passport.task,
+        clip=None if made_of is None else clip.name if clip else "",
+        prompts=made_of.prompts_sha256 if made_of else "",
     )
 
 

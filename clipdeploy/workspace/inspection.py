@@ -147,8 +147,12 @@ def _graph_facts(passport: Passport) -> list[tuple[str, str]]:
             "images",
             f"{preprocess.size} px, mean {_rgb(preprocess.mean)}, std {_rgb(preprocess.std)}",
         ),
-        ("output", f"{passport.output.name}: {passport.output.dtype}, {passport.classes} classes"),
+        ("output", f"{passport.output.name}: {passport.output.dtype}, {_width(passport)}"),
     ]
+
+
+def _width(passport: Passport) -> str:
+    return f"{passport.classes} {'numbers' if passport.embeds else 'classes'}"
 
 
 def _rgb(values: tuple[float, float, float]) -> str:

@@ -25,6 +25,7 @@ from clipdeploy.core.passport import (
     TOKENIZER_KEY,
     Passport,
     Precision,
+    Task,
     Tower,
     WeightsOrigin,
     settings_of,
@@ -282,7 +283,13 @@ def _check_card(path: Path, passport: Passport) -> None:
             f"seed {passport.weights.seed}, sha256 {_shown(passport.weights.sha256)}",
             hint=hint,
         )
+    task: Task = "classification" if card.embedding is None else "embedding"
+    _refuse_difference(path, passport.task, task, "task", source, hint)
     names, own = passport.class_names, tuple(name for name, _ in cards.class_names(card))
+    if passport.embeds:
+        _refuse_difference(path, passport.classes, card.classes, "classes", source, hint)
+        _refuse_difference(path, names, (), "class_names", source, hint)
+        return
     if names and not len(set(names)) == len(names) == passport.classes:
         raise ArtifactError(
             f"the passport of {path} has {len(set(names))} different class_names for "

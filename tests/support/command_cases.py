@@ -49,6 +49,7 @@ _BENCHMARK = "benchmark --batch 1,8 --rounds 3 --warmup 0.01"
 CASES: dict[str, tuple[Case, ...]] = {
     "zoo": (Case("zoo"),),
     "zoo list": (Case("zoo list"),),
+    "zoo clips": (Case("zoo clips"),),
     "zoo show": (Case("zoo show clip-vit-base-p16-384px"), Case("zoo show demo")),
     "export": (Case("export"), Case("export --model demo --force", slow=True)),
     "calibrate": (Case("calibrate --data calibration.zip --images 24"),),

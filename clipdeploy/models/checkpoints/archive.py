@@ -22,17 +22,19 @@ from clipdeploy.core.errors import CheckpointError, first_line
 from clipdeploy.core.files import open_regular, read_regular, sha256_file
 from clipdeploy.core.interrupts import interrupts
 from clipdeploy.models.checkpoints.unpickle import Inert, module_tensors, read_pickle
+from clipdeploy.models.hub import OPEN_CLIP_CONFIG, OPEN_CLIP_NAMES
 
 __all__ = ["METADATA_KEY", "Archive", "read_archive"]
 
 METADATA_KEY = "clipdeploy"
 
-# In a folder of Hugging Face's save_pretrained, in the order of preference.
+# In a folder of Hugging Face's save_pretrained, or of open_clip's, in the order of preference.
 _HUB_NAMES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    *OPEN_CLIP_NAMES,
 )
 _INDEX = ".index.json"
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}(?P<suffix>\.\w+)")
@@ -51,8 +53,9 @@ class Archive:
 
     ``path`` is the file, or the index of its shards; ``kind`` its format.  ``loaded`` has
     plain dictionaries with text keys, also in place of modules and other objects.  ``config`` and
-    ``preprocessor`` are the JSON files of Hugging Face's folders beside it, empty if there are
-    none.  A file of clipdeploy's own has its ``config`` inside, under ``METADATA_KEY``.
+    ``preprocessor`` are the JSON files of Hugging Face's folders beside it, or open_clip's
+    configuration, empty if there are none.  A file of clipdeploy's own has its ``config`` inside,
+    under ``METADATA_KEY``.
     """
 
     path: Path
@@ -79,8 +82,13 @@ def read_archive(path: Path) -> Archive:
     else:
         loaded, sha256 = _load(path), sha256_file(path)
         kind = path.suffix.lstrip(".") or "pickle"
-    config = _own_config(path) or _side_file(path, "config.json")
-    return Archive(path, sha256, kind, loaded, config, _side_file(path, "preprocessor_config.json"))
+    of_open_clip = path.name in OPEN_CLIP_NAMES
+    config = _own_config(path) or _side_file(
+        path, OPEN_CLIP_CONFIG if of_open_clip else "config.json"
+    )
+    # open_clip's configuration has the preprocessing too.
+    preprocessor = {} if of_open_clip else _side_file(path, "preprocessor_config.json")
+    return Archive(path, sha256, kind, loaded, config, preprocessor)
 
 
 def _resolved(path: Path) -> Path:

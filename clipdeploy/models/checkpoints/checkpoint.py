@@ -26,6 +26,7 @@ from clipdeploy.models.checkpoints.preprocessing import (
 )
 from clipdeploy.models.checkpoints.select import FoundModel, select_model
 from clipdeploy.models.checkpoints.told import Told, told_by
+from clipdeploy.models.clips import PublishedClip, clip_of_file
 from clipdeploy.models.vit import ViTConfig
 
 __all__ = ["Checkpoint", "Shape", "expected_shapes", "read_checkpoint", "read_tower", "validate"]
@@ -158,17 +159,22 @@ def read_tower(
     """Read CLIP's image tower, which has no head and is read at the class token.
 
     Returns it, the other tensors of the file, float32, of any shape, under their own names, and the
-    configuration beside the file.
+    configuration beside the file.  What neither tensors nor configuration tell about a published
+    CLIP is that of its row in ``data/clips.csv``.
 
     Raises:
         FileError, CheckpointError: see :func:`read_checkpoint`; or the file is a classifier.
     """
     archive = read_archive(path)
     found = select_model(archive.loaded, archive.path, choices.averaged, tower=True)
-    names = {name.rpartition(".")[2] for name in found.beside}
-    if choices.gelu is None and names >= _OPENAI:
-        choices = replace(choices, gelu="quick")
+    published = clip_of_file(archive.path, archive.sha256)
+    if choices.gelu is None and told_by(found.layout, archive.config, archive.loaded).gelu is None:
+        names = {name.rpartition(".")[2] for name in found.beside}
+        usual = published.gelu if published else None
+        choices = replace(choices, gelu="quick" if names >= _OPENAI else usual)
     made = _checkpoint(archive, found, replace(choices, pooling="token"))
+    if made.preprocessing is None and published:
+        made = replace(made, preprocessing=_preprocessing_of(published))
     beside = {
         name: value
         for name, value in found.beside.items()
@@ -176,6 +182,11 @@ def read_tower(
     }
     _refuse_unsupported(beside, archive.path)
     return made, {name: value.float() for name, value in beside.items()}, archive.config
+
+
+def _preprocessing_of(clip: PublishedClip) -> Preprocessing:
+    mean, std = clip.mean_std
+    return Preprocessing(f"the row of {clip.name}", mean, std, 1.0, "center", "bicubic")
 
 
 def _checkpoint(archive: Archive, found: FoundModel, choices: ModelChoices) -> Checkpoint:

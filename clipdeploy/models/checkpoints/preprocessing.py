@@ -3,6 +3,7 @@
 timm              ``pretrained_cfg`` in ``config.json``
 transformers      ``preprocessor_config.json``: a resize to a square, or of the short edge with
                   a centre crop
+open_clip         ``preprocess_cfg`` in ``open_clip_config.json``
 mmpretrain        ``data_preprocessor.mean`` and ``.std`` in the state dict, for samples to 255
 """
 
@@ -52,6 +53,8 @@ def stated_preprocessing(
         return _transformers(preprocessor)
     if isinstance(own := config.get("preprocessing"), Mapping):
         return _own(own)
+    if isinstance(own := config.get("preprocess_cfg"), Mapping):
+        return _open_clip(own)
     # Older versions of timm wrote its entries into config.json itself (timm 1.0 _hub.py).
     cfg = config.get("pretrained_cfg", config if "architecture" in config else None)
     if isinstance(cfg, Mapping):
@@ -81,6 +84,19 @@ def _timm(cfg: Mapping[str, Any]) -> Preprocessing:
         _number(cfg.get("crop_pct")),
         mode if mode in ("center", "squash") else None,
         str(cfg["interpolation"]) if "interpolation" in cfg else None,
+    )
+
+
+def _open_clip(found: Mapping[str, Any]) -> Preprocessing:
+    # open_clip's transform.py: the short edge or both, then a crop of the same size.
+    modes: dict[Any, Literal["center", "squash"]] = {"shortest": "center", "squash": "squash"}
+    return Preprocessing(
+        "open_clip_config.json",
+        _triple(found.get("mean")),
+        _triple(found.get("std")),
+        1.0,
+        modes.get(found.get("resize_mode", "shortest")),
+        str(found.get("interpolation", "bicubic")),
     )
 
 

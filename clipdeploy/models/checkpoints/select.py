@@ -223,7 +223,7 @@ def _tower(chosen: _Candidate, path: Path, averaged: bool | None) -> FoundModel:
     if "head.weight" in tensors:
         raise CheckpointError(
             f"{path} is a classifier with a head of its own, not a CLIP with a text tower",
-            hint="pass CLIP's checkpoint, or export the classifier without class texts",
+            hint="pass CLIP's checkpoint, or export the file as the classifier that it is",
         )
     return FoundModel(
         chosen.layout,

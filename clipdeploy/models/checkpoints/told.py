@@ -17,6 +17,12 @@ _DEFAULTS: dict[tuple[Any, str], dict[str, Any]] = {
     ("clip", "text_config"): {"hidden_act": "quick_gelu", "num_attention_heads": 8},
     ("vit", "vision_config"): {"hidden_act": "gelu", "num_attention_heads": 12},
 }
+# Of open_clip's CLIPVisionCfg and CLIPTextCfg: what changes a tower's function but not its tensors,
+# and CLIP's value.
+_OPEN_CLIP: dict[str, dict[str, Any]] = {
+    "vision_cfg": {"pool_type": "tok", "act_kwargs": None},
+    "text_cfg": {"pool_type": "argmax", "act_kwargs": None, "no_causal_mask": False},
+}
 _GELUS: dict[str, Gelu] = {"gelu": "erf", "gelu_python": "erf", "quick_gelu": "quick"}
 _POOLINGS: dict[str, Pooling] = {"token": "token", "avg": "avg"}
 
@@ -43,6 +49,8 @@ def told_by(layout: Layout, config: Mapping[str, Any], loaded: Any) -> Told:
         return _timm(config, loaded)
     if layout.name == "zero-shot":
         return _zero_shot(config)
+    if layout.name == "open_clip":
+        return _open_clip(config, "vision_cfg")
     return Told()
 
 
@@ -65,12 +73,37 @@ def told_of_image(config: Mapping[str, Any]) -> Told:
 
 
 def told_of_text(config: Mapping[str, Any]) -> Told:
-    """What transformers' ``config.json`` tells about CLIP's text tower.
+    """What transformers' or open_clip's configuration tells about CLIP's text tower.
 
     Raises:
         CheckpointError: see :func:`told_by`.
     """
+    if "model_cfg" in config:
+        return _open_clip(config, "text_cfg")
     return _transformers(config, "text_config") if "text_config" in config else Told()
+
+
+def _open_clip(config: Mapping[str, Any], tower: str) -> Told:
+    """What open_clip's ``open_clip_config.json`` tells about a tower (``model.py``, 3.3)."""
+    model = config.get("model_cfg")
+    inner = model.get(tower) if isinstance(model, Mapping) else None
+    if not isinstance(model, Mapping) or not isinstance(inner, Mapping):
+        return Told()
+    for name, usual in _OPEN_CLIP[tower].items():
+        if (inner.get(name) or usual) != usual:
+            raise CheckpointError(
+                f"open_clip_config.json has {name} {inner[name]!r} in {tower}, which is not "
+                "supported",
+                hint=f"only CLIP's own towers are read, which have {usual!r}",
+            )
+    width, channels = _count(inner.get("width")), _count(inner.get("head_width", 64))
+    heads = width // channels if tower == "vision_cfg" and width and channels else None
+    norm = inner.get("norm_kwargs")
+    return Told(
+        "quick" if model.get("quick_gelu") else "erf",
+        eps=_number(norm.get("eps")) if isinstance(norm, Mapping) else None,
+        heads=heads or _count(inner.get("heads")),
+    )
 
 
 def _transformers(config: Mapping[str, Any], part: str = "vision_config") -> Told:

@@ -79,11 +79,14 @@ def _check_packable(config: DeployConfig, backend: Backend) -> None:
 def check_labels(config: DeployConfig, passport: Passport) -> None:
     """Check the labels of the images to judge on, once the classes are known.
 
+    An embedding model needs none.
+
     Raises:
         DatasetError: folders are not classes, or labels are unreadable or missing.
     """
     images = labelled_images(config.val, passport, config.scope, lambda text: None)
-    if not images.labelled and passport.weights.kind != "random":
+    needed = passport.weights.kind != "random" and not passport.embeds
+    if needed and not images.labelled:
         raise DatasetError(
             f"not all images of {config.val} have a label, which a verdict needs",
             hint="use class folders, or pass a list of names and classes with --labels FILE",

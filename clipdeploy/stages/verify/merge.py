@@ -24,6 +24,7 @@ from clipdeploy.verification.disagreements import disagreements_csv
 from clipdeploy.verification.reports import Evidence
 from clipdeploy.verification.result import Baseline, Verification
 from clipdeploy.verification.results import Results, merge_results, read_results, save_results
+from clipdeploy.verification.retrieval import with_retrieval
 from clipdeploy.verification.verdicts import Limits, judge_results
 from clipdeploy.workspace.folder import Workspace
 
@@ -75,11 +76,12 @@ def merge_verification(
         if path.resolve() != saved.resolve():
             with file_errors("remove", path):
                 path.unlink(missing_ok=True)
+    results = with_retrieval(results)
     result = judge_results(results, limits, scope.expected)
     result = replace(result, problems=(*result.problems, *missing))
     calibration = workspace.calibration(model)
     result = with_clipping(result, results.run_key, found_images, calibration, progress)
-    if not result.baseline:
+    if not result.baseline and result.task == "classification":
         result = replace(
             result,
             baseline=_diagnose_merged(

@@ -28,6 +28,7 @@ from clipdeploy.verification.results import (
     read_results,
     save_results,
 )
+from clipdeploy.verification.retrieval import with_retrieval
 from clipdeploy.verification.verifier import VerifyConfig, run_verification
 from clipdeploy.workspace.folder import Workspace
 
@@ -112,6 +113,7 @@ def verify_model(
         results = setup.run(config, scope, saved, progress, force)
     if config.shard is not None:
         return Judgement(None, saved)
+    results = with_retrieval(results)
     verification = setup.judge(results, config.limits, scope, progress)
     different = workspace.disagreements(model)
     write_atomic(different, disagreements_csv(results))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from clipdeploy.core.display import Renderable, Shown, facts
-from clipdeploy.core.errors import ArtifactError, DatasetError
+from clipdeploy.core.errors import ArtifactError, DatasetError, UsageError
 from clipdeploy.core.passport import Passport
 from clipdeploy.core.paths import as_paths
 from clipdeploy.core.progress import Progress
@@ -118,7 +118,7 @@ class VerificationSetup:
         """Return the verdicts; if the baseline failed, with possible causes."""
         result = judge_results(results, limits, scope.expected)
         result = with_clipping(result, results.run_key, self.images, self.calibration, progress)
-        if result.baseline:
+        if result.baseline or result.task == "embedding":
             return result
         explained = diagnose(
             result.baseline,
@@ -141,8 +141,24 @@ def labelled_images(
         DatasetError: images or labels cannot be used, or labels are missing and not declared
             absent.
     """
-    images = open_labelled(data, passport, scope.labelling, note)
+    labelling = scope.labelling
+    if passport.embeds:
+        _refuse_labels(scope)
+        labelling = Labelling(layout="none")
+    images = open_labelled(data, passport, labelling, note)
     return images if scope.limit is None else select(images, scope.limit, seed=0)
+
+
+def _refuse_labels(scope: VerifyScope) -> None:
+    if scope.labelling not in (Labelling(), Labelling(layout="none")):
+        raise UsageError(
+            "an embedding model has no classes: labels would have no effect",
+            hint="leave out the label options",
+        )
+    if scope.expected.source == "user":
+        raise UsageError(
+            "an embedding model has no accuracy to expect", hint="leave out --baseline"
+        )
 
 
 def refuse_unreadable(
@@ -183,6 +199,11 @@ def set_up(
         ClipdeployError: see :mod:`clipdeploy.core.errors`.
     """
     _, passport = workspace.source(model)
+    if passport.embeds and (config.sequential or config.max_drop_top5 is not None):
+        raise UsageError(
+            "an embedding model is judged by the recall@10 among all images",
+            hint="leave out --sequential and --max-top5-drop",
+        )
     if scope.artifacts:
         targets = named_targets(scope.artifacts, passport, trust=config.trust)
     else:

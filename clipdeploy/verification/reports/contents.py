@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from clipdeploy.core.passport import Task
 from clipdeploy.models import cards
-from clipdeploy.verification.metrics import Accuracy
+from clipdeploy.verification.metrics import NEIGHBOURS, Accuracy
 from clipdeploy.verification.paired import DropJudgement, Interval
 from clipdeploy.verification.records import Answer as RecordedAnswer
 from clipdeploy.verification.records import ImageRecord
@@ -35,6 +36,7 @@ from clipdeploy.verification.result import (
     verdict_line,
 )
 from clipdeploy.verification.results import Results
+from clipdeploy.verification.retrieval import with_retrieval
 
 __all__ = ["Answer", "Contents", "Line", "Tone", "Worst", "contents_of", "tone_of"]
 
@@ -110,6 +112,27 @@ class Contents:
     clipped: Mapping[str, tuple[ClippedLinear, ...]]
     worst: tuple[Worst, ...]
     provenance: tuple[tuple[str, str], ...]
+    task: Task = "classification"
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the outputs are embeddings."""
+        return self.task == "embedding"
+
+    @property
+    def output(self) -> str:
+        """What an artifact gives for an image."""
+        return "embedding" if self.embeds else "logits"
+
+    @property
+    def outputs(self) -> str:
+        """What an artifact gives for images."""
+        return "embeddings" if self.embeds else "logits"
+
+    @property
+    def judged(self) -> str:
+        """The metric whose drop is judged."""
+        return f"recall@{NEIGHBOURS}" if self.embeds else "top-1"
 
 
 def tone_of(verdict: str) -> Tone:
@@ -120,6 +143,7 @@ def tone_of(verdict: str) -> Tone:
 
 def contents_of(results: Results, result: Verification) -> Contents:
     """Return the contents of the report on a verification and its records."""
+    results = with_retrieval(results)
     names = artifact_names(result)
     rows = list(zip(names, result.rows, results.run_key.artifacts, strict=True))
     # The records have the outcomes of the artifacts that ran, in this order.
@@ -128,7 +152,9 @@ def contents_of(results: Results, result: Verification) -> Contents:
     records = results.records
     verdict, _, sentence = verdict_line(result).partition(": ")
     judged = result.labelled and not result.random_weights
-    words = _class_words(result.class_names)
+    embeds = result.task == "embedding"
+    words = _class_words(results.run_key.class_names if embeds else result.class_names)
+    columns = COLUMNS[result.task]
     return Contents(
         title=f"{verdict}: {result.model}",
         tone=tone_of(verdict),
@@ -136,7 +162,7 @@ def contents_of(results: Results, result: Verification) -> Contents:
         sentence=sentence,
         heading=heading(result),
         baseline=tuple(baseline_lines(result)),
-        columns=(*COLUMNS[:2], _DROP, *COLUMNS[2:]),
+        columns=(*columns[:2], _DROP, *columns[2:]),
         lines=(*_reference(result), *(_line(name, row, result) for name, row, _ in rows)),
         problems=result.problems,
         spreads={name: spread_of(records, lane) for lane, name in enumerate(lanes)},
@@ -155,6 +181,7 @@ def contents_of(results: Results, result: Verification) -> Contents:
             for record in worst_images(records, _MOST, _LEAST)
         ),
         provenance=provenance(results),
+        task=result.task,
     )
 
 
@@ -170,19 +197,26 @@ def _accuracies(accuracy: Accuracy | None) -> tuple[str, str]:
     return one, five
 
 
+def _intervals(row: Row, result: Verification) -> tuple[str, str]:
+    if row.retrieval is not None:
+        return f"{_ACCURACY_LEVEL}: {_between(row.retrieval.interval)}", ""
+    return _accuracies(
+        row.fidelity.accuracy if row.fidelity and not result.random_weights else None
+    )
+
+
 def _reference(result: Verification) -> list[Line]:
     found = result.reference
     if found is None:
         return []
     values = (f"{found.top1:.2f}", f"{found.top5:.2f}")
     cells = tuple(zip(values, _accuracies(found), strict=True))
-    blank = (("", ""),) * (len(COLUMNS) - 1)
+    blank = (("", ""),) * (len(COLUMNS[result.task]) - 1)
     return [Line("PyTorch", "", (*cells, *blank), "reference", "", "")]
 
 
 def _line(name: str, row: Row, result: Verification) -> Line:
-    accuracy = row.fidelity.accuracy if row.fidelity and not result.random_weights else None
-    details = (*_accuracies(accuracy), *("",) * (len(COLUMNS) - 2))
+    details = (*_intervals(row, result), *("",) * (len(COLUMNS[result.task]) - 2))
     first, second, *others = zip(metrics_of(row, result), details, strict=True)
     return Line(
         name,

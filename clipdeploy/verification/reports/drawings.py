@@ -50,9 +50,9 @@ def _short(name: str) -> str:
     return plain_text(name)
 
 
-def draw_spreads(spreads: Mapping[str, Spread]) -> Figure:
+def draw_spreads(spreads: Mapping[str, Spread], output: str) -> Figure:
     """Draw SQNR per image, a box per artifact: quartiles, whiskers from 5 to 95 %, ends as dots."""
-    figure, axes = _axes(list(spreads), "SQNR of an image's logits (dB), more is better")
+    figure, axes = _axes(list(spreads), f"SQNR of an image's {output} (dB), more is better")
     for place, spread in enumerate(spreads.values()):
         finite = [value for value in spread.percentiles if math.isfinite(value)]
         if finite:
@@ -83,11 +83,16 @@ def _box(axes: Axes, place: int, percentiles: Sequence[float]) -> None:
     axes.plot([worst, best], [place, place], ".", color=_BLUE, markersize=5)
 
 
-def draw_drops(drops: Mapping[str, tuple[DropJudgement, Tone]], max_drop: float) -> Figure:
-    """Draw the interval of each artifact's drop, coloured by its tone, and the limit."""
+def draw_drops(
+    drops: Mapping[str, tuple[DropJudgement, Tone]], max_drop: float, judged: str
+) -> Figure:
+    """Draw the interval of each artifact's drop, coloured by its tone, and the limit.
+
+    ``judged`` is the metric, such as top-1.
+    """
     levels = {drop.confidence for drop, _ in drops.values()}
     level = f"{100 * levels.pop():g} % interval" if len(levels) == 1 else "interval"
-    figure, axes = _axes(list(drops), f"drop of top-1 (points) and its {level}, less is better")
+    figure, axes = _axes(list(drops), f"drop of {judged} (points) and its {level}, less is better")
     axes.axvline(0, color="0.6", linewidth=1)
     axes.axvline(max_drop, color=_INK, linewidth=1.4, linestyle=(0, (4, 3)))
     for place, (drop, tone) in enumerate(drops.values()):

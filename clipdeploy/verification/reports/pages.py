@@ -36,9 +36,9 @@ def html_page(contents: Contents, thumbnails: Thumbnails, heat_map: HeatMap | No
     """Return a self-contained HTML page."""
     error = drops = Markup()
     if contents.spreads:
-        error = drawn(draw_spreads(contents.spreads), "error")
+        error = drawn(draw_spreads(contents.spreads, contents.output), "error")
     if contents.drops:
-        drops = drawn(draw_drops(contents.drops, contents.max_drop), "drops")
+        drops = drawn(draw_drops(contents.drops, contents.max_drop, contents.judged), "drops")
     return render(
         "report.html.jinja",
         r=contents,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from bad_server import serve
+from clip_files import write_clip
 from safetensors.torch import load_file
 
 from clipdeploy.core.cache import cache_folder
@@ -196,10 +198,25 @@ def test_a_clip_of_the_hub_becomes_a_zero_shot_classifier(
     assert "needs the checkpoint of a CLIP" in refused
 
 
+def test_open_clips_files_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.delenv("CLIPDEPLOY_OFFLINE")
+    write_clip("open_clip", tmp_path).rename(tmp_path / "open_clip_pytorch_model.bin")
+    config = {"model_cfg": {"vision_cfg": {}, "text_cfg": {}}, "preprocess_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    texts = ["--zero-shot", str(cards.demo_file("clip") / "digits.txt"), "--templates", "simple"]
+    with serve(tmp_path) as (address, log):
+        # Without its configuration, the file does not tell its GELU.
+        said = export_on_hub(address, tmp_path, "--model", "laion/clip", *texts)
+    assert "zero-shot classifier of" in said
+    assert "open_clip_pytorch_model.bin" in said
+    assert any("open_clip_config.json" in request for request in log)
+
+
 def test_hub_errors_are_one_line(server: str, tmp_path: Path) -> None:
     pytest.importorskip("huggingface_hub")
     said = export_from_hub("hf://gone/vit_demo", server, tmp_path)
-    assert said.startswith("error: hf://gone/vit_demo: neither model.safetensors nor")
+    assert said.startswith("error: hf://gone/vit_demo: none of model.safetensors, ")
     assert len(said.strip().splitlines()) == 1
     said = export_from_hub("hf://timm/vit_demo", server, tmp_path, "--offline")
     assert "is in the cache, and downloads are off" in said

@@ -1,6 +1,6 @@
 """Batches of any size, and float16 as TensorRT stores it.
 
-Covers: clipdeploy/runners/base.py, clipdeploy/runners/onnx.py, exporters/session.py.
+Covers: clipdeploy/runners/base.py, clipdeploy/runners/onnx.py.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -105,6 +106,23 @@ def test_texts_in_the_wrong_order_are_noticed(tmp_path: Path) -> None:
     assert judged.verification.baseline.status == "implausible"
 
 
+def test_a_published_clip_with_own_texts_is_not_compared(tmp_path: Path) -> None:
+    """It is recognised by its place, and its accuracy is one of other texts."""
+    published = tmp_path / "models--openai--clip-vit-base-patch16" / "snapshots" / "1"
+    shutil.copytree(DEMO, published)
+    choice = WeightsChoice(
+        published, zero_shot=ZeroShot(DEMO / "digits.txt", DEMO / "templates.txt")
+    )
+    workspace = Workspace(tmp_path / "artifacts")
+    made = export_model(workspace, None, choice)
+    scope = VerifyScope(artifacts=(made.path,), limit=40)
+    judged = verify_model(workspace, DEMO_MODEL, cards.demo_file("test.zip"), scope=scope)
+    assert judged.verification is not None
+    baseline = judged.verification.baseline
+    assert (baseline.status, baseline.published_top1) == ("unpublished", None)
+    assert "of openai/clip-vit-base-patch16 is published for ImageNet's" in baseline.sentence
+
+
 def test_other_texts_replace_the_classifier_only_on_request(
     choice: WeightsChoice, classes: Path, tmp_path: Path
 ) -> None:
@@ -172,3 +190,39 @@ def test_the_command(choice: WeightsChoice, classes: Path, tmp_path: Path) -> No
         refused = run("export", *words, *extra)
         assert refused.exit_code == 2
         assert message in refused.stderr
+
+
+# --- embedding models
+
+
+def test_a_name_with_an_owner_is_a_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setenv("CLIPDEPLOY_HOME", str(tmp_path / "home"))
+    choice = WeightsChoice(embedding="normalised", offline=True)
+    with pytest.raises(CheckpointError, match="hf://owner/clip"):
+        prepare_weights(Workspace(tmp_path), "owner/clip", choice, lambda text: None)
+
+
+def test_embeddings_need_a_clip(tmp_path: Path, classes: Path) -> None:
+    workspace = Workspace(tmp_path)
+    with pytest.raises(UsageError, match="an embedding model needs the checkpoint of a CLIP"):
+        prepare(workspace, WeightsChoice(embedding="raw"))
+    with pytest.raises(UsageError, match="an embedding model has no classes"):
+        prepare(workspace, WeightsChoice(DEMO, embedding="raw", class_names=classes))
+    digits = cards.demo_file("weights.safetensors")
+    with pytest.raises(CheckpointError, match="is a classifier with a head of its own"):
+        prepare(workspace, WeightsChoice(digits, embedding="raw"))
+
+
+def test_an_embedding_model_is_exported_again_by_its_name(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    first = export_model(workspace, None, WeightsChoice(DEMO, embedding="raw"))
+    assert first.passport.model == f"{DEMO_MODEL}-raw"
+    assert first.passport.output.name == "embedding"
+    assert first.passport.class_names == ()
+    again = export_model(workspace, first.passport.model)
+    assert not again.changed
+    with pytest.raises(UsageError, match="has the output raw, not normalised"):
+        export_model(workspace, first.passport.model, WeightsChoice(DEMO, embedding="normalised"))

@@ -11,6 +11,7 @@ from scipy import stats
 from clipdeploy.core.errors import UsageError
 from clipdeploy.core.passport import Recipe
 from clipdeploy.models import cards
+from clipdeploy.models.clip.prompts import read_prompts
 from clipdeploy.verification.baseline import (
     CONFIRMING,
     Expected,
@@ -332,3 +333,74 @@ def test_a_few_absent_classes_are_no_excuse(run_key: RunKey, answers: Answers) -
     assert check_baseline(answers(500, 0), replace(many, partial_classes=100)).status == (
         "unpublished"
     )
+
+
+# --- zero-shot classifiers
+
+B16 = "openai/clip-vit-base-patch16"
+
+
+@pytest.fixture
+def zero_shot(run_key: RunKey) -> RunKey:
+    """ImageNet's classes with OpenAI's templates, of OpenAI's ViT-B/16: 68.34 %."""
+    names = tuple(name for name, _ in cards.imagenet_classes())
+    return replace(
+        run_key,
+        model="vit-p16-224px-w768-d12-h12-e512",
+        classes=1000,
+        class_names=names,
+        clip=B16,
+        prompts=read_prompts("imagenet").sha256,
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "status"), [(633, "confirmed"), (680, "confirmed"), (800, "missed"), (500, "missed")]
+)
+def test_the_published_zero_shot_accuracy(
+    wrong: int, status: str, zero_shot: RunKey, answers: Answers
+) -> None:
+    baseline = check_baseline(answers(2000, wrong), zero_shot)
+    assert (baseline.status, baseline.published_top1, baseline.published_top5) == (
+        status,
+        68.34,
+        None,
+    )
+    assert "68.34 % was published" in baseline.sentence
+    assert rules_out_baseline(answers(2000, 1000), zero_shot, Expected())
+
+
+def test_the_whole_set_is_a_sample_of_what_another_program_measured(
+    zero_shot: RunKey, answers: Answers
+) -> None:
+    whole = replace(zero_shot, images=50_000)
+    # 68.25 %, 0.09 points less: no two programs agree on every image.
+    baseline = check_baseline(answers(50_000, 15_875), whole, per_class=[50] * 1000)
+    assert baseline.status == "confirmed"
+    assert "whole validation set" not in baseline.sentence
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"prompts": read_prompts("imagenet", "simple").sha256}, f"of {B16} is published for "),
+        ({"clip": ""}, "no zero-shot accuracy is published for this CLIP"),
+        ({"clip": "acme/clip"}, "no zero-shot accuracy is published for this CLIP"),
+    ],
+)
+def test_other_texts_and_other_clips_have_no_published_accuracy(
+    change: dict[str, str], sentence: str, zero_shot: RunKey, answers: Answers
+) -> None:
+    # 50 %, which would be a miss.
+    baseline = check_baseline(answers(2000, 1000), replace(zero_shot, **change))
+    assert (baseline.status, bool(baseline)) == ("unpublished", True)
+    assert sentence in baseline.sentence
+    assert not rules_out_baseline(answers(2000, 1000), replace(zero_shot, **change), Expected())
+
+
+def test_a_part_of_imagenet_has_no_published_zero_shot_accuracy(
+    zero_shot: RunKey, answers: Answers
+) -> None:
+    baseline = check_baseline(answers(2000, 1000), replace(zero_shot, partial_classes=100))
+    assert baseline.status == "unpublished"
+    assert "100 of the 1,000 classes" in baseline.sentence

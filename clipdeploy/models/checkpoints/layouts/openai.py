@@ -7,7 +7,7 @@ import re
 
 from clipdeploy.models.checkpoints.layouts.layout import Layout, rules
 
-__all__ = ["OPENAI", "RESBLOCKS"]
+__all__ = ["BESIDE_TOWER", "OPENAI", "RESBLOCKS"]
 
 _BLOCK = r"transformer\.resblocks\.(\d+)\."
 _ENDS = r"(weight|bias)"
@@ -19,6 +19,13 @@ RESBLOCKS = (
     (_BLOCK + r"ls_([12])\.gamma", r"blocks.\1.ls\2.gamma"),
     (_BLOCK + r"mlp\.c_fc\." + _ENDS, r"blocks.\1.mlp.fc1.\2"),
     (_BLOCK + r"mlp\.c_proj\." + _ENDS, r"blocks.\1.mlp.fc2.\2"),
+)
+
+# The text tower and CLIP's other tensors.
+BESIDE_TOWER = re.compile(
+    r"(.*\.)?(transformer\.resblocks\..*|token_embedding\.weight|positional_embedding"
+    r"|ln_final\.(weight|bias)|text_projection(\.weight)?|text\..*|logit_scale|logit_bias"
+    r"|attn_mask|input_resolution|context_length|vocab_size)"
 )
 
 OPENAI = Layout(
@@ -34,11 +41,7 @@ OPENAI = Layout(
         (r"proj", "proj"),
         *RESBLOCKS,
     ),
-    outside=re.compile(
-        r"(.*\.)?(transformer\.resblocks\..*|token_embedding\.weight|positional_embedding"
-        r"|ln_final\.(weight|bias)|text_projection(\.weight)?|text\..*|logit_scale|logit_bias"
-        r"|attn_mask|input_resolution|context_length|vocab_size)"
-    ),
+    outside=BESIDE_TOWER,
     # QuickGELU in OpenAI's models and open_clip's "-quickgelu" ones, GELU in the others.
     gelu=None,
     eps=(1e-5, 1e-5),

@@ -1,7 +1,8 @@
 """Zero-shot classifiers against what open_clip and transformers compute with the same weights.
 
 Covers: clipdeploy/models/clip/pair.py, clipdeploy/models/clip/text.py,
-    clipdeploy/models/checkpoints/layouts/zero_shot.py.
+    clipdeploy/models/checkpoints/layouts/zero_shot.py,
+    clipdeploy/models/checkpoints/layouts/mmpretrain_clip.py, clipdeploy/models/hub.py.
 """
 
 from __future__ import annotations
@@ -170,6 +171,118 @@ def test_a_training_checkpoint_of_open_clip(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "epoch_3.pt")
     pair = read_pair(tmp_path / "epoch_3.pt", ModelChoices(gelu="erf"))
     assert error(class_embeddings(pair.text, PROMPTS)[0], ORACLES["open_clip-classes"]) < TOLERANCE
+
+
+# --- open_clip's configuration
+
+OPEN_CLIP_CONFIG = {
+    "model_cfg": {
+        "embed_dim": 48,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 128, "patch_size": 8},
+        "text_cfg": {"width": 128, "heads": 2, "layers": 2},
+    },
+    "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
+}
+
+
+def open_clip_folder(folder: Path, **model: Any) -> Path:
+    """A folder as ``save_for_hf`` of open_clip writes it; ``model`` changes its model_cfg."""
+    folder.mkdir()
+    tensors = {name: value.contiguous() for name, value in clip_tensors("open_clip").items()}
+    save_file(tensors, folder / "open_clip_model.safetensors")
+    config = {**OPEN_CLIP_CONFIG, "model_cfg": {**OPEN_CLIP_CONFIG["model_cfg"], **model}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    # Repositories have transformers' files as well; these are of other weights.
+    (folder / "config.json").write_text('{"hidden_act": "quick_gelu"}')
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.1, 0.1]}')
+    return folder
+
+
+def test_open_clips_configuration_tells_gelu_heads_and_preprocessing(tmp_path: Path) -> None:
+    pair = read_pair(open_clip_folder(tmp_path / "hub"))
+    assert error(class_embeddings(pair.text, PROMPTS)[0], ORACLES["open_clip-classes"]) < TOLERANCE
+    assert (pair.image.choices.gelu, pair.image.shape.heads) == ("erf", 2)
+    stated = pair.image.preprocessing
+    assert stated is not None
+    assert (stated.mean, stated.std) == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    assert (stated.crop_pct, stated.crop_mode) == (1.0, "center")
+    quick = read_pair(open_clip_folder(tmp_path / "quick", quick_gelu=True))
+    assert quick.image.choices.gelu == "quick"
+    assert error(class_embeddings(quick.text, PROMPTS)[0], ORACLES["open_clip-classes"]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"text_cfg": {"no_causal_mask": True}}, "no_causal_mask True in text_cfg"),
+        ({"vision_cfg": {"pool_type": "avg"}}, "pool_type 'avg' in vision_cfg"),
+        ({"vision_cfg": {"act_kwargs": {"approximate": "tanh"}}}, "act_kwargs .* in vision_cfg"),
+    ],
+)
+def test_other_towers_of_open_clip_are_refused(
+    model: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read_pair(open_clip_folder(tmp_path / "hub", **model))
+
+
+# --- mmpretrain's CLIPZeroShot
+
+
+def of_mmpretrain() -> dict[str, Tensor]:
+    """OpenAI's tensors as mmpretrain's openai-clip_to_mmpretrain-clip.py names and shapes them."""
+    names = (
+        ("visual.transformer.resblocks", "visual.layers"),
+        ("ln_1", "ln1"),
+        ("ln_2", "ln2"),
+        ("mlp.c_fc", "ffn.layers.0.0"),
+        ("mlp.c_proj", "ffn.layers.1"),
+        ("in_proj_", "qkv."),
+        ("out_proj", "proj"),
+        ("visual.conv1", "visual.patch_embed.projection"),
+        ("visual.positional_embedding", "visual.pos_embed"),
+        ("visual.class_embedding", "visual.cls_token"),
+        ("visual.ln_pre", "visual.pre_norm"),
+        ("visual.ln_post", "visual.ln1"),
+    )
+    made = {}
+    for name, value in clip_tensors("openai").items():
+        new, tensor = name, value
+        if name == "visual.proj":
+            new = "visual_proj.proj"
+        elif name.startswith("visual."):
+            for old, other in names:
+                new = new.replace(old, other)
+        if new == "visual.pos_embed":
+            tensor = value[None]
+        if new == "visual.cls_token":
+            tensor = value[None, None]
+        made[new] = tensor
+    return made
+
+
+def test_mmpretrains_clip_gives_openais_logits(tmp_path: Path) -> None:
+    path = tmp_path / "clip-vit-base-p16.pth"
+    torch.save(of_mmpretrain(), path)
+    model = classifier(read_pair(path), tmp_path / "made.safetensors")
+    with torch.no_grad():
+        assert error(model.module(IMAGES), ORACLES["openai-logits"]) < TOLERANCE
+        erf = classifier(read_pair(path, ModelChoices(gelu="erf")), tmp_path / "erf.safetensors")
+        assert error(erf.module(IMAGES), ORACLES["openai-logits"]) > 1e-3
+    # As mmengine saves it while training.
+    torch.save({"meta": {}, "state_dict": of_mmpretrain(), "message_hub": {}}, path)
+    assert read_pair(path).image.layout.startswith("mmpretrain CLIP (nested")
+
+
+def test_mmpretrains_clip_without_its_towers_or_projection_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "clip.pth"
+    torch.save(of_mmpretrain(), path)
+    with pytest.raises(CheckpointError, match="CLIP without a classification head"):
+        read_checkpoint(path)
+    for name in ("visual_proj.proj", "text_projection"):
+        torch.save({n: v for n, v in of_mmpretrain().items() if n != name}, path)
+        with pytest.raises(CheckpointError, match=r"no visual projection|lacks tensors"):
+            read_pair(path)
 
 
 def without(*names: str) -> dict[str, Tensor]:
