@@ -1,4 +1,4 @@
-"""``clipdeploy predict``: classify images."""
+"""``clipdeploy predict``: classify images, or compare them with texts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from clipdeploy.cli.usage import command
 from clipdeploy.core.spans import TOP
 
 
-@command(epilog="\b\nclipdeploy predict cat.jpg dog.jpg --top 3")
+@command(
+    epilog="\b\n"
+    "clipdeploy predict cat.jpg dog.jpg --top 3\n"
+    "clipdeploy predict cat.jpg --text 'a photo of a cat' --text 'a photo of a dog'"
+)
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @model_option
 @option(
@@ -25,27 +29,53 @@ from clipdeploy.core.spans import TOP
     default_text="the model's fastest one that runs here",
 )
 @option(
+    "--texts",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="For an embedding model: texts to compare the images with, one a line.",
+)
+@option(
+    "--text",
+    multiple=True,
+    metavar="TEXT",
+    help="A text to compare the images with; may be given several times.",
+)
+@option(
     "--top",
     type=number(TOP),
     default=5,
     metavar="COUNT",
-    help="Number of most likely classes to print for each image.",
+    help="Number of most likely classes or texts to print for each image.",
 )
 @stage_command
 def predict(
-    context: Context, images: tuple[Path, ...], model: str | None, artifact: Path | None, top: int
+    context: Context,
+    images: tuple[Path, ...],
+    model: str | None,
+    artifact: Path | None,
+    texts: Path | None,
+    text: tuple[str, ...],
+    top: int,
 ) -> None:
-    """Print the most likely classes of images.
+    """Print the most likely classes of images, or the texts that are most like them.
 
     IMAGES are files, folders or archives.
     """
     name = None if artifact is not None and model is None else context.model(model)
+    from clipdeploy.models.clip.prompts import read_texts
     from clipdeploy.stages.predict import predict_images
 
     result = predict_images(
-        context.workspace, name, images, artifact, top=top, progress=context.progress
+        context.workspace,
+        name,
+        images,
+        artifact,
+        texts=(*text, *(read_texts(texts) if texts else ())),
+        top=top,
+        progress=context.progress,
     )
-    context.note(f"{result.artifact} on {result.runner}")
+    beside = f", texts by {result.text_artifact}" if result.text_artifact else ""
+    context.note(f"{result.artifact} on {result.runner}{beside}")
     for problem in result.problems:
         context.note(problem)
     emit(context, result, lambda: result)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from demo_workspaces import tower_workspace
 from passport_edits import a_three, with_engine
 from shared_traces import shared_traces
 
@@ -18,6 +19,19 @@ def _traces() -> Iterator[None]:
     """Share the demo's trace: most tests that export it want other weights or settings."""
     with shared_traces():
         yield
+
+
+@pytest.fixture(scope="session")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Both towers of the demo's CLIP, in FP32 and FP16.  Read only."""
+    return tower_workspace(tmp_path_factory.mktemp("towers") / "artifacts")
+
+
+@pytest.fixture
+def copied_towers(towers: Workspace, tmp_path: Path) -> Workspace:
+    """A copy of :func:`towers` that a test may change."""
+    shutil.copytree(towers.root, tmp_path / "artifacts")
+    return Workspace(tmp_path / "artifacts")
 
 
 @pytest.fixture(scope="session")

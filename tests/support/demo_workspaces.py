@@ -12,6 +12,7 @@ from shared_traces import shared_traces
 from clipdeploy.core.passport import Precision
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.models import cards
+from clipdeploy.models.load import WeightsChoice
 from clipdeploy.pipeline import (
     build_model,
     calibrate_model,
@@ -21,11 +22,25 @@ from clipdeploy.pipeline import (
     verify_model,
 )
 from clipdeploy.stages.calibrate import CalibrateConfig
+from clipdeploy.stages.text_tower import export_towers
 from clipdeploy.stages.verify.setup import VerifyScope
 from clipdeploy.verification.verifier import VerifyConfig
 from clipdeploy.workspace.folder import Workspace
 
-__all__ = ["MADE", "TENSORRT", "complete_workspace", "few_digits", "graph_workspace"]
+__all__ = [
+    "CLIP",
+    "EMBEDDER",
+    "MADE",
+    "TENSORRT",
+    "complete_workspace",
+    "few_digits",
+    "graph_workspace",
+    "tower_workspace",
+]
+
+# The demo's CLIP, and the embedding model of it.
+CLIP = cards.demo_file("clip")
+EMBEDDER = "vit-p4-32px-w96-d6-h6-e32-normalised"
 
 # The precisions of the graphs that graph_workspace makes.
 MADE: tuple[Precision, ...] = ("fp32", "fp16", "int8")
@@ -40,6 +55,16 @@ def graph_workspace(root: Path) -> Workspace:
     convert_model(workspace, cards.DEMO)
     calibrate_model(workspace, cards.DEMO, cards.demo_file("calibration.zip"))
     quantize_model(workspace, cards.DEMO)
+    return workspace
+
+
+def tower_workspace(root: Path) -> Workspace:
+    """Both towers of the demo's CLIP as embedding models, in FP32 and FP16."""
+    workspace = Workspace(root)
+    with shared_traces():
+        export_towers(workspace, None, WeightsChoice(CLIP, embedding="normalised"))
+    convert_model(workspace, EMBEDDER)
+    convert_model(workspace, EMBEDDER, tower="text")
     return workspace
 
 

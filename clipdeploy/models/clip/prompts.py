@@ -1,8 +1,8 @@
-"""The class texts and templates of a zero-shot classifier.
+"""The class texts and templates of a zero-shot classifier, and other texts.
 
 A file of classes has one class a line: its name, which is also the name of its image folder, and
 behind tabs the texts that replace the name in the templates.  A file of templates has one template
-a line, with ``{}`` where the text goes.
+a line, with ``{}`` where the text goes, a file of texts one text a line.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from clipdeploy.core.paths import StrPath
 from clipdeploy.core.printable import printable
 from clipdeploy.models.cards import imagenet_classes
 
-__all__ = ["IMAGENET", "TEMPLATES", "Prompts", "read_prompts"]
+__all__ = ["IMAGENET", "TEMPLATES", "Prompts", "check_texts", "read_prompts", "read_texts"]
 
 # OpenAI's names of ImageNet's classes, and its lists of templates: notebooks/
 # Prompt_Engineering_for_ImageNet.ipynb of openai/CLIP, as in open_clip zero_shot_metadata.py.
@@ -110,14 +110,38 @@ def read_prompts(classes: StrPath, templates: StrPath = TEMPLATES[0]) -> Prompts
     return Prompts(tuple(name for name, _ in rows), tuple(texts for _, texts in rows), lines)
 
 
+def read_texts(path: StrPath) -> tuple[str, ...]:
+    """Read a file with one text a line.
+
+    Raises:
+        FileError: it cannot be read.
+        UsageError: it does not exist or is not text, or see :func:`check_texts`.
+    """
+    texts = tuple(line for _, line in _lines(_existing(path, ())))
+    check_texts(texts)
+    return texts
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Refuse texts that are empty or repeated.
+
+    Raises:
+        UsageError: one is, or there is none.
+    """
+    if not texts or not all(text.strip() for text in texts):
+        raise UsageError("there are no texts, or one is empty", hint="write one text a line")
+    _refuse_repeated(texts, "text")
+
+
 def _existing(given: StrPath, names: Sequence[str]) -> Path:
     path = Path(given)
     if not path.exists():
-        raise UsageError(
-            f"{printable(str(given))} is neither a file nor {' or '.join(names)}",
-            hint="check its spelling",
-        )
+        raise UsageError(f"{printable(str(given))} is {_neither(names)}", hint="check its spelling")
     return path
+
+
+def _neither(names: Sequence[str]) -> str:
+    return f"neither a file nor {' or '.join(names)}" if names else "no file"
 
 
 def _shipped(name: str) -> list[str]:

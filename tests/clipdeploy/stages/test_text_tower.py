@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 from clip_files import oracles, write_clip
+from demo_workspaces import CLIP, EMBEDDER
 from graph_edits import read, write
 from onnx import ModelProto
 from passport_edits import restamp
@@ -44,39 +45,20 @@ from exporters.overflow import stored_logits
 from exporters.precision import half_precision
 from exporters.session import OnnxSession
 
-CLIP = cards.demo_file("clip")
-MODEL = "vit-p4-32px-w96-d6-h6-e32-normalised"
 # Of the largest value; float32 and another order of sums.
 TOLERANCE = 1e-4
 IDS = sample_texts().ids
 
 
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """Both towers of the demo's CLIP, and the text tower in FP16.  Read only."""
-    made = Workspace(tmp_path_factory.mktemp("towers") / "artifacts")
-    with shared_traces():
-        export_towers(made, None, WeightsChoice(CLIP, embedding="normalised"))
-    convert_model(made, MODEL, tower="text")
-    return made
-
-
-@pytest.fixture
-def copied(workspace: Workspace, tmp_path: Path) -> Workspace:
-    made = Workspace(tmp_path / "artifacts")
-    shutil.copytree(workspace.root, made.root)
-    return made
-
-
-def reference(workspace: Workspace) -> dict[int, np.ndarray]:
-    passport = workspace.source(MODEL)[1]
+def reference(towers: Workspace) -> dict[int, np.ndarray]:
+    passport = towers.source(EMBEDDER)[1]
     with torch.inference_mode():
         found = reload_text(passport.weights, "normalised").module(torch.from_numpy(IDS)).numpy()
     return {1: found[:1], 3: found}
 
 
-def test_the_graph_has_few_nodes_and_pytorchs_embeddings(workspace: Workspace) -> None:
-    path, passport = workspace.source(MODEL, "text")
+def test_the_graph_has_few_nodes_and_pytorchs_embeddings(towers: Workspace) -> None:
+    path, passport = towers.source(EMBEDDER, "text")
     operators = [node.op_type for node in load_graph(path).graph]
     assert operators[:3] == ["Gather", "Add", "LayerNormalization"]
     ends = ["ArgMax", "GatherND", "LayerNormalization", "Gemm", "ReduceL2", "Div"]
@@ -89,13 +71,13 @@ def test_the_graph_has_few_nodes_and_pytorchs_embeddings(workspace: Workspace) -
     assert passport.settings["logit_scale"] == pytest.approx(10.0075, abs=1e-4)
     # A short text, a usual one, and one that is cut.
     assert [int(row.argmax()) for row in IDS] == [2, 15, 76]
-    assert check_parity(path, IDS, reference(workspace)) < 1e-6
+    assert check_parity(path, IDS, reference(towers)) < 1e-6
     assert inspect_file(path).passport == passport
 
 
-def test_texts_that_are_padded_with_ends_are_the_same(workspace: Workspace) -> None:
+def test_texts_that_are_padded_with_ends_are_the_same(towers: Workspace) -> None:
     """As transformers pads them: the first end counts."""
-    session = OnnxSession(workspace.graph(MODEL, "fp32", "text"))
+    session = OnnxSession(towers.graph(EMBEDDER, "fp32", "text"))
     behind = np.arange(77) > IDS.argmax(axis=1)[:, None]
     padded = np.where(behind, END, IDS).astype(np.int32)
     assert (padded != IDS).any()
@@ -142,28 +124,28 @@ def ends_at_the_start(model: ModelProto) -> None:
 
 @pytest.mark.parametrize("fault", [without_mask, ends_at_the_start])
 def test_a_wrong_graph_is_not_pytorchs(
-    fault: Callable[[ModelProto], None], workspace: Workspace, tmp_path: Path
+    fault: Callable[[ModelProto], None], towers: Workspace, tmp_path: Path
 ) -> None:
-    model = onnx.load(workspace.graph(MODEL, "fp32", "text"))
+    model = onnx.load(towers.graph(EMBEDDER, "fp32", "text"))
     fault(model)
     onnx.save(model, tmp_path / "wrong.onnx")
     with pytest.raises(GraphError, match="differ from PyTorch's"):
-        check_parity(tmp_path / "wrong.onnx", IDS, reference(workspace))
+        check_parity(tmp_path / "wrong.onnx", IDS, reference(towers))
 
 
-def test_the_fp16_graph_keeps_the_embeddings(workspace: Workspace) -> None:
-    path = workspace.graph(MODEL, "fp16", "text")
+def test_the_fp16_graph_keeps_the_embeddings(towers: Workspace) -> None:
+    path = towers.graph(EMBEDDER, "fp16", "text")
     passport = checked_passport(path, tower="text").graph
     # The mask is far from float16's largest number, with the scores added.
     assert passport.settings["keep_fp32"] == []
     assert read(onnx.load(path), "mask").dtype == np.float16
-    db = sqnr_db(reference(workspace)[3], stored_logits(path, IDS))
+    db = sqnr_db(reference(towers)[3], stored_logits(path, IDS))
     assert db is not None
     assert db > 50
 
 
-def test_clips_own_mask_is_not_finite_in_float16(workspace: Workspace, tmp_path: Path) -> None:
-    model = onnx.load(workspace.graph(MODEL, "fp32", "text"))
+def test_clips_own_mask_is_not_finite_in_float16(towers: Workspace, tmp_path: Path) -> None:
+    model = onnx.load(towers.graph(EMBEDDER, "fp32", "text"))
     write(model, "mask", np.triu(np.full((77, 77), -np.inf), 1))
     onnx.save(model, tmp_path / "infinite.onnx")
     with pytest.raises(GraphError, match="the weight mask reaches inf"):
@@ -196,38 +178,40 @@ def test_a_recorded_choice_reads_the_texts_as_the_file_says(tmp_path: Path) -> N
     assert reload_text(model.weights, "raw").module.geometry.block.gelu == "quick"
 
 
-def test_nothing_is_done_twice(workspace: Workspace) -> None:
-    again = export_towers(workspace, MODEL)
+def test_nothing_is_done_twice(towers: Workspace) -> None:
+    again = export_towers(towers, EMBEDDER)
     assert not again.image.changed
     assert not again.text.changed
-    assert not convert_model(workspace, MODEL, tower="text").changed
+    assert not convert_model(towers, EMBEDDER, tower="text").changed
 
 
 FAULTS: dict[str, tuple[Callable[[Workspace], object], str]] = {
     "the text tower as an image tower": (
-        lambda w: checked_passport(w.graph(MODEL, "fp16", "text")),
+        lambda w: checked_passport(w.graph(EMBEDDER, "fp16", "text")),
         "is a text tower, which takes token ids, not images",
     ),
     "the image tower as a text tower": (
-        lambda w: checked_passport(w.graph(MODEL, "fp32"), tower="text"),
+        lambda w: checked_passport(w.graph(EMBEDDER, "fp32"), tower="text"),
         "is no text tower: it takes images",
     ),
     "under the image tower's name": (
         lambda w: (
-            shutil.copy(w.graph(MODEL, "fp32", "text"), w.graph(MODEL, "fp32")),
-            w.source(MODEL),
+            shutil.copy(w.graph(EMBEDDER, "fp32", "text"), w.graph(EMBEDDER, "fp32")),
+            w.source(EMBEDDER),
         ),
         "is a text tower",
     ),
     "another logit scale": (
         lambda w: (
-            restamp(w.graph(MODEL, "fp16", "text"), lambda p: p["settings"].update(logit_scale=1)),
-            checked_passport(w.graph(MODEL, "fp16", "text"), tower="text"),
+            restamp(
+                w.graph(EMBEDDER, "fp16", "text"), lambda p: p["settings"].update(logit_scale=1)
+            ),
+            checked_passport(w.graph(EMBEDDER, "fp16", "text"), tower="text"),
         ),
         r"settings\.logit_scale is 1, not 10\.0",
     ),
     "in INT8": (
-        lambda w: build_model(w, MODEL, "int8", tower="text"),
+        lambda w: build_model(w, EMBEDDER, "int8", tower="text"),
         "the text tower has no int8 engine",
     ),
     "of a classifier": (
@@ -235,24 +219,24 @@ FAULTS: dict[str, tuple[Callable[[Workspace], object], str]] = {
         "clip-vit-demo gives logits, and has no text tower",
     ),
     "of random weights": (
-        lambda w: export_towers(w, MODEL, WeightsChoice(random_seed=0)),
+        lambda w: export_towers(w, EMBEDDER, WeightsChoice(random_seed=0)),
         "random weights have no text tower",
     ),
     "not exported": (
-        lambda w: Workspace(w.root / "other").source(MODEL, "text"),
+        lambda w: Workspace(w.root / "other").source(EMBEDDER, "text"),
         "the text tower of .* has not been exported",
     ),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_named(fault: str, copied: Workspace) -> None:
+def test_faults_are_named(fault: str, copied_towers: Workspace) -> None:
     act, message = FAULTS[fault]
     with pytest.raises(ClipdeployError, match=message):
-        act(copied)
+        act(copied_towers)
 
 
-def test_a_text_tower_of_another_clip_is_refused(copied: Workspace, tmp_path: Path) -> None:
+def test_a_text_tower_of_another_clip_is_refused(copied_towers: Workspace, tmp_path: Path) -> None:
     other, clip = Workspace(tmp_path / "other"), tmp_path / "clip"
     shutil.copytree(CLIP, clip)
     tensors = load_file(clip / "model.safetensors")
@@ -260,22 +244,24 @@ def test_a_text_tower_of_another_clip_is_refused(copied: Workspace, tmp_path: Pa
     save_file(tensors, clip / "model.safetensors")
     with shared_traces():
         export_towers(other, None, WeightsChoice(clip, embedding="normalised"))
-    shutil.copy(other.graph(MODEL, "fp32", "text"), copied.graph(MODEL, "fp32", "text"))
+    shutil.copy(
+        other.graph(EMBEDDER, "fp32", "text"), copied_towers.graph(EMBEDDER, "fp32", "text")
+    )
     with pytest.raises(ArtifactError, match=r"does not match fp32\.onnx .*: weights is"):
-        copied.source(MODEL, "text")
+        copied_towers.source(EMBEDDER, "text")
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
-def test_tensorrt_rtx_builds_the_text_tower(precision: Precision, copied: Workspace) -> None:
+def test_tensorrt_rtx_builds_the_text_tower(precision: Precision, copied_towers: Workspace) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
     config = BuildConfig(backend="tensorrt-rtx")
-    made = build_model(copied, MODEL, precision, config, tower="text")
-    assert made.path == copied.folder(MODEL) / f"text-{precision}.engine"
+    made = build_model(copied_towers, EMBEDDER, precision, config, tower="text")
+    assert made.path == copied_towers.folder(EMBEDDER) / f"text-{precision}.engine"
     assert checked_passport(made.path, tower="text").engine == made.passport
     asked = {kind for block in made.passport.asked for kind in (*block.gemms, *block.attention)}
     assert asked == {precision}
     assert not made.passport.fallbacks
-    assert not build_model(copied, MODEL, precision, config, tower="text").changed
+    assert not build_model(copied_towers, EMBEDDER, precision, config, tower="text").changed
 
 
 @pytest.mark.slow
