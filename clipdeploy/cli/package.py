@@ -121,15 +121,21 @@ def _show(context: Context, made: TritonPackage | CppPackage, shown: str) -> Non
 
 
 def _render_triton(made: TritonPackage) -> str:
-    done = "written" if made.changed else "unchanged"
-    batches = f"up to {made.max_batch} images" if made.max_batch else "one fixed batch"
+    text = " --text TEXT" if made.text else ""
     return "\n".join(
         [
-            f"{made.path}: version {made.version} {done}, {batches} at once",
+            _version(made, "images"),
+            *([_version(made.text, "texts")] if made.text else []),
             f"  server  {made.server or 'unknown, see its Dockerfile'}",
-            f"  client  -> python {shlex.quote(str(made.path / 'client.py'))} IMAGE",
+            f"  client  -> python {shlex.quote(str(made.path / 'client.py'))} IMAGE{text}",
         ]
     )
+
+
+def _version(made: TritonPackage, what: str) -> str:
+    done = "written" if made.changed else "unchanged"
+    batches = f"up to {made.max_batch} {what}" if made.max_batch else "one fixed batch"
+    return f"{made.path}: version {made.version} {done}, {batches} at once"
 
 
 def _render_cpp(made: CppPackage) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from clipdeploy.core.errors import ArtifactError
 from clipdeploy.core.files import sha256_file
-from clipdeploy.core.passport import Passport, to_json
+from clipdeploy.core.passport import Passport, Tower, to_json
 from clipdeploy.core.printable import printable
 from clipdeploy.engines.passport import EnginePassport
 from clipdeploy.models import cards
@@ -44,8 +44,10 @@ class Packable:
         return batch if isinstance(batch, int) else None
 
 
-def open_packable(path: Path) -> Packable:
-    """Read a file's passport and compare it with the file and its card.
+def open_packable(
+    path: Path, reference: Passport | None = None, tower: Tower = "image"
+) -> Packable:
+    """Read a file's passport and compare it with the file and its card, and ``reference`` if given.
 
     Raises:
         FileError, GraphError, ArtifactError: the file cannot be read, or does not match its
@@ -53,7 +55,7 @@ def open_packable(path: Path) -> Packable:
             or a graph in FP8.
         UsageError: the file is neither a graph nor an engine.
     """
-    found = checked_passport(path)
+    found = checked_passport(path, reference, tower=tower)
     if found.engine and not found.engine.has_weights:
         raise ArtifactError(
             f"{path} has no weights, and no package can refit them",

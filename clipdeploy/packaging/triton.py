@@ -1,9 +1,11 @@
 """Writes a model into a model repository of NVIDIA's Triton Inference Server.
 
 REPOSITORY/NAME/config.pbtxt    inputs, outputs, batching, instances, warm-up
-                labels.txt      one class per line
-                warmup/         a preprocessed image
-                client.py       sends images, prints the five most likely classes
+                labels.txt      one class per line; none for embeddings
+                warmup/         a preprocessed image, or the ids of a text
+                client.py       sends images, prints the five most likely classes, or compares the
+                                images with texts; a text tower has none
+                bpe_...txt.gz   the tokenizer's vocabulary, if the client compares with texts
                 Dockerfile      a server with the TensorRT version of the engine
                 1/model.plan    or model.onnx, and its passport
 """
@@ -25,18 +27,19 @@ from clipdeploy.core.files import (
     write_atomic,
 )
 from clipdeploy.engines.passport import BatchProfile
+from clipdeploy.models.clip.tokenizer import VOCABULARY_FILE, vocabulary_data
 from clipdeploy.packaging.artifact import Packable, copy_artifact, is_copy, labels_text
-from clipdeploy.packaging.client import client_source
+from clipdeploy.packaging.client import TextModel, client_source
 from clipdeploy.packaging.dockerfile import dockerfile
 from clipdeploy.packaging.servers import IMAGE, MATRIX, server_for
 from clipdeploy.packaging.triton_config import (
-    WARMUP,
     TritonConfig,
     batching,
     check_batch,
     triton_config,
+    warmup_file,
 )
-from exporters.samples import Samples
+from exporters.samples import GraphSamples
 
 __all__ = ["TritonConfig", "TritonPackage", "package_triton"]
 
@@ -48,7 +51,8 @@ class TritonPackage(Shown):
     """A written Triton model: its folder and the version that contains the artifact.
 
     ``changed`` is False if that version already existed.  ``server`` is the image that can serve
-    it, None if none is known.  ``max_batch`` is 0 for a model with a fixed batch.
+    it, None if none is known.  ``max_batch`` is 0 for a model with a fixed batch.  ``text`` is the
+    text tower that was written beside the image tower, None if there is none.
     """
 
     path: Path
@@ -60,11 +64,14 @@ class TritonPackage(Shown):
     max_batch: int
     preferred: tuple[int, ...]
     notes: tuple[str, ...]
+    text: TritonPackage | None = None
 
     def __rich__(self) -> Renderable:
         batches = f"up to {self.max_batch} images" if self.max_batch else "one fixed batch"
+        text = [("texts", f"{self.text.path}, version {self.text.version}")] if self.text else []
         rows = [
             ("model", f"{self.path}, version {self.version}"),
+            *text,
             ("batch", batches),
             ("server", self.server or "unknown, see its Dockerfile"),
             ("made", "now" if self.changed else "before; nothing has changed since"),
@@ -75,12 +82,15 @@ class TritonPackage(Shown):
 def package_triton(
     source: Packable,
     repository: Path,
-    samples: Samples,
+    samples: GraphSamples,
     config: TritonConfig = TritonConfig(),
     *,
+    texts: TextModel | None = None,
     force: bool = False,
 ) -> TritonPackage:
     """Write ``source`` as a model into ``repository``; ``samples`` supplies the warm-up image.
+
+    ``texts`` is the text tower that the client compares images with.
 
     A new model is written atomically.  If the model exists, the artifact becomes its next version,
     or replaces the newest version with ``force``; an identical artifact is not written again.
@@ -95,7 +105,7 @@ def package_triton(
     name = config.name or f"{source.graph.model}-{source.graph.precision}"
     folder = repository / name
     restore_folders(folder)
-    shared = _shared_files(source, name, config, samples)
+    shared = _shared_files(source, name, config, samples, texts)
     if versions := _versions(folder):
         _check_same_model(folder, shared)
         model, changed = _next_version(source, folder, versions[-1], force=force)
@@ -184,7 +194,7 @@ def _interface(config: str) -> list[str]:
 def _check_same_model(folder: Path, shared: Mapping[str, bytes]) -> None:
     for name, part in ((_CONFIG, _interface), ("labels.txt", str.splitlines)):
         path = folder / name
-        if not path.exists():
+        if not path.exists() or name not in shared:
             continue
         # Undecodable bytes are replaced, and so differ from the new text.
         existing = read_regular(path).decode("utf-8", "replace")
@@ -196,18 +206,27 @@ def _check_same_model(folder: Path, shared: Mapping[str, bytes]) -> None:
 
 
 def _shared_files(
-    source: Packable, name: str, config: TritonConfig, samples: Samples
+    source: Packable,
+    name: str,
+    config: TritonConfig,
+    samples: GraphSamples,
+    texts: TextModel | None,
 ) -> dict[str, bytes]:
     """The files that all versions share, by path."""
     spec = source.graph.input
-    image = samples.of(source.fixed_batch or 1).as_input(spec)
-    return {
+    sample = samples.of(source.fixed_batch or 1).as_input(spec)
+    files = {
         _CONFIG: triton_config(source, name, config).encode(),
-        "labels.txt": labels_text(source.graph),
-        f"warmup/{WARMUP}": image.tobytes(),
-        "client.py": client_source(name, source.graph).encode(),
+        f"warmup/{warmup_file(source)}": sample.tobytes(),
         "Dockerfile": dockerfile(source, name).encode(),
     }
+    if not source.graph.embeds:
+        files["labels.txt"] = labels_text(source.graph)
+    if source.graph.tower == "image":
+        files["client.py"] = client_source(name, source.graph, texts).encode()
+    if texts is not None:
+        files[VOCABULARY_FILE] = vocabulary_data()
+    return files
 
 
 def _package(

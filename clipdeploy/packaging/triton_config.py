@@ -15,12 +15,16 @@ from clipdeploy.core.values import is_name
 from clipdeploy.packaging.artifact import Packable
 from clipdeploy.packaging.pbtxt import Enum, Field, text_format
 
-__all__ = ["WARMUP", "TritonConfig", "batching", "check_batch", "triton_config"]
+__all__ = ["TritonConfig", "batching", "check_batch", "triton_config", "warmup_file"]
 
-# The warm-up image, in the folder where Triton expects it.
-WARMUP = "image.raw"
 _GRAPH_BATCH = 32
-_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "uint8": "TYPE_UINT8"}
+_TYPES = {
+    "float32": "TYPE_FP32",
+    "float16": "TYPE_FP16",
+    "uint8": "TYPE_UINT8",
+    "int32": "TYPE_INT32",
+    "int64": "TYPE_INT64",
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,11 @@ class TritonConfig:
                 f"{self.name!r} is not a valid model name", hint="use letters, digits, - and _"
             )
         check_numbers(self, max_batch=BATCH.or_none, queue_delay=QUEUE_DELAY, instances=INSTANCES)
+
+
+def warmup_file(source: Packable) -> str:
+    """The name of the warm-up sample, in the folder where Triton expects it."""
+    return f"{source.graph.tower}.raw"
 
 
 def check_batch(source: Packable, config: TritonConfig) -> None:
@@ -81,14 +90,15 @@ def batching(source: Packable, config: TritonConfig) -> tuple[int, tuple[int, ..
 def triton_config(source: Packable, name: str, config: TritonConfig) -> str:
     """Return the text of ``config.pbtxt``."""
     most, preferred = batching(source, config)
+    labels: dict[str, Field] = {} if source.graph.embeds else {"label_filename": "labels.txt"}
     message: dict[str, Field] = {
         "name": name,
         "backend": "tensorrt" if source.engine else "onnxruntime",
         "max_batch_size": most,
         "input": _tensor(source.graph.input, whole=not most),
-        "output": _tensor(source.graph.output, whole=not most) | {"label_filename": "labels.txt"},
+        "output": _tensor(source.graph.output, whole=not most) | labels,
         "instance_group": _instances(source, config),
-        "model_warmup": [_warmup(source.graph.input, batch) for batch in (1, *preferred)],
+        "model_warmup": [_warmup(source, batch) for batch in (1, *preferred)],
     }
     if most > 1:
         message["dynamic_batching"] = {
@@ -104,13 +114,14 @@ def _tensor(spec: TensorSpec, *, whole: bool) -> dict[str, Field]:
     return {"name": spec.name, "data_type": Enum(_TYPES[spec.dtype]), "dims": dims}
 
 
-def _warmup(spec: TensorSpec, batch: int) -> dict[str, Field]:
+def _warmup(source: Packable, batch: int) -> dict[str, Field]:
+    spec = source.graph.input
     tensor = _tensor(spec, whole=isinstance(spec.shape[0], int))
     del tensor["name"]
     return {
-        "name": f"a real image, batch {batch}",
+        "name": f"a real {source.graph.tower}, batch {batch}",
         "batch_size": batch,
-        "inputs": {"key": spec.name, "value": {**tensor, "input_data_file": WARMUP}},
+        "inputs": {"key": spec.name, "value": {**tensor, "input_data_file": warmup_file(source)}},
     }
 
 

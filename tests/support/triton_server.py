@@ -18,7 +18,7 @@ from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 from exporters.session import OnnxSession
 
-NUMPY = {"FP32": np.float32, "FP16": np.float16, "UINT8": np.uint8}
+NUMPY = {"FP32": np.float32, "FP16": np.float16, "UINT8": np.uint8, "INT32": np.int32}
 
 
 def read_config(folder: Path) -> Any:

@@ -27,7 +27,16 @@ from clipdeploy.core.printable import printable
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["CONTEXT", "END", "VOCABULARY", "Tokens", "tokenize", "vocabulary_hash"]
+__all__ = [
+    "CONTEXT",
+    "END",
+    "VOCABULARY",
+    "VOCABULARY_FILE",
+    "Tokens",
+    "tokenize",
+    "vocabulary_data",
+    "vocabulary_hash",
+]
 
 # The number of tokens (openai/CLIP model.py).
 VOCABULARY = 49_408
@@ -38,7 +47,7 @@ _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _WORD_END = "</w>"
 # The tokens of start and end in OpenAI's and open_clip's spelling.
 _SPECIAL = ("<|startoftext|>", "<|endoftext|>", "<start_of_text>", "<end_of_text>")
-_FILE = "bpe_simple_vocab_16e6.txt.gz"
+VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"
 
 
 @dataclass(frozen=True)
@@ -49,14 +58,15 @@ class Tokens:
     cut: tuple[int, ...]
 
 
-def _data() -> bytes:
-    return resources.files("clipdeploy").joinpath("data", "clip", _FILE).read_bytes()
+def vocabulary_data() -> bytes:
+    """OpenAI's file of the vocabulary."""
+    return resources.files("clipdeploy").joinpath("data", "clip", VOCABULARY_FILE).read_bytes()
 
 
 @cache
 def vocabulary_hash() -> str:
     """The SHA-256 of the vocabulary's file."""
-    return hashlib.sha256(_data()).hexdigest()
+    return hashlib.sha256(vocabulary_data()).hexdigest()
 
 
 def _bytes_as_text() -> list[str]:
@@ -76,7 +86,7 @@ def _tokenizer() -> Tokenizer:
         raise UsageError(
             "CLIP's tokenizer needs tokenizers", hint="pip install 'clipdeploy[clip]'"
         ) from error
-    lines = gzip.decompress(_data()).decode().split("\n")
+    lines = gzip.decompress(vocabulary_data()).decode().split("\n")
     pairs = [line.split() for line in lines[1 : _LAST_MERGE + 1]]
     merges = [(first, second) for first, second in pairs]
     letters = _bytes_as_text()

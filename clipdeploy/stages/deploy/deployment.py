@@ -106,7 +106,7 @@ def commands_of(made: TritonPackage | CppPackage) -> tuple[str, ...]:
     folder = shlex.quote(str(made.path))
     client = shlex.quote(str(made.path / "client.py"))
     docker = docker_commands(made.name, folder, gpus=True, known=made.server is not None)
-    return (*docker, f"python {client} IMAGE")
+    return (*docker, f"python {client} IMAGE{' --text TEXT' if made.text else ''}")
 
 
 def open_points(

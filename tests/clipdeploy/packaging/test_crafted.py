@@ -166,7 +166,9 @@ def test_the_client_has_every_text_as_a_literal(text: str, graphs: dict[str, Pat
     )
     plain = client_source("digits", passport)
     source = client_source("digits", odd)
-    assert ("digits", text, passport.output.name, passport.input.dtype) in list(constants(source))
+    assert ("digits", text, passport.output.name, passport.input.dtype, 0) in list(
+        constants(source)
+    )
     # The statements differ only in their literals.
     assert len(ast.parse(source).body) == len(ast.parse(plain).body)
     if not re.fullmatch(r"[\w.-]+", text) or text.startswith(("-", ".")):
