@@ -142,7 +142,7 @@ def _artifact_or_merge(
 
 @group(cls=DefaultGroup, default="run")
 def verify() -> None:
-    """Judge artifacts against PyTorch; `verify texts` a text tower; `verify merge` joins shards."""
+    """Judge artifacts against PyTorch; `verify merge` joins shards."""
 
 
 @verify.command(
