@@ -69,7 +69,7 @@ class Command:
     ``env`` is added to the environment, None removes a variable.  ``kill_at``: number of the file
     system operation under ``cwd`` at which the process kills itself; ``kill_after``: seconds after
     which it is killed; ``steps``: file to which the name of each operation is written; ``pid``:
-    file to which the process writes its number.
+    file to which the process writes its number; ``largest_file``: bytes that a file may have.
     """
 
     words: tuple[str, ...]
@@ -81,6 +81,7 @@ class Command:
     kill_after: float | None = None
     steps: str | None = None
     pid: str | None = None
+    largest_file: int | None = None
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,10 @@ def _become(command: Command) -> int:
         else:
             os.environ[name] = value
     os.chdir(command.cwd)
+    if command.largest_file is not None:
+        import resource  # not on Windows
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (command.largest_file, command.largest_file))
     if command.steps or command.kill_at is not None:
         sys.addaudithook(_Steps(command))
     from judging import each_once
@@ -279,8 +284,9 @@ def _forked(command: Command) -> int:
     return _wait(pid, command.kill_after)
 
 
-# The processes that serve clients.
+# The processes that serve clients, and how often in seconds one looks if its command has ended.
 _SERVING: list[int] = []
+_POLL = 0.01
 
 
 def _answer(connection: socket.socket) -> None:
@@ -310,12 +316,15 @@ def _serve_client(connection: socket.socket) -> NoReturn:
     for descriptor in given:
         os.close(descriptor)
     connection.sendall(pid.to_bytes(8, "big"))
-    ended = os.pidfd_open(pid)
-    if ended in select.select([ended, connection], [], [])[0]:
-        connection.sendall(os.waitpid(pid, 0)[1].to_bytes(8, "big"))
-    else:
-        os.kill(pid, signal.SIGKILL)
-    os._exit(0)
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            connection.sendall(status.to_bytes(8, "big"))
+            os._exit(0)
+        # The client sends nothing more: it has ended.
+        if select.select([connection], [], [], _POLL)[0]:
+            os.kill(pid, signal.SIGKILL)
+            os._exit(0)
 
 
 def _become_client(request: Mapping[str, Any], given: Sequence[int]) -> int:
