@@ -16,7 +16,8 @@ less.  Inputs stay floating point.  The numbers q are
                (:mod:`calibration.rounding`, :mod:`calibration.fitting`); the scales are those of
                clipped
 
-and a row "rotated" has the residual stream and the heads rotated first (rotation.py, ``both``).
+and a row "rotated" has the residual stream and the heads rotated first (``flat+heads`` of
+rotation.py).
 The SQNR is that of the logits on held-out images, on ONNX Runtime, in dB.  The demo and its
 variants with outliers are measured on digits; ``--model`` has random weights, and crops of two
 photographs.  The script stops if ONNX Runtime does not compute the graph as it would with W' in
@@ -194,7 +195,7 @@ def row(workspace: Workspace, name: str, data: Path, images: F32, reference: F32
 def print_demo(variants: Path | None, folder: Path) -> None:
     """Print the rows of the demo and its variants, also rotated."""
     images = held_out_digits()
-    both = rotations(cards.find(cards.DEMO).width)["both"]
+    both = rotations(cards.find(cards.DEMO).width)["flat+heads"]
     for name, source in demo_graphs(variants, folder):
         reference = run(load_graph(source), images)
         for title, rotation in (("", lambda model: None), (", rotated", both)):

@@ -26,7 +26,7 @@ Rotations:
     random    Q = U diag(1, P) U^T, U orthogonal with the first column 1 / sqrt(C), P random
     flat      Q = the Kronecker product of 2 J / n - I for factors n of C, J all ones.  For n = 4
               all entries are +-1/2: as flat as a Hadamard matrix, whose rows do not sum to one
-    both      flat and heads
+    flat+heads
 
 For each, the SQNR of the logits in dB on held-out digits: of the rotated FP32 graph, of ``fast``
 without smoothing, of ``fast`` and of ``best``, all as ``quantize --cpu`` writes them.  The script
@@ -203,7 +203,7 @@ def rotations(width: int) -> dict[str, Rotation]:
         "heads": lambda model: rotate_heads(model, inside),
         "random": lambda model: rotate_stream(model, mean_keeping(width)),
         "flat": lambda model: rotate_stream(model, spread),
-        "both": both,
+        "flat+heads": both,
     }
 
 
@@ -242,14 +242,14 @@ def main() -> None:
     parser.add_argument("--variants", type=Path)
     chosen = parser.parse_args()
     images, width = held_out_digits(), cards.find(cards.DEMO).width
-    print(f"{'':10}{'rotation':10}{'FP32':>8}" + "".join(f"{name:>14}" for name in CONFIGS))
+    print(f"{'':10}{'rotation':12}{'FP32':>8}" + "".join(f"{name:>14}" for name in CONFIGS))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for name, graph in demo_graphs(chosen.variants, folder):
             for title, rotation in rotations(width).items():
                 row = measure(graph, folder / name / title, rotation, images)
                 cells = f"{row[0]:8.1f}" + "".join(f"{db:14.1f}" for db in row[1:])
-                print(f"{name:10}{title:10}{cells}", flush=True)
+                print(f"{name:10}{title:12}{cells}", flush=True)
 
 
 if __name__ == "__main__":
