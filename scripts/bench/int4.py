@@ -147,9 +147,10 @@ def write(model: ir.Model, schemes: Mapping[str, LinearScheme], block: int) -> N
 
 
 def simulate(model: ir.Model, schemes: Mapping[str, LinearScheme], block: int) -> None:
-    """Write the values of the INT4 weights in FP32."""
+    """Write the values of the INT4 weights of ``schemes`` in FP32."""
     for site in find_linears(model):
-        scheme = schemes[site.name]
+        if (scheme := schemes.get(site.name)) is None:
+            continue
         add_to_bias(site, scheme.correction)
         values = scheme.numbers.astype(np.float32) * scheme.weight_scale
         write_initializer(site.matmul, 1, values)

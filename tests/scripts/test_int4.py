@@ -10,9 +10,12 @@ import pytest
 from numpy.typing import NDArray
 from script_module import load_script
 
+from calibration.fitting import fit_linears
 from calibration.rounding import Moments, output_error, round_weight
+from calibration.scheme import LinearScheme
 from calibration.table import load_table
 from calibration.weights import weight_error
+from clipdeploy.core.errors import GraphError
 from clipdeploy.models import cards
 from clipdeploy.workspace.folder import Workspace
 from exporters.graphs import load_graph
@@ -72,3 +75,25 @@ def test_rounding_on_data_takes_a_scale_for_each_block(script: ModuleType) -> No
     order = np.argsort(-np.diag(moments.covariance))
     wrong = round_weight(weight, scale[order], moments.covariance, script.INT4)
     assert error(wrong) > error(nearest)
+
+
+def test_fitting_leaves_the_inputs_as_they_are(
+    script: ModuleType, demo_workspace: Workspace, demo_images: F32, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = demo_workspace.graph(cards.DEMO, "fp32")
+    table = load_table(demo_workspace.calibration(cards.DEMO))
+    model = load_graph(graph)
+    schemes = script.nearest(model, table, BLOCK, clip=True)
+    first = {name: each for name, each in schemes.items() if name.startswith("blocks.0.")}
+    reference = script.run(model, demo_images)
+
+    def decibels(found: dict[str, LinearScheme]) -> float:
+        changed = load_graph(graph)
+        script.simulate(changed, found, BLOCK)
+        return float(script.decibels(reference, script.run(changed, demo_images)))
+
+    assert decibels(script.fitted(model, table, first)) > decibels(first) + 3
+    # Twin: the inputs would be rounded to 4 bits as well, which ONNX Runtime does not take.
+    monkeypatch.setattr(script, "fit_linears", lambda *given, weights_only: fit_linears(*given))
+    with pytest.raises(GraphError, match="QuantizeLinear"):
+        script.fitted(model, table, first)
