@@ -57,6 +57,7 @@ from clipdeploy.stages.report import write_reports
 from clipdeploy.stages.samples import sample_images
 from clipdeploy.stages.search import search_model
 from clipdeploy.stages.stage_log import StageRun, StageWatch
+from clipdeploy.stages.text_tower import ExportedTowers, export_towers
 from clipdeploy.stages.verify.merge import merge_verification
 from clipdeploy.stages.verify.run import verify_model
 from clipdeploy.stages.verify.setup import Judgement, VerifyScope
@@ -91,6 +92,7 @@ __all__ = [
     "EngineArtifact",
     "Expected",
     "ExportConfig",
+    "ExportedTowers",
     "Fp16Config",
     "GraphArtifact",
     "Inspection",
@@ -129,6 +131,7 @@ __all__ = [
     "estimate_artifacts",
     "estimate_model",
     "export_model",
+    "export_towers",
     "inspect_file",
     "merge_calibration",
     "merge_verification",

@@ -1,4 +1,7 @@
-"""Both of CLIP's towers as Triton models, and the client that compares images with texts."""
+"""Both of CLIP's towers as Triton models, and the client that compares images with texts.
+
+Covers: clipdeploy/packaging/client.py, clipdeploy/stages/package.py.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from demo_workspaces import EMBEDDER
+from passport_edits import put, restamp
 from triton_server import read_config, serving
 from tritonclient.grpc import model_config_pb2
 
@@ -155,8 +159,6 @@ def test_a_crafted_name_is_refused(towers: Workspace) -> None:
 
 
 def test_a_text_tower_of_another_clip_is_refused(copied_towers: Workspace, tmp_path: Path) -> None:
-    from passport_edits import put, restamp
-
     path = copied_towers.graph(EMBEDDER, "fp16", "text")
     restamp(path, put("weights.sha256", "0" * 64))
     with pytest.raises(ArtifactError, match="weights is"):
