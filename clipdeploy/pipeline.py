@@ -61,6 +61,7 @@ from clipdeploy.stages.text_tower import ExportedTowers, export_towers
 from clipdeploy.stages.verify.merge import merge_verification
 from clipdeploy.stages.verify.run import verify_model
 from clipdeploy.stages.verify.setup import Judgement, VerifyScope
+from clipdeploy.stages.verify.texts import verify_texts
 from clipdeploy.tuning.result import Bisection
 from clipdeploy.tuning.search import SearchConfig, SearchResult
 from clipdeploy.verification.baseline import Expected
@@ -142,5 +143,6 @@ __all__ = [
     "sample_images",
     "search_model",
     "verify_model",
+    "verify_texts",
     "write_reports",
 ]

@@ -142,7 +142,7 @@ def _artifact_or_merge(
 
 @group(cls=DefaultGroup, default="run")
 def verify() -> None:
-    """Judge artifacts against PyTorch; `verify merge` joins shards."""
+    """Judge artifacts against PyTorch; `verify texts` a text tower; `verify merge` joins shards."""
 
 
 @verify.command(
@@ -182,6 +182,54 @@ def run(
         progress=context.progress,
     )
     return _show(context, result, reports, val_data)
+
+
+@verify.command(
+    epilog="\b\nclipdeploy verify texts texts.txt",
+)
+@click.argument("texts", type=click.Path(path_type=Path))
+@click.argument("artifacts", nargs=-1, type=ArtifactPath())
+@model_option
+@max_drop_option
+@option("--graphs-only", is_flag=True, help="Judge the ONNX graphs and leave out the engines.")
+@batch_option("clipdeploy.verification.verifier.VerifyConfig")
+@report_option
+@threads_option
+@trust_option
+@force_option
+@stage_command
+def texts(
+    context: Context,
+    texts: Path,
+    artifacts: tuple[Path, ...],
+    model: str | None,
+    reports: tuple[Path, ...],
+    graphs_only: bool,
+    force: bool,
+    **options: Any,
+) -> int:
+    """Judge the text tower of an embedding model on TEXTS, a file with one text a line.
+
+    The exit code is 3 unless all ARTIFACTS, or all graphs and engines of the text tower, are proven
+    to find PyTorch's nearest neighbours among the texts.
+    """
+    _check_reports(reports, None)
+    name = context.model(model)
+    from clipdeploy.stages.verify.setup import VerifyScope
+    from clipdeploy.stages.verify.texts import verify_texts
+    from clipdeploy.verification.verifier import VerifyConfig
+
+    result = verify_texts(
+        context.workspace,
+        name,
+        texts,
+        VerifyConfig(**options),
+        VerifyScope(artifacts=artifacts, graphs_only=graphs_only),
+        force=force,
+        note=context.note,
+        progress=context.progress,
+    )
+    return _show(context, result, reports, None)
 
 
 @verify.command()

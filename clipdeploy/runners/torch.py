@@ -69,10 +69,11 @@ class TorchRunner(Closing):
     If there is a GPU that PyTorch cannot use, it warns once per process
     (:class:`clipdeploy.core.device.CpuFallback`).
 
-    ``threads`` is set for the whole process; 0 keeps the current number.
+    ``takes`` is the module's input, or the preprocessing of images.  ``threads`` is set for the
+    whole process; 0 keeps the current number.
     """
 
-    def __init__(self, module: nn.Module, preprocess: Preprocess, threads: int = 0) -> None:
+    def __init__(self, module: nn.Module, takes: Preprocess | TensorSpec, threads: int = 0) -> None:
         if threads:
             torch.set_num_threads(threads)
         on_gpu = torch.cuda.is_available()
@@ -82,8 +83,9 @@ class TorchRunner(Closing):
         self._module = module.to(self._device)
         self.threads = torch.get_num_threads()
         self.name = f"PyTorch on {torch.cuda.get_device_name()}" if on_gpu else "PyTorch"
-        size = preprocess.size
-        self.input = TensorSpec("image", "float32", ("batch", 3, size, size))
+        if isinstance(takes, Preprocess):
+            takes = TensorSpec("image", "float32", ("batch", 3, takes.size, takes.size))
+        self.input = takes
         self.batches: tuple[int, int | None] = (1, None)
 
     def __call__(self, images: Images) -> Logits:

@@ -41,7 +41,7 @@ def write_reports(
     if result is None or evidence is None:
         raise UsageError("a shard has no verdict to report", hint="pass --output to `verify merge`")
     pages = any(path.suffix.lower() in HTML for path in paths)
-    if pages and evidence.images is None:
+    if pages and evidence.images is None and not evidence.why:
         evidence = _with_images(evidence, data)
     if bisection is not None:
         evidence = replace(evidence, heat_map=_heat_map(bisection, evidence))

@@ -27,7 +27,7 @@ from clipdeploy.workspace.passports import checked_passport
 from exporters.providers import cuda_problem
 from exporters.samples import TokenIds
 
-__all__ = ["EmbeddedTexts", "embed_texts", "text_tower_beside"]
+__all__ = ["EmbeddedTexts", "check_tokenizer", "embed_texts", "text_tower_beside"]
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,21 @@ def text_tower_beside(folder: Path, image: Passport) -> tuple[Path, Passport]:
         )
     pair = replace(image, tower="text")
     text = checked_passport(path, pair, tower="text").graph
+    check_tokenizer(path, text)
+    return path, text
+
+
+def check_tokenizer(path: Path, text: Passport) -> None:
+    """Refuse a text tower that was made for another tokenizer than this version's.
+
+    Raises:
+        ArtifactError: the hash of the vocabulary differs.
+    """
     if text.settings.get(TOKENIZER_KEY) != vocabulary_hash():
         raise ArtifactError(
             f"{path} was made for another tokenizer than the one that is installed",
-            hint=f"make it again: clipdeploy export --model {image.model} --text-tower --force",
+            hint=f"make it again: clipdeploy export --model {text.model} --text-tower --force",
         )
-    return path, text
 
 
 def embed_texts(folder: Path, image: Passport, texts: Sequence[str]) -> EmbeddedTexts:

@@ -8,21 +8,23 @@ from collections.abc import Collection, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from clipdeploy.core.errors import DatasetError
 from clipdeploy.core.passport import Preprocess
-from clipdeploy.imaging import Crop, CropCache, ImageFolder, Skipped, iter_crops
+from clipdeploy.imaging import Crop, CropCache, ImageFolder, Skipped, iter_crops, survey
 from clipdeploy.imaging.archives import ZipPlace
 from clipdeploy.imaging.crop_shards import NO_STAMP
-from clipdeploy.imaging.crops import Stamps
+from clipdeploy.imaging.crops import Stamps, pixels_key
 from clipdeploy.imaging.scan import file_sizes
-from exporters.samples import Samples, stack_crops
+from exporters.samples import GraphSamples, Samples, stack_crops
 
 __all__ = [
     "DecodedBatch",
+    "ImageSource",
+    "Source",
     "decoded_batches",
     "digest_of_contents",
     "digest_of_entries",
@@ -46,9 +48,73 @@ class DecodedBatch:
     crops: tuple[Crop, ...]
     unreadable: tuple[str, ...]
 
-    def samples(self, spec: Preprocess) -> Samples:
+    def samples(self, spec: Preprocess) -> GraphSamples:
         """Return the crops as model input; there must be at least one."""
         return Samples(stack_crops([crop.pixels for crop in self.crops]), spec)
+
+
+class Source(Protocol):
+    """What a verification runs on, in the order of the run: images or texts."""
+
+    @property
+    def listed(self) -> ImageFolder:
+        """The names and classes."""
+
+    @property
+    def decoder(self) -> str:
+        """The key of everything that turns a file or a text into a model's input."""
+
+    def contents(self) -> str:
+        """A digest of the contents, which does not depend on the folder."""
+
+    def stamps(self) -> str:
+        """A digest of the state of the files; empty if it is not known."""
+
+    def problems(self) -> tuple[str, ...]:
+        """A sentence for each problem that was found."""
+
+    def batches(self, size: int, numbers: Collection[int]) -> Generator[DecodedBatch]:
+        """Yield the batches with these ``numbers``, see :func:`decoded_batches`."""
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Images, in the order of verification; for the other fields see :func:`decoded_batches`."""
+
+    listed: ImageFolder
+    spec: Preprocess
+    skip_unreadable: bool = False
+    workers: int | None = None
+    cache: CropCache | None = None
+
+    @property
+    def decoder(self) -> str:
+        """See :class:`Source`."""
+        return pixels_key(self.spec)
+
+    def contents(self) -> str:
+        """See :class:`Source`."""
+        return digest_of_contents(self.listed)
+
+    def stamps(self) -> str:
+        """See :class:`Source`."""
+        return digest_of_files(self.listed)
+
+    def problems(self) -> tuple[str, ...]:
+        """See :class:`Source`."""
+        return survey(self.listed).problems()
+
+    def batches(self, size: int, numbers: Collection[int]) -> Generator[DecodedBatch]:
+        """See :class:`Source`."""
+        return decoded_batches(
+            self.listed,
+            self.spec,
+            size,
+            numbers,
+            skip_unreadable=self.skip_unreadable,
+            workers=self.workers,
+            cache=self.cache,
+        )
 
 
 def prefetched(items: Generator[T], depth: int = 2) -> Iterator[T]:

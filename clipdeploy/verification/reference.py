@@ -18,7 +18,7 @@ from clipdeploy.imaging.crops import Shelf
 from clipdeploy.imaging.keys import digest_of, pixels_key, sources
 from clipdeploy.models.load import LoadedModel
 from clipdeploy.runners.torch import TorchRunner
-from exporters.samples import Samples
+from exporters.samples import GraphSamples, Samples
 
 __all__ = ["Reference"]
 
@@ -89,8 +89,9 @@ class Reference:
         """Why no further logits are cached, as a sentence; empty if they are."""
         return self._shelf.problem if self._shelf is not None else ""
 
-    def __call__(self, hashes: Sequence[str], samples: Samples) -> NDArray[np.float32]:
+    def __call__(self, hashes: Sequence[str], samples: GraphSamples) -> NDArray[np.float32]:
         """Return the logits (B, K) of B images: hex SHA-256 of their files, and their crops."""
+        assert isinstance(samples, Samples)
         if self._shelf is None:
             return self._runner(samples.pixels)
         # The key has the whole batch: neighbours may change the last bit of a product.

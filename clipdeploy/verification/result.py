@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clipdeploy.core.display import Renderable, Shown
-from clipdeploy.core.passport import Task
+from clipdeploy.core.passport import Task, Tower
 from clipdeploy.verification.metrics import NEIGHBOURS, Accuracy, Fidelity, Retrieval
 from clipdeploy.verification.paired import DropJudgement, Interval
 from clipdeploy.verification.repeatability import Repeatability
@@ -171,7 +171,8 @@ class Verification(Shown):
     both are None if unknown. ``reference`` is PyTorch's accuracy, None without labels and for
     random weights. ``left_out`` are engines of judged graphs that were not judged themselves.
     ``max_drop_top5`` is None if top-5 was not judged. ``task`` is ``embedding`` if artifacts were
-    judged by retrieval; ``max_drop`` is then in points of recall@10.
+    judged by retrieval; ``max_drop`` is then in points of recall@10.  The images of a text
+    ``tower`` are texts.
     """
 
     model: str
@@ -196,6 +197,7 @@ class Verification(Shown):
     max_drop_top5: float | None = None
     left_out: tuple[str, ...] = ()
     task: Task = "classification"
+    tower: Tower = "image"
     schema: int = VERIFICATION_SCHEMA
 
     def __bool__(self) -> bool:
@@ -273,7 +275,7 @@ def _advice(result: Verification) -> str:
     if not needed:
         return ""
     again = "" if result.sequential else " with --sequential"
-    return f": about {needed:,} images{again} would decide"
+    return f": about {needed:,} {result.tower}s{again} would decide"
 
 
 def artifact_names(result: Verification) -> tuple[str, ...]:
@@ -305,7 +307,8 @@ def heading(result: Verification) -> str:
     stopped = ""
     if result.sequential and result.images + result.copies + len(result.skipped) < result.listed:
         stopped = f" (stopped early, of {result.listed:,})"
-    return f"{result.model} on {result.images:,} images of {result.data}{copies}{stopped}{leaked}"
+    what = f"{result.images:,} {result.tower}s of {result.data}"
+    return f"{result.model} on {what}{copies}{stopped}{leaked}"
 
 
 def metrics_of(row: Row, result: Verification) -> tuple[str, ...]:

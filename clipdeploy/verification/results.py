@@ -24,7 +24,7 @@ import msgspec
 
 from clipdeploy.core.errors import ArtifactError
 from clipdeploy.core.files import file_errors, read_regular, write_atomic
-from clipdeploy.core.passport import Preprocess, Recipe, Task
+from clipdeploy.core.passport import Preprocess, Recipe, Task, Tower
 from clipdeploy.core.values import (
     MOST_BATCH,
     MOST_CLASSES,
@@ -87,7 +87,7 @@ class RunKey:
     the last bits: a sum is split into as many parts. ``clip`` is the published CLIP that a
     zero-shot classifier was made from, empty for another CLIP, None for other classifiers;
     ``prompts`` is the SHA-256 of its class texts and templates. An embedding model has no classes;
-    ``classes`` is then the width of the embedding.
+    ``classes`` is then the width of the embedding.  The images of a text ``tower`` are texts.
     """
 
     model: str
@@ -114,6 +114,7 @@ class RunKey:
     clip: str | None = None
     prompts: str = ""
     task: Task = "classification"
+    tower: Tower = "image"
     schema: int = RESULTS_SCHEMA
 
     def faults(self) -> Iterator[Fault]:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from clipdeploy.core.errors import EngineError, UsageError
 from clipdeploy.core.files import sha256_file
-from clipdeploy.core.passport import Passport, Precision
+from clipdeploy.core.passport import CONTEXT, Passport, Precision, Tower
 from clipdeploy.engines.passport import EnginePassport
 from clipdeploy.runners import OnnxRunner, Runner, open_runner
 from clipdeploy.verification.results import ArtifactEntry
@@ -18,7 +18,7 @@ from clipdeploy.workspace.folder import PRECISIONS, Workspace
 from clipdeploy.workspace.passports import check_made_from, checked_passport, is_vouched
 from exporters.headers import read_skeleton, weight_files
 from exporters.products import find_products
-from exporters.signature import classifier_signature
+from exporters.signature import classifier_signature, text_signature
 
 __all__ = ["Target", "digest_of_artifact", "named_targets", "open_target", "workspace_targets"]
 
@@ -44,36 +44,39 @@ class Target:
         return self.passport.precision
 
 
-def _graphs(workspace: Workspace, model: str) -> Iterator[Target]:
-    _, reference = workspace.source(model)
+def _graphs(workspace: Workspace, model: str, tower: Tower) -> Iterator[Target]:
+    _, reference = workspace.source(model, tower)
     for precision in (*PRECISIONS, "int8-cpu"):
-        graph = workspace.graph(model, precision)
+        graph = workspace.graph(model, precision, tower)
         if graph.exists():
-            yield Target(graph, "graph", checked_passport(graph, reference).graph)
+            yield Target(graph, "graph", checked_passport(graph, reference, tower=tower).graph)
 
 
-def _engines(workspace: Workspace, model: str) -> Iterator[Target]:
-    _, reference = workspace.source(model)
+def _engines(workspace: Workspace, model: str, tower: Tower) -> Iterator[Target]:
+    _, reference = workspace.source(model, tower)
     for precision in PRECISIONS:
-        graph, engine = workspace.graph(model, precision), workspace.engine(model, precision)
+        graph = workspace.graph(model, precision, tower)
+        engine = workspace.engine(model, precision, tower)
         if not engine.exists():
             continue
-        found = checked_passport(engine, reference).engine
+        found = checked_passport(engine, reference, tower=tower).engine
         assert found is not None
         check_made_from(engine, found.hashes.graph, graph)
         yield Target(engine, "engine", found.graph, graph)
 
 
-def workspace_targets(workspace: Workspace, model: str, *, graphs_only: bool) -> list[Target]:
-    """Return every graph of a model and, unless ``graphs_only``, every engine.
+def workspace_targets(
+    workspace: Workspace, model: str, *, graphs_only: bool, tower: Tower = "image"
+) -> list[Target]:
+    """Return every graph of a model's ``tower`` and, unless ``graphs_only``, every engine.
 
     Raises:
-        UsageError: the model has not been exported.
+        UsageError: the tower has not been exported.
         ArtifactError, GraphError, FileError: an artifact is damaged, was not made from its source,
             or does not match its passport, see :mod:`clipdeploy.workspace.passports`.
     """
-    found = list(_graphs(workspace, model))
-    return found if graphs_only else [*found, *_engines(workspace, model)]
+    found = list(_graphs(workspace, model, tower))
+    return found if graphs_only else [*found, *_engines(workspace, model, tower)]
 
 
 def named_targets(paths: Sequence[Path], reference: Passport, *, trust: bool) -> list[Target]:
@@ -98,7 +101,7 @@ def _named(path: Path, paths: Sequence[Path], reference: Passport, *, trust: boo
             return _foreign_graph(path, reference)
         if trust:
             return Target(path, "engine", reference, vouched=False)
-    checked = checked_passport(path, reference)
+    checked = checked_passport(path, reference, tower=reference.tower)
     if checked.engine is None:
         return Target(path, "graph", checked.graph)
     return Target(path, "engine", checked.graph, _scored_graph(path, checked.engine, paths))
@@ -112,7 +115,10 @@ def _scored_graph(engine: Path, passport: EnginePassport, paths: Sequence[Path])
 
 
 def _foreign_graph(path: Path, reference: Passport) -> Target:
-    image, logits = classifier_signature(path, reference.preprocess.size, reference.classes)
+    if reference.tower == "text":
+        image, logits = text_signature(path, CONTEXT, reference.classes)
+    else:
+        image, logits = classifier_signature(path, reference.preprocess.size, reference.classes)
     foreign = replace(reference, precision=_precision(path), input=image, output=logits)
     return Target(path, "graph", foreign, vouched=False)
 

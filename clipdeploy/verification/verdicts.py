@@ -319,6 +319,7 @@ def judge_results(
         left_out=_left_out(run_key),
         passed=bool(rows) and all(row.verdict == "equivalent" for row in rows),
         task=run_key.task,
+        tower=run_key.tower,
     )
 
 

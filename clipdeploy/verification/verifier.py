@@ -25,17 +25,15 @@ from clipdeploy.core.passport import Passport
 from clipdeploy.core.progress import SILENT, Progress
 from clipdeploy.core.spans import BATCH, THREADS, WORKERS, check_numbers, check_shard
 from clipdeploy.engines.passport import library_versions
-from clipdeploy.imaging import CropCache, ImageFolder, survey
-from clipdeploy.imaging.crops import pixels_key
+from clipdeploy.imaging import CropCache, ImageFolder
 from clipdeploy.models.clips import clip_of_file
-from clipdeploy.models.load import LoadedModel
+from clipdeploy.models.load import LoadedModel, LoadedText
 from clipdeploy.runners import Runner
 from clipdeploy.verification.batches import (
     DecodedBatch,
-    decoded_batches,
-    digest_of_contents,
+    ImageSource,
+    Source,
     digest_of_entries,
-    digest_of_files,
     prefetched,
     shuffled,
 )
@@ -54,10 +52,11 @@ from clipdeploy.verification.results import (
     save_results,
 )
 from clipdeploy.verification.targets import Target, open_target
+from clipdeploy.verification.texts import TextReference, TextSource
 from clipdeploy.verification.verdicts import Limits
-from exporters.samples import Samples
+from exporters.samples import GraphSamples, Samples
 
-__all__ = ["VerifyConfig", "run_verification"]
+__all__ = ["VerifyConfig", "run_text_verification", "run_verification"]
 
 
 @dataclass(frozen=True)
@@ -117,22 +116,26 @@ class _Opened:
     """The reference and the runners that process a batch."""
 
     run_key: RunKey
-    reference: Reference
+    reference: Reference | TextReference
     lanes: tuple[_Lane, ...]
     calibrated: Calibrated
     allow_leak: bool
 
-    def prepare(self, batch: DecodedBatch) -> Samples | None:
+    def prepare(self, batch: DecodedBatch) -> GraphSamples | None:
         """Return the input of a batch, normalised if any artifact takes normalised input."""
         if not batch.crops:
             return None
         samples = batch.samples(self.run_key.preprocess)
-        if any(lane.target.passport.input.dtype != "uint8" for lane in self.lanes):
+        floats = any(lane.target.passport.input.dtype != "uint8" for lane in self.lanes)
+        if floats and isinstance(samples, Samples):
             _ = samples.pixels
         return samples
 
     def record(
-        self, batch: DecodedBatch, samples: Samples | None, artifacts: Collection[ArtifactEntry]
+        self,
+        batch: DecodedBatch,
+        samples: GraphSamples | None,
+        artifacts: Collection[ArtifactEntry],
     ) -> BatchResult:
         """Run ``artifacts`` on a batch; return its records and repeated calls."""
         lanes = [lane for lane in self.lanes if lane.entry in artifacts]
@@ -162,7 +165,7 @@ class _Opened:
         return self.run_key.keeps_embeddings(number)
 
     def _run(
-        self, lane: _Lane, number: int, samples: Samples, reference: Logits
+        self, lane: _Lane, number: int, samples: GraphSamples, reference: Logits
     ) -> tuple[Logits, tuple[Repeat, ...]]:
         """Return an artifact's logits of a batch, and its repeated calls."""
         images = samples.as_input(lane.target.passport.input)
@@ -180,21 +183,27 @@ class _Opened:
 
 
 def _run_key(
-    model: LoadedModel,
+    model: LoadedModel | LoadedText,
     passport: Passport,
-    images: ImageFolder,
+    source: Source,
     config: VerifyConfig,
     calibrated: Calibrated,
 ) -> RunKey:
-    made_of = model.weights.zero_shot
+    images = source.listed
+    weights, recipe = (
+        (model.weights, model.recipe)
+        if isinstance(model, LoadedModel)
+        else (passport.weights, passport.recipe)
+    )
+    made_of = weights.zero_shot
     clip = made_of and clip_of_file(Path(made_of.checkpoint), made_of.sha256)
     return RunKey(
-        model=model.card.name,
-        weights=model.weights.identity,
-        random_weights=model.weights.kind == "random",
-        recipe=model.recipe,
+        model=passport.model,
+        weights=weights.identity,
+        random_weights=weights.kind == "random",
+        recipe=recipe,
         preprocess=passport.preprocess,
-        decoder=pixels_key(passport.preprocess),
+        decoder=source.decoder,
         reference="",
         classes=passport.classes,
         class_names=images.origin.class_names or passport.class_names,
@@ -203,21 +212,22 @@ def _run_key(
         images=len(images.entries),
         labelled=images.labelled,
         entries=digest_of_entries(images),
-        contents=digest_of_contents(images),
-        problems=(*survey(images).problems(), *calibrated.problems),
+        contents=source.contents(),
+        problems=(*source.problems(), *calibrated.problems),
         calibrated=calibrated.digest,
         batch=config.batch,
         sequential=config.max_drop if config.sequential else None,
         threads=config.threads or torch.get_num_threads(),
         versions=library_versions(),
         task=passport.task,
+        tower=passport.tower,
         clip=None if made_of is None else clip.name if clip else "",
         prompts=made_of.prompts_sha256 if made_of else "",
     )
 
 
 def _open(
-    model: LoadedModel,
+    model: LoadedModel | LoadedText,
     targets: Sequence[Target],
     run_key: RunKey,
     config: VerifyConfig,
@@ -233,7 +243,11 @@ def _open(
         if runner is not None:
             stack.callback(runner.close)
             lanes.append(_Lane(target, entry, runner))
-    reference = Reference(model, run_key.preprocess, config.cache, run_key.threads)
+    reference = (
+        Reference(model, run_key.preprocess, config.cache, run_key.threads)
+        if isinstance(model, LoadedModel)
+        else TextReference(model, run_key.threads)
+    )
     stack.callback(reference.close)
     asked_for = replace(run_key, artifacts=tuple(artifacts), reference=reference.name)
     # A leak matters only to calibrated artifacts, and random weights have no accuracy.
@@ -275,25 +289,91 @@ def run_verification(
         raise UsageError(
             "images without labels have no verdict to stop at", hint="leave out --sequential"
         )
-    images = shuffled(images)
-    run_key = _run_key(model, passport, images, config, calibrated)
+    source = ImageSource(
+        shuffled(images),
+        passport.preprocess,
+        config.skip_unreadable,
+        config.workers,
+        config.cache,
+    )
+    return _verify(
+        model,
+        passport,
+        targets,
+        source,
+        config,
+        calibrated=calibrated,
+        allow_leak=allow_leak,
+        keep=keep,
+        force=force,
+        progress=progress,
+    )
+
+
+def run_text_verification(
+    model: LoadedText,
+    passport: Passport,
+    targets: Sequence[Target],
+    texts: TextSource,
+    config: VerifyConfig = VerifyConfig(),
+    *,
+    keep: Path | None = None,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> Results:
+    """Return the records of all ``texts``, or of one shard, as :func:`run_verification`.
+
+    ``model`` and ``passport`` are those of a text tower, and so are the ``targets``.
+
+    Raises:
+        ClipdeployError: see :func:`run_verification`.
+    """
+    return _verify(
+        model,
+        passport,
+        targets,
+        texts,
+        config,
+        calibrated=Calibrated(),
+        allow_leak=False,
+        keep=keep,
+        force=force,
+        progress=progress,
+    )
+
+
+def _verify(
+    model: LoadedModel | LoadedText,
+    passport: Passport,
+    targets: Sequence[Target],
+    source: Source,
+    config: VerifyConfig,
+    *,
+    calibrated: Calibrated,
+    allow_leak: bool,
+    keep: Path | None,
+    force: bool,
+    progress: Progress,
+) -> Results:
+    images = source.listed
+    run_key = _run_key(model, passport, source, config, calibrated)
     with ExitStack() as stack:
         stack.enter_context(sole_writer(keep, "clipdeploy verify") if keep else nullcontext())
         opened = _open(model, targets, run_key, config, calibrated, allow_leak, stack)
-        stamps = digest_of_files(images) if keep else ""
+        stamps = source.stamps() if keep else ""
         wanted = Results(opened.run_key, str(images.root), (), stamps, config.shard)
         partial = keep.with_name(f"{keep.name}.partial") if keep else None
         known = CachedRecords(wanted)
         if keep and partial and not force:
             known = read_cached((keep, partial), wanted, images)
-        run = _Run(opened, images, config, known)
+        run = _Run(opened, source, config, known)
         return run.finish(progress, keep, partial)
 
 
 @dataclass(frozen=True)
 class _Run:
     opened: _Opened
-    images: ImageFolder
+    source: Source
     config: VerifyConfig
     known: CachedRecords
 
@@ -349,7 +429,7 @@ class _Run:
     def _stopper(self) -> Callable[[BatchResult], bool] | None:
         if not self.config.sequential:
             return None
-        nothing = Results(self.opened.run_key, str(self.images.root), ())
+        nothing = Results(self.opened.run_key, str(self.source.listed.root), ())
         return EarlyStop(nothing, self.config.limits).add
 
     def _fresh(
@@ -368,7 +448,7 @@ class _Run:
                 if stop and stop(result):
                     return
 
-    def _result(self, batch: DecodedBatch, samples: Samples | None) -> BatchResult:
+    def _result(self, batch: DecodedBatch, samples: GraphSamples | None) -> BatchResult:
         """Return a batch; run only the artifacts that are not known for it."""
         missing = self.known.missing(batch.number)
         result = self.known.completed(self.opened.record(batch, samples, missing), missing)
@@ -377,16 +457,10 @@ class _Run:
             return self.opened.record(batch, samples, self.opened.run_key.ran)
         return result
 
-    def _prepared(self, numbers: Collection[int]) -> Generator[tuple[DecodedBatch, Samples | None]]:
-        for batch in decoded_batches(
-            self.images,
-            self.opened.run_key.preprocess,
-            self.config.batch,
-            numbers,
-            skip_unreadable=self.config.skip_unreadable,
-            workers=self.config.workers,
-            cache=self.config.cache,
-        ):
+    def _prepared(
+        self, numbers: Collection[int]
+    ) -> Generator[tuple[DecodedBatch, GraphSamples | None]]:
+        for batch in self.source.batches(self.config.batch, numbers):
             yield batch, self.opened.prepare(batch)
 
 

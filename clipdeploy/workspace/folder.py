@@ -20,6 +20,7 @@ artifacts/
     int8.engine.json                  its passport
     verification.jsonl                verify: a record per image
     verification.1-of-4.jsonl         verify --shard 1/4, until `verify merge`
+    text-verification.jsonl           verify texts: a record per text
     disagreements.csv                 verify: images with another top-1 answer than PyTorch's
     bisection.json                    bisect: the last result and its heat map, for reports
     verification.html                 deploy, demo: the report
@@ -96,6 +97,10 @@ class Workspace:
     def verification(self, model: str, shard: tuple[int, int] | None = None) -> Path:
         """The records of the last verification, or of one shard of it."""
         return self.folder(model) / f"verification{_part(shard)}.jsonl"
+
+    def text_verification(self, model: str) -> Path:
+        """The records of the last verification of the text tower."""
+        return self.folder(model) / "text-verification.jsonl"
 
     def bisection(self, model: str) -> Path:
         """The last bisection's finding and heat map."""

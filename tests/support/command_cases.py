@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
-from demo_workspaces import few_digits
+from demo_workspaces import EMBEDDER, few_digits
 
 from clipdeploy.models import cards
 from clipdeploy.workspace.folder import Workspace
@@ -40,6 +40,7 @@ class Case:
 
 # Images per class. A search uses 22 of these 50, and confirms a loss below 15 points on the others.
 _FEW = 5
+_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _GRAPH = f"artifacts/{cards.DEMO}"
 # Ranges of the largest values are the ones that take least time to find.
 SEARCH = "search --data few.zip --search-images 22 --max-drop 15 --fixed-plan --range minmax"
@@ -66,6 +67,9 @@ CASES: dict[str, tuple[Case, ...]] = {
     "verify run": (
         Case(f"{_VERIFY} --graphs-only --output verdict.html"),
         Case(f"{_VERIFY} {_GRAPH}/fp16.onnx foreign.onnx", slow=True),
+    ),
+    "verify texts": (
+        Case(f"verify texts texts.txt --model {EMBEDDER} --max-drop 45 --graphs-only"),
     ),
     "verify merge": (Case("verify merge --max-drop 20"),),
     "predict": (Case("predict digits --top 3"),),
@@ -125,6 +129,8 @@ def prepare(made: Workspace, folder: Path) -> None:
         shutil.copy(cards.demo_file(name), folder)
     shutil.copy(made.graph(cards.DEMO, "fp32"), folder / "foreign.onnx")
     few_digits(folder / "few.zip", _FEW)
+    texts = [place.format(word) for place in ("{}", "the digit {}") for word in _WORDS]
+    (folder / "texts.txt").write_text("\n".join(texts))
     with zipfile.ZipFile(few_digits(folder / "digits.zip", 1)) as digits:
         digits.extractall(
             folder / "digits", [name for name in digits.namelist() if name[0] in "37"]

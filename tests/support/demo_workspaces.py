@@ -69,8 +69,8 @@ def tower_workspace(root: Path) -> Workspace:
 
 
 def complete_workspace(graphs: Workspace, root: Path) -> Workspace:
-    """A copy of :func:`graph_workspace` with shards to merge, and an engine where there is
-    TensorRT-RTX.
+    """A copy of :func:`graph_workspace` with shards to merge, both towers of the demo's CLIP, and
+    an engine where there is TensorRT-RTX.
     """
     workspace = Workspace(root)
     shutil.copytree(graphs.root, workspace.root)
@@ -80,6 +80,9 @@ def complete_workspace(graphs: Workspace, root: Path) -> Workspace:
         scope = VerifyScope(graphs_only=True, limit=24)
         calibrate_model(workspace, cards.DEMO, calibration, CalibrateConfig(24, shard=(part, 2)))
         verify_model(workspace, cards.DEMO, test, verify, scope)
+    with shared_traces():
+        export_towers(workspace, None, WeightsChoice(CLIP, embedding="normalised"))
+    workspace.remember(cards.DEMO)
     if TENSORRT:
         build_model(workspace, cards.DEMO, "fp16", BuildConfig(backend="tensorrt-rtx"))
     return workspace

@@ -1,6 +1,6 @@
 """Both of CLIP's towers as Triton models, and the client that compares images with texts.
 
-Covers: clipdeploy/packaging/client.py, clipdeploy/stages/package.py.
+Covers: clipdeploy/stages/package.py.
 """
 
 from __future__ import annotations
