@@ -66,12 +66,13 @@ def fit_linears(
     number_format: NumberFormat = INT8,
     *,
     correct_bias: bool = True,
+    weights_only: bool = False,
 ) -> Fit:
     """Fit the numbers and bias corrections of ``schemes`` to ``images`` (N, ...).
 
     ``model`` is the FP32 graph after folding; it is not changed.  Linears without a scheme stay in
     FP32.  ``checks`` (M, ...) are other images, on which the numbers of each Linear must be better
-    than the nearest ones.
+    than the nearest ones.  ``weights_only``: the inputs of the Linears are not quantised.
 
     Raises:
         CalibrationError: the numbers of most Linears are not.
@@ -84,7 +85,7 @@ def fit_linears(
     fitted: dict[str, LinearScheme] = {}
     gains: dict[str, float] = {}
     for block in blocks:
-        part = _Part(model, block, exact, len(images), number_format)
+        part = _Part(model, block, exact, len(images), number_format, weights_only)
         exact = part.exact_ends
         for name in block.linears:
             if name in schemes:
@@ -127,8 +128,9 @@ class _Part:
         inputs: Sequence[NDArray[Any]],
         count: int,
         number_format: NumberFormat,
+        weights_only: bool,
     ) -> None:
-        self._format, self._count = number_format, count
+        self._format, self._count, self._weights_only = number_format, count, weights_only
         self.exact_ends: list[F32] = []
         self._means: dict[str, F64] = {}
         self._run_exact(cut_out(model, block.start, block.end), inputs)
@@ -156,7 +158,8 @@ class _Part:
         The second result is by how many times the error on the checks has fallen.
         """
         site = self._sites[name]
-        self._writer.activation(site.matmul, 0, name, scheme.step, scheme.zero)
+        if not self._weights_only:
+            self._writer.activation(site.matmul, 0, name, scheme.step, scheme.zero)
         weight = values_of(site.weight)
         moments, checks = self._moments(site, inputs)
         numbers = round_weight(weight, scheme.weight_scale, moments.covariance, self._format)

@@ -20,7 +20,7 @@ a few times with all others fixed, to the number with the least error:
 
     W'[i, :] = round(W'[i, :] - (H E)[i, :] / H[i, i]),    E = W' - W
 
-The scales are given: one for each output channel, or one for all.
+The scales are given: one for each output channel, one for all, or one for each weight.
 """
 
 from __future__ import annotations
@@ -82,16 +82,19 @@ def output_error(error: F32, covariance: F64) -> float:
 def round_weight(
     weight: F32, scale: F32, covariance: F64, number_format: NumberFormat = INT8
 ) -> NDArray[Any]:
-    """Round a weight (Cin, Cout) with scales (Cout,) to numbers of the format, (Cin, Cout).
+    """Round a weight (Cin, Cout) to numbers of the format, (Cin, Cout).
+
+    ``scale``: (Cout,), or (Cin, Cout) where channels have scales of their own.
 
     ``covariance`` (Cin, Cin): of the Linear's input.
     """
     order = np.argsort(-np.diag(covariance), kind="stable")
     damped = _damped(covariance[np.ix_(order, order)])
-    numbers = _round_once(weight[order], _inverse_factor(damped), scale, number_format)
+    scales = np.broadcast_to(scale, weight.shape)[order]
+    numbers = _round_once(weight[order], _inverse_factor(damped), scales, number_format)
     single = damped.astype(np.float32)
     for _ in range(_SWEEPS):
-        _round_again(numbers, weight[order], single, scale, number_format)
+        _round_again(numbers, weight[order], single, scales, number_format)
     rounded = np.empty_like(numbers)
     rounded[order] = numbers
     return rounded.astype(number_format.dtype)
@@ -105,7 +108,7 @@ def _round_once(weight: F32, factor: F32, scale: F32, number_format: NumberForma
         last = min(first + _ROWS, len(rows))
         part = slice(first, last)
         inside = factor[part, part]
-        errors = _round_rows(rows[part], numbers[part], inside, scale, number_format)
+        errors = _round_rows(rows[part], numbers[part], inside, scale[part], number_format)
         rows[last:] -= factor[part, last:].T @ errors
     return numbers
 
@@ -116,8 +119,8 @@ def _round_rows(
     """Round ``rows`` in place into ``numbers``; return the error of each, divided by U[i, i]."""
     errors = np.empty_like(rows)
     for i, row in enumerate(rows):
-        numbers[i] = number_format.rounded(row / scale)
-        errors[i] = (row - numbers[i] * scale) / factor[i, i]
+        numbers[i] = number_format.rounded(row / scale[i])
+        errors[i] = (row - numbers[i] * scale[i]) / factor[i, i]
         rows[i + 1 :] -= np.outer(factor[i, i + 1 :], errors[i])
     return errors
 
@@ -132,8 +135,9 @@ def _round_again(
         inside = damped[part, part]
         slope = damped[part] @ error
         for i, row in enumerate(numbers[part]):
-            better = number_format.rounded(row - slope[i] / inside[i, i] / scale)
-            change = (better - row) * scale
+            step = scale[first + i]
+            better = number_format.rounded(row - slope[i] / inside[i, i] / step)
+            change = (better - row) * step
             row[:] = better
             error[first + i] += change
             slope += np.outer(inside[:, i], change)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,14 +18,13 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError, EncodeError
+from google.protobuf.message import DecodeError
 from onnx.external_data_helper import (
     ExternalDataInfo,
     load_external_data_for_tensor,
     uses_external_data,
 )
 
-from clipdeploy.core.errors import GraphError
 from clipdeploy.core.files import (
     atomic_path,
     file_errors,
@@ -51,7 +49,7 @@ __all__ = [
     "is_large",
     "load_graph",
     "model_pieces",
-    "read_whole",
+    "read_proto",
     "save_graph",
     "structure",
     "weight_proto",
@@ -294,38 +292,31 @@ def _locations(proto: onnx.ModelProto) -> set[str]:
     }
 
 
-def read_whole(path: Path) -> bytes:
-    """Return the bytes of an ONNX file with external weights moved inside.
+def read_proto(path: Path) -> onnx.ModelProto:
+    """Read an ONNX file with the weights of other files inside.
+
+    With more than 2 GB of weights, the result cannot be serialised, but its parts can.
 
     Raises:
         FileError: a file cannot be read.
-        GraphError: it is not an ONNX file, its weights are too large for one message, or an
-            external data file is in another folder or too short for its weights.
+        GraphError: it is not an ONNX file, or an external data file is in another folder or too
+            short for its weights.
     """
-    files = weight_files(path)
+    for file in weight_files(path):
+        with open_regular(file):
+            pass
     data = read_regular(path)
-    if not files:
-        return data
-    size = 0
-    for file in files:
-        with open_regular(file) as stream:
-            size += stream.seek(0, os.SEEK_END)
-    if size > LARGEST_INSIDE:
-        raise GraphError(
-            f"{path} has {size / 1e9:.1f} GB of weights, too many to be changed tensor by tensor",
-            hint="use `clipdeploy verify`, or a smaller model of the family",
-        )
     try:
-        proto = onnx.ModelProto.FromString(data)
+        proto: onnx.ModelProto = onnx.ModelProto.FromString(data)
         with file_errors("read the weights of", path):
             for tensor in all_tensors(proto):
                 if uses_external_data(tensor):
                     load_external_data_for_tensor(tensor, str(path.parent))
                     tensor.data_location = onnx.TensorProto.DEFAULT
                     del tensor.external_data[:]
-        return bytes(proto.SerializeToString())
-    except (DecodeError, EncodeError, ValueError, onnx.checker.ValidationError) as error:
+    except (DecodeError, ValueError, onnx.checker.ValidationError) as error:
         raise not_a_graph(path) from error
+    return proto
 
 
 def _load_constants(node: ir.Node) -> None:

@@ -12,10 +12,12 @@ if [ ! -x .venv/bin/python ]; then
   say "creating .venv with $("$python" --version)"
   "$python" -m venv .venv
 fi
-# The stamp records what was installed, so that later runs skip the installation.
+# The stamp records what was installed, so that later runs skip the installation. Any extra includes what
+# clipdeploy needs without one.
 stamp=.venv/installed
-wanted="${1:-} $(cat setup.cfg constraints.txt | cksum)"
-if ! grep -qxF "$wanted" "$stamp" 2>/dev/null; then
+sum=$(cat setup.cfg constraints.txt | cksum)
+wanted="${1:-} $sum"
+if ! grep -qF -- "$wanted" "$stamp" 2>/dev/null; then
   say "installing clipdeploy${1:-} into .venv (PyTorch, ONNX Runtime, TensorRT-RTX: some minutes)"
   # On Linux without an NVIDIA driver PyTorch's CPU build is enough, where pip can find one.
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"
 
 from api_surface import python_api
 from cli_surface import command_line
+from command_server import command_server
 from demo_workspaces import TENSORRT, complete_workspace, graph_workspace
 from json_surface import JSON_CASES, json_fields
 
@@ -48,7 +49,8 @@ def fields_text() -> str:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         made = complete_workspace(graph_workspace(folder / "graphs"), folder / "made")
-        with json_fields(made, folder) as fields:
+        with command_server() as server:
+            fields = json_fields(server, made, folder)
             return text({command: fields(command) for command in sorted(JSON_CASES)})
 
 

@@ -133,10 +133,18 @@ def new_model(card: cards.ModelCard) -> VisionTransformer:
     return model
 
 
-def train(model: VisionTransformer, images: Tensor, labels: Tensor, epochs: int) -> None:
+def train(
+    model: VisionTransformer,
+    images: Tensor,
+    labels: Tensor,
+    epochs: int,
+    *,
+    rate: float = 1e-3,
+    decay: float = 0.05,
+) -> None:
     """AdamW, one cosine cycle with a short warm-up, label smoothing."""
     batch, warmup = 64, 3
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay)
     steps = epochs * (len(images) // batch)
     warm = warmup * (len(images) // batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(

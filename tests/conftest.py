@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_server import CommandProgram, CommandServer, command_server
 from demo_workspaces import complete_workspace, graph_workspace
 from numpy.typing import NDArray
 
@@ -69,6 +70,19 @@ def demo_workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 def complete_demo(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """The demo workspace with shards to merge and, where it can be built, an engine.  Read only."""
     return complete_workspace(demo_workspace, tmp_path_factory.mktemp("complete") / "artifacts")
+
+
+@pytest.fixture(scope="session")
+def commands() -> Iterator[CommandServer]:
+    """Runs ``clipdeploy`` in processes of its own, without the time of its imports."""
+    with command_server() as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def program(commands: CommandServer) -> CommandProgram:
+    """The same for shells, pipes and subprocesses."""
+    return commands.program
 
 
 @pytest.fixture(scope="session")

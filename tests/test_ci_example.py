@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from command_lines import parse
+from command_server import CommandProgram
 from demo_workspaces import few_digits
 from doc_pages import Block
 
@@ -77,11 +77,11 @@ def run_step(name: str, folder: Path, **settings: str) -> subprocess.CompletedPr
 
 
 @pytest.mark.slow
-def test_its_steps_run_and_fail_where_nothing_is_proven(tmp_path: Path) -> None:
+def test_its_steps_run_and_fail_where_nothing_is_proven(
+    program: CommandProgram, tmp_path: Path
+) -> None:
     (tmp_path / "bin").mkdir()
-    command = tmp_path / "bin" / "clipdeploy"
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P -m clipdeploy "$@"\n')
-    command.chmod(0o755)
+    program.write(tmp_path / "bin")
     few = str(few_digits(tmp_path / "few.zip", 2))
     made = run_step("Export and quantize", tmp_path)
     assert made.returncode == 0, made.stderr

@@ -17,6 +17,7 @@ if sys.platform == "win32":
 from api_surface import python_api
 from cli_surface import command_line
 from command_cases import runnable_commands
+from command_server import CommandServer
 from demo_workspaces import TENSORRT
 from json_surface import JSON_CASES, Fields, fields_of, json_fields
 from script_module import load_script
@@ -73,9 +74,10 @@ def test_the_command_line_is_that_of_the_snapshot() -> None:
 
 
 @pytest.fixture(scope="module")
-def fields(complete_demo: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fields]:
-    with json_fields(complete_demo, tmp_path_factory.mktemp("fields")) as run:
-        yield run
+def fields(
+    commands: CommandServer, complete_demo: Workspace, tmp_path_factory: pytest.TempPathFactory
+) -> Fields:
+    return json_fields(commands, complete_demo, tmp_path_factory.mktemp("fields"))
 
 
 def parameters() -> Iterator[object]:

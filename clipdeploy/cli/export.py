@@ -69,6 +69,8 @@ def _proof(passport: Passport) -> str:
     return "not compared with another framework; --probe does that"
 
 
+# Parameters that replace fields of a recipe.
+_PREPROCESSING = ("mean", "std", "crop_pct", "interpolation")
 _RECIPE = "clipdeploy.core.passport.Recipe"
 _CHOICES = "clipdeploy.core.passport.ModelChoices"
 # Parameters that say how a checkpoint is read.
@@ -213,6 +215,12 @@ _WEIGHTS_OPTIONS = (
         help="Edge of the crop as a part of the resized edge.",
         default_text="that of the checkpoint's configuration, else of --resize",
     ),
+    option(
+        "--interpolation",
+        type=click.Choice(choices_of(_RECIPE, "interpolation")),
+        help="How images are resized.",
+        default_text="that of the checkpoint's configuration, else bicubic",
+    ),
     class_names_option,
     setting_option("offline", "--offline/--no-offline", help="Download nothing."),
 )
@@ -265,7 +273,7 @@ def weights_choice(context: Context, options: dict[str, Any]) -> tuple[WeightsCh
         zero_shot=None if classes is None else ZeroShot(classes, *filter(None, [templates])),
         embedding=options["embeddings"],
     )
-    preprocessing = {name: options[name] for name in ("mean", "std", "crop_pct")}
+    preprocessing = {name: options[name] for name in _PREPROCESSING}
     return choice, Recipe(options["numerics"], options["resize"], **preprocessing)
 
 

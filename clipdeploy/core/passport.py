@@ -36,6 +36,7 @@ __all__ = [
     "FINDINGS_KEY",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "INTERPOLATIONS",
     "LOGIT_SCALE_KEY",
     "PASSPORT_KEY",
     "PASSPORT_SCHEMA",
@@ -102,6 +103,9 @@ ScaleForm = Literal["channel", "ratio", "tensor"]
 WEIGHTS_ROLE = "weights"
 
 _CROP_MODES = ("center", "squash")
+# Of those in configurations of timm and transformers, the ones whose pixels Pillow computes as they
+# do: both libraries resize PIL images with it.
+INTERPOLATIONS = ("bicubic", "bilinear")
 _DTYPES = ("float32", "float16", "bfloat16", "float64", "uint8", "int8", "int32", "int64", "bool")
 _MOST_AXES = 8
 _AGAIN = "the file is damaged or was edited by hand: create it again"
@@ -127,8 +131,14 @@ class Recipe:
     std: tuple[float, float, float] | None = None
     crop_pct: float | None = None
     crop_mode: Literal["center", "squash"] | None = None
+    interpolation: Literal["bicubic", "bilinear"] | None = None
 
     def __post_init__(self) -> None:
+        if self.interpolation not in (None, *INTERPOLATIONS):
+            raise UsageError(
+                f"the interpolation {self.interpolation!r} is not supported",
+                hint=f"choose {' or '.join(INTERPOLATIONS)}",
+            )
         crop_pct = 1.0 if self.crop_pct is None else self.crop_pct
         made = Preprocess(1, self.mean or CLIP_MEAN, self.std or CLIP_STD, crop_pct)
         for fault in made.faults():
@@ -144,7 +154,7 @@ class Preprocess:
 
     ``size`` is the edge of the crop in pixels; ``mean`` and ``std`` are per RGB channel for samples
     scaled to 0..1.  The short edge (``center``) or both edges (``squash``) are resized to
-    size / crop_pct.
+    size / crop_pct, with Pillow's ``interpolation`` of uint8 samples.
     """
 
     size: int
@@ -153,6 +163,7 @@ class Preprocess:
     crop_pct: float = 1.0
     crop_mode: Literal["center", "squash"] | str = "center"
     exif_orientation: bool = True
+    interpolation: Literal["bicubic", "bilinear"] | str = "bicubic"
 
     def faults(self) -> Iterator[Fault]:
         """Yield invalid values, see :mod:`clipdeploy.core.values`."""
@@ -166,6 +177,8 @@ class Preprocess:
         yield from unless(crop, "crop_pct", self.crop_pct, f"from {CROP_PCT.text}")
         mode = self.crop_mode in _CROP_MODES
         yield from unless(mode, "crop_mode", self.crop_mode, " or ".join(_CROP_MODES))
+        known, names = self.interpolation in INTERPOLATIONS, " or ".join(INTERPOLATIONS)
+        yield from unless(known, "interpolation", self.interpolation, names)
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,20 @@ number has to equal the number of logits.
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from clipdeploy.core.errors import DatasetError
 from clipdeploy.core.files import read_regular
+from clipdeploy.models.cards import imagenet_classes
 
-__all__ = ["Classes", "NamesError", "names_from", "read_class_names"]
+__all__ = ["Classes", "NamesError", "names_from", "plain", "read_class_names"]
 
 _HINT = (
     'one name per line, or JSON: ["cat", "dog"], {"0": "cat", "1": "dog"} or {"cat": 0, "dog": 1}'
@@ -65,10 +67,66 @@ class Classes:
         """Class name -> logit index."""
         return {name: position for position, name in enumerate(self.names)}
 
+    def find(self, text: str) -> int | None:
+        """The class with this name, in any spelling; None if none or several have it."""
+        if (exact := self.index.get(text)) is not None:
+            return exact
+        found = self.spelled(text)
+        return found[0] if len(found) == 1 else None
+
+    def spelled(self, text: str) -> tuple[int, ...]:
+        """The classes that ``text`` names if case, spaces and punctuation are ignored.
+
+        ImageNet's classes have their wnid, all words or one of them; the first of these that fits
+        counts: ``missile`` is the class of this word alone, not ``projectile, missile``.
+        """
+        key = plain(text)
+        found = (level[key] for level in self._spellings if key in level)
+        return next(found, ()) if key else ()
+
+    def nearest(self, text: str) -> str:
+        """The name of the class whose spelling is most similar; empty if none is."""
+        spellings = {
+            key: indices for level in reversed(self._spellings) for key, indices in level.items()
+        }
+        near = difflib.get_close_matches(plain(text), spellings, n=1)
+        return self.names[spellings[near[0]][0]] if near else ""
+
+    @cached_property
+    def _spellings(self) -> tuple[dict[str, tuple[int, ...]], ...]:
+        """Plain spelling -> classes, for names, all words and wnids, first words, other words."""
+        levels: tuple[dict[str, tuple[int, ...]], ...] = ({}, {}, {}, {})
+        words, wnids = dict(imagenet_classes()), _wnid_of_words()
+        for index, name in enumerate(self.names):
+            label = words.get(name, "")
+            first, *others = (plain(part) for part in label.split(","))
+            wnid = wnids.get(plain(name), "") if not label else ""
+            for level, keys in zip(
+                levels, ((plain(name),), (plain(label), wnid), (first,), others), strict=True
+            ):
+                for key in filter(None, dict.fromkeys(keys)):
+                    level[key] = (*level.get(key, ()), index)
+        return levels
+
     def examples(self) -> str:
         """A phrase with the first names, for messages."""
         more = ", ..." if len(self.names) > _SHOWN else ""
         return f"the model's {self.count} classes are {', '.join(self.names[:_SHOWN])}{more}"
+
+
+def plain(text: str) -> str:
+    """The text without case and punctuation, its words separated by one space."""
+    return " ".join("".join(c if c.isalnum() else " " for c in text.casefold()).split())
+
+
+@cache
+def _wnid_of_words() -> dict[str, str]:
+    """ImageNet's words, all of a class or the first one -> wnid; empty for several classes."""
+    found: dict[str, str] = {}
+    for wnid, label in imagenet_classes():
+        for key in {plain(label), plain(label.partition(",")[0])}:
+            found[key] = "" if key in found else wnid
+    return found
 
 
 def names_from(value: Any, known: Known = ()) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Map class folders to class indices.
 
 names      the folder is named after a class (ImageNet's wnids)
+spellings  as names, with other case, spaces or punctuation, or with ImageNet's words for its wnids
 numbers    ImageNet-V2: 0 to 999, with or without leading zeros, counted from 0 or from 1
 sorted     the class names are unknown and there are as many folders as classes: classes are in the
            order of the folder names, as in torchvision's ImageFolder and mmpretrain's
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from clipdeploy.core.errors import DatasetError
 from clipdeploy.imaging.classes import Classes
 
-__all__ = ["ClassFolders", "class_folders", "first_of"]
+__all__ = ["ClassFolders", "class_folders", "first_of", "spelled_folders"]
 
 _SHOWN = 5
 
@@ -56,6 +57,38 @@ def class_folders(
     if numbers and (classes.names or len(numbers) == len(folders)):
         return _numbered(numbers, folders, classes, first, where)
     return None if classes.names else _sorted(folders, classes, where)
+
+
+def spelled_folders(folders: Sequence[str], classes: Classes, where: str) -> ClassFolders | None:
+    """Map ``folders`` to classes by other spellings of their names; None if none of them is one.
+
+    Raises:
+        DatasetError: two folders are the same class, or a folder's name fits several classes.
+    """
+    index: dict[str, int] = {}
+    for folder in folders:
+        exact = classes.index.get(folder)
+        fitting = classes.spelled(folder) if exact is None else (exact,)
+        if len(fitting) > 1:
+            names = ", ".join(classes.names[each] for each in fitting[:_SHOWN])
+            raise DatasetError(
+                f"the folder {folder} in {where} fits several classes: {names}",
+                hint="rename it to the name of its class",
+            )
+        if fitting:
+            index[folder] = fitting[0]
+    if not index:
+        return None
+    label, count = Counter(index.values()).most_common(1)[0]
+    if count > 1:
+        same = [folder for folder in index if index[folder] == label]
+        raise DatasetError(
+            f"the folders {' and '.join(same[:_SHOWN])} in {where} are the same class, "
+            f"{classes.names[label]}",
+            hint="keep one folder per class",
+        )
+    others = tuple(sorted(set(folders) - set(index)))
+    return ClassFolders(index, others, classes, "other spellings of the classes' names")
 
 
 def _is_number(folder: str) -> bool:

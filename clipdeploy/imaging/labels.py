@@ -129,7 +129,7 @@ def _indices(
     index: dict[str, int] = {}
     faults = Faults(file.where)
     for row in rows:
-        by_name, number = classes.index.get(row.label), numbers.get(row.label)
+        by_name, number = classes.find(row.label), numbers.get(row.label)
         if number is None and by_name is not None:
             index[row.label] = by_name
         elif number is None or not 0 <= number - base < classes.count:

@@ -20,7 +20,7 @@ from clipdeploy.core.files import read_regular
 from clipdeploy.core.paths import convert_paths
 from clipdeploy.imaging.classes import Classes
 from clipdeploy.imaging.devkit import official_number
-from clipdeploy.imaging.folders import ClassFolders, class_folders
+from clipdeploy.imaging.folders import ClassFolders, class_folders, spelled_folders
 from clipdeploy.imaging.label_files import (
     Get,
     LabelFile,
@@ -172,15 +172,24 @@ def _folders(images: Sequence[str], prefix: str) -> set[str]:
 def _by_folder(
     files: Files, prefixes: Sequence[str], classes: Classes, labelling: Labelling
 ) -> Layout | None:
-    """Classes from the folders below the first prefix that has any."""
+    """Classes from the folders below the first prefix that has any.
+
+    Other spellings count only below the last one: a folder of all images may be called anything.
+    """
+    first = labelling.first_class
     for prefix in prefixes if classes.names else prefixes[-1:]:
         where = f"{files.root}/{prefix}".rstrip("/")
         folders = sorted(_folders(files.images, prefix))
-        found = class_folders(folders, classes, labelling.first_class, where) if folders else None
+        if not folders:
+            continue
+        found = class_folders(folders, classes, first, where)
+        misfit = found is None or (found.others and not found.how)
+        if misfit and first is None and prefix == prefixes[-1]:
+            found = spelled_folders(folders, classes, where) or found
         if found is None:
             continue
         if not labelling.skip_unlabelled:
-            _refuse_unknown(files, found.others, found.classes)
+            _refuse_unknown(files, found.others, found.classes, found.index.values())
         name = f"class folders in {where}" + (f" ({found.how})" if found.how else "")
         return Layout(name, _classes_of(files, prefix, found), found.classes)
     return None
@@ -200,7 +209,7 @@ def _refuse_parts(files: Files, classes: Classes) -> None:
     inside: dict[str, None] = {}
     for image in files.images:
         *above, folder, _ = ("", "", *PurePosixPath(image).parts)
-        if folder in classes.index:
+        if classes.find(folder) is not None:
             inside["/".join(part for part in above if part)] = None
         elif official_number(image):
             inside["/".join(part for part in (*above, folder) if part)] = None
@@ -213,17 +222,29 @@ def _refuse_parts(files: Files, classes: Classes) -> None:
         )
 
 
-def _refuse_unknown(files: Files, folders: Collection[str], classes: Classes) -> None:
+def _refuse_unknown(
+    files: Files, folders: Collection[str], classes: Classes, matched: Collection[int] = ()
+) -> None:
     unknown = sorted(folders)
     if not unknown:
         return
     more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
     known = classes.examples() if classes.names else f"the model has {classes.count} classes"
+    shown = ", ".join(_with_nearest(each, classes) for each in unknown[:_SHOWN])
+    left = sorted(set(range(len(classes.names))) - set(matched)) if matched else []
+    missing = ", ".join(classes.names[each] for each in left[:_SHOWN])
+    rest = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
+    without = f"; classes without a folder: {missing}{rest}" if left else ""
     raise DatasetError(
-        f"{files.root} has folders that are not classes: {', '.join(unknown[:_SHOWN])}{more}",
+        f"{files.root} has folders that are not classes: {shown}{more}{without}",
         hint=f"{known}; if it has other classes, export again with --class-names FILE, "
         "or leave the images out with --skip-unlabelled",
     )
+
+
+def _with_nearest(folder: str, classes: Classes) -> str:
+    near = classes.nearest(folder)
+    return f"{folder} (nearest: {near})" if near else folder
 
 
 def _label_file(

@@ -1,9 +1,10 @@
 """Preprocess image files exactly as for the published accuracies.
 
-    decode -> upright -> RGB uint8 -> resize (Pillow bicubic on uint8) -> centre crop
+    decode -> upright -> RGB uint8 -> resize (Pillow on uint8) -> centre crop
     x = (crop / 255 - mean) / std,   HWC -> CHW
 
-Resize: the short edge becomes S / crop_pct, the long edge int(S * long / short); the crop's offset
+Resize: bicubic, or bilinear if the checkpoint was trained so, both of Pillow with its antialiasing.
+The short edge becomes S / crop_pct, the long edge int(S * long / short); the crop's offset
 is int(round((edge - S) / 2)), halves to even (335 -> 224 gives 56).  Source: mmpretrain 1.2
 ``ResizeEdge``/``CenterCrop`` with the pillow backend, timm 1.0 ``transforms_factory.py``.
 
@@ -134,7 +135,7 @@ def crop_image(image: Image.Image, spec: Preprocess) -> NDArray[np.uint8]:
             "the image is too long and narrow"
         )
     if new != image.size:
-        image = image.resize(new, Image.Resampling.BICUBIC)
+        image = image.resize(new, Image.Resampling[spec.interpolation.upper()])
     left = int(round((new[0] - size) / 2.0))  # noqa: RUF046 - the formula, halves to even
     top = int(round((new[1] - size) / 2.0))  # noqa: RUF046
     return np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.uint8)

@@ -167,6 +167,7 @@ class ModelCard:
             crop_mode=recipe.crop_mode or (self.timm_crop_mode if timm else "center"),
             # OpenCV, used for the published numbers, applies the EXIF orientation; timm does not.
             exif_orientation=not timm,
+            interpolation=recipe.interpolation or "bicubic",
         )
 
 

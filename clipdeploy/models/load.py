@@ -11,8 +11,15 @@ import torch
 from torch import Tensor
 
 from clipdeploy.core.errors import ArtifactError, CheckpointError, UsageError
-from clipdeploy.core.passport import Embedding, ModelChoices, Recipe, WeightsOrigin
+from clipdeploy.core.passport import (
+    INTERPOLATIONS,
+    Embedding,
+    ModelChoices,
+    Recipe,
+    WeightsOrigin,
+)
 from clipdeploy.core.paths import StrPath
+from clipdeploy.core.printable import printable
 from clipdeploy.core.spans import HEADS, IMAGE_SIZE, SEED, check_numbers
 from clipdeploy.models import cards
 from clipdeploy.models.cards import ModelCard
@@ -412,14 +419,22 @@ def _own_recipe(card: ModelCard, recipe: Recipe, stated: Preprocessing | None) -
     Values that follow from the recipe anyway are left out.
 
     Raises:
-        CheckpointError: the configuration states a value out of range.
+        CheckpointError: the configuration states a value out of range, or an interpolation that is
+            not supported.
     """
     if stated is None:
         return recipe
+    resize = stated.interpolation
+    if recipe.interpolation is None and resize is not None and resize not in INTERPOLATIONS:
+        raise CheckpointError(
+            f"{stated.source} states the interpolation {printable(resize)!r}, which is not "
+            "supported",
+            hint=f"pass --interpolation {' or '.join(INTERPOLATIONS)}, the one that is closer",
+        )
     usual = card.preprocess(recipe)
     own = {
         name: getattr(stated, name)
-        for name in ("mean", "std", "crop_pct", "crop_mode")
+        for name in ("mean", "std", "crop_pct", "crop_mode", "interpolation")
         if getattr(recipe, name) is None
         and getattr(stated, name) not in (None, getattr(usual, name))
     }
@@ -439,10 +454,11 @@ def _preprocessing_note(card: ModelCard, recipe: Recipe, checkpoint: Checkpoint)
     source = "assumed" if stated is None else f"from {stated.source}"
     text = (
         f"preprocessing, {source}: mean {mean}, std {std}, {resize} "
-        f"{int(made.size / made.crop_pct)}, crop {made.size}"
+        f"{int(made.size / made.crop_pct)} ({made.interpolation}), crop {made.size}"
     )
-    if stated is not None and stated.interpolation not in (None, "bicubic", ""):
-        text += f"; bicubic, although the configuration states {stated.interpolation}"
+    other = stated and stated.interpolation
+    if other and other != made.interpolation:
+        text += f"; the configuration states {printable(other)}"
     if checkpoint.layout.startswith("mmpretrain") and recipe.numerics == "trained":
         text += "; fine-tunes made with mmpretrain's present configs need --numerics as-shipped"
     return text

@@ -6,13 +6,15 @@ compared with itself.  A probe is an ``.npz`` file with ``logits`` (N, classes) 
     inputs   float (N, 3, S, S), normalised, as the user's model took them
     images   uint8 (N, S, S, 3), RGB crops, which are normalised as in deployment
 
-If the logits differ, the usual causes are tried one at a time.
+If the logits differ, the usual causes are tried one at a time, then two at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,10 +29,8 @@ from clipdeploy.core.passport import (
     CLIP_STD,
     IMAGENET_MEAN,
     IMAGENET_STD,
-    ModelChoices,
     Preprocess,
     Recipe,
-    WeightsOrigin,
 )
 from clipdeploy.models.cards import ModelCard, geometry_card
 from clipdeploy.models.checkpoints.layouts.layout import Gelu, Pooling
@@ -44,6 +44,8 @@ __all__ = ["PROBE_TOLERANCE", "Probe", "prove", "read_probe"]
 # GELU about 1e-4.
 PROBE_TOLERANCE = 1e-4
 _MOST_INPUTS = 64
+# Each may read the checkpoint again.
+_MOST_PAIRS = 48
 _EPSILONS = (1e-5, 1e-6, 1e-12)
 _HALF = (0.5, 0.5, 0.5)
 _CONTENT = "logits (N, classes), and inputs (N, 3, S, S) or uint8 images (N, S, S, 3)"
@@ -73,13 +75,29 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class _Variant:
-    """A model, or a preprocessing, with one thing changed."""
+class _Change:
+    """One thing read in another way: in words, and the option for it.
+
+    ``kinds`` are what it changes: two changes with a common kind exclude each other.  ``choices``
+    are fields of :class:`ModelChoices`.  None changes nothing.
+    """
 
     what: str
     mend: str
-    model: LoadedModel
-    pixels: F32
+    kinds: frozenset[str]
+    choices: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Recipe | None = None
+    card: ModelCard | None = None
+    spec: Preprocess | None = None
+    reverse: bool = False
+
+    @property
+    def reads(self) -> bool:
+        """Whether the checkpoint has to be read again."""
+        return bool(self.choices or self.recipe or self.card)
+
+
+Changes = tuple[_Change, ...]
 
 
 def read_probe(path: Path) -> Probe:
@@ -130,8 +148,8 @@ def prove(model: LoadedModel, probe: Probe) -> float:
     """Compare the model with a probe; return the largest difference as a part of the largest logit.
 
     Raises:
-        CheckpointError: the logits differ; the message names the cause if one of the usual ones
-            fits, and the hint the option for it.
+        CheckpointError: the logits differ; the message names the cause if one of the usual ones or
+            two of them fit, and the hint the options.
     """
     spec = model.card.preprocess(model.recipe)
     pixels = probe.pixels(spec)
@@ -145,16 +163,15 @@ def prove(model: LoadedModel, probe: Probe) -> float:
     difference = _difference(model, pixels, probe)
     if difference <= PROBE_TOLERANCE:
         return difference
-    tried = [
-        (_difference(each.model, each.pixels, probe), each)
-        for each in _variants(model, probe, spec)
-    ]
-    best, cause = min(tried, key=lambda pair: pair[0])
     found = f"the logits of {probe.path} differ by {difference:.1e} of the largest one"
+    best, cause = _closest(model, probe, spec)
+    what = " and ".join(each.what for each in cause)
     if best <= PROBE_TOLERANCE:
-        raise CheckpointError(f"{found}; with {cause.what} they agree", hint=cause.mend)
+        mends = " and ".join(each.mend for each in cause)
+        raise CheckpointError(f"{found}; with {what} they agree", hint=mends)
     raise CheckpointError(
-        f"{found}, and none of the usual causes explains it; closest: {cause.what}, {best:.1e}",
+        f"{found}, and neither one of the usual causes nor two of them explain it; closest: "
+        f"{what}, {best:.1e}",
         hint="compute the probe in float32 on a CPU, in evaluation mode, from the same checkpoint",
     )
 
@@ -165,69 +182,129 @@ def _difference(model: LoadedModel, pixels: F32, probe: Probe) -> float:
     return float(np.abs(logits - probe.logits).max() / np.abs(probe.logits).max())
 
 
-def _variants(model: LoadedModel, probe: Probe, spec: Preprocess) -> Iterator[_Variant]:
-    pixels = probe.pixels(spec)
-    for what, mend, weights, recipe in _readings(model):
-        try:
-            yield _Variant(what, mend, _reread(model.card, weights, recipe), pixels)
-        except ClipdeployError:  # the checkpoint has no such variant
-            continue
-    yield from _other_heads(model, pixels)
-    yield _Variant(
-        "red and blue exchanged",
-        "write the probe with RGB images",
-        model,
-        np.ascontiguousarray(pixels[:, ::-1]),
+def _closest(model: LoadedModel, probe: Probe, spec: Preprocess) -> tuple[float, Changes]:
+    """The difference that remains with the closest single change, or with two that fit."""
+    changes = _changes(model, probe, spec)
+    tried = [(_remaining(model, probe, spec, (each,)), (each,)) for each in changes]
+    best = min(tried, key=lambda pair: pair[0])
+    if best[0] <= PROBE_TOLERANCE:
+        return best
+    for two in _pairs(changes):
+        if (difference := _remaining(model, probe, spec, two)) <= PROBE_TOLERANCE:
+            return difference, two
+    return best
+
+
+def _pairs(changes: Sequence[_Change]) -> Iterator[Changes]:
+    """Yield up to ``_MOST_PAIRS`` of two changes that do not exclude each other."""
+    pairs = (
+        pair
+        for pair in combinations(changes, 2)
+        if not pair[0].kinds & pair[1].kinds and not any("heads" in each.kinds for each in pair)
     )
-    if probe.images is not None:
-        for name, mean, std in (
-            ("CLIP's", CLIP_MEAN, CLIP_STD),
-            ("ImageNet's", IMAGENET_MEAN, IMAGENET_STD),
-            ("a", _HALF, _HALF),
-        ):
-            other = probe.pixels(replace(spec, mean=mean, std=std))
-            mend = "ImageNet's belong to --numerics as-shipped, CLIP's to --numerics trained"
-            yield _Variant(f"{name} mean and std ({mean[0]:.3g} ...)", mend, model, other)
+    return islice(pairs, _MOST_PAIRS)
 
 
-def _reread(card: ModelCard, weights: WeightsOrigin, recipe: Recipe) -> LoadedModel:
+def _remaining(model: LoadedModel, probe: Probe, spec: Preprocess, changes: Changes) -> float:
+    try:
+        return _difference(_apply(model, changes), _pixels(probe, spec, changes), probe)
+    except ClipdeployError:  # the checkpoint has no such variant
+        return math.inf
+
+
+def _apply(model: LoadedModel, changes: Changes) -> LoadedModel:
+    if not any(each.reads for each in changes):
+        return model
+    weights, recipe, card = model.weights, model.recipe, model.card
+    choices: dict[str, Any] = {}
+    for each in changes:
+        choices |= each.choices
+        recipe, card = each.recipe or recipe, each.card or card
+    weights = replace(weights, choices=replace(weights.choices, **choices))
     return reload_model(card, weights, recipe, complete=False)
 
 
-def _readings(model: LoadedModel) -> Iterator[tuple[str, str, WeightsOrigin, Recipe]]:
-    """Yield other ways to read the checkpoint: in words, the option, the weights, the recipe."""
-    weights, recipe, made = model.weights, model.recipe, model.module.config
-    choices = weights.choices
+def _pixels(probe: Probe, spec: Preprocess, changes: Changes) -> F32:
+    own = next((each.spec for each in changes if each.spec), spec)
+    pixels = probe.pixels(own)
+    reverse = any(each.reverse for each in changes)
+    return np.ascontiguousarray(pixels[:, ::-1]) if reverse else pixels
 
-    def changed(what: str, mend: str, other: ModelChoices) -> Any:
-        return what, f"pass {mend}", replace(weights, choices=other), recipe
+
+def _changes(model: LoadedModel, probe: Probe, spec: Preprocess) -> list[_Change]:
+    """The usual causes, the likeliest first."""
+    return [
+        *_readings(model),
+        _Change(
+            "red and blue exchanged",
+            "write the probe with RGB images",
+            frozenset({"order"}),
+            reverse=True,
+        ),
+        *([] if probe.images is None else _other_means(spec)),
+        _other_numerics(model),
+        *_other_heads(model.card),
+    ]
+
+
+def _readings(model: LoadedModel) -> Iterator[_Change]:
+    choices, made = model.weights.choices, model.module.config
+
+    def changed(what: str, option: str, name: str, value: Any) -> _Change:
+        return _Change(what, f"pass {option}", frozenset({name}), {name: value})
 
     gelu: Gelu = "quick" if made.gelu == "erf" else "erf"
-    yield changed(f"{gelu} GELU", f"--gelu {gelu}", replace(choices, gelu=gelu))
+    yield changed(f"{gelu} GELU", f"--gelu {gelu}", "gelu", gelu)
     pooling: Pooling = "avg" if made.pooling == "token" else "token"
-    yield changed(f"{pooling} pooling", f"--pooling {pooling}", replace(choices, pooling=pooling))
+    yield changed(f"{pooling} pooling", f"--pooling {pooling}", "pooling", pooling)
     if choices.averaged is not None:
         option = "--no-ema" if choices.averaged else "--ema"
         what = "the weights without averaging" if choices.averaged else "the averaged weights"
-        yield changed(what, option, replace(choices, averaged=not choices.averaged))
+        yield changed(what, option, "averaged", not choices.averaged)
     for eps in _EPSILONS:
         if not np.isclose(eps, made.eps):
-            mend = f"--layernorm-eps {eps:g}"
-            yield changed(f"LayerNorm's epsilon {eps:g}", mend, replace(choices, eps=eps))
-    if weights.resized_position:
+            yield changed(f"LayerNorm's epsilon {eps:g}", f"--layernorm-eps {eps:g}", "eps", eps)
+    if model.weights.resized_position:
         other: Resampling = "mmpretrain" if choices.resampling == "timm" else "timm"
-        mend = f"--resampling {other}"
-        yield changed(f"a position grid as {other}'s", mend, replace(choices, resampling=other))
+        what = f"a position grid as {other}'s"
+        yield changed(what, f"--resampling {other}", "resampling", other)
+
+
+def _other_means(spec: Preprocess) -> Iterator[_Change]:
+    for name, mean, std in (
+        ("CLIP's", CLIP_MEAN, CLIP_STD),
+        ("ImageNet's", IMAGENET_MEAN, IMAGENET_STD),
+        ("a", _HALF, _HALF),
+    ):
+        if (mean, std) != (spec.mean, spec.std):
+            yield _Change(
+                f"{name} mean and std ({mean[0]:.3g} ...)",
+                f"pass --mean {_numbers(mean)} --std {_numbers(std)}",
+                frozenset({"mean and std"}),
+                spec=replace(spec, mean=mean, std=std),
+            )
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.6g}" for value in values)
+
+
+def _other_numerics(model: LoadedModel) -> _Change:
     numerics: Literal["trained", "as-shipped"] = (
-        "as-shipped" if recipe.numerics == "trained" else "trained"
+        "as-shipped" if model.recipe.numerics == "trained" else "trained"
     )
-    mend = f"pass --numerics {numerics}"
-    unset = replace(weights, choices=replace(choices, eps=None))
-    yield f"the numerics {numerics}", mend, unset, replace(recipe, numerics=numerics)
+    recipe = replace(model.recipe, numerics=numerics)
+    return _Change(
+        f"the numerics {numerics}",
+        f"pass --numerics {numerics}",
+        frozenset({"eps", "resampling", "mean and std"}),
+        {"eps": None},
+        recipe,
+        spec=model.card.preprocess(recipe),
+    )
 
 
-def _other_heads(model: LoadedModel, pixels: F32) -> Iterator[_Variant]:
-    card = model.card
+def _other_heads(card: ModelCard) -> Iterator[_Change]:
     if not card.generic:
         return
     for heads in (each for each in range(1, card.width // 8 + 1) if card.width % each == 0):
@@ -235,8 +312,5 @@ def _other_heads(model: LoadedModel, pixels: F32) -> Iterator[_Variant]:
             other = geometry_card(
                 card.patch, card.image_size, card.width, card.depth, heads, card.hidden
             )
-            try:
-                loaded = _reread(other, model.weights, model.recipe)
-            except ClipdeployError:  # config.json names the heads
-                return
-            yield _Variant(f"{heads} heads", f"pass --heads {heads}", loaded, pixels)
+            kinds = frozenset({"heads"})
+            yield _Change(f"{heads} heads", f"pass --heads {heads}", kinds, card=other)

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from clipdeploy.core.errors import GraphError
 from clipdeploy.tuning.coordinates import find_bridges, find_segments
-from clipdeploy.tuning.segments import Part, Segment, read_sources, switch_input, switchable
+from clipdeploy.tuning.segments import GraphSource, Part, Segment, switch_input, switchable
 from clipdeploy.tuning.taps import find_tap
-from exporters.graphs import read_whole
+from exporters.graphs import read_proto
 from exporters.session import OnnxSession
 
 __all__ = ["Chain", "Tensor"]
@@ -36,8 +36,9 @@ class Chain:
     def __init__(
         self, reference: Path, candidate: Path, *, optimise: bool = True, threads: int = 0
     ) -> None:
-        files = [(str(path), read_whole(path)) for path in (reference, candidate)]
-        self.reference, self.candidate = read_sources(files)
+        self.reference, self.candidate = (
+            GraphSource(read_proto(path), str(path)) for path in (reference, candidate)
+        )
         model = ir.from_proto(self.reference.model)
         segments = find_segments(model, attention=self.candidate.attention)
         self.bridges = find_bridges(self.reference, self.candidate, segments)

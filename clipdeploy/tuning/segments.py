@@ -16,19 +16,18 @@ If the candidate stores a tensor t in other coordinates, a bridge converts them:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from calibration.write import ratio_name
 from clipdeploy.core.errors import GraphError
 
-__all__ = ["Bridge", "GraphSource", "Part", "Segment", "read_sources", "switch_input", "switchable"]
+__all__ = ["Bridge", "GraphSource", "Part", "Segment", "switch_input", "switchable"]
 
 _HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
@@ -374,8 +373,3 @@ def switchable(
         ir_version=max(reference.model.ir_version, candidate.model.ir_version),
     )
     return bytes(model.SerializeToString())
-
-
-def read_sources(paths: Sequence[tuple[str, bytes]]) -> list[GraphSource]:
-    """Parse serialised models, given as (name, bytes)."""
-    return [GraphSource(onnx.ModelProto.FromString(data), name) for name, data in paths]

@@ -6,8 +6,8 @@
 ``accuracy``: the demo model and its variants with the outliers of real CLIP ViTs (``--variants``: a
 folder that ``scripts/make_outlier_variants.py`` wrote, else they are made first).  For each: top-1
 on the 500 held-out digits in PyTorch, then top-1 and the SQNR of the logits for FP16, INT8 and FP8,
-the latter two also with attention (``attn``) and the sums of qkv and fc1 (``out``) in 8 bits.  ONNX
-Runtime runs the graphs.
+the latter two also with attention (``attn``) and the sums of qkv and fc1 (``out``) in 8 bits, and
+with ``--effort best`` (``best``).  ONNX Runtime runs the graphs.
 
 ``kernels``: every model of the zoo with random weights, compiled by TensorRT-RTX, without a GPU,
 for SM 8.9 and 12.0.  For each precision: megabytes of the plan, all kernels, and the most kernels
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from outliers import make_variants
 
-from calibration.config import QuantizeConfig
+from calibration.config import Effort, QuantizeConfig
 from calibration.formats import FormatName
 from calibration.policy import Scope
 from clipdeploy.core.passport import Precision
@@ -43,8 +43,8 @@ from clipdeploy.workspace.folder import Workspace
 
 DIGITS = cards.demo_file("calibration.zip")
 TARGETS = BuildConfig(backend="tensorrt-rtx", compute_capability=("8.9", "12.0"))
-# ``INT8+attn+out`` -> what is in 8 bits besides the Linears.
-EXTRAS = ("", "+out", "+attn", "+attn+out")
+# ``INT8+attn+out`` -> what is in 8 bits besides the Linears; or the effort.
+EXTRAS = ("", "+out", "+attn", "+attn+out", "+best")
 CASES = ("FP16", *(f"{form}{extra}" for form in ("INT8", "FP8") for extra in EXTRAS))
 
 
@@ -55,7 +55,8 @@ def case_config(case: str) -> tuple[Precision, QuantizeConfig]:
         return "fp16", QuantizeConfig()
     name: FormatName = "int8" if form == "INT8" else "fp8"
     scope = Scope(attention="attn" in more, outputs="out" in more)
-    return name, QuantizeConfig(min_sqnr=None, format=name, scope=scope)
+    effort: Effort = "best" if "best" in more else "fast"
+    return name, QuantizeConfig(min_sqnr=None, format=name, scope=scope, effort=effort)
 
 
 def write_graph(workspace: Workspace, model: str, case: str) -> Path:

@@ -13,6 +13,8 @@ from clipdeploy.core.files import sha256_file
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.models import cards
 from clipdeploy.pipeline import (
+    BisectConfig,
+    bisect_model,
     build_model,
     calibrate_model,
     convert_model,
@@ -63,6 +65,8 @@ def test_every_stage_takes_graphs_with_weights_beside_them(
     )
     assert result.verification is not None
     assert len(result.verification.rows) == 3
+    found = bisect_model(workspace, cards.DEMO, TEST, half.path, BisectConfig(images=8, threads=1))
+    assert found.measured
     if TENSORRT:
         engine = build_model(workspace, cards.DEMO, "fp32", BuildConfig(backend="tensorrt-rtx"))
         assert engine.passport.hashes.graph == sha256_file(source)

@@ -19,7 +19,7 @@ from clipdeploy.core.passport import PASSPORT_KEY
 from exporters.graphs import (
     load_graph,
     model_pieces,
-    read_whole,
+    read_proto,
     save_graph,
     structure,
     weight_proto,
@@ -204,11 +204,11 @@ def _outside(graph: Path, folder: Path) -> Path:
 
 
 def test_weights_in_another_file_are_read_with_the_graph(tiny_graph: Path, tmp_path: Path) -> None:
-    whole = onnx.ModelProto.FromString(read_whole(_outside(tiny_graph, tmp_path)))
+    whole = read_proto(_outside(tiny_graph, tmp_path))
     images = np.random.default_rng(0).normal(size=(2, 3, 16, 16)).astype(np.float32)
     found = OnnxSession(whole.SerializeToString()).run(images)[0]
     assert np.array_equal(found, OnnxSession(tiny_graph).run(images)[0])
-    assert read_whole(tiny_graph) == tiny_graph.read_bytes()
+    assert read_proto(tiny_graph) == onnx.load(tiny_graph)
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "folder", "pipe"])
@@ -223,4 +223,4 @@ def test_weights_that_cannot_be_read(damage: str, tiny_graph: Path, tmp_path: Pa
     if damage == "pipe":
         os.mkfifo(data)
     with pytest.raises((FileError, GraphError), match=r"g\.(data|onnx)"):
-        read_whole(path)
+        read_proto(path)

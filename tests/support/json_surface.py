@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from command_cases import CASES, Case, prepare
-from command_server import Command, CommandServer, command_server
+from command_server import Command, CommandServer
 from planted import three_bits
 
 from clipdeploy.models import cards
@@ -105,24 +104,24 @@ def _paths(value: object, path: str) -> set[str]:
     return {path}
 
 
-@contextmanager
-def json_fields(made: Workspace, folder: Path) -> Iterator[Fields]:
-    """Gives a function from a command to its fields, sorted; runs take copies of ``made``.
+def json_fields(commands: CommandServer, made: Workspace, folder: Path) -> Fields:
+    """Return a function from a command to its fields, sorted; runs take copies of ``made``.
 
     No GPU is visible to the commands, so that the fields do not depend on the machine.
     """
-    environment = {
-        "CLIPDEPLOY_OFFLINE": "1",
-        "CLIPDEPLOY_HOME": str(folder / "home"),
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    with command_server(environment) as server:
+    server = commands.with_env(
+        {
+            "CLIPDEPLOY_OFFLINE": "1",
+            "CLIPDEPLOY_HOME": str(folder / "home"),
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+    )
 
-        def run(command: str) -> list[str]:
-            cases = JSON_CASES[command]
-            return sorted(fields_of([_printed(case, server, made, folder) for case in cases]))
+    def run(command: str) -> list[str]:
+        cases = JSON_CASES[command]
+        return sorted(fields_of([_printed(case, server, made, folder) for case in cases]))
 
-        yield run
+    return run
 
 
 def _printed(case: Case, server: CommandServer, made: Workspace, folder: Path) -> object:

@@ -145,6 +145,10 @@ FAULTS: dict[str, tuple[Edit, str]] = {
         "preprocess.mean[2]",
     ),
     "another crop": (put("preprocess.crop_pct", 0.9), "preprocess.crop_pct"),
+    "another interpolation": (
+        put("preprocess.interpolation", "bilinear"),
+        "preprocess.interpolation",
+    ),
     "another way to crop": (put("preprocess.crop_mode", "squash"), "preprocess.crop_mode"),
     "orientation ignored": (put("preprocess.exif_orientation", False), "exif_orientation"),
     "another size": (put("preprocess.size", 36), "preprocess.size"),

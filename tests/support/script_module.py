@@ -20,7 +20,8 @@ def load_script(name: str) -> ModuleType:
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         # Dataclasses with postponed annotations look up their module.
-        with mock.patch.object(sys, "path", [str(SCRIPTS), *sys.path]):
+        folders = [str((SCRIPTS / name).parent), str(SCRIPTS)]
+        with mock.patch.object(sys, "path", [*folders, *sys.path]):
             sys.modules[known] = module
             spec.loader.exec_module(module)
     return sys.modules[known]

@@ -22,7 +22,7 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor, nn
 
-__all__ = ["Traced", "shared_traces"]
+__all__ = ["Traced", "keep_traces", "shared_traces"]
 
 _TORCH_EXPORT = torch.onnx.export
 # By architecture, for the whole process.
@@ -50,6 +50,11 @@ def shared_traces() -> Iterator[None]:
     """Let exports during the block share the traces of their architectures."""
     with mock.patch.object(torch.onnx, "export", _export):
         yield
+
+
+def keep_traces() -> None:
+    """Share the traces in this process from now on."""
+    mock.patch.object(torch.onnx, "export", _export).start()
 
 
 def _export(module: nn.Module, args: tuple[Tensor, ...], **options: Any) -> Any:

@@ -83,7 +83,7 @@ def _timm(cfg: Mapping[str, Any]) -> Preprocessing:
         _triple(cfg.get("std")),
         _number(cfg.get("crop_pct")),
         mode if mode in ("center", "squash") else None,
-        str(cfg["interpolation"]) if "interpolation" in cfg else None,
+        str(cfg["interpolation"]) if cfg.get("interpolation") else None,
     )
 
 

@@ -33,7 +33,7 @@ def _choices(run_key: RunKey) -> Iterator[tuple[str, str]]:
     yield "recipe", f"numerics {recipe.numerics}, resize {recipe.resize}"
     edges = "both edges" if spec.crop_mode == "squash" else "short edge"
     exif = "honoured" if spec.exif_orientation else "ignored"
-    resized = f"{edges} to {math.floor(spec.size / spec.crop_pct)}"
+    resized = f"{edges} to {math.floor(spec.size / spec.crop_pct)} ({spec.interpolation})"
     crop = f"centre crop of {spec.size} pixels"
     yield "preprocessing", f"{resized}, {crop}, EXIF orientation {exif}"
     yield "mean and std", f"{_channels(spec.mean)} and {_channels(spec.std)}"

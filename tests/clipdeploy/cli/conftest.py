@@ -1,16 +1,24 @@
-"""A workspace and digits that may be changed."""
+"""A workspace and digits that may be changed; verifications compute each image once."""
 
 from __future__ import annotations
 
 import shutil
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from judging import each_once
 
 from clipdeploy.cli.settings import SETTINGS
 from clipdeploy.models import cards
 from clipdeploy.workspace.folder import Workspace
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _each_once() -> Iterator[None]:
+    with each_once():
+        yield
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """An exit code is the command's, whoever reads: gone readers, full disks, closed streams.
 
 Every way to lose the output is tried by real shells on a program of one small command that gives
-any exit code; the real commands are tried in a few of them each, as each takes a start of torch.
+any exit code; the real commands are tried in a few of them each, started by ``program``.
 
 Covers: clipdeploy/cli/main.py, clipdeploy/cli/streams.py.
 """
@@ -29,6 +29,7 @@ if sys.platform == "win32" or not os.path.exists("/dev/full"):
     pytest.skip("POSIX shells and /dev/full", allow_module_level=True)
 
 from command_cases import SEARCH, prepare
+from command_server import CommandProgram
 from graph_faults import ruin, turn_answers
 from interrupts import hear_interrupts
 
@@ -111,10 +112,6 @@ def small(*words: str) -> list[str]:
     return [sys.executable, "-c", SMALL, *words]
 
 
-def clipdeploy(*words: str) -> list[str]:
-    return [sys.executable, "-m", "clipdeploy", *words]
-
-
 @pytest.mark.parametrize(
     ("code", "lost"),
     [
@@ -144,19 +141,19 @@ def test_the_code_is_the_commands(code: int, lost: str, tmp_path: Path) -> None:
     ],
 )
 def test_lost_output_is_an_error_where_it_is_the_only_product(
-    words: str, lost: str, tmp_path: Path
+    words: str, lost: str, program: CommandProgram, tmp_path: Path
 ) -> None:
-    ended = shell(LOST[lost], clipdeploy(*words.split()), tmp_path)
+    ended = shell(LOST[lost], [*program.words, *words.split()], tmp_path)
     assert ended.code == (1 if lost in FULL else 0)
     assert ended.err.endswith(COMPLAINT) == (lost == "full")
 
 
-def test_impossible_columns_change_nothing(tmp_path: Path) -> None:
-    usual = shell("env -u COLUMNS -u LINES {}", clipdeploy("zoo"), tmp_path)
+def test_impossible_columns_change_nothing(program: CommandProgram, tmp_path: Path) -> None:
+    usual = shell("env -u COLUMNS -u LINES {}", [*program.words, "zoo"], tmp_path)
     for lost in (name for name in LOST if "column" in name):
-        assert shell(LOST[lost], clipdeploy("zoo"), tmp_path).out == usual.out, lost
+        assert shell(LOST[lost], [*program.words, "zoo"], tmp_path).out == usual.out, lost
     # A possible number still limits them.
-    narrow = shell("COLUMNS=40 {}", clipdeploy("zoo"), tmp_path)
+    narrow = shell("COLUMNS=40 {}", [*program.words, "zoo"], tmp_path)
     assert max(map(len, narrow.out.decode().splitlines())) <= 40
 
 
@@ -268,19 +265,24 @@ REAL = [
 
 
 @pytest.mark.parametrize(("words", "lost", "code"), REAL)
-def test_real_commands_keep_their_code(words: str, lost: str, code: int, folder: Path) -> None:
-    assert shell(LOST[lost], clipdeploy(*words.split()), folder).code == code
+def test_real_commands_keep_their_code(
+    words: str, lost: str, code: int, program: CommandProgram, folder: Path
+) -> None:
+    assert shell(LOST[lost], [*program.words, *words.split()], folder).code == code
 
 
-def test_full_disk_beside_a_verdict_is_reported_in_a_line(folder: Path) -> None:
-    ended = shell(LOST["full"], clipdeploy(*f"{VERIFY} {BAD} --quiet".split()), folder)
+def test_full_disk_beside_a_verdict_is_reported_in_a_line(
+    program: CommandProgram, folder: Path
+) -> None:
+    words = [*program.words, *f"{VERIFY} {BAD} --quiet".split()]
+    ended = shell(LOST["full"], words, folder)
     assert (ended.code, ended.err) == (3, COMPLAINT)
 
 
-def test_ctrl_c_is_130_without_a_reader(folder: Path) -> None:
+def test_ctrl_c_is_130_without_a_reader(program: CommandProgram, folder: Path) -> None:
     words = "benchmark --batch 1 --seconds 600 --warmup 0"
     with subprocess.Popen(
-        clipdeploy(*words.split()),
+        [*program.words, *words.split()],
         cwd=folder,
         preexec_fn=hear_interrupts,
         stdout=subprocess.PIPE,

@@ -13,7 +13,6 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ if sys.platform == "win32":
     pytest.skip("POSIX signals", allow_module_level=True)
 
 from command_cases import SEARCH, prepare
-from command_server import Command, CommandServer, command_server
+from command_server import Command, CommandServer
 
 from clipdeploy.models import cards
 from clipdeploy.workspace.folder import Workspace
@@ -75,9 +74,8 @@ KILLED = (
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[CommandServer]:
-    with command_server({"CLIPDEPLOY_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}) as started:
-        yield started
+def server(commands: CommandServer) -> CommandServer:
+    return commands.with_env({"CLIPDEPLOY_OFFLINE": "1"})
 
 
 class Place:

@@ -27,7 +27,7 @@ if sys.platform == "win32":
     pytest.skip("POSIX terminals", allow_module_level=True)
 
 from command_cases import CASES, Case, prepare, runnable_commands
-from command_server import Command, CommandServer, command_server
+from command_server import Command, CommandServer
 from demo_workspaces import TENSORRT
 from terminals import COLOUR, CONTROL, screen, terminal
 
@@ -51,10 +51,9 @@ class Shown:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandServer]:
+def server(commands: CommandServer, tmp_path_factory: pytest.TempPathFactory) -> CommandServer:
     home = tmp_path_factory.mktemp("home")
-    with command_server({"CLIPDEPLOY_OFFLINE": "1", "CLIPDEPLOY_HOME": str(home)}) as started:
-        yield started
+    return commands.with_env({"CLIPDEPLOY_OFFLINE": "1", "CLIPDEPLOY_HOME": str(home)})
 
 
 Show = Callable[..., Shown]

@@ -191,6 +191,7 @@ def test_each_preprocessing_has_its_own_crops(folder: Path, cache: CropCache) ->
         replace(SPEC, crop_pct=0.9),
         replace(SPEC, crop_mode="squash"),
         replace(SPEC, exif_orientation=False),
+        replace(SPEC, interpolation="bilinear"),
     ):
         assert len(cache.open(other)) == 0
 

@@ -59,6 +59,65 @@ def test_folders_of_numbers_are_classes_in_numeric_order(
     assert f"folder {first} is the first class" in survey(images).layout
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("Golden_Retriever", "TABBY", "white-shark"),
+        ("golden retriever", "tabby, tabby cat", "great white shark"),
+        ("n02099601", "tabby cat", "man_eater"),
+    ],
+)
+def test_folders_may_have_the_words_of_imagenet_in_any_spelling(
+    names: tuple[str, ...], tmp_path: Path
+) -> None:
+    images = open_images(fill(tmp_path, [f"val/{name}/x.png" for name in names]), WNIDS)
+    assert labels_of(images) == {
+        f"val/{n}/x.png": i for n, i in zip(names, (207, 281, 2), strict=True)
+    }
+    assert "other spellings" in survey(images).layout
+
+
+def test_own_classes_may_have_imagenets_wnids_or_other_cases_as_folders(tmp_path: Path) -> None:
+    own = ("golden retriever", "Emu_bird", "cat")
+    images = open_images(fill(tmp_path, ["n02099601/x.png", "emu bird/x.png", "cat/x.png"]), own)
+    assert labels_of(images) == {"n02099601/x.png": 0, "emu bird/x.png": 1, "cat/x.png": 2}
+
+
+def test_an_exact_name_comes_before_other_spellings(tmp_path: Path) -> None:
+    images = open_images(fill(tmp_path, ["Cat/x.png", "cat/x.png"]), ("cat", "Cat"))
+    assert labels_of(images) == {"Cat/x.png": 1, "cat/x.png": 0}
+    assert "spellings" not in survey(images).layout
+
+
+# Crane is a bird and a machine; a folder of all images may have any name.
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (("crane", "tabby"), "fits several classes: n02012849, n03126707"),
+        (("tabby", "Tabby"), "folders Tabby and tabby .* are the same class, n02123045"),
+        (
+            ("tabby", "tabbi"),
+            r"not classes: tabbi \(nearest: n02123045\); classes without a folder: ",
+        ),
+        (("tabbi", "zzqx"), r"not classes: tabbi \(nearest: n02123045\), zzqx"),
+        (("monitor",), r"not classes: monitor \(nearest: n03782006\)"),
+    ],
+)
+def test_folders_that_fit_no_class_or_several_are_named(
+    folders: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DatasetError, match=message):
+        open_images(
+            fill(tmp_path, [f"{folder}/{n}.png" for folder in folders for n in "ab"]), WNIDS
+        )
+
+
+def test_a_label_file_may_have_other_spellings(tmp_path: Path) -> None:
+    fill(tmp_path, ["a.png", "b.png"])
+    (tmp_path / "val.txt").write_text("a.png Tabby\nb.png Golden_retriever\n")
+    assert labels_of(open_images(tmp_path, WNIDS)) == {"a.png": 281, "b.png": 207}
+
+
 def test_an_incomplete_set_of_numbers_needs_first_class(tmp_path: Path) -> None:
     root = numbered(tmp_path / "some", (7, 21, 999))
     with pytest.raises(DatasetError, match=r"7 to 999: .* --first-class 0 or --first-class 1"):

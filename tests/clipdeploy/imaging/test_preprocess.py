@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -73,6 +74,12 @@ def test_the_comparison_detects_antialiasing_and_bilinear() -> None:
     image = Image.fromarray(photo(500, 375))
     bilinear = np.asarray(image.resize((298, 224), Image.Resampling.BILINEAR))[:, 37 : 37 + 224]
     assert not np.array_equal(crop_image(image, SPEC), bilinear)
+
+
+def test_bilinear_is_pillows() -> None:
+    image, spec = Image.fromarray(photo(500, 375)), replace(SPEC, interpolation="bilinear")
+    bilinear = np.asarray(image.resize((298, 224), Image.Resampling.BILINEAR))[:, 37 : 37 + 224]
+    np.testing.assert_array_equal(crop_image(image, spec), bilinear)
 
 
 def test_timm_recipes() -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -17,6 +16,7 @@ import pytest
 import torch
 from bad_server import serve
 from clip_files import write_clip
+from command_server import CommandProgram
 from safetensors.torch import load_file
 
 from clipdeploy.core.cache import cache_folder
@@ -158,47 +158,49 @@ def test_a_hub_reference_has_owner_and_name(reference: str) -> None:
         fetch_hub(reference)
 
 
-EXPORT = [sys.executable, "-m", "clipdeploy", "export", "--quiet"]
+DEMO = ("--model", "demo", "--checkpoint")
 
 
-def export_from_hub(reference: str, server: str, tmp_path: Path, *more: str) -> str:
-    return export_on_hub(server, tmp_path, "--model", "demo", "--checkpoint", reference, *more)
-
-
-def export_on_hub(server: str, tmp_path: Path, *more: str) -> str:
+def export_on_hub(program: CommandProgram, server: str, tmp_path: Path, *more: str) -> str:
     # huggingface_hub reads its server's address when it is imported: another process.
     hub = {"HF_ENDPOINT": server, "CLIPDEPLOY_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-    words = [*EXPORT, "--workspace", str(tmp_path / "a"), *more]
+    words = [*program.words, "export", "--quiet", "--workspace", str(tmp_path / "a"), *more]
     done = subprocess.run(
         words, capture_output=True, text=True, check=False, env={**os.environ, **hub}
     )
     return done.stdout + done.stderr
 
 
-def test_hub_weights_export_and_are_cached(server: str, tmp_path: Path) -> None:
+def test_hub_weights_export_and_are_cached(
+    program: CommandProgram, server: str, tmp_path: Path
+) -> None:
     pytest.importorskip("huggingface_hub")
-    said = export_from_hub("hf://timm/vit_demo", server, tmp_path)
+    said = export_on_hub(program, server, tmp_path, *DEMO, "hf://timm/vit_demo")
     assert "timm (flat safetensors)" in said
-    again = export_from_hub("hf://timm/vit_demo", "http://127.0.0.1:9", tmp_path, "--offline")
+    again = export_on_hub(
+        program, "http://127.0.0.1:9", tmp_path, *DEMO, "hf://timm/vit_demo", "--offline"
+    )
     assert "timm (flat safetensors)" in again
 
 
 def test_a_clip_of_the_hub_becomes_a_zero_shot_classifier(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    program: CommandProgram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("huggingface_hub")
     monkeypatch.delenv("CLIPDEPLOY_OFFLINE")
     clip = cards.demo_file("clip")
     texts = ["--zero-shot", str(clip / "digits.txt")]
     with serve(clip) as (address, _):
-        said = export_on_hub(address, tmp_path, "--model", "owner/clip-demo", *texts)
+        said = export_on_hub(program, address, tmp_path, "--model", "owner/clip-demo", *texts)
         assert "zero-shot classifier of" in said
         assert "owner--clip-demo" in said
-        refused = export_on_hub(address, tmp_path, "--model", "demo", *texts)
+        refused = export_on_hub(program, address, tmp_path, "--model", "demo", *texts)
     assert "needs the checkpoint of a CLIP" in refused
 
 
-def test_open_clips_files_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_clips_files_on_the_hub(
+    program: CommandProgram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("huggingface_hub")
     monkeypatch.delenv("CLIPDEPLOY_OFFLINE")
     write_clip("open_clip", tmp_path).rename(tmp_path / "open_clip_pytorch_model.bin")
@@ -207,18 +209,18 @@ def test_open_clips_files_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyP
     texts = ["--zero-shot", str(cards.demo_file("clip") / "digits.txt"), "--templates", "simple"]
     with serve(tmp_path) as (address, log):
         # Without its configuration, the file does not tell its GELU.
-        said = export_on_hub(address, tmp_path, "--model", "laion/clip", *texts)
+        said = export_on_hub(program, address, tmp_path, "--model", "laion/clip", *texts)
     assert "zero-shot classifier of" in said
     assert "open_clip_pytorch_model.bin" in said
     assert any("open_clip_config.json" in request for request in log)
 
 
-def test_hub_errors_are_one_line(server: str, tmp_path: Path) -> None:
+def test_hub_errors_are_one_line(program: CommandProgram, server: str, tmp_path: Path) -> None:
     pytest.importorskip("huggingface_hub")
-    said = export_from_hub("hf://gone/vit_demo", server, tmp_path)
+    said = export_on_hub(program, server, tmp_path, *DEMO, "hf://gone/vit_demo")
     assert said.startswith("error: hf://gone/vit_demo: none of model.safetensors, ")
     assert len(said.strip().splitlines()) == 1
-    said = export_from_hub("hf://timm/vit_demo", server, tmp_path, "--offline")
+    said = export_on_hub(program, server, tmp_path, *DEMO, "hf://timm/vit_demo", "--offline")
     assert "is in the cache, and downloads are off" in said
 
 

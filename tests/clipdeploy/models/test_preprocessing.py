@@ -44,7 +44,7 @@ def test_timms_configuration_is_used_and_said(flat: bool, tmp_path: Path) -> Non
     made = model.card.preprocess(model.recipe)
     assert (made.mean, made.std, made.crop_pct, made.crop_mode) == (HALF, HALF, 0.9, "center")
     assert "from config.json: mean 0.5, 0.5, 0.5" in model.notes[-1]
-    assert "states bilinear" in model.notes[-1]
+    assert made.interpolation == "bilinear"
 
 
 @pytest.mark.parametrize(
@@ -85,6 +85,38 @@ def test_mmpretrains_buffers_are_used(tmp_path: Path) -> None:
 def test_options_come_before_the_configuration(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, preprocessor_config={"image_mean": HALF, "image_std": HALF})
     assert load(folder, Recipe(mean=(0.4, 0.4, 0.4))).recipe.mean == (0.4, 0.4, 0.4)
+
+
+# transformers' ViT of version 4 resizes bilinear: Pillow's number 2.
+@pytest.mark.parametrize(
+    ("beside", "stated"),
+    [
+        ({"config": {"pretrained_cfg": {"interpolation": "bilinear"}}}, "bilinear"),
+        ({"preprocessor_config": {"resample": 2}}, "bilinear"),
+        ({"config": {"pretrained_cfg": {"interpolation": "lanczos"}}}, "lanczos"),
+        ({"preprocessor_config": {"resample": 4}}, "box"),
+    ],
+)
+def test_the_interpolation_of_the_configuration(
+    beside: dict[str, Any], stated: str, tmp_path: Path
+) -> None:
+    folder = folder_with(tmp_path, **beside)
+    given = load(folder, Recipe(interpolation="bicubic"))
+    assert given.card.preprocess(given.recipe).interpolation == "bicubic"
+    assert f"(bicubic), crop 32; the configuration states {stated}" in given.notes[-1]
+    if stated == "bilinear":
+        model = load(folder)
+        assert model.card.preprocess(model.recipe).interpolation == "bilinear"
+        assert "(bilinear), crop 32" in model.notes[-1]
+    else:
+        with pytest.raises(CheckpointError, match=f"states the interpolation '{stated}'") as caught:
+            load(folder)
+        assert "--interpolation bicubic or bilinear" in caught.value.hint
+
+
+def test_no_other_interpolation_can_be_chosen() -> None:
+    with pytest.raises(UsageError, match="'lanczos' is not supported"):
+        Recipe(interpolation="lanczos")  # type: ignore[arg-type]
 
 
 def test_what_follows_from_the_recipe_is_not_recorded(tmp_path: Path) -> None:

@@ -58,6 +58,32 @@ def test_a_wrong_reading_is_named(
     assert mend in caught.value.hint
 
 
+# Logits, file, and two options with which it is read wrongly.
+PAIRS: list[tuple[str, str, dict[str, Any], set[str]]] = [
+    (
+        "timm-best-raw",
+        "timm-best.pth.tar",
+        {"gelu": "quick"},
+        {"--gelu erf", "--no-ema"},
+    ),
+    (
+        "timm-flat",
+        "timm-flat.pth",
+        {"gelu": "quick", "pooling": "avg"},
+        {"--gelu erf", "--pooling token"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "file", "options", "mends"), PAIRS)
+def test_two_wrong_readings_are_named(
+    name: str, file: str, options: dict[str, Any], mends: set[str], tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=r" and .* they agree") as caught:
+        prove(load(file, **options), read_probe(probe_of(name, tmp_path)))
+    assert all(mend in caught.value.hint for mend in mends)
+
+
 @pytest.mark.parametrize("name", ["timm-flat", "lightning", "hf-vit"])
 def test_the_right_reading_passes(name: str, tmp_path: Path) -> None:
     file = {"timm-flat": "timm-flat.pth", "lightning": "lightning.ckpt"}.get(name, name)
@@ -66,7 +92,7 @@ def test_the_right_reading_passes(name: str, tmp_path: Path) -> None:
 
 def test_other_logits_are_explained_by_nothing(tmp_path: Path) -> None:
     probe = read_probe(probe_of("lightning", tmp_path))
-    with pytest.raises(CheckpointError, match="none of the usual causes"):
+    with pytest.raises(CheckpointError, match="neither one of the usual causes nor two"):
         prove(load("timm-flat.pth"), probe)
 
 
@@ -80,6 +106,7 @@ def test_mean_std_and_channel_order_are_named(demo_model: LoadedModel, tmp_path:
     other = replace(spec, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     for pixels, words in (
         (normalise(images, other), "ImageNet's mean and std"),
+        (normalise(images, other)[:, ::-1], "red and blue exchanged and ImageNet's mean and std"),
         (normalise(images, spec)[:, ::-1], "red and blue"),
     ):
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A finished deployment, to look at and to change."""
+"""A finished deployment, to look at and to change; verifications compute each image once."""
 
 from __future__ import annotations
 
@@ -7,9 +7,16 @@ from collections.abc import Iterator
 
 import pytest
 from deployments import CONFIG
+from judging import each_once
 
 from clipdeploy.models import cards
 from clipdeploy.pipeline import Deployment, Workspace, deploy_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _each_once() -> Iterator[None]:
+    with each_once():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +31,8 @@ def deployed(
     """A deployment whose graphs were there already.  Read only."""
     workspace = Workspace(tmp_path_factory.mktemp("deployed") / "artifacts")
     shutil.copytree(demo_workspace.root, workspace.root)
-    return workspace, deploy_model(workspace, cards.DEMO, CONFIG)
+    with each_once():
+        return workspace, deploy_model(workspace, cards.DEMO, CONFIG)
 
 
 @pytest.fixture

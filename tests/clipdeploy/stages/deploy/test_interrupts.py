@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 if sys.platform == "win32":
     pytest.skip("POSIX signals", allow_module_level=True)
 
-from command_server import Command, CommandServer, command_server
+from command_server import Command, CommandServer
 from deployments import CALIBRATION, TEST, hashes
 
 DEPLOY = (
@@ -27,11 +26,12 @@ MOMENTS = ("export", "calibrate", "build int8", "verify", "package", "summary")
 
 
 @pytest.fixture(scope="module")
-def server(tensorrt_rtx: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandServer]:
+def server(
+    tensorrt_rtx: None, commands: CommandServer, tmp_path_factory: pytest.TempPathFactory
+) -> CommandServer:
     home = str(tmp_path_factory.mktemp("home"))
     settings = {"CLIPDEPLOY_OFFLINE": "1", "CLIPDEPLOY_CONFIG": os.devnull, "CLIPDEPLOY_HOME": home}
-    with command_server(settings) as started:
-        yield started
+    return commands.with_env(settings)
 
 
 def deploy_in(
