@@ -57,7 +57,7 @@ def predict(
     text: tuple[str, ...],
     top: int,
 ) -> None:
-    """Print the most likely classes of images, or the texts that are most like them.
+    """Print the most likely classes or texts of images.
 
     IMAGES are files, folders or archives.
     """
