@@ -303,21 +303,27 @@ def images_needed(
 
 
 def _sentence(
-    found: str, max_drop: float, verdict: Verdict, n: int, needed: int | None, anytime: bool
+    found: str, max_drop: float, verdict: Verdict, few: str, again: str, needed: int | None
 ) -> str:
     if verdict == "equivalent":
         return f"{found}, all within the {max_drop:.2f} allowed"
     if verdict == "regressed":
         return f"{found}, all above the {max_drop:.2f} allowed"
     spans = f"{found}, on both sides of the {max_drop:.2f} allowed"
-    again = "add more images" if anytime else "add images and repeat with verify --sequential"
     if needed is None:
         return f"{spans} and too close to it to decide; {again}"
-    return f"{spans}: {n:,} images are too few; {again}, about {needed:,} in total would decide"
+    return f"{spans}: {few} are too few; {again}, about {needed:,} in total would decide"
 
 
 def judge_drop(
-    b: int, c: int, n: int, max_drop: float, confidence: float = 0.95, *, anytime: bool = False
+    b: int,
+    c: int,
+    n: int,
+    max_drop: float,
+    confidence: float = 0.95,
+    *,
+    anytime: bool = False,
+    samples: str = "",
 ) -> DropJudgement:
     """Judge a drop by ``drop_interval`` or, if ``anytime``, by ``anytime_interval``.
 
@@ -325,7 +331,8 @@ def judge_drop(
     undecided, ``images_needed`` and the sentence recommend ``anytime`` on more images, those
     already seen included. One fixed look followed by that is wrong with probability at most the sum
     of both, 5 % a side at 95 %; 2.8 to 3.7 % were counted at the boundary. Repeating the fixed look
-    until it decides is wrong in 7.6 to 8.8 %.
+    until it decides is wrong in 7.6 to 8.8 %. ``samples`` names what is judged if that is not
+    images of a classifier, which alone can be judged at any look.
 
     Raises:
         UsageError: impossible counts, ``max_drop`` outside 0 to 100, ``confidence`` outside 0 to 1.
@@ -337,6 +344,9 @@ def judge_drop(
     undecided = verdict == "undecided"
     needed = images_needed(b, c, n, max_drop, confidence, anytime=True) if undecided else None
     drop = 100 * (b - c) / n
+    again = f"add more {samples or 'images'}"
+    if not anytime and not samples:
+        again = "add images and repeat with verify --sequential"
     found = (
         f"drop {drop:+z.2f} points, {100 * confidence:g} % {'anytime ' if anytime else ''}interval "
         f"{interval.low:+z.2f} to {interval.high:+z.2f}"
@@ -352,7 +362,7 @@ def judge_drop(
         max_drop=max_drop,
         verdict=verdict,
         images_needed=needed,
-        sentence=_sentence(found, max_drop, verdict, n, needed, anytime),
+        sentence=_sentence(found, max_drop, verdict, f"{n:,} {samples or 'images'}", again, needed),
     )
 
 

@@ -274,7 +274,8 @@ def _advice(result: Verification) -> str:
     needed = max((drop.images_needed or 0 for drop in judged), default=0)
     if not needed:
         return ""
-    again = "" if result.sequential else " with --sequential"
+    # A search needs all images at once.
+    again = "" if result.sequential or result.task == "embedding" else " with --sequential"
     return f": about {needed:,} {result.tower}s{again} would decide"
 
 

@@ -114,19 +114,21 @@ def _drops(
     return _Drops(top1, top5, verdict, reason)
 
 
-def _doubts(unlike: DropJudgement, repeats: Repeatability, allowed: float) -> str:
+def _doubts(
+    unlike: DropJudgement, repeats: Repeatability, allowed: float, samples: str = "images"
+) -> str:
     """Return why an interval within the limit is no proof; empty if it is.
 
-    ``unlike`` is the drop over the images that do not look almost like another.
+    ``unlike`` is the drop over the ``samples`` that do not look almost like another.
     """
     doubts = ""
     if unlike.verdict != "equivalent":
-        doubts = f"; but only {unlike.n:,} images do not look almost like another: "
+        doubts = f"; but only {unlike.n:,} {samples} do not look almost like another: "
         doubts += unlike.sentence
     if repeats.excluded > allowed:
         doubts += (
             f"; but of {repeats.calls:,} different calls {repeats.excluded:.2g} % could be "
-            "wrong undetected: add images, which make more calls"
+            f"wrong undetected: add {samples}, which make more calls"
         )
     return doubts
 
@@ -145,7 +147,7 @@ def _retrieval_drops(
     if verdict == "equivalent":
         # The first image is among both.
         again = _recall_drop(unlike, lane, limits, run_key)
-        if doubts := _doubts(again, repeats, limits.top1):
+        if doubts := _doubts(again, repeats, limits.top1, f"{run_key.tower}s"):
             verdict, reason = "undecided", reason + doubts
     if fidelity.sqnr_db is not None and fidelity.sqnr_db < _LEAST_DB:
         verdict = "regressed"
@@ -163,7 +165,7 @@ def _recall_drop(
         (r.reference.right(NEIGHBOURS), r.outcomes[lane].answer.right(NEIGHBOURS)) for r in records
     ]
     lost, gained = pairs.count((True, False)), pairs.count((False, True))
-    return _judged(lost, gained, len(pairs), limits.top1, run_key)
+    return judge_drop(lost, gained, len(pairs), limits.top1, samples=f"{run_key.tower}s")
 
 
 def _judge(

@@ -26,7 +26,7 @@ from clipdeploy.stages.verify.setup import Judgement
 from clipdeploy.verification.disagreements import disagreements_csv
 from clipdeploy.verification.records import GALLERY, ImageRecord, measure_images
 from clipdeploy.verification.reports import Evidence, write_report
-from clipdeploy.verification.result import Verification, verification_table
+from clipdeploy.verification.result import Verification, verdict_line, verification_table
 from clipdeploy.verification.results import (
     Results,
     merge_results,
@@ -201,7 +201,9 @@ def test_a_small_loss_is_not_decided(judged: Judged) -> None:
 
     found = with_fault(judged.results, two)
     assert found.rows[0].verdict == "undecided"
-    assert "too few" in found.rows[0].reason
+    assert "420 images are too few; add more images" in found.rows[0].reason
+    # A search needs all images at once.
+    assert "--sequential" not in found.rows[0].reason + verdict_line(found)
 
 
 def test_embeddings_that_are_all_alike_prove_nothing(judged: Judged) -> None:
