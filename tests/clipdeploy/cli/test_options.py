@@ -22,6 +22,7 @@ FORMER = [
     ("verify run", "--no-cache --data x", "--no-cache-crops", "cache_crops"),
     ("verify merge", "--report a.md", "--output", "reports"),
     ("bisect", "--plot=a.svg --data x", "--output", "plot"),
+    ("verify texts", "--report a.html x.txt", "--output", "reports"),
     ("search", "--plot a.svg --data x", "--output", "plot"),
     ("search", "--confirm y --data x", "--confirm-data", "confirm_data"),
     ("benchmark", "--plot a.svg", "--output", "plot"),
@@ -97,7 +98,7 @@ def test_images_have_the_same_names_in_every_command(parameter: str) -> None:
 
 def test_every_file_is_written_by_output() -> None:
     found = [each for _, each in options() if "-o" in each.opts]
-    assert len(found) == 5
+    assert len(found) == 6
     assert all("--output" in each.opts for each in found)
 
 
