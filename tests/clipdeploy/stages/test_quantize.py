@@ -24,7 +24,7 @@ from clipdeploy.models import cards
 from clipdeploy.stages.build import build_model
 from clipdeploy.stages.deploy.config import DeployConfig
 from clipdeploy.stages.quantize import (
-    _judged_images,
+    _judged,
     chosen_config,
     model_quality,
     quantize_model,
@@ -32,6 +32,7 @@ from clipdeploy.stages.quantize import (
     with_scale_form,
 )
 from clipdeploy.workspace.folder import Workspace
+from exporters.samples import Samples
 
 
 @pytest.fixture
@@ -45,13 +46,15 @@ def test_float16_is_judged_on_calibration_images_where_there_are_some(
     demo_workspace: Workspace, tmp_path: Path
 ) -> None:
     _, passport = demo_workspace.source(cards.DEMO)
-    judged = _judged_images(demo_workspace, cards.DEMO, passport.preprocess)
+    judged = _judged(demo_workspace, cards.DEMO, passport)
+    assert isinstance(judged, Samples)
     # Eight of the calibration, then three of the package.
     assert len(judged.crops) == 11
     bare = Workspace(tmp_path)
     bare.folder(cards.DEMO).mkdir(parents=True)
     shutil.copy(demo_workspace.graph(cards.DEMO, "fp32"), bare.folder(cards.DEMO))
-    alone = _judged_images(bare, cards.DEMO, passport.preprocess)
+    alone = _judged(bare, cards.DEMO, passport)
+    assert isinstance(alone, Samples)
     assert (alone.crops == judged.crops[8:]).all()
     assert model_quality(bare, cards.DEMO) is None
 
