@@ -18,7 +18,6 @@ from clipdeploy.engines.builder import EngineArtifact
 from clipdeploy.packaging.cpp import CppPackage
 from clipdeploy.packaging.dockerfile import docker_commands
 from clipdeploy.packaging.triton import TritonPackage
-from clipdeploy.stages.calibrate import FEW_IMAGES
 from clipdeploy.stages.stage_log import StageRun
 from clipdeploy.verification.result import Verification, artifact_names
 from exporters.headers import GraphArtifact
@@ -112,7 +111,6 @@ def commands_of(made: TritonPackage | CppPackage) -> tuple[str, ...]:
 def open_points(
     verification: Verification,
     engines: Sequence[EngineArtifact],
-    calibration_images: int | None,
     benchmark: Benchmark | None,
     packages: Packages,
 ) -> tuple[str, ...]:
@@ -120,7 +118,7 @@ def open_points(
     return (
         *_of_the_verdict(verification),
         *_of_the_engines(verification, engines),
-        *_of_the_images(verification, calibration_images),
+        *_of_the_images(verification),
         *_of_the_speed(benchmark, engines),
         *_of_the_packages(packages, verification),
     )
@@ -147,15 +145,14 @@ def _of_the_engines(verification: Verification, engines: Sequence[EngineArtifact
             yield f"{engine.path.name}: {remark}"
 
 
-def _of_the_images(verification: Verification, calibration_images: int | None) -> Iterator[str]:
+def _of_the_images(verification: Verification) -> Iterator[str]:
     if skipped := len(verification.skipped):
         were = "images were" if skipped > 1 else "image was"
         yield f"{skipped:,} {were} unreadable and not used"
-    if calibration_images is not None and calibration_images < FEW_IMAGES:
-        yield (
-            f"the ranges are from only {calibration_images} images: with {FEW_IMAGES} or more "
-            "they represent the data better"
-        )
+    # Each artifact that was calibrated has them.
+    found = (finding for row in verification.rows for finding in row.calibration_findings)
+    for finding in dict.fromkeys(found):
+        yield f"the calibration: {finding}"
 
 
 def _of_the_speed(benchmark: Benchmark | None, engines: Sequence[EngineArtifact]) -> Iterator[str]:

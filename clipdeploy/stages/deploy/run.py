@@ -248,7 +248,7 @@ class _Run:
             benchmark=benchmark,
             packages=packages,
             serve=serve_commands(packages),
-            open_points=open_points(verification, engines, images, benchmark, packages),
+            open_points=open_points(verification, engines, benchmark, packages),
             report=self.workspace.report(self.model),
             page=self.workspace.deployment(self.model),
             stages=tuple(self.log.runs),
