@@ -168,12 +168,16 @@ def _network_errors(url: str, hint: str) -> Iterator[None]:
         ) from _shown_cause(error, url)
 
 
-def fetch_hub(reference: str, *, offline: bool = False, progress: bool = True) -> Path:
+def fetch_hub(
+    reference: str, *, both_towers: bool = False, offline: bool = False, progress: bool = True
+) -> Path:
     """Download the weights of ``hf://OWNER/NAME`` from the Hugging Face hub; return their path.
 
-    ``model.safetensors`` is preferred to ``pytorch_model.bin``, and both to open_clip's files.  The
-    repository's ``config.json`` and ``preprocessor_config.json``, or ``open_clip_config.json``, are
-    downloaded into the same folder if it has them.
+    ``model.safetensors`` is preferred to ``pytorch_model.bin``, and both to open_clip's files; for
+    ``both_towers`` of a CLIP, open_clip's files come first, because ``model.safetensors`` beside
+    them may be timm's, which has the image tower alone.  The repository's ``config.json`` and
+    ``preprocessor_config.json``, or ``open_clip_config.json``, are downloaded into the same folder
+    if it has them.
 
     Raises:
         UsageError: the reference is not a repository, or huggingface_hub is not installed.
@@ -211,7 +215,8 @@ def fetch_hub(reference: str, *, offline: bool = False, progress: bool = True) -
             raise _no_hub(reference, error) from error
         return None
 
-    for name, configs in _HUB_FILES.items():
+    files = dict(sorted(_HUB_FILES.items(), key=_is_open_clip, reverse=both_towers))
+    for name, configs in files.items():
         if (path := download(name)) is not None:
             for config in configs:
                 download(config)
@@ -221,6 +226,10 @@ def fetch_hub(reference: str, *, offline: bool = False, progress: bool = True) -
         f"{reference}: none of {', '.join(_HUB_FILES)} {where}",
         hint="check the name, or download a file and pass its path",
     )
+
+
+def _is_open_clip(item: tuple[str, tuple[str, ...]]) -> bool:
+    return item[0] in OPEN_CLIP_NAMES
 
 
 def _no_hub(reference: str, error: Exception) -> CheckpointError:

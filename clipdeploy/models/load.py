@@ -499,7 +499,12 @@ def checkpoint_file(choice: WeightsChoice) -> Path:
     if chosen is None:
         raise UsageError("no checkpoint is given", hint="pass a file or hf://OWNER/NAME")
     if isinstance(chosen, str) and chosen.startswith(cards.HUB_PREFIX):
-        chosen = fetch_hub(chosen, offline=choice.offline, progress=choice.show_download)
+        chosen = fetch_hub(
+            chosen,
+            both_towers=choice.zero_shot is not None or choice.embedding is not None,
+            offline=choice.offline,
+            progress=choice.show_download,
+        )
     return Path(chosen)
 
 

@@ -204,6 +204,8 @@ def test_open_clips_files_on_the_hub(
     pytest.importorskip("huggingface_hub")
     monkeypatch.delenv("CLIPDEPLOY_OFFLINE")
     write_clip("open_clip", tmp_path).rename(tmp_path / "open_clip_pytorch_model.bin")
+    # As in timm's repositories of CLIPs: an image tower alone, here a classifier.
+    shutil.copy(cards.demo_file("weights.safetensors"), tmp_path / "model.safetensors")
     config = {"model_cfg": {"vision_cfg": {}, "text_cfg": {}}, "preprocess_cfg": {}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     texts = ["--zero-shot", str(cards.demo_file("clip") / "digits.txt"), "--templates", "simple"]
