@@ -29,6 +29,7 @@ from clipdeploy.core.passport import (
     CLIP_STD,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    Embedding,
     Preprocess,
     Recipe,
 )
@@ -242,6 +243,7 @@ def _changes(model: LoadedModel, probe: Probe, spec: Preprocess) -> list[_Change
             reverse=True,
         ),
         *([] if probe.images is None else _other_means(spec)),
+        *_other_embedding(model.card),
         _other_numerics(model),
         *_other_heads(model.card),
     ]
@@ -268,6 +270,13 @@ def _readings(model: LoadedModel) -> Iterator[_Change]:
         other: Resampling = "mmpretrain" if choices.resampling == "timm" else "timm"
         what = f"a position grid as {other}'s"
         yield changed(what, f"--resampling {other}", "resampling", other)
+
+
+def _other_embedding(card: ModelCard) -> Iterator[_Change]:
+    if card.embedding is not None:
+        other: Embedding = "raw" if card.embedding == "normalised" else "normalised"
+        what, mend = f"{other} embeddings", f"pass --embeddings {other}"
+        yield _Change(what, mend, frozenset({"output"}), card=replace(card, embedding=other))
 
 
 def _other_means(spec: Preprocess) -> Iterator[_Change]:

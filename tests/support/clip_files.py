@@ -15,10 +15,20 @@ from safetensors.torch import save_file
 from script_module import load_script
 from torch import Tensor, nn
 
+from clipdeploy.core.passport import ModelChoices
+
 DATA = Path(__file__).parents[1] / "clipdeploy" / "models" / "clip" / "data"
 SHAPES: dict[str, Any] = json.loads((DATA / "shapes.json").read_text())
 SEEDS = {"transformers": 3, "open_clip": 4, "openai": 5}
 LOGIT_SCALE = 50.0
+# Library -> the choices that its file does not tell.
+LIBRARIES = {
+    "transformers": ModelChoices(),
+    "open_clip": ModelChoices(gelu="erf"),
+    "openai": ModelChoices(),
+}
+# Of the largest value; float32 and another order of sums.
+TOLERANCE = 1e-4
 
 
 class _Parameters(nn.Module):
@@ -88,3 +98,8 @@ def write_clip(library: str, folder: Path, tensors: dict[str, Tensor] | None = N
 def oracles() -> dict[str, NDArray[Any]]:
     """What the libraries computed; see the script."""
     return dict(np.load(DATA / "oracles.npz"))
+
+
+def error(found: Tensor, expected: NDArray[np.float32]) -> float:
+    """The largest difference as a part of the largest expected value."""
+    return float(np.abs(found.numpy() - expected).max() / np.abs(expected).max())

@@ -17,7 +17,11 @@ from clipdeploy.packaging.cpp import check_replaceable
 from clipdeploy.stages.calibrate import choose_images
 from clipdeploy.stages.deploy.config import DeployConfig
 from clipdeploy.stages.quantize import read_recipe
-from clipdeploy.stages.verify.setup import labelled_images, refuse_unreadable
+from clipdeploy.stages.verify.setup import (
+    labelled_images,
+    refuse_for_embeddings,
+    refuse_unreadable,
+)
 from clipdeploy.workspace.folder import Workspace
 
 __all__ = ["check_deployment", "check_labels"]
@@ -83,7 +87,10 @@ def check_labels(config: DeployConfig, passport: Passport) -> None:
 
     Raises:
         DatasetError: folders are not classes, or labels are unreadable or missing.
+        UsageError: an option for classifiers, with an embedding model.
     """
+    if passport.embeds:
+        refuse_for_embeddings(config.verify.limits, config.scope)
     images = labelled_images(config.val, passport, config.scope, lambda text: None)
     needed = passport.weights.kind != "random" and not passport.embeds
     if needed and not images.labelled:

@@ -17,7 +17,12 @@ from clipdeploy.models import cards
 from clipdeploy.models.cards import takes_any_name
 from clipdeploy.models.load import reload_model
 from clipdeploy.stages.verify.on_disk import check_against_disk, check_artifacts, check_labels
-from clipdeploy.stages.verify.setup import Judgement, VerifyScope, labelled_images
+from clipdeploy.stages.verify.setup import (
+    Judgement,
+    VerifyScope,
+    labelled_images,
+    refuse_for_embeddings,
+)
 from clipdeploy.verification.clipping import with_clipping
 from clipdeploy.verification.diagnosis import diagnose
 from clipdeploy.verification.disagreements import disagreements_csv
@@ -64,6 +69,9 @@ def merge_verification(
             f"the shards are of {results.run_key.model}, not of {model}",
             hint=f"pass --model {results.run_key.model}",
         )
+    limits = limits if isinstance(limits, Limits) else Limits(limits)
+    if results.run_key.task == "embedding":
+        refuse_for_embeddings(limits, scope)
     images = data or Path(results.data)
     if scope.labelling != Labelling():
         _, passport = workspace.source(model)

@@ -34,6 +34,7 @@ __all__ = [
     "VerificationSetup",
     "VerifyScope",
     "labelled_images",
+    "refuse_for_embeddings",
     "refuse_unreadable",
     "set_up",
 ]
@@ -143,13 +144,22 @@ def labelled_images(
     """
     labelling = scope.labelling
     if passport.embeds:
-        _refuse_labels(scope)
         labelling = Labelling(layout="none")
     images = open_labelled(data, passport, labelling, note)
     return images if scope.limit is None else select(images, scope.limit, seed=0)
 
 
-def _refuse_labels(scope: VerifyScope) -> None:
+def refuse_for_embeddings(limits: Limits, scope: VerifyScope, *, sequential: bool = False) -> None:
+    """Refuse what is for classifiers and would have no effect on embeddings.
+
+    Raises:
+        UsageError: labels, an accuracy to expect, a limit of top-5, or ``sequential``.
+    """
+    if sequential or limits.top5 is not None:
+        raise UsageError(
+            "an embedding model is judged by the recall@10 among all images",
+            hint="leave out --sequential and --max-top5-drop",
+        )
     if scope.labelling not in (Labelling(), Labelling(layout="none")):
         raise UsageError(
             "an embedding model has no classes: labels would have no effect",
@@ -199,11 +209,8 @@ def set_up(
         ClipdeployError: see :mod:`clipdeploy.core.errors`.
     """
     _, passport = workspace.source(model)
-    if passport.embeds and (config.sequential or config.max_drop_top5 is not None):
-        raise UsageError(
-            "an embedding model is judged by the recall@10 among all images",
-            hint="leave out --sequential and --max-top5-drop",
-        )
+    if passport.embeds:
+        refuse_for_embeddings(config.limits, scope, sequential=config.sequential)
     if scope.artifacts:
         targets = named_targets(scope.artifacts, passport, trust=config.trust)
     else:

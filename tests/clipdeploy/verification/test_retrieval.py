@@ -12,16 +12,21 @@ import pytest
 from numpy.typing import NDArray
 
 from clipdeploy.core.errors import ArtifactError, UsageError
+from clipdeploy.imaging import Labelling
 from clipdeploy.models import cards
 from clipdeploy.models.load import WeightsChoice
 from clipdeploy.pipeline import (
+    DeployConfig,
+    Expected,
     VerifyConfig,
     VerifyScope,
     calibrate_model,
     export_model,
+    merge_verification,
     quantize_model,
     verify_model,
 )
+from clipdeploy.stages.deploy.checks import check_labels
 from clipdeploy.stages.verify.setup import Judgement
 from clipdeploy.verification.disagreements import disagreements_csv
 from clipdeploy.verification.records import GALLERY, ImageRecord, measure_images
@@ -34,7 +39,7 @@ from clipdeploy.verification.results import (
     save_results,
 )
 from clipdeploy.verification.retrieval import with_retrieval
-from clipdeploy.verification.verdicts import judge_results
+from clipdeploy.verification.verdicts import Limits, judge_results
 from clipdeploy.workspace.folder import Workspace
 
 MODEL = "vit-p4-32px-w96-d6-h6-e32-normalised"
@@ -302,3 +307,30 @@ def test_reports_name_the_neighbours(judged: Judged, tmp_path: Path) -> None:
 def test_what_needs_labels_is_refused(judged: Judged, config: VerifyConfig, what: str) -> None:
     with pytest.raises(UsageError, match=what):
         verify_model(judged.workspace, MODEL, cards.demo_file("test.zip"), config)
+
+
+def test_merging_refuses_what_needs_labels_too(judged: Judged, tmp_path: Path) -> None:
+    whole, parts = judged.results, []
+    for first in (0, 1):
+        parts.append(tmp_path / f"verification.{first + 1}-of-2.jsonl")
+        shard = replace(whole, batches=whole.batches[first::2], shard=(first + 1, 2))
+        save_results(parts[-1], shard)
+    at = (judged.workspace, MODEL)
+    with pytest.raises(UsageError, match="judged by the recall@10"):
+        merge_verification(*at, Limits(1.0, 1.0), parts=parts)
+    expecting = VerifyScope(expected=Expected("user", 90.0))
+    with pytest.raises(UsageError, match="no accuracy to expect"):
+        merge_verification(*at, scope=expecting, parts=parts)
+    labelled = VerifyScope(labelling=Labelling(first_class=1))
+    with pytest.raises(UsageError, match="labels would have no effect"):
+        merge_verification(*at, scope=labelled, parts=parts)
+    assert all(part.exists() for part in parts)
+    assert merge_verification(*at, parts=parts).verification == judged.verification
+
+
+def test_a_deployment_refuses_them_before_its_long_stages(judged: Judged) -> None:
+    _, passport = judged.workspace.source(MODEL)
+    config = DeployConfig(val=cards.demo_file("test.zip"))
+    check_labels(config, passport)
+    with pytest.raises(UsageError, match="judged by the recall@10"):
+        check_labels(replace(config, verify=VerifyConfig(max_drop_top5=1.0)), passport)

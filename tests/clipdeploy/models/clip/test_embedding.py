@@ -7,9 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from clip_files import oracles, write_clip
-from numpy.typing import NDArray
-from torch import Tensor
+from clip_files import LIBRARIES, TOLERANCE, error, oracles, write_clip
 
 from clipdeploy.core.errors import CheckpointError, UsageError
 from clipdeploy.core.passport import Embedding, ModelChoices, Recipe
@@ -21,25 +19,17 @@ from clipdeploy.models.load import (
     load_model,
     reload_model,
 )
+from clipdeploy.models.probe import prove, read_probe
 
 ORACLES = oracles()
 IMAGES = torch.from_numpy(ORACLES["images"].astype(np.float32))
-LIBRARIES = {
-    "transformers": ModelChoices(),
-    "open_clip": ModelChoices(gelu="erf"),
-    "openai": ModelChoices(),
-}
-# Of the largest value; float32 and another order of sums.
-TOLERANCE = 1e-4
 
 
-def error(found: Tensor, expected: NDArray[np.float32]) -> float:
-    return float(np.abs(found.numpy() - expected).max() / np.abs(expected).max())
-
-
-def tower(library: str, folder: Path, embedding: Embedding) -> LoadedModel:
+def tower(
+    library: str, folder: Path, embedding: Embedding, choices: ModelChoices | None = None
+) -> LoadedModel:
     path = write_clip(library, folder)
-    choice = WeightsChoice(path, choices=LIBRARIES[library], embedding=embedding)
+    choice = WeightsChoice(path, choices=choices or LIBRARIES[library], embedding=embedding)
     return load_model(infer_card(choice), choice, Recipe())
 
 
@@ -86,3 +76,22 @@ def test_a_classifier_is_no_clip(tmp_path: Path) -> None:
     choice = WeightsChoice(cards.demo_file("weights.safetensors"), embedding="raw")
     with pytest.raises(CheckpointError, match=r"is no CLIP|no whole CLIP|classifier"):
         infer_card(choice)
+
+
+def test_a_probe_of_the_library_agrees(tmp_path: Path) -> None:
+    path = tmp_path / "probe.npz"
+    np.savez(path, inputs=IMAGES.numpy(), logits=ORACLES["open_clip-image"])
+    probe = read_probe(path)
+    assert prove(tower("open_clip", tmp_path, "raw"), probe) < TOLERANCE
+    with pytest.raises(CheckpointError, match="with raw embeddings they agree") as caught:
+        prove(tower("open_clip", tmp_path, "normalised"), probe)
+    assert caught.value.hint == "pass --embeddings raw"
+
+
+def test_a_probe_names_two_wrong_choices(tmp_path: Path) -> None:
+    path = tmp_path / "probe.npz"
+    np.savez(path, inputs=IMAGES.numpy(), logits=ORACLES["open_clip-image"])
+    wrong = tower("open_clip", tmp_path, "normalised", ModelChoices(gelu="quick"))
+    with pytest.raises(CheckpointError, match="erf GELU and raw embeddings they agree") as caught:
+        prove(wrong, read_probe(path))
+    assert caught.value.hint == "pass --gelu erf and pass --embeddings raw"

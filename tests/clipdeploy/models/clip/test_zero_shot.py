@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from clip_files import clip_tensors, oracles, write_clip
-from numpy.typing import NDArray
+from clip_files import LIBRARIES, TOLERANCE, clip_tensors, error, oracles, write_clip
 from safetensors.torch import load_file, save_file
 from script_module import load_script
 from torch import Tensor
@@ -34,18 +33,6 @@ SCRIPT = load_script("write_clip_oracles")
 PROMPTS = Prompts(SCRIPT.CLASSES, tuple((name,) for name in SCRIPT.CLASSES), SCRIPT.TEMPLATES)
 ORACLES = oracles()
 IMAGES = torch.from_numpy(ORACLES["images"].astype(np.float32))
-# Library -> the choices that its file does not tell.
-LIBRARIES = {
-    "transformers": ModelChoices(),
-    "open_clip": ModelChoices(gelu="erf"),
-    "openai": ModelChoices(),
-}
-# Of the largest value; float32 and another order of sums.
-TOLERANCE = 1e-4
-
-
-def error(found: Tensor, expected: NDArray[np.float32]) -> float:
-    return float(np.abs(found.numpy() - expected).max() / np.abs(expected).max())
 
 
 def classifier(pair: ClipPair, path: Path, prompts: Prompts = PROMPTS) -> LoadedModel:
