@@ -146,19 +146,22 @@ def repeatability_of(results: Results, lane: int, entry: ArtifactEntry) -> Repea
     large = sum(len(each.records) >= batch for each in results.batches)
     large += sum(repeat.kind == "mixed" and repeat.size >= batch for repeat in repeats)
     excluded, excluded_large = excluded_share(calls), excluded_share(large)
+    samples = f"{results.run_key.tower}s"
+    one = "a text" if results.run_key.tower == "text" else "an image"
+    output = "embeddings" if results.run_key.task == "embedding" else "logits"
     if bad:
         group = max(bad, key=lambda each: (each.worst, each.mean))
         sentence = (
-            f"not repeatable: run {group.condition}, the logits of an image are "
+            f"not repeatable: run {group.condition}, the {output} of {one} are "
             f"{_shown(group.worst)} from the first ones, and {_shown(group.mean)} over "
             f"{group.images:,}; its precision allows {_shown(most_worst)} and {_shown(most_mean)}"
         )
     else:
         sentence = (
             f"repeatable: {len(repeats):,} repeated calls with up to {max(sizes, default=0)} "
-            f"images each, {_shown(worst)} at worst; faults are excluded that affect more than "
+            f"{samples} each, {_shown(worst)} at worst; faults are excluded that affect more than "
             f"{excluded:.2g} % of all calls, or {excluded_large:.2g} % of those with {batch} "
-            "images or more"
+            f"{samples} or more"
         )
     return Repeatability(
         steady=not bad,

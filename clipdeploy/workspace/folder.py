@@ -138,14 +138,19 @@ class Workspace:
         """Return the FP32 graph, from which everything else is made, and its passport.
 
         Raises:
-            UsageError: the model, or its text tower, has not been exported here.
+            UsageError: the model, or its text tower, has not been exported here, or it has none.
             ArtifactError, GraphError, FileError: the graph cannot be read, is of another model, or
                 does not match its passport, see :mod:`clipdeploy.workspace.passports`.
         """
         model = cards.full_name(model)
+        text = tower == "text"
+        if text and (card := cards.full_card(model)) is not None and card.embedding is None:
+            raise UsageError(
+                f"{model} gives logits, and has no text tower",
+                hint="export CLIP with --embeddings --text-tower",
+            )
         path = self.graph(model, "fp32", tower)
         if not path.exists():
-            text = tower == "text"
             raise UsageError(
                 f"{'the text tower of ' * text}{model} has not been exported in {self.root}",
                 hint=f"clipdeploy export --model {model}{' --text-tower' * text}",

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from script_module import load_script
 from shared_traces import shared_traces
 
-from clipdeploy.core.errors import ArtifactError, ClipdeployError, GraphError
+from clipdeploy.core.errors import ArtifactError, ClipdeployError, GraphError, UsageError
 from clipdeploy.core.passport import Passport, Precision, Recipe, TensorSpec, WeightsOrigin
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.models import cards
@@ -281,3 +281,9 @@ def test_tensorrt_rtx_builds_the_text_tower_of_b16(tmp_path: Path) -> None:
     made = build_model(workspace, model, "fp16", BuildConfig(backend="tensorrt-rtx"), tower="text")
     assert len(made.passport.asked) == 13
     assert not made.passport.fallbacks
+
+
+def test_a_classifier_has_no_text_tower(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="gives logits, and has no text tower") as caught:
+        Workspace(tmp_path).source(cards.DEMO, "text")
+    assert "--embeddings --text-tower" in caught.value.hint
