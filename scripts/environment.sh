@@ -19,9 +19,11 @@ sum=$(cat setup.cfg constraints.txt | cksum)
 wanted="${1:-} $sum"
 if ! grep -qF -- "$wanted" "$stamp" 2>/dev/null; then
   say "installing clipdeploy${1:-} into .venv (PyTorch, ONNX Runtime, TensorRT-RTX: some minutes)"
+  # Python compiles the modules that are imported: compiling all of PyTorch takes pip half of its time.
+  install=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt)
   # On Linux without an NVIDIA driver PyTorch's CPU build is enough, where pip can find one.
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${1:-}"
+  "${install[@]}" torch==2.13.0
+  "${install[@]}" -e ".${1:-}"
   echo "$wanted" >>"$stamp"
 fi
 PATH="$PWD/.venv/bin:$PATH"
