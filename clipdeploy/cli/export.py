@@ -79,7 +79,7 @@ _WEIGHTS_OPTIONS = (
         "--checkpoint",
         metavar="FILE",
         help="Weights: a .pth, .bin or .safetensors file, a folder or index with shards, or "
-        "hf://OWNER/NAME. Without --model, its geometry selects the model.",
+        "hf://OWNER/NAME[/FILE.index.json]. Without --model, its geometry selects the model.",
         default_text="the workspace's, else the published ones",
     ),
     option(
