@@ -28,6 +28,7 @@ from clipdeploy.models import cards
 __all__ = [
     "PROOF_FILE",
     "AccuracyProof",
+    "Means",
     "ReferenceProof",
     "decides_reference",
     "reference_code",
@@ -176,7 +177,10 @@ class ReferenceProof:
                 means = "the accuracy that you expected, not by a published one"
             found.append(f"proven by {means}: {self.accuracy.sentence}")
         if not found:
-            means = "export --probe compares it with your framework, verify with its accuracy"
+            means = (
+                "export --probe compares its logits with your framework's, verify its accuracy "
+                "with the published one"
+            )
             return f"not proven: {self.problem or means}"
         return "; ".join([*found, *([self.problem] if self.problem else [])])
 

@@ -9,13 +9,15 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from deployments import QUICK
+from pages import read_page
 from pixel_changes import change_source
 from safetensors.torch import load_file, save_file
 
@@ -30,6 +32,8 @@ from clipdeploy.pipeline import (
     VerifyConfig,
     VerifyScope,
     Workspace,
+    convert_model,
+    deploy_model,
     export_model,
     inspect_file,
     merge_verification,
@@ -39,8 +43,9 @@ from clipdeploy.pipeline import (
     write_reports,
 )
 from clipdeploy.stages.deploy.deployment import Packages, open_points
+from clipdeploy.verification.result import BaselineStatus
 from clipdeploy.workspace import proof
-from clipdeploy.workspace.proof import PROOF_FILE, ReferenceProof, reference_proof
+from clipdeploy.workspace.proof import PROOF_FILE, Means, ReferenceProof, reference_proof
 from exporters.headers import read_passport
 
 TEST = cards.demo_file("test.zip")
@@ -163,16 +168,55 @@ def test_every_command_shows_it(remembered: Workspace, tmp_path: Path) -> None:
         assert f"  reference  {sentence}" in packaged.stdout
 
 
-def test_a_proven_reference_is_no_open_point(remembered: Workspace) -> None:
-    def points(judgement: Judgement) -> list[str]:
-        assert judgement.verification is not None
-        found = open_points(judgement.verification, (), None, Packages())
-        return [point for point in found if point.startswith("PyTorch's own accuracy")]
+def about_pytorch(points: Sequence[str]) -> list[str]:
+    return [point for point in points if point.startswith("PyTorch's own accuracy")]
 
-    assert points(verified(remembered, limit=FEW)) == []
+
+def test_a_deployment_on_few_images_lists_only_an_unproven_reference(
+    remembered: Workspace,
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
+    config = replace(QUICK, precision="fp16", calibration=None, beside=())
+    proven_one = deploy_model(remembered, cards.DEMO, config)
+    assert proven_one.verification.baseline.status == "unconfirmed"
+    assert about_pytorch(proven_one.open_points) == []
+    assert proven(remembered).sentence in " ".join(
+        read_page(proven_one.page.read_text()).text.split()
+    )
+    assert proven_one.packages.triton is not None
+    assert proven_one.packages.triton.reference == proven(remembered)
     record(remembered).unlink()
-    (point,) = points(verified(remembered, limit=FEW))
+    (point,) = about_pytorch(deploy_model(remembered, cards.DEMO, config).open_points)
     assert "baseline unconfirmed" in point
+
+
+@pytest.mark.parametrize(
+    ("status", "by", "count"),
+    [
+        ("unpublished", (), 1),
+        ("unpublished", ("probe",), 0),
+        # It says nothing about the labels.
+        ("unconfirmed", ("probe",), 1),
+        ("missed", ("probe",), 1),
+        ("confirmed", (), 0),
+    ],
+)
+def test_a_probe_replaces_an_accuracy_that_is_not_published(
+    status: BaselineStatus, by: tuple[Means, ...], count: int, remembered: Workspace
+) -> None:
+    found = verified(remembered, limit=ENOUGH).verification
+    assert found is not None
+    judged = replace(
+        found,
+        baseline=replace(found.baseline, status=status),
+        reference_proof=ReferenceProof(by),
+    )
+    assert len(about_pytorch(open_points(judged, (), None, Packages()))) == count
+
+
+def test_other_precisions_have_the_reference_of_their_source(remembered: Workspace) -> None:
+    half = convert_model(remembered, cards.DEMO)
+    assert reference_proof(half.path, half.passport) == proven(remembered)
 
 
 def test_a_package_has_the_proof_beside_its_artifact(remembered: Workspace, tmp_path: Path) -> None:
