@@ -53,20 +53,16 @@ def _classes(passport: Passport) -> str:
 
 
 def _shown(artifact: GraphArtifact) -> str:
+    from clipdeploy.workspace.proof import reference_proof
+
     made = artifact.passport
     return (
         f"{artifact.path}: {artifact.nodes} nodes, {artifact.bytes / 1e6:.1f} MB"
         + ("" if artifact.changed else " (unchanged)")
         + f"\n  weights: {made.weights.description}"
-        + f"\n  reference: {_proof(made)}"
+        + f"\n  reference: {reference_proof(artifact.path, made).sentence}"
         + f"\n  classes: {_classes(made)}"
     )
-
-
-def _proof(passport: Passport) -> str:
-    if passport.weights.probed:
-        return "has the logits of your framework (--probe)"
-    return "not compared with another framework; --probe does that"
 
 
 # Parameters that replace fields of a recipe.
@@ -83,7 +79,7 @@ _WEIGHTS_OPTIONS = (
         "--checkpoint",
         metavar="FILE",
         help="Weights: a .pth, .bin or .safetensors file, a folder or index with shards, or "
-        "hf://OWNER/NAME. Without --model, its geometry selects the model.",
+        "hf://OWNER/NAME[/FILE.index.json]. Without --model, its geometry selects the model.",
         default_text="the workspace's, else the published ones",
     ),
     option(

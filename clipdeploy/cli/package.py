@@ -127,9 +127,14 @@ def _render_triton(made: TritonPackage) -> str:
             _version(made, "images"),
             *([_version(made.text, "texts")] if made.text else []),
             f"  server  {made.server or 'unknown, see its Dockerfile'}",
+            *_reference(made),
             f"  client  -> python {shlex.quote(str(made.path / 'client.py'))} IMAGE{text}",
         ]
     )
+
+
+def _reference(made: TritonPackage | CppPackage) -> list[str]:
+    return [f"  reference  {made.reference.sentence}"] if made.reference else []
 
 
 def _version(made: TritonPackage, what: str) -> str:
@@ -143,6 +148,7 @@ def _render_cpp(made: CppPackage) -> str:
     return "\n".join(
         [
             f"{made.path}: {'written' if made.changed else 'unchanged'}, for {made.runtime}",
+            *_reference(made),
             f"  build   -> {build}",
             f"  check   -> {check}",
         ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -68,11 +69,23 @@ def sources(modules: Iterable[str]) -> str:
     """
     digest = hashlib.sha256()
     for name in modules:
-        found = find_spec(name)
-        if found is None or found.origin is None:
-            raise ModuleNotFoundError(f"no source of {name}")
-        digest.update(hashlib.sha256(Path(found.origin).read_bytes()).digest())
+        digest.update(hashlib.sha256(_source(name).read_bytes()).digest())
     return digest.hexdigest()
+
+
+def _source(module: str) -> Path:
+    if module in sys.modules:
+        found = find_spec(module)
+        if found is not None and found.origin is not None:
+            return Path(found.origin)
+    # find_spec() of a module inside a package imports the package, and with it PyTorch.
+    package, *parts = module.split(".")
+    outer = find_spec(package)
+    for folder in (outer and outer.submodule_search_locations) or ():
+        path = Path(folder, *parts).with_suffix(".py")
+        if path.is_file():
+            return path
+    raise ModuleNotFoundError(f"no source of {module}")
 
 
 def digest_of(decides: object) -> str:

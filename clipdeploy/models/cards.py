@@ -34,7 +34,7 @@ from clipdeploy.core.passport import (
 )
 from clipdeploy.core.values import MOST_EDGE
 from clipdeploy.models import columns
-from clipdeploy.models.hub import HUB_PREFIX, hub_folder
+from clipdeploy.models.hub import HUB_PREFIX, hub_folder, hub_parts
 
 __all__ = [
     "CARDS_VARIABLE",
@@ -141,7 +141,7 @@ class ModelCard:
     def hub_folder(self) -> str:
         """The folder of the weights in a cache of huggingface_hub; empty if timm has none."""
         if self.on_hub:
-            return hub_folder(self.file.removeprefix(HUB_PREFIX))
+            return hub_folder(hub_parts(self.file)[0])
         return hub_folder(f"timm/{self.timm_name}") if self.timm_name else ""
 
     def is_downloaded(self, path: Path) -> bool:

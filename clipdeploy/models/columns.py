@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from clipdeploy.core.spans import CROP_PCT
 from clipdeploy.core.values import is_name
-from clipdeploy.models.hub import HUB_PREFIX
+from clipdeploy.models.hub import HUB_PREFIX, INDEX, hub_parts
 
 __all__ = [
     "address",
@@ -60,14 +60,16 @@ def hub_name(text: str) -> str:
 
 
 def address(text: str) -> str:
-    """``hf://OWNER/NAME``, or a file name, which becomes one in the cache."""
+    """``hf://OWNER/NAME``, an index of shards in it, or the name of a file, which the cache gets.
+
+    Only the hub's shards are downloaded, so another index is refused.
+    """
     if text.startswith(HUB_PREFIX):
-        try:
-            hub_name(text.removeprefix(HUB_PREFIX))
-        except ValueError as error:
-            raise ValueError(f"{text!r} is not hf://OWNER/NAME") from error
+        hub_parts(text)
     elif not is_name(text):
         raise ValueError(f"{text!r} is neither a file name nor hf://OWNER/NAME")
+    elif text.endswith(INDEX):
+        raise ValueError(f"{text!r} is an index of shards, which only hf://OWNER/NAME/ can have")
     return text
 
 

@@ -10,16 +10,24 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from urllib.error import URLError
 
 from clipdeploy.core.addresses import masked, without_secrets
 from clipdeploy.core.cache import cache_folder
-from clipdeploy.core.errors import CheckpointError, UsageError, first_line
-from clipdeploy.core.files import file_errors
+from clipdeploy.core.errors import CheckpointError, FileError, UsageError, first_line
+from clipdeploy.core.files import file_errors, sha256_file
+from clipdeploy.core.values import is_hash
 from clipdeploy.models.cards import ModelCard
-from clipdeploy.models.hub import HUB_PREFIX, OPEN_CLIP_CONFIG, OPEN_CLIP_NAMES
+from clipdeploy.models.hub import (
+    INDEX,
+    OPEN_CLIP_CONFIG,
+    OPEN_CLIP_NAMES,
+    hub_folder,
+    hub_parts,
+)
+from clipdeploy.models.shards import shard_names
 
 __all__ = ["cached_file", "fetch", "fetch_hub", "is_cached", "is_hub_cached"]
 
@@ -32,7 +40,9 @@ _NETWORK = (URLError, ConnectionError, TimeoutError, ValueError, http.client.HTT
 _TRANSFORMERS_CONFIGS = ("config.json", "preprocessor_config.json")
 _HUB_FILES = {
     "model.safetensors": _TRANSFORMERS_CONFIGS,
+    f"model.safetensors{INDEX}": _TRANSFORMERS_CONFIGS,
     "pytorch_model.bin": _TRANSFORMERS_CONFIGS,
+    f"pytorch_model.bin{INDEX}": _TRANSFORMERS_CONFIGS,
 } | dict.fromkeys(OPEN_CLIP_NAMES, (OPEN_CLIP_CONFIG,))
 # Seconds without data after which a download fails.
 _STALL = 30.0
@@ -57,7 +67,17 @@ def is_cached(card: ModelCard) -> bool:
 def is_hub_cached(folder: str) -> bool:
     """Whether weights are in this folder of clipdeploy's cache of the hub."""
     found = (_hub_cache() / folder / "snapshots").glob("*/*")
-    return any(path.name in _HUB_FILES for path in found)
+    return any(path.name in _HUB_FILES and _has_shards(path) for path in found)
+
+
+def _has_shards(path: Path) -> bool:
+    """Whether all shards are beside an index; True for a file that is no index."""
+    if not path.name.endswith(INDEX):
+        return True
+    try:
+        return all(path.with_name(name).is_file() for name in shard_names(path))
+    except (CheckpointError, FileError):
+        return False
 
 
 def _hub_cache() -> Path:
@@ -146,7 +166,11 @@ def _shows_bar(wanted: bool) -> bool:
 
 def _remove_abandoned(path: Path) -> None:
     """Delete the unfinished files that killed downloads of ``path`` have left."""
-    for unfinished in path.parent.glob(glob.escape(path.name) + _UNFINISHED):
+    _remove_old(path.parent.glob(glob.escape(path.name) + _UNFINISHED))
+
+
+def _remove_old(files: Iterable[Path]) -> None:
+    for unfinished in files:
         with contextlib.suppress(FileNotFoundError):  # another process's download has just ended
             if time.time() - unfinished.stat().st_mtime > _ABANDONED:
                 unfinished.unlink()
@@ -177,20 +201,50 @@ def fetch_hub(
     ``both_towers`` of a CLIP, open_clip's files come first, because ``model.safetensors`` beside
     them may be timm's, which has the image tower alone.  The repository's ``config.json`` and
     ``preprocessor_config.json``, or ``open_clip_config.json``, are downloaded into the same folder
-    if it has them.
+    if it has them.  ``hf://OWNER/NAME/FILE.index.json`` names the index of weights in shards; it is
+    downloaded with all of them.  Files in the cache are not downloaded again.  The bytes of the
+    weights must have the SHA-256 that the hub states.
 
     Raises:
         UsageError: the reference is not a repository, or huggingface_hub is not installed.
-        CheckpointError: the repository or file does not exist, or there is no connection.
+        CheckpointError: the repository, a file or a shard does not exist, there is no connection,
+            the index names a file outside its folder, or a SHA-256 is another one.
     """
-    repository = reference.removeprefix(HUB_PREFIX)
-    if repository.count("/") != 1 or not all(repository.split("/")):
+    try:
+        repository, index = hub_parts(reference)
+    except ValueError as error:
         raise UsageError(
             f"{reference!r} is not a Hugging Face repository",
-            hint="write hf://OWNER/NAME, such as hf://timm/NAME",
-        )
+            hint="write hf://OWNER/NAME, such as hf://timm/NAME, or hf://OWNER/NAME/FILE.index.json",
+        ) from error
+    download = _hub_download(reference, repository, offline=offline, progress=progress)
+    files = dict(sorted(_HUB_FILES.items(), key=_is_open_clip, reverse=both_towers))
+    for name, configs in {index: _TRANSFORMERS_CONFIGS}.items() if index else files.items():
+        path = download(name, None)
+        if path is None:
+            continue
+        # The other files are of the same commit, and so in the same folder.
+        commit = path.parent.name
+        for config in configs:
+            download(config, commit)
+        _check_sha256(reference, path)
+        if name.endswith(INDEX):
+            _fetch_shards(reference, path, download)
+        return path
+    where = "is in the cache, and downloads are off" if _is_offline(offline) else "exists"
+    raise CheckpointError(
+        f"{reference}: none of {index or ', '.join(_HUB_FILES)} {where}",
+        hint="check the name, or download a file and pass its path",
+    )
+
+
+# Downloads a file of a repository, of a commit or the newest one; None if there is no such file.
+_Download = Callable[[str, str | None], Path | None]
+
+
+def _hub_download(reference: str, repository: str, *, offline: bool, progress: bool) -> _Download:
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
         from huggingface_hub.utils.tqdm import disable_progress_bars
     except ImportError as error:
@@ -202,29 +256,53 @@ def fetch_hub(
     if not _shows_bar(progress):
         disable_progress_bars()
     cache, local = _hub_cache(), _is_offline(offline)
+    _remove_old((cache / hub_folder(repository) / "blobs").glob("*.incomplete"))
 
-    def download(name: str) -> Path | None:
+    def download(name: str, commit: str | None) -> Path | None:
+        if local:
+            # hf_hub_download sends a request of its own even for a file in the cache.
+            found = try_to_load_from_cache(repository, name, cache, commit)
+            return Path(found) if isinstance(found, str) else None
         try:
-            return Path(hf_hub_download(repository, name, cache_dir=cache, local_files_only=local))
+            return Path(hf_hub_download(repository, name, revision=commit, cache_dir=cache))
         except LocalEntryNotFoundError as error:
-            if not local:
-                raise _no_hub(reference, error) from error
-        except EntryNotFoundError:
-            pass
-        except (OSError, ValueError, http.client.HTTPException) as error:
             raise _no_hub(reference, error) from error
-        return None
+        except EntryNotFoundError:
+            return None
+        # Each version of huggingface_hub lets those of its HTTP library through.
+        except Exception as error:
+            raise _no_hub(reference, error) from error
 
-    files = dict(sorted(_HUB_FILES.items(), key=_is_open_clip, reverse=both_towers))
-    for name, configs in files.items():
-        if (path := download(name)) is not None:
-            for config in configs:
-                download(config)
-            return path
-    where = "is in the cache, and downloads are off" if local else "exists"
+    return download
+
+
+def _fetch_shards(reference: str, index: Path, download: _Download) -> None:
+    for name in shard_names(index):
+        path = download(name, index.parent.name)
+        if path is None:
+            raise CheckpointError(
+                f"{reference}: the shard {name} that {index.name} names does not exist, or is not "
+                "in the cache",
+                hint="run again without --offline, or download all shards and pass the index",
+            )
+        _check_sha256(reference, path)
+
+
+def _check_sha256(reference: str, path: Path) -> None:
+    """Compare a file with the SHA-256 that the hub states, which is the name of its blob.
+
+    Small files have another hash as their name, and file systems without links no blobs.
+    """
+    stated = Path(os.readlink(path)).name if path.is_symlink() else ""
+    if not is_hash(stated) or sha256_file(path) == stated:
+        return
+    with file_errors("remove", path):
+        path.parent.joinpath(os.readlink(path)).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
     raise CheckpointError(
-        f"{reference}: none of {', '.join(_HUB_FILES)} {where}",
-        hint="check the name, or download a file and pass its path",
+        f"{reference}: {path.name} differs from the hub's file, whose SHA-256 starts with "
+        f"{stated[:8]}; it was removed from the cache",
+        hint="run again to download it again",
     )
 
 

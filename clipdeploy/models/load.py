@@ -81,7 +81,7 @@ class WeightsChoice:
     keeps its weights.
 
     Args:
-        checkpoint: a file or ``hf://OWNER/NAME``.
+        checkpoint: a file, ``hf://OWNER/NAME`` or ``hf://OWNER/NAME/FILE.index.json``.
         random_seed: the seed of random weights.
         resize_position: resample a position grid of another size.
         offline: forbid downloads.

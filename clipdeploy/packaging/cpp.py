@@ -3,7 +3,8 @@
 DIR/CMakeLists.txt         cmake -B build && cmake --build build && ctest --test-dir build
     main.cpp  model.h      raw images in, logits out
     onnxruntime_model.cpp  tensorrt_model.cpp
-    model.onnx             or model.engine, and its passport
+    model.onnx             or model.engine, its passport, and reference.json if the accuracy of
+                           its reference was confirmed
     image.raw  logits.txt  preprocessed images, and the logits that Python computes for them
     labels.txt             one class per line
 """
@@ -24,6 +25,7 @@ from clipdeploy.packaging.artifact import Packable, copy_artifact, is_copy, labe
 from clipdeploy.packaging.client import template
 from clipdeploy.runners.base import Images, Logits
 from clipdeploy.runners.onnx import OnnxRunner
+from clipdeploy.workspace.proof import ReferenceProof
 from exporters.samples import Samples
 
 __all__ = ["CppPackage", "check_replaceable", "package_cpp", "sample_count"]
@@ -38,6 +40,7 @@ class CppPackage(Shown):
     """A written C++ package; ``runtime`` is ``onnxruntime``, ``tensorrt`` or ``tensorrt-rtx``.
 
     ``changed`` is False if the folder already held the same files.
+    ``reference`` says how the reference of the artifact was proven, None if that was not looked up.
     """
 
     path: Path
@@ -45,13 +48,15 @@ class CppPackage(Shown):
     runtime: str
     changed: bool
     notes: tuple[str, ...]
+    reference: ReferenceProof | None = None
 
     def __rich__(self) -> Renderable:
         rows = [
             ("program", f"{self.path}, for {self.runtime}"),
             ("made", "now" if self.changed else "before; nothing has changed since"),
         ]
-        return facts([*rows, *(("note", note) for note in self.notes)])
+        proof = [("reference", self.reference.sentence)] if self.reference else []
+        return facts([*rows, *proof, *(("note", note) for note in self.notes)])
 
     @property
     def commands(self) -> tuple[str, str]:

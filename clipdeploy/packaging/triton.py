@@ -7,7 +7,8 @@ REPOSITORY/NAME/config.pbtxt    inputs, outputs, batching, instances, warm-up
                                 images with texts; a text tower has none
                 bpe_...txt.gz   the tokenizer's vocabulary, if the client compares with texts
                 Dockerfile      a server with the TensorRT version of the engine
-                1/model.plan    or model.onnx, and its passport
+                1/model.plan    or model.onnx, its passport, and reference.json if the accuracy
+                                of its reference was confirmed
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from clipdeploy.packaging.triton_config import (
     triton_config,
     warmup_file,
 )
+from clipdeploy.workspace.proof import ReferenceProof
 from exporters.samples import GraphSamples
 
 __all__ = ["TritonConfig", "TritonPackage", "package_triton"]
@@ -53,6 +55,7 @@ class TritonPackage(Shown):
     ``changed`` is False if that version already existed.  ``server`` is the image that can serve
     it, None if none is known.  ``max_batch`` is 0 for a model with a fixed batch.  ``text`` is the
     text tower that was written beside the image tower, None if there is none.
+    ``reference`` says how the reference of the artifact was proven, None if that was not looked up.
     """
 
     path: Path
@@ -65,6 +68,7 @@ class TritonPackage(Shown):
     preferred: tuple[int, ...]
     notes: tuple[str, ...]
     text: TritonPackage | None = None
+    reference: ReferenceProof | None = None
 
     def __rich__(self) -> Renderable:
         batches = f"up to {self.max_batch} images" if self.max_batch else "one fixed batch"
@@ -76,7 +80,8 @@ class TritonPackage(Shown):
             ("server", self.server or "unknown, see its Dockerfile"),
             ("made", "now" if self.changed else "before; nothing has changed since"),
         ]
-        return facts([*rows, *(("note", note) for note in self.notes)])
+        proof = [("reference", self.reference.sentence)] if self.reference else []
+        return facts([*rows, *proof, *(("note", note) for note in self.notes)])
 
 
 def package_triton(

@@ -21,6 +21,7 @@ from clipdeploy.packaging.triton_config import TritonConfig
 from clipdeploy.stages.samples import sample_images, sample_texts
 from clipdeploy.workspace.folder import Workspace
 from clipdeploy.workspace.names import artifact_path
+from clipdeploy.workspace.proof import ReferenceProof, reference_proof, remove_proof, save_proof
 
 __all__ = ["artifact_to_package", "package_cpp", "package_triton"]
 
@@ -78,7 +79,8 @@ def package_triton(
     source = open_packable(artifact)
     samples = sample_images(source.graph.preprocess, source.fixed_batch or 1)
     if not source.graph.embeds:
-        return write_repository(source, repository, samples, config, force=force)
+        written = write_repository(source, repository, samples, config, force=force)
+        return replace(written, reference=_proof_of(source, written.model))
     tower = _text_tower(source)
     text = texts = None
     if tower is not None:
@@ -88,6 +90,7 @@ def package_triton(
         text = write_repository(tower, repository, sample_texts(), named, force=force)
         texts = TextModel(name, tower.graph)
     made = write_repository(source, repository, samples, config, texts=texts, force=force)
+    made = replace(made, reference=_proof_of(source, made.model))
     if text is None:
         return replace(made, notes=(*made.notes, _without_texts(source)))
     notes = dict.fromkeys((*made.notes, *text.notes))
@@ -130,4 +133,15 @@ def package_cpp(artifact: StrPath, folder: StrPath, *, force: bool = False) -> C
             hint="package it with --triton, or package a classifier",
         )
     samples = sample_images(source.graph.preprocess, sample_count(source))
-    return write_program(source, folder, samples, force=force)
+    made = write_program(source, folder, samples, force=force)
+    return replace(made, reference=_proof_of(source, made.model))
+
+
+def _proof_of(source: Packable, model: Path) -> ReferenceProof:
+    """The proof of the reference of ``source``, which is also written beside its copy ``model``."""
+    proof = reference_proof(source.path, source.graph)
+    if proof.accuracy is not None:
+        save_proof(model, proof.accuracy)
+    else:
+        remove_proof(model)
+    return proof

@@ -149,18 +149,31 @@ def _is_part(run_key: RunKey) -> bool:
 
 @dataclass(frozen=True)
 class _Comparison:
-    """The published top-1 and top-5 in percent, if any, and the measured intervals."""
+    """The published top-1 and top-5 in percent, if any, and the measured intervals.
+
+    ``found`` is the measured top-1 in percent of ``images`` images.
+    """
 
     top1: float | None
     top5: float | None
     one: Interval
     five: Interval
+    found: float
+    images: int
 
     def baseline(
         self, status: BaselineStatus, sentence: str, excludes: float | None = None
     ) -> Baseline:
         return Baseline(
-            status, sentence, self.top1, self.top5, self.one, self.five, excludes=excludes
+            status,
+            sentence,
+            self.top1,
+            self.top5,
+            self.one,
+            self.five,
+            excludes=excludes,
+            top1=self.found,
+            images=self.images,
         )
 
 
@@ -340,7 +353,7 @@ def check_baseline(
         f"PyTorch's top-1 is {100 * hits / n:.2f} % of {n:,} image{'' if n == 1 else 's'} "
         f"(99 % interval {one.low:.2f} to {one.high:.2f})"
     )
-    comparison = _Comparison(*_published(run_key, expected), one, five)
+    comparison = _Comparison(*_published(run_key, expected), one, five, 100 * hits / n, n)
     guess, guessing = 100 / run_key.classes, ""
     if one.low <= guess:
         guessing = f"guessing among {run_key.classes:,} classes"

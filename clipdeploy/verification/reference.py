@@ -15,37 +15,15 @@ from clipdeploy.engines.passport import library_versions
 from clipdeploy.imaging import CropCache
 from clipdeploy.imaging.crop_shards import NO_STAMP
 from clipdeploy.imaging.crops import Shelf
-from clipdeploy.imaging.keys import digest_of, pixels_key, sources
+from clipdeploy.imaging.keys import digest_of, pixels_key
 from clipdeploy.models.load import LoadedModel
 from clipdeploy.runners.torch import TorchRunner
+from clipdeploy.workspace.proof import reference_code
 from exporters.samples import GraphSamples, Samples
 
 __all__ = ["Reference"]
 
 _FORMAT = 3
-# The modules that turn a crop and a checkpoint into logits.
-_DECIDES_LOGITS = (
-    "clipdeploy.models.checkpoints.canonical",
-    "clipdeploy.models.checkpoints.checkpoint",
-    "clipdeploy.models.checkpoints.position",
-    "clipdeploy.models.checkpoints.select",
-    "clipdeploy.models.checkpoints.told",
-    "clipdeploy.models.checkpoints.unpickle",
-    *(
-        f"clipdeploy.models.checkpoints.layouts.{name}"
-        for name in (
-            *("hf_clip", "hf_vit", "layout", "mmpretrain", "mmpretrain_clip", "openai", "timm"),
-            "zero_shot",
-        )
-    ),
-    "clipdeploy.models.clip.embedding",
-    "clipdeploy.models.clip.pair",
-    "clipdeploy.models.load",
-    "clipdeploy.runners.torch",
-    "clipdeploy.models.vit",
-    "exporters.preprocess_graph",
-    "exporters.samples",
-)
 
 
 class Reference:
@@ -75,7 +53,7 @@ class Reference:
             "recipe": settings_of(model.recipe),
             "preprocess": settings_of(spec),
             "config": settings_of(model.module.config),
-            "code": sources(_DECIDES_LOGITS),
+            "code": reference_code(),
             "runner": self.name,
             "threads": self._runner.threads,
             "torch": library_versions().get("torch"),

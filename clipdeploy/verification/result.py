@@ -15,6 +15,7 @@ from clipdeploy.core.passport import Task, Tower
 from clipdeploy.verification.metrics import NEIGHBOURS, Accuracy, Fidelity, Retrieval
 from clipdeploy.verification.paired import DropJudgement, Interval
 from clipdeploy.verification.repeatability import Repeatability
+from clipdeploy.workspace.proof import ReferenceProof
 
 __all__ = [
     "COLUMNS",
@@ -32,6 +33,7 @@ __all__ = [
     "calibration_lines",
     "heading",
     "metrics_of",
+    "proof_lines",
     "verdict_line",
     "verification_table",
 ]
@@ -70,7 +72,8 @@ class Baseline:
     nothing to compare with; ``skipped``: the user requested no comparison. Artifacts are not judged
     after ``missed`` and ``implausible``. ``excludes`` is the deficit in points of top-1 that this
     check detects in 19 of 20 cases, None if it detects none or nothing was compared. ``causes`` are
-    the usual ones, each tried on these images, the likeliest first.
+    the usual ones, each tried on these images, the likeliest first. ``top1`` (percent) was measured
+    on ``images`` images; both are None if no accuracy was.
     """
 
     status: BaselineStatus
@@ -81,6 +84,8 @@ class Baseline:
     top5_interval: Interval | None = None
     causes: tuple[Cause, ...] = ()
     excludes: float | None = None
+    top1: float | None = None
+    images: int | None = None
 
     def __bool__(self) -> bool:
         return self.status not in ("missed", "implausible")
@@ -172,7 +177,8 @@ class Verification(Shown):
     random weights. ``left_out`` are engines of judged graphs that were not judged themselves.
     ``max_drop_top5`` is None if top-5 was not judged. ``task`` is ``embedding`` if artifacts were
     judged by retrieval; ``max_drop`` is then in points of recall@10.  The images of a text
-    ``tower`` are texts.
+    ``tower`` are texts.  ``reference_proof`` says how the reference was proven, by this
+    verification or earlier; None if the workspace has not the FP32 graph that was verified.
     """
 
     model: str
@@ -198,6 +204,7 @@ class Verification(Shown):
     left_out: tuple[str, ...] = ()
     task: Task = "classification"
     tower: Tower = "image"
+    reference_proof: ReferenceProof | None = None
     schema: int = VERIFICATION_SCHEMA
 
     def __bool__(self) -> bool:
@@ -368,6 +375,16 @@ def baseline_lines(result: Verification) -> list[str]:
     return [f"baseline {baseline.status}: {baseline.sentence}", *causes]
 
 
+def proof_lines(result: Verification) -> list[str]:
+    """Return how the reference was proven before, or why it no longer is."""
+    proof = result.reference_proof
+    if proof is None or not (proof.by or proof.problem):
+        return []
+    if result.baseline.status == "confirmed" and not proof.problem:
+        return []
+    return [f"the reference is {proof.sentence}"]
+
+
 def calibration_lines(row: Row) -> list[str]:
     """Return sentences on the ranges of an 8-bit artifact: what is clipped, and its images."""
     lines = [f"the calibration: {text}" for text in row.calibration_findings]
@@ -398,6 +415,7 @@ def verification_table(result: Verification) -> Group:
     first, *causes = baseline_lines(result) or [""]
     baseline = [_indented(first)] if first else []
     baseline += [_indented(cause, 4) for cause in causes]
+    baseline += [_indented(line) for line in proof_lines(result)]
     named = zip(artifact_names(result), result.rows, strict=True)
     reasons = []
     for name, row in named:

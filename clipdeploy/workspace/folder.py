@@ -14,6 +14,7 @@ artifacts/
     text-fp32.onnx                    export --text-tower: CLIP's text tower, for embeddings
     text-fp16.onnx                    build-engine --text-tower --fp16
     text-fp16.engine                  the same; its passport is beside it
+    reference.json                    verify: the accuracy that proves PyTorch, if it is confirmed
     recipe.json                       search: the recipe of its INT8 graph
     search/                           search: measurements, and the recipes of the Pareto front
     int8.engine                       build-engine

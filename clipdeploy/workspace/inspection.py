@@ -26,6 +26,7 @@ from clipdeploy.engines.passport import (
     passport_path,
     read_engine_passport,
 )
+from clipdeploy.workspace.proof import ReferenceProof, reference_proof
 from exporters.blocks import BlockPrecision
 from exporters.headers import check_weights, read_passport, read_skeleton
 from exporters.products import requested_precision
@@ -41,7 +42,8 @@ class Inspection(Shown):
     one. ``asked`` is the precision in the graph, ``compiled`` the precision that the compiler
     reported, ``executed`` the precision that the engine itself reports, None if it could not be
     queried, for the reason in ``note``. ``fallbacks`` are the blocks whose ``executed`` (or else
-    ``compiled``) precision differs from ``asked``.
+    ``compiled``) precision differs from ``asked``. ``reference`` says how the graph's reference was
+    proven, None for a file without a passport.
     """
 
     path: Path
@@ -55,6 +57,7 @@ class Inspection(Shown):
     executed: ExecutedPrecision | None
     note: str
     fallbacks: tuple[str, ...] = ()
+    reference: ReferenceProof | None = None
 
     def __rich__(self) -> Renderable:
         return inspection_table(self)
@@ -93,6 +96,7 @@ def _graph(path: Path) -> Inspection:
         None,
         None,
         note,
+        reference=reference_proof(path, passport) if passport else None,
     )
 
 
@@ -110,7 +114,8 @@ def _engine(path: Path, *, trust: bool) -> Inspection:
     best = executed or compiled
     fallbacks = differences(asked, best) if asked and best else ()
     words = (asked, compiled, executed)
-    return Inspection(path, size, digest, graph, engine, None, *words, note, fallbacks)
+    reference = reference_proof(path, graph) if graph else None
+    return Inspection(path, size, digest, graph, engine, None, *words, note, fallbacks, reference)
 
 
 def _ask_engine(path: Path, *, trust: bool) -> tuple[ExecutedPrecision | None, str]:
@@ -214,6 +219,7 @@ def inspection_table(result: Inspection) -> Group:
     nodes = f", {result.nodes} nodes" if result.nodes is not None else ""
     known = [("file", f"{result.path}: {result.bytes / 1e6:.1f} MB{nodes}")]
     known += _graph_facts(result.passport) if result.passport else []
+    known += [("reference", result.reference.sentence)] if result.reference else []
     known += [("calibration", text) for text in _findings(result)]
     known += _engine_facts(result.engine) if result.engine else []
     hashes = _hashes(result)

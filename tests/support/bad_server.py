@@ -4,8 +4,12 @@
 /cut/FILE        half of the file, with the Content-Length of all of it
 /wrong/FILE      other bytes of the same length
 /stall/FILE      half of the file, then no more data
+/short/FILE      half of the file, with that Content-Length
 /gone/FILE       404
 /OWNER/NAME/resolve/main/FILE   the file, as the Hugging Face hub serves it
+
+A failure can be limited to files with a text in their name: ``/cut-00002-of/...``.  A request for
+the rest of a file gets all of the rest.
 """
 
 from __future__ import annotations
@@ -27,8 +31,11 @@ def _handler(folder: Path, released: threading.Event, log: list[str]) -> type:
             self._answer(body=True)
 
         def _answer(self, *, body: bool) -> None:
-            log.append(f"{self.command} {self.path}")
-            manner, name = self.path.split("/")[1], self.path.rpartition("/")[2]
+            first = self._first_byte()
+            log.append(f"{self.command} {self.path}{f' from {first}' if first else ''}")
+            owner, name = self.path.split("/")[1], self.path.rpartition("/")[2]
+            manner, _, part = owner.partition("-")
+            manner = manner if part in name and not first else "whole"
             file = folder / name
             if manner == "gone" or not file.is_file():
                 self.send_response(404)
@@ -36,10 +43,16 @@ def _handler(folder: Path, released: threading.Event, log: list[str]) -> type:
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return
-            data = file.read_bytes()
-            self.send_response(200)
+            whole = file.read_bytes()
+            data = whole[first:]
+            if manner == "short" and body:
+                data = data[: len(data) // 2]
+            self.send_response(206 if first else 200)
             self.send_header("Content-Length", str(len(data)))
-            self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+            if first:
+                last = len(whole) - 1
+                self.send_header("Content-Range", f"bytes {first}-{last}/{len(whole)}")
+            self.send_header("ETag", f'"{hashlib.sha256(whole).hexdigest()}"')
             self.send_header("X-Repo-Commit", "c" * 40)
             self.end_headers()
             if not body:
@@ -53,6 +66,10 @@ def _handler(folder: Path, released: threading.Event, log: list[str]) -> type:
             if manner == "stall":
                 released.wait(30)
             self.close_connection = True
+
+        def _first_byte(self) -> int:
+            range_ = self.headers.get("Range", "")
+            return int(range_.removeprefix("bytes=").partition("-")[0]) if range_ else 0
 
         def log_message(self, *args: object) -> None:
             pass

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from clipdeploy.core.errors import CheckpointError, first_line
-from clipdeploy.core.files import open_regular, read_regular, sha256_file
+from clipdeploy.core.files import open_regular, sha256_file
 from clipdeploy.core.interrupts import interrupts
 from clipdeploy.models.checkpoints.unpickle import Inert, module_tensors, read_pickle
-from clipdeploy.models.hub import OPEN_CLIP_CONFIG, OPEN_CLIP_NAMES
+from clipdeploy.models.hub import INDEX, OPEN_CLIP_CONFIG, OPEN_CLIP_NAMES
+from clipdeploy.models.shards import json_file, read_index
 
 __all__ = ["METADATA_KEY", "Archive", "read_archive"]
 
@@ -36,9 +37,7 @@ _HUB_NAMES = (
     "pytorch_model.bin.index.json",
     *OPEN_CLIP_NAMES,
 )
-_INDEX = ".index.json"
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}(?P<suffix>\.\w+)")
-_MOST_SIDE_BYTES = 16 << 20
 # In PyTorch's messages: the class that it refuses to load.
 _CLASS = re.compile(r"\bGLOBAL ([\w.]+)")
 # In PyTorch's messages: the advice to load the file in the unsafe way.
@@ -76,9 +75,9 @@ def read_archive(path: Path) -> Archive:
     path = _resolved(path)
     with open_regular(path):
         pass
-    if path.name.endswith(_INDEX):
+    if path.name.endswith(INDEX):
         loaded, sha256 = _read_shards(path)
-        kind = f"sharded {path.name.removesuffix(_INDEX).rpartition('.')[2]}"
+        kind = f"sharded {path.name.removesuffix(INDEX).rpartition('.')[2]}"
     else:
         loaded, sha256 = _load(path), sha256_file(path)
         kind = path.suffix.lstrip(".") or "pickle"
@@ -95,7 +94,7 @@ def _resolved(path: Path) -> Path:
     if path.is_dir():
         return next((path / name for name in _HUB_NAMES if (path / name).exists()), path)
     if found := _SHARD.fullmatch(path.name):
-        index = path.with_name(f"{found['stem']}{found['suffix']}{_INDEX}")
+        index = path.with_name(f"{found['stem']}{found['suffix']}{INDEX}")
         if not index.exists():
             raise CheckpointError(
                 f"{path} is one shard of a checkpoint, and its index {index.name} does not exist",
@@ -110,7 +109,7 @@ def _side_file(path: Path, name: str) -> Mapping[str, Any]:
     beside = path.with_name(name)
     if path.name not in _HUB_NAMES or not beside.is_file():
         return {}
-    found = _json(beside)
+    found = json_file(beside)
     return found if isinstance(found, Mapping) else {}
 
 
@@ -131,25 +130,9 @@ def _own_config(path: Path) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(read_regular(path, _MOST_SIDE_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is not valid JSON: {first_line(error)}", hint="download it again"
-        ) from error
-
-
 def _read_shards(index: Path) -> tuple[dict[str, Any], str]:
-    content = _json(index)
-    places = content.get("weight_map") if isinstance(content, Mapping) else None
-    if not isinstance(places, Mapping) or not places:
-        raise CheckpointError(f"{index} has no weight_map", hint="download it again")
-    names = sorted({str(name) for name in places.values()})
-    if bad := [name for name in names if not _is_beside(name)]:
-        raise CheckpointError(
-            f"{index} names a file outside its folder: {bad[0]!a}", hint="download it again"
-        )
+    places = read_index(index)
+    names = sorted(set(places.values()))
     tensors: dict[str, Any] = {}
     digest = hashlib.sha256(sha256_file(index).encode())
     for name in names:
@@ -165,11 +148,6 @@ def _read_shards(index: Path) -> tuple[dict[str, Any], str]:
             hint="download it again",
         )
     return tensors, digest.hexdigest()
-
-
-def _is_beside(name: str) -> bool:
-    """Whether it is a file's name; one with a folder could lead anywhere."""
-    return Path(name).name == name != "" and "\0" not in name and not name.startswith(".")
 
 
 def _load(path: Path) -> Any:

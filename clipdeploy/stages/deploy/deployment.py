@@ -126,11 +126,25 @@ def open_points(
 
 def _of_the_verdict(verification: Verification) -> Iterator[str]:
     baseline = verification.baseline
-    if verification.labelled and not verification.random_weights and baseline.status != "confirmed":
+    judged = verification.labelled and not verification.random_weights
+    if judged and not _is_proven(verification):
         yield f"PyTorch's own accuracy, baseline {baseline.status}: {baseline.sentence}"
     for name, row in zip(artifact_names(verification), verification.rows, strict=True):
         if row.verdict != "equivalent":
             yield f"{name}, {row.verdict}: {row.reason}"
+
+
+def _is_proven(verification: Verification) -> bool:
+    """Whether PyTorch's accuracy was confirmed, now or earlier, or its logits by a probe.
+
+    A probe says nothing about the labels, so it does not replace an accuracy that is published.
+    """
+    status, proof = verification.baseline.status, verification.reference_proof
+    if status == "confirmed":
+        return True
+    if proof is None or not verification.baseline:
+        return False
+    return proof.accuracy is not None or ("probe" in proof.by and status == "unpublished")
 
 
 def _of_the_engines(verification: Verification, engines: Sequence[EngineArtifact]) -> Iterator[str]:

@@ -17,6 +17,7 @@ from clipdeploy.models import cards
 from clipdeploy.models.cards import takes_any_name
 from clipdeploy.models.load import reload_model
 from clipdeploy.stages.verify.on_disk import check_against_disk, check_artifacts, check_labels
+from clipdeploy.stages.verify.remember import with_proof
 from clipdeploy.stages.verify.setup import (
     Judgement,
     VerifyScope,
@@ -96,6 +97,7 @@ def merge_verification(
                 workspace, model, results, result, scope, data, note, progress
             ),
         )
+    result = with_proof(workspace, results, result, scope.expected, note)
     different = workspace.disagreements(model)
     write_atomic(different, disagreements_csv(results))
     return Judgement(result, saved, different, Evidence(results))

@@ -16,6 +16,7 @@ from clipdeploy.imaging import select
 from clipdeploy.models.cards import takes_any_name
 from clipdeploy.stages.cluster import ClusterConfig, Shard, ShardJob, shards_on_cluster
 from clipdeploy.stages.verify.on_disk import check_against_disk
+from clipdeploy.stages.verify.remember import with_proof
 from clipdeploy.stages.verify.setup import Judgement, VerificationSetup, VerifyScope, set_up
 from clipdeploy.verification.baseline import rules_out_baseline
 from clipdeploy.verification.disagreements import disagreements_csv
@@ -82,8 +83,9 @@ def verify_model(
     sample of a long run and then on all images; if it misses the published accuracy, nothing is
     judged. ``note`` receives sentences about problems with the images before the run starts. The
     records are saved in ``keep``, by default in the workspace: a killed run is resumed, and a
-    finished one is only read. A ``cluster`` runs the images in shards; the result is the same to
-    the bit.
+    finished one is only read. The workspace remembers a confirmed accuracy of PyTorch as the
+    reference's proof, see :mod:`clipdeploy.stages.verify.remember`. A ``cluster`` runs the images
+    in shards; the result is the same to the bit.
 
     Raises:
         ClipdeployError: see :mod:`clipdeploy.core.errors`.
@@ -101,6 +103,7 @@ def verify_model(
         note("PyTorch itself misses its accuracy on a sample of the images: stopped")
         stopped = replace(stopped, run_key=_unrun_key(stopped, setup))
         verdict = setup.judge(stopped, config.limits, scope, progress)
+        verdict = with_proof(workspace, stopped, verdict, scope.expected, note)
         return Judgement(verdict, None, evidence=Evidence(stopped, setup.images))
     if cluster is not None:
         job = _cluster_job(workspace, model, data, config, scope, len(setup.images.entries))
@@ -115,6 +118,7 @@ def verify_model(
         return Judgement(None, saved)
     results = with_retrieval(results)
     verification = setup.judge(results, config.limits, scope, progress)
+    verification = with_proof(workspace, results, verification, scope.expected, note)
     different = workspace.disagreements(model)
     write_atomic(different, disagreements_csv(results))
     return Judgement(verification, saved, different, Evidence(results, setup.images))

@@ -33,6 +33,7 @@ from clipdeploy.verification.result import (
     calibration_lines,
     heading,
     metrics_of,
+    proof_lines,
     verdict_line,
 )
 from clipdeploy.verification.results import Results
@@ -161,7 +162,7 @@ def contents_of(results: Results, result: Verification) -> Contents:
         verdict=verdict,
         sentence=sentence,
         heading=heading(result),
-        baseline=tuple(baseline_lines(result)),
+        baseline=(*baseline_lines(result), *proof_lines(result)),
         columns=(*columns[:2], _DROP, *columns[2:]),
         lines=(*_reference(result), *(_line(name, row, result) for name, row, _ in rows)),
         problems=result.problems,
@@ -180,7 +181,7 @@ def contents_of(results: Results, result: Verification) -> Contents:
             _worst(record, lanes, words, judged=judged)
             for record in worst_images(records, _MOST, _LEAST)
         ),
-        provenance=provenance(results),
+        provenance=provenance(results, result.reference_proof),
         task=result.task,
     )
 

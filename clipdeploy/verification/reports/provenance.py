@@ -6,13 +6,18 @@ import math
 from collections.abc import Iterator
 
 from clipdeploy.verification.results import Results, RunKey
+from clipdeploy.workspace.proof import ReferenceProof
 
 __all__ = ["provenance"]
 
 
-def provenance(results: Results) -> tuple[tuple[str, str], ...]:
-    """Return pairs of name and value, in the order of a report."""
-    return (*_files(results), *_choices(results.run_key), *results.run_key.versions.items())
+def provenance(
+    results: Results, proof: ReferenceProof | None = None
+) -> tuple[tuple[str, str], ...]:
+    """Return pairs of name and value, in the order of a report; ``proof`` is the reference's."""
+    proven = [("reference's proof", proof.sentence)] if proof is not None else []
+    choices = (*_choices(results.run_key), *proven)
+    return (*_files(results), *choices, *results.run_key.versions.items())
 
 
 def _files(results: Results) -> Iterator[tuple[str, str]]:

@@ -202,7 +202,7 @@ WRONG = {
     "timm_crop_mode": ("middle",),
     "normalisation": ("CLIP", "none"),
     "measured_by": ("me",),
-    "file": ("../x.pth", "/x.pth", "hf://x", "hf://a/b/c", "hf://../x"),
+    "file": ("../x.pth", "/x.pth", "hf://x", "hf://a/b/c", "hf://../x", "x.bin.index.json"),
     "sha256_prefix": ("abc", "wrong-hash", "ABCDEF01"),
 }
 
