@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
@@ -25,6 +25,9 @@ from clipdeploy.cli.shared_options import (
 )
 from clipdeploy.cli.usage import command, refuse_together, refuse_unused
 from clipdeploy.core.spans import BUDGET, IMAGES, SEARCHED_DROP
+
+if TYPE_CHECKING:
+    from clipdeploy.engines.backends import BackendOption
 
 _CONFIG = "clipdeploy.tuning.search.SearchConfig"
 
@@ -82,6 +85,11 @@ _CONFIG = "clipdeploy.tuning.search.SearchConfig"
     is_flag=True,
     help="Do not try other values of --range and --strength.",
 )
+@option(
+    "--no-quantize-outputs",
+    is_flag=True,
+    help="Do not round the sums of qkv and fc1, even where that saves time and keeps the accuracy.",
+)
 @option("--int8", is_flag=True, help="Search INT8 only, instead of each format that the GPU has.")
 @option("--fp8", is_flag=True, help="Search FP8 only, instead of each format that the GPU has.")
 @cpu_option
@@ -103,6 +111,7 @@ def search(
     batch: int,
     threads: int,
     fixed_scheme: bool,
+    no_quantize_outputs: bool,
     int8: bool,
     fp8: bool,
     cpu: bool,
@@ -128,7 +137,9 @@ def search(
         refuse_unused(["search_images", "seed"], "a split of --data", "leave out --confirm-data")
     chosen = cost or ("cpu" if cpu else "roofline")
     if chosen != "roofline":
-        refuse_unused(["gpu"], "--cost roofline", "choose --cost roofline")
+        refuse_unused(["gpu", "no_quantize_outputs"], "--cost roofline", "choose --cost roofline")
+    if cpu:
+        refuse_unused(["no_quantize_outputs"], "graphs for TensorRT", "leave out --cpu")
     name = context.model(model)
     from clipdeploy.stages.search import search_model
     from clipdeploy.tuning.search import SearchConfig
@@ -147,6 +158,7 @@ def search(
         remainder="fp32" if cpu else "fp16",
         format="fp8" if fp8 else "int8" if int8 else None,
         labelling=labelling(options),
+        outputs=not no_quantize_outputs,
     )
     result = search_model(
         context.workspace,
@@ -154,6 +166,7 @@ def search(
         val_data,
         config,
         confirm=confirm_data,
+        backend=cast("BackendOption", context.setting("backend") or "auto"),
         note=context.note,
         progress=context.progress,
     )

@@ -22,6 +22,7 @@ from clipdeploy.core.errors import UsageError
 from clipdeploy.core.files import sha256_file
 from clipdeploy.core.passport import to_json
 from clipdeploy.core.progress import Progress
+from clipdeploy.engines.backends import BackendOption
 from clipdeploy.engines.gpus import GpuSpec, gpu_or_default
 from clipdeploy.engines.roofline import geometry_of
 from clipdeploy.stages.samples import sample_images
@@ -29,10 +30,10 @@ from clipdeploy.tuning.chain import Chain
 from clipdeploy.tuning.cost import (
     CostModel,
     counted_costs,
-    estimated_costs,
     linear_shapes,
     measured_costs,
 )
+from clipdeploy.tuning.engine_costs import estimated_costs
 from clipdeploy.tuning.evaluate import Evaluator, is_feasible
 from clipdeploy.tuning.images import labelled_batches
 from clipdeploy.tuning.optimiser import Combination, OutOfTimeError, cheapest
@@ -64,10 +65,11 @@ class Search:
         model: str,
         splits: tuple[Split, Split],
         config: SearchConfig,
+        backend: BackendOption,
         progress: Progress,
     ) -> None:
         self.workspace, self.model, self.config = workspace, model, config
-        self.progress = progress
+        self.backend, self.progress = backend, progress
         self.source, self.passport = workspace.source(model)
         self.calibration = workspace.calibration(model)
         self.search, self.confirm = splits
@@ -96,6 +98,7 @@ class Search:
             cost="roofline",
             gpu="",
             format=None,
+            outputs=True,
         )
         parts = (
             to_json(config),
@@ -191,13 +194,17 @@ class Best:
 
 @dataclass(frozen=True)
 class Found:
-    """The cheapest feasible combination of one format, and the scheme and costs it belongs to."""
+    """The cheapest feasible combination of one format, and the scheme and costs it belongs to.
+
+    ``outputs``: whether the sums of its qkv and fc1 are in 8 bits too.
+    """
 
     form: FormatName
     scheme: SchemeConfig
     costs: CostModel
     chosen: Combination
     finished: bool
+    outputs: bool = False
 
     @property
     def label(self) -> str:
@@ -207,7 +214,7 @@ class Found:
     @property
     def cost(self) -> float:
         """The cost of the combination."""
-        return self.costs.total(self.chosen)
+        return self.costs.total(self.chosen, outputs=self.outputs)
 
     @property
     def rank(self) -> tuple[float, int]:
