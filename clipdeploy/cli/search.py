@@ -67,7 +67,8 @@ _CONFIG = "clipdeploy.tuning.search.SearchConfig"
 @option(
     "--cost",
     type=click.Choice(choices_of(_CONFIG, "cost")),
-    help="Estimate the time on a GPU, count MACs, or time the Linears on this CPU.",
+    help="roofline estimates the time on a GPU, gpu measures it on this machine's GPU, macs counts "
+    "MACs, cpu times the Linears on this CPU.",
     default_text="roofline; cpu with --cpu",
 )
 @option(
@@ -106,7 +107,7 @@ def search(
     budget: float | None,
     search_images: int | None,
     seed: int,
-    cost: Literal["roofline", "macs", "cpu"] | None,
+    cost: Literal["roofline", "gpu", "macs", "cpu"] | None,
     gpu: str,
     batch: int,
     threads: int,
@@ -122,7 +123,8 @@ def search(
 
     Finds the fastest combination that is proven to lose at most --max-drop of top-1, and confirms
     it on images that the search did not use. The exit code is 3 if they do not confirm it. With
-    --cost roofline, it also chooses for the attention of each block.
+    --cost roofline or gpu, it also chooses for the attention of each block and for the sums of qkv
+    and fc1.
     """
     from clipdeploy.core.plots import check_plot_path, save_plot
 
@@ -137,7 +139,11 @@ def search(
         refuse_unused(["search_images", "seed"], "a split of --data", "leave out --confirm-data")
     chosen = cost or ("cpu" if cpu else "roofline")
     if chosen != "roofline":
-        refuse_unused(["gpu", "no_quantize_outputs"], "--cost roofline", "choose --cost roofline")
+        refuse_unused(["gpu"], "--cost roofline", "choose --cost roofline")
+    if chosen in ("macs", "cpu"):
+        refuse_unused(
+            ["no_quantize_outputs"], "--cost roofline and gpu", "choose one of these costs"
+        )
     if cpu:
         refuse_unused(["no_quantize_outputs"], "graphs for TensorRT", "leave out --cpu")
     name = context.model(model)

@@ -7,6 +7,7 @@ first (``docs/int8.md`` has the reason for one format).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +20,9 @@ from clipdeploy.core.locks import sole_writer
 from clipdeploy.core.paths import StrPath, as_path
 from clipdeploy.core.progress import SILENT, Progress
 from clipdeploy.engines.backends import BackendOption
-from clipdeploy.engines.gpus import DEFAULT_GPU, local_gpu
 from clipdeploy.models.cards import takes_any_name
 from clipdeploy.stages.quantize import calibration_file
+from clipdeploy.stages.search_costs import CostRun, engine_models, timed_gpu
 from clipdeploy.stages.search_formats import Found, Search, search_formats
 from clipdeploy.stages.search_graphs import (
     Written,
@@ -65,6 +66,8 @@ def search_model(
     Raises:
         ClipdeployError: see :mod:`clipdeploy.core.errors`.
     """
+    if config.cost == "gpu":
+        timed_gpu()
     data = Path(data)
     confirm = as_path(confirm)
     _, passport = workspace.source(model)
@@ -74,13 +77,16 @@ def search_model(
     check_splits(*splits, frozenset(record.sha256 for record in table.images))
     check_enough(splits[0], config, "search")
     check_enough(splits[1], config, "confirm")
-    if config.cost == "roofline" and not config.gpu and local_gpu() is None:
-        note(
-            f"times are estimated for {DEFAULT_GPU}: this machine has no GPU with a data sheet here"
-        )
     state = workspace.search(model) / "state.json"
     with sole_writer(state, "clipdeploy search"), scratch_folder() as temporary:
-        search = Search(workspace, model, splits, config, backend, progress)
+        deadline = None if config.budget is None else time.monotonic() + 60 * config.budget
+        run = CostRun(workspace, model, config, backend, deadline, note, progress)
+        search = Search(
+            *(workspace, model, splits, config, engine_models(run)),
+            backend=backend,
+            deadline=deadline,
+            progress=progress,
+        )
         return _run(search, temporary, data)
 
 
@@ -103,7 +109,7 @@ def _run(search: Search, folder: Path, data: Path) -> SearchResult:
     save_recipe(
         QuantizeRecipe(search.model, search.passport.weights.identity, config, settings), recipe
     )
-    models = search.estimates or {best.form: best.costs}
+    models = search.models or {best.form: best.costs}
     return SearchResult(
         model=search.model,
         data=str(data),

@@ -7,21 +7,18 @@ save time, the chosen graph is written once more with them, and kept if it is fe
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from calibration.config import QuantizeConfig, Remainder
-from calibration.formats import FormatName
-from calibration.policy import Scope
-from calibration.scheme import SchemeConfig
+from calibration.config import QuantizeConfig
 from clipdeploy.runners.onnx import OnnxRunner
 from clipdeploy.stages.quantize import quantize_model, with_scale_form
 from clipdeploy.stages.search_formats import Found, Search
+from clipdeploy.stages.search_products import product_config
 from clipdeploy.tuning.evaluate import Counter
 from clipdeploy.tuning.images import Labelled
 from clipdeploy.tuning.pareto import Evaluation
-from clipdeploy.tuning.search import is_attention
 from clipdeploy.tuning.state import save_state
 from exporters.headers import GraphArtifact
 
@@ -29,7 +26,6 @@ __all__ = [
     "Written",
     "found_config",
     "may_round_outputs",
-    "product_config",
     "score",
     "write_choice",
     "written_label",
@@ -43,34 +39,6 @@ class Written:
     best: Found
     artifact: GraphArtifact
     evaluation: Evaluation
-
-
-def product_config(
-    order: Iterable[str],
-    quantised: Collection[str],
-    form: FormatName,
-    scheme: SchemeConfig,
-    *,
-    remainder: Remainder = "fp16",
-    outputs: bool = False,
-) -> QuantizeConfig:
-    """How to write the graph with the products ``quantised``, of ``order``, in 8 bits."""
-    scope = Scope(attention=any(map(is_attention, quantised)), outputs=outputs)
-    exclude = (
-        node
-        for name in order
-        if name not in quantised
-        for node in _nodes(name, attention=scope.attention)
-    )
-    # The search judges accuracy itself, and decides which products stay.
-    return QuantizeConfig(tuple(exclude), remainder, scheme, scope, min_sqnr=None, format=form)
-
-
-def _nodes(name: str, *, attention: bool) -> tuple[str, ...]:
-    """What a graph calls a product, as far as it is in a scope with or without ``attention``."""
-    if not is_attention(name):
-        return (name,)
-    return (f"{name}.scores", f"{name}.mix") if attention else ()
 
 
 def found_config(search: Search, found: Found) -> QuantizeConfig:

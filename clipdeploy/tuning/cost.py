@@ -1,10 +1,10 @@
 """Estimates or measures the cost of each product in 8 bits and FP16, which the search minimises.
 
-A product is a Linear or, in cost model ``roofline``, the attention of a block: both of its products
-of activations.
+A product is a Linear or, in cost models ``roofline`` and ``gpu``, the attention of a block: both of
+its products of activations.
 
-Cost model ``roofline``: microseconds of a whole engine on a GPU, from its data sheet, see
-:mod:`clipdeploy.tuning.engine_costs`.
+Cost model ``roofline``: microseconds of a whole engine on a GPU, from its data sheet; ``gpu``: the
+same, measured on this machine's GPU.  See :mod:`clipdeploy.tuning.engine_costs`.
 
 Cost model ``macs``: multiply-accumulates of the Linears for one image, those in 8 bits counted
 half.  This is no time; the choice with the lowest cost has most of its MACs in 8 bits.
@@ -38,13 +38,16 @@ __all__ = [
     "measured_costs",
 ]
 
-CostKind = Literal["roofline", "macs", "cpu"]
+CostKind = Literal["roofline", "gpu", "macs", "cpu"]
 _ROUNDS = 9
 
 
 @dataclass(frozen=True)
 class ProductCost:
-    """``macs`` of one image; ``half`` and ``quantised``: costs in the unit of the cost model."""
+    """``macs`` of one image; ``half`` and ``quantised``: costs in the unit of the cost model.
+
+    Cost model ``gpu`` knows only their difference: ``half`` is 0, and ``rest`` the time of FP16.
+    """
 
     macs: int
     half: float
@@ -63,9 +66,9 @@ class SharedCost:
 class CostModel:
     """Costs of all products, and the unit and batch size that they apply to.
 
-    ``gpu`` is the GPU of a ``roofline``, and ``rest`` the cost of everything that is no product.
-    ``outputs`` is what 8-bit sums add to the cost of each qkv and fc1 in 8 bits, less than 0 if
-    they save time; it is empty if the cost model does not know.
+    ``gpu`` is the GPU that the costs are for, if any, and ``rest`` the cost of everything that is
+    no product.  ``outputs`` is what 8-bit sums add to the cost of each qkv and fc1 in 8 bits, less
+    than 0 if they save time; it is empty if the cost model does not know.
     """
 
     kind: CostKind
@@ -117,8 +120,9 @@ class CostModel:
     def gains(self) -> dict[str, float]:
         """What each product saves: the cost of :meth:`fastest` without it, less that with it.
 
-        0 for products outside it.  None of them is worth 8 bits, whichever others are in FP16,
-        because sharing a kernel makes products in 8 bits cheaper together, not dearer.
+        0 for products outside it.  In a ``roofline`` none of them is worth 8 bits, whichever others
+        are in FP16, because sharing a kernel makes products in 8 bits cheaper together, not dearer.
+        Where two are measured to be dearer together, one of them counts as worth nothing.
         """
         best = self.fastest()
         least = self.total(best)

@@ -17,7 +17,7 @@ from calibration.scheme import SchemeConfig
 from clipdeploy.core.display import Renderable, Shown
 from clipdeploy.core.errors import UsageError
 from clipdeploy.core.spans import BATCH, BUDGET, IMAGES, SEARCHED_DROP, SEED, THREADS, check_numbers
-from clipdeploy.engines.gpus import GpuSpec, find_gpu
+from clipdeploy.engines.gpus import find_gpu
 from clipdeploy.imaging import Labelling
 from clipdeploy.tuning.cost import CostKind, CostModel
 from clipdeploy.tuning.pareto import Candidate
@@ -40,7 +40,7 @@ class SearchConfig:
     ``threads``: ONNX Runtime's, 0 for its default.  ``scheme``: how Linears are quantised; if it
     loses too much accuracy, other ranges and smoothing strengths are tried, unless
     ``fixed_scheme``.  ``format``: of the products that are not FP16; None for the fastest of those
-    that the GPU has, or INT8 if the cost is no ``roofline``.  ``remainder``: see
+    that the GPU has, or INT8 if the cost is not that of an engine.  ``remainder``: see
     :class:`calibration.config.QuantizeConfig`.  ``labelling``: where the images' classes come from.
     ``outputs``: whether the sums of qkv and fc1 may be in 8 bits too, in a graph for TensorRT and
     if the cost is that of an engine.
@@ -84,8 +84,15 @@ class SearchConfig:
             raise UsageError("FP8 is for TensorRT engines", hint="search INT8 for a CPU")
         if self.gpu and self.cost != "roofline":
             raise UsageError(
-                f"the cost model {self.cost} does not depend on a GPU such as {self.gpu!r}",
+                f"the cost model {self.cost} does not depend on a GPU such as {self.gpu!r}"
+                if self.cost != "gpu"
+                else f"the cost model gpu measures on this machine's GPU, not on {self.gpu!r}",
                 hint="choose roofline, or no GPU",
+            )
+        if self.cost == "gpu" and self.remainder != "fp16":
+            raise UsageError(
+                "the cost model gpu times TensorRT engines, remainder fp32 is for ONNX Runtime",
+                hint="leave one of the two out",
             )
         if self.gpu:
             find_gpu(self.gpu)
@@ -95,13 +102,11 @@ class SearchConfig:
         """Whether 8-bit sums of qkv and fc1 are allowed, and possible with this ``remainder``."""
         return self.outputs and self.remainder == "fp16"
 
-    def formats(self, gpu: GpuSpec | None) -> tuple[FormatName, ...]:
-        """The formats to search; ``gpu`` is that of a ``roofline``."""
+    def formats(self, possible: Iterable[FormatName] = ("int8",)) -> tuple[FormatName, ...]:
+        """The formats to search, of those that are ``possible`` on a GPU."""
         if self.format is not None:
             return (self.format,)
-        if gpu is None or self.remainder != "fp16":
-            return ("int8",)
-        return tuple(name for name in FORMATS if gpu.rate(name) is not None)
+        return tuple(possible) if self.remainder == "fp16" else ("int8",)
 
 
 @dataclass(frozen=True)

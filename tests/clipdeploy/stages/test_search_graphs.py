@@ -1,4 +1,7 @@
-"""The graph of a search's choice, with and without 8-bit sums of qkv and fc1."""
+"""The graph of a search's choice, with and without 8-bit sums of qkv and fc1.
+
+Covers: clipdeploy/stages/search_products.py.
+"""
 
 from __future__ import annotations
 

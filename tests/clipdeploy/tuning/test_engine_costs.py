@@ -1,12 +1,14 @@
-"""Costs of combinations from the times of whole engines: exactly those of a roofline."""
+"""Costs of combinations from the times of whole engines, estimated and measured."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
+from clipdeploy.core.errors import EngineError
 from clipdeploy.engines.gpus import Format, find_gpu
 from clipdeploy.engines.roofline import (
+    Formats,
     Geometry,
     block_products,
     engine_seconds,
@@ -15,7 +17,13 @@ from clipdeploy.engines.roofline import (
 )
 from clipdeploy.models import cards
 from clipdeploy.tuning.cost import CostModel
-from clipdeploy.tuning.engine_costs import estimated_costs
+from clipdeploy.tuning.engine_costs import (
+    TimedCosts,
+    Timer,
+    estimated_costs,
+    timed_costs,
+    timed_variants,
+)
 
 
 def costs_of(model: str, gpu: str, batch: int, form: Format = "int8") -> tuple[Geometry, CostModel]:
@@ -96,3 +104,98 @@ def test_int8_costs_four_fifths_on_an_h100_and_more_than_fp16_on_a_b300() -> Non
     # 577 tokens of INT8 attention are not fused.
     _, long = costs_of("clip-vit-base-p16-384px", "L4", 32)
     assert not any(name.endswith(".attn") for name in long.fastest())
+
+
+def roofline_timer(geometry: Geometry, gpu: str, batch: int) -> Timer:
+    """The time of an engine by the roofline, as if it had been measured."""
+    return lambda formats: 1e6 * engine_seconds(kernels(geometry, formats, batch), find_gpu(gpu))
+
+
+@pytest.mark.parametrize("gpu", ["L4", "H100-SXM", "B300"])
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+@pytest.mark.parametrize("model", ["clip-vit-base-p32", "clip-vit-base-p16-384px"])
+def test_the_times_of_a_roofline_give_its_costs(gpu: str, form: Format, model: str) -> None:
+    geometry, estimated = costs_of(model, gpu, 32, form)
+    found = timed_costs(geometry, roofline_timer(geometry, gpu, 32), 32, form, gpu)
+    found.check()
+    assert found.doubt == ""
+    timed = found.costs
+    assert (timed.kind, timed.gpu, timed.order) == ("gpu", gpu, estimated.order)
+    assert timed.fastest() == estimated.fastest()
+    none = estimated.total(frozenset())
+    for name, each in estimated.products.items():
+        own = timed.products[name]
+        assert own.macs == each.macs
+        # Differences of times around ``none``, which have 16 digits.
+        assert own.quantised - own.half == pytest.approx(
+            each.quantised - each.half, abs=1e-9 * none
+        )
+    generator = np.random.default_rng(0)
+    for share in (0.0, 0.2, 0.5, 0.8, 1.0):
+        chosen = frozenset(name for name in timed.order if generator.random() < share)
+        for outputs in (False, True):
+            direct = estimated.total(chosen, outputs=outputs)
+            assert timed.total(chosen, outputs=outputs) == pytest.approx(direct, rel=1e-9)
+
+
+def test_whole_groups_are_timed() -> None:
+    geometry = Geometry.of_card(cards.find("clip-vit-base-p16"))
+    variants = timed_variants(geometry, "int8")
+    assert len(variants) == 16
+    assert variants[0] == {}
+    kinds = [tuple(sorted({name.split(".", 2)[2] for name in each})) for each in variants]
+    assert kinds[1:6] == [("attn.qkv",), ("attn",), ("attn.proj",), ("mlp.fc1",), ("mlp.fc2",)]
+    assert [len(each) for each in variants[1:6]] == [12, 11, 11, 11, 11]
+    # Those of the last block have one row an image.
+    assert [tuple(each) for each in variants[6:9]] == [
+        ("blocks.11.attn.proj",),
+        ("blocks.11.mlp.fc1",),
+        ("blocks.11.mlp.fc2",),
+    ]
+    every = geometry.depth * 4 + geometry.depth - 1
+    assert len(variants[-1]) == every + 2 * geometry.depth
+    assert len(set(map(frozenset, variants))) == 16
+
+
+def disturbed(factor: float) -> TimedCosts:
+    """Measurements in which the engine with everything in 8 bits takes ``factor`` times as long."""
+    geometry = Geometry.of_card(cards.find("clip-vit-base-p16"))
+    real = roofline_timer(geometry, "H100-SXM", 32)
+    every = len(timed_variants(geometry, "int8")[-1])
+
+    def timer(formats: Formats) -> float:
+        return real(formats) * (factor if len(formats) == every else 1)
+
+    return timed_costs(geometry, timer, 32, "int8", "H100-SXM")
+
+
+def test_parts_that_do_not_add_up_to_the_whole_are_doubtful() -> None:
+    for factor in (0.97, 1.0, 1.03):
+        assert disturbed(factor).doubt == ""
+    for factor in (0.9, 1.1):
+        found = disturbed(factor)
+        found.check()
+        assert "the engine with everything in 8 bits takes" in found.doubt
+        assert f"its parts add up to {found.parts:.0f} µs" in found.doubt
+    for factor in (0.5, 1.5):
+        with pytest.raises(EngineError, match="contradict each other"):
+            disturbed(factor).check()
+
+
+@pytest.mark.parametrize("time", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_time_that_no_engine_has_is_refused(time: float) -> None:
+    geometry = Geometry.of_card(cards.find(cards.DEMO))
+    with pytest.raises(EngineError, match="cannot be right"):
+        timed_costs(geometry, lambda formats: time, 8, "int8", "L4").check()
+
+
+def test_a_negative_cost_is_refused() -> None:
+    geometry = Geometry.of_card(cards.find(cards.DEMO))
+    every = len(timed_variants(geometry, "int8")[-1])
+
+    def timer(formats: Formats) -> float:
+        # Each group saves two thirds of the engine, so two of them leave less than nothing.
+        return 100.0 if not formats or len(formats) == every else 33.0
+
+    with pytest.raises(EngineError, match=r"cannot be right: 100 µs in FP16, .* -\d+ µs for the"):
+        timed_costs(geometry, timer, 8, "int8", "L4").check()

@@ -344,7 +344,7 @@ def test_a_graph_that_fails_when_written_does_not_stay(
 
     monkeypatch.setattr(search_graphs, "score", score)
     # Search both formats, although INT8 has a choice that is as fast.
-    monkeypatch.setattr(search_formats, "_ideal", lambda costs, form: (0.0, 0))
+    monkeypatch.setattr(search_formats, "ideal", lambda costs, form: (0.0, 0))
     found = searched(workspace, **FEW, cost="roofline", gpu="L4", scheme=SchemeConfig())
     assert found.format == "fp8"
     assert {point.format for point in found.points} == {"int8", "fp8"}
@@ -504,7 +504,9 @@ def test_search_command_draws(cut: Workspace, small: SearchResult, tmp_path: Pat
     [
         (("--cost", "macs", "--gpu", "L4"), "--gpu belongs to --cost roofline"),
         (("--cpu", "--gpu", "L4"), "--gpu belongs to --cost roofline"),
-        (("--cost", "macs", "--no-quantize-outputs"), "belongs to --cost roofline"),
+        (("--cost", "macs", "--no-quantize-outputs"), "belongs to --cost roofline and gpu"),
+        (("--cost", "gpu", "--gpu", "L4"), "--gpu belongs to --cost roofline"),
+        (("--cost", "gpu", "--cpu"), "times TensorRT engines, remainder fp32 is for ONNX Runtime"),
         (("--cost", "roofline", "--cpu", "--no-quantize-outputs"), "belongs to graphs for Tens"),
         (("--int8", "--fp8"), "--int8 and --fp8 exclude each other"),
         (("--gpu", "Voodoo 2"), "no data sheet of a GPU 'Voodoo 2'"),
