@@ -196,7 +196,7 @@ def _checked(
         forget_times(path, conditions)
         raise
     if found.doubt:
-        run.note(f"{found.doubt}; without {path} the next search measures again")
+        run.note(f"{found.doubt}; remove {path} to measure again")
     return found.costs
 
 

@@ -131,7 +131,7 @@ class TimedCosts:
         """
         hint = "run it again when no other program uses the GPU, or choose --cost roofline"
         least = self.costs.total(self.costs.fastest(), outputs=True)
-        if not 0 < min(self.none, self.whole, least) < math.inf:
+        if not all(0 < each < math.inf for each in (self.none, self.whole, self.parts, least)):
             raise EngineError(
                 f"the measured times cannot be right: {self.none:.0f} µs in FP16, "
                 f"{self.whole:.0f} µs in 8 bits, and {least:.0f} µs for the fastest engine",

@@ -143,7 +143,7 @@ def test_doubtful_times_are_noted_and_useless_ones_not_kept(
     engine_models(run)
     (note,) = notes
     assert "the measured times contradict each other" in note
-    assert note.endswith(f"without {times_file(workspace)} the next search measures again")
+    assert note.endswith(f"; remove {times_file(workspace)} to measure again")
     times_file(workspace).unlink()
     stand_in.factor = 1.5
     with pytest.raises(EngineError, match="contradict each other"):

@@ -187,6 +187,12 @@ def test_a_time_that_no_engine_has_is_refused(time: float) -> None:
     geometry = Geometry.of_card(cards.find(cards.DEMO))
     with pytest.raises(EngineError, match="cannot be right"):
         timed_costs(geometry, lambda formats: time, 8, "int8", "L4").check()
+    # One such time among others is enough.
+    *_, last = timed_variants(geometry, "int8")
+    with pytest.raises(EngineError, match="cannot be right"):
+        timed_costs(
+            geometry, lambda formats: time if formats == last else 100.0, 8, "int8", "L4"
+        ).check()
 
 
 def test_a_negative_cost_is_refused() -> None:
