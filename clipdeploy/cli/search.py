@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
@@ -25,6 +25,9 @@ from clipdeploy.cli.shared_options import (
 )
 from clipdeploy.cli.usage import command, refuse_together, refuse_unused
 from clipdeploy.core.spans import BUDGET, IMAGES, SEARCHED_DROP
+
+if TYPE_CHECKING:
+    from clipdeploy.engines.backends import BackendOption
 
 _CONFIG = "clipdeploy.tuning.search.SearchConfig"
 
@@ -64,7 +67,8 @@ _CONFIG = "clipdeploy.tuning.search.SearchConfig"
 @option(
     "--cost",
     type=click.Choice(choices_of(_CONFIG, "cost")),
-    help="Estimate the time on a GPU, count MACs, or time the Linears on this CPU.",
+    help="roofline estimates the time on a GPU, gpu measures it on this machine's GPU, macs counts "
+    "MACs, cpu times the Linears on this CPU.",
     default_text="roofline; cpu with --cpu",
 )
 @option(
@@ -82,6 +86,11 @@ _CONFIG = "clipdeploy.tuning.search.SearchConfig"
     is_flag=True,
     help="Do not try other values of --range and --strength.",
 )
+@option(
+    "--no-quantize-outputs",
+    is_flag=True,
+    help="Do not round the sums of qkv and fc1, even where that saves time and keeps the accuracy.",
+)
 @option("--int8", is_flag=True, help="Search INT8 only, instead of each format that the GPU has.")
 @option("--fp8", is_flag=True, help="Search FP8 only, instead of each format that the GPU has.")
 @cpu_option
@@ -98,11 +107,12 @@ def search(
     budget: float | None,
     search_images: int | None,
     seed: int,
-    cost: Literal["roofline", "macs", "cpu"] | None,
+    cost: Literal["roofline", "gpu", "macs", "cpu"] | None,
     gpu: str,
     batch: int,
     threads: int,
     fixed_scheme: bool,
+    no_quantize_outputs: bool,
     int8: bool,
     fp8: bool,
     cpu: bool,
@@ -113,7 +123,8 @@ def search(
 
     Finds the fastest combination that is proven to lose at most --max-drop of top-1, and confirms
     it on images that the search did not use. The exit code is 3 if they do not confirm it. With
-    --cost roofline, it also chooses for the attention of each block.
+    --cost roofline or gpu, it also chooses for the attention of each block and for the sums of qkv
+    and fc1.
     """
     from clipdeploy.core.plots import check_plot_path, save_plot
 
@@ -129,6 +140,12 @@ def search(
     chosen = cost or ("cpu" if cpu else "roofline")
     if chosen != "roofline":
         refuse_unused(["gpu"], "--cost roofline", "choose --cost roofline")
+    if chosen in ("macs", "cpu"):
+        refuse_unused(
+            ["no_quantize_outputs"], "--cost roofline and gpu", "choose one of these costs"
+        )
+    if cpu:
+        refuse_unused(["no_quantize_outputs"], "graphs for TensorRT", "leave out --cpu")
     name = context.model(model)
     from clipdeploy.stages.search import search_model
     from clipdeploy.tuning.search import SearchConfig
@@ -147,6 +164,7 @@ def search(
         remainder="fp32" if cpu else "fp16",
         format="fp8" if fp8 else "int8" if int8 else None,
         labelling=labelling(options),
+        outputs=not no_quantize_outputs,
     )
     result = search_model(
         context.workspace,
@@ -154,6 +172,7 @@ def search(
         val_data,
         config,
         confirm=confirm_data,
+        backend=cast("BackendOption", context.setting("backend") or "auto"),
         note=context.note,
         progress=context.progress,
     )

@@ -30,7 +30,7 @@ from clipdeploy.engines.plan_writer import Piece, StreamingBuilder
 if TYPE_CHECKING:
     import tensorrt as trt
 
-__all__ = ["Compiler"]
+__all__ = ["Compiler", "computes"]
 
 # The lowest compute capability with matrix units for a type (NVIDIA's support matrix).
 _NEEDS = {"BF16": (8, 0), "FP8": (8, 9)}
@@ -81,6 +81,11 @@ def _numbers(capability: str) -> tuple[int, ...]:
     return tuple(int(part) for part in capability.split("."))
 
 
+def computes(kind: str, capability: tuple[int, ...]) -> bool:
+    """Whether a compute capability such as (8, 9) has matrix units for a type such as ``fp8``."""
+    return capability >= _NEEDS.get(kind.upper(), (0, 0))
+
+
 class Compiler:
     """The compiler of ``backend``; ``module`` is the result of ``backends.tensorrt_module``."""
 
@@ -101,7 +106,7 @@ class Compiler:
             return config.compute_capability
         able = default_capabilities(self.module)
         if precision == "fp8":
-            able = tuple(each for each in able if _numbers(each) >= _NEEDS["FP8"])
+            able = tuple(each for each in able if computes(precision, _numbers(each)))
         # The default of most graphs stays unset, as it was when their engines were built.
         return able if able != default_capabilities(self.module) else ()
 
@@ -137,7 +142,7 @@ class Compiler:
             types |= {layer.get_output_type(output).name for output in range(layer.num_outputs)}
         for kind in sorted(_NEEDS.keys() & types):
             for capability in capabilities:
-                if _numbers(capability) < _NEEDS[kind]:
+                if not computes(kind, _numbers(capability)):
                     raise BuildError(
                         f"the graph uses {kind.lower()}, which SM {capability} cannot compute",
                         hint="build --fp16 or --int8, or for SM {}.{} and newer".format(

@@ -7,29 +7,26 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from calibration.config import QuantizeConfig, Remainder
 from calibration.formats import FORMATS, FormatName
-from calibration.policy import Scope, find_linears
+from calibration.policy import Scope
 from calibration.qdq import quantize
 from calibration.ranges import RangeMethod
 from calibration.scheme import SchemeConfig
-from clipdeploy.core.errors import UsageError
 from clipdeploy.core.files import sha256_file
 from clipdeploy.core.passport import to_json
 from clipdeploy.core.progress import Progress
-from clipdeploy.engines.gpus import GpuSpec, gpu_or_default
-from clipdeploy.engines.roofline import geometry_of
+from clipdeploy.engines.backends import BackendOption
 from clipdeploy.stages.samples import sample_images
+from clipdeploy.stages.search_costs import budget_ended, ideal, rank
 from clipdeploy.tuning.chain import Chain
 from clipdeploy.tuning.cost import (
     CostModel,
     counted_costs,
-    estimated_costs,
     linear_shapes,
     measured_costs,
 )
@@ -42,7 +39,6 @@ from clipdeploy.tuning.splits import Split
 from clipdeploy.tuning.state import load_state, save_state
 from clipdeploy.verification.leaks import read_calibrated
 from clipdeploy.workspace.folder import Workspace
-from exporters.graphs import load_graph
 from exporters.headers import graph_sha256
 
 __all__ = ["Best", "Found", "Search", "search_formats"]
@@ -56,7 +52,11 @@ _EVERYTHING = Scope(attention=True)
 
 
 class Search:
-    """One search: its splits, its state on disk, and the schemes that it has tried."""
+    """One search: its splits, its state on disk, and the schemes that it has tried.
+
+    ``models``: of the costs of engines, in the order in which formats are searched.  ``deadline``:
+    of :func:`time.monotonic`.
+    """
 
     def __init__(
         self,
@@ -64,27 +64,27 @@ class Search:
         model: str,
         splits: tuple[Split, Split],
         config: SearchConfig,
+        models: Mapping[FormatName, CostModel],
+        *,
+        backend: BackendOption,
+        deadline: float | None,
         progress: Progress,
     ) -> None:
         self.workspace, self.model, self.config = workspace, model, config
-        self.progress = progress
+        self.backend, self.progress = backend, progress
         self.source, self.passport = workspace.source(model)
         self.calibration = workspace.calibration(model)
         self.search, self.confirm = splits
         self.folder = workspace.search(model)
         self.path = self.folder / "state.json"
         self.state = load_state(self.path, self._key())
-        minutes = config.budget
-        self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self._deadline = deadline
         spec = self.passport.preprocess
         self.calibrated = read_calibrated(self.calibration)
         self.images = list(labelled_batches(self.search, spec, config.batch, self.calibrated))
 
-        gpu = gpu_or_default(config.gpu) if config.cost == "roofline" else None
-        self.estimates: dict[FormatName, CostModel] = (
-            {} if gpu is None else self._estimates(gpu, config.formats(gpu))
-        )
-        self.formats = tuple(self.estimates) or config.formats(None)
+        self.models = models
+        self.formats = tuple(models) or config.formats()
 
     def _key(self) -> str:
         """A hash of all inputs that the evaluations in the state depend on."""
@@ -96,6 +96,7 @@ class Search:
             cost="roofline",
             gpu="",
             format=None,
+            outputs=True,
         )
         parts = (
             to_json(config),
@@ -104,16 +105,6 @@ class Search:
             self.search.digest.encode(),
         )
         return hashlib.sha256(b"".join(parts)).hexdigest()
-
-    def _estimates(
-        self, gpu: GpuSpec, formats: tuple[FormatName, ...]
-    ) -> dict[FormatName, CostModel]:
-        """The costs of a ``roofline`` in each format, that which can be fastest first."""
-        depth = 1 + max(site.block for site in find_linears(load_graph(self.source)))
-        geometry = geometry_of(self.passport, depth)
-        batch = self.config.batch
-        costs = {form: estimated_costs(geometry, gpu, batch, form) for form in formats}
-        return {form: costs[form] for form in sorted(costs, key=lambda form: _ideal(costs, form))}
 
     def chain(self, form: FormatName, scheme: SchemeConfig, folder: Path) -> Chain:
         """Reference against all products in 8 bits; INT8 has a flavour that runs fast here."""
@@ -140,9 +131,9 @@ class Search:
         )
 
     def costs(self, form: FormatName, chain: Chain) -> CostModel:
-        """The cost model, which is estimated, counted or measured; it is measured once."""
-        if form in self.estimates:
-            return self.estimates[form]
+        """The cost model; if the Linears are timed on this CPU, that is done once."""
+        if form in self.models:
+            return self.models[form]
         batch = self.config.batch
         if self.config.cost == "cpu" and self.state.costs is not None:
             return self.state.costs
@@ -191,13 +182,17 @@ class Best:
 
 @dataclass(frozen=True)
 class Found:
-    """The cheapest feasible combination of one format, and the scheme and costs it belongs to."""
+    """The cheapest feasible combination of one format, and the scheme and costs it belongs to.
+
+    ``outputs``: whether the sums of its qkv and fc1 are in 8 bits too.
+    """
 
     form: FormatName
     scheme: SchemeConfig
     costs: CostModel
     chosen: Combination
     finished: bool
+    outputs: bool = False
 
     @property
     def label(self) -> str:
@@ -207,25 +202,12 @@ class Found:
     @property
     def cost(self) -> float:
         """The cost of the combination."""
-        return self.costs.total(self.chosen)
+        return self.costs.total(self.chosen, outputs=self.outputs)
 
     @property
     def rank(self) -> tuple[float, int]:
         """The rank of the combination among those of other formats."""
-        return _rank(self.form, self.costs, self.chosen)
-
-
-def _rank(form: FormatName, costs: CostModel, chosen: Combination) -> tuple[float, int]:
-    """Sorts combinations by cost; a difference below 1 % counts less than the order of FORMATS.
-
-    No estimate is that exact, and INT8 is the more accurate one.
-    """
-    return round(costs.relative(chosen), 2), tuple(FORMATS).index(form)
-
-
-def _ideal(costs: Mapping[FormatName, CostModel], form: FormatName) -> tuple[float, int]:
-    """The rank of a format's fastest combination."""
-    return _rank(form, costs[form], costs[form].fastest())
+        return rank(self.form, self.costs, self.chosen)
 
 
 def _state_label(form: FormatName, scheme: SchemeConfig) -> str:
@@ -291,7 +273,7 @@ def search_formats(search: Search, folder: Path) -> tuple[list[Found], bool]:
     founds: list[Found] = []
     finished = True
     for form in search.formats:
-        if founds and _ideal(search.estimates, form) > min(found.rank for found in founds):
+        if founds and ideal(search.models, form) > min(found.rank for found in founds):
             continue
         try:
             founds.append(_search_format(search, form, folder))
@@ -299,10 +281,7 @@ def search_formats(search: Search, folder: Path) -> tuple[list[Found], bool]:
             finished = False
             break
     if not founds:
-        raise UsageError(
-            "the budget ended before a single combination was evaluated",
-            hint="allow more minutes with --budget; the results so far are reused",
-        )
+        raise budget_ended("before a single combination was evaluated")
     founds.sort(key=lambda found: found.rank)
     return founds, finished and all(found.finished for found in founds)
 

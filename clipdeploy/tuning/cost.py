@@ -1,17 +1,10 @@
 """Estimates or measures the cost of each product in 8 bits and FP16, which the search minimises.
 
-A product is a Linear or, in cost model ``roofline``, the attention of a block: both of its products
-of activations.
+A product is a Linear or, in cost models ``roofline`` and ``gpu``, the attention of a block: both of
+its products of activations.
 
-Cost model ``roofline``: microseconds of a whole engine on a GPU, from its data sheet and from the
-kernels that TensorRT-RTX compiles, see :mod:`clipdeploy.engines.roofline`.  With T(S) the time with
-the products S in 8 bits and the others in FP16,
-
-    T(S) = T({}) + sum over p in S of (T({p}) - T({})) + sum over pairs in S of what they share
-
-Products of a block share kernels: fc1 or fc2 in 8 bits separates GELU from the product of fc1, and
-attention is one kernel in INT8 only if proj is in INT8 too.  No three share one, so this is exact
-(``tests/clipdeploy/tuning/test_cost.py``).
+Cost model ``roofline``: microseconds of a whole engine on a GPU, from its data sheet; ``gpu``: the
+same, measured on this machine's GPU.  See :mod:`clipdeploy.tuning.engine_costs`.
 
 Cost model ``macs``: multiply-accumulates of the Linears for one image, those in 8 bits counted
 half.  This is no time; the choice with the lowest cost has most of its MACs in 8 bits.
@@ -26,22 +19,13 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain as joined
 from itertools import combinations
 from typing import Literal
 
 import numpy as np
 
-from clipdeploy.engines.gpus import Format, GpuSpec
-from clipdeploy.engines.roofline import (
-    Geometry,
-    block_products,
-    check_formats,
-    engine_seconds,
-    kernel_seconds,
-    kernels,
-)
 from clipdeploy.tuning.chain import Chain, Tensor
 
 __all__ = [
@@ -50,20 +34,20 @@ __all__ = [
     "ProductCost",
     "SharedCost",
     "counted_costs",
-    "estimated_costs",
     "linear_shapes",
     "measured_costs",
 ]
 
-CostKind = Literal["roofline", "macs", "cpu"]
+CostKind = Literal["roofline", "gpu", "macs", "cpu"]
 _ROUNDS = 9
-# In microseconds: below it a difference of sums is rounding.
-_NOTHING = 1e-6
 
 
 @dataclass(frozen=True)
 class ProductCost:
-    """``macs`` of one image; ``half`` and ``quantised``: costs in the unit of the cost model."""
+    """``macs`` of one image; ``half`` and ``quantised``: costs in the unit of the cost model.
+
+    Cost model ``gpu`` knows only their difference: ``half`` is 0, and ``rest`` the time of FP16.
+    """
 
     macs: int
     half: float
@@ -82,7 +66,9 @@ class SharedCost:
 class CostModel:
     """Costs of all products, and the unit and batch size that they apply to.
 
-    ``gpu`` is the GPU of a ``roofline``, and ``rest`` the cost of everything that is no product.
+    ``gpu`` is the GPU that the costs are for, if any, and ``rest`` the cost of everything that is
+    no product.  ``outputs`` is what 8-bit sums add to the cost of each qkv and fc1 in 8 bits, less
+    than 0 if they save time; it is empty if the cost model does not know.
     """
 
     kind: CostKind
@@ -92,15 +78,17 @@ class CostModel:
     gpu: str = ""
     rest: float = 0.0
     shared: tuple[SharedCost, ...] = ()
+    outputs: dict[str, float] = field(default_factory=dict)
 
     @property
     def order(self) -> tuple[str, ...]:
         """Names of the products in network order."""
         return tuple(self.products)
 
-    def total(self, quantised: frozenset[str]) -> float:
-        """The cost with the products in ``quantised`` in 8 bits."""
-        return self.rest + self._sum(self.products, quantised)
+    def total(self, quantised: frozenset[str], *, outputs: bool = False) -> float:
+        """The cost with the products ``quantised`` in 8 bits, and their sums if ``outputs``."""
+        rounded = (cost for name, cost in self.outputs.items() if outputs and name in quantised)
+        return self.rest + self._sum(self.products, quantised) + sum(rounded)
 
     def _sum(self, names: Iterable[str], quantised: frozenset[str]) -> float:
         """The cost of the products ``names``, which contain ``quantised``."""
@@ -111,9 +99,9 @@ class CostModel:
         shared = (each.cost for each in self.shared if quantised.issuperset(each.products))
         return sum(alone) + sum(shared)
 
-    def relative(self, quantised: frozenset[str]) -> float:
+    def relative(self, quantised: frozenset[str], *, outputs: bool = False) -> float:
         """:meth:`total` divided by the cost with all products in FP16."""
-        return self.total(quantised) / self.total(frozenset())
+        return self.total(quantised, outputs=outputs) / self.total(frozenset())
 
     def fastest(self) -> frozenset[str]:
         """The products in 8 bits at the lowest cost, whatever their accuracy.
@@ -132,8 +120,9 @@ class CostModel:
     def gains(self) -> dict[str, float]:
         """What each product saves: the cost of :meth:`fastest` without it, less that with it.
 
-        0 for products outside it.  None of them is worth 8 bits, whichever others are in FP16,
-        because sharing a kernel makes products in 8 bits cheaper together, not dearer.
+        0 for products outside it.  In a ``roofline`` none of them is worth 8 bits, whichever others
+        are in FP16, because sharing a kernel makes products in 8 bits cheaper together, not dearer.
+        Where two are measured to be dearer together, one of them counts as worth nothing.
         """
         best = self.fastest()
         least = self.total(best)
@@ -179,47 +168,6 @@ def counted_costs(shapes: Mapping[str, tuple[int, int, int]], batch: int) -> Cos
     macs = {name: tokens * cin * cout for name, (tokens, cin, cout) in shapes.items()}
     products = {name: ProductCost(count, count, count / 2) for name, count in macs.items()}
     return CostModel("macs", "MACs of an image, half for 8 bits", batch, products)
-
-
-def estimated_costs(
-    geometry: Geometry, gpu: GpuSpec, batch: int, form: Format = "int8"
-) -> CostModel:
-    """Cost model ``roofline``: estimate the time on ``gpu`` of products in FP16 and in ``form``.
-
-    Raises:
-        UsageError: ``gpu`` has no products of ``form``.
-    """
-    check_formats(gpu, {"quantised": form})
-
-    def total(*quantised: str) -> float:
-        formats: dict[str, Format] = dict.fromkeys(quantised, form)
-        return 1e6 * engine_seconds(kernels(geometry, formats, batch), gpu)
-
-    none = total()
-    plain = {f"{kernel.block}.{kernel.name}": kernel for kernel in kernels(geometry, {}, batch)}
-    half = {name: 1e6 * kernel_seconds(kernel, gpu) for name, kernel in plain.items()}
-    blocks = [block_products(geometry, number) for number in range(geometry.depth)]
-    alone = {name: total(name) - none for names in blocks for name in names}
-    products = {
-        name: ProductCost(
-            round(plain[name].operations / 2 / batch), half[name], half[name] + alone[name]
-        )
-        for name in alone
-    }
-    pairs = [
-        SharedCost(pair, total(*pair) - none - sum(alone[name] for name in pair))
-        for names in blocks
-        for pair in combinations(names, 2)
-    ]
-    return CostModel(
-        "roofline",
-        f"microseconds on {gpu.name}, estimated from its data sheet",
-        batch,
-        products,
-        gpu=gpu.name,
-        rest=none - sum(half[name] for name in products),
-        shared=tuple(pair for pair in pairs if abs(pair.cost) > _NOTHING),
-    )
 
 
 def measured_costs(

@@ -39,8 +39,8 @@ class Candidate:
 
     ``format``: of the products in ``quantised``, which are Linears and the attention of blocks,
     ``blocks.N.attn``.  ``cost``: relative to everything in FP16.  ``quantised_macs``: share of the
-    products' MACs in 8 bits.
-    ``front``: whether it is on the Pareto front.  ``recipe``: path of the file to rebuild it with.
+    products' MACs in 8 bits.  ``front``: whether it is on the Pareto front.  ``recipe``: path of
+    the file to rebuild it with.  ``outputs``: whether the sums of its qkv and fc1 are in 8 bits.
     """
 
     label: str
@@ -52,6 +52,7 @@ class Candidate:
     feasible: bool
     front: bool = False
     recipe: str = ""
+    outputs: bool = False
 
     @property
     def drop(self) -> float:

@@ -17,7 +17,7 @@ from calibration.scheme import SchemeConfig
 from clipdeploy.core.display import Renderable, Shown
 from clipdeploy.core.errors import UsageError
 from clipdeploy.core.spans import BATCH, BUDGET, IMAGES, SEARCHED_DROP, SEED, THREADS, check_numbers
-from clipdeploy.engines.gpus import GpuSpec, find_gpu
+from clipdeploy.engines.gpus import find_gpu
 from clipdeploy.imaging import Labelling
 from clipdeploy.tuning.cost import CostKind, CostModel
 from clipdeploy.tuning.pareto import Candidate
@@ -40,8 +40,10 @@ class SearchConfig:
     ``threads``: ONNX Runtime's, 0 for its default.  ``scheme``: how Linears are quantised; if it
     loses too much accuracy, other ranges and smoothing strengths are tried, unless
     ``fixed_scheme``.  ``format``: of the products that are not FP16; None for the fastest of those
-    that the GPU has, or INT8 if the cost is no ``roofline``.  ``remainder``: see
+    that the GPU has, or INT8 if the cost is not that of an engine.  ``remainder``: see
     :class:`calibration.config.QuantizeConfig`.  ``labelling``: where the images' classes come from.
+    ``outputs``: whether the sums of qkv and fc1 may be in 8 bits too, in a graph for TensorRT and
+    if the cost is that of an engine.
 
     Raises:
         UsageError: a number out of range, an unknown format, cost model or GPU, a GPU without a
@@ -61,6 +63,7 @@ class SearchConfig:
     remainder: Literal["fp16", "fp32"] = "fp16"
     format: FormatName | None = None
     labelling: Labelling = field(default_factory=Labelling)
+    outputs: bool = True
 
     def __post_init__(self) -> None:
         check_numbers(
@@ -81,19 +84,29 @@ class SearchConfig:
             raise UsageError("FP8 is for TensorRT engines", hint="search INT8 for a CPU")
         if self.gpu and self.cost != "roofline":
             raise UsageError(
-                f"the cost model {self.cost} does not depend on a GPU such as {self.gpu!r}",
+                f"the cost model {self.cost} does not depend on a GPU such as {self.gpu!r}"
+                if self.cost != "gpu"
+                else f"the cost model gpu measures on this machine's GPU, not on {self.gpu!r}",
                 hint="choose roofline, or no GPU",
+            )
+        if self.cost == "gpu" and self.remainder != "fp16":
+            raise UsageError(
+                "the cost model gpu times TensorRT engines, remainder fp32 is for ONNX Runtime",
+                hint="leave one of the two out",
             )
         if self.gpu:
             find_gpu(self.gpu)
 
-    def formats(self, gpu: GpuSpec | None) -> tuple[FormatName, ...]:
-        """The formats to search; ``gpu`` is that of a ``roofline``."""
+    @property
+    def tries_outputs(self) -> bool:
+        """Whether 8-bit sums of qkv and fc1 are allowed, and possible with this ``remainder``."""
+        return self.outputs and self.remainder == "fp16"
+
+    def formats(self, possible: Iterable[FormatName] = ("int8",)) -> tuple[FormatName, ...]:
+        """The formats to search, of those that are ``possible`` on a GPU."""
         if self.format is not None:
             return (self.format,)
-        if gpu is None or self.remainder != "fp16":
-            return ("int8",)
-        return tuple(name for name in FORMATS if gpu.rate(name) is not None)
+        return tuple(possible) if self.remainder == "fp16" else ("int8",)
 
 
 @dataclass(frozen=True)
@@ -105,7 +118,7 @@ class SearchResult(Shown):
     ``fastest``: by format, the lowest possible cost relative to FP16, whatever the accuracy; a
     format that cannot be faster than the choice of another is not searched.  ``finished``: False if
     the budget ended the search early.  ``search`` and ``confirm``: verdicts on the two splits, for
-    the graph that was written.
+    the graph that was written.  ``outputs``: whether the sums of its qkv and fc1 are in 8 bits too.
     """
 
     model: str
@@ -124,6 +137,7 @@ class SearchResult(Shown):
     confirmed: bool
     recipe: Path
     artifact: GraphArtifact
+    outputs: bool = False
 
     def __bool__(self) -> bool:
         return self.confirmed
@@ -150,10 +164,9 @@ def _front(result: SearchResult) -> Table:
     for point in result.points:
         if not (point.front or point.label):
             continue
-        linears, attention = _counts(point.quantised)
         table.add_row(
             _title(point),
-            f"{linears}+{attention}" if attention else str(linears),
+            _eight_bits(point),
             f"{100 * point.quantised_macs:.0f} %",
             f"{point.cost:.3f}",
             f"{point.drop:+.2f}",
@@ -163,6 +176,12 @@ def _front(result: SearchResult) -> Table:
             style="bold" if point == result.chosen else "",
         )
     return table
+
+
+def _eight_bits(point: Candidate) -> str:
+    """``24+5+out``: the Linears in 8 bits, the attention of blocks, and whether the sums are."""
+    linears, attention = _counts(point.quantised)
+    return f"{linears}{f'+{attention}' * (attention > 0)}{'+out' * point.outputs}"
 
 
 def _title(point: Candidate) -> str:
@@ -178,10 +197,22 @@ def _heading(result: SearchResult) -> str:
     products = f"{linears} of {every} Linears"
     if blocks:
         products += f" and the attention of {attention} of {blocks} blocks"
+    sums = " with 8-bit sums of qkv and fc1" if result.outputs else ""
     return (
-        f"{result.model}: {products} in {FORMATS[result.format].label}, "
+        f"{result.model}: {products} in {FORMATS[result.format].label}{sums}, "
         f"{100 * chosen.quantised_macs:.0f} % of their MACs, cost {chosen.cost:.3f} of all FP16"
     )
+
+
+def _lossy_outputs(result: SearchResult) -> Iterator[str]:
+    """A sentence if the chosen graph was also written with 8-bit sums, and they were refused."""
+    chosen = (result.format, result.chosen.quantised)
+    for point in result.points:
+        if point.outputs and not point.feasible and (point.format, point.quantised) == chosen:
+            yield (
+                f"8-bit sums of qkv and fc1 would lower the cost to {point.cost:.3f} and lose too "
+                f"much: drop {point.drop:+.2f}"
+            )
 
 
 def _fastest(result: SearchResult) -> Iterator[str]:
@@ -207,6 +238,7 @@ def search_table(result: SearchResult) -> Group:
         f"{result.evaluations} combination{'s' * (result.evaluations > 1)} evaluated",
         f"written: {result.artifact.path}",
         f"recipe: {result.recipe}",
+        *_lossy_outputs(result),
         *_fastest(result),
     ]
     if not result.finished:
@@ -218,7 +250,11 @@ def search_table(result: SearchResult) -> Group:
         *(Padding(Text(line), (0, 0, 0, 2)) for line in lines),
         Text(""),
         _front(result),
-        Text("8 bits: Linears + attention of blocks; fits: within the limit", style="dim"),
+        Text(
+            "8 bits: Linears + attention of blocks + sums of qkv and fc1 (out); "
+            "fits: within the limit",
+            style="dim",
+        ),
         Text(""),
         Text(f"in FP16: {fp16}" if fp16 else f"everything in {FORMATS[result.format].label}"),
     )

@@ -17,6 +17,7 @@ artifacts/
     reference.json                    verify: the accuracy that proves PyTorch, if it is confirmed
     recipe.json                       search: the recipe of its INT8 graph
     search/                           search: measurements, and the recipes of the Pareto front
+    search/times.json                 search --cost gpu: the times of engines
     int8.engine                       build-engine
     int8.engine.json                  its passport
     verification.jsonl                verify: a record per image

@@ -30,7 +30,7 @@ from clipdeploy.engines.roofline import (
     kernels,
 )
 from clipdeploy.models import cards
-from clipdeploy.tuning.cost import estimated_costs
+from clipdeploy.tuning.engine_costs import estimated_costs
 
 MODELS = {"p32": "clip-vit-base-p32", "p16": "clip-vit-base-p16"}
 GPUS = ("L4", "L40S", "H100-SXM", "RTX-5090", "B300")

@@ -57,6 +57,7 @@ JSON_CASES: dict[str, tuple[Case, ...]] = CASES | {
 # Ends of paths.  Objects whose keys are data: packages, Linears, precisions.
 _MAPS = (
     *(".versions", "machine.packages", "costs.products", ".int8_left_out", ".gemms", ".attention"),
+    "costs.outputs",
     ".kernels",
     ".formats",
     "fastest",

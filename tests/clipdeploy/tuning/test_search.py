@@ -47,7 +47,7 @@ from clipdeploy.pipeline import (
     search_model,
     verify_model,
 )
-from clipdeploy.stages import search, search_formats
+from clipdeploy.stages import search_formats, search_graphs
 from clipdeploy.stages.search_formats import Best, Search
 from clipdeploy.tuning.chain import Chain
 from clipdeploy.tuning.cost import counted_costs, linear_shapes
@@ -336,15 +336,15 @@ def test_a_graph_that_fails_when_written_does_not_stay(
 ) -> None:
     shutil.copytree(cut.root, tmp_path / "copy")
     workspace = Workspace(tmp_path / "copy")
-    real = search._score
+    real = search_graphs.score
 
     def score(search: Any, graph: Path, images: Any) -> Evaluation:
         found = real(search, graph, images)
         return replace(found, lost=found.images, gained=0) if graph.stem == "int8" else found
 
-    monkeypatch.setattr(search, "_score", score)
+    monkeypatch.setattr(search_graphs, "score", score)
     # Search both formats, although INT8 has a choice that is as fast.
-    monkeypatch.setattr(search_formats, "_ideal", lambda costs, form: (0.0, 0))
+    monkeypatch.setattr(search_formats, "ideal", lambda costs, form: (0.0, 0))
     found = searched(workspace, **FEW, cost="roofline", gpu="L4", scheme=SchemeConfig())
     assert found.format == "fp8"
     assert {point.format for point in found.points} == {"int8", "fp8"}
@@ -504,11 +504,15 @@ def test_search_command_draws(cut: Workspace, small: SearchResult, tmp_path: Pat
     [
         (("--cost", "macs", "--gpu", "L4"), "--gpu belongs to --cost roofline"),
         (("--cpu", "--gpu", "L4"), "--gpu belongs to --cost roofline"),
+        (("--cost", "macs", "--no-quantize-outputs"), "belongs to --cost roofline and gpu"),
+        (("--cost", "gpu", "--gpu", "L4"), "--gpu belongs to --cost roofline"),
+        (("--cost", "gpu", "--cpu"), "times TensorRT engines, remainder fp32 is for ONNX Runtime"),
+        (("--cost", "roofline", "--cpu", "--no-quantize-outputs"), "belongs to graphs for Tens"),
         (("--int8", "--fp8"), "--int8 and --fp8 exclude each other"),
         (("--gpu", "Voodoo 2"), "no data sheet of a GPU 'Voodoo 2'"),
     ],
 )
-def test_a_gpu_that_has_no_effect_or_no_data_sheet(
+def test_options_that_have_no_effect_and_a_gpu_without_a_data_sheet(
     words: tuple[str, ...], message: str, demo_workspace: Workspace
 ) -> None:
     place = ["--workspace", str(demo_workspace.root), "--model", cards.DEMO, "--data", str(TEST)]

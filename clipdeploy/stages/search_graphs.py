@@ -1,0 +1,154 @@
+"""Writes the graph of a search's choice, and evaluates every graph that it writes.
+
+Combinations were evaluated with FP32 instead of FP16, and with the foldings of a graph in which
+everything is quantised, so a written graph is evaluated again.  Where 8-bit sums of qkv and fc1
+save time, the chosen graph is written once more with them, and kept if it is feasible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from calibration.config import QuantizeConfig
+from clipdeploy.runners.onnx import OnnxRunner
+from clipdeploy.stages.quantize import quantize_model, with_scale_form
+from clipdeploy.stages.search_formats import Found, Search
+from clipdeploy.stages.search_products import product_config
+from clipdeploy.tuning.evaluate import Counter
+from clipdeploy.tuning.images import Labelled
+from clipdeploy.tuning.pareto import Evaluation
+from clipdeploy.tuning.state import save_state
+from exporters.headers import GraphArtifact
+
+__all__ = [
+    "Written",
+    "found_config",
+    "may_round_outputs",
+    "score",
+    "write_choice",
+    "written_label",
+]
+
+
+@dataclass(frozen=True)
+class Written:
+    """The choice, its graph, and what the graph loses on the search images."""
+
+    best: Found
+    artifact: GraphArtifact
+    evaluation: Evaluation
+
+
+def found_config(search: Search, found: Found) -> QuantizeConfig:
+    """How to write the graph of a combination."""
+    return product_config(
+        found.costs.order,
+        found.chosen,
+        found.form,
+        found.scheme,
+        remainder=search.config.remainder,
+        outputs=found.outputs,
+    )
+
+
+def may_round_outputs(search: Search, found: Found) -> bool:
+    """Whether 8-bit sums are allowed, and the cost model knows what they save."""
+    return search.config.tries_outputs and bool(found.costs.outputs)
+
+
+def written_label(search: Search, found: Found) -> str:
+    """The name in the state of the graphs of a scheme.
+
+    Sums are rounded before the weights' ratios, so their error depends on the form of the scales;
+    without 8-bit sums, graphs of both forms compute the same.
+    """
+    if not found.outputs:
+        return f"{found.label} written"
+    form = with_scale_form(found_config(search, found), search.backend).weight_scales
+    return f"{found.label} outputs {form} written"
+
+
+def score(search: Search, graph: Path, images: Iterable[Labelled]) -> Evaluation:
+    """Compare a graph with the FP32 graph, both on ONNX Runtime."""
+    threads = search.config.threads
+    reference, ours = OnnxRunner(search.source, threads=threads), OnnxRunner(graph, threads=threads)
+    counter = Counter()
+    for samples, labels in images:
+        expected = reference(samples.as_input(reference.input))
+        counter.add(ours(samples.as_input(ours.input)), expected, labels)
+    return counter.result()
+
+
+def write_choice(search: Search, founds: list[Found]) -> Written:
+    """Write the graph of the cheapest choice; if it is not feasible, that of the next combination.
+
+    The sums of qkv and fc1 are in 8 bits if that is cheaper and the graph with them is feasible.
+    """
+    writer = _Writer(search)
+    for best in _next_best(search, founds):
+        if search.feasible(writer.evaluate(best)):
+            break
+    rounded = replace(best, outputs=True)
+    if may_round_outputs(search, best) and rounded.cost < best.cost:
+        best = rounded if search.feasible(writer.evaluate(rounded)) else best
+    return writer.keep(best)
+
+
+class _Writer:
+    """Writes graphs, and evaluates each on the search images once, also in a resumed search."""
+
+    def __init__(self, search: Search) -> None:
+        self._search = search
+        # The combination that each file has now.
+        self._made: dict[Path, tuple[Found, GraphArtifact]] = {}
+
+    def evaluate(self, found: Found) -> Evaluation:
+        """What the graph of a combination loses."""
+        search = self._search
+        slot = search.state.slot(written_label(search, found), found.chosen)
+        if slot not in search.state.evaluations:
+            graph = self._graph(found)
+            search.state.evaluations[slot] = score(search, graph.path, search.images)
+            save_state(search.state, search.path)
+        return search.state.evaluations[slot]
+
+    def _graph(self, found: Found) -> GraphArtifact:
+        search, config = self._search, found_config(self._search, found)
+        path = search.workspace.graph(search.model, config.precision)
+        if path not in self._made or self._made[path][0] != found:
+            made = quantize_model(
+                *(search.workspace, search.model, config),
+                backend=search.backend,
+                progress=search.progress,
+            )
+            self._made[path] = found, made.artifact
+        return self._made[path][1]
+
+    def keep(self, best: Found) -> Written:
+        """The choice with its graph; the graphs of other formats are removed.
+
+        They must not stay as if they had been chosen.
+        """
+        written = Written(best, self._graph(best), self.evaluate(best))
+        for path in self._made.keys() - {written.artifact.path}:
+            path.unlink(missing_ok=True)
+        return written
+
+
+def _next_best(search: Search, founds: list[Found]) -> Iterator[Found]:
+    """The cheapest choice, then all other feasible combinations by cost, and at last all FP16."""
+    best = founds[0]
+    yield best
+    others = [
+        replace(found, chosen=quantised)
+        for found in founds
+        for quantised, evaluation in search.state.of(found.label).items()
+        if quantised and search.feasible(evaluation)
+    ]
+    for other in sorted(others, key=lambda found: (found.cost, found.form, sorted(found.chosen))):
+        if other != best and (other.form != best.form or other.cost >= best.cost):
+            yield other
+    if best.chosen:
+        yield replace(best, chosen=frozenset())
