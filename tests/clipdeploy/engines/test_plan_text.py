@@ -100,10 +100,12 @@ def test_every_product_is_read_from_the_plan(built: Built) -> None:
         assert sum(counts.values()) == len(kernels)
 
 
-def _top1_and_sqnr(graph: bytes | Path, model: LoadedModel) -> tuple[float, float]:
-    """On the 500 held-out digits: top-1 in percent, and the SQNR of the logits in dB."""
+def _top1_and_sqnr(
+    graph: bytes | Path, model: LoadedModel, every: int = 1
+) -> tuple[float, float]:
+    """On ``every`` so-manyth of 500 held-out digits: top-1 in percent, SQNR of the logits in dB."""
     spec = model.card.preprocess(model.recipe)
-    crops = list(iter_crops(open_images(cards.demo_file("test.zip")), spec))
+    crops = list(iter_crops(open_images(cards.demo_file("test.zip")), spec))[::every]
     images = normalise(np.stack([crop.pixels for crop in crops]), spec)
     labels = np.array([int(crop.entry.name.split("/")[0]) for crop in crops])
     found = OnnxSession(graph).run(images)[0].astype(np.float64)
@@ -125,7 +127,9 @@ def test_the_graph_as_the_plan_computes_it(
         for kernel in kernels
         if kernel.alpha is not None and set(kernel.operands) == {OPERANDS[case[0]]}
     }
-    top1, db = _top1_and_sqnr(replayed(graph, alphas), demo_model)
+    # Where every logit is NaN, ten digits of each class say as much as fifty.
+    every = 1 if case in RIGHT else 5
+    top1, db = _top1_and_sqnr(replayed(graph, alphas), demo_model, every)
     if case in RIGHT:
         # As ONNX Runtime computes the graph itself: 99.4 % and 41 dB with a scale for each channel
         # of INT8, 34 with one for all; FP8 has 29.
