@@ -162,7 +162,7 @@ def _next_best(search: Search, founds: list[Found]) -> Iterator[Found]:
     best = founds[0]
     others = founds[1:]
     others += [
-        replace(found, chosen=quantised)
+        replace(found, chosen=quantised, outputs=False)
         for found in founds
         for quantised, evaluation in search.state.of(found.label).items()
         if quantised and search.feasible(evaluation)
