@@ -6,7 +6,8 @@ The kernels are those of the plans that TensorRT-RTX 1.7 makes of the graphs, re
 :mod:`clipdeploy.engines.plan_text` (``tests/clipdeploy/engines/test_roofline.py`` compares their
 number).  In a block with n rows (images times tokens) of width D, a Linear that is
 
-    FP16     is one kernel with its bias, and with GELU or the residual addition
+    FP16     is one kernel with its bias, and with GELU or the residual addition; GELU rounds to FP8
+             in it too, but not to INT8
     8 bits   is one kernel that writes its sums as FP16 (of qkv and fc1, on request, in 8 bits), and
              its bias, the residual addition or GELU are in a second kernel, which also computes the
              next LayerNorm and rounds the input of the next 8-bit Linear
@@ -228,6 +229,11 @@ def _width(form: Format) -> int:
     return 2 if form == "fp16" else 1
 
 
+def _with_residual(form: Format) -> int:
+    """Bytes for each output of a Linear; in FP16 it also reads the residual, which it adds."""
+    return 4 if form == "fp16" else 2
+
+
 def _stem(geometry: Geometry, batch: int) -> Iterator[Kernel]:
     """To FP16, the patch convolution, and the class token, positions and first LayerNorm."""
     pixels = 3 * geometry.patch**2
@@ -284,19 +290,22 @@ class _Block:
             yield from self._separate_attention()
         else:
             yield from self._fused_attention(proj)
-        yield self._linear("attn.proj", self._rows, width, width, residual=proj == "fp16")
+        yield self._linear("attn.proj", self._rows, width, width, written=_with_residual(proj))
         yield _norm("norm2", self._name, self._rows * width, proj, fc1)
-        yield self._linear("mlp.fc1", self._rows, width, mlp)
-        if fc1 != "fp16" or fc2 != "fp16":
+        if fc1 == "fp16" and fc2 != "int8":
+            yield self._linear("mlp.fc1", self._rows, width, mlp, written=_width(fc2))
+        else:
+            yield self._linear("mlp.fc1", self._rows, width, mlp)
             gelu = (self._sum_width("mlp.fc1") + _width(fc2)) * self._rows * mlp
             yield Kernel("mlp.gelu", self._name, 0, gelu)
-        yield self._linear("mlp.fc2", self._rows, mlp, width, residual=fc2 == "fp16")
+        yield self._linear("mlp.fc2", self._rows, mlp, width, written=_with_residual(fc2))
 
     def _linear(
-        self, role: str, rows: int, cin: int, cout: int, *, residual: bool = False
+        self, role: str, rows: int, cin: int, cout: int, *, written: int | None = None
     ) -> Kernel:
+        """A Linear that moves ``written`` bytes for each output, None for those of its sums."""
         form = self.form(role)
-        written = self._sum_width(role) + (2 if residual else 0)
+        written = self._sum_width(role) if written is None else written
         moved = _width(form) * (rows + cout) * cin + written * rows * cout
         return Kernel(role, self._name, 2 * rows * cin * cout, moved, form)
 

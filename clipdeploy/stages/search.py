@@ -25,6 +25,7 @@ from clipdeploy.stages.quantize import calibration_file
 from clipdeploy.stages.search_costs import CostRun, engine_models, timed_gpu
 from clipdeploy.stages.search_formats import Found, Search, search_formats
 from clipdeploy.stages.search_graphs import (
+    Writer,
     Written,
     found_config,
     may_round_outputs,
@@ -91,8 +92,9 @@ def search_model(
 
 
 def _run(search: Search, folder: Path, data: Path) -> SearchResult:
-    founds, finished = search_formats(search, folder)
-    written = write_choice(search, founds)
+    writer = Writer(search)
+    founds, finished = search_formats(search, folder, writer.settle)
+    written = write_choice(search, writer, founds)
     best, measured = written.best, written.evaluation
     points = _points(search, founds, written)
     judged = judge_drop(measured.lost, measured.gained, measured.images, search.config.max_drop)
@@ -110,6 +112,7 @@ def _run(search: Search, folder: Path, data: Path) -> SearchResult:
         QuantizeRecipe(search.model, search.passport.weights.identity, config, settings), recipe
     )
     models = search.models or {best.form: best.costs}
+    outputs = search.config.tries_outputs
     return SearchResult(
         model=search.model,
         data=str(data),
@@ -120,7 +123,7 @@ def _run(search: Search, folder: Path, data: Path) -> SearchResult:
         format=best.form,
         scheme=best.scheme,
         outputs=best.outputs,
-        fastest={form: costs.relative(costs.fastest()) for form, costs in models.items()},
+        fastest={form: costs.least(outputs=outputs) for form, costs in models.items()},
         finished=finished,
         evaluations=sum(" written: " not in slot for slot in search.state.evaluations),
         search=judged,
@@ -158,7 +161,7 @@ def _evaluated(
     for found in founds:
         for names, each in search.state.of(found.label).items():
             if names:
-                yield replace(found, chosen=names), each
+                yield replace(found, chosen=names, outputs=False), each
         rounded = replace(found, outputs=True)
         if may_round_outputs(search, found):
             for names, each in search.state.of(written_label(search, rounded)).items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,6 @@ from clipdeploy.stages.search_engines import EngineTimer
 from clipdeploy.tuning.cost import CostModel
 from clipdeploy.tuning.engine_costs import Timer, estimated_costs, timed_costs, timed_variants
 from clipdeploy.tuning.engine_times import Conditions, PairTimer, forget_times, kept_times
-from clipdeploy.tuning.optimiser import Combination
 from clipdeploy.tuning.search import SearchConfig
 from clipdeploy.workspace.folder import Workspace
 from exporters.graphs import load_graph
@@ -50,17 +49,17 @@ class CostRun:
     progress: Progress
 
 
-def rank(form: FormatName, costs: CostModel, chosen: Combination) -> tuple[float, int]:
-    """Sorts combinations by cost; a difference below 1 % counts less than the order of FORMATS.
+def rank(form: FormatName, cost: float) -> tuple[float, int]:
+    """Sorts choices by relative cost; less than 1 % counts less than the order of FORMATS.
 
     No cost is that exact, and INT8 is the more accurate one.
     """
-    return round(costs.relative(chosen), 2), tuple(FORMATS).index(form)
+    return round(cost, 2), tuple(FORMATS).index(form)
 
 
-def ideal(costs: Mapping[FormatName, CostModel], form: FormatName) -> tuple[float, int]:
-    """The rank of a format's fastest combination."""
-    return rank(form, costs[form], costs[form].fastest())
+def ideal(form: FormatName, costs: CostModel, *, outputs: bool) -> tuple[float, int]:
+    """The rank of a format's fastest choice; with 8-bit sums if ``outputs`` allows them."""
+    return rank(form, costs.least(outputs=outputs))
 
 
 def budget_ended(when: str) -> UsageError:
@@ -85,7 +84,9 @@ def engine_models(run: CostRun) -> dict[FormatName, CostModel]:
     geometry = geometry_of(passport, depth)
     measured = run.config.cost == "gpu"
     costs = _measured(run, geometry) if measured else _estimated(run, geometry)
-    return {form: costs[form] for form in sorted(costs, key=lambda form: ideal(costs, form))}
+    outputs = run.config.tries_outputs
+    order = sorted(costs, key=lambda form: ideal(form, costs[form], outputs=outputs))
+    return {form: costs[form] for form in order}
 
 
 def _estimated(run: CostRun, geometry: Geometry) -> dict[FormatName, CostModel]:

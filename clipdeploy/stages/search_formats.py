@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from calibration.config import QuantizeConfig, Remainder
@@ -145,6 +146,10 @@ class Search:
         save_state(self.state, self.path)
         return self.state.costs
 
+    def rounds(self, costs: CostModel) -> bool:
+        """Whether products are chosen for an engine with 8-bit sums of qkv and fc1."""
+        return self.config.tries_outputs and costs.rounds_outputs
+
     def feasible(self, found: Evaluation) -> bool:
         """Whether the drop is within the limit, and would be on the confirming images."""
         return is_feasible(found, len(self.confirm.hashes), self.config.max_drop)
@@ -184,7 +189,7 @@ class Best:
 class Found:
     """The cheapest feasible combination of one format, and the scheme and costs it belongs to.
 
-    ``outputs``: whether the sums of its qkv and fc1 are in 8 bits too.
+    ``outputs``: whether the sums of its qkv and fc1 are in 8 bits too, in the cost as well.
     """
 
     form: FormatName
@@ -207,7 +212,7 @@ class Found:
     @property
     def rank(self) -> tuple[float, int]:
         """The rank of the combination among those of other formats."""
-        return rank(self.form, self.costs, self.chosen)
+        return rank(self.form, self.costs.relative(self.chosen, outputs=self.outputs))
 
 
 def _state_label(form: FormatName, scheme: SchemeConfig) -> str:
@@ -239,14 +244,15 @@ def _choose_scheme(
 
 
 def _search_format(search: Search, form: FormatName, folder: Path) -> Found:
-    """The cheapest feasible combination of one format.
+    """The cheapest feasible combination of one format, whose sums have not been evaluated.
 
     Raises:
         OutOfTimeError: the budget ended before a combination was evaluated.
     """
     chain, scheme = _choose_scheme(search, form, folder, lambda count: None)
     costs = search.costs(form, chain)
-    gain = {name: saved for name, saved in costs.gains().items() if saved > 0}
+    outputs = search.rounds(costs)
+    gain = {name: saved for name, saved in costs.gains(outputs=outputs).items() if saved > 0}
     with search.progress.task(f"search {FORMATS[form].label}", _guess(len(gain))) as advance:
         evaluator = search.evaluator(chain, _state_label(form, scheme), advance)
         try:
@@ -256,27 +262,33 @@ def _search_format(search: Search, form: FormatName, folder: Path) -> Found:
         chosen, finished = cheapest(
             power,
             gain,
-            costs.total,
+            partial(costs.total, outputs=outputs),
             lambda quantised: search.feasible(evaluator.evaluate(quantised)),
         )
     return Found(form, scheme, costs, chosen, finished)
 
 
-def search_formats(search: Search, folder: Path) -> tuple[list[Found], bool]:
+def search_formats(
+    search: Search, folder: Path, settle: Callable[[Found], Found]
+) -> tuple[list[Found], bool]:
     """What was found in each format, the best first, and whether the search finished.
 
-    A format whose fastest combination ranks below the choice of another is left out.
+    ``settle`` decides whether the sums of a format's choice are in 8 bits.  A format whose fastest
+    combination ranks below the choice of another is left out.
 
     Raises:
         UsageError: the budget ended before a combination was evaluated.
     """
     founds: list[Found] = []
     finished = True
+    allowed = search.config.tries_outputs
     for form in search.formats:
-        if founds and ideal(search.models, form) > min(found.rank for found in founds):
-            continue
+        if founds:
+            fastest = ideal(form, search.models[form], outputs=allowed)
+            if fastest > min(found.rank for found in founds):
+                continue
         try:
-            founds.append(_search_format(search, form, folder))
+            founds.append(settle(_search_format(search, form, folder)))
         except OutOfTimeError:
             finished = False
             break

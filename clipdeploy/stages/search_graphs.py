@@ -2,7 +2,7 @@
 
 Combinations were evaluated with FP32 instead of FP16, and with the foldings of a graph in which
 everything is quantised, so a written graph is evaluated again.  Where 8-bit sums of qkv and fc1
-save time, the chosen graph is written once more with them, and kept if it is feasible.
+save time, the graph is written with them, and once more without them if it is not feasible.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from clipdeploy.tuning.state import save_state
 from exporters.headers import GraphArtifact
 
 __all__ = [
+    "Writer",
     "Written",
     "found_config",
     "may_round_outputs",
@@ -81,22 +82,22 @@ def score(search: Search, graph: Path, images: Iterable[Labelled]) -> Evaluation
     return counter.result()
 
 
-def write_choice(search: Search, founds: list[Found]) -> Written:
+def write_choice(search: Search, writer: Writer, founds: list[Found]) -> Written:
     """Write the graph of the cheapest choice; if it is not feasible, that of the next combination.
 
-    The sums of qkv and fc1 are in 8 bits if that is cheaper and the graph with them is feasible.
+    ``founds`` are settled.  The sums of the next combination are in 8 bits under the same condition
+    as those of the first one.
     """
-    writer = _Writer(search)
-    for best in _next_best(search, founds):
-        if search.feasible(writer.evaluate(best)):
-            break
-    rounded = replace(best, outputs=True)
-    if may_round_outputs(search, best) and rounded.cost < best.cost:
-        best = rounded if search.feasible(writer.evaluate(rounded)) else best
+    best = founds[0]
+    if not search.feasible(writer.evaluate(best)):
+        for best in _next_best(search, founds):
+            if search.feasible(writer.evaluate(best)):
+                break
+        best = writer.rounded(best) or best
     return writer.keep(best)
 
 
-class _Writer:
+class Writer:
     """Writes graphs, and evaluates each on the search images once, also in a resumed search."""
 
     def __init__(self, search: Search) -> None:
@@ -113,6 +114,25 @@ class _Writer:
             search.state.evaluations[slot] = score(search, graph.path, search.images)
             save_state(search.state, search.path)
         return search.state.evaluations[slot]
+
+    def settle(self, found: Found) -> Found:
+        """A choice with 8-bit sums if they are cheaper and its graph with them is feasible.
+
+        Else it is without them, and without the products that save time with 8-bit sums only.
+        """
+        if (rounded := self.rounded(found)) is not None:
+            return rounded
+        if not self._search.rounds(found.costs):
+            return found
+        fewer = replace(found, chosen=found.costs.fastest(found.chosen))
+        return min(found, fewer, key=lambda each: each.cost)
+
+    def rounded(self, found: Found) -> Found | None:
+        """A choice with 8-bit sums; None if they cost more, or the graph is not feasible."""
+        rounded = replace(found, outputs=True)
+        if not may_round_outputs(self._search, found) or rounded.cost >= found.cost:
+            return None
+        return rounded if self._search.feasible(self.evaluate(rounded)) else None
 
     def _graph(self, found: Found) -> GraphArtifact:
         search, config = self._search, found_config(self._search, found)
@@ -138,11 +158,11 @@ class _Writer:
 
 
 def _next_best(search: Search, founds: list[Found]) -> Iterator[Found]:
-    """The cheapest choice, then all other feasible combinations by cost, and at last all FP16."""
+    """All feasible combinations but the cheapest choice by cost, and at last all FP16."""
     best = founds[0]
-    yield best
-    others = [
-        replace(found, chosen=quantised)
+    others = founds[1:]
+    others += [
+        replace(found, chosen=quantised, outputs=False)
         for found in founds
         for quantised, evaluation in search.state.of(found.label).items()
         if quantised and search.feasible(evaluation)
@@ -150,5 +170,4 @@ def _next_best(search: Search, founds: list[Found]) -> Iterator[Found]:
     for other in sorted(others, key=lambda found: (found.cost, found.form, sorted(found.chosen))):
         if other != best and (other.form != best.form or other.cost >= best.cost):
             yield other
-    if best.chosen:
-        yield replace(best, chosen=frozenset())
+    yield replace(best, chosen=frozenset(), outputs=False)

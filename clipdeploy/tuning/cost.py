@@ -18,7 +18,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain as joined
 from itertools import combinations
@@ -87,47 +87,64 @@ class CostModel:
 
     def total(self, quantised: frozenset[str], *, outputs: bool = False) -> float:
         """The cost with the products ``quantised`` in 8 bits, and their sums if ``outputs``."""
-        rounded = (cost for name, cost in self.outputs.items() if outputs and name in quantised)
-        return self.rest + self._sum(self.products, quantised) + sum(rounded)
+        return self.rest + self._sum(self.products, quantised, outputs)
 
-    def _sum(self, names: Iterable[str], quantised: frozenset[str]) -> float:
+    def _sum(self, names: Collection[str], quantised: frozenset[str], outputs: bool) -> float:
         """The cost of the products ``names``, which contain ``quantised``."""
         alone = (
             self.products[name].quantised if name in quantised else self.products[name].half
             for name in names
         )
         shared = (each.cost for each in self.shared if quantised.issuperset(each.products))
-        return sum(alone) + sum(shared)
+        rounded = (self.outputs.get(n, 0.0) for n in names if outputs and n in quantised)
+        return sum(alone) + sum(shared) + sum(rounded)
 
     def relative(self, quantised: frozenset[str], *, outputs: bool = False) -> float:
         """:meth:`total` divided by the cost with all products in FP16."""
         return self.total(quantised, outputs=outputs) / self.total(frozenset())
 
-    def fastest(self) -> frozenset[str]:
-        """The products in 8 bits at the lowest cost, whatever their accuracy.
+    def fastest(
+        self, among: Collection[str] | None = None, *, outputs: bool = False
+    ) -> frozenset[str]:
+        """The products in 8 bits at the lowest cost, whatever their accuracy; also their sums.
 
-        Only products of one block share a cost, so each block has its own best set.
+        ``among`` are the products that may be in 8 bits, None for all.  Only products of one block
+        share a cost, so each block has its own best set.
         """
         blocks: defaultdict[str, list[str]] = defaultdict(list)
         for name in self.products:
-            blocks[_block(name)].append(name)
+            if among is None or name in among:
+                blocks[_block(name)].append(name)
         best = (
-            min(_subsets(names), key=lambda chosen, names=names: self._sum(names, chosen))  # type: ignore[misc]
+            min(_subsets(names), key=lambda chosen, names=names: self._sum(names, chosen, outputs))  # type: ignore[misc]
             for names in blocks.values()
         )
         return frozenset().union(*best)
 
-    def gains(self) -> dict[str, float]:
+    def least(self, *, outputs: bool = False) -> float:
+        """The lowest cost relative to FP16, whatever the accuracy.
+
+        ``outputs``: sums may be in 8 bits too.
+        """
+        ways = (False, True) if outputs else (False,)
+        return min(self.relative(self.fastest(outputs=way), outputs=way) for way in ways)
+
+    @property
+    def rounds_outputs(self) -> bool:
+        """Whether the fastest engine of all has 8-bit sums."""
+        return self.least(outputs=True) < self.least()
+
+    def gains(self, *, outputs: bool = False) -> dict[str, float]:
         """What each product saves: the cost of :meth:`fastest` without it, less that with it.
 
         0 for products outside it.  In a ``roofline`` none of them is worth 8 bits, whichever others
         are in FP16, because sharing a kernel makes products in 8 bits cheaper together, not dearer.
         Where two are measured to be dearer together, one of them counts as worth nothing.
         """
-        best = self.fastest()
-        least = self.total(best)
+        best = self.fastest(outputs=outputs)
+        least = self.total(best, outputs=outputs)
         return {
-            name: self.total(best - {name}) - least if name in best else 0.0
+            name: self.total(best - {name}, outputs=outputs) - least if name in best else 0.0
             for name in self.products
         }
 

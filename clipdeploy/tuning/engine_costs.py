@@ -5,10 +5,10 @@ With T(S) the time of an engine with the products S in 8 bits and the others in 
     T(S) = T({}) + sum of a(p) over p in S + sum of s(p, q) over pairs in S
     a(p) = T({p}) - T({}),   s(p, q) = T({p, q}) - T({}) - a(p) - a(q)
 
-Products of a block share kernels: fc1 or fc2 in 8 bits separates GELU from the product of fc1, and
-attention is one kernel in INT8 only if proj is in INT8 too.  No three share one, so of a roofline
-this is exact.  So is what 8-bit sums add for each qkv and fc1 in S, because they only change the
-bytes of two kernels:
+Products of a block share kernels: fc1 in 8 bits or fc2 in INT8 separates GELU from the product of
+fc1, and attention is one kernel in INT8 only if proj is in INT8 too.  No three share one, so of a
+roofline this is exact.  So is what 8-bit sums add for each qkv and fc1 in S, because they only
+change the bytes of two kernels:
 
     o(p) = T({p} with 8-bit sums) - T({p})
 
@@ -130,7 +130,7 @@ class TimedCosts:
             EngineError: it names the times.
         """
         hint = "run it again when no other program uses the GPU, or choose --cost roofline"
-        least = self.costs.total(self.costs.fastest(), outputs=True)
+        least = self.costs.total(self.costs.fastest(outputs=True), outputs=True)
         if not all(0 < each < math.inf for each in (self.none, self.whole, self.parts, least)):
             raise EngineError(
                 f"the measured times cannot be right: {self.none:.0f} µs in FP16, "

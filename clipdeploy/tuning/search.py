@@ -115,10 +115,11 @@ class SearchResult(Shown):
 
     ``excluded``: products in FP16.  ``points``: all evaluated combinations, of all formats; those
     on the front have recipes.  ``costs``, ``format`` and ``scheme``: those of the choice.
-    ``fastest``: by format, the lowest possible cost relative to FP16, whatever the accuracy; a
-    format that cannot be faster than the choice of another is not searched.  ``finished``: False if
-    the budget ended the search early.  ``search`` and ``confirm``: verdicts on the two splits, for
-    the graph that was written.  ``outputs``: whether the sums of its qkv and fc1 are in 8 bits too.
+    ``fastest``: by format, the lowest possible cost relative to FP16, whatever the accuracy, with
+    8-bit sums if they are allowed; a format that cannot be faster than the choice of another is not
+    searched.  ``finished``: False if the budget ended the search early.  ``search`` and
+    ``confirm``: verdicts on the two splits, for the graph that was written.  ``outputs``: whether
+    the sums of its qkv and fc1 are in 8 bits too.
     """
 
     model: str
@@ -205,14 +206,19 @@ def _heading(result: SearchResult) -> str:
 
 
 def _lossy_outputs(result: SearchResult) -> Iterator[str]:
-    """A sentence if the chosen graph was also written with 8-bit sums, and they were refused."""
-    chosen = (result.format, result.chosen.quantised)
-    for point in result.points:
-        if point.outputs and not point.feasible and (point.format, point.quantised) == chosen:
-            yield (
-                f"8-bit sums of qkv and fc1 would lower the cost to {point.cost:.3f} and lose too "
-                f"much: drop {point.drop:+.2f}"
-            )
+    """A sentence if a graph with the chosen products and 8-bit sums was written, and refused."""
+    chosen = set(result.chosen.quantised)
+    refused = (
+        point
+        for point in result.points
+        if point.outputs and not point.feasible and point.format == result.format
+    )
+    point = next((each for each in refused if chosen.issubset(each.quantised)), None)
+    if point is not None and not result.outputs:
+        yield (
+            f"8-bit sums of qkv and fc1 would lower the cost to {point.cost:.3f} and lose too "
+            f"much: drop {point.drop:+.2f}"
+        )
 
 
 def _fastest(result: SearchResult) -> Iterator[str]:

@@ -8,7 +8,7 @@ Nothing is run: see :mod:`clipdeploy.engines.roofline`.  Prints
    format is, with all Linears of the blocks in that format, then attention too, then the sums of
    qkv and fc1 too;
 2. for each format, what makes an inner block fastest in it: Linears, and attention (``attn``),
-   which ``search`` considers;
+   which ``search`` considers, with the sums of qkv and fc1 in 8 bits and in FP16;
 3. published latencies of ViTs beside the estimates, whose ratio shows how far they are off;
 4. how many times faster 8 bits are if products reach only a share of their peak rate, for the
    published measurements at batch 32 or more and for INT8 on the GPUs of the first table.
@@ -98,16 +98,17 @@ def speed_table(batch: int) -> list[str]:
     return lines
 
 
-def gain_table(form: Format, batches: tuple[int, ...]) -> list[str]:
+def gain_table(form: Format, batches: tuple[int, ...], *, outputs: bool) -> list[str]:
     """The lines of the second table."""
-    title = f"{form.upper():14}"
+    title = f"{form.upper() + (' +outputs' if outputs else ''):14}"
     lines = [title + "".join(f"{f'batch {batch}':23}" for batch in batches).rstrip()]
     for short, name in MODELS.items():
         geometry = Geometry.of_card(cards.find(name))
         for gpu in GPUS:
             row = f"{short + ' ' + gpu:14}"
             for batch in batches:
-                fastest = estimated_costs(geometry, find_gpu(gpu), batch, form).fastest()
+                costs = estimated_costs(geometry, find_gpu(gpu), batch, form)
+                fastest = costs.fastest(outputs=outputs)
                 faster = [each for each in block_products(geometry, 3) if each in fastest]
                 roles = " ".join(each.rpartition(".")[2] for each in faster)
                 row += f"{roles or 'none':23}"
@@ -168,7 +169,11 @@ def share_table(shares: tuple[float, ...]) -> list[str]:
 def main() -> None:
     """Print the tables."""
     shares = share_table((1.0, PRODUCT_SHARE, 0.5))
-    gains = [gain_table(form, (1, 8, 32)) for form in FORMATS]
+    gains = [
+        gain_table(form, (1, 8, 32), outputs=outputs)
+        for outputs in (True, False)
+        for form in FORMATS
+    ]
     for lines in (speed_table(32), *gains, published_table(), shares):
         print("\n".join(lines), end="\n\n")
 

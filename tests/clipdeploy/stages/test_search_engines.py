@@ -64,12 +64,9 @@ def check_engine(timer: EngineTimer, formats: Formats, folder: Path) -> None:
     seconds = engine_seconds(expected, find_gpu("L4"))
     assert row.milliseconds == pytest.approx(1e3 * seconds, rel=1e-12)
     kinds = {name.split(".", 2)[2] for name in formats}
-    # GELU rounds to FP8 in the kernel of an FP16 fc1, which the roofline does not know.
-    fused = kinds == {"mlp.fc2"} and "fp8" in formats.values()
     # TensorRT-RTX merges or splits kernels of the first and the last block.
     for block in ("blocks.2", "blocks.3"):
-        made = sum(each.block == block for each in expected)
-        assert passport.kernels[block] == made - (fused and len(formats) > 1), kinds
+        assert passport.kernels[block] == sum(each.block == block for each in expected), kinds
 
 
 @pytest.mark.parametrize("form", ["int8", "fp8"])
@@ -85,6 +82,33 @@ def test_every_engine_that_would_be_timed_is_built(
     assert settings["scope"]["outputs"] is True
     # Attention has two products a block.
     assert settings[f"{form}_nodes"] == 24 + 2 * 5
+
+
+# Another choice in each inner block.
+MIXED = {
+    1: ("mlp.fc2",),
+    2: ("attn.qkv", "attn", "attn.proj", "mlp.fc2"),
+    3: ("attn", "mlp.fc1"),
+    4: ("attn.proj", "mlp.fc1", "mlp.fc2"),
+}
+
+
+def test_the_kernels_of_a_choice_that_differs_from_block_to_block(
+    timer: EngineTimer, tmp_path: Path
+) -> None:
+    counts = {}
+    for form, inner in (("int8", [9, 9, 15, 10]), ("fp8", [8, 8, 9, 9])):
+        chosen = [f"blocks.{block}.{kind}" for block, kinds in MIXED.items() for kind in kinds]
+        formats: Formats = dict.fromkeys(chosen, form)  # type: ignore[arg-type]
+        folder = tmp_path / form
+        folder.mkdir()
+        found = read_engine_passport(timer.engine(formats, folder)).kernels
+        counts[form] = [found[f"blocks.{block}"] for block in MIXED]
+        names = [each.block for each in kernels(GEOMETRY, formats, BATCH)]
+        assert counts[form] == [names.count(f"blocks.{block}") for block in MIXED]
+        assert counts[form] == inner
+    # Those of the other format would be noticed.
+    assert counts["int8"] != counts["fp8"]
 
 
 def test_formats_of_no_graph_are_refused(timer: EngineTimer, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ from clipdeploy.pipeline import (
     search_model,
     verify_model,
 )
-from clipdeploy.stages import search_formats, search_graphs
+from clipdeploy.stages import search_graphs
 from clipdeploy.stages.search_formats import Best, Search
 from clipdeploy.tuning.chain import Chain
 from clipdeploy.tuning.cost import counted_costs, linear_shapes
@@ -314,13 +314,15 @@ def test_each_format_that_can_be_faster_is_searched(cut: Workspace, tmp_path: Pa
     shutil.copytree(cut.root, tmp_path / "copy")
     workspace = Workspace(tmp_path / "copy")
     place = {**FEW, "cost": "roofline"}
-    # On an L4 both formats have the same rate, and INT8, the more accurate one, comes first.
+    # On an L4 both formats have the same rate, but in so small a model the number of kernels
+    # decides, and FP8 in fc2 needs none for GELU.
     ada = searched(workspace, **place, gpu="L4", scheme=SchemeConfig())
-    assert ada.format == "int8"
-    assert {point.format for point in ada.points} == {"int8"}
-    assert abs(ada.fastest["int8"] - ada.fastest["fp8"]) < 0.01
-    assert "FP8 was not searched: its cost is at least 0." in shown(ada)
-    # Without INT8 on the GPU, FP8 is searched instead.
+    assert ada.format == "fp8"
+    kinds = {name.rpartition(".")[2] for name in ada.chosen.quantised}
+    assert kinds == {"qkv", "attn", "proj", "fc2"}
+    assert {point.format for point in ada.points} == {"fp8"}
+    assert "INT8 was not searched: its cost is at least 0." in shown(ada)
+    # Without INT8 on the GPU, FP8 is searched too.
     ultra = searched(workspace, **place, gpu="B300", scheme=SchemeConfig())
     assert ultra.format == "fp8"
     assert ultra.artifact.path == workspace.graph(cards.DEMO, "fp8")
@@ -340,18 +342,18 @@ def test_a_graph_that_fails_when_written_does_not_stay(
 
     def score(search: Any, graph: Path, images: Any) -> Evaluation:
         found = real(search, graph, images)
-        return replace(found, lost=found.images, gained=0) if graph.stem == "int8" else found
+        return replace(found, lost=found.images, gained=0) if graph.stem == "fp8" else found
 
     monkeypatch.setattr(search_graphs, "score", score)
-    # Search both formats, although INT8 has a choice that is as fast.
-    monkeypatch.setattr(search_formats, "ideal", lambda costs, form: (0.0, 0))
+    # FP8 can be faster and is searched first; with FP16 sums it is slower than INT8 can be.
     found = searched(workspace, **FEW, cost="roofline", gpu="L4", scheme=SchemeConfig())
-    assert found.format == "fp8"
+    assert found.format == "int8"
+    assert found.outputs
     assert {point.format for point in found.points} == {"int8", "fp8"}
     assert [point.cost for point in found.points] == sorted(p.cost for p in found.points)
     assert sum("all FP16" in point.label for point in found.points) == 1
-    assert workspace.graph(cards.DEMO, "fp8").exists()
-    assert not workspace.graph(cards.DEMO, "int8").exists()
+    assert workspace.graph(cards.DEMO, "int8").exists()
+    assert not workspace.graph(cards.DEMO, "fp8").exists()
 
 
 def shown(found: SearchResult) -> str:
