@@ -15,14 +15,18 @@ differences between candidates.  The strength t of Linear i is therefore the one
     log error_i(t) + mean_k log error_k(t)
 
 with k over the Linears of the same role in all blocks.  It is tried with a range that clips
-nothing.  Then the range is chosen in the same way: this one, or the one with the least expected
-error (:mod:`calibration.ranges`), which clips a heavy tail.  The former is larger than the largest
-value where only the class token is computed: there the statistics contain one token of each image,
-and other images often have larger values.
+nothing in the statistics.  Then the range is chosen in the same way: this one, larger ones, or the
+one with the least expected error (:mod:`calibration.ranges`), which clips a heavy tail.  All but
+the last are larger where only the class token is computed: there the statistics contain one token
+of each image, and other images often have larger values.
 
 The images must not be those of the statistics.  These contain their extremes, so that a strength
 near 1, with which every channel fills the range, would clip nothing there and too much on others.
-:func:`other_views` makes new ones.
+They are views of them (:mod:`calibration.views`), some of which are harder, so that larger ranges
+than the largest value are tried too.
+
+fc2 has no place to be folded into but two nodes of its own, and an alternative to them: one shift
+for all channels of GELU's output (:mod:`calibration.smoothing`), which is tried as well.
 """
 
 from __future__ import annotations
@@ -40,14 +44,14 @@ from calibration.distribution import Distribution
 from calibration.formats import INT8
 from calibration.observers import ChannelStatistics
 from calibration.policy import LinearSite, find_linears
-from calibration.ranges import choose_range
-from calibration.smoothing import find_source, fold, search_folding
+from calibration.ranges import choose_range, search_levels
+from calibration.smoothing import Folding, find_source, fold, fold_gelu, search_folding
 from calibration.weights import quantize_weight, weight_error
 from calibration.write import QdqWriter
 from exporters.initializers import values_of, write_initializer
 from exporters.parts import cut_out, run_part
 
-__all__ = ["ROUNDED_SHARE", "Setting", "choose", "measure_settings", "mirrored", "other_views"]
+__all__ = ["ROUNDED_SHARE", "Setting", "choose", "measure_settings"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -55,67 +59,67 @@ F64 = NDArray[np.float64]
 # Assumed noise of a weight that is rounded on data, relative to that of the nearest numbers.
 ROUNDED_SHARE = 0.2
 _STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9)
-# The range of an input of which only the class token is computed, divided by its largest value.
-_MARGIN = 1.15
-# Number of images that the candidates run on.
-_IMAGES = 16
-# How much larger than an image its other view shows things.
-_MAGNIFIED = 1.2
+# Ranges to try, divided by the largest value; and by how much more they are multiplied for an input
+# of which only the class token is computed.
+_PARTS, _MARGIN = (1.0, 1.5, 2.0), 1.15
 
 
 @dataclass(frozen=True)
 class Setting:
     """``strength`` of a Linear's smoothing, and ``part``: its range divided by max |x'|.
 
-    A ``part`` of None is the range with the least expected error.
+    A ``part`` of None is the range with the least expected error.  A ``strength`` of None is one
+    shift for all channels of GELU's output, whose range is that with the least expected error.
     """
 
-    strength: float
+    strength: float | None
     part: float | None = 1.0
 
 
-def mirrored(crops: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Mirrored views of uint8 (N, S, S, 3)."""
-    return np.ascontiguousarray(crops[:, :, ::-1])
+_SHIFTED = Setting(None, None)
 
 
-def other_views(crops: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Mirrored and magnified views of uint8 (N, S, S, 3), by the nearest pixels; same shape."""
-    middle = (crops.shape[1] - 1) / 2
-    at = np.rint((np.arange(crops.shape[1]) - middle) / _MAGNIFIED + middle).astype(np.int64)
-    return np.ascontiguousarray(crops[:, at][:, :, at[::-1]])
+@dataclass(frozen=True)
+class _Errors:
+    """The errors of one Linear: with each of ``_STRENGTHS``, and with each of ``settings``."""
+
+    strengths: F64
+    settings: list[Setting]
+    ranges: F64
+
+    def setting(self, strength: int, part: int) -> Setting:
+        """The setting with this strength, and with the range of this one of ``settings``."""
+        found = self.settings[part]
+        return found if found == _SHIFTED else replace(found, strength=_STRENGTHS[strength])
 
 
 def measure_settings(
-    model: ir.Model, statistics: Mapping[str, ChannelStatistics], images: NDArray[Any]
+    model: ir.Model,
+    statistics: Mapping[str, ChannelStatistics],
+    images: NDArray[Any],
+    *,
+    gelu: bool = True,
 ) -> dict[str, Setting]:
     """The best :class:`Setting` of each Linear in ``statistics`` with a source to fold into.
 
     ``model`` is the FP32 graph, before folding; it is not changed.  ``images`` (N, ...) match its
-    input and are not in the statistics.
+    input and are not in the statistics.  ``gelu``: fc2's too.
 
     Raises:
         GraphError: a block cannot be cut out of the graph, or cannot run.
     """
     blocks = find_blocks(model)
-    inputs = [image[None] for image in images[:_IMAGES]]
-    starts = ends_of(cut_out(model, None, blocks[0].start), inputs)
-    strengths: dict[str, F64] = {}
-    ranges: dict[str, F64] = {}
-    parts: dict[str, tuple[float, None]] = {}
+    starts = ends_of(cut_out(model, None, blocks[0].start), [image[None] for image in images])
+    errors: dict[str, _Errors] = {}
     for block in blocks:
-        trial = _Trial(model, block, starts)
+        trial = _Trial(model, block, starts, gelu=gelu)
         for name in block.linears:
             if name in statistics and trial.foldable(name):
-                parts[name] = trial.parts(name)
-                tried = [Setting(strength, parts[name][0]) for strength in _STRENGTHS]
-                strengths[name] = trial.errors(name, statistics[name], tried)
-                best = tried[int(strengths[name].argmin())]
-                tried = [replace(best, part=part) for part in parts[name]]
-                ranges[name] = trial.errors(name, statistics[name], tried)
+                errors[name] = trial.measure(name, statistics[name])
         starts = trial.ends
-    chosen = choose(ranges)
-    return {n: Setting(_STRENGTHS[k], parts[n][chosen[n]]) for n, k in choose(strengths).items()}
+    strengths = choose({name: each.strengths for name, each in errors.items()})
+    parts = choose({name: each.ranges for name, each in errors.items()})
+    return {name: each.setting(strengths[name], parts[name]) for name, each in errors.items()}
 
 
 def choose(errors: Mapping[str, F64]) -> dict[str, int]:
@@ -138,10 +142,10 @@ def _role(name: str) -> str:
 class _Trial:
     """Tries settings of the Linears of one block, on its ``starts`` in the FP32 network."""
 
-    def __init__(self, model: ir.Model, block: Block, starts: Sequence[F32]) -> None:
+    def __init__(self, model: ir.Model, block: Block, starts: Sequence[F32], *, gelu: bool) -> None:
         self._model, self._block, self._starts = model, block, starts
         part = self._copy()
-        self._source_names = {name for name in block.linears if _source(part, name)}
+        self._foldable = {name for name in block.linears if _foldable(part, name, gelu=gelu)}
         inputs = [site.activation for site in find_linears(part)]
         (found,) = run_part(part, inputs, starts[:1])
         self._one_token = {n for n, x in zip(block.linears, found, strict=True) if x.shape[1] == 1}
@@ -152,13 +156,21 @@ class _Trial:
 
     def foldable(self, name: str) -> bool:
         """Whether a Linear's smoothing has a place to be folded into."""
-        return name in self._source_names
+        return name in self._foldable
 
-    def parts(self, name: str) -> tuple[float, None]:
-        """The ranges to try: one that clips nothing, and that of the least expected error."""
-        return (_MARGIN if name in self._one_token else 1.0), None
+    def measure(self, name: str, statistics: ChannelStatistics) -> _Errors:
+        """Try all strengths, and all ranges with the best of them."""
+        margin = _MARGIN if name in self._one_token else 1.0
+        smallest, *larger = (part * margin for part in _PARTS)
+        tried = [Setting(strength, smallest) for strength in _STRENGTHS]
+        strengths = self._errors(name, statistics, tried)
+        best = int(strengths.argmin())
+        settings = [replace(tried[best], part=part) for part in (*larger, None)]
+        settings += [_SHIFTED] if _is_fc2(name) else []
+        others = self._errors(name, statistics, settings)
+        return _Errors(strengths, [tried[best], *settings], np.append(strengths[best], others))
 
-    def errors(self, name: str, statistics: ChannelStatistics, settings: Sequence[Setting]) -> F64:
+    def _errors(self, name: str, statistics: ChannelStatistics, settings: list[Setting]) -> F64:
         """The error of the block's output for each of the settings, (K,)."""
         return np.asarray([self._error(name, statistics, each) for each in settings])
 
@@ -181,9 +193,15 @@ def _site(part: ir.Model, name: str) -> tuple[LinearSite, dict[str, LinearSite]]
     return sites[name], sites
 
 
-def _source(part: ir.Model, name: str) -> bool:
+def _is_fc2(name: str) -> bool:
+    return _role(name) == "mlp.fc2"
+
+
+def _foldable(part: ir.Model, name: str, *, gelu: bool) -> bool:
     site, sites = _site(part, name)
-    return site.bias is not None and find_source(site, sites) is not None
+    return site.bias is not None and (
+        gelu if _is_fc2(name) else find_source(site, sites) is not None
+    )
 
 
 def _quantise_input(
@@ -191,17 +209,25 @@ def _quantise_input(
 ) -> None:
     """Smooth one Linear, quantise its input, and add the remaining error of its weight."""
     site, sites = _site(part, name)
-    folding = search_folding(Distribution.of(statistics), values_of(site.weight), setting.strength)
-    source = find_source(site, sites)
-    assert source is not None
-    fold(site, source, folding)
+    folding = Folding.none(statistics.channels)
+    if setting.strength is not None:
+        before = Distribution.of(statistics)
+        folding = search_folding(before, values_of(site.weight), setting.strength)
+        source = find_source(site, sites)
+        if source is None:
+            fold_gelu(site, folding)
+        else:
+            fold(site, source, folding)
     weight = values_of(site.weight)
     values = Distribution.of(statistics, folding.shift, folding.scale)
-    if setting.part is None:
-        squares = np.einsum("ij,ij->i", weight, weight).astype(np.float64)
-        limit = choose_range(values, "auto", squares)
+    squares = np.einsum("ij,ij->i", weight, weight).astype(np.float64)
+    zero = 0
+    if setting.strength is None:
+        step, zero = search_levels(values, squares)
+    elif setting.part is None:
+        step = INT8.step(choose_range(values, "auto", squares))
     else:
-        limit = values.amax * setting.part
-    QdqWriter(part.graph, unsigned=True).activation(site.matmul, 0, name, INT8.step(limit))
+        step = INT8.step(values.amax * setting.part)
+    QdqWriter(part.graph, unsigned=True).activation(site.matmul, 0, name, step, zero)
     error = weight_error(weight, *quantize_weight(weight))
     write_initializer(site.matmul, 1, weight + np.float32(ROUNDED_SHARE**0.5) * error)

@@ -20,7 +20,7 @@ from calibration.config import QuantizeConfig, stored_settings
 from calibration.distribution import Distribution
 from calibration.fitting import FEWEST_IMAGES, fit_linears
 from calibration.formats import NumberFormat
-from calibration.measuring import Setting, measure_settings, mirrored, other_views
+from calibration.measuring import Setting, measure_settings
 from calibration.policy import (
     HEAD,
     PATCH,
@@ -44,6 +44,7 @@ from calibration.scheme import (
 )
 from calibration.smoothing import Folding
 from calibration.table import JUDGED_CROPS, CalibrationTable, load_table
+from calibration.views import coarse_views, mirrored, other_views
 from calibration.weights import quantize_weight
 from calibration.write import QdqWriter
 from clipdeploy.core.display import Renderable, Shown, stacked
@@ -72,6 +73,8 @@ __all__ = [
 
 # First opset whose QuantizeLinear and DequantizeLinear take float16 scales.
 _FIRST_WITH_HALF_SCALES = 19
+# On how many images strengths and ranges are measured: views like the images, and coarse ones.
+_SHARP_VIEWS, _COARSE_VIEWS = 12, 6
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,7 @@ class _Images:
     """Graph inputs (N, ...) that a calibration stores.
 
     ``fitted``: to fit weights and biases to, with their mirrored views.  ``checks``: others.
-    ``unseen``: views of the first that the statistics do not include.
+    ``unseen``: views of the first that the statistics do not include, some of low resolution.
     """
 
     fitted: NDArray[Any]
@@ -179,7 +182,8 @@ def _stored_images(table: CalibrationTable, tensor: TensorSpec) -> _Images:
             "or of an earlier clipdeploy",
             hint="clipdeploy calibrate --force --data CALIBRATION_IMAGES, or --effort fast",
         )
-    unseen = Samples(other_views(fitted.crops), fitted.spec)
+    views = [other_views(fitted.crops[:_SHARP_VIEWS]), coarse_views(fitted.crops[-_COARSE_VIEWS:])]
+    unseen = Samples(np.concatenate(views), fitted.spec)
     # Twice as many tokens: most pictures are as likely as their mirror image.
     both = fitted.concat(Samples(mirrored(fitted.crops), fitted.spec))
     inputs = (each.as_input(tensor) for each in (both, checks, unseen))
@@ -257,7 +261,8 @@ def _write(
     settings: dict[str, Setting] = {}
     if images is not None and config.scheme.searches and config.number_format.even:
         statistics = {s.name: table.of(s.name) for s in find_linears(model) if s.name in chosen}
-        settings = measure_settings(model, statistics, images.unseen)
+        gelu = config.scheme.shifts_gelu
+        settings = measure_settings(model, statistics, images.unseen, gelu=gelu)
     foldings = _fold(model, table, chosen, settings, config)
     writer = QdqWriter(
         model.graph,
@@ -306,7 +311,7 @@ def _fold(
     if config.effort == "best" and scheme.shifts_gelu:
         sites = [site for site in find_linears(model) if site.name in chosen]
         statistics = {site.name: table.of(site.name) for site in sites}
-        foldings |= fold_all_gelu(sites, statistics, scheme.strength)
+        foldings |= fold_all_gelu(sites, statistics, scheme.strength, settings)
     return foldings
 
 

@@ -42,10 +42,10 @@ from rotation import rotated, rotations
 from calibration.distribution import Distribution
 from calibration.fitting import fit_linears
 from calibration.formats import INT8
-from calibration.measuring import mirrored
 from calibration.policy import LinearSite, find_linears
 from calibration.scheme import LinearScheme, add_to_bias
 from calibration.table import CalibrationTable, load_table
+from calibration.views import mirrored
 from calibration.weights import quantize_weight
 from clipdeploy.models import cards
 from clipdeploy.models.load import WeightsChoice

@@ -1,6 +1,6 @@
 """``--effort best``: what is fitted to the images, and images that it must not be fitted to.
 
-Covers: calibration/blocks.py, calibration/measuring.py.
+Covers: calibration/blocks.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from calibration import fitting
 from calibration.config import QuantizeConfig, is_made_with, stored_settings
 from calibration.fitting import check_gains
-from calibration.measuring import Setting, choose, measure_settings, mirrored, other_views
+from calibration.measuring import Setting
 from calibration.policy import find_linears
 from calibration.qdq import quantize, smooth
 from calibration.rounding import Moments
@@ -24,7 +24,6 @@ from calibration.scheme import SchemeConfig, fold_all_gelu
 from calibration.table import CalibrationTable, save_table
 from clipdeploy.core.errors import CalibrationError, UsageError
 from exporters.graphs import load_graph, write_model
-from exporters.headers import read_passport
 from exporters.metrics import sqnr_db
 from exporters.samples import Samples
 from exporters.session import OnnxSession
@@ -148,53 +147,6 @@ def test_scaling_the_output_of_gelu_keeps_the_function(
     (found,) = OnnxSession(tmp_path / "scaled.onnx").run(demo_images)
     (expected,) = OnnxSession(source).run(demo_images)
     assert np.abs(found - expected).max() < 1e-4
-
-
-def test_other_views_are_mirrored_and_magnified() -> None:
-    crop = np.zeros((1, 11, 11, 3), np.uint8)
-    crop[0, :, 0], crop[0, 5, 5], crop[0, 5, 3] = 9, 1, 2
-    view = other_views(crop)
-    assert view.shape == crop.shape
-    assert view[0, 5, 5, 0] == 1
-    assert view[0, 5, 7, 0] == 2
-    assert not (view == 9).any()
-
-
-def test_a_setting_is_measured_for_each_linear_that_can_be_smoothed(
-    source: Path, demo_table: CalibrationTable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a strength of 1 each channel fills the range, so other images exceed it."""
-    monkeypatch.setattr("calibration.measuring._STRENGTHS", (1.0, 0.6))
-    stored = demo_table.fitted()
-    assert stored is not None
-    images = Samples(other_views(stored.crops[:4]), stored.spec)
-    inputs = images.as_input(read_passport(source).input)
-    names = [f"blocks.5.{role}" for role in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
-    statistics = {name: demo_table.of(name) for name in names}
-    found = measure_settings(load_graph(source), statistics, inputs)
-    assert list(found) == names[:3]
-    # Only the class token leaves attention in the last block.
-    wide = zip(names, (1.0, 1.15, 1.15), strict=False)
-    assert all(found[name].part in (part, None) for name, part in wide)
-    assert [found[name].strength for name in names[1:3]] == [0.6, 0.6]
-
-
-def test_the_other_linears_of_a_role_count_as_much_as_the_linear_itself() -> None:
-    errors = {
-        "blocks.0.attn.qkv": [1.0, 1.1],
-        "blocks.1.attn.qkv": [2.0, 1.0],
-        "blocks.10.attn.qkv": [1.0, 9.0],
-        "blocks.0.mlp.fc1": [5.0, 1.0],
-    }
-    found = choose({name: np.asarray(each) for name, each in errors.items()})
-    assert list(found.values()) == [0, 1, 0, 1]
-    without = {n: np.asarray(each) for n, each in errors.items() if "10" not in n}
-    assert choose(without)["blocks.0.attn.qkv"] == 1
-
-
-def test_mirrored_views_are_mirrored() -> None:
-    crop = np.arange(12, dtype=np.uint8).reshape(1, 2, 2, 3)
-    assert np.array_equal(mirrored(crop)[0, :, 0], crop[0, :, 1])
 
 
 def test_smoothing_takes_the_measured_strength(source: Path, demo_table: CalibrationTable) -> None:

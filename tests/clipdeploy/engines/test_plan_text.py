@@ -100,9 +100,7 @@ def test_every_product_is_read_from_the_plan(built: Built) -> None:
         assert sum(counts.values()) == len(kernels)
 
 
-def _top1_and_sqnr(
-    graph: bytes | Path, model: LoadedModel, every: int = 1
-) -> tuple[float, float]:
+def _top1_and_sqnr(graph: bytes | Path, model: LoadedModel, every: int = 1) -> tuple[float, float]:
     """On ``every`` so-manyth of 500 held-out digits: top-1 in percent, SQNR of the logits in dB."""
     spec = model.card.preprocess(model.recipe)
     crops = list(iter_crops(open_images(cards.demo_file("test.zip")), spec))[::every]
