@@ -158,7 +158,8 @@ def _write_linears(
 class _Images:
     """Graph inputs (N, ...) that a calibration stores.
 
-    ``fitted``: to fit weights and biases to, with their mirrored views.  ``checks``: others.
+    ``fitted``: to fit weights and biases to, with mirrored and some
+    coarse views of them too.  ``checks``: others.
     ``unseen``: views of the first that the statistics do not include, some of low resolution.
     """
 
@@ -184,9 +185,10 @@ def _stored_images(table: CalibrationTable, tensor: TensorSpec) -> _Images:
         )
     views = [other_views(fitted.crops[:_SHARP_VIEWS]), coarse_views(fitted.crops[-_COARSE_VIEWS:])]
     unseen = Samples(np.concatenate(views), fitted.spec)
-    # Twice as many tokens: most pictures are as likely as their mirror image.
-    both = fitted.concat(Samples(mirrored(fitted.crops), fitted.spec))
-    inputs = (each.as_input(tensor) for each in (both, checks, unseen))
+    # More tokens: most pictures are as likely as their mirror image, and some are less sharp.
+    more = np.concatenate([mirrored(fitted.crops), coarse_views(fitted.crops[::2])])
+    every = fitted.concat(Samples(more, fitted.spec))
+    inputs = (each.as_input(tensor) for each in (every, checks, unseen))
     return _Images(*inputs)
 
 
