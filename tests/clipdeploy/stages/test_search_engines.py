@@ -73,7 +73,14 @@ def check_engine(timer: EngineTimer, formats: Formats, folder: Path) -> None:
 def test_every_engine_that_would_be_timed_is_built(
     form: FormatName, timer: EngineTimer, tmp_path: Path
 ) -> None:
-    variants = timed_variants(GEOMETRY, form)
+    last = f"blocks.{GEOMETRY.depth - 1}."
+    # The engines that differ in the last block only have the same kernels in those compared.
+    variants = [
+        formats
+        for formats in timed_variants(GEOMETRY, form)
+        if not formats or not all(name.startswith(last) for name in formats)
+    ]
+    assert len(variants) == 11
     for number, formats in enumerate(variants):
         folder = tmp_path / f"{number}"
         folder.mkdir()

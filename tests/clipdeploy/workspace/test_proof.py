@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from deployments import QUICK
+from judging import each_once
 from pages import read_page
 from pixel_changes import change_source
 from safetensors.torch import load_file, save_file
@@ -87,6 +88,13 @@ def status(judgement: Judgement) -> str:
 
 def run(*words: str | Path) -> Result:
     return CliRunner().invoke(main, [str(word) for word in words])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _each_once() -> Iterator[None]:
+    """Repeated calls are tested in tests/clipdeploy/verification."""
+    with each_once():
+        yield
 
 
 @pytest.fixture(scope="module")
