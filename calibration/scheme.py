@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 
 from calibration.distribution import Distribution
 from calibration.formats import INT8, SMALLEST_SCALE, NumberFormat
-from calibration.measuring import ROUNDED_SHARE, Setting
+from calibration.gelu import gelu_folding, squared_rows
+from calibration.measuring import Setting
 from calibration.observers import ChannelStatistics
 from calibration.policy import LinearSite
 from calibration.ranges import RANGE_METHODS, RangeMethod, choose_range, search_levels
@@ -161,56 +162,20 @@ def fold_all_gelu(
 ) -> dict[str, Folding]:
     """Shift and scale each channel of GELU's output where that lowers fc2's error.
 
-    The alternative is one shift for all channels.  Without a measured setting of a Linear, the
-    expected errors of both are compared.  The model's outputs stay the same.
+    The alternative is one shift for all channels.  ``settings`` say which is better; without one of
+    a Linear, the expected errors do.  The model's outputs stay the same.
     """
     foldings = {}
     for site in sites:
         if site.role != "mlp.fc2" or site.bias is None or site.name not in statistics:
             continue
-        values, weight = Distribution.of(statistics[site.name]), values_of(site.weight)
         setting = settings.get(site.name)
-        folding = search_folding(values, weight, setting.strength if setting else strength)
-        if (
-            setting.strength is not None
-            if setting
-            else _gains(statistics[site.name], weight, folding)
-        ):
+        wanted = setting.strength if setting else strength
+        folding, gains = gelu_folding(statistics[site.name], values_of(site.weight), wanted)
+        if wanted is not None if setting else gains:
             fold_gelu(site, folding)
             foldings[site.name] = folding
     return foldings
-
-
-def _gains(statistics: ChannelStatistics, weight: NDArray[np.float32], folding: Folding) -> bool:
-    """Whether ``folding`` is expected to be better than one shift for all channels."""
-    scaled = Distribution.of(statistics, folding.shift, folding.scale)
-    inside = folding.scale[:, None].astype(np.float32) * weight
-    return _symmetric_error(scaled, inside) < _shifted_error(Distribution.of(statistics), weight)
-
-
-def _symmetric_error(values: Distribution, weight: NDArray[np.float32]) -> float:
-    """Expected squared error of a Linear's output with the same levels on both sides of zero."""
-    squares = _squares(weight)
-    limit = np.asarray([choose_range(values, "auto", squares)])
-    return float(values.density(squares).error(limit)[0]) + _weight_error(values, weight)
-
-
-def _shifted_error(values: Distribution, weight: NDArray[np.float32]) -> float:
-    """Expected squared error of a Linear's output with one shift for all channels."""
-    squares = _squares(weight)
-    step, zero = search_levels(values, squares)
-    from_input = values.density(squares).shifted_error(step * zero, step)
-    return from_input + _weight_error(values, weight)
-
-
-def _squares(weight: NDArray[np.float32]) -> NDArray[np.float64]:
-    """|W[c, :]| ** 2 of each input channel, (Cin,)."""
-    return np.asarray(np.einsum("ij,ij->i", weight, weight), np.float64)
-
-
-def _weight_error(values: Distribution, weight: NDArray[np.float32]) -> float:
-    steps = np.abs(weight).max(axis=0).astype(np.float64) / INT8.largest
-    return ROUNDED_SHARE * float((steps**2).sum() / 12 * values.variance().sum())
 
 
 def linear_scheme(
@@ -232,7 +197,7 @@ def linear_scheme(
     shifts = config.shifts_gelu and number_format.even and folding is None
     folding = folding or Folding.none(statistics.channels)
     values = seen = Distribution.of(statistics, folding.shift, folding.scale)
-    squares = _squares(weight)
+    squares = squared_rows(weight)
     zero = 0
     if shifts and site.role == "mlp.fc2" and site.bias is not None:
         step, zero = search_levels(values, squares)

@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 
 from calibration.formats import INT8, NumberFormat, float16_scale
 
-__all__ = ["quantize_weight", "weight_error"]
+__all__ = ["ROUNDED_SHARE", "quantize_weight", "weight_error"]
 
+# Assumed noise of a weight that is rounded on data, relative to that of the nearest numbers.
+ROUNDED_SHARE = 0.2
 _CLIPS = (0.96, 0.92, 0.88, 0.84, 0.8)
 
 

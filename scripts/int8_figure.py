@@ -57,7 +57,7 @@ STEPS = {
 }
 Replacements = dict[str, Callable[..., object]]
 # What replaces the functions of a step to switch it off.
-_MEASURING: Replacements = {"calibration.qdq.measure_settings": lambda *given: {}}
+_MEASURING: Replacements = {"calibration.qdq.measure_settings": lambda *given, **options: {}}
 _GELU: Replacements = {"calibration.qdq.fold_all_gelu": lambda *given: {}}
 # Numbers of zero are worse than the nearest ones, which every Linear then keeps.
 _ROUNDING: Replacements = {

@@ -1,6 +1,6 @@
 """``--effort best``: what is fitted to the images, and images that it must not be fitted to.
 
-Covers: calibration/blocks.py.
+Covers: calibration/blocks.py, calibration/gelu.py.
 """
 
 from __future__ import annotations
