@@ -1,8 +1,7 @@
 """Makes other views of calibration images, which the statistics of the images do not include.
 
 Statistics contain the extremes of their own images, so that nothing is clipped there.  Other images
-exceed them; most of all those of a lower resolution, which were enlarged: in a pretrained ViT-S the
-inputs of proj reached twice the range of sharp photographs.
+exceed them, most of all those that were enlarged from a lower resolution.
 """
 
 from __future__ import annotations
