@@ -158,9 +158,9 @@ def _write_linears(
 class _Images:
     """Graph inputs (N, ...) that a calibration stores.
 
-    ``fitted``: to fit weights and biases to, with mirrored and some
-    coarse views of them too.  ``checks``: others.
-    ``unseen``: views of the first that the statistics do not include, some of low resolution.
+    ``fitted``: to fit weights and biases to, with mirrored and some coarse views of them too.
+    ``checks``: others.  ``unseen``: views of the first that the statistics do not include, some of
+    low resolution.
     """
 
     fitted: NDArray[Any]

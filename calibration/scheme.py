@@ -170,9 +170,10 @@ def fold_all_gelu(
         if site.role != "mlp.fc2" or site.bias is None or site.name not in statistics:
             continue
         setting = settings.get(site.name)
-        wanted = setting.strength if setting else strength
+        wanted = strength if setting is None else setting.strength
         folding, gains = gelu_folding(statistics[site.name], values_of(site.weight), wanted)
-        if wanted is not None if setting else gains:
+        scales = gains if setting is None else wanted is not None
+        if scales:
             fold_gelu(site, folding)
             foldings[site.name] = folding
     return foldings
