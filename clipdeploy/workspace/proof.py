@@ -170,7 +170,7 @@ class ReferenceProof:
         """The proof, or that there is none, in words."""
         found = []
         if "probe" in self.by:
-            found.append("proven by a probe: it has the logits of your framework")
+            found.append("proven by a probe: it has the outputs of your framework")
         if self.accuracy is not None:
             means = "published accuracy"
             if self.accuracy.source == "expected":
@@ -178,7 +178,7 @@ class ReferenceProof:
             found.append(f"proven by {means}: {self.accuracy.sentence}")
         if not found:
             means = (
-                "export --probe compares its logits with your framework's, verify its accuracy "
+                "export --probe compares its outputs with your framework's, verify its accuracy "
                 "with the published one"
             )
             return f"not proven: {self.problem or means}"

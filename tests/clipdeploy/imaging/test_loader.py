@@ -269,8 +269,9 @@ from clipdeploy.core.passport import Recipe
 def resident():
     workers = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     assert len(workers) == 2
-    pages = [Path(f"/proc/{pid}/statm").read_text().split()[1] for pid in ("self", *workers)]
-    return sum(map(int, pages)) * os.sysconf("SC_PAGE_SIZE")
+    pages = [Path(f"/proc/{pid}/statm").read_text().split()[1:3] for pid in ("self", *workers)]
+    # Without pages of files, which the system takes back when it likes.
+    return sum(int(every) - int(shared) for every, shared in pages) * os.sysconf("SC_PAGE_SIZE")
 
 images = open_images(Path(sys.argv[1]))
 images = ImageFolder(images.root, images.entries * 1000)
