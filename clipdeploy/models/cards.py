@@ -42,6 +42,7 @@ __all__ = [
     "DOWNLOAD_ROOT",
     "HUB_PREFIX",
     "NORMALISATIONS",
+    "TOP1_ROUNDING",
     "ModelCard",
     "all_cards",
     "class_names",
@@ -60,6 +61,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 DOWNLOAD_ROOT = "https://download.openmmlab.com/mmclassification/v0/clip/"
 DEMO = "clip-vit-demo"
+# Published accuracies have two decimals.
+TOP1_ROUNDING = 0.005
 # Patch, image size, width, blocks, heads, the MLP's width where it is not four times the width, and
 # the width of CLIP's embedding before a zero-shot head, or as the output.
 _GEOMETRY = re.compile(

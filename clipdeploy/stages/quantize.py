@@ -24,7 +24,7 @@ from clipdeploy.stages.calibrate import is_calibrated
 from clipdeploy.stages.samples import sample_images, sample_texts
 from clipdeploy.workspace.folder import Workspace
 from exporters.graphs import load_graph
-from exporters.headers import GraphArtifact, existing_graph, graph_sha256
+from exporters.headers import GraphArtifact, existing_graph, graph_sha256, read_passport
 from exporters.precision import Fp16Config, convert_to_fp16
 from exporters.samples import GraphSamples
 
@@ -41,6 +41,7 @@ __all__ = [
     "refuse_unbuildable",
     "stored_quality",
     "with_scale_form",
+    "write_quantised",
 ]
 
 # Number of sample images on which float16 storage is checked.
@@ -67,7 +68,7 @@ def quantize_model(
         ClipdeployError: see :mod:`clipdeploy.core.errors`.
     """
     config = with_scale_form(config, backend)
-    source, passport = workspace.source(model)
+    source, _ = workspace.source(model)
     calibration = calibration_file(workspace, model)
     target = _target(workspace, model, config)
     parents = {"source_graph": graph_sha256(source), "calibration": sha256_file(calibration)}
@@ -76,8 +77,19 @@ def quantize_model(
         if made.made_from == parents and is_made_with(made.settings, config):
             return QuantizedGraph(found, _placement(source, config, found), stored_quality(found))
     with progress.task(f"quantise {model}"):
-        samples = sample_images(passport.preprocess, _STORAGE_IMAGES)
-        return quantize(source, calibration, target, samples, config)
+        return write_quantised(source, calibration, target, config)
+
+
+def write_quantised(
+    source: Path, calibration: Path, target: Path, config: QuantizeConfig
+) -> QuantizedGraph:
+    """Write the INT8 or FP8 graph of the FP32 graph ``source`` to ``target``.
+
+    Raises:
+        ClipdeployError: see :func:`calibration.qdq.quantize`.
+    """
+    samples = sample_images(read_passport(source).preprocess, _STORAGE_IMAGES)
+    return quantize(source, calibration, target, samples, config)
 
 
 def with_scale_form(config: QuantizeConfig, backend: BackendOption = "auto") -> QuantizeConfig:

@@ -92,7 +92,7 @@ def search_model(
 
 
 def _run(search: Search, folder: Path, data: Path) -> SearchResult:
-    writer = Writer(search)
+    writer = Writer(search, folder)
     founds, finished = search_formats(search, folder, writer.settle)
     written = write_choice(search, writer, founds)
     best, measured = written.best, written.evaluation

@@ -136,7 +136,7 @@ def _measured(run: CostRun, geometry: Geometry) -> dict[FormatName, CostModel]:
     formats = _formats(run.config, gpu)
     build, conditions = _conditions(run, gpu)
     path = run.workspace.search(run.model) / "times.json"
-    source, passport = run.workspace.source(run.model)
+    source, _ = run.workspace.source(run.model)
     order = [name for at in range(geometry.depth) for name in block_products(geometry, at)]
     count = sum(len(timed_variants(geometry, form)) for form in formats)
     with (
@@ -144,9 +144,7 @@ def _measured(run: CostRun, geometry: Geometry) -> dict[FormatName, CostModel]:
         run.progress.task(f"time engines on {gpu.name}", count) as step,
     ):
         calibration = run.workspace.calibration(run.model)
-        timer = EngineTimer(
-            *(source, passport, calibration, tuple(order), run.config.scheme, build, folder)
-        )
+        timer = EngineTimer(*(source, calibration, tuple(order), run.config.scheme, build, folder))
         kept = kept_times(_before(run.deadline, timer), path, conditions)
         return {
             form: _checked(run, geometry, form, _stepping(kept, step), path, conditions)
@@ -202,7 +200,7 @@ def _checked(
 
 
 def _before(deadline: float | None, measure: PairTimer) -> PairTimer:
-    """``measure``, which refuses to begin after the deadline."""
+    """Return ``measure`` with a check of the deadline before each call."""
 
     def limited(formats: Formats) -> tuple[float, float]:
         if deadline is not None and time.monotonic() > deadline:
@@ -213,7 +211,7 @@ def _before(deadline: float | None, measure: PairTimer) -> PairTimer:
 
 
 def _stepping(timer: Timer, advance: Callable[[int], None]) -> Timer:
-    """``timer``, which shows its progress."""
+    """Return ``timer`` with one step of progress for each call."""
 
     def stepping(formats: Formats) -> float:
         found = timer(formats)

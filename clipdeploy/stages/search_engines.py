@@ -7,21 +7,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from calibration.formats import FormatName
-from calibration.qdq import quantize
 from calibration.scheme import SchemeConfig
 from clipdeploy.benchmark import BenchmarkConfig, benchmark_artifacts
 from clipdeploy.core.errors import EngineError
-from clipdeploy.core.passport import Passport
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.builder import build_engine
 from clipdeploy.engines.roofline import Formats, linear_outputs
-from clipdeploy.stages.quantize import with_scale_form
-from clipdeploy.stages.samples import sample_images
+from clipdeploy.stages.quantize import with_scale_form, write_quantised
 from clipdeploy.stages.search_products import product_config
 
 __all__ = ["EngineTimer"]
-
-_STORAGE_IMAGES = 3
 
 
 @dataclass(frozen=True)
@@ -33,7 +28,6 @@ class EngineTimer:
     """
 
     source: Path
-    passport: Passport
     calibration: Path
     order: tuple[str, ...]
     scheme: SchemeConfig
@@ -53,10 +47,9 @@ class EngineTimer:
             raise ValueError(f"no graph has exactly these formats: {formats}")
         form: FormatName = "fp8" if "fp8" in formats.values() else "int8"
         config = product_config(self.order, quantised, form, self.scheme, outputs=bool(outputs))
-        samples = sample_images(self.passport.preprocess, _STORAGE_IMAGES)
         graph = folder / "timed.onnx"
         scaled = with_scale_form(config, self.build.backend)
-        quantize(self.source, self.calibration, graph, samples, scaled)
+        write_quantised(self.source, self.calibration, graph, scaled)
         return build_engine(graph, graph.with_suffix(".engine"), self.build).path
 
     def __call__(self, formats: Formats) -> tuple[float, float]:

@@ -15,14 +15,13 @@ from pathlib import Path
 from calibration.config import QuantizeConfig, Remainder
 from calibration.formats import FORMATS, FormatName
 from calibration.policy import Scope
-from calibration.qdq import quantize
 from calibration.ranges import RangeMethod
 from calibration.scheme import SchemeConfig
 from clipdeploy.core.files import sha256_file
 from clipdeploy.core.passport import to_json
 from clipdeploy.core.progress import Progress
 from clipdeploy.engines.backends import BackendOption
-from clipdeploy.stages.samples import sample_images
+from clipdeploy.stages.quantize import write_quantised
 from clipdeploy.stages.search_costs import budget_ended, ideal, rank
 from clipdeploy.tuning.chain import Chain
 from clipdeploy.tuning.cost import (
@@ -48,7 +47,6 @@ __all__ = ["Best", "Found", "Search", "search_formats"]
 # methods, then SmoothQuant's usual strengths with the best of these.
 _OTHER_RANGES: tuple[RangeMethod, ...] = ("auto", "percentile", "mse")
 _OTHER_STRENGTHS = (0.5, 0.75)
-_STORAGE_IMAGES = 3
 _EVERYTHING = Scope(attention=True)
 
 
@@ -110,12 +108,11 @@ class Search:
     def chain(self, form: FormatName, scheme: SchemeConfig, folder: Path) -> Chain:
         """Reference against all products in 8 bits; INT8 has a flavour that runs fast here."""
         target = folder / f"{form} {scheme.label}.onnx"
-        samples = sample_images(self.passport.preprocess, _STORAGE_IMAGES)
         remainder: Remainder = "fp32" if form == "int8" else "fp16"
         config = QuantizeConfig((), remainder, scheme, _EVERYTHING, min_sqnr=None, format=form)
         label = FORMATS[form].label
         with self.progress.task(f"quantise {self.model} to {label}, ranges by {scheme.label}"):
-            quantize(self.source, self.calibration, target, samples, config)
+            write_quantised(self.source, self.calibration, target, config)
             return Chain(self.source, target, threads=self.config.threads)
 
     def evaluator(self, chain: Chain, label: str, advance: Callable[[int], None]) -> Evaluator:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from calibration.config import QuantizeConfig
 from clipdeploy.runners.onnx import OnnxRunner
-from clipdeploy.stages.quantize import quantize_model, with_scale_form
+from clipdeploy.stages.quantize import quantize_model, with_scale_form, write_quantised
 from clipdeploy.stages.search_formats import Found, Search
 from clipdeploy.stages.search_products import product_config
 from clipdeploy.tuning.evaluate import Counter
@@ -98,20 +98,20 @@ def write_choice(search: Search, writer: Writer, founds: list[Found]) -> Written
 
 
 class Writer:
-    """Writes graphs, and evaluates each on the search images once, also in a resumed search."""
+    """Evaluates graphs on the search images once, also in a resumed search, and keeps one.
 
-    def __init__(self, search: Search) -> None:
-        self._search = search
-        # The combination that each file has now.
-        self._made: dict[Path, tuple[Found, GraphArtifact]] = {}
+    Graphs are evaluated in ``folder``, because those in the workspace may be in use.
+    """
+
+    def __init__(self, search: Search, folder: Path) -> None:
+        self._search, self._folder = search, folder
 
     def evaluate(self, found: Found) -> Evaluation:
         """What the graph of a combination loses."""
         search = self._search
         slot = search.state.slot(written_label(search, found), found.chosen)
         if slot not in search.state.evaluations:
-            graph = self._graph(found)
-            search.state.evaluations[slot] = score(search, graph.path, search.images)
+            search.state.evaluations[slot] = score(search, self._graph(found), search.images)
             save_state(search.state, search.path)
         return search.state.evaluations[slot]
 
@@ -134,27 +134,24 @@ class Writer:
             return None
         return rounded if self._search.feasible(self.evaluate(rounded)) else None
 
-    def _graph(self, found: Found) -> GraphArtifact:
-        search, config = self._search, found_config(self._search, found)
-        path = search.workspace.graph(search.model, config.precision)
-        if path not in self._made or self._made[path][0] != found:
-            made = quantize_model(
-                *(search.workspace, search.model, config),
-                backend=search.backend,
-                progress=search.progress,
-            )
-            self._made[path] = found, made.artifact
-        return self._made[path][1]
+    def _graph(self, found: Found) -> Path:
+        search = self._search
+        config = with_scale_form(found_config(search, found), search.backend)
+        target = self._folder / f"{config.precision}.onnx"
+        with search.progress.task(f"quantise {search.model}"):
+            write_quantised(search.source, search.calibration, target, config)
+        return target
 
     def keep(self, best: Found) -> Written:
-        """The choice with its graph; the graphs of other formats are removed.
-
-        They must not stay as if they had been chosen.
-        """
-        written = Written(best, self._graph(best), self.evaluate(best))
-        for path in self._made.keys() - {written.artifact.path}:
-            path.unlink(missing_ok=True)
-        return written
+        """Write the graph of the choice into the workspace: the same bytes as were evaluated."""
+        search = self._search
+        evaluation = self.evaluate(best)
+        made = quantize_model(
+            *(search.workspace, search.model, found_config(search, best)),
+            backend=search.backend,
+            progress=search.progress,
+        )
+        return Written(best, made.artifact, evaluation)
 
 
 def _next_best(search: Search, founds: list[Found]) -> Iterator[Found]:

@@ -21,6 +21,7 @@ from clipdeploy.core.errors import UsageError
 from clipdeploy.core.passport import Recipe
 from clipdeploy.core.spans import ACCURACY, check_numbers
 from clipdeploy.models import cards
+from clipdeploy.models.cards import TOP1_ROUNDING
 from clipdeploy.models.clip.prompts import IMAGENET, TEMPLATES, read_prompts
 from clipdeploy.models.clips import clip_named
 from clipdeploy.verification.paired import Interval, wilson_interval
@@ -48,8 +49,6 @@ _CONFIDENCE = 0.99
 # To stop after a first look; no correct setup is that far off. The margin in points is for
 # accuracies near 100 %, where Wilson's interval is too narrow.
 _RULED_OUT, _RULED_OUT_MARGIN = 0.999999, 2.0
-# Published accuracies have two decimals.
-_ROUNDING = 0.005
 # Points, 50 images of the whole set. Other versions of decoder and kernels change the answers to
 # some dozens of images, about as many to the right one as away from it.
 _DRIFT = 0.1
@@ -180,7 +179,7 @@ class _Comparison:
 def _within(published: float | None, interval: Interval) -> bool:
     if published is None:
         return True
-    return interval.low - _ROUNDING <= published <= interval.high + _ROUNDING
+    return interval.low - TOP1_ROUNDING <= published <= interval.high + TOP1_ROUNDING
 
 
 def _intervals(answers: Sequence[Answer], confidence: float) -> tuple[Interval, Interval]:
@@ -212,8 +211,10 @@ def passing_hits(published: float, n: int) -> tuple[int, int]:
         return wilson_interval(hits, n, _CONFIDENCE)
 
     numbers = range(n + 1)
-    fewest = bisect_left(numbers, published, key=lambda hits: interval(hits).high + _ROUNDING)
-    beyond = bisect_left(numbers, True, key=lambda hits: interval(hits).low - _ROUNDING > published)
+    fewest = bisect_left(numbers, published, key=lambda hits: interval(hits).high + TOP1_ROUNDING)
+    beyond = bisect_left(
+        numbers, True, key=lambda hits: interval(hits).low - TOP1_ROUNDING > published
+    )
     return fewest, beyond - 1
 
 
@@ -268,7 +269,7 @@ def _is_whole(n: int, run_key: RunKey, expected: Expected, per_class: Sequence[i
 
 def whole_set_status(gap: float) -> BaselineStatus:
     """Return the status for a difference of ``gap`` points on the whole validation set."""
-    if gap <= _ROUNDING + _TINY:
+    if gap <= TOP1_ROUNDING + _TINY:
         return "confirmed"
     return "unconfirmed" if gap <= _DRIFT + _TINY else "missed"
 
@@ -358,7 +359,7 @@ def check_baseline(
     if one.low <= guess:
         guessing = f"guessing among {run_key.classes:,} classes"
         # Without a published accuracy: half way from guessing to perfect.
-        if one.high + _ROUNDING < max(comparison.top1 or 0.0, (100 + guess) / 2):
+        if one.high + TOP1_ROUNDING < max(comparison.top1 or 0.0, (100 + guess) / 2):
             return comparison.baseline(
                 "implausible",
                 f"{found}, no better than {guessing}: the labels or the preprocessing do not match "

@@ -65,8 +65,6 @@ _DECIDES_LOGITS = (
 )
 
 Means = Literal["probe", "published accuracy", "expected accuracy"]
-# Published accuracies have two decimals.
-_ROUNDING = 0.005
 
 
 def reference_code() -> str:
@@ -123,9 +121,8 @@ class AccuracyProof:
             value = getattr(self, name)
             yield from unless(is_number(value, 0, 100), name, value, "from 0 to 100")
         low, high = self.interval
-        around = (
-            low <= self.top1 <= high and low - _ROUNDING <= self.stated_top1 <= high + _ROUNDING
-        )
+        near = low - cards.TOP1_ROUNDING <= self.stated_top1 <= high + cards.TOP1_ROUNDING
+        around = low <= self.top1 <= high and near
         yield from unless(around, "interval", self.interval, "around both accuracies")
         yield from unless(self.images >= 1, "images", self.images, "1 or more")
         yield from unless(is_hash(self.entries), "entries", self.entries, "a SHA-256 in hex")

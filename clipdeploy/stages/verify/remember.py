@@ -18,6 +18,7 @@ from clipdeploy.core.errors import ClipdeployError
 from clipdeploy.core.passport import Passport
 from clipdeploy.core.printable import printable
 from clipdeploy.core.version import __version__
+from clipdeploy.models.cards import TOP1_ROUNDING
 from clipdeploy.verification.baseline import Expected
 from clipdeploy.verification.result import Baseline, Verification
 from clipdeploy.verification.results import Results, RunKey
@@ -32,9 +33,6 @@ from clipdeploy.workspace.proof import (
 )
 
 __all__ = ["with_proof"]
-
-# Published accuracies have two decimals.
-_ROUNDING = 0.005
 
 
 def with_proof(
@@ -93,7 +91,7 @@ def _contradiction(baseline: Baseline, known: AccuracyProof, results: Results) -
         return ""
     missed = baseline.status == "missed" and baseline.published_top1 == known.stated_top1
     below = (
-        interval.high + _ROUNDING < known.stated_top1
+        interval.high + TOP1_ROUNDING < known.stated_top1
         # The accuracy over some of the classes is another one.
         and not results.run_key.partial_classes
     )

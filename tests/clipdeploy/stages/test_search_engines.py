@@ -32,10 +32,9 @@ GEOMETRY = Geometry.of_card(cards.find(cards.DEMO))
 
 
 def demo_timer(workspace: Workspace, folder: Path, capability: str) -> EngineTimer:
-    source, passport = workspace.source(cards.DEMO)
+    source, _ = workspace.source(cards.DEMO)
     return EngineTimer(
         source,
-        passport,
         workspace.calibration(cards.DEMO),
         tuple(n for block in range(GEOMETRY.depth) for n in block_products(GEOMETRY, block)),
         SchemeConfig(),
@@ -70,7 +69,7 @@ def check_engine(timer: EngineTimer, formats: Formats, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["int8", "fp8"])
-def test_every_engine_that_would_be_timed_is_built(
+def test_the_timed_engines_that_differ_in_inner_blocks_are_built(
     form: FormatName, timer: EngineTimer, tmp_path: Path
 ) -> None:
     last = f"blocks.{GEOMETRY.depth - 1}."
