@@ -22,8 +22,12 @@ from calibration.qdq import quantize, smooth
 from calibration.rounding import Moments
 from calibration.scheme import SchemeConfig, fold_all_gelu
 from calibration.table import CalibrationTable, save_table
+from calibration.views import coarse_views
 from clipdeploy.core.errors import CalibrationError, UsageError
+from clipdeploy.imaging import iter_crops, open_images, select
+from clipdeploy.models import cards
 from exporters.graphs import load_graph, write_model
+from exporters.headers import read_passport
 from exporters.metrics import sqnr_db
 from exporters.samples import Samples
 from exporters.session import OnnxSession
@@ -49,6 +53,23 @@ def test_best_is_closer_to_fp32_on_held_out_images(
 ) -> None:
     fast, best = (_db(make_int8(each), held_out, reference) for each in (FAST, BEST))
     assert best > fast + 1
+
+
+def test_best_is_closer_to_fp32_on_images_of_a_lower_resolution_too(
+    make_int8: Make, source: Path, demo_table: CalibrationTable
+) -> None:
+    """None of the calibration's images has one, and their ranges are not those of such images."""
+    digits = select(open_images(cards.demo_file("test.zip")), 100, seed=0)
+    crops = np.stack([crop.pixels for crop in iter_crops(digits, demo_table.preprocess)])
+    coarse = Samples(coarse_views(crops), demo_table.preprocess)
+    images = coarse.as_input(read_passport(source).input)
+    (expected,) = OnnxSession(source).run(images)
+
+    def db(config: QuantizeConfig) -> float:
+        (found,) = OnnxSession(make_int8(config), exact_int8=True).run(images)
+        return sqnr_db(expected, found) or 0.0
+
+    assert db(BEST) > db(FAST) + 1
 
 
 def test_the_effort_is_stored_unless_it_is_the_default() -> None:
