@@ -28,9 +28,10 @@ from exporters.headers import GraphArtifact
 from exporters.passes import run_lean_passes
 from exporters.passes.opset import TRACED_OPSET, SetOpset
 from exporters.preprocess_graph import add_preprocessing, preprocessed_passport
+from exporters.repeated import UnrepeatableError, repeat_blocks, runs_of, shortened
 from exporters.samples import GraphSamples
 
-__all__ = ["ExportConfig", "export_graph", "trace"]
+__all__ = ["ExportConfig", "export_graph", "trace", "trace_whole"]
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,20 @@ def _fix_batch(model: ir.Model, batch: int) -> None:
             value.shape = ir.Shape(axes)
 
 
-def trace(module: nn.Module, passport: Passport, config: ExportConfig) -> ir.Model:
-    """Trace ``module`` to an ONNX graph, run the graph passes and apply ``config``.
+def _traced(module: nn.Module, passport: Passport) -> ir.Model:
+    """Trace ``module``, with the blocks repeated that are equal, if they can be."""
+    runs = runs_of(module)
+    if runs:
+        with contextlib.suppress(UnrepeatableError, GraphError):
+            short = shortened(module, runs)
+            model = trace_whole(short, passport)
+            repeat_blocks(model, short, module, runs)
+            return model
+    return trace_whole(module, passport)
 
-    ``passport`` describes ``module``, so its input is float32 (B, 3, S, S), or int32 (B, 77), for
-    every ``config``.
+
+def trace_whole(module: nn.Module, passport: Passport) -> ir.Model:
+    """Trace every block of ``module``, to which ``passport`` belongs as in :func:`trace`.
 
     Raises:
         GraphError: torch.onnx could not trace the module.
@@ -105,7 +115,20 @@ def trace(module: nn.Module, passport: Passport, config: ExportConfig) -> ir.Mod
             f"torch.onnx cannot trace {passport.model}: {first_line(error)}"
         ) from error
     assert program is not None
-    model = program.model
+    return program.model
+
+
+def trace(module: nn.Module, passport: Passport, config: ExportConfig) -> ir.Model:
+    """Trace ``module`` to an ONNX graph, run the graph passes and apply ``config``.
+
+    Of equal blocks two are traced and the others copied (:mod:`exporters.repeated`).  ``passport``
+    describes ``module``, so its input is float32 (B, 3, S, S), or int32 (B, 77), for every
+    ``config``.
+
+    Raises:
+        GraphError: torch.onnx could not trace the module.
+    """
+    model = _traced(module, passport)
     run_lean_passes(model)
     SetOpset(config.opset)(model)
     if config.preprocess:

@@ -21,9 +21,9 @@ import onnx_ir as ir
 
 from clipdeploy.core.passport import TOKENS
 
-__all__ = ["NameByModule", "scope_of"]
+__all__ = ["SCOPES", "NameByModule", "scope_of"]
 
-_SCOPES = "pkg.torch.onnx.name_scopes"
+SCOPES = "pkg.torch.onnx.name_scopes"
 _ANONYMOUS = "val_"
 
 
@@ -32,8 +32,8 @@ def scope_of(node: ir.Node) -> str:
 
     A node made by torch.onnx's optimiser has no path, so that of its consumer is used.
     """
-    if _SCOPES in node.metadata_props:
-        scopes = ast.literal_eval(node.metadata_props[_SCOPES])
+    if SCOPES in node.metadata_props:
+        scopes = ast.literal_eval(node.metadata_props[SCOPES])
         return str(scopes[-2]) if len(scopes) > 1 else ""
     consumers = node.outputs[0].consumers() if node.outputs else ()
     return scope_of(consumers[0]) if consumers else ""
