@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.table import load_table
-from clipdeploy.core.errors import ClipdeployError
+from clipdeploy.core.errors import ClipdeployError, GraphError
 from clipdeploy.core.files import sha256_file
 from clipdeploy.core.passport import QUANTISED, Preprocess, TensorSpec
 from clipdeploy.core.progress import SILENT, Progress
@@ -51,35 +51,34 @@ def with_clipping(
         images: the images that were verified; None if they are not available any more.
         calibration: the table of the model; it is only read by artifacts that were made with it.
 
-    Artifacts whose graph is missing or cannot be measured have no clipping.
+    An artifact whose graph is missing or cannot be measured has the reason instead.
     """
-    graphs = [_graph_of(entry) for entry in run_key.artifacts]
-    if images is None or not any(graphs) or not run_key.ran:
+    known = [entry.precision in QUANTISED for entry in run_key.artifacts]
+    if images is None or not any(known) or not run_key.ran:
         return result
-    with progress.task("measure clipped inputs", len(graphs)) as advance:
-        measured = _Measured(run_key, images, calibration)
-        rows = []
-        for row, entry, graph in zip(result.rows, run_key.artifacts, graphs, strict=True):
-            rows.append(
-                replace(row, clipping=None) if graph is None else measured.row(row, entry, graph)
-            )
+    measured = _Measured(run_key, images, calibration)
+    rows = []
+    with progress.task("measure clipped inputs", len(result.rows)) as advance:
+        for row, entry in zip(result.rows, run_key.artifacts, strict=True):
+            rows.append(measured.row(row, entry))
             advance(1)
     return replace(result, rows=tuple(rows))
 
 
-def _graph_of(entry: ArtifactEntry) -> Path | None:
-    """Return the 8-bit graph of an artifact: itself, or what an engine was compiled from."""
+def _graph_of(entry: ArtifactEntry) -> Path:
+    """Return the graph of an 8-bit artifact: itself, or what an engine was compiled from.
+
+    Raises:
+        GraphError: that graph is not there.
+        ClipdeployError: the engine's passport cannot be read.
+    """
     path = Path(entry.artifact)
-    if entry.precision not in QUANTISED:
-        return None
-    if entry.kind == "graph":
-        return path if path.exists() else None
-    graph = path.with_suffix(".onnx")
-    try:
-        made_from = read_engine_passport(path).hashes.graph
-        return graph if graph.exists() and sha256_file(graph) == made_from else None
-    except ClipdeployError:
-        return None
+    graph = path if entry.kind == "graph" else path.with_suffix(".onnx")
+    if not graph.exists():
+        raise GraphError(f"{graph} is missing")
+    if entry.kind == "engine" and sha256_file(graph) != read_engine_passport(path).hashes.graph:
+        raise GraphError(f"{graph} is not the graph that the engine was compiled from")
+    return graph
 
 
 class _Measured:
@@ -90,17 +89,20 @@ class _Measured:
         self._calibration = calibration
         self._images = images
         self._samples: Samples | None = None
-        self._known: dict[Path, tuple[Clipping | None, tuple[str, ...]]] = {}
+        self._known: dict[Path, tuple[Clipping, tuple[str, ...]]] = {}
 
-    def row(self, row: Row, entry: ArtifactEntry, graph: Path) -> Row:
-        """Return the row with the clipping of ``graph``, and what its calibration found."""
-        if graph not in self._known:
-            try:
+    def row(self, row: Row, entry: ArtifactEntry) -> Row:
+        """Return the row with the clipping of its graph, and what its calibration found."""
+        if entry.precision not in QUANTISED:
+            return replace(row, clipping=None, clipping_unknown="")
+        try:
+            graph = _graph_of(entry)
+            if graph not in self._known:
                 self._known[graph] = self._clipping(entry, graph), _findings(entry, graph)
-            except ClipdeployError:
-                self._known[graph] = None, ()
+        except ClipdeployError as error:
+            return replace(row, clipping=None, clipping_unknown=str(error), calibration_findings=())
         clipping, findings = self._known[graph]
-        return replace(row, clipping=clipping, calibration_findings=findings)
+        return replace(row, clipping=clipping, clipping_unknown="", calibration_findings=findings)
 
     def _crops(self) -> Samples:
         if self._samples is None:
@@ -111,12 +113,12 @@ class _Measured:
             self._samples = Samples(np.stack(crops) if crops else np.zeros(size, np.uint8), spec)
         return self._samples
 
-    def _clipping(self, entry: ArtifactEntry, graph: Path) -> Clipping | None:
+    def _clipping(self, entry: ArtifactEntry, graph: Path) -> Clipping:
         samples = self._crops()
         tensor = _input_of(entry, graph, self._run_key.preprocess, self._run_key.classes)
         found = saturation(graph, samples.as_input(tensor))
         if not found:
-            return None
+            raise GraphError(f"no Linear of {graph} has an 8-bit input")
         own: list[Saturation] = []
         kept = None
         if max(each.lost for each in found) >= _LIMIT:

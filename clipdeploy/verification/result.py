@@ -142,8 +142,9 @@ class Row:
     top-1 answer differs from PyTorch's, ``worst`` are those with the largest logit difference.
     ``retrieval`` is None for a classifier; an embedding model's ``drop`` is that of recall@10, and
     its disagreements have another nearest neighbour, as an index of the images that were searched.
-    ``clipping`` is None without 8-bit inputs, or if they were not measured; an engine has that of
-    its graph. ``calibration_findings``: what ``calibrate`` said against its images.
+    ``clipping`` is None without 8-bit inputs, or if they were not measured, for which
+    ``clipping_unknown`` has the reason; an engine has that of its graph.
+    ``calibration_findings``: what ``calibrate`` said against its images.
     """
 
     artifact: str
@@ -162,6 +163,7 @@ class Row:
     calibrated: bool | None = False
     retrieval: Retrieval | None = None
     clipping: Clipping | None = None
+    clipping_unknown: str = ""
     calibration_findings: tuple[str, ...] = ()
 
 
@@ -390,7 +392,8 @@ def calibration_lines(row: Row) -> list[str]:
     lines = [f"the calibration: {text}" for text in row.calibration_findings]
     found = row.clipping
     if found is None:
-        return lines
+        unknown = f"8-bit inputs: not measured, {row.clipping_unknown}"
+        return [unknown, *lines] if row.clipping_unknown else lines
     worst = found.linears[0]
     most = f"{worst.name} clips most, {worst.clipped:.2g} % of its values,"
     most = most if worst.clipped else "none clips a value"

@@ -204,13 +204,23 @@ def test_a_graph_without_a_passport_is_measured(
     assert LINEAR in row.clipping.cause
 
 
-def test_what_cannot_be_measured_has_no_clipping(judged: Judged, tmp_path: Path) -> None:
-    assert judged.with_graph(tmp_path / "missing.onnx")[0].clipping is None
-    (tmp_path / "broken.onnx").write_bytes(b"\x00")
-    assert judged.with_graph(tmp_path / "broken.onnx")[0].clipping is None
+def test_what_cannot_be_measured_has_a_reason_instead(judged: Judged, tmp_path: Path) -> None:
+    def unknown(graph: Path, **fields: Any) -> str:
+        row, result = judged.with_graph(graph, **fields)
+        assert row.clipping is None
+        if row.clipping_unknown:
+            assert f"8-bit inputs: not measured, {row.clipping_unknown}" in _printed(result)
+        return row.clipping_unknown
+
+    missing, broken = tmp_path / "missing.onnx", tmp_path / "broken.onnx"
+    assert unknown(missing) == f"{missing} is missing"
+    broken.write_bytes(b"\x00")
+    assert f"{broken} is not a readable ONNX graph" in unknown(broken)
+    fp32 = judged.workspace.graph(MODEL, "fp32")
+    assert unknown(fp32) == f"no Linear of {fp32} has an 8-bit input"
     sound = judged.workspace.graph(MODEL, "int8")
     assert judged.with_graph(sound)[0] == _row(judged.result)
-    assert judged.with_graph(sound, precision="fp16")[0].clipping is None
+    assert unknown(sound, precision="fp16") == ""
 
 
 @pytest.mark.skipif(not TENSORRT, reason="needs TensorRT-RTX")
@@ -225,4 +235,8 @@ def test_an_engine_has_the_clipping_of_its_graph(
     assert LINEAR in row.clipping.cause
     # Another graph than the engine's says nothing about the engine.
     shutil.copy(judged.workspace.graph(MODEL, "int8"), graph)
-    assert judged.with_graph(engine, kind="engine")[0].clipping is None
+    row, _ = judged.with_graph(engine, kind="engine")
+    assert row.clipping is None
+    assert row.clipping_unknown == f"{graph} is not the graph that the engine was compiled from"
+    graph.unlink()
+    assert judged.with_graph(engine, kind="engine")[0].clipping_unknown == f"{graph} is missing"
