@@ -28,7 +28,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from calibration.blocks import Block, ends_of, find_blocks
+from calibration.blocks import ends_of, find_blocks
 from calibration.formats import INT8, NumberFormat
 from calibration.policy import LinearSite, find_linears
 from calibration.rounding import Moments, output_error, round_weight
@@ -79,19 +79,21 @@ def fit_linears(
         GraphError: a block cannot be cut out of the graph, or cannot run.
     """
     blocks = find_blocks(model)
-    stem = cut_out(model, None, blocks[0].start)
-    exact = ends_of(stem, [image[None] for image in (*images, *checks)])
+    with cut_out(model, None, blocks[0].start) as stem:
+        exact = ends_of(stem, [image[None] for image in (*images, *checks)])
     coarse = list(exact)
     fitted: dict[str, LinearScheme] = {}
     gains: dict[str, float] = {}
     for block in blocks:
-        part = _Part(model, block, exact, len(images), number_format, weights_only)
-        exact = part.exact_ends
-        for name in block.linears:
-            if name in schemes:
-                fitted[name], gains[name] = part.fit(name, schemes[name], coarse, correct_bias)
-        if block is not blocks[-1]:
-            coarse = ends_of(part.coarse, coarse)
+        with cut_out(model, block.start, block.end) as copy:
+            part = _Part(copy, len(images), number_format, weights_only)
+            with cut_out(model, block.start, block.end) as whole:
+                exact = part.run_exact(whole, exact)
+            for name in block.linears:
+                if name in schemes:
+                    fitted[name], gains[name] = part.fit(name, schemes[name], coarse, correct_bias)
+            if block is not blocks[-1]:
+                coarse = ends_of(copy, coarse)
     return Fit(fitted, check_gains(gains))
 
 
@@ -116,39 +118,34 @@ def check_gains(gains: Mapping[str, float]) -> tuple[str, ...]:
 
 
 class _Part:
-    """A block in FP32 with the means of its Linears' outputs, and the copy that is quantised.
+    """The copy ``coarse`` of a block, which is quantised, and the means of its outputs in FP32.
 
     The first ``count`` of the inputs are of the images to fit to, the others of the checks.
     """
 
     def __init__(
-        self,
-        model: ir.Model,
-        block: Block,
-        inputs: Sequence[NDArray[Any]],
-        count: int,
-        number_format: NumberFormat,
-        weights_only: bool,
+        self, coarse: ir.Model, count: int, number_format: NumberFormat, weights_only: bool
     ) -> None:
         self._format, self._count, self._weights_only = number_format, count, weights_only
-        self.exact_ends: list[F32] = []
+        self._coarse = coarse
         self._means: dict[str, F64] = {}
-        self._run_exact(cut_out(model, block.start, block.end), inputs)
-        self.coarse = cut_out(model, block.start, block.end)
-        self._sites = {site.name: site for site in find_linears(self.coarse)}
+        self._sites = {site.name: site for site in find_linears(coarse)}
         self._writer = QdqWriter(
-            self.coarse.graph, unsigned=number_format is INT8, number_format=number_format
+            coarse.graph, unsigned=number_format is INT8, number_format=number_format
         )
 
-    def _run_exact(self, exact: ir.Model, inputs: Sequence[NDArray[Any]]) -> None:
+    def run_exact(self, exact: ir.Model, inputs: Sequence[NDArray[Any]]) -> list[F32]:
+        """The outputs of the block in FP32 for each of ``inputs`` (B, ...)."""
         sites = find_linears(exact)
         outputs = [*exact.graph.outputs, *(site.output for site in sites)]
+        ends: list[F32] = []
         for end, *found in run_part(exact, outputs, inputs):
-            if len(self.exact_ends) < self._count:
+            if len(ends) < self._count:
                 for site, output in zip(sites, found, strict=True):
                     share = _mean(output.reshape(-1, output.shape[-1])) / self._count
                     self._means[site.name] = self._means.get(site.name, 0.0) + share
-            self.exact_ends.append(end)
+            ends.append(end)
+        return ends
 
     def fit(
         self, name: str, scheme: LinearScheme, inputs: Sequence[F32], correct_bias: bool
@@ -185,7 +182,7 @@ class _Part:
         assert value is not None
         channels = values_of(site.weight).shape[0]
         moments, checks = Moments(channels), Moments(channels)
-        for index, (x,) in enumerate(run_part(self.coarse, [value], inputs)):
+        for index, (x,) in enumerate(run_part(self._coarse, [value], inputs)):
             (moments if index < self._count else checks).add(x.reshape(-1, channels), _CLASS_TOKEN)
         return moments, checks
 

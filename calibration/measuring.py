@@ -34,6 +34,7 @@ and with all ranges.  The one that is expected to be better is replaced only by 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,7 +109,8 @@ def measure_settings(
         GraphError: a block cannot be cut out of the graph, or cannot run.
     """
     blocks = find_blocks(model)
-    starts = ends_of(cut_out(model, None, blocks[0].start), [image[None] for image in images])
+    with cut_out(model, None, blocks[0].start) as stem:
+        starts = ends_of(stem, [image[None] for image in images])
     errors: dict[str, _Errors] = {}
     for block in blocks:
         trial = _Trial(model, block, starts, gelu=gelu)
@@ -146,14 +148,14 @@ class _Trial:
 
     def __init__(self, model: ir.Model, block: Block, starts: Sequence[F32], *, gelu: bool) -> None:
         self._model, self._block, self._starts = model, block, starts
-        part = self._copy()
-        self._foldable = {name for name in block.linears if _foldable(part, name, gelu=gelu)}
-        inputs = [site.activation for site in find_linears(part)]
-        (found,) = run_part(part, inputs, starts[:1])
+        with self._copy() as part:
+            self._foldable = {name for name in block.linears if _foldable(part, name, gelu=gelu)}
+            inputs = [site.activation for site in find_linears(part)]
+            (found,) = run_part(part, inputs, starts[:1])
+            self.ends = ends_of(part, starts)
         self._one_token = {n for n, x in zip(block.linears, found, strict=True) if x.shape[1] == 1}
-        self.ends = ends_of(part, starts)
 
-    def _copy(self) -> ir.Model:
+    def _copy(self) -> AbstractContextManager[ir.Model]:
         return cut_out(self._model, self._block.start, self._block.end)
 
     def foldable(self, name: str) -> bool:
@@ -181,8 +183,9 @@ class _Trial:
         self, name: str, statistics: ChannelStatistics, parts: Sequence[float]
     ) -> _Errors:
         """Try one shift, and a shift and scale for each channel with all ranges."""
-        site, _ = _site(self._copy(), name)
-        folding, gains = gelu_folding(statistics, values_of(site.weight))
+        with self._copy() as part:
+            site, _ = _site(part, name)
+            folding, gains = gelu_folding(statistics, values_of(site.weight))
         scaled = Setting(folding.strength or 0.0, None)
         settings = [_SHIFTED, scaled, *(replace(scaled, part=part) for part in parts)]
         errors = self._errors(name, statistics, settings)
@@ -194,11 +197,11 @@ class _Trial:
         return np.asarray([self._error(name, statistics, each) for each in settings])
 
     def _error(self, name: str, statistics: ChannelStatistics, setting: Setting) -> float:
-        part = self._copy()
-        _quantise_input(part, name, statistics, setting)
-        found = run_part(part, list(part.graph.outputs), self._starts)
-        pairs = zip(self.ends, found, strict=True)
-        return sum(_token_error(output - end) for end, (output,) in pairs)
+        with self._copy() as part:
+            _quantise_input(part, name, statistics, setting)
+            found = run_part(part, list(part.graph.outputs), self._starts)
+            pairs = zip(self.ends, found, strict=True)
+            return sum(_token_error(output - end) for end, (output,) in pairs)
 
 
 def _token_error(error: F32) -> float:

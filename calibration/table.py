@@ -50,6 +50,9 @@ _SCHEMA_WITH_FINDINGS = 5
 # Number of crops stored in a table: the first are for judging a graph, the others for fitting it.
 MOST_CROPS = 40
 JUDGED_CROPS = 8
+# Statistics are packed after every few images: level 4 of zlib takes a third of the time of the
+# default, 6, and 6 % more bytes.
+_LEVEL = 4
 # Upper limits for values read from a file.
 _MOST_CHANNELS = 1_000_000
 _MOST_SHARDS = 1_000_000
@@ -234,9 +237,9 @@ def pack(statistics: ChannelStatistics) -> PackedStatistics:
         channels=statistics.channels,
         rows=statistics.rows,
         amax=float(statistics.amax.max()),
-        extremes=zlib.compress(extremes.tobytes()),
-        counts=zlib.compress(statistics.counts.astype("<i4").tobytes()),
-        total=zlib.compress(statistics.total.astype("<i8").tobytes()),
+        extremes=zlib.compress(extremes.tobytes(), _LEVEL),
+        counts=zlib.compress(statistics.counts.astype("<i4").tobytes(), _LEVEL),
+        total=zlib.compress(statistics.total.astype("<i8").tobytes(), _LEVEL),
     )
 
 

@@ -105,11 +105,16 @@ def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int,
     """Yield number, start, payload start and end of each field between ``at`` and ``end``."""
     while at < end:
         start = at
-        key, at = _varint(data, at)
+        # Most keys and sizes have a single byte.
+        key, at = data[at], at + 1
+        if key > 0x7F:
+            key, at = _varint(data, start)
         wire_type = key & 7
         if wire_type == _LENGTH:
-            size, at = _varint(data, at)
-            payload, at = at, at + size
+            size, payload = data[at], at + 1
+            if size > 0x7F:
+                size, payload = _varint(data, at)
+            at = payload + size
         elif wire_type == _VARINT:
             payload = at
             _, at = _varint(data, at)

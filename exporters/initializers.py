@@ -18,6 +18,7 @@ from clipdeploy.core.errors import GraphError
 
 __all__ = [
     "add_initializer",
+    "drop_weights",
     "own_initializer",
     "remove_unused",
     "set_values",
@@ -109,6 +110,16 @@ def remove_unused(graph: ir.Graph) -> None:
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del graph.initializers[name]
+
+
+def drop_weights(graph: ir.Graph) -> None:
+    """Free the values of all constants.
+
+    Nodes and values refer to each other, so that those of an unused graph stay until Python next
+    looks for such cycles.
+    """
+    for value in graph.initializers.values():
+        value.const_value = None
 
 
 def _free_name(graph: ir.Graph, node: ir.Node, name: str) -> str:

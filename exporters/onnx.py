@@ -25,6 +25,7 @@ from clipdeploy.core.spans import BATCH, OPSET, check_numbers
 from exporters.checks import PARITY_BATCHES, check_parity, check_structure
 from exporters.graphs import save_graph
 from exporters.headers import GraphArtifact
+from exporters.initializers import drop_weights
 from exporters.passes import run_lean_passes
 from exporters.passes.opset import TRACED_OPSET, SetOpset
 from exporters.preprocess_graph import add_preprocessing, preprocessed_passport
@@ -141,8 +142,7 @@ def trace(module: nn.Module, passport: Passport, config: ExportConfig) -> ir.Mod
 def _drop_weights(model: ir.Model, module: nn.Module | None) -> None:
     # Deleting the model does not free the memory: onnxscript's global rewrite rules keep a
     # reference to the last graph, and so to the parameters.
-    for value in model.graph.initializers.values():
-        value.const_value = None
+    drop_weights(model.graph)
     for parameter in module.parameters() if module is not None else ():
         parameter.data = parameter.data.new_empty(0)
     gc.collect()

@@ -6,8 +6,8 @@ memory, and each part may be changed and run again.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,22 +17,30 @@ from numpy.typing import NDArray
 
 from clipdeploy.core.errors import GraphError
 from exporters.graphs import weight_proto
+from exporters.initializers import drop_weights
 from exporters.session import OnnxSession
 from exporters.tapped import free_batch, serialised
 
 __all__ = ["cut_out", "run_part"]
 
 
-def cut_out(model: ir.Model, start: ir.Value | None, end: ir.Value) -> ir.Model:
+@contextmanager
+def cut_out(model: ir.Model, start: ir.Value | None, end: ir.Value) -> Iterator[ir.Model]:
     """Copy what computes ``end`` from ``start``, or from the graph's inputs if that is None.
 
-    The copy has the names of ``model`` and runs any batch.  Memory of unused copies is freed first.
+    The copy has the names of ``model`` and runs any batch.  It loses its weights behind the block.
 
     Raises:
         GraphError: ``end`` also depends on other tensors than ``start``.
     """
-    # Nodes and values refer to each other, so that a copy's weights stay until they are collected.
-    gc.collect()
+    part = _copied(model, start, end)
+    try:
+        yield part
+    finally:
+        drop_weights(part.graph)
+
+
+def _copied(model: ir.Model, start: ir.Value | None, end: ir.Value) -> ir.Model:
     nodes, constants = _between(start, end)
     inputs = list(model.graph.inputs) if start is None else [start]
     graph = onnx.GraphProto(name=f"to {end.name}")

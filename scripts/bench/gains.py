@@ -66,14 +66,15 @@ class _GainPart(fitting._Part):
     roles: Collection[str] = ()
     gains: list[F64]
 
-    def _run_exact(self, exact: ir.Model, inputs: Sequence[NDArray[Any]]) -> None:
-        super()._run_exact(exact, inputs)
+    def run_exact(self, exact: ir.Model, inputs: Sequence[NDArray[Any]]) -> list[F32]:
+        ends = super().run_exact(exact, inputs)
         sites = find_linears(exact)
         found = run_part(exact, [site.output for site in sites], inputs[: self._count])
         by_site = zip(*found, strict=True)
         self._outputs = {
             site.name: self._tokens(each) for site, each in zip(sites, by_site, strict=True)
         }
+        return ends
 
     @staticmethod
     def _tokens(outputs: Sequence[F32]) -> F32:
@@ -105,7 +106,7 @@ class _GainPart(fitting._Part):
         return replace(scheme, weight_scale=scale, correction=correction), fallen
 
     def _coarse_output(self, value: ir.Value, images: Sequence[F32]) -> F32:
-        return self._tokens([found for (found,) in run_part(self.coarse, [value], images)])
+        return self._tokens([found for (found,) in run_part(self._coarse, [value], images)])
 
 
 def measured(workspace: Workspace, roles: Collection[str], images: F32) -> tuple[F32, F64]:

@@ -25,7 +25,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime as ort
@@ -69,18 +69,26 @@ def _dynamic(job: Job) -> None:
     quantize_dynamic(str(job.graph), str(job.target))
 
 
-def _default(job: Job) -> None:
-    """Run ``clipdeploy calibrate`` and ``clipdeploy quantize``."""
-    from clipdeploy.pipeline import CalibrateConfig, calibrate_model, quantize_model
+def _ours(effort: Literal["fast", "best"], *, cpu: bool) -> Maker:
+    """Run ``clipdeploy calibrate`` and ``clipdeploy quantize``, with --cpu and --effort."""
 
-    calibrate_model(job.workspace, job.model, job.photos, CalibrateConfig(images=job.images))
-    result = quantize_model(job.workspace, job.model, force=True)
-    result.artifact.path.replace(job.target)
+    def make(job: Job) -> None:
+        from calibration.config import QuantizeConfig
+        from clipdeploy.pipeline import CalibrateConfig, calibrate_model, quantize_model
+
+        images = CalibrateConfig(images=job.images)
+        calibrate_model(job.workspace, job.model, job.photos, images, force=True)
+        config = QuantizeConfig(remainder="fp32" if cpu else "fp16", effort=effort)
+        result = quantize_model(job.workspace, job.model, config, force=True)
+        result.artifact.path.replace(job.target)
+
+    return make
 
 
 ALL: dict[str, Maker] = {
-    f"{OURS} quantize --cpu": MAKERS[OURS],
-    f"{OURS} quantize": _default,
+    f"{OURS} quantize --cpu": _ours("fast", cpu=True),
+    "the same, --effort best": _ours("best", cpu=True),
+    f"{OURS} quantize": _ours("fast", cpu=False),
     **{name: make for name, make in MAKERS.items() if name != OURS},
     "quantize_static defaults": _static_defaults,
     "quantize_dynamic": _dynamic,

@@ -45,7 +45,10 @@ def deploy_in(
     command = Command(DEPLOY, str(folder), os.devnull, str(messages), pid=str(pid))
     said = ""
     with ThreadPoolExecutor(1) as pool:
+        # Opening waits for a writer: it shall not wait for one that never comes.
+        writer = os.open(messages, os.O_RDWR)
         code = pool.submit(server.run, command)
+        code.add_done_callback(lambda _: os.close(writer))
         with messages.open(encoding="utf-8") as stream:
             for line in stream:
                 said += line
