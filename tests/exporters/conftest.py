@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from shared_traces import shared_traces
 
 from clipdeploy.core.passport import (
     CLIP_MEAN,
@@ -84,6 +85,13 @@ def tiny_logits(tiny_images: NDArray[np.float32]) -> dict[int, NDArray[np.float3
     """PyTorch's logits of the tiny model at batches 1, 2 and 7."""
     module = _make_vit()
     return {n: module(torch.from_numpy(tiny_images[:n])).numpy() for n in (1, 2, 7)}
+
+
+@pytest.fixture
+def traced_once() -> Iterator[None]:
+    """Exports share the trace of an architecture, for tests of what comes behind it."""
+    with shared_traces():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -51,6 +51,7 @@ def made(tmp_path: Path, tiny_graph: Path) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_an_exported_graph_has_them_too(
     made: Path,
     make_vit: Callable[..., VisionTransformer],

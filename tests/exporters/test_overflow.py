@@ -57,6 +57,7 @@ Exported = Callable[..., Path]
 
 @pytest.fixture
 def exported(
+    traced_once: None,
     make_vit: Callable[..., VisionTransformer],
     make_passport: Callable[[VisionTransformer], Passport],
     tiny_samples: Samples,

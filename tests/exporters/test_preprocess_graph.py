@@ -28,6 +28,7 @@ TOLERANCE = 1e-5
 
 @pytest.fixture
 def graph(
+    traced_once: None,
     make_vit: Callable[..., VisionTransformer],
     make_passport: Callable[[VisionTransformer], Passport],
     tiny_samples: Samples,

@@ -22,6 +22,9 @@ from exporters.onnx import ExportConfig, export_graph, trace, trace_whole
 from exporters.repeated import Run, UnrepeatableError, repeat_blocks, runs_of, shortened
 from exporters.samples import Samples
 
+# The trace of an architecture does not depend on its weights.
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 # The last block computes only the class token, so that it is not like the others.
 _DEPTH = 5
 

@@ -135,6 +135,7 @@ def test_query_with_another_reader_keeps_its_value() -> None:
         assert new.tobytes() == old.tobytes()
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize(("heads", "left"), [(2, 0), (4, 2)])
 def test_exported_model_has_a_scale_only_where_it_must(
     heads: int,
