@@ -134,16 +134,16 @@ class ExecutedPrecision:
     """The precision that an engine computes in; true if TensorRT describes all of it.
 
     Compare ``blocks`` with :func:`exporters.products.requested_precision`.  ``reformats`` counts
-    the layers that only change a tensor's layout or type.  ``untold`` lists what the description
+    the layers that only change a tensor's layout or type.  ``unknown`` lists what the description
     leaves out, in one sentence each.
     """
 
     blocks: tuple[BlockPrecision, ...]
     reformats: int
-    untold: tuple[str, ...]
+    unknown: tuple[str, ...]
 
     def __bool__(self) -> bool:
-        return not self.untold
+        return not self.unknown
 
 
 def _dtype(text: object) -> str:

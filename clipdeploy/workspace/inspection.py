@@ -248,7 +248,7 @@ def _sources(result: Inspection) -> list[Text]:
         source += "; not confirmed by the engine" if result.engine else ""
     reported = result.executed or result.compiled
     lines = [Text(source), *([Text(result.note)] if result.note else [])]
-    lines += [Text(f"  unknown: {text}") for text in (reported.untold if reported else ())]
+    lines += [Text(f"  unknown: {text}") for text in (reported.unknown if reported else ())]
     lines += [Text(f"  NOT AS REQUESTED: {text}", style="red") for text in result.fallbacks]
     unchecked = result.engine.unchecked if result.engine else ()
     return lines + [Text(f"  {text}", style="red") for text in unchecked]

@@ -46,7 +46,7 @@ _DECIDES_LOGITS = (
     "clipdeploy.models.checkpoints.checkpoint",
     "clipdeploy.models.checkpoints.position",
     "clipdeploy.models.checkpoints.select",
-    "clipdeploy.models.checkpoints.told",
+    "clipdeploy.models.checkpoints.stated",
     "clipdeploy.models.checkpoints.unpickle",
     *(
         f"clipdeploy.models.checkpoints.layouts.{name}"

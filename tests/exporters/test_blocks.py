@@ -19,5 +19,5 @@ from exporters.blocks import block_of
         ("", "graph"),
     ],
 )
-def test_the_block_is_told_by_the_name(name: str, block: str) -> None:
+def test_the_block_is_stated_by_the_name(name: str, block: str) -> None:
     assert block_of(name) == block

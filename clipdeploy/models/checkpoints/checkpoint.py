@@ -25,7 +25,7 @@ from clipdeploy.models.checkpoints.preprocessing import (
     stated_preprocessing,
 )
 from clipdeploy.models.checkpoints.select import FoundModel, select_model
-from clipdeploy.models.checkpoints.told import Told, told_by
+from clipdeploy.models.checkpoints.stated import Stated, stated_by
 from clipdeploy.models.clips import PublishedClip, clip_of_file
 from clipdeploy.models.vit import ViTConfig
 
@@ -168,7 +168,10 @@ def read_tower(
     archive = read_archive(path)
     found = select_model(archive.loaded, archive.path, choices.averaged, tower=True)
     published = clip_of_file(archive.path, archive.sha256)
-    if choices.gelu is None and told_by(found.layout, archive.config, archive.loaded).gelu is None:
+    if (
+        choices.gelu is None
+        and stated_by(found.layout, archive.config, archive.loaded).gelu is None
+    ):
         names = {name.rpartition(".")[2] for name in found.beside}
         usual = published.gelu if published else None
         choices = replace(choices, gelu="quick" if names >= _OPENAI else usual)
@@ -191,16 +194,16 @@ def _preprocessing_of(clip: PublishedClip) -> Preprocessing:
 
 def _checkpoint(archive: Archive, found: FoundModel, choices: ModelChoices) -> Checkpoint:
     path = archive.path
-    stated = {n: v for n, v in found.inside.items() if n.startswith(STATED)}
-    _refuse_unsupported(found.tensors | stated, path)
+    declared = {n: v for n, v in found.inside.items() if n.startswith(STATED)}
+    _refuse_unsupported(found.tensors | declared, path)
     tensors = canonical(found.tensors)
     tensors |= {name: torch.empty(0) for name in found.unknown}
-    told = told_by(found.layout, archive.config, archive.loaded)
-    made = _made(found, told, tensors, choices, path)
+    stated = stated_by(found.layout, archive.config, archive.loaded)
+    made = _made(found, stated, tensors, choices, path)
     unread = made.pooling == "avg" and not found.layout.final_norm
     _drop_unread_norm(tensors, made, unread=unread)
     shape = _shape(tensors)
-    shape = replace(shape, heads=told.heads, final_norm=shape.final_norm and not unread)
+    shape = replace(shape, heads=stated.heads, final_norm=shape.final_norm and not unread)
     nested = "nested" if found.nested else "flat"
     weights = {None: "", True: ", averaged weights", False: ", without averaging"}[found.averaged]
     return Checkpoint(
@@ -234,11 +237,11 @@ def _zero_shot(archive: Archive) -> ZeroShotOrigin:
 
 
 def _made(
-    found: FoundModel, told: Told, tensors: StateDict, choices: ModelChoices, path: Path
+    found: FoundModel, stated: Stated, tensors: StateDict, choices: ModelChoices, path: Path
 ) -> ModelChoices:
     """The choices, with those of the file and the layout where the caller made none."""
     layout = found.layout
-    gelu = choices.gelu or told.gelu or layout.gelu
+    gelu = choices.gelu or stated.gelu or layout.gelu
     if gelu is None:
         raise CheckpointError(
             f"{path} does not tell which GELU its model uses",
@@ -246,8 +249,8 @@ def _made(
             "--gelu erf",
         )
     by_norm: Pooling | None = "avg" if "fc_norm.weight" in tensors else None
-    pooling = choices.pooling or told.pooling or by_norm or layout.pooling
-    eps = choices.eps if choices.eps is not None else told.eps
+    pooling = choices.pooling or stated.pooling or by_norm or layout.pooling
+    eps = choices.eps if choices.eps is not None else stated.eps
     return replace(choices, averaged=found.averaged, gelu=gelu, pooling=pooling, eps=eps)
 
 

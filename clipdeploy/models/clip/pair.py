@@ -12,7 +12,7 @@ from clipdeploy.core.errors import CheckpointError
 from clipdeploy.core.passport import ModelChoices
 from clipdeploy.models.checkpoints import Checkpoint, read_tower
 from clipdeploy.models.checkpoints.foreign import listed
-from clipdeploy.models.checkpoints.told import told_of_image, told_of_text
+from clipdeploy.models.checkpoints.stated import stated_of_image, stated_of_text
 from clipdeploy.models.clip.text import TextTower, text_tower
 
 __all__ = ["ClipPair", "read_pair"]
@@ -44,14 +44,14 @@ def read_pair(path: Path, choices: ModelChoices = ModelChoices()) -> ClipPair:
     """
     image, beside, config = read_tower(path, choices)
     scale = _take(beside, _SCALE, image.path)
-    told, usual = told_of_text(config), told_of_image(config)
+    stated, usual = stated_of_text(config), stated_of_image(config)
     # A configuration may have another GELU for texts; the caller's choice is for both towers.  What
     # the configuration says of images is no choice: a passport records it.
     chosen = choices.gelu if choices.gelu != usual.gelu else None
-    gelu = chosen or told.gelu or image.choices.gelu or "erf"
+    gelu = chosen or stated.gelu or image.choices.gelu or "erf"
     chosen_eps = choices.eps if choices.eps != usual.eps else None
-    eps = chosen_eps or told.eps or image.choices.eps or image.native_eps
-    text, others = text_tower(beside, image.path, gelu, eps, told.heads)
+    eps = chosen_eps or stated.eps or image.choices.eps or image.native_eps
+    text, others = text_tower(beside, image.path, gelu, eps, stated.heads)
     tensors = dict(image.tensors)
     projection = tensors.pop("proj", None)
     own = [name for name in others if name.endswith(_PROJECTION)]

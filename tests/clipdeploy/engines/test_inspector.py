@@ -98,7 +98,7 @@ def test_tensorrt_rtx_compiles_the_precisions_of_the_graph(
     engine = parse_build_log(_build(graph, batches=batches))
     executed = executed_precision(engine)
     assert executed.blocks == requested_precision(onnx.load(graph))
-    assert executed, executed.untold
+    assert executed, executed.unknown
     assert [tensor.name for tensor in engine.io] == ["image", "logits"]
 
 
@@ -112,7 +112,7 @@ def test_a_linear_that_silently_left_int8_is_found(
     differing = [block for block in executed.blocks if block != asked[block.block]]
     assert asked["blocks.3"].gemms == {"int8": 4}
     assert differing == [BlockPrecision("blocks.3", {"int8": 3, "fp16": 1}, {"fp16": 2})]
-    assert executed, executed.untold
+    assert executed, executed.unknown
 
 
 def test_a_build_without_detailed_verbosity_is_refused(demo_workspace: Workspace) -> None:
@@ -318,7 +318,7 @@ def test_a_kernel_with_conflicting_inputs_and_tactic_is_unknown_and_reported() -
         parse_engine_information(_tensorrt10(_block10(0, "Int8", _FP16)[0]))
     )
     assert executed.blocks == (BlockPrecision("blocks.0", {"unknown": 1}),)
-    (reason,) = executed.untold
+    (reason,) = executed.unknown
     assert "blocks.0.attn.qkv/MatMul: gemm_myl0_7 reads int8" in reason
     assert _FP16 in reason
     assert not executed
@@ -394,7 +394,7 @@ def test_a_layer_with_missing_fields_is_unknown_and_reported() -> None:
     gemm = {"LayerType": "gemm", "Metadata": _onnx("blocks.0.mlp.fc1/MatMul")}
     executed = executed_precision(parse_engine_information(_tensorrt10(gemm, {})))
     assert executed.blocks == (BlockPrecision("blocks.0", {"unknown": 1}),)
-    assert executed.untold == (
+    assert executed.unknown == (
         "an unnamed layer: its operations are not listed",
         "blocks.0.mlp.fc1/MatMul: an unnamed layer reads no listed tensor",
     )
@@ -417,7 +417,7 @@ def test_an_opaque_layer_is_reported_and_its_products_are_unknown(name: str, kin
     opaque = _layer(kind, "", image, Name=name)
     conv = _layer("CaskConvolution", _onnx("patch_embed/Conv"), image, Weights={"Type": "Int8"})
     executed = executed_precision(parse_engine_information(_tensorrt10(conv, opaque)))
-    assert executed.untold == (f"{name}: its operations are not listed",)
+    assert executed.unknown == (f"{name}: its operations are not listed",)
     opaque["Metadata"] = _onnx("blocks.0.mlp.fc1/MatMul")
     executed = executed_precision(parse_engine_information(_tensorrt10(opaque)))
     assert executed.blocks == (BlockPrecision("blocks.0", {"unknown": 1}),)
@@ -427,20 +427,20 @@ def test_a_product_that_only_other_kernels_name_is_unknown() -> None:
     layer = _layer("kgen", _onnx("head/Gemm", "head/Add"), [_tensor10("Half", 1, 768)])
     executed = executed_precision(parse_engine_information(_tensorrt10(layer)))
     assert executed.blocks == (BlockPrecision("head", {"unknown": 1}),)
-    assert executed.untold == ("head/Gemm: no matrix multiplication kernel names it",)
+    assert executed.unknown == ("head/Gemm: no matrix multiplication kernel names it",)
 
 
 def test_a_kernel_without_a_product_name_counts_and_is_reported() -> None:
     layer = _layer("gemm", _onnx("blocks.0/strange"), [_tensor10("Half", 1, 768)])
     executed = executed_precision(parse_engine_information(_tensorrt10(layer)))
     assert executed.blocks == (BlockPrecision("graph", {"fp16": 1}),)
-    assert executed.untold == ("gemm_myl0_7: its ONNX node is not named",)
+    assert executed.unknown == ("gemm_myl0_7: its ONNX node is not named",)
 
 
 def test_an_engine_without_products_is_incomplete() -> None:
     layer = _layer("Reformat", "", [])
     executed = executed_precision(parse_engine_information(_tensorrt10(layer)))
-    assert executed.untold == ("the engine names no matrix product",)
+    assert executed.unknown == ("the engine names no matrix product",)
     assert not executed
 
 

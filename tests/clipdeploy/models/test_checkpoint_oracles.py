@@ -2,7 +2,7 @@
 
 The files come from ``scripts/write_checkpoint_oracles.py``.
 
-Covers: clipdeploy/models/checkpoints/canonical.py, clipdeploy/models/checkpoints/told.py,
+Covers: clipdeploy/models/checkpoints/canonical.py, clipdeploy/models/checkpoints/stated.py,
     clipdeploy/models/checkpoints/layouts/hf_clip.py,
     clipdeploy/models/checkpoints/layouts/hf_vit.py,
     clipdeploy/models/checkpoints/layouts/layout.py,

@@ -132,7 +132,7 @@ def test_without_a_configuration_it_says_what_is_assumed(tmp_path: Path) -> None
     assert "as-shipped" not in model.notes[-1]
 
 
-def test_mmpretrains_fine_tunes_are_told_of_their_numerics(tmp_path: Path) -> None:
+def test_mmpretrains_fine_tunes_are_stated_of_their_numerics(tmp_path: Path) -> None:
     tensors = load_file(cards.demo_file("weights.safetensors"))
     model = load(write_nested_zip(tensors, tmp_path / "x.pth"))
     assert "as-shipped" in model.notes[-1]

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from clipdeploy.core.errors import CheckpointError
 from clipdeploy.models.checkpoints.layouts.layout import Gelu, Layout, Pooling
 
-__all__ = ["Told", "told_by", "told_of_image", "told_of_text"]
+__all__ = ["Stated", "stated_by", "stated_of_image", "stated_of_text"]
 
 # Of configuration_clip.py and configuration_vit.py in transformers.
 _DEFAULTS: dict[tuple[Any, str], dict[str, Any]] = {
@@ -28,7 +28,7 @@ _POOLINGS: dict[str, Pooling] = {"token": "token", "avg": "avg"}
 
 
 @dataclass(frozen=True)
-class Told:
+class Stated:
     """What is known without the tensors; None for what is not."""
 
     gelu: Gelu | None = None
@@ -37,7 +37,7 @@ class Told:
     heads: int | None = None
 
 
-def told_by(layout: Layout, config: Mapping[str, Any], loaded: Any) -> Told:
+def stated_by(layout: Layout, config: Mapping[str, Any], loaded: Any) -> Stated:
     """Read what a ``config.json`` or a training checkpoint's ``arch`` tells.
 
     Raises:
@@ -51,44 +51,44 @@ def told_by(layout: Layout, config: Mapping[str, Any], loaded: Any) -> Told:
         return _zero_shot(config)
     if layout.name == "open_clip":
         return _open_clip(config, "vision_cfg")
-    return Told()
+    return Stated()
 
 
-def _zero_shot(config: Mapping[str, Any]) -> Told:
+def _zero_shot(config: Mapping[str, Any]) -> Stated:
     gelu = config.get("gelu")
-    return Told(
+    return Stated(
         gelu if gelu in get_args(Gelu) else None,
         eps=_number(config.get("eps")),
         heads=_count(config.get("heads")),
     )
 
 
-def told_of_image(config: Mapping[str, Any]) -> Told:
+def stated_of_image(config: Mapping[str, Any]) -> Stated:
     """What transformers' ``config.json`` tells about CLIP's image tower.
 
     Raises:
-        CheckpointError: see :func:`told_by`.
+        CheckpointError: see :func:`stated_by`.
     """
-    return _transformers(config) if "vision_config" in config else Told()
+    return _transformers(config) if "vision_config" in config else Stated()
 
 
-def told_of_text(config: Mapping[str, Any]) -> Told:
+def stated_of_text(config: Mapping[str, Any]) -> Stated:
     """What transformers' or open_clip's configuration tells about CLIP's text tower.
 
     Raises:
-        CheckpointError: see :func:`told_by`.
+        CheckpointError: see :func:`stated_by`.
     """
     if "model_cfg" in config:
         return _open_clip(config, "text_cfg")
-    return _transformers(config, "text_config") if "text_config" in config else Told()
+    return _transformers(config, "text_config") if "text_config" in config else Stated()
 
 
-def _open_clip(config: Mapping[str, Any], tower: str) -> Told:
+def _open_clip(config: Mapping[str, Any], tower: str) -> Stated:
     """What open_clip's ``open_clip_config.json`` tells about a tower (``model.py``, 3.3)."""
     model = config.get("model_cfg")
     inner = model.get(tower) if isinstance(model, Mapping) else None
     if not isinstance(model, Mapping) or not isinstance(inner, Mapping):
-        return Told()
+        return Stated()
     for name, usual in _OPEN_CLIP[tower].items():
         if (inner.get(name) or usual) != usual:
             raise CheckpointError(
@@ -99,14 +99,14 @@ def _open_clip(config: Mapping[str, Any], tower: str) -> Told:
     width, channels = _count(inner.get("width")), _count(inner.get("head_width", 64))
     heads = width // channels if tower == "vision_cfg" and width and channels else None
     norm = inner.get("norm_kwargs")
-    return Told(
+    return Stated(
         "quick" if model.get("quick_gelu") else "erf",
         eps=_number(norm.get("eps")) if isinstance(norm, Mapping) else None,
         heads=heads or _count(inner.get("heads")),
     )
 
 
-def _transformers(config: Mapping[str, Any], part: str = "vision_config") -> Told:
+def _transformers(config: Mapping[str, Any], part: str = "vision_config") -> Stated:
     given = config.get(part, config)
     # A configuration may leave out what is the default.
     inner = _DEFAULTS.get((config.get("model_type"), part), {})
@@ -117,19 +117,19 @@ def _transformers(config: Mapping[str, Any], part: str = "vision_config") -> Tol
             f"config.json has hidden_act {act!r}, which is not supported",
             hint="gelu and quick_gelu are supported",
         )
-    return Told(
+    return Stated(
         gelu=_GELUS.get(str(act)),
         eps=_number(inner.get("layer_norm_eps")),
         heads=_count(inner.get("num_attention_heads")),
     )
 
 
-def _timm(config: Mapping[str, Any], loaded: Any) -> Told:
+def _timm(config: Mapping[str, Any], loaded: Any) -> Stated:
     name = config.get("architecture")
     if not isinstance(name, str) and isinstance(loaded, Mapping):
         name = loaded.get("arch")
     if not isinstance(name, str):
-        return Told()
+        return Stated()
     pooling = config.get("global_pool")
     if isinstance(pooling, str) and pooling not in _POOLINGS:
         raise CheckpointError(
@@ -137,7 +137,7 @@ def _timm(config: Mapping[str, Any], loaded: Any) -> Told:
             hint="token and avg are supported",
         )
     gelu: Gelu = "quick" if "quickgelu" in name else "erf"
-    return Told(gelu, _POOLINGS.get(str(pooling)))
+    return Stated(gelu, _POOLINGS.get(str(pooling)))
 
 
 def _number(value: Any) -> float | None:
