@@ -26,10 +26,13 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -48,6 +51,7 @@ from gpu_output import (
     read_engine,
     read_gemm,
     read_sums,
+    troubles,
     verdicts,
 )
 
@@ -137,12 +141,11 @@ def doctor(day: Day) -> None:
         report = json.loads(output)
         day.found = report["machine"]
         day.log.machine.update(facts(day.found))
-        levels = ("good", "note")
-        problems = [each["text"] for each in report["findings"] if each["level"] not in levels]
-        if not report["can_run"]:
-            raise FailedError("; ".join(problems))
+        problems, wrong = troubles(report["findings"], day.backends)
         if listed and not day.gpu:
-            raise FailedError(f"finds no GPU, but nvidia-smi finds {listed[0]}")
+            problems, wrong = [f"finds no GPU, but nvidia-smi finds {listed[0]}", *problems], True
+        if wrong:
+            raise FailedError("; ".join(problems))
         return "; ".join([describe(day.gpu), *problems])
 
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
@@ -362,6 +365,17 @@ STEPS: dict[str, Callable[[Day], None]] = {
 QUICK = ("demo",)
 
 
+def revision() -> str:
+    """The version of this source tree, and its commit if there is one."""
+    source = (ROOT / "clipdeploy" / "core" / "version.py").read_text(encoding="utf-8")
+    found = re.search(r'__version__ = "(.+)"', source)
+    commit = ""
+    with suppress(OSError):
+        words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+        commit = subprocess.run(words, capture_output=True, text=True).stdout.strip()
+    return " ".join(filter(None, (found and found[1], commit)))
+
+
 def environment(work: Path) -> dict[str, str]:
     """The environment of every check: this source tree, no settings, and a cache of its own."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
@@ -423,6 +437,7 @@ def main() -> int:
         work = (chosen.work or Path(temporary)).resolve()
         work.mkdir(parents=True, exist_ok=True)
         log = Log(chosen.out, chosen.seconds, environment(work))
+        log.machine["clipdeploy"] = revision()
         try:
             run_steps(Day(log, work), steps)
         finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ET
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ NO_GPU = "no GPU"
 MOST_DB_LOST = 6.0
 # Above this only FP32's own rounding is left, which differs between devices; TF32 has 70 dB.
 ENOUGH_DB = 100.0
-PACKAGES = ("clipdeploy", "numpy", "onnx", "onnx-ir", "polygraphy", "triton")
+PACKAGES = ("numpy", "onnx", "onnx-ir", "polygraphy", "triton")
 
 
 def describe(gpu: dict[str, Any] | None) -> str:
@@ -47,6 +48,20 @@ def facts(machine: dict[str, Any]) -> dict[str, str]:
     known = machine["packages"]
     listed = [f"{name} {known[name]}" for name in PACKAGES if name in known]
     return {**found, "packages": ", ".join(listed)}
+
+
+def troubles(
+    findings: Sequence[dict[str, Any]], backends: Collection[str]
+) -> tuple[list[str], bool]:
+    """What ``doctor`` warns of, and whether that includes an error.
+
+    That there is no TensorRT is no error here: what needs one is not run.
+    """
+    found = [each for each in findings if each["level"] in ("warning", "error")]
+    wrong = any(
+        each["level"] == "error" and (backends or each["subject"] != "TensorRT") for each in found
+    )
+    return [each["text"] for each in found], wrong
 
 
 def verdicts(output: str) -> dict[str, dict[str, Any]]:

@@ -18,6 +18,7 @@ import pytest
 from script_module import load_script
 
 from clipdeploy.core.device import gpus
+from clipdeploy.core.version import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
 # `-I -S` starts in a hundredth of a second.
@@ -142,7 +143,17 @@ def test_without_a_gpu_nothing_that_needs_one_is_passed(ran: dict[str, Any]) -> 
         assert (results[step]["result"], results[step]["text"]) == ("not run", "no GPU")
     assert ran["machine"]["GPU"] == "no GPU"
     assert ran["machine"]["torch"]
+    assert ran["machine"]["clipdeploy"].startswith(__version__)
     assert "not run (which is no pass)" in ran["said"]
+
+
+def test_a_machine_without_tensorrt_is_no_failure(script: ModuleType) -> None:
+    none = {"level": "error", "subject": "TensorRT", "text": "no installed TensorRT"}
+    cuda = {"level": "warning", "subject": "ONNX Runtime", "text": "cannot use CUDA"}
+    good = {"level": "good", "subject": "Python", "text": "3.12"}
+    assert script.troubles([good, none, cuda], []) == ([none["text"], cuda["text"]], False)
+    assert script.troubles([none], ["tensorrt"])[1]
+    assert script.troubles([{**none, "subject": "PyTorch"}], [])[1]
 
 
 def test_unknown_steps_are_refused() -> None:
