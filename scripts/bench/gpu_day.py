@@ -205,7 +205,7 @@ def demo(day: Day) -> None:
         on_cpu.update(decibels(verdicts(output)))
         return judged(output, "(CPU")
 
-    check = partial(day.log.check, "demo", words=words, limit=120, codes=(0, 3))
+    check = partial(day.log.check, "demo", words=words, limit=150, codes=(0, 3))
     check("verify on the CPU", read=read_cpu, more={"CUDA_VISIBLE_DEVICES": ""})
     read = partial(judged, runner="(CUDA)", beside=on_cpu)
     check("verify on CUDA", read=read, lacks="" if day.gpu else NO_GPU)
