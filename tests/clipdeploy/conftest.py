@@ -11,7 +11,12 @@ from demo_workspaces import tower_workspace
 from passport_edits import a_three, with_engine
 from shared_traces import shared_traces
 
+from clipdeploy.core.device import gpus
+from clipdeploy.core.errors import BuildError
+from clipdeploy.engines.backends import Backend, compute_capabilities, is_installed, tensorrt_module
 from clipdeploy.workspace.folder import Workspace
+
+_BACKENDS: tuple[Backend, ...] = ("tensorrt", "tensorrt-rtx")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -19,6 +24,21 @@ def _traces() -> Iterator[None]:
     """Share the demo's trace: most tests that export it want other weights or settings."""
     with shared_traces():
         yield
+
+
+@pytest.fixture(scope="session")
+def gpu_backend() -> Backend:
+    """A TensorRT whose engines run on this machine's GPU: all tests of a process use the same."""
+    here, found = gpus()[0].capability, [each for each in _BACKENDS if is_installed(each)]
+    for backend in found:
+        try:
+            module = tensorrt_module(backend)
+        # The process already uses the other one.
+        except BuildError as error:
+            pytest.skip(str(error))
+        if backend == "tensorrt" or here in compute_capabilities(module):
+            return backend
+    pytest.skip(f"{' and '.join(found) or 'no TensorRT'}: no engine for SM {here}")
 
 
 @pytest.fixture(scope="session")

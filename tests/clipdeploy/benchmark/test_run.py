@@ -58,6 +58,7 @@ from clipdeploy.runners import Runner
 from clipdeploy.runners.base import Closing
 from clipdeploy.workspace.folder import Workspace
 from exporters.onnx import ExportConfig
+from exporters.providers import cuda_problem
 
 QUICK = BenchmarkConfig(batches=(1, 3), seconds=None, rounds=2, warmup=0.0)
 IMAGE = TensorSpec("image", "float32", ("batch", 2))
@@ -535,6 +536,23 @@ def test_the_note_about_clocks() -> None:
     assert "clocks are unknown" in clock_note(warm, None, gpu=True)
     assert "clocks are unknown" in clock_note(replace(warm, sm_mhz=None), warm, gpu=True)
     assert "other programs on this machine" in clock_note(None, None, gpu=False)
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_measured_with_its_clocks(demo_workspace: Workspace) -> None:
+    if problem := cuda_problem():
+        pytest.skip(problem)
+    graph = demo_workspace.graph(cards.DEMO, "fp32")
+    result = benchmark_artifacts(graph, replace(QUICK, provider="cuda"))
+    assert {row.runner for row in result.rows} == {"ONNX Runtime (CUDA)"}
+    here = result.environment
+    assert (here.gpu, here.sm) == (gpus()[0].name, gpus()[0].sm)
+    for clocks in (here.clocks_before, here.clocks_after):
+        assert clocks is not None
+        assert clocks.sm_mhz is not None
+        assert clocks.sm_max_mhz is not None
+        assert 0 < clocks.sm_mhz <= clocks.sm_max_mhz
+    assert here.note.startswith("SM clock ")
 
 
 def test_this_machine_is_described() -> None:

@@ -12,9 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from cuda_machine import REASONS, Machine, cuda_machine, environment
 
 from calibration.config import QuantizeConfig
+from clipdeploy.core.device import driver, gpus
 from clipdeploy.models import cards
 from clipdeploy.pipeline import quantize_model
 from clipdeploy.workspace.folder import Workspace
@@ -50,6 +52,22 @@ def clipdeploy(machine: Path, *words: str | Path) -> subprocess.CompletedProcess
 
 def warnings_of(done: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in done.stderr.splitlines() if "warning" in line.lower()]
+
+
+@pytest.mark.gpu
+def test_the_driver_s_gpu_is_that_of_pytorch() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch is built without CUDA")
+    assert len(gpus()) == torch.cuda.device_count()
+    for index, gpu in enumerate(gpus()):
+        assert gpu.name == torch.cuda.get_device_name(index)
+        assert gpu.compute_capability == torch.cuda.get_device_capability(index)
+    found = driver()
+    assert found is not None
+    # PyTorch's kernels just ran on this driver: it supports their CUDA, minor versions aside.
+    assert torch.version.cuda is not None
+    assert torch.zeros(1, device="cuda").item() == 0
+    assert int(found.cuda.split(".")[0]) >= int(torch.version.cuda.split(".")[0])
 
 
 def test_graphs_run_on_the_cpu_with_one_line_that_says_so(

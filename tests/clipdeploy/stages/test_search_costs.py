@@ -20,6 +20,7 @@ from clipdeploy.cli.main import main
 from clipdeploy.core.device import Gpu, gpus
 from clipdeploy.core.errors import EngineError, UsageError
 from clipdeploy.core.progress import SILENT
+from clipdeploy.engines.backends import Backend
 from clipdeploy.engines.gpus import find_gpu
 from clipdeploy.engines.roofline import Formats, Geometry, engine_seconds, kernels
 from clipdeploy.models import cards
@@ -213,13 +214,16 @@ def test_without_a_gpu_the_estimate_is_named(workspace: Workspace) -> None:
 
 
 @pytest.mark.gpu
-def test_a_search_measures_on_this_gpu(workspace: Workspace) -> None:
+@pytest.mark.slow
+def test_a_search_measures_on_this_gpu(gpu_backend: Backend, workspace: Workspace) -> None:
     config = SearchConfig(
         cost="gpu", format="int8", batch=32, search_images=120, max_drop=10.0, fixed_scheme=True
     )
     notes: list[str] = []
-    found = search_model(workspace, cards.DEMO, TEST, config, note=notes.append)
+    found = search_model(
+        workspace, cards.DEMO, TEST, config, backend=gpu_backend, note=notes.append
+    )
     assert found.costs.gpu == gpus()[0].name
     saved = times_file(workspace).read_bytes()
-    search_model(workspace, cards.DEMO, TEST, config)
+    search_model(workspace, cards.DEMO, TEST, config, backend=gpu_backend)
     assert times_file(workspace).read_bytes() == saved

@@ -11,6 +11,7 @@ from calibration.scheme import SchemeConfig
 from clipdeploy.benchmark.estimate import estimate_artifacts
 from clipdeploy.core.device import gpus
 from clipdeploy.core.errors import EngineError
+from clipdeploy.engines.backends import Backend
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.gpus import find_gpu
 from clipdeploy.engines.passport import read_engine_passport
@@ -31,7 +32,9 @@ BATCH = 8
 GEOMETRY = Geometry.of_card(cards.find(cards.DEMO))
 
 
-def demo_timer(workspace: Workspace, folder: Path, capability: str) -> EngineTimer:
+def demo_timer(
+    workspace: Workspace, folder: Path, *capability: str, backend: Backend = "tensorrt-rtx"
+) -> EngineTimer:
     source, _ = workspace.source(cards.DEMO)
     return EngineTimer(
         source,
@@ -39,9 +42,9 @@ def demo_timer(workspace: Workspace, folder: Path, capability: str) -> EngineTim
         tuple(n for block in range(GEOMETRY.depth) for n in block_products(GEOMETRY, block)),
         SchemeConfig(),
         BuildConfig(
-            "tensorrt-rtx",
+            backend,
             profiles=((BATCH, BATCH, BATCH),),
-            compute_capability=(capability,),
+            compute_capability=capability,
         ),
         folder,
     )
@@ -141,8 +144,9 @@ def test_without_a_gpu_the_built_engine_is_not_timed(timer: EngineTimer, tmp_pat
 
 
 @pytest.mark.gpu
-def test_engines_are_timed(demo_workspace: Workspace, tmp_path: Path) -> None:
-    timer = demo_timer(demo_workspace, tmp_path, gpus()[0].capability)
+def test_engines_are_timed(gpu_backend: Backend, demo_workspace: Workspace, tmp_path: Path) -> None:
+    here = [gpus()[0].capability] if gpu_backend == "tensorrt-rtx" else []
+    timer = demo_timer(demo_workspace, tmp_path, *here, backend=gpu_backend)
     first, again = timer({})
     assert first == again
     half, own = timer(timed_variants(GEOMETRY, "int8")[-1])
