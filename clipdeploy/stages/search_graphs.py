@@ -14,10 +14,9 @@ from pathlib import Path
 from calibration.config import QuantizeConfig
 from clipdeploy.runners.onnx import OnnxRunner
 from clipdeploy.stages.quantize import quantize_model, with_scale_form, write_quantised
-from clipdeploy.stages.search_formats import Found, Search
+from clipdeploy.stages.search_formats import Answered, Found, Search
 from clipdeploy.stages.search_products import product_config
 from clipdeploy.tuning.evaluate import Counter
-from clipdeploy.tuning.images import Labelled
 from clipdeploy.tuning.pareto import Evaluation
 from clipdeploy.tuning.state import save_state
 from exporters.headers import GraphArtifact
@@ -71,13 +70,11 @@ def written_label(search: Search, found: Found) -> str:
     return f"{found.label} outputs {form} written"
 
 
-def score(search: Search, graph: Path, images: Iterable[Labelled]) -> Evaluation:
+def score(search: Search, graph: Path, images: Iterable[Answered]) -> Evaluation:
     """Compare a graph with the FP32 graph, both on ONNX Runtime."""
-    threads = search.config.threads
-    reference, ours = OnnxRunner(search.source, threads=threads), OnnxRunner(graph, threads=threads)
+    ours = OnnxRunner(graph, threads=search.config.threads)
     counter = Counter()
-    for samples, labels in images:
-        expected = reference(samples.as_input(reference.input))
+    for samples, labels, expected in images:
         counter.add(ours(samples.as_input(ours.input)), expected, labels)
     return counter.result()
 
@@ -111,7 +108,7 @@ class Writer:
         search = self._search
         slot = search.state.slot(written_label(search, found), found.chosen)
         if slot not in search.state.evaluations:
-            search.state.evaluations[slot] = score(search, self._graph(found), search.images)
+            search.state.evaluations[slot] = score(search, self._graph(found), search.answers)
             save_state(search.state, search.path)
         return search.state.evaluations[slot]
 
