@@ -86,6 +86,7 @@ def test_sums_are_in_8_bits_where_that_is_cheaper_and_keeps_the_accuracy(rounded
     assert found.confirmed
     assert found.outputs
     assert found.chosen.outputs
+    assert found.artifact.changed
     assert found.artifact.passport.settings["scope"]["outputs"] is True
     # The same products were evaluated without 8-bit sums before, and cost more.
     (plain,) = (
