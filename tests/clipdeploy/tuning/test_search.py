@@ -218,7 +218,7 @@ def test_out_of_budget_or_killed_and_resumed_ends_at_the_same_recipe(
     def dying(self: Evaluator, int8: frozenset[str]) -> Any:
         nonlocal runs
         runs += 1
-        if runs % 4 == 0:
+        if runs % 8 == 0:
             raise KeyboardInterrupt
         return real(self, int8)
 
