@@ -197,7 +197,8 @@ def test_rounded_sums_are_those_of_quantised_qkv_and_fc1(
     assert _rounded_sums(path) == dict.fromkeys(names, reader)
     plain = make_int8(replace(config, scope=Scope()))
     assert _rounded_sums(plain) == {}
-    few = slice(0, 50)
+    # Five digits of each class.
+    few = slice(None, None, 10)
     decibels = [
         _sqnr_db(reference[few], OnnxSession(graph).run(held_out[0][few])[0])
         for graph in (plain, path)
@@ -329,7 +330,7 @@ def test_both_forms_of_the_weight_scales_hold_the_same_integers(
         assert _array(other[scale]) == _array(one[scale]).max()
     assert read_passport(ratio).settings["weight_scales"] == "ratio"
     answers = [OnnxSession(path).run(held_out[0][::5])[0] for path in (channel, ratio)]
-    # Only float16 rounding differs: 46 dB measured, as between the two dialects.
+    # Only float16 rounding differs: 45.0 dB measured, as between the two dialects.
     assert _sqnr_db(*answers) > 42
     assert not np.array_equal(*answers)
 
@@ -351,7 +352,7 @@ def test_both_dialects_agree(
     few = held_out[0][::5]
     (one,) = OnnxSession(make_int8(QuantizeConfig())).run(few)
     (other,) = OnnxSession(make_int8(CPU), exact_int8=True).run(few)
-    # The same grid; FP16 rounding sometimes selects the neighbouring level: 43.9 dB measured.
+    # The same grid; FP16 rounding sometimes selects the neighbouring level: 43.4 dB measured.
     assert _sqnr_db(one, other) > 42
     minmax = QuantizeConfig(remainder="fp32", scheme=SchemeConfig("minmax", smooth=False))
     (another,) = OnnxSession(make_int8(minmax), exact_int8=True).run(few)
