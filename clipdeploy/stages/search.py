@@ -102,7 +102,7 @@ def _run(search: Search, folder: Path, data: Path) -> SearchResult:
         spec = search.passport.preprocess
         batch = search.config.batch
         images = labelled_batches(search.confirm, spec, batch, search.calibrated)
-        fresh = score(search, written.artifact.path, images)
+        fresh = score(search, written.artifact.path, search.answered(images))
     confirmed = judge_drop(fresh.lost, fresh.gained, fresh.images, search.config.max_drop)
     point = next(p for p in points if p.label.startswith(_CHOSEN))
     recipe = search.workspace.recipe(search.model)

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from calibration.config import QuantizeConfig, Remainder
 from calibration.formats import FORMATS, FormatName
@@ -21,6 +24,7 @@ from clipdeploy.core.files import sha256_file
 from clipdeploy.core.passport import to_json
 from clipdeploy.core.progress import Progress
 from clipdeploy.engines.backends import BackendOption
+from clipdeploy.runners.onnx import OnnxRunner
 from clipdeploy.stages.quantize import write_quantised
 from clipdeploy.stages.search_costs import budget_ended, ideal, rank
 from clipdeploy.tuning.chain import Chain
@@ -31,7 +35,7 @@ from clipdeploy.tuning.cost import (
     measured_costs,
 )
 from clipdeploy.tuning.evaluate import Evaluator, is_feasible
-from clipdeploy.tuning.images import labelled_batches
+from clipdeploy.tuning.images import Labelled, labelled_batches
 from clipdeploy.tuning.optimiser import Combination, OutOfTimeError, cheapest
 from clipdeploy.tuning.pareto import Evaluation
 from clipdeploy.tuning.search import SearchConfig
@@ -40,14 +44,18 @@ from clipdeploy.tuning.state import load_state, save_state
 from clipdeploy.verification.leaks import read_calibrated
 from clipdeploy.workspace.folder import Workspace
 from exporters.headers import graph_sha256
+from exporters.samples import Samples
 
-__all__ = ["Best", "Found", "Search", "search_formats"]
+__all__ = ["Answered", "Best", "Found", "Search", "search_formats"]
 
 # Tried if the configured scheme loses too much accuracy with all Linears quantised: other range
 # methods, then SmoothQuant's usual strengths with the best of these.
 _OTHER_RANGES: tuple[RangeMethod, ...] = ("auto", "percentile", "mse")
 _OTHER_STRENGTHS = (0.5, 0.75)
 _EVERYTHING = Scope(attention=True)
+
+# Images, labels (B,), and the FP32 graph's logits (B, classes).
+Answered = tuple[Samples, NDArray[np.int64], NDArray[np.float32]]
 
 
 class Search:
@@ -142,6 +150,17 @@ class Search:
         self.state.costs = measured_costs(chain, shapes, batch)
         save_state(self.state, self.path)
         return self.state.costs
+
+    def answered(self, images: Iterable[Labelled]) -> Iterator[Answered]:
+        """``images`` with the FP32 graph's logits on ONNX Runtime."""
+        reference = OnnxRunner(self.source, threads=self.config.threads)
+        for samples, labels in images:
+            yield samples, labels, reference(samples.as_input(reference.input))
+
+    @cached_property
+    def answers(self) -> list[Answered]:
+        """The search images with the FP32 graph's logits, which are computed once."""
+        return list(self.answered(self.images))
 
     def rounds(self, costs: CostModel) -> bool:
         """Whether products are chosen for an engine with 8-bit sums of qkv and fc1."""
@@ -252,7 +271,11 @@ def _search_format(search: Search, form: FormatName, folder: Path) -> Found:
     gain = {name: saved for name, saved in costs.gains(outputs=outputs).items() if saved > 0}
     with search.progress.task(f"search {FORMATS[form].label}", _guess(len(gain))) as advance:
         evaluator = search.evaluator(chain, _state_label(form, scheme), advance)
+        fastest = frozenset(gain)
         try:
+            least = bool(fastest) and _is_least(costs, fastest, outputs=outputs)
+            if least and search.feasible(evaluator.evaluate(fastest)):
+                return Found(form, scheme, costs, fastest, finished=True)
             power = evaluator.power(tuple(gain))
         except OutOfTimeError:
             return Found(form, scheme, costs, frozenset(), finished=False)
@@ -263,6 +286,12 @@ def _search_format(search: Search, form: FormatName, folder: Path) -> Found:
             lambda quantised: search.feasible(evaluator.evaluate(quantised)),
         )
     return Found(form, scheme, costs, chosen, finished)
+
+
+def _is_least(costs: CostModel, chosen: Combination, *, outputs: bool) -> bool:
+    """Whether no combination costs less."""
+    least = costs.total(costs.fastest(outputs=outputs), outputs=outputs)
+    return costs.total(chosen, outputs=outputs) <= least
 
 
 def search_formats(

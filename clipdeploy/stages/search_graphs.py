@@ -7,20 +7,22 @@ save time, the graph is written with them, and once more without them if it is n
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from calibration.config import QuantizeConfig
+from clipdeploy.core.files import atomic_path
+from clipdeploy.core.passport import WEIGHTS_ROLE
 from clipdeploy.runners.onnx import OnnxRunner
 from clipdeploy.stages.quantize import quantize_model, with_scale_form, write_quantised
-from clipdeploy.stages.search_formats import Found, Search
+from clipdeploy.stages.search_formats import Answered, Found, Search
 from clipdeploy.stages.search_products import product_config
 from clipdeploy.tuning.evaluate import Counter
-from clipdeploy.tuning.images import Labelled
 from clipdeploy.tuning.pareto import Evaluation
 from clipdeploy.tuning.state import save_state
-from exporters.headers import GraphArtifact
+from exporters.headers import GraphArtifact, existing_graph, graph_sha256, read_passport
 
 __all__ = [
     "Writer",
@@ -71,13 +73,11 @@ def written_label(search: Search, found: Found) -> str:
     return f"{found.label} outputs {form} written"
 
 
-def score(search: Search, graph: Path, images: Iterable[Labelled]) -> Evaluation:
+def score(search: Search, graph: Path, images: Iterable[Answered]) -> Evaluation:
     """Compare a graph with the FP32 graph, both on ONNX Runtime."""
-    threads = search.config.threads
-    reference, ours = OnnxRunner(search.source, threads=threads), OnnxRunner(graph, threads=threads)
+    ours = OnnxRunner(graph, threads=search.config.threads)
     counter = Counter()
-    for samples, labels in images:
-        expected = reference(samples.as_input(reference.input))
+    for samples, labels, expected in images:
         counter.add(ours(samples.as_input(ours.input)), expected, labels)
     return counter.result()
 
@@ -105,13 +105,14 @@ class Writer:
 
     def __init__(self, search: Search, folder: Path) -> None:
         self._search, self._folder = search, folder
+        self._made: dict[Path, QuantizeConfig] = {}
 
     def evaluate(self, found: Found) -> Evaluation:
         """What the graph of a combination loses."""
         search = self._search
         slot = search.state.slot(written_label(search, found), found.chosen)
         if slot not in search.state.evaluations:
-            search.state.evaluations[slot] = score(search, self._graph(found), search.images)
+            search.state.evaluations[slot] = score(search, self._graph(found), search.answers)
             save_state(search.state, search.path)
         return search.state.evaluations[slot]
 
@@ -140,18 +141,36 @@ class Writer:
         target = self._folder / f"{config.precision}.onnx"
         with search.progress.task(f"quantise {search.model}"):
             write_quantised(search.source, search.calibration, target, config)
+        self._made[target] = config
         return target
 
     def keep(self, best: Found) -> Written:
         """Write the graph of the choice into the workspace: the same bytes as were evaluated."""
         search = self._search
         evaluation = self.evaluate(best)
+        copied = self._copy(best)
         made = quantize_model(
             *(search.workspace, search.model, found_config(search, best)),
             backend=search.backend,
             progress=search.progress,
-        )
-        return Written(best, made.artifact, evaluation)
+        ).artifact
+        return Written(best, replace(made, changed=made.changed or copied), evaluation)
+
+    def _copy(self, best: Found) -> bool:
+        """Copy the graph of the choice if it was the last to be evaluated, and return whether."""
+        search = self._search
+        config = with_scale_form(found_config(search, best), search.backend)
+        graph = self._folder / f"{config.precision}.onnx"
+        if self._made.get(graph) != config:
+            return False
+        target = search.workspace.graph(search.model, config.precision)
+        made, present = read_passport(graph), existing_graph(target)
+        # Weights in a file beside the graph are written anew.
+        if WEIGHTS_ROLE in made.parents or (present and present.sha256 == graph_sha256(graph)):
+            return False
+        with atomic_path(target) as temporary:
+            shutil.copyfile(graph, temporary)
+        return True
 
 
 def _next_best(search: Search, founds: list[Found]) -> Iterator[Found]:

@@ -117,6 +117,8 @@ class Evaluator:
         self._scheme, self._state, self._path = scheme, state, path
         self._deadline, self._advance = deadline, advance
         self._reference: list[Tensor] = []
+        self._few_logits: list[Tensor] = []
+        self._at, self._inputs = 0, list[Tensor]()
 
     def _check_time(self) -> None:
         if self._deadline is not None and time.monotonic() > self._deadline:
@@ -139,13 +141,26 @@ class Evaluator:
 
     def _power(self, name: str) -> float:
         meter = FidelityMeter()
-        index = next(i for i, s in enumerate(self._chain.segments) if name in s.switches)
-        for x in self._few():
-            reference = [x, *self._chain.run(x, ())]
-            x = self._chain.step(index, reference[index], {name})
-            meter.add(self._chain.rest(x, (), index), reference[-1], None)
+        chain = self._chain
+        index = next(i for i, s in enumerate(chain.segments) if name in s.switches)
+        if not self._few_logits:
+            self._few_logits = [chain.run(x, ())[-1] for x in self._few()]
+        self._move_to(index)
+        for x, logits in zip(self._inputs, self._few_logits, strict=True):
+            meter.add(chain.rest(chain.step(index, x, {name}), (), index), logits, None)
         db = error_db(meter.result())
         return 0.0 if db is None else float(10 ** (-max(db, -30.0) / 10))
+
+    def _move_to(self, index: int) -> None:
+        """Hold the reference's inputs of segment ``index``.
+
+        Products come in the network's order, so no segment of the reference runs twice.
+        """
+        if not self._inputs or index < self._at:
+            self._at, self._inputs = 0, list(self._few())
+        for at in range(self._at, index):
+            self._inputs = [self._chain.step(at, x, ()) for x in self._inputs]
+        self._at = index
 
     def _few(self) -> Iterator[Tensor]:
         left = _POWER_IMAGES

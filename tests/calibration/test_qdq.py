@@ -197,7 +197,8 @@ def test_rounded_sums_are_those_of_quantised_qkv_and_fc1(
     assert _rounded_sums(path) == dict.fromkeys(names, reader)
     plain = make_int8(replace(config, scope=Scope()))
     assert _rounded_sums(plain) == {}
-    few = slice(0, 100)
+    # Five digits of each class.
+    few = slice(None, None, 10)
     decibels = [
         _sqnr_db(reference[few], OnnxSession(graph).run(held_out[0][few])[0])
         for graph in (plain, path)
@@ -328,8 +329,8 @@ def test_both_forms_of_the_weight_scales_hold_the_same_integers(
         scale = name.replace("/int8", "/scale/fp16")
         assert _array(other[scale]) == _array(one[scale]).max()
     assert read_passport(ratio).settings["weight_scales"] == "ratio"
-    answers = [OnnxSession(path).run(held_out[0])[0] for path in (channel, ratio)]
-    # Only float16 rounding differs: 46 dB measured, as between the two dialects.
+    answers = [OnnxSession(path).run(held_out[0][::5])[0] for path in (channel, ratio)]
+    # Only float16 rounding differs: 45.0 dB measured, as between the two dialects.
     assert _sqnr_db(*answers) > 42
     assert not np.array_equal(*answers)
 
@@ -348,12 +349,13 @@ def test_a_form_of_the_weight_scales_that_cannot_be_is_refused(
 def test_both_dialects_agree(
     make_int8: Make, held_out: HeldOut, reference: NDArray[np.float32]
 ) -> None:
-    (one,) = OnnxSession(make_int8(QuantizeConfig())).run(held_out[0])
-    (other,) = OnnxSession(make_int8(CPU), exact_int8=True).run(held_out[0])
-    # The same grid; FP16 rounding sometimes selects the neighbouring level: 43.9 dB measured.
+    few = held_out[0][::5]
+    (one,) = OnnxSession(make_int8(QuantizeConfig())).run(few)
+    (other,) = OnnxSession(make_int8(CPU), exact_int8=True).run(few)
+    # The same grid; FP16 rounding sometimes selects the neighbouring level: 43.4 dB measured.
     assert _sqnr_db(one, other) > 42
     minmax = QuantizeConfig(remainder="fp32", scheme=SchemeConfig("minmax", smooth=False))
-    (another,) = OnnxSession(make_int8(minmax), exact_int8=True).run(held_out[0])
+    (another,) = OnnxSession(make_int8(minmax), exact_int8=True).run(few)
     assert _sqnr_db(one, another) < 42
 
 
@@ -368,13 +370,14 @@ def test_int8_keeps_logits_and_accuracy(
 ) -> None:
     path = make_int8(QuantizeConfig(remainder=remainder, scope=scope))
     onnx.checker.check_model(str(path), full_check=True)
-    (logits,) = OnnxSession(path, exact_int8=remainder == "fp32").run(held_out[0])
-    found = _sqnr_db(reference, logits)
+    # Every other digit: one wrong more of 250 is 0.4 points.
+    (logits,) = OnnxSession(path, exact_int8=remainder == "fp32").run(held_out[0][::2])
+    found = _sqnr_db(reference[::2], logits)
     assert found >= (FLOOR_DB if scope == SCOPES[0] else FLOOR_ALL_DB), f"{found:.1f} dB"
     # An FP16 graph gives 66 dB: above 50 nothing would have been quantised.
     assert found < 50, f"{found:.1f} dB"
-    labels = held_out[1]
-    right = [100 * float((x.argmax(1) == labels).mean()) for x in (reference, logits)]
+    labels = held_out[1][::2]
+    right = [100 * float((x.argmax(1) == labels).mean()) for x in (reference[::2], logits)]
     assert abs(right[0] - right[1]) <= 1
 
 

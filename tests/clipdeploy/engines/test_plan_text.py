@@ -59,18 +59,19 @@ def built(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -
     source, passport = demo_workspace.source(cards.DEMO)
     samples = sample_images(passport.preprocess, 3)
     made = {}
-    with pytest.MonkeyPatch.context() as patch:
-        # Else the build of the channel form is refused before it begins, and after it ends.
-        patch.setattr(builder, "_check_scales", lambda *given: None)
-        patch.setattr(builder, "_check_sums", lambda *given: None)
-        for name, form in CASES:
-            graph, engine = folder / f"{name}-{form}.onnx", folder / f"{name}-{form}.engine"
-            config = QuantizeConfig(format=name, weight_scales=form)
-            quantize(source, demo_workspace.calibration(cards.DEMO), graph, samples, config)
+    for name, form in CASES:
+        graph, engine = folder / f"{name}-{form}.onnx", folder / f"{name}-{form}.engine"
+        config = QuantizeConfig(format=name, weight_scales=form)
+        quantize(source, demo_workspace.calibration(cards.DEMO), graph, samples, config)
+        with pytest.MonkeyPatch.context() as patch:
+            if form == "channel":
+                # Else its build is refused before it begins, and after it ends.
+                patch.setattr(builder, "_check_scales", lambda *given: None)
+                patch.setattr(builder, "_check_sums", lambda *given: None)
             build_engine(graph, engine, ONE_GPU)
-            with engine.open("rb") as plan:
-                (made_kernels,) = read_programs(plan)
-            made[name, form] = graph, made_kernels
+        with engine.open("rb") as plan:
+            (made_kernels,) = read_programs(plan)
+        made[name, form] = graph, made_kernels
     return made
 
 
@@ -100,10 +101,10 @@ def test_every_product_is_read_from_the_plan(built: Built) -> None:
         assert sum(counts.values()) == len(kernels)
 
 
-def _top1_and_sqnr(graph: bytes | Path, model: LoadedModel, every: int = 1) -> tuple[float, float]:
-    """On ``every`` so-manyth of 500 held-out digits: top-1 in percent, SQNR of the logits in dB."""
+def _top1_and_sqnr(graph: bytes | Path, model: LoadedModel) -> tuple[float, float]:
+    """On ten held-out digits of each class: top-1 in percent, SQNR of the logits in dB."""
     spec = model.card.preprocess(model.recipe)
-    crops = list(iter_crops(open_images(cards.demo_file("test.zip")), spec))[::every]
+    crops = list(iter_crops(open_images(cards.demo_file("test.zip")), spec))[::5]
     images = normalise(np.stack([crop.pixels for crop in crops]), spec)
     labels = np.array([int(crop.entry.name.split("/")[0]) for crop in crops])
     found = OnnxSession(graph).run(images)[0].astype(np.float64)
@@ -125,13 +126,12 @@ def test_the_graph_as_the_plan_computes_it(
         for kernel in kernels
         if kernel.alpha is not None and set(kernel.operands) == {OPERANDS[case[0]]}
     }
-    # Where every logit is NaN, ten digits of each class say as much as fifty.
-    every = 1 if case in RIGHT else 5
-    top1, db = _top1_and_sqnr(replayed(graph, alphas), demo_model, every)
+    top1, db = _top1_and_sqnr(replayed(graph, alphas), demo_model)
     if case in RIGHT:
-        # As ONNX Runtime computes the graph itself: 99.4 % and 41 dB with a scale for each channel
-        # of INT8, 34 with one for all; FP8 has 29.
-        assert top1 >= 99
+        # As ONNX Runtime computes the graph itself: 99.4 % of 500 digits, so that two wrong ones
+        # of 100 are many, and 41 dB with a scale for each channel of INT8, 34 with one for all; FP8
+        # has 29.
+        assert top1 >= 98
         assert db >= {("int8", "ratio"): 40, ("int8", "tensor"): 30, ("fp8", "tensor"): 27}[case]
     else:
         # NaN everywhere: argmax answers 0, and one image in ten is a 0.
@@ -167,9 +167,12 @@ def test_the_wrong_form_is_refused_before_the_build(built: Built, tmp_path: Path
 
 def test_the_passport_counts_the_kernels_of_one_profile(built: Built, tmp_path: Path) -> None:
     two = replace(ONE_GPU, profiles=((1, 1, 1), (2, 8, 32)))
-    for config in (ONE_GPU, two):
-        engine = tmp_path / "int8.engine"
-        made = build_engine(built["int8", "ratio"][0], engine, config).passport
+    graph = built["int8", "ratio"][0]
+    # That of one profile was built with the others.
+    for config, engine in ((ONE_GPU, graph.with_suffix(".engine")), (two, tmp_path / "two.engine")):
+        artifact = build_engine(graph, engine, config)
+        assert artifact.changed == (config is two)
+        made = artifact.passport
         with engine.open("rb") as plan:
             programs = read_programs(plan)
         assert len(programs) == len(config.profiles)
@@ -213,7 +216,8 @@ def test_other_products_build_too(
     graph, engine = tmp_path / "int8.onnx", tmp_path / "int8.engine"
     samples = sample_images(passport.preprocess, 3)
     quantize(source, demo_workspace.calibration(cards.DEMO), graph, samples, config)
-    build_engine(graph, engine, ONE_GPU)
+    # INT8 attention is fused, else there would be a remark, as below.
+    assert build_engine(graph, engine, ONE_GPU).passport.remarks == ()
     with engine.open("rb") as plan:
         (kernels,) = read_programs(plan)
     assert overflowing(kernels) == ()
@@ -221,17 +225,15 @@ def test_other_products_build_too(
     assert {*LINEARS, "head/Gemm"} <= eight
 
 
-@pytest.mark.parametrize(("exclude", "fused"), [((), True), (("*.attn.proj",), False)])
 def test_int8_attention_that_is_not_fused_is_remarked(
-    exclude: tuple[str, ...], fused: bool, demo_workspace: Workspace, tmp_path: Path
+    demo_workspace: Workspace, tmp_path: Path
 ) -> None:
     source, passport = demo_workspace.source(cards.DEMO)
-    config = QuantizeConfig(exclude, scope=Scope(attention=True), weight_scales="ratio")
+    config = QuantizeConfig(("*.attn.proj",), scope=Scope(attention=True), weight_scales="ratio")
     graph, samples = tmp_path / "int8.onnx", sample_images(passport.preprocess, 3)
     quantize(source, demo_workspace.calibration(cards.DEMO), graph, samples, config)
     made = build_engine(graph, tmp_path / "int8.engine", ONE_GPU)
-    assert (made.remarks == ()) == fused
-    assert fused or "did not fuse the INT8 attention of 5 blocks" in made.remarks[0]
+    assert "did not fuse the INT8 attention of 5 blocks" in made.remarks[0]
 
 
 @pytest.mark.parametrize(("name", "form"), [("int8", "ratio"), ("int8", "tensor")])

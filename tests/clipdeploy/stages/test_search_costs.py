@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from demo_workspaces import few_digits
 from rich.console import Console
 
 from calibration.formats import FORMATS, FormatName
@@ -101,10 +102,12 @@ def test_measured_costs_choose_what_the_same_estimated_costs_choose(
     stand_in: StandIn, workspace: Workspace
 ) -> None:
     place = {"batch": 120, "search_images": 120, "max_drop": 10.0, "threads": 1}
+    # Half to search on, and half to confirm on.
+    data = few_digits(workspace.folder(cards.DEMO) / "digits.zip", 24)
 
     def search(**settings: Any) -> Any:
         config = SearchConfig(**place, fixed_scheme=True, **settings)
-        return search_model(workspace, cards.DEMO, TEST, config, backend="tensorrt-rtx")
+        return search_model(workspace, cards.DEMO, data, config, backend="tensorrt-rtx")
 
     found, expected = search(cost="gpu"), search(gpu="H100-SXM")
     assert found.confirmed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from clipdeploy.core.errors import EngineError
 from clipdeploy.engines.backends import Backend
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.gpus import find_gpu
-from clipdeploy.engines.passport import read_engine_passport
+from clipdeploy.engines.passport import EnginePassport, read_engine_passport
 from clipdeploy.engines.roofline import (
     Formats,
     Geometry,
@@ -55,24 +56,35 @@ def timer(tensorrt_rtx: None, demo_workspace: Workspace, tmp_path: Path) -> Engi
     return demo_timer(demo_workspace, tmp_path, "8.9")
 
 
-def check_engine(timer: EngineTimer, formats: Formats, folder: Path) -> None:
+def mixed(variants: Sequence[Formats]) -> Formats:
+    """Each inner block as in another one of ``variants``, the others in FP16."""
+    return {
+        name: form
+        for block, formats in enumerate(variants, start=1)
+        for name, form in formats.items()
+        if name.startswith(f"blocks.{block}.")
+    }
+
+
+def check_engine(timer: EngineTimer, formats: Formats, folder: Path) -> EnginePassport:
     """Build an engine, and compare graph and kernels with what the roofline expects of them."""
-    engine = timer.engine(formats, folder)
-    passport = read_engine_passport(engine)
+    folder.mkdir()
+    passport = read_engine_passport(timer.engine(formats, folder))
     assert passport.profiles == ((BATCH, BATCH, BATCH),)
     expected = kernels(GEOMETRY, formats, BATCH)
     # The estimate reads the formats off the graph, those of the sums included.
     (row,) = estimate_artifacts(folder / "timed.onnx", "L4", (BATCH,)).rows
     seconds = engine_seconds(expected, find_gpu("L4"))
     assert row.milliseconds == pytest.approx(1e3 * seconds, rel=1e-12)
-    kinds = {name.split(".", 2)[2] for name in formats}
     # TensorRT-RTX merges or splits kernels of the first and the last block.
-    for block in ("blocks.2", "blocks.3"):
+    for block in ("blocks.1", "blocks.2", "blocks.3", "blocks.4"):
+        kinds = {name for name in formats if name.startswith(f"{block}.")}
         assert passport.kernels[block] == sum(each.block == block for each in expected), kinds
+    return passport
 
 
 @pytest.mark.parametrize("form", ["int8", "fp8"])
-def test_the_timed_engines_that_differ_in_inner_blocks_are_built(
+def test_the_kernels_of_the_timed_engines(
     form: FormatName, timer: EngineTimer, tmp_path: Path
 ) -> None:
     last = f"blocks.{GEOMETRY.depth - 1}."
@@ -83,11 +95,16 @@ def test_the_timed_engines_that_differ_in_inner_blocks_are_built(
         if not formats or not all(name.startswith(last) for name in formats)
     ]
     assert len(variants) == 11
-    for number, formats in enumerate(variants):
-        folder = tmp_path / f"{number}"
-        folder.mkdir()
-        check_engine(timer, formats, folder)
-    settings = read_passport(folder / "timed.onnx").settings
+    *others, whole = variants
+    # A block's kernels follow from its own formats: each block shows another engine's.  Those with
+    # 8-bit sums have them in each qkv and fc1.
+    sums = [formats for formats in others if any(name.endswith(".output") for name in formats)]
+    plain = [formats for formats in others if formats not in sums]
+    assert (len(plain), len(sums)) == (8, 2)
+    for number, four in enumerate((plain[:4], plain[4:], [*sums, *sums])):
+        check_engine(timer, mixed(four), tmp_path / f"{number}")
+    check_engine(timer, whole, tmp_path / "whole")
+    settings = read_passport(tmp_path / "whole" / "timed.onnx").settings
     assert settings["scope"]["outputs"] is True
     # Attention has two products a block.
     assert settings[f"{form}_nodes"] == 24 + 2 * 5

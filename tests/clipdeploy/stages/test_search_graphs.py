@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from demo_workspaces import few_digits
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -38,15 +39,22 @@ from clipdeploy.stages.search_graphs import score
 from clipdeploy.tuning.pareto import Evaluation
 from exporters.headers import graph_sha256, read_passport
 
-TEST, CALIBRATION = cards.demo_file("test.zip"), cards.demo_file("calibration.zip")
+CALIBRATION = cards.demo_file("calibration.zip")
 # On an H100, qkv and attention of the demo are faster in INT8 at this batch, its MLP is not.
 GPU, BATCH = "H100-SXM", 120
+NAIVE = SchemeConfig("minmax", smooth=False)
+
+
+def digits(workspace: Workspace) -> Path:
+    """240 digits, beside the model's graphs: half to search on, and half to confirm on."""
+    path = workspace.folder(cards.DEMO) / "digits.zip"
+    return path if path.exists() else few_digits(path, 24)
 
 
 def searched(workspace: Workspace, *, backend: Any = "tensorrt-rtx", **settings: Any) -> Any:
     place = {"gpu": GPU, "batch": BATCH, "format": "int8", "search_images": 120, "threads": 1}
     config = SearchConfig(**{**place, "max_drop": 10.0, "fixed_scheme": True, **settings})
-    return search_model(workspace, cards.DEMO, TEST, config, backend=backend)
+    return search_model(workspace, cards.DEMO, digits(workspace), config, backend=backend)
 
 
 def shown(found: SearchResult) -> str:
@@ -78,6 +86,7 @@ def test_sums_are_in_8_bits_where_that_is_cheaper_and_keeps_the_accuracy(rounded
     assert found.confirmed
     assert found.outputs
     assert found.chosen.outputs
+    assert found.artifact.changed
     assert found.artifact.passport.settings["scope"]["outputs"] is True
     # The same products were evaluated without 8-bit sums before, and cost more.
     (plain,) = (
@@ -131,7 +140,8 @@ def test_they_can_be_refused(rounded: Searched, tmp_path: Path) -> None:
     assert found.chosen.quantised == rounded.result.chosen.quantised
     # Nothing had to be evaluated again.
     assert found.evaluations == rounded.result.evaluations
-    words = ["--workspace", str(workspace.root), "--model", cards.DEMO, "--data", str(TEST)]
+    words = ["--workspace", str(workspace.root), "--model", cards.DEMO]
+    words += ["--data", str(digits(workspace))]
     words += ["--gpu", GPU, "--batch", str(BATCH), "--int8", "--search-images", "120"]
     words += ["--max-drop", "10", "--fixed-plan", "--threads", "1", "--json", "--quiet"]
     result = CliRunner().invoke(main, ["search", *words, "--no-quantize-outputs"])
@@ -157,15 +167,20 @@ def one_large_channel(target: Path) -> None:
     save_file(tensors, target)
 
 
-def test_sums_that_lose_too_much_stay_in_fp16(tmp_path: Path) -> None:
-    workspace, weights = Workspace(tmp_path / "artifacts"), tmp_path / "large.safetensors"
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Searched:
+    """The search of the model of those weights.  Read only."""
+    folder = tmp_path_factory.mktemp("large")
+    workspace, weights = Workspace(folder / "artifacts"), folder / "large.safetensors"
     one_large_channel(weights)
     export_model(workspace, cards.DEMO, WeightsChoice(weights))
     calibrate_model(workspace, cards.DEMO, CALIBRATION)
     # In the form for TensorRT, the sums are rounded after the scale of each channel.
-    found = searched(
-        workspace, backend="tensorrt", scheme=SchemeConfig("minmax", smooth=False), max_drop=10.0
-    )
+    return Searched(workspace, searched(workspace, backend="tensorrt", scheme=NAIVE))
+
+
+def test_sums_that_lose_too_much_stay_in_fp16(large: Searched, tmp_path: Path) -> None:
+    workspace, found = copied(large.workspace, tmp_path / "artifacts"), large.result
     assert found.confirmed
     assert any(name.endswith("attn.qkv") for name in found.chosen.quantised)
     assert not found.outputs
@@ -183,22 +198,21 @@ def test_sums_that_lose_too_much_stay_in_fp16(tmp_path: Path) -> None:
     fresh = load_recipe(Path(tried.recipe)).config
     assert fresh.scope.outputs
     # Its sums are of the same size before the ratios, which is the form for TensorRT-RTX.
-    other = searched(workspace, scheme=SchemeConfig("minmax", smooth=False))
+    other = searched(workspace, scheme=NAIVE)
     assert other.confirmed
     assert other.outputs
     assert other.evaluations == found.evaluations
 
 
-def test_products_that_need_8_bit_sums_stay_in_fp16_without_them(tmp_path: Path) -> None:
-    workspace, weights = Workspace(tmp_path / "artifacts"), tmp_path / "large.safetensors"
-    one_large_channel(weights)
-    export_model(workspace, cards.DEMO, WeightsChoice(weights))
-    calibrate_model(workspace, cards.DEMO, CALIBRATION)
+def test_products_that_need_8_bit_sums_stay_in_fp16_without_them(
+    large: Searched, tmp_path: Path
+) -> None:
+    # What that search evaluated need not be evaluated again.
+    workspace = copied(large.workspace, tmp_path / "artifacts")
 
     def products(**settings: Any) -> tuple[SearchResult, set[str]]:
-        scheme = SchemeConfig("minmax", smooth=False)
         # On this GPU the MLP is faster in INT8 with 8-bit sums only.
-        found = searched(workspace, scheme=scheme, gpu="Orin-Nano-8GB", batch=8, **settings)
+        found = searched(workspace, scheme=NAIVE, gpu="Orin-Nano-8GB", **settings)
         inner = (name for name in found.chosen.quantised if not name.startswith("blocks.5."))
         return found, {name.rpartition(".")[2] for name in inner}
 

@@ -266,9 +266,9 @@ def test_tensorrt_rtx_builds_the_text_tower(precision: Precision, copied_towers:
 
 @pytest.mark.slow
 def test_tensorrt_rtx_builds_the_text_tower_of_b16(tmp_path: Path) -> None:
-    """Of random weights: width 512, 12 blocks, 8 heads."""
+    """Of random weights: width 512, 8 heads, 3 of the 12 equal blocks."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
-    tower = random_text_tower(BlockConfig(512, 8, 2048, 1e-5, "quick"), depth=12, embed=512)
+    tower = random_text_tower(BlockConfig(512, 8, 2048, 1e-5, "quick"), depth=3, embed=512)
     model = "vit-p16-224px-w768-d12-h12-e512-normalised"
     workspace = Workspace(tmp_path / "artifacts")
     export_graph(
@@ -279,7 +279,7 @@ def test_tensorrt_rtx_builds_the_text_tower_of_b16(tmp_path: Path) -> None:
         release=True,
     )
     made = build_model(workspace, model, "fp16", BuildConfig(backend="tensorrt-rtx"), tower="text")
-    assert len(made.passport.asked) == 13
+    assert len(made.passport.asked) == 4
     assert not made.passport.fallbacks
 
 

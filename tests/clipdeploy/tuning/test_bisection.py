@@ -33,7 +33,7 @@ from clipdeploy.tuning.result import Bisection
 
 TEST = cards.demo_file("test.zip")
 # One thread, because two wait for each other on a busy machine.
-FEW = BisectConfig(8, batch=8, threads=1)
+FEW = BisectConfig(4, batch=4, threads=1)
 Plant = Callable[[Path, Path, str], Path]
 
 
@@ -55,7 +55,7 @@ def demo_workspace(
 
 @pytest.fixture(scope="module")
 def healthy(demo_workspace: Workspace) -> Bisection:
-    return bisected(demo_workspace, config=BisectConfig(12, batch=12, threads=1))
+    return bisected(demo_workspace, config=BisectConfig(8, batch=8, threads=1))
 
 
 def test_no_block_of_a_healthy_model_stands_out(healthy: Bisection) -> None:
@@ -143,7 +143,7 @@ def test_a_fault_costs_points_and_restoring_gives_them_back(
     source = demo_workspace.graph(cards.DEMO, "int8")
     name = "blocks.0.mlp.fc2"
     graph = planted.small_weight_scale(source, tmp_path / "planted.onnx", name)
-    found = bisected(demo_workspace, graph, BisectConfig(40, batch=40, threads=1))
+    found = bisected(demo_workspace, graph, BisectConfig(20, batch=20, threads=1))
     measured = found.measured
     part = next(part for part in measured.parts if part.name == name)
     assert measured.drop > 5

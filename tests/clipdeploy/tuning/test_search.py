@@ -21,6 +21,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from demo_workspaces import few_digits
 from outlier_script import channel_outliers
 from rich.console import Console
 
@@ -97,6 +98,12 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return outlier_workspace(tmp_path_factory.mktemp("cut"), 20261, depth=2)
 
 
+def digits(workspace: Workspace) -> Path:
+    """320 digits, beside the model's graphs: 120 to search on, and 200 to confirm on."""
+    path = workspace.folder(cards.DEMO) / "digits.zip"
+    return path if path.exists() else few_digits(path, 32)
+
+
 def searched(workspace: Workspace, **settings: Any) -> SearchResult:
     defaults: dict[str, Any] = {
         "threads": 1,
@@ -107,13 +114,20 @@ def searched(workspace: Workspace, **settings: Any) -> SearchResult:
         # The demo is too small to be faster in INT8 on any GPU.
         "cost": "macs",
     }
-    return search_model(workspace, cards.DEMO, TEST, SearchConfig(**(defaults | settings)))
+    data = digits(workspace) if settings.keys() & FEW.keys() == FEW.keys() else TEST
+    return search_model(workspace, cards.DEMO, data, SearchConfig(**(defaults | settings)))
 
 
 @pytest.fixture(scope="module")
 def small(cut: Workspace) -> SearchResult:
     """The search of the cut model on few images."""
     return searched(cut, **FEW)
+
+
+def powers(workspace: Workspace) -> dict[str, Any]:
+    """The error power of each product alone that searches measured, by scheme."""
+    state = json.loads((workspace.search(cards.DEMO) / "state.json").read_bytes())
+    return cast("dict[str, Any]", state["power"])
 
 
 def check_outlier_search(workspace: Workspace) -> None:
@@ -131,6 +145,8 @@ def test_outliers_without_smoothing_leave_a_mixed_graph(outliers: Workspace) -> 
     check_outlier_search(outliers)
     passport = read_passport(outliers.graph(cards.DEMO, "int8"))
     assert passport.settings["int8_nodes"] == 24 - len(passport.settings["exclude"])
+    (measured,) = powers(outliers).values()
+    assert len(measured) == 24
     verified = verify_model(
         outliers, cards.DEMO, TEST, scope=VerifyScope(graphs_only=True, limit=20)
     ).verification
@@ -160,7 +176,7 @@ def test_within_five_percent_of_every_combination(
     cut: Workspace, small: SearchResult, tmp_path: Path
 ) -> None:
     source, passport = cut.source(cards.DEMO)
-    search, fresh = make_splits(TEST, None, passport, SearchConfig(search_images=120))
+    search, fresh = make_splits(digits(cut), None, passport, SearchConfig(search_images=120))
     ((samples, labels),) = labelled_batches(search, passport.preprocess, 120)
     target = tmp_path / "int8.onnx"
     few = sample_images(passport.preprocess, 3)
@@ -190,55 +206,42 @@ def subsets(names: tuple[str, ...]) -> list[frozenset[str]]:
     return [frozenset(chosen) for chosen in joined.from_iterable(sizes)]
 
 
-def test_killed_and_resumed_ends_at_the_same_recipe(
-    cut: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_out_of_budget_or_killed_and_resumed_ends_at_the_same_recipe(
+    cut: Workspace, small: SearchResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copies = [tmp_path / name for name in ("undisturbed", "killed")]
-    for copy in copies:
-        shutil.copytree(cut.root, copy)
-        shutil.rmtree(copy / cards.DEMO / "search", ignore_errors=True)
-    whole = searched(Workspace(copies[0]), **FEW)
+    shutil.copytree(cut.root, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / cards.DEMO / "search")
+    workspace = Workspace(tmp_path / "copy")
     runs = 0
     real = Evaluator._run
 
     def dying(self: Evaluator, int8: frozenset[str]) -> Any:
         nonlocal runs
         runs += 1
-        if runs % 4 == 0:
+        if runs % 8 == 0:
             raise KeyboardInterrupt
         return real(self, int8)
 
     monkeypatch.setattr(Evaluator, "_run", dying)
+    with pytest.raises(UsageError, match="budget"):
+        searched(workspace, budget=1e-9, **FEW)
+    assert runs == 0
     killed = 0
     while True:
         try:
-            resumed = searched(Workspace(copies[1]), **FEW)
+            resumed = searched(workspace, **FEW)
             break
         except KeyboardInterrupt:
             killed += 1
     assert killed >= 1
-    assert resumed.recipe.read_bytes() == whole.recipe.read_bytes()
-    assert resumed.points == tuple(_moved(whole.points, copies))
+    assert resumed.finished
+    assert resumed.recipe.read_bytes() == small.recipe.read_bytes()
+    assert resumed.points == tuple(
+        replace(point, recipe=point.recipe.replace(str(cut.root), str(workspace.root)))
+        for point in small.points
+    )
     # Nothing was evaluated twice.
-    assert runs == whole.evaluations + killed
-
-
-def _moved(points: tuple[Any, ...], copies: list[Path]) -> list[Any]:
-    return [
-        replace(point, recipe=point.recipe.replace(str(copies[0]), str(copies[1])))
-        for point in points
-    ]
-
-
-def test_a_budget_ends_the_search_early_and_a_later_run_goes_on(
-    cut: Workspace, tmp_path: Path
-) -> None:
-    shutil.copytree(cut.root, tmp_path / "copy")
-    shutil.rmtree(tmp_path / "copy" / cards.DEMO / "search", ignore_errors=True)
-    workspace = Workspace(tmp_path / "copy")
-    with pytest.raises(UsageError, match="budget"):
-        searched(workspace, budget=1e-9, **FEW)
-    assert searched(workspace, **FEW).finished
+    assert runs == small.evaluations + killed
 
 
 def test_a_healthy_model_stays_all_int8(demo_workspace: Workspace, tmp_path: Path) -> None:
@@ -249,6 +252,8 @@ def test_a_healthy_model_stays_all_int8(demo_workspace: Workspace, tmp_path: Pat
     assert found.excluded == ()
     assert found.chosen.label == "chosen, all INT8"
     assert found.evaluations == 1
+    # Without a cheaper combination, no product is measured alone.
+    assert powers(workspace) == {}
 
 
 def test_only_what_is_faster_on_the_gpu_becomes_int8(
@@ -260,7 +265,7 @@ def test_only_what_is_faster_on_the_gpu_becomes_int8(
 
     def search(**settings: Any) -> SearchResult:
         config = SearchConfig(threads=1, batch=120, fixed_scheme=True, **FEW, **settings)
-        return search_model(workspace, cards.DEMO, TEST, config, note=notes.append)
+        return search_model(workspace, cards.DEMO, digits(workspace), config, note=notes.append)
 
     # In so small a model the number of kernels decides, which only MLPs and the last proj raise.
     hopper = search(gpu="h100 sxm", format="int8")
@@ -290,10 +295,12 @@ def test_the_fastest_of_all_combinations_with_attention(cut: Workspace, tmp_path
     shutil.copytree(cut.root, tmp_path / "copy")
     workspace = Workspace(tmp_path / "copy")
     found = searched(workspace, **FEW, cost="roofline", gpu="T4")
+    # A T4 has no FP8.
+    assert list(found.fastest) == ["int8"]
     costs, limit = found.costs, FEW["max_drop"]
     assert costs.order[1] == "blocks.0.attn"
     source, passport = workspace.source(cards.DEMO)
-    search, fresh = make_splits(TEST, None, passport, SearchConfig(search_images=120))
+    search, fresh = make_splits(digits(workspace), None, passport, SearchConfig(search_images=120))
     ((samples, labels),) = labelled_batches(search, passport.preprocess, 120)
     target = tmp_path / "int8.onnx"
     few, scope = sample_images(passport.preprocess, 3), Scope(attention=True)
@@ -328,9 +335,6 @@ def test_each_format_that_can_be_faster_is_searched(cut: Workspace, tmp_path: Pa
     assert ultra.artifact.path == workspace.graph(cards.DEMO, "fp8")
     assert load_recipe(ultra.recipe).config.format == "fp8"
     assert "nothing is faster in INT8 than in FP16 on B300" in shown(ultra)
-    # A T4 has no FP8.
-    turing = searched(workspace, **place, gpu="T4", scheme=SchemeConfig())
-    assert list(turing.fastest) == ["int8"]
 
 
 def test_a_graph_that_fails_when_written_replaces_none(
@@ -494,7 +498,7 @@ def test_a_recipe_of_other_weights_is_refused(
 def test_search_command_draws(cut: Workspace, small: SearchResult, tmp_path: Path) -> None:
     plot = tmp_path / "front.png"
     words = ["search", "--workspace", str(cut.root), "--model", cards.DEMO, "--quiet"]
-    words += ["--data", str(TEST), "--max-drop", "10", "--threads", "1", "--batch", "120"]
+    words += ["--data", str(digits(cut)), "--max-drop", "10", "--threads", "1", "--batch", "120"]
     words += ["--search-images", "120"]
     words += ["--no-smooth", "--range", "minmax", "--fixed-plan", "--output", str(plot)]
     result = CliRunner().invoke(main, words)
