@@ -14,8 +14,11 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 from click.testing import CliRunner, Result
@@ -58,9 +61,10 @@ def calibrate(artifacts: Path, *words: str) -> Result:
     return run("calibrate", "--data", CALIBRATION, *at, *words)
 
 
-# Saves as often as it can, so that a kill at any moment finds something to go on from.
+# Saves as often as it can, so that a kill at any moment finds something to go on from.  Each run is
+# a process of its own, forked after the imports; the next one begins with the next line.
 SLOW = """
-import sys
+import os, sys
 from pathlib import Path
 from calibration import collect
 from clipdeploy.models import cards
@@ -68,10 +72,27 @@ from clipdeploy import pipeline
 from clipdeploy.workspace.folder import Workspace
 
 collect.CollectConfig.__init__.__defaults__ = (None, 0.0, None, 0)
-pipeline.calibrate_model(
-    Workspace(Path(sys.argv[1])), cards.DEMO, Path(sys.argv[2]), pipeline.CalibrateConfig(images=24)
-)
+for _ in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        workspace, few = Workspace(Path(sys.argv[1])), pipeline.CalibrateConfig(images=24)
+        pipeline.calibrate_model(workspace, cards.DEMO, Path(sys.argv[2]), few)
+        os._exit(0)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
+
+
+@contextmanager
+def slow_runs(artifacts: Path) -> Iterator[tuple[TextIO, TextIO]]:
+    """A line to the first starts a run; the second tells its process, and later how it ended."""
+    words = [sys.executable, "-c", SLOW, str(artifacts), CALIBRATION]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        yield process.stdin, process.stdout
+        process.stdin.close()
 
 
 def test_killed_at_six_moments_and_resumed(artifacts: Path) -> None:
@@ -79,24 +100,28 @@ def test_killed_at_six_moments_and_resumed(artifacts: Path) -> None:
     unbroken = table(artifacts).read_bytes()
     table(artifacts).unlink()
     partial = table(artifacts).with_suffix(".partial")
-    words = [sys.executable, "-c", SLOW, str(artifacts), CALIBRATION]
     generator = random.Random(4)
     resumed = 0
-    for _ in range(6):
-        before = partial.read_bytes() if partial.exists() else b""
-        process = subprocess.Popen(words)
-        deadline = time.monotonic() + 60
-        # Wait until it has saved something new, so that each kill falls into the loop itself.
-        while process.poll() is None and time.monotonic() < deadline:
-            if partial.exists() and partial.read_bytes() != before:
+    with slow_runs(artifacts) as (start, told):
+        for _ in range(6):
+            before = partial.read_bytes() if partial.exists() else b""
+            start.write("\n")
+            start.flush()
+            process = int(told.readline())
+            deadline = time.monotonic() + 60
+            # Wait until it has saved something new, so that each kill falls into the loop itself.
+            while not table(artifacts).exists() and time.monotonic() < deadline:
+                if partial.exists() and partial.read_bytes() != before:
+                    break
+                time.sleep(0.01)
+            time.sleep(generator.random() * 0.1)
+            # If it has ended its process waits to be asked for, or is gone.
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+            assert int(told.readline()) in (0, -signal.SIGKILL)
+            if table(artifacts).exists():
                 break
-            time.sleep(0.01)
-        time.sleep(generator.random() * 0.1)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if table(artifacts).exists():
-            break
-        resumed += partial.exists()
+            resumed += partial.exists()
     assert resumed, "no kill came in the middle"
     assert calibrate(artifacts, "--images", "24").exit_code == 0
     assert table(artifacts).read_bytes() == unbroken
@@ -104,15 +129,16 @@ def test_killed_at_six_moments_and_resumed(artifacts: Path) -> None:
 
 
 def test_shards_merged_equal_one_run(artifacts: Path) -> None:
-    assert calibrate(artifacts).exit_code == 0
+    few = ("--images", "61")
+    assert calibrate(artifacts, *few).exit_code == 0
     whole = table(artifacts).read_bytes()
     table(artifacts).unlink()
     for part in ("1/3", "3/3"):
-        assert calibrate(artifacts, "--shard", part).exit_code == 0
+        assert calibrate(artifacts, *few, "--shard", part).exit_code == 0
     missing = run("calibrate", "merge", "--workspace", artifacts, "--model", "demo")
     assert missing.exit_code == 1
     assert "shards [1, 3] of 3, but 1 to 3 are needed" in missing.stderr
-    assert calibrate(artifacts, "--shard", "2/3").exit_code == 0
+    assert calibrate(artifacts, *few, "--shard", "2/3").exit_code == 0
     merged = run("calibrate", "merge", "--workspace", artifacts, "--model", "demo")
     assert merged.exit_code == 0, merged.output
     assert table(artifacts).read_bytes() == whole
@@ -173,7 +199,8 @@ def test_few_images_are_named_by_every_later_command(artifacts: Path) -> None:
 
 
 def test_sound_images_have_no_findings(artifacts: Path) -> None:
-    made = calibrate(artifacts, "--json")
+    # As few as are enough.
+    made = calibrate(artifacts, "--images", "128", "--json")
     assert json.loads(made.stdout)["findings"] == []
     assert "only" not in made.stderr
     at = ("--model", "demo", "--workspace", artifacts)
@@ -252,7 +279,7 @@ def test_verification_images_among_the_calibration_images(artifacts: Path, tmp_p
     anyway = run(*judge, "--allow-leak", "--json", *at)
     assert json.loads(anyway.stdout)["leaked"] is None
     # Another calibration than the graph's tells nothing either.
-    assert calibrate(artifacts).exit_code == 0
+    assert calibrate(artifacts, "--images", "24").exit_code == 0
     assert run(*judge, *at).exit_code == 1
     other = run(*judge, "--allow-leak", *at)
     assert other.exit_code == 0
@@ -260,7 +287,7 @@ def test_verification_images_among_the_calibration_images(artifacts: Path, tmp_p
 
 
 def test_a_table_edited_by_hand_is_refused(artifacts: Path) -> None:
-    assert calibrate(artifacts).exit_code == 0
+    assert calibrate(artifacts, "--images", "12").exit_code == 0
     edited = json.loads(table(artifacts).read_text())
     edited["statistics"]["head"]["amax"] *= 2
     table(artifacts).write_text(json.dumps(edited))
@@ -270,7 +297,7 @@ def test_a_table_edited_by_hand_is_refused(artifacts: Path) -> None:
 
 
 def test_quantize_says_what_stays_float(artifacts: Path) -> None:
-    assert calibrate(artifacts).exit_code == 0
+    assert calibrate(artifacts, "--images", "12").exit_code == 0
     at = ("--model", "demo", "--workspace", artifacts)
     result = run("quantize", "--exclude", "blocks.0.*", *at)
     assert "not INT8: blocks.*.attn.qkv, excluded by 'blocks.0.*'" in result.stdout
