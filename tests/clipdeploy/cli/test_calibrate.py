@@ -7,23 +7,17 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
 
 import pytest
 from click.testing import CliRunner, Result
 from demo_variants import write_digits
 from demo_workspaces import few_digits
+from forked_runs import killed_runs
 from PIL import Image
 
 from calibration.table import CalibrationImageRecord, Finding, load_table, save_table
@@ -61,10 +55,9 @@ def calibrate(artifacts: Path, *words: str) -> Result:
     return run("calibrate", "--data", CALIBRATION, *at, *words)
 
 
-# Saves as often as it can, so that a kill at any moment finds something to go on from.  Each run is
-# a process of its own, forked after the imports; the next one begins with the next line.
+# Saves as often as it can, so that a kill at any moment finds something to go on from.
 SLOW = """
-import os, sys
+import sys
 from pathlib import Path
 from calibration import collect
 from clipdeploy.models import cards
@@ -72,27 +65,11 @@ from clipdeploy import pipeline
 from clipdeploy.workspace.folder import Workspace
 
 collect.CollectConfig.__init__.__defaults__ = (None, 0.0, None, 0)
-for _ in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        workspace, few = Workspace(Path(sys.argv[1])), pipeline.CalibrateConfig(images=24)
-        pipeline.calibrate_model(workspace, cards.DEMO, Path(sys.argv[2]), few)
-        os._exit(0)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+def run():
+    workspace, few = Workspace(Path(sys.argv[1])), pipeline.CalibrateConfig(images=24)
+    pipeline.calibrate_model(workspace, cards.DEMO, Path(sys.argv[2]), few)
 """
-
-
-@contextmanager
-def slow_runs(artifacts: Path) -> Iterator[tuple[TextIO, TextIO]]:
-    """A line to the first starts a run; the second tells its process, and later how it ended."""
-    words = [sys.executable, "-c", SLOW, str(artifacts), CALIBRATION]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        yield process.stdin, process.stdout
-        process.stdin.close()
 
 
 def test_killed_at_six_moments_and_resumed(artifacts: Path) -> None:
@@ -100,28 +77,12 @@ def test_killed_at_six_moments_and_resumed(artifacts: Path) -> None:
     unbroken = table(artifacts).read_bytes()
     table(artifacts).unlink()
     partial = table(artifacts).with_suffix(".partial")
-    generator = random.Random(4)
-    resumed = 0
-    with slow_runs(artifacts) as (start, told):
-        for _ in range(6):
-            before = partial.read_bytes() if partial.exists() else b""
-            start.write("\n")
-            start.flush()
-            process = int(told.readline())
-            deadline = time.monotonic() + 60
-            # Wait until it has saved something new, so that each kill falls into the loop itself.
-            while not table(artifacts).exists() and time.monotonic() < deadline:
-                if partial.exists() and partial.read_bytes() != before:
-                    break
-                time.sleep(0.01)
-            time.sleep(generator.random() * 0.1)
-            # If it has ended its process waits to be asked for, or is gone.
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-            assert int(told.readline()) in (0, -signal.SIGKILL)
-            if table(artifacts).exists():
-                break
-            resumed += partial.exists()
+    words, resumed = (str(artifacts), CALIBRATION), 0
+    for code in killed_runs(SLOW, *words, partial=partial, times=6, seed=4, delay=0.1):
+        assert code in (0, -signal.SIGKILL)
+        if table(artifacts).exists():
+            break
+        resumed += partial.exists()
     assert resumed, "no kill came in the middle"
     assert calibrate(artifacts, "--images", "24").exit_code == 0
     assert table(artifacts).read_bytes() == unbroken
