@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from command_server import CommandProgram, CommandServer, command_server
 from demo_workspaces import complete_workspace, graph_workspace
+from made_once import MadeOnce, shared_root
 from numpy.typing import NDArray
 
 from clipdeploy.cli.settings import SETTINGS
@@ -65,15 +66,29 @@ def python_hears_ctrl_c() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def demo_workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """The demo card exported, calibrated, converted to FP16 and quantised.  Read only."""
-    return graph_workspace(tmp_path_factory.mktemp("demo") / "artifacts")
+def made_once(
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> Iterator[MadeOnce]:
+    """Makes folders that all processes of pytest-xdist read; that none writes to is checked."""
+    once = MadeOnce(shared_root(tmp_path_factory, pytestconfig))
+    yield once
+    assert once.changed() == [], "a test has changed what all tests read"
 
 
 @pytest.fixture(scope="session")
-def complete_demo(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+def demo_workspace(made_once: MadeOnce) -> Workspace:
+    """The demo card exported, calibrated, converted to FP16 and quantised.  Read only."""
+    folder = made_once("demo", lambda folder: graph_workspace(folder / "artifacts"))
+    return Workspace(folder / "artifacts")
+
+
+@pytest.fixture(scope="session")
+def complete_demo(demo_workspace: Workspace, made_once: MadeOnce) -> Workspace:
     """The demo workspace with shards to merge and, where it can be built, an engine.  Read only."""
-    return complete_workspace(demo_workspace, tmp_path_factory.mktemp("complete") / "artifacts")
+    folder = made_once(
+        "complete", lambda folder: complete_workspace(demo_workspace, folder / "artifacts")
+    )
+    return Workspace(folder / "artifacts")
 
 
 @pytest.fixture(scope="session")

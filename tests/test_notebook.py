@@ -60,10 +60,11 @@ with clipdeploy.ProgressBars().task("load images", 3) as advance:
 HIDDEN = "import sys; sys.modules['ipywidgets'] = None"
 
 
-@pytest.mark.parametrize(("before", "kind"), [("", "widget-view"), (HIDDEN, "text/plain")])
-def test_progress_is_a_bar_with_ipywidgets_and_a_line_without(before: str, kind: str) -> None:
-    cell = nbformat.v4.new_code_cell(before + BARS)
-    NotebookClient(nbformat.v4.new_notebook(cells=[cell]), timeout=120).execute()
-    shown = [one.data for one in cell.outputs]
-    assert any(kind in name for name in shown[0])
-    assert any("load images ..." in data.get("text/plain", "") for data in shown) == bool(before)
+def test_progress_is_a_bar_with_ipywidgets_and_a_line_without() -> None:
+    cells = [nbformat.v4.new_code_cell(source) for source in (BARS, HIDDEN + BARS)]
+    NotebookClient(nbformat.v4.new_notebook(cells=cells), timeout=120).execute()
+    for cell, kind in zip(cells, ("widget-view", "text/plain"), strict=True):
+        shown = [one.data for one in cell.outputs]
+        assert any(kind in name for name in shown[0])
+        lines = any("load images ..." in data.get("text/plain", "") for data in shown)
+        assert lines == (cell is cells[1])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from demo_workspaces import tower_workspace
+from made_once import MadeOnce
 from passport_edits import a_three, with_engine
 from shared_traces import shared_traces
 
@@ -42,9 +43,10 @@ def gpu_backend() -> Backend:
 
 
 @pytest.fixture(scope="session")
-def towers(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+def towers(made_once: MadeOnce) -> Workspace:
     """Both towers of the demo's CLIP, in FP32 and FP16.  Read only."""
-    return tower_workspace(tmp_path_factory.mktemp("towers") / "artifacts")
+    folder = made_once("towers", lambda folder: tower_workspace(folder / "artifacts"))
+    return Workspace(folder / "artifacts")
 
 
 @pytest.fixture
@@ -55,10 +57,13 @@ def copied_towers(towers: Workspace, tmp_path: Path) -> Workspace:
 
 
 @pytest.fixture(scope="session")
-def engine_workspace(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def engine_workspace(demo_workspace: Workspace, made_once: MadeOnce) -> Path:
     """The root of the demo's workspace with an INT8 engine.  Read only."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
-    return with_engine(demo_workspace, tmp_path_factory.mktemp("with-engine") / "artifacts")
+    folder = made_once(
+        "with-engine", lambda folder: with_engine(demo_workspace, folder / "artifacts")
+    )
+    return folder / "artifacts"
 
 
 @pytest.fixture

@@ -71,8 +71,8 @@ def engine(workspace: Workspace) -> EngineArtifact:
 
 
 def judged(workspace: Workspace, graph: Path) -> Row:
-    """The row of ``graph``, on 100 held-out digits."""
-    scope = VerifyScope(artifacts=(graph,), limit=100)
+    """The row of ``graph``, on 40 held-out digits."""
+    scope = VerifyScope(artifacts=(graph,), limit=40)
     found = verify_model(workspace, cards.DEMO, TEST, VerifyConfig(20, workers=0), scope)
     assert found.verification is not None
     return found.verification.rows[-1]
@@ -83,7 +83,7 @@ def test_the_verdict_of_a_sound_graph(workspace: Workspace, graph: Path) -> None
     assert row.verdict == "equivalent"
     assert row.fidelity is not None
     assert row.fidelity.sqnr_db is not None
-    # Measured 29 dB on all 500 digits; 100 of them differ by less than 3 dB.
+    # Measured 29.0 dB on 100 digits and 28.5 on these.
     assert 26 < row.fidelity.sqnr_db < 34
 
 

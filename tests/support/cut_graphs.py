@@ -1,8 +1,8 @@
 """Cuts the demo's graphs in two, to test faults near the end quickly.
 
-The first part, up to the last block, is correct, independent per image, and computed once per
-image.  The second part contains the faulty nodes and is run with ONNX Runtime in every call, so
-effects of the batch, of random numbers and of repeated calls are not cached.
+The first part, up to the last block or the head, is correct, independent per image, and computed
+once per image.  The second part contains the faulty nodes and is run with ONNX Runtime in every
+call, so effects of the batch, of random numbers and of repeated calls are not cached.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from onnx import ModelProto, helper
 from clipdeploy.core.passport import TensorSpec
 from clipdeploy.runners.base import Closing, Images, Logits
 
-__all__ = ["Body", "CutRunner", "Remembered", "session", "tail_of"]
+__all__ = ["CUT", "Body", "CutRunner", "Remembered", "latest_cut", "session"]
 
-# The residual stream (B, 65, 96) before the last block.
-CUT = "blocks.4/Add_1"
+# The residual stream before the last block, and its class token after the last one.
+CUT, LATE_CUT = "blocks.4/Add_1", "vit/Gather"
+_SHAPES: dict[str, list[str | int]] = {CUT: ["batch", 65, 96], LATE_CUT: ["batch", 96]}
 _LARGEST_AT_ONCE = 64
 
 
@@ -40,9 +41,9 @@ def _element_type(model: ModelProto) -> int:
     return int(onnx.TensorProto.FLOAT16 if half else onnx.TensorProto.FLOAT)
 
 
-def _ancestors(model: ModelProto) -> list[onnx.NodeProto]:
-    """Return the nodes on which the tensor ``CUT`` depends, in graph order."""
-    needed, found = {CUT}, []
+def _ancestors(model: ModelProto, cut: str) -> list[onnx.NodeProto]:
+    """Return the nodes on which the tensor ``cut`` depends, in graph order."""
+    needed, found = {cut}, []
     for node in reversed(model.graph.node):
         if needed.intersection(node.output):
             needed.update(captured(node))
@@ -64,15 +65,31 @@ def _part(
     return part
 
 
-def tail_of(model: ModelProto) -> ModelProto:
-    """Return the graph after the cut; inputs are the image and the residual stream."""
-    body = [node.SerializeToString() for node in _ancestors(model)]
-    nodes = [node for node in model.graph.node if node.SerializeToString() not in body]
-    stream = helper.make_tensor_value_info(CUT, _element_type(model), ["batch", 65, 96])
+def _after(model: ModelProto, cut: str) -> list[onnx.NodeProto]:
+    body = [node.SerializeToString() for node in _ancestors(model, cut)]
+    return [node for node in model.graph.node if node.SerializeToString() not in body]
+
+
+def _tail(model: ModelProto, cut: str) -> ModelProto:
+    """Return the graph after the cut; inputs are the image and the tensor ``cut``."""
+    stream = helper.make_tensor_value_info(cut, _element_type(model), _SHAPES[cut])
     outputs = [onnx.ValueInfoProto(name=each.name) for each in model.graph.output]
     for output in outputs:
         output.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
-    return _part(model, nodes, [*model.graph.input, stream], outputs)
+    return _part(model, _after(model, cut), [*model.graph.input, stream], outputs)
+
+
+def latest_cut(right: ModelProto, spoilt: ModelProto) -> str:
+    """Return the last cut before which two graphs with the same weights there are equal.
+
+    Nothing after it may read what was computed before, but for the tensor itself.
+    """
+    before = [node.SerializeToString() for node in _ancestors(right, LATE_CUT)]
+    same = [node.SerializeToString() for node in _ancestors(spoilt, LATE_CUT)] == before
+    after = _after(spoilt, LATE_CUT)
+    made = {name for node in _ancestors(spoilt, LATE_CUT) for name in node.output} - {LATE_CUT}
+    read = {name for node in after for name in captured(node)}
+    return LATE_CUT if same and not made & read else CUT
 
 
 class Remembered(Closing):
@@ -94,13 +111,13 @@ class Remembered(Closing):
 
 
 class Body(Remembered):
-    """Return a correct graph up to the last block: images (B, 3, 32, 32) -> (B, 65, 96)."""
+    """A correct graph up to a cut: images (B, 3, 32, 32) -> (B, 65, 96), or (B, 96) at the late."""
 
-    def __init__(self, graph: Path) -> None:
-        model = onnx.load(graph)
-        stream = onnx.ValueInfoProto(name=CUT)
+    def __init__(self, graph: Path, cut: str = CUT) -> None:
+        model, self.cut = onnx.load(graph), cut
+        stream = onnx.ValueInfoProto(name=cut)
         stream.type.tensor_type.elem_type = _element_type(model)
-        opened = session(_part(model, _ancestors(model), list(model.graph.input), [stream]))
+        opened = session(_part(model, _ancestors(model, cut), list(model.graph.input), [stream]))
         super().__init__(lambda images: opened.run(None, {"image": images})[0])
 
 
@@ -110,14 +127,14 @@ class CutRunner(Closing):
     batches: tuple[int, int | None] = (1, None)
 
     def __init__(self, body: Body, spoilt: ModelProto, spec: TensorSpec) -> None:
-        self._body, self._tail = body, session(tail_of(spoilt))
+        self._body, self._tail = body, session(_tail(spoilt, body.cut))
         self._reads_image = "image" in [each.name for each in self._tail.get_inputs()]
         self.name, self.input = "ONNX Runtime (CPU)", spec
 
     def __call__(self, images: Images) -> Logits:
         """See :class:`clipdeploy.runners.Runner`; any number of images at once."""
         images = np.ascontiguousarray(images)
-        feeds = {CUT: self._body(images)}
+        feeds = {self._body.cut: self._body(images)}
         if self._reads_image:
             feeds["image"] = images
         logits: Logits = self._tail.run(None, feeds)[0]

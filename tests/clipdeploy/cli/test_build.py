@@ -12,12 +12,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner, Result
+from command_server import Command, CommandServer
 from interrupts import hear_interrupts
 
 from clipdeploy.cli.main import main
@@ -42,6 +44,22 @@ def run(*words: str | Path) -> Result:
 @pytest.fixture
 def artifacts(demo_workspace: Workspace, tmp_path: Path) -> Path:
     shutil.copytree(demo_workspace.root, tmp_path / "artifacts")
+    return tmp_path / "artifacts"
+
+
+@pytest.fixture(scope="module")
+def built(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with an FP16 engine.  Read only."""
+    root = tmp_path_factory.mktemp("built") / "artifacts"
+    shutil.copytree(demo_workspace.root, root)
+    assert "built in" in build(root).stdout
+    return root
+
+
+@pytest.fixture
+def with_fp16(built: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may change."""
+    shutil.copytree(built, tmp_path / "artifacts")
     return tmp_path / "artifacts"
 
 
@@ -78,8 +96,8 @@ def test_options_reach_the_engine_and_its_passport(artifacts: Path) -> None:
     assert load_engine_passport(engine(artifacts, "int8")).batches == (1, 16)
 
 
-def test_an_unchanged_engine_answers_at_once(artifacts: Path) -> None:
-    assert build(artifacts).exit_code == 0
+def test_an_unchanged_engine_answers_at_once(with_fp16: Path) -> None:
+    artifacts = with_fp16
     built = engine(artifacts).stat().st_mtime_ns
     again = build(artifacts)
     assert "unchanged" in again.stdout
@@ -91,16 +109,15 @@ def test_an_unchanged_engine_answers_at_once(artifacts: Path) -> None:
 
 
 @pytest.mark.parametrize("spoilt", ["engine", "passport", "missing"])
-def test_an_engine_that_nobody_vouches_for_is_built_again(spoilt: str, artifacts: Path) -> None:
-    build(artifacts)
-    path = engine(artifacts)
+def test_an_engine_that_nobody_vouches_for_is_built_again(spoilt: str, with_fp16: Path) -> None:
+    path = engine(with_fp16)
     if spoilt == "engine":
         path.write_bytes(path.read_bytes()[:-1])
     elif spoilt == "passport":
         passport_path(path).write_text("{")
     else:
         passport_path(path).unlink()
-    assert "built in" in build(artifacts).stdout
+    assert "built in" in build(with_fp16).stdout
     assert load_engine_passport(path)
 
 
@@ -154,6 +171,12 @@ def test_tensorrt_s_own_reason_is_told(artifacts: Path) -> None:
     refused(result, artifacts, "cannot compile", "workspace limit", "--debug")
 
 
+def in_background(folder: Path, *words: str) -> Command:
+    """Build in a process of its own, for the workspace ``artifacts`` in ``folder``."""
+    name = ("build-engine", "--model", cards.DEMO, "--workspace", "artifacts", *words)
+    return Command(name, str(folder), str(folder / "stdout"), str(folder / "stderr"))
+
+
 def small_disk(engine: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Build the demo's FP16 graph to ``engine`` with ``words`` in front of the interpreter."""
     code = (
@@ -180,12 +203,16 @@ def test_a_full_disk_leaves_no_engine(artifacts: Path, tmp_path: Path) -> None:
     assert done.stdout == ""
 
 
-def test_a_file_that_may_not_grow_leaves_no_engine(artifacts: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "small"
-    folder.mkdir()
-    done = small_disk(folder / "x.engine", "bash", "-c", 'ulimit -f 3000; "$@"', "-")
-    assert "the file size limit is exceeded" in done.stderr
-    assert not list(folder.iterdir())
+def test_a_file_that_may_not_grow_leaves_no_engine(
+    artifacts: Path, commands: CommandServer, tmp_path: Path
+) -> None:
+    # The engine has 5 MB; as with `ulimit -f 3000`.
+    command = in_background(tmp_path)
+    assert commands.run(replace(command, largest_file=3000 * 1024)) == 1
+    assert "the file size limit is exceeded" in Path(command.err).read_text()
+    assert not list(artifacts.rglob("*.engine*"))
+    assert commands.run(command) == 0
+    assert engine(artifacts).stat().st_size > 3000 * 1024
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_the_build(artifacts: Path) -> None:
@@ -237,25 +264,20 @@ def test_a_graph_that_asks_for_what_the_target_lacks(
         build_engine(graph, tmp_path / "x.engine", BuildConfig(compute_capability=("8.0", "8.9")))
 
 
-def test_killed_at_random_moments(artifacts: Path) -> None:
+def test_killed_at_random_moments(artifacts: Path, commands: CommandServer, tmp_path: Path) -> None:
     """After every kill the next command builds, and never takes what it finds for an engine."""
-    words = [*BUILD, str(artifacts)]
     started = time.perf_counter()
-    subprocess.run(words, check=True, capture_output=True)
+    assert commands.run(in_background(tmp_path)) == 0
     whole = time.perf_counter() - started
     path, moments = engine(artifacts), random.Random(0)
     believed = 0
     for _ in range(8):
         path.unlink(missing_ok=True)
         passport_path(path).unlink(missing_ok=True)
-        process = subprocess.Popen(
-            [*words, "--force"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+        killed = replace(
+            in_background(tmp_path, "--force"), kill_after=moments.uniform(0.1, 1.0) * whole
         )
-        time.sleep(moments.uniform(0.3, 1.0) * whole)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert commands.run(killed) in (0, -signal.SIGKILL)
         try:
             load_engine_passport(path)
             believed += 1
@@ -288,10 +310,11 @@ def test_an_interrupted_build_leaves_nothing(artifacts: Path) -> None:
 
 
 @pytest.mark.parametrize("width", ["80", "160"])
-def test_inspect_an_engine(width: str, artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_an_engine(
+    width: str, engine_workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", width)
-    build(artifacts, "--int8")
-    shown = run("inspect", engine(artifacts, "int8")).stdout
+    shown = run("inspect", engine(engine_workspace, "int8")).stdout
     for word in ("clip-vit-demo, int8", "tensorrt-rtx", "1 to 32, tuned for 8", "SHA-256"):
         assert word in shown
     assert "blocks.0 to 5  4 int8           2 fp16" in shown
@@ -299,15 +322,15 @@ def test_inspect_an_engine(width: str, artifacts: Path, monkeypatch: pytest.Monk
 
 
 @without_gpu
-def test_without_a_gpu_inspect_does_not_speak_for_the_engine(artifacts: Path) -> None:
-    build(artifacts, "--int8")
-    result = json.loads(run("inspect", engine(artifacts, "int8"), "--json").stdout)
+def test_without_a_gpu_inspect_does_not_speak_for_the_engine(engine_workspace: Path) -> None:
+    path = engine(engine_workspace, "int8")
+    result = json.loads(run("inspect", path, "--json").stdout)
     assert result["executed"] is None
     assert result["note"] == "the engine was not queried: no GPU on this machine"
     # TensorRT-RTX lists what it compiled, and here it is what was asked for.
     assert result["compiled"]["blocks"] == result["asked"]
     assert result["fallbacks"] == []
-    assert "not confirmed by the engine" in run("inspect", engine(artifacts, "int8")).stdout
+    assert "not confirmed by the engine" in run("inspect", path).stdout
     assert result["asked"][1] == {
         "block": "blocks.0",
         "gemms": {"int8": 4},
@@ -347,9 +370,8 @@ def test_inspect_a_graph_that_nothing_vouches_for(tmp_path: Path) -> None:
     assert "has no passport" in " ".join(result.stdout.split())
 
 
-def test_inspect_refuses_what_it_cannot_vouch_for(artifacts: Path, tmp_path: Path) -> None:
-    build(artifacts)
-    path = engine(artifacts)
+def test_inspect_refuses_what_it_cannot_vouch_for(with_fp16: Path, tmp_path: Path) -> None:
+    path = engine(with_fp16)
     path.write_bytes(path.read_bytes() + b"x")
     assert "changed or replaced" in run("inspect", path).stderr
     assert run("inspect", path, "--trust").exit_code == 0

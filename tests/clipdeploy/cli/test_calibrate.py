@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 from demo_variants import write_digits
 from demo_workspaces import few_digits
+from forked_runs import killed_runs
 from PIL import Image
 
 from calibration.table import CalibrationImageRecord, Finding, load_table, save_table
@@ -68,9 +65,10 @@ from clipdeploy import pipeline
 from clipdeploy.workspace.folder import Workspace
 
 collect.CollectConfig.__init__.__defaults__ = (None, 0.0, None, 0)
-pipeline.calibrate_model(
-    Workspace(Path(sys.argv[1])), cards.DEMO, Path(sys.argv[2]), pipeline.CalibrateConfig(images=24)
-)
+
+def run():
+    workspace, few = Workspace(Path(sys.argv[1])), pipeline.CalibrateConfig(images=24)
+    pipeline.calibrate_model(workspace, cards.DEMO, Path(sys.argv[2]), few)
 """
 
 
@@ -79,21 +77,9 @@ def test_killed_at_six_moments_and_resumed(artifacts: Path) -> None:
     unbroken = table(artifacts).read_bytes()
     table(artifacts).unlink()
     partial = table(artifacts).with_suffix(".partial")
-    words = [sys.executable, "-c", SLOW, str(artifacts), CALIBRATION]
-    generator = random.Random(4)
-    resumed = 0
-    for _ in range(6):
-        before = partial.read_bytes() if partial.exists() else b""
-        process = subprocess.Popen(words)
-        deadline = time.monotonic() + 60
-        # Wait until it has saved something new, so that each kill falls into the loop itself.
-        while process.poll() is None and time.monotonic() < deadline:
-            if partial.exists() and partial.read_bytes() != before:
-                break
-            time.sleep(0.01)
-        time.sleep(generator.random() * 0.1)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    words, resumed = (str(artifacts), CALIBRATION), 0
+    for code in killed_runs(SLOW, *words, partial=partial, times=6, seed=4, delay=0.1):
+        assert code in (0, -signal.SIGKILL)
         if table(artifacts).exists():
             break
         resumed += partial.exists()
@@ -104,15 +90,16 @@ def test_killed_at_six_moments_and_resumed(artifacts: Path) -> None:
 
 
 def test_shards_merged_equal_one_run(artifacts: Path) -> None:
-    assert calibrate(artifacts).exit_code == 0
+    few = ("--images", "61")
+    assert calibrate(artifacts, *few).exit_code == 0
     whole = table(artifacts).read_bytes()
     table(artifacts).unlink()
     for part in ("1/3", "3/3"):
-        assert calibrate(artifacts, "--shard", part).exit_code == 0
+        assert calibrate(artifacts, *few, "--shard", part).exit_code == 0
     missing = run("calibrate", "merge", "--workspace", artifacts, "--model", "demo")
     assert missing.exit_code == 1
     assert "shards [1, 3] of 3, but 1 to 3 are needed" in missing.stderr
-    assert calibrate(artifacts, "--shard", "2/3").exit_code == 0
+    assert calibrate(artifacts, *few, "--shard", "2/3").exit_code == 0
     merged = run("calibrate", "merge", "--workspace", artifacts, "--model", "demo")
     assert merged.exit_code == 0, merged.output
     assert table(artifacts).read_bytes() == whole
@@ -173,7 +160,8 @@ def test_few_images_are_named_by_every_later_command(artifacts: Path) -> None:
 
 
 def test_sound_images_have_no_findings(artifacts: Path) -> None:
-    made = calibrate(artifacts, "--json")
+    # As few as are enough.
+    made = calibrate(artifacts, "--images", "128", "--json")
     assert json.loads(made.stdout)["findings"] == []
     assert "only" not in made.stderr
     at = ("--model", "demo", "--workspace", artifacts)
@@ -252,7 +240,7 @@ def test_verification_images_among_the_calibration_images(artifacts: Path, tmp_p
     anyway = run(*judge, "--allow-leak", "--json", *at)
     assert json.loads(anyway.stdout)["leaked"] is None
     # Another calibration than the graph's tells nothing either.
-    assert calibrate(artifacts).exit_code == 0
+    assert calibrate(artifacts, "--images", "24").exit_code == 0
     assert run(*judge, *at).exit_code == 1
     other = run(*judge, "--allow-leak", *at)
     assert other.exit_code == 0
@@ -260,7 +248,7 @@ def test_verification_images_among_the_calibration_images(artifacts: Path, tmp_p
 
 
 def test_a_table_edited_by_hand_is_refused(artifacts: Path) -> None:
-    assert calibrate(artifacts).exit_code == 0
+    assert calibrate(artifacts, "--images", "12").exit_code == 0
     edited = json.loads(table(artifacts).read_text())
     edited["statistics"]["head"]["amax"] *= 2
     table(artifacts).write_text(json.dumps(edited))
@@ -270,7 +258,7 @@ def test_a_table_edited_by_hand_is_refused(artifacts: Path) -> None:
 
 
 def test_quantize_says_what_stays_float(artifacts: Path) -> None:
-    assert calibrate(artifacts).exit_code == 0
+    assert calibrate(artifacts, "--images", "12").exit_code == 0
     at = ("--model", "demo", "--workspace", artifacts)
     result = run("quantize", "--exclude", "blocks.0.*", *at)
     assert "not INT8: blocks.*.attn.qkv, excluded by 'blocks.0.*'" in result.stdout

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import onnx
 import pytest
+from forked_runs import killed_runs
 from graph_faults import FP32_FAULTS
 from verify_command import FEW, TEST, good, merge, refused, run, verify
 
@@ -107,9 +104,11 @@ def slowly(*words):
     return measure(*words)
 
 verifier.measure_images = slowly
-config = verifier.VerifyConfig(max_drop=15, batch=3, workers=0)
-scope = VerifyScope(limit=24)
-verify_model(Workspace(Path(sys.argv[1])), cards.DEMO, Path(sys.argv[2]), config, scope)
+
+def run():
+    config = verifier.VerifyConfig(max_drop=15, batch=3, workers=0)
+    workspace, scope = Workspace(Path(sys.argv[1])), VerifyScope(limit=24)
+    verify_model(workspace, cards.DEMO, Path(sys.argv[2]), config, scope)
 """
 
 
@@ -119,18 +118,10 @@ def test_killed_at_several_moments_and_resumed(artifacts: Path) -> None:
     folder = artifacts / cards.DEMO
     records = (folder / "verification.jsonl").read_bytes()
     (folder / "verification.jsonl").unlink()
-    partial, generator, seen = folder / "verification.jsonl.partial", random.Random(1), []
-    for _ in range(4):
-        before = partial.read_bytes() if partial.exists() else b""
-        process = subprocess.Popen([sys.executable, "-c", SLOW, str(artifacts), str(TEST)])
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if partial.exists() and partial.read_bytes() != before:
-                break
-            time.sleep(0.01)
-        time.sleep(generator.random() * 0.15)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    partial, seen = folder / "verification.jsonl.partial", []
+    words = (str(artifacts), str(TEST))
+    for code in killed_runs(SLOW, *words, partial=partial, times=4, seed=1, delay=0.15):
+        assert code in (0, -signal.SIGKILL)
         if not partial.exists():
             break
         seen.append(partial.read_bytes().count(b"\n"))

@@ -16,12 +16,13 @@ import onnxruntime as ort
 import pytest
 from batch_faults import MIXING_FAULTS, SIZE_FAULTS, BatchFault
 from broken_runners import BrokenRunner
-from cut_graphs import Body, CutRunner, session
+from cut_graphs import CUT, Body, CutRunner, latest_cut, session
 from demo_workspaces import MADE
 from engine_faults import ENGINE_FAULTS, EngineFault, ProfileRunner
 from judging import (
     ALLOWED,
     Digits,
+    EachOnce,
     decibels,
     in_batches,
     judge_runners,
@@ -63,11 +64,18 @@ class Bench:
         self.targets = {
             each: Target(path, "graph", read_passport(path)) for each, path in self.graphs.items()
         }
-        self._bodies = {each: Body(path) for each, path in self.graphs.items()}
+        self._bodies: dict[tuple[str, str], Body] = {}
+        # For faults outside of the graph.
+        self._once = EachOnce(self.sound())
+
+    def _cut(self, precision: str, model: onnx.ModelProto, cut: str = CUT) -> CutRunner:
+        at = precision, cut
+        if at not in self._bodies:
+            self._bodies[at] = Body(self.graphs[precision], cut)
+        return CutRunner(self._bodies[at], model, self.targets[precision].passport.input)
 
     def sound(self, precision: str = "fp32") -> CutRunner:
-        spec = self.targets[precision].passport.input
-        return CutRunner(self._bodies[precision], onnx.load(self.graphs[precision]), spec)
+        return self._cut(precision, onnx.load(self.graphs[precision]))
 
     def spoilt(self, fault: BatchFault) -> onnx.ModelProto:
         model = onnx.load(self.graphs[fault.precision])
@@ -75,15 +83,15 @@ class Bench:
         return model
 
     def faulty(self, fault: BatchFault) -> CutRunner:
-        spec = self.targets[fault.precision].passport.input
-        return CutRunner(self._bodies[fault.precision], self.spoilt(fault), spec)
+        spoilt = self.spoilt(fault)
+        cut = latest_cut(onnx.load(self.graphs[fault.precision]), spoilt)
+        return self._cut(fault.precision, spoilt, cut)
 
     def calling(self, name: str) -> BrokenRunner:
-        return BrokenRunner(self.sound(), CALL_FAULTS[name][0]())
+        return BrokenRunner(self._once, CALL_FAULTS[name][0]())
 
     def engine(self, fault: EngineFault) -> ProfileRunner:
-        sound = self.sound()
-        return ProfileRunner(sound, sound.input, fault.profiles, fault.mistake)
+        return ProfileRunner(self._once, self._once.input, fault.profiles, fault.mistake)
 
 
 @pytest.fixture(scope="module")

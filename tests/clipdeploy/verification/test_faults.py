@@ -1,7 +1,8 @@
 """One fault at a time: none is equivalent with the metrics of a correct graph.
 
-All graphs and runners are judged in one run over the same 130 digits.  With no difference between
-artifact and reference their interval ends at 2.9 points, so that 3 are allowed.
+All graphs and runners are judged in one run over the same 72 digits.  With no difference between
+artifact and reference their interval ends at 5.1 points, so that 6 are allowed.  So few images
+cannot confirm the baseline: test_data_faults.py does so with more.
 """
 
 from __future__ import annotations
@@ -43,8 +44,10 @@ from exporters.precision import Fp16Config, half_precision, io_passport
 from exporters.preprocess_graph import add_preprocessing, preprocessed_passport
 
 CLASSES = tuple("0123456789")
-ALLOWED = 3.0
-CONFIG = VerifyConfig(max_drop=ALLOWED, batch=50, workers=0, threads=1)
+ALLOWED = 6.0
+# Two full batches, which faults of the run tell apart by their number, and a smaller one.
+COUNT, BATCH = 72, 28
+CONFIG = VerifyConfig(max_drop=ALLOWED, batch=BATCH, workers=0, threads=1)
 GRAPH_FAULTS = {
     name: (precision, edit, shown)
     for precision, faults in (
@@ -87,7 +90,7 @@ HARMLESS_DB = {"fp32": 115.0, "fp16": 55.0, "int8": 39.0}
 @pytest.fixture(scope="module")
 def digits() -> ImageFolder:
     """In the order of the file, sorted by class: the verifier shuffles them itself."""
-    return select(open_images(cards.demo_file("test.zip"), CLASSES), 130, seed=0)
+    return select(open_images(cards.demo_file("test.zip"), CLASSES), COUNT, seed=0)
 
 
 def target(path: Path) -> Target:
@@ -210,14 +213,17 @@ def judged(
         if each.path not in spoilers:
             runner, known = open_target(each, **options)
             return EachOnce(runner) if runner and each.path not in every_call else runner, known
-        return BrokenRunner(once, spoilers[each.path]), replace(entry, artifact=str(each.path))
+        return BrokenRunner(once, spoilers[each.path], BATCH), replace(
+            entry, artifact=str(each.path)
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verifier, "open_target", opened)
         targets = [each for _, each in named]
         results = run_verification(demo_model, targets[0].passport, targets, digits, CONFIG)
     result = judge_results(results, ALLOWED)
-    assert result.baseline.status == "confirmed"
+    # The reference errs on none of these images.
+    assert (result.baseline.status, result.baseline.top1) == ("unconfirmed", 100)
     return dict(zip((name for name, _ in named), result.rows, strict=True))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from judging import each_once
 from numpy.typing import NDArray
 
 from clipdeploy.core.errors import ArtifactError, UsageError
@@ -74,13 +75,15 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Judged:
     # The softmax of an embedding is no confidence.
     assert not table.table.findings
     quantize_model(workspace, MODEL)
-    found = verify_model(
-        workspace,
-        MODEL,
-        cards.demo_file("test.zip"),
-        VerifyConfig(batch=8, workers=0, threads=1),
-        VerifyScope(graphs_only=True, limit=IMAGES),
-    )
+    # test_faults.py makes the repeated calls.
+    with each_once():
+        found = verify_model(
+            workspace,
+            MODEL,
+            cards.demo_file("test.zip"),
+            VerifyConfig(batch=8, workers=0, threads=1),
+            VerifyScope(graphs_only=True, limit=IMAGES),
+        )
     assert found.results is not None
     return Judged(workspace, found, read_results(found.results))
 

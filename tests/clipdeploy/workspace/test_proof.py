@@ -51,8 +51,8 @@ from exporters.headers import read_passport
 
 TEST = cards.demo_file("test.zip")
 CONFIG = VerifyConfig(batch=50, workers=0, threads=1)
-# Enough of the 500 digits to notice a reference 5.5 points worse, on a card with 99.4 %.
-ENOUGH, FEW = 200, 60
+# Enough of the 500 digits to notice a reference 5.5 points worse, where 99.0 or 99.4 % are stated.
+ENOUGH, FEW = 150, 60
 
 
 def graph(workspace: Workspace) -> Path:
@@ -97,21 +97,36 @@ def _each_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _small_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The causes of a failed baseline are tested in tests/clipdeploy/verification."""
+    monkeypatch.setattr("clipdeploy.verification.diagnosis._SAMPLE", 40)
+
+
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+def exported(demo_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """The demo, exported.  Read only."""
     workspace = Workspace(tmp_path_factory.mktemp("exported") / "artifacts")
-    export_model(workspace, cards.DEMO)
+    workspace.folder(cards.DEMO).mkdir(parents=True)
+    shutil.copy(graph(demo_workspace), graph(workspace))
     return workspace
 
 
 @pytest.fixture(scope="module")
-def confirmed(exported: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+def confirmation(
+    exported: Workspace, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Workspace, Judgement]:
     """The same with a verification that confirms the card's accuracy.  Read only."""
     workspace = Workspace(tmp_path_factory.mktemp("confirmed") / "artifacts")
     shutil.copytree(exported.root, workspace.root)
-    assert status(verified(workspace, limit=ENOUGH)) == "confirmed"
-    return workspace
+    judged = verified(workspace, limit=ENOUGH)
+    assert status(judged) == "confirmed"
+    return workspace, judged
+
+
+@pytest.fixture(scope="module")
+def confirmed(confirmation: tuple[Workspace, Judgement]) -> Workspace:
+    return confirmation[0]
 
 
 @pytest.fixture
@@ -210,9 +225,12 @@ def test_a_deployment_on_few_images_lists_only_an_unproven_reference(
     ],
 )
 def test_a_probe_replaces_an_accuracy_that_is_not_published(
-    status: BaselineStatus, by: tuple[Means, ...], count: int, remembered: Workspace
+    status: BaselineStatus,
+    by: tuple[Means, ...],
+    count: int,
+    confirmation: tuple[Workspace, Judgement],
 ) -> None:
-    found = verified(remembered, limit=ENOUGH).verification
+    found = confirmation[1].verification
     assert found is not None
     judged = replace(
         found,
