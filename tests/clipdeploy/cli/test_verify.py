@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -22,6 +23,7 @@ from verify_command import FEW, TEST, good, merge, refused, run, verify
 from clipdeploy.models import cards
 from clipdeploy.runners import OnnxRunner
 from clipdeploy.stages.verify import run as stage
+from clipdeploy.verification import verifier
 from exporters.graphs import load_graph, save_graph
 from exporters.headers import read_passport
 
@@ -106,15 +108,26 @@ def slowly(*words):
 verifier.measure_images = slowly
 
 def run():
-    config = verifier.VerifyConfig(max_drop=15, batch=3, workers=0)
-    workspace, scope = Workspace(Path(sys.argv[1])), VerifyScope(limit=24)
+    # As FEW says, or the run that resumes would be another one.
+    config = verifier.VerifyConfig(max_drop=30, batch=3, workers=0)
+    workspace, scope = Workspace(Path(sys.argv[1])), VerifyScope(limit=12)
     verify_model(workspace, cards.DEMO, Path(sys.argv[2]), config, scope)
 """
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_killed_at_several_moments_and_resumed(artifacts: Path) -> None:
+def test_killed_at_several_moments_and_resumed(
+    artifacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, measured = verifier.measure_images, list[object]()
+
+    def counted(*words: Any) -> Any:
+        measured.append(words)
+        return measure(*words)
+
+    monkeypatch.setattr(verifier, "measure_images", counted)
     whole = verify(artifacts, *FEW, "--json")
+    of_all = len(measured)
     folder = artifacts / cards.DEMO
     records = (folder / "verification.jsonl").read_bytes()
     (folder / "verification.jsonl").unlink()
@@ -130,7 +143,9 @@ def test_killed_at_several_moments_and_resumed(artifacts: Path) -> None:
     # And a last line that was cut as the power went.
     if partial.exists():
         partial.write_bytes(partial.read_bytes()[:-20])
+    measured.clear()
     resumed = verify(artifacts, *FEW, "--json")
+    assert len(measured) < of_all, "the resumed run began again"
     assert resumed.stdout == whole.stdout
     assert (folder / "verification.jsonl").read_bytes() == records
     assert not partial.exists()
