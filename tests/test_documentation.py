@@ -338,15 +338,15 @@ def zoo_rows() -> list[dict[str, str]]:
 
 def test_every_column_of_the_zoo_is_explained() -> None:
     text = (DOCS / "adding-a-checkpoint.md").read_text(encoding="utf-8")
-    told = re.findall(r"^\| `(\w+)`(?:, `(\w+)`)?(?:, `(\w+)`)?", text, flags=re.MULTILINE)
-    assert {name for names in told for name in names if name} == set(zoo_rows()[0])
+    listed = re.findall(r"^\| `(\w+)`(?:, `(\w+)`)?(?:, `(\w+)`)?", text, flags=re.MULTILINE)
+    assert {name for names in listed for name in names if name} == set(zoo_rows()[0])
 
 
 def test_every_column_of_the_gpus_is_explained() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     section = text.partition("## Add a GPU")[2].partition("\n## ")[0]
-    told = re.findall(r"^\| `(\w+)`(?:, `(\w+)`)?", section, flags=re.MULTILINE)
-    assert [n for names in told for n in names if n] == list(read_rows("gpus.csv")[0].columns)
+    listed = re.findall(r"^\| `(\w+)`(?:, `(\w+)`)?", section, flags=re.MULTILINE)
+    assert [n for names in listed for n in names if n] == list(read_rows("gpus.csv")[0].columns)
 
 
 def test_the_row_of_the_page_becomes_a_card(monkeypatch: pytest.MonkeyPatch) -> None:

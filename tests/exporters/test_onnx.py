@@ -41,14 +41,14 @@ _NODE_NAME = re.compile(
 
 
 class _Impostor(nn.Module):
-    """``told`` when PyTorch asks, ``exported`` when torch.onnx traces."""
+    """``reference`` when PyTorch asks, ``exported`` when torch.onnx traces."""
 
-    def __init__(self, told: nn.Module, exported: nn.Module) -> None:
+    def __init__(self, reference: nn.Module, exported: nn.Module) -> None:
         super().__init__()
-        self.told, self.exported = told, exported
+        self.reference, self.exported = reference, exported
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.exported(image) if torch.compiler.is_exporting() else self.told(image)
+        return self.exported(image) if torch.compiler.is_exporting() else self.reference(image)
 
 
 class _TanhMlp(nn.Module):

@@ -122,5 +122,5 @@ RUN_FAULTS: dict[str, tuple[Spoil, str | float]] = {
     "the classes rolled": (lambda logits, *_: np.roll(logits, 1, axis=1), "regressed"),
     "the logits' sign": (lambda logits, *_: -logits, "regressed"),
     "probabilities for logits": (_softmax, 1.0),
-    "only the winner told": (_one_hot, 1.0),
+    "only the winner kept": (_one_hot, 1.0),
 }

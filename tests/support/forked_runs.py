@@ -52,12 +52,12 @@ def killed_runs(
     after another random time of at most ``delay`` seconds.
     """
     generator = random.Random(seed)
-    with _runs(code, words) as (start, told):
+    with _runs(code, words) as (start, answers):
         for _ in range(times):
             before = _content(partial)
             start.write("\n")
             start.flush()
-            process = int(told.readline())
+            process = int(answers.readline())
             deadline = time.monotonic() + _PATIENCE
             # A process that has ended is gone: the other one has waited for it.
             while Path(f"/proc/{process}").exists() and time.monotonic() < deadline:
@@ -67,7 +67,7 @@ def killed_runs(
             time.sleep(generator.random() * delay)
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-            yield int(told.readline())
+            yield int(answers.readline())
 
 
 def _content(path: Path) -> bytes:

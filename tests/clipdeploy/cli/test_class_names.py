@@ -193,9 +193,9 @@ def test_what_has_no_class_stops_before_the_work_or_is_left_out(
     assert "load clip-vit-demo" not in result.stderr
     found = good(verify(artifacts, *at, "--skip-unlabelled", data=digits))
     assert found["images"] == 100
-    told = " ".join(found["problems"])
-    assert "1 images without a class were left out: stray.png" in told
-    assert "3/.ipynb_checkpoints/a-checkpoint.png is hidden" in told
+    problems = " ".join(found["problems"])
+    assert "1 images without a class were left out: stray.png" in problems
+    assert "3/.ipynb_checkpoints/a-checkpoint.png is hidden" in problems
 
 
 def test_images_of_unusual_names_are_judged_too(artifacts: Path, digits: Path) -> None:
@@ -227,16 +227,16 @@ def test_merge_holds_named_labels_against_the_shards(artifacts: Path, digits: Pa
 def test_every_stage_names_the_files_that_it_leaves_out(artifacts: Path, digits: Path) -> None:
     (digits / "3" / "readme.doc").write_text("no image")
     at = ("--model", "demo", "--workspace", artifacts)
-    told = "1 files are not images and were left out: 3/readme.doc"
+    left_out = "1 files are not images and were left out: 3/readme.doc"
     result = run("calibrate", "--data", digits, *at, "--json")
-    assert told in result.stderr
-    assert told in json.loads(result.stdout)["problems"]
+    assert left_out in result.stderr
+    assert left_out in json.loads(result.stdout)["problems"]
     calibration = artifacts / cards.DEMO / "calibration.json"
     calibration.unlink()
-    assert told in run("build-engine", "--int8", "--data", digits, *at).stderr
+    assert left_out in run("build-engine", "--int8", "--data", digits, *at).stderr
     result = run("predict", digits, *at, "--json")
-    assert told in result.stderr
-    assert told in json.loads(result.stdout)["problems"]
+    assert left_out in result.stderr
+    assert left_out in json.loads(result.stdout)["problems"]
     search = ("search", "--fixed-plan", "--search-images", "22", "--max-drop", "15")
     for words in (search, ("bisect", "--images", "2")):
-        assert told in run(*words, "--data", digits, *at).stderr
+        assert left_out in run(*words, "--data", digits, *at).stderr

@@ -54,8 +54,11 @@ def script(shell: str) -> str:
 def test_the_script_asks_the_program(shell: str) -> None:
     assert f"{COMPLETE_VARIABLE}={shell}_complete" in script(shell)
     assert "clipdeploy" in script(shell)
-    told = CliRunner().invoke(main, ["completion", shell, "--json"])
-    assert json.loads(told.stdout) == {"shell": shell, "script": script(shell).removesuffix("\n")}
+    completed = CliRunner().invoke(main, ["completion", shell, "--json"])
+    assert json.loads(completed.stdout) == {
+        "shell": shell,
+        "script": script(shell).removesuffix("\n"),
+    }
 
 
 def test_an_unknown_shell_is_refused() -> None:
@@ -97,8 +100,8 @@ def test_names_of_other_projects_come_where_only_they_fit() -> None:
 
 def test_zsh_and_fish_tell_the_accuracy() -> None:
     asked = {COMPLETE_VARIABLE: "zsh_complete", "COMP_WORDS": "clipdeploy export --model demo"}
-    told = CliRunner(env={**asked, "COMP_CWORD": "3"}).invoke(main, [], prog_name="clipdeploy")
-    assert told.stdout.split("\n")[:3] == ["plain", "demo", "top-1 99.4 % at 32 px"]
+    completed = CliRunner(env={**asked, "COMP_CWORD": "3"}).invoke(main, [], prog_name="clipdeploy")
+    assert completed.stdout.split("\n")[:3] == ["plain", "demo", "top-1 99.4 % at 32 px"]
 
 
 def test_artifacts_of_the_workspace_come_first(tmp_path: Path) -> None:

@@ -139,8 +139,10 @@ def test_a_verdict_says_which_settings_it_rests_on(
     result = run(*words)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["max_drop"] == 30
-    told = next(line for line in result.stderr.splitlines() if line.startswith("settings: "))
-    assert f"--data {TEST} (clipdeploy.toml), --max-drop 30.0 (clipdeploy.toml)" in told
+    line_of_settings = next(
+        line for line in result.stderr.splitlines() if line.startswith("settings: ")
+    )
+    assert f"--data {TEST} (clipdeploy.toml), --max-drop 30.0 (clipdeploy.toml)" in line_of_settings
     typed = run(*words, "--max-drop", "20", "--data", CALIBRATION, "--allow-leak")
     assert json.loads(typed.stdout)["max_drop"] == 20
     assert "--max-drop" not in typed.stderr

@@ -86,9 +86,9 @@ def test_an_engine_that_did_not_run_exits_with_three(artifacts: Path) -> None:
     assert not (artifacts / cards.DEMO / "triton").exists()
 
 
-@pytest.mark.parametrize(("precision", "told"), [("--int8", True), ("--fp16", False)])
+@pytest.mark.parametrize(("precision", "expected"), [("--int8", True), ("--fp16", False)])
 def test_a_setting_calibrates_int8_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, told: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, expected: bool
 ) -> None:
     monkeypatch.setenv("CLIPDEPLOY_CALIBRATION_DATA", str(CALIBRATION))
     at = ("--model", "demo", "--workspace", tmp_path / "artifacts")
@@ -96,7 +96,7 @@ def test_a_setting_calibrates_int8_alone(
     refused(result, 1, "does not exist", "--val-data")
     assert (
         f"calibration_data: {CALIBRATION} (CLIPDEPLOY_CALIBRATION_DATA)" in result.stderr
-    ) is told
+    ) is expected
 
 
 @pytest.mark.parametrize(
@@ -129,8 +129,8 @@ def test_what_cannot_be_read_is_named_and_left_open(artifacts: Path, tmp_path: P
 def test_a_stage_that_failed_is_named(artifacts: Path, tmp_path: Path) -> None:
     result = run(*words(artifacts, val=tmp_path / "nothing"))
     refused(result, 1, "does not exist", "--val-data")
-    told = [line for line in result.stderr.splitlines() if not line.startswith("settings: ")]
-    assert told[:2] == ["check ...", "check: failed"]
+    printed = [line for line in result.stderr.splitlines() if not line.startswith("settings: ")]
+    assert printed[:2] == ["check ...", "check: failed"]
 
 
 def checklist(console: Console) -> StageDisplay:

@@ -25,10 +25,10 @@ def test_every_finding_is_a_line_and_json_is_the_same(
 ) -> None:
     monkeypatch.setattr(clipdeploy.doctor, "this_machine", lambda workspace: machine)
     shown = CliRunner().invoke(doctor, ["--quiet"])
-    told = CliRunner().invoke(doctor, ["--quiet", "--json"])
-    read = json.loads(told.stdout)
-    assert shown.exit_code == told.exit_code == (0 if read["can_run"] else 1)
-    assert shown.stderr == told.stderr == ""
+    quiet = CliRunner().invoke(doctor, ["--quiet", "--json"])
+    read = json.loads(quiet.stdout)
+    assert shown.exit_code == quiet.exit_code == (0 if read["can_run"] else 1)
+    assert shown.stderr == quiet.stderr == ""
     for finding in read["findings"]:
         assert finding["text"] in shown.stdout
         assert finding["mend"] in shown.stdout

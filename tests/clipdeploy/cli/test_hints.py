@@ -74,7 +74,7 @@ def test_a_command_tells_of_its_own_options(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "hint", "told"),
+    ("command", "hint", "expected"),
     [
         ("predict", "remove it, or pass --skip-unreadable", "remove it"),
         ("verify run", "remove it, or pass --skip-unreadable", None),
@@ -88,8 +88,8 @@ def test_a_command_tells_of_its_own_options(name: str) -> None:
         ("inspect", "pass --skip-unreadable", None),
     ],
 )
-def test_ways_that_a_command_does_not_have(command: str, hint: str, told: str | None) -> None:
-    assert followable(hint, COMMANDS[command], main) == (told or hint)
+def test_ways_that_a_command_does_not_have(command: str, hint: str, expected: str | None) -> None:
+    assert followable(hint, COMMANDS[command], main) == (expected or hint)
 
 
 def test_an_unreadable_image_in_commands_with_and_without_the_option(

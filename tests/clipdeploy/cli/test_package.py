@@ -59,8 +59,8 @@ def test_a_program_is_written_with_the_commands_that_build_it(
     assert result.exit_code == 0, result.output
     assert f"{folder}: written, for onnxruntime" in result.stdout
     assert f"cmake -S {folder} -B {folder}/build" in result.stdout
-    told = json.loads(run(graph, "--cpp", folder, "--json").stdout)
-    assert (told["changed"], told["model"]) == (False, str(folder / "model.onnx"))
+    packaged = json.loads(run(graph, "--cpp", folder, "--json").stdout)
+    assert (packaged["changed"], packaged["model"]) == (False, str(folder / "model.onnx"))
     other = run("--cpp", folder, "--workspace", artifacts)
     assert other.exit_code == 1
     assert "--force" in other.stderr

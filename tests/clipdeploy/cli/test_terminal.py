@@ -95,12 +95,12 @@ def show(
             command = Command(tuple(words.split()), str(folder), str(out), str(err), env)
             status = server.run(command)
             return Shown(*((b"", b"") if full else (out.read_bytes(), err.read_bytes())), status)
-        with terminal(columns) as seen, terminal(columns) as told:
-            command = Command(tuple(words.split()), str(folder), seen.path, told.path, env)
+        with terminal(columns) as seen, terminal(columns) as errors:
+            command = Command(tuple(words.split()), str(folder), seen.path, errors.path, env)
             status = server.run(command)
         if not long:
             shutil.rmtree(folder)
-        return Shown(seen.raw, told.raw, status)
+        return Shown(seen.raw, errors.raw, status)
 
     return run
 

@@ -45,9 +45,9 @@ def test_shards_merged_equal_one_run(artifacts: Path) -> None:
     records = (artifacts / cards.DEMO / "verification.jsonl").read_bytes()
     disagreements = (artifacts / cards.DEMO / "disagreements.csv").read_bytes()
     for part in ("1/3", "3/3"):
-        told = verify(artifacts, *FEW, "--shard", part)
-        assert told.exit_code == 0
-        assert f"verification.{part.replace('/', '-of-')}.jsonl" in told.stdout
+        shard_run = verify(artifacts, *FEW, "--shard", part)
+        assert shard_run.exit_code == 0
+        assert f"verification.{part.replace('/', '-of-')}.jsonl" in shard_run.stdout
     refused(merge(artifacts), 1, "1 of 4 batches are missing", "run the missing shards")
     assert verify(artifacts, *FEW, "--shard", "2/3").exit_code == 0
     merged = merge(artifacts, "--max-drop", "30", "--json")

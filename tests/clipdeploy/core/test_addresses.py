@@ -37,8 +37,8 @@ def test_a_librarys_message_about_it() -> None:
         "password s3cret!",
         "t0ken is no token",
     ):
-        told = without_secrets(said, url)
-        assert not any(secret in told for secret in ("s3cret", "t0ken")), told
+        cleaned = without_secrets(said, url)
+        assert not any(secret in cleaned for secret in ("s3cret", "t0ken")), cleaned
     assert without_secrets("timed out", "http://host/") == "timed out"
 
 

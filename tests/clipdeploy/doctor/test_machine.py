@@ -74,5 +74,5 @@ def test_a_library_that_fails_is_reported_without_a_crash(code: str, problem: st
 
 
 def test_output_of_a_library_is_ignored() -> None:
-    told = ask("import json as module\nprint('hello', end='')\nfacts = {'cuda': '13.0'}")
-    assert (told.version, told.cuda, told.problem) == ("2.0.9", "13.0", "")
+    answer = ask("import json as module\nprint('hello', end='')\nfacts = {'cuda': '13.0'}")
+    assert (answer.version, answer.cuda, answer.problem) == ("2.0.9", "13.0", "")

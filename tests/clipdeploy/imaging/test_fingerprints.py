@@ -110,9 +110,9 @@ def test_a_lossless_copy_is_the_same(how: str) -> None:
 def test_other_metadata_are_the_same() -> None:
     image, exif = picture(2), Image.Exif()
     exif[0x010F] = "another camera"
-    plain, told = saved(image, "JPEG", quality=90), saved(image, "JPEG", quality=90, exif=exif)
-    assert plain != told
-    assert of_file(plain) == of_file(told)
+    plain, tagged = saved(image, "JPEG", quality=90), saved(image, "JPEG", quality=90, exif=exif)
+    assert plain != tagged
+    assert of_file(plain) == of_file(tagged)
 
 
 def resized(image: Image.Image, factor: float) -> Image.Image:

@@ -318,10 +318,10 @@ def test_messages_do_not_advise_unsafe_loading(kind: str, tmp_path: Path) -> Non
     NO_CHECKPOINTS[kind](path)
     with pytest.raises(CheckpointError) as found:
         read_checkpoint(path)
-    told = str(found.value)
-    assert not re.search(r"weights.?only|torch\.load|trust|pytorch\.org", told, re.IGNORECASE)
-    assert "\n" not in told
-    assert "\x1b" not in told
+    message = str(found.value)
+    assert not re.search(r"weights.?only|torch\.load|trust|pytorch\.org", message, re.IGNORECASE)
+    assert "\n" not in message
+    assert "\x1b" not in message
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])

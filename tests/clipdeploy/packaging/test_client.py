@@ -146,14 +146,14 @@ def test_the_client_prints_the_five_most_likely_classes(
     images = Samples(crops, passport.preprocess)
     session = OnnxSession(graphs[kind])
     count = 4 if kind == "batch 4" else 1
-    told = re.findall(r"^  +([\d.]+) %  (\d)$", done.stdout, re.MULTILINE)
-    assert len(told) == 5 * 5
+    printed_guesses = re.findall(r"^  +([\d.]+) %  (\d)$", done.stdout, re.MULTILINE)
+    assert len(printed_guesses) == 5 * 5
     for index in range(5):
         part = Samples(images.crops[[index] * count], images.spec).as_input(passport.input)
         logits = session.run(part)[0][0].astype(np.float64)
         likely = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
         best = np.argsort(-likely, kind="stable")[:5]
-        rows = told[5 * index : 5 * index + 5]
+        rows = printed_guesses[5 * index : 5 * index + 5]
         assert [int(label) for _, label in rows] == best.tolist()
         # Two decimals are printed.
         np.testing.assert_allclose([float(p) for p, _ in rows], 100 * likely[best], atol=0.011)

@@ -111,8 +111,8 @@ def test_the_client_prints_what_predict_finds(
     assert done.returncode == 0, done.stderr
     assert (seen, asked) == ([1, 1], [1, 1])
     shown = re.findall(r"^ +([\d.]+) % +(-?[\d.]+)  (.*)$", done.stdout, re.MULTILINE)
-    told = predict_images(towers, EMBEDDER, images, texts=TEXTS[:2]).images
-    guesses = [guess for image in told for guess in image.guesses]
+    predicted = predict_images(towers, EMBEDDER, images, texts=TEXTS[:2]).images
+    guesses = [guess for image in predicted for guess in image.guesses]
     assert [label for _, _, label in shown] == [guess.label for guess in guesses]
     # The texts are from the FP16 graph there, and numbers are rounded.
     wanted = [(guess.percent, guess.cosine) for guess in guesses]

@@ -49,16 +49,16 @@ def test_the_configuration_matches_the_graph(kind: str, graphs: Graphs, tmp_path
     config, model = read_config(made.path), onnx.load(made.model)
     assert config.name == made.path.name == made.name
     assert config.backend == "onnxruntime"
-    for told, actual in zip(
+    for declared, actual in zip(
         (*config.input, *config.output), (*model.graph.input, *model.graph.output), strict=True
     ):
         tensor = actual.type.tensor_type
         dims = [axis.dim_value or -1 for axis in tensor.shape.dim]
-        assert told.name == actual.name
-        dtype = TYPES[model_config_pb2.DataType.Name(told.data_type)]
+        assert declared.name == actual.name
+        dtype = TYPES[model_config_pb2.DataType.Name(declared.data_type)]
         assert dtype == onnx.TensorProto.DataType.Name(tensor.elem_type)
         # With a batch size Triton adds the batch axis.
-        assert (list(told.dims) if kind == "batch 4" else [-1, *told.dims]) == dims
+        assert (list(declared.dims) if kind == "batch 4" else [-1, *declared.dims]) == dims
     assert config.max_batch_size == (0 if kind == "batch 4" else 32)
     assert list(config.dynamic_batching.preferred_batch_size) == list(made.preferred)
     assert made.model.read_bytes() == graphs[kind].read_bytes()

@@ -169,7 +169,7 @@ def job(folder: Path, run: Callable[[Shard, int, Path], object], *reads: Path) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("run", "reads", "told"),
+    ("run", "reads", "message"),
     [
         # By value: a worker cannot import this file.
         (lambda shard, threads, path: os._exit(1), ".", r"shard ./2 was lost in 4 attempts: "),
@@ -185,10 +185,10 @@ def test_what_no_worker_can_do(
     tmp_path: Path,
     run: Callable[[Shard, int, Path], object],
     reads: str,
-    told: str,
+    message: str,
 ) -> None:
     with (
-        pytest.raises(ClusterError, match=told),
+        pytest.raises(ClusterError, match=message),
         shards_on_cluster(ClusterConfig(cluster.address), job(tmp_path, run, tmp_path / reads)),
     ):
         pytest.fail("there is nothing to merge")

@@ -65,7 +65,7 @@ class Bench:
         result = judge_results(results, CONFIG.max_drop)
         if result.baseline:
             return result
-        told = diagnose(
+        diagnosed = diagnose(
             result.baseline,
             self.model,
             passport.preprocess,
@@ -73,7 +73,7 @@ class Bench:
             results.records,
             passport.class_names,
         )
-        return replace(result, baseline=told)
+        return replace(result, baseline=diagnosed)
 
 
 @pytest.fixture(autouse=True)
