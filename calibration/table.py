@@ -50,8 +50,7 @@ _SCHEMA_WITH_FINDINGS = 5
 # Number of crops stored in a table: the first are for judging a graph, the others for fitting it.
 MOST_CROPS = 40
 JUDGED_CROPS = 8
-# Statistics are packed after every few images: level 4 of zlib takes a third of the time of the
-# default, 6, and 6 % more bytes.
+# Of zlib. Statistics are packed after every few images, for which the default, 6, is slow.
 _LEVEL = 4
 # Upper limits for values read from a file.
 _MOST_CHANNELS = 1_000_000

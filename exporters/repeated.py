@@ -285,8 +285,8 @@ def _tensor(weight: Tensor, name: str | None) -> ir.TensorProtocol:
     if weight.is_contiguous():
         return ir.Tensor(weight.numpy(), name=name)
 
-    # Transposed when it is read, so that it is not in memory twice; by PyTorch, which takes a fifth
-    # of NumPy's time.
+    # Transposed when it is read, so that it is not in memory twice.  PyTorch is faster at it than
+    # NumPy.
     def transposed() -> ir.TensorProtocol:
         return ir.Tensor(weight.contiguous().numpy(), name=name)
 

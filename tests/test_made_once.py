@@ -25,7 +25,7 @@ def making(tmp_path: Path) -> Callable[[Path], None]:
 
 
 def test_one_of_many_makes_it(making: Callable[[Path], None], tmp_path: Path) -> None:
-    # flock is per open file, so that threads exclude each other as processes do.
+    # The lock is of an open file, so that threads exclude each other as processes do.
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: MadeOnce(tmp_path)("a", making), range(8)))
     assert set(found) == {tmp_path / "a"}

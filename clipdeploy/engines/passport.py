@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from clipdeploy.core.errors import ArtifactError
-from clipdeploy.core.files import sha256_file, write_atomic
-from clipdeploy.core.passport import Passport, read_json, to_json
+from clipdeploy.core.files import read_regular, sha256_file, write_atomic
+from clipdeploy.core.passport import Passport, from_json, to_json
 from clipdeploy.core.values import (
     MOST_BATCH,
     Fault,
@@ -42,7 +42,9 @@ __all__ = [
     "save_engine_passport",
 ]
 
-ENGINE_SCHEMA = 2
+ENGINE_SCHEMA = 3
+# The last schema in which the field ``unknown`` of ``compiled`` was named ``untold``.
+_SCHEMA_WITH_UNTOLD = 2
 _LIBRARIES = (
     "torch",
     "onnx",
@@ -231,7 +233,17 @@ def read_engine_passport(engine: Path) -> EnginePassport:
             f"{engine} has no passport ({path.name})",
             hint="build it again with clipdeploy build-engine",
         )
-    return read_json(path, EnginePassport, ENGINE_SCHEMA)
+    data = read_regular(path)
+    return from_json(data, EnginePassport, str(path), ENGINE_SCHEMA, _with_new_names)
+
+
+def _with_new_names(raw: Any) -> Any:
+    """The decoded JSON of an older schema with the names of this one."""
+    if isinstance(raw, dict) and raw.get("schema") == _SCHEMA_WITH_UNTOLD:
+        compiled = raw.get("compiled")
+        if isinstance(compiled, dict) and "untold" in compiled:
+            compiled["unknown"] = compiled.pop("untold")
+    return raw
 
 
 def check_plan(engine: Path, passport: EnginePassport, found_bytes: int, found_hash: str) -> None:

@@ -200,7 +200,7 @@ def _checked(
 
 
 def _before(deadline: float | None, measure: PairTimer) -> PairTimer:
-    """Return ``measure`` with a check of the deadline before each call."""
+    """Check the deadline before each call of ``measure``."""
 
     def limited(formats: Formats) -> tuple[float, float]:
         if deadline is not None and time.monotonic() > deadline:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.table import load_table
-from clipdeploy.core.errors import ClipdeployError, GraphError
+from clipdeploy.core.errors import ClipdeployError, DatasetError, GraphError
 from clipdeploy.core.files import sha256_file
 from clipdeploy.core.passport import QUANTISED, Preprocess, TensorSpec
 from clipdeploy.core.progress import SILENT, Progress
@@ -51,10 +51,9 @@ def with_clipping(
         images: the images that were verified; None if they are not available any more.
         calibration: the table of the model; it is only read by artifacts that were made with it.
 
-    An artifact whose graph is missing or cannot be measured has the reason instead.
+    An artifact that cannot be measured, such as one whose graph is missing, has the reason instead.
     """
-    known = [entry.precision in QUANTISED for entry in run_key.artifacts]
-    if images is None or not any(known) or not run_key.ran:
+    if not any(entry.precision in QUANTISED for entry in run_key.artifacts):
         return result
     measured = _Measured(run_key, images, calibration)
     rows = []
@@ -84,7 +83,7 @@ def _graph_of(entry: ArtifactEntry) -> Path:
 class _Measured:
     """Measures each graph once, on the same images."""
 
-    def __init__(self, run_key: RunKey, images: ImageFolder, calibration: Path) -> None:
+    def __init__(self, run_key: RunKey, images: ImageFolder | None, calibration: Path) -> None:
         self._run_key = run_key
         self._calibration = calibration
         self._images = images
@@ -106,11 +105,16 @@ class _Measured:
 
     def _crops(self) -> Samples:
         if self._samples is None:
+            if not self._run_key.ran:
+                raise DatasetError("nothing was run")
+            if self._images is None:
+                raise DatasetError("the images are not there")
             spec = self._run_key.preprocess
             chosen = select(self._images, min(_IMAGES, len(self._images.entries)), seed=0)
             crops = [crop.pixels for crop in iter_crops(chosen, spec, skipped=Skipped(), workers=0)]
-            size = (0, spec.size, spec.size, 3)
-            self._samples = Samples(np.stack(crops) if crops else np.zeros(size, np.uint8), spec)
+            if not crops:
+                raise DatasetError("none of the images can be read")
+            self._samples = Samples(np.stack(crops), spec)
         return self._samples
 
     def _clipping(self, entry: ArtifactEntry, graph: Path) -> Clipping:

@@ -6,14 +6,17 @@ them all, and are removed with them.
 
 from __future__ import annotations
 
-import fcntl
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from clipdeploy.core.leftovers import HeldError, try_lock
 
 __all__ = ["MadeOnce", "shared_root"]
 
@@ -59,9 +62,23 @@ class MadeOnce:
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:
         self._root.mkdir(parents=True, exist_ok=True)
-        with (self._root / f"{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        path = self._root / f"{name}.lock"
+        path.touch()
+        descriptor = _locked(path)
+        try:
             yield
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+
+
+def _locked(path: Path) -> int | None:
+    """Wait for the lock; None where there are none, as on Windows."""
+    while True:
+        try:
+            return try_lock(path)
+        except HeldError:
+            time.sleep(0.05)
 
 
 def _files(folder: Path) -> dict[str, list[int]]:

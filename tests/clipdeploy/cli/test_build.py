@@ -109,7 +109,7 @@ def test_an_unchanged_engine_answers_at_once(with_fp16: Path) -> None:
 
 
 @pytest.mark.parametrize("spoilt", ["engine", "passport", "missing"])
-def test_an_engine_that_nobody_vouches_for_is_built_again(spoilt: str, with_fp16: Path) -> None:
+def test_an_engine_without_a_valid_passport_is_built_again(spoilt: str, with_fp16: Path) -> None:
     path = engine(with_fp16)
     if spoilt == "engine":
         path.write_bytes(path.read_bytes()[:-1])

@@ -6,6 +6,7 @@ Covers: clipdeploy/engines/build_config.py, clipdeploy/engines/passport.py.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -78,6 +79,26 @@ def test_a_changed_engine_is_refused(engines: Path, tmp_path: Path) -> None:
         load_engine_passport(engine)
     engine.write_bytes(data)
     assert load_engine_passport(engine).plan_bytes == len(data)
+
+
+def test_a_passport_with_the_names_of_an_older_schema_is_read(
+    engines: Path, demo_workspace: Workspace, tmp_path: Path
+) -> None:
+    engine = Path(shutil.copy(engines / "int8.engine", tmp_path))
+    written = json.loads(passport_path(engines / "int8.engine").read_text())
+    older = json.loads(json.dumps(written | {"schema": 2}))
+    older["compiled"]["untold"] = older["compiled"].pop("unknown")
+    passport_path(engine).write_text(json.dumps(older))
+    expected = load_engine_passport(engines / "int8.engine")
+    assert load_engine_passport(engine) == replace(expected, schema=2)
+    assert not build_engine(demo_workspace.graph(cards.DEMO, "int8"), engine).changed
+    # The present schema has no such name.
+    passport_path(engine).write_text(json.dumps(older | {"schema": 3}))
+    with pytest.raises(ArtifactError, match="missing required field `unknown`"):
+        load_engine_passport(engine)
+    passport_path(engine).write_text(json.dumps(written | {"schema": 4}))
+    with pytest.raises(ArtifactError, match="written by a newer clipdeploy"):
+        load_engine_passport(engine)
 
 
 def test_a_graph_that_tensorrt_refuses_leaves_no_engine(

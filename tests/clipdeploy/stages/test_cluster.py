@@ -89,7 +89,7 @@ def wait_for(what: Callable[[], object], run: subprocess.Popen[str] | None = Non
     while not what():
         assert run is None or run.poll() is None, run.communicate()[1]
         assert time.monotonic() < deadline, "it never came"
-        # To look through /proc takes 10 ms.
+        # Looking through /proc takes processor time from what is waited for.
         time.sleep(0.05)
 
 

@@ -19,6 +19,7 @@ from calibration.config import QuantizeConfig
 from clipdeploy.core.files import sha256_file
 from clipdeploy.engines.build_config import BuildConfig
 from clipdeploy.engines.builder import build_engine
+from clipdeploy.imaging import ImageFolder, open_images
 from clipdeploy.models import cards
 from clipdeploy.pipeline import (
     calibrate_model,
@@ -35,6 +36,7 @@ from clipdeploy.verification.result import (
     Verification,
     verification_table,
 )
+from clipdeploy.verification.results import RunKey
 from clipdeploy.verification.verifier import VerifyConfig
 from clipdeploy.workspace.folder import Workspace
 from exporters.graphs import load_graph, save_graph
@@ -221,6 +223,24 @@ def test_what_cannot_be_measured_has_a_reason_instead(judged: Judged, tmp_path: 
     sound = judged.workspace.graph(MODEL, "int8")
     assert judged.with_graph(sound)[0] == _row(judged.result)
     assert unknown(sound, precision="fp16") == ""
+
+
+def test_without_images_the_reason_is_stated(judged: Judged, tmp_path: Path) -> None:
+    evidence = judged.judgement.evidence
+    assert evidence is not None
+    run_key, table = evidence.results.run_key, judged.workspace.calibration(MODEL)
+
+    def unknown(run_key: RunKey, images: ImageFolder | None) -> list[str]:
+        result = with_clipping(judged.result, run_key, images, table)
+        assert all(row.clipping is None for row in result.rows)
+        return [row.clipping_unknown for row in result.rows]
+
+    # Only the INT8 graph has 8-bit inputs.
+    assert unknown(run_key, None) == ["", "the images are not there"]
+    idle = tuple(replace(entry, runner="") for entry in run_key.artifacts)
+    assert unknown(replace(run_key, artifacts=idle), evidence.images) == ["", "nothing was run"]
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    assert unknown(run_key, open_images(tmp_path)) == ["", "none of the images can be read"]
 
 
 @pytest.mark.skipif(not TENSORRT, reason="needs TensorRT-RTX")
